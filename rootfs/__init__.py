@@ -1,0 +1,1 @@
+"""What the guest boots and mounts: hash trees, images, packs, initramfs. Host side only."""

@@ -1,0 +1,1 @@
+"""Byte streams and MessagePack-RPC between a host and its virtual machines."""

@@ -1,0 +1,91 @@
+"""A deadline with a cancel: the one thing that every wait in this project takes.
+
+A ``Deadline`` is made where a request enters and handed down. Code that computes calls ``check()``
+between steps; code that blocks calls ``wait()`` with the file descriptors it waits for, and is
+woken by data, by the deadline, or by a cancel from another thread.
+"""
+
+import os
+import select
+import threading
+import time
+from collections.abc import Iterable
+
+from vsock.errors import CallError
+
+__all__ = ("Deadline",)
+
+
+class Deadline:
+    """A point in monotonic time, and a flag that ends the wait early.
+
+    Usable from several threads. ``close()`` frees the descriptor that a blocked ``wait`` needs;
+    without any wait no descriptor is ever opened.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        """Expire ``seconds`` from now; None never expires but can still be cancelled."""
+        self._at = None if seconds is None else time.monotonic() + seconds
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._event_fd: int | None = None
+
+    def remaining(self) -> float | None:
+        """Return the seconds left, 0.0 when past, None when unlimited."""
+        return None if self._at is None else max(0.0, self._at - time.monotonic())
+
+    @property
+    def expired(self) -> bool:
+        return self.remaining() == 0.0
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """End every wait on this deadline, now and later. Idempotent."""
+        with self._lock:
+            self._cancelled = True
+            if self._event_fd is not None:
+                os.eventfd_write(self._event_fd, 1)
+
+    def check(self, step: str) -> None:
+        """Raise CallError ``cancelled`` or ``timeout``, naming ``step``, if it is over."""
+        if self._cancelled:
+            raise CallError("cancelled", f"cancelled while: {step}", step=step)
+        if self.expired:
+            raise CallError("timeout", f"deadline passed while: {step}", step=step)
+
+    def wait(self, readable: Iterable[int], step: str, *, at_most: float | None = None) -> list[int]:
+        """Wait until one of the descriptors is readable; return those that are.
+
+        Returns an empty list only when ``at_most`` seconds pass first.
+
+        Raises:
+            CallError: ``timeout`` or ``cancelled``, with ``step``.
+        """
+        poller = select.poll()
+        for fd in readable:
+            poller.register(fd, select.POLLIN | select.POLLPRI)
+        wake_fd = self._wake_fd()
+        poller.register(wake_fd, select.POLLIN)
+        self.check(step)
+        bounds = [s for s in (self.remaining(), at_most) if s is not None]
+        ready = poller.poll(min(bounds) * 1000 if bounds else None)
+        fds = [fd for fd, _ in ready if fd != wake_fd]
+        if not fds:
+            self.check(step)
+        return fds
+
+    def close(self) -> None:
+        """Free the descriptor, if one was made. Idempotent."""
+        with self._lock:
+            if self._event_fd is not None:
+                os.close(self._event_fd)
+                self._event_fd = None
+
+    def _wake_fd(self) -> int:
+        with self._lock:
+            if self._event_fd is None:
+                self._event_fd = os.eventfd(1 if self._cancelled else 0, os.EFD_CLOEXEC)
+            return self._event_fd

@@ -1,0 +1,141 @@
+"""Errors of the wire: what the peer did, what we did, and what a call answered.
+
+The wire form of a failed call is one map (see ``CallError.to_wire``). The codes are stable tokens:
+a caller decides by the code, a person reads the message, nobody parses the message.
+"""
+
+import errno as errno_module
+from collections.abc import Mapping
+
+__all__ = (
+    "CODES",
+    "CallError",
+    "ConnectionClosed",
+    "LocalProtocolError",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "RpcError",
+    "errno_name",
+)
+
+#: Every code that an error reply may carry.
+CODES = (
+    "invalid",
+    "unsupported",
+    "not_found",
+    "conflict",
+    "busy",
+    "denied",
+    "integrity",
+    "timeout",
+    "cancelled",
+    "device",
+    "mount",
+    "resource",
+    "internal",
+)
+
+_MAX_TEXT_BYTES = 64 * 1024
+
+
+class RpcError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class ProtocolError(RpcError):
+    """The rules of the wire were broken; see the two subclasses for by whom."""
+
+
+class LocalProtocolError(ProtocolError):
+    """Our side tried to send what the rules forbid. Nothing was sent; the connection lives."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent what the rules forbid.
+
+    ``msgid`` is that of the offending request where it could be read, so that it can be answered;
+    ``fatal`` says that framing is lost and the connection must end.
+    """
+
+    def __init__(self, message: str, *, msgid: int | None = None, fatal: bool = False) -> None:
+        super().__init__(message)
+        self.msgid = msgid
+        self.fatal = fatal
+
+
+class ConnectionClosed(RpcError):
+    """The connection ended, by either side, before the answer came."""
+
+
+class CallError(RpcError):
+    """A call failed: raised by a handler to answer so, and by a client that got that answer.
+
+    ``errno`` is the number on this machine or None; it travels by name, because numbers differ
+    between architectures. ``step`` is what was being done, ``object`` what it was done to.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        errno: int | None = None,
+        step: str | None = None,
+        object: str | None = None,
+        hint: str | None = None,
+        kernel_log: tuple[str, ...] = (),
+    ) -> None:
+        if code not in CODES:
+            raise ValueError(f"unknown error code {code!r}")
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.errno = errno
+        self.step = step
+        self.object = object
+        self.hint = hint
+        self.kernel_log = kernel_log
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+    def to_wire(self) -> dict[str, object]:
+        """Return the error map of the contract, each text cut to 64 KiB."""
+        return {
+            "code": self.code,
+            "message": self.message[:_MAX_TEXT_BYTES],
+            "errno": errno_name(self.errno),
+            "step": self.step,
+            "object": self.object,
+            "hint": self.hint,
+            "kernel_log": [line[:1024] for line in self.kernel_log[-32:]],
+        }
+
+    @classmethod
+    def from_wire(cls, value: object) -> "CallError":
+        """Read an error map leniently: a peer's odd error must still reach the caller."""
+        if not isinstance(value, Mapping):
+            return cls("internal", f"the peer answered with an error that is no map: {value!r}")
+        code = value.get("code")
+        name = value.get("errno")
+        log = value.get("kernel_log")
+        return cls(
+            code if isinstance(code, str) and code in CODES else "internal",
+            str(value.get("message", "")),
+            errno=getattr(errno_module, name, None) if isinstance(name, str) else None,
+            step=_text(value.get("step")),
+            object=_text(value.get("object")),
+            hint=_text(value.get("hint")),
+            kernel_log=tuple(str(line) for line in log) if isinstance(log, (list, tuple)) else (),
+        )
+
+
+def errno_name(number: int | None) -> str | None:
+    """Return the symbolic name of an errno (``EBUSY``), or None for None."""
+    if number is None:
+        return None
+    return errno_module.errorcode.get(number, f"E{number}")
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
