@@ -1,0 +1,153 @@
+"""The agent itself: hello, status, events, and the device-mapper as it stands."""
+
+from collections.abc import Mapping
+
+from guestagent.api.checks import check_choice, check_range, check_word
+from guestagent.api.layers import DmDevice
+from vsock.record import Record
+
+#: Versions of this contract that the agent speaks, newest first.
+PROTOCOL_VERSIONS = (1,)
+#: The vsock port that the agent listens on unless configured otherwise.
+AGENT_PORT = 1024
+EVENT_KINDS = (
+    "agent_started",
+    "layer_mounted",
+    "layer_unmounted",
+    "layer_failed",
+    "layer_corrupted",
+    "layer_device_lost",
+    "overlay_mounted",
+    "overlay_unmounted",
+    "overlay_failed",
+    "device_appeared",
+    "device_vanished",
+)
+
+
+class Empty(Record):
+    """No parameters, or nothing to say."""
+
+
+class HelloRequest(Record):
+    versions: tuple[int, ...]
+    client: str = ""
+
+    def check(self) -> None:
+        if not self.versions:
+            raise ValueError("versions is empty")
+        check_range("client length", len(self.client), 0, 256)
+
+
+class HelloReply(Record):
+    """``features`` are names that a client may test for; ``limits`` are those of the wire."""
+
+    version: int
+    agent: str
+    kernel: str
+    features: tuple[str, ...]
+    limits: Mapping[str, int]
+    boot: Mapping[str, object]
+
+
+class StatusReply(Record):
+    """``state`` is ready or degraded; ``problems`` says why."""
+
+    state: str
+    problems: tuple[str, ...]
+    uptime_seconds: float
+    pid: int
+    restarts: int
+    layers: int
+    overlays: int
+    dm_devices: int
+    requests_in_flight: int
+    connections: int
+    rss_bytes: int
+    threads: int
+    event_sequence: int
+
+
+class CancelRequest(Record):
+    msgid: int
+
+
+class CancelReply(Record):
+    """``cancelled`` is false when no such request was in flight on this connection."""
+
+    cancelled: bool
+
+
+class ShutdownRequest(Record):
+    """``mode``: poweroff or reboot the machine (only as PID 1), or exit the agent alone.
+
+    Layers and overlays are unmounted first; ``force`` goes on when some are busy.
+    """
+
+    mode: str = "poweroff"
+    force: bool = False
+
+    def check(self) -> None:
+        check_choice("mode", self.mode, ("poweroff", "reboot", "exit"))
+
+
+class DmName(Record):
+    """The name of a device-mapper device (kernel: at most 127 bytes)."""
+
+    name: str
+
+    def check(self) -> None:
+        check_word("name", self.name, 127)
+
+
+class DmListReply(Record):
+    devices: tuple[DmDevice, ...]
+
+
+class DmTableReply(Record):
+    """Table lines as ``dmsetup table`` prints them: start, length, type, arguments."""
+
+    name: str
+    lines: tuple[str, ...]
+
+
+class DmStatusReply(Record):
+    name: str
+    device: DmDevice
+    lines: tuple[str, ...]
+
+
+class Event(Record):
+    """Something that happened. ``sequence`` grows by one with each event of one agent life, and
+    goes on across a restart of the agent."""
+
+    sequence: int
+    kind: str
+    unix_ms: int
+    layer_id: str | None = None
+    overlay_id: str | None = None
+    device: str | None = None
+    block: int | None = None
+    detail: str = ""
+    traceparent: str | None = None
+
+    def check(self) -> None:
+        check_choice("kind", self.kind, EVENT_KINDS)
+
+
+class SubscribeReply(Record):
+    """Events after ``sequence`` come as notifications ``agent.event`` on this connection."""
+
+    sequence: int
+
+
+class EventsRequest(Record):
+    since: int = 0
+
+
+class EventsReply(Record):
+    """``dropped`` counts events after ``since`` that are no longer kept."""
+
+    events: tuple[Event, ...]
+    dropped: int
+    sequence: int

@@ -1,0 +1,163 @@
+"""Layers: what is asked for, and what the kernel then has."""
+
+from collections.abc import Mapping
+
+from guestagent.api.checks import check_choice, check_path, check_word
+from guestagent.api.devices import ByteRange, Device, Verity
+from vsock.record import Record
+
+#: Targets lie below this directory unless the agent's configuration allows another.
+TARGET_ROOT = "/run"
+#: File systems a layer may have; "auto" asks for detection by magic number.
+FILESYSTEMS = ("erofs", "squashfs", "ext4", "auto")
+#: Per-layer mount options a request may ask for, beside ro,nodev,nosuid which always hold.
+MOUNT_OPTIONS = ("noexec", "noatime", "nodiratime", "dax")
+
+
+class LayerSpec(Record):
+    """A layer to mount, read-only. ``target`` defaults to /run/layers/LAYER_ID."""
+
+    layer_id: str
+    device: Device
+    filesystem: str
+    mapping: ByteRange | None = None
+    verity: Verity | None = None
+    target: str | None = None
+    options: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        check_word("layer_id", self.layer_id)
+        check_choice("filesystem", self.filesystem, FILESYSTEMS)
+        if self.target is not None:
+            check_path("target", self.target)
+        for option in self.options:
+            check_choice("option", option, MOUNT_OPTIONS)
+        if "dax" in self.options and self.verity is not None:
+            raise ValueError("option dax cannot be had through dm-verity")
+
+    @property
+    def mount_point(self) -> str:
+        return self.target or f"{TARGET_ROOT}/layers/{self.layer_id}"
+
+
+class LayerId(Record):
+    layer_id: str
+
+    def check(self) -> None:
+        check_word("layer_id", self.layer_id)
+
+
+class LayerUnmountRequest(Record):
+    """``force`` also removes a layer whose device is lost or whose parts are half gone; never one
+    that is in use."""
+
+    layer_id: str
+    force: bool = False
+
+    def check(self) -> None:
+        check_word("layer_id", self.layer_id)
+
+
+class DmDevice(Record):
+    """A device-mapper device as the kernel describes it. ``dev`` is MAJOR:MINOR."""
+
+    name: str
+    uuid: str
+    dev: str
+    node: str
+    target_type: str
+    table: str
+    status: str
+    readonly: bool
+    deferred_remove: bool
+    open_count: int
+
+
+class DroppedOption(Record):
+    option: str
+    reason: str
+
+
+class VerityReport(Record):
+    """The verity parameters in force; ``source`` says where they came from: request, superblock or
+    both. ``status`` is V (no corruption seen) or C."""
+
+    root_digest: str
+    salt: str
+    algorithm: str
+    hash_type: int
+    data_blocks: int
+    data_block_size: int
+    hash_block_size: int
+    hash_offset_bytes: int
+    superblock: bool
+    source: str
+    status: str
+    signed: bool
+    preset: str
+    options: tuple[str, ...]
+    dropped: tuple[DroppedOption, ...]
+
+
+class LayerReport(Record):
+    """A layer as the kernel has it, read back. ``timings_ms`` has one entry for each step.
+
+    ``state`` is mounted, corrupted or device_lost. ``overlaps`` names layers whose mappings share
+    bytes with this one's; ``used_by`` names overlays.
+    """
+
+    layer_id: str
+    state: str
+    target: str
+    device: Device
+    device_node: str
+    dev: str
+    mapping: ByteRange | None
+    dm: tuple[DmDevice, ...]
+    verity: VerityReport | None
+    filesystem: str
+    mount_id: int
+    options: tuple[str, ...]
+    size_bytes: int
+    used_by: tuple[str, ...]
+    overlaps: tuple[str, ...]
+    timings_ms: Mapping[str, float]
+    already: bool
+
+
+class LayerListReply(Record):
+    layers: tuple[LayerReport, ...]
+
+
+class Holder(Record):
+    """Who keeps something busy: kind is process, mount, dm, overlay or swap."""
+
+    kind: str
+    name: str
+    detail: str
+
+
+class UnmountReply(Record):
+    """What is gone. ``already`` when nothing of that id was there."""
+
+    unmounted: tuple[str, ...]
+    removed_devices: tuple[str, ...]
+    timings_ms: Mapping[str, float]
+    already: bool
+
+
+class VerifyRequest(Record):
+    """Read a whole layer through its verity device; progress comes as notifications."""
+
+    layer_id: str
+
+    def check(self) -> None:
+        check_word("layer_id", self.layer_id)
+
+
+class VerifyReply(Record):
+    layer_id: str
+    read_bytes: int
+    corrupt_blocks: tuple[int, ...]
+    status: str
+    timings_ms: Mapping[str, float]

@@ -1,0 +1,178 @@
+"""Overlays of layers, and batches of both."""
+
+from collections.abc import Mapping
+
+from guestagent.api.checks import MAX_BYTES, check_choice, check_path, check_range, check_word
+from guestagent.api.devices import Device
+from guestagent.api.layers import TARGET_ROOT, LayerReport, LayerSpec, UnmountReply
+from vsock.record import Record
+
+
+class TmpfsScratch(Record):
+    """Changes are kept in memory, at most ``size_bytes``, and lost at unmount."""
+
+    kind: str = "tmpfs"
+    size_bytes: int
+
+    def check(self) -> None:
+        check_range("size_bytes", self.size_bytes, 4096, MAX_BYTES)
+
+
+class DeviceScratch(Record):
+    """Changes are kept on a block device; ``ensure_filesystem`` formats it if it has none."""
+
+    kind: str = "device"
+    device: Device
+    filesystem: str = "ext4"
+    ensure_filesystem: bool = False
+
+    def check(self) -> None:
+        check_choice("filesystem", self.filesystem, ("ext4", "xfs"))
+
+
+class DirectoryScratch(Record):
+    """Changes are kept in an existing directory below the allowed root."""
+
+    kind: str = "directory"
+    path: str
+
+    def check(self) -> None:
+        check_path("path", self.path)
+
+
+Scratch = TmpfsScratch | DeviceScratch | DirectoryScratch
+
+
+class OverlayOptions(Record):
+    """Options of overlayfs; None leaves the kernel's default."""
+
+    metacopy: str | None = None
+    redirect_dir: str | None = None
+    xino: str | None = None
+    volatile: bool = False
+    userxattr: bool = False
+
+    def check(self) -> None:
+        check_choice("metacopy", self.metacopy, ("on", "off"))
+        check_choice("redirect_dir", self.redirect_dir, ("on", "off", "follow", "nofollow"))
+        check_choice("xino", self.xino, ("on", "off", "auto"))
+        if self.userxattr and (self.metacopy == "on" or self.redirect_dir == "on"):
+            raise ValueError("userxattr excludes metacopy=on and redirect_dir=on")
+
+
+class OverlaySpec(Record):
+    """An overlay of mounted layers, topmost first; read-only unless there is a scratch.
+
+    ``target`` defaults to /run/overlays/OVERLAY_ID.
+    """
+
+    overlay_id: str
+    layers: tuple[str, ...]
+    target: str | None = None
+    scratch: Scratch | None = None
+    options: OverlayOptions = OverlayOptions()
+
+    def check(self) -> None:
+        check_word("overlay_id", self.overlay_id)
+        if not self.layers:
+            raise ValueError("layers is empty")
+        if len(self.layers) > 500:
+            raise ValueError(f"{len(self.layers)} layers; the kernel takes at most 500")
+        for layer_id in self.layers:
+            check_word("layers", layer_id)
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError("layers names a layer twice")
+        if self.target is not None:
+            check_path("target", self.target)
+        if self.options.volatile and self.scratch is None:
+            raise ValueError("option volatile needs a scratch")
+
+    @property
+    def mount_point(self) -> str:
+        return self.target or f"{TARGET_ROOT}/overlays/{self.overlay_id}"
+
+
+class OverlayUnmountRequest(Record):
+    overlay_id: str
+    force: bool = False
+
+    def check(self) -> None:
+        check_word("overlay_id", self.overlay_id)
+
+
+class ScratchReport(Record):
+    """Where changes go, and how full it is."""
+
+    kind: str
+    path: str
+    filesystem: str
+    size_bytes: int
+    free_bytes: int
+    formatted: bool
+
+
+class OverlayReport(Record):
+    """An overlay as the kernel has it. ``method`` is fsconfig or mount, whichever carried it."""
+
+    overlay_id: str
+    state: str
+    target: str
+    layers: tuple[str, ...]
+    lowerdirs: tuple[str, ...]
+    scratch: ScratchReport | None
+    method: str
+    mount_id: int
+    options: tuple[str, ...]
+    timings_ms: Mapping[str, float]
+    already: bool
+
+
+class OverlayListReply(Record):
+    overlays: tuple[OverlayReport, ...]
+
+
+class LayersMountRequest(Record):
+    """Mount layers in parallel, then the overlay if one is given: all or nothing."""
+
+    layers: tuple[LayerSpec, ...]
+    overlay: OverlaySpec | None = None
+
+    def check(self) -> None:
+        if not self.layers or len(self.layers) > 500:
+            raise ValueError(f"layers must have 1 to 500 entries, got {len(self.layers)}")
+        ids = [layer.layer_id for layer in self.layers]
+        targets = [layer.mount_point for layer in self.layers]
+        if self.overlay is not None:
+            targets.append(self.overlay.mount_point)
+        for name, values in (("layer_id", ids), ("target", targets)):
+            twice = [value for value in values if values.count(value) > 1]
+            if twice:
+                raise ValueError(f"{name} {twice[0]!r} is named twice")
+
+
+class LayersMountReply(Record):
+    layers: tuple[LayerReport, ...]
+    overlay: OverlayReport | None
+    timings_ms: Mapping[str, float]
+
+
+class LayersUnmountRequest(Record):
+    """Take an overlay and layers down in parallel; what is not named stays."""
+
+    layers: tuple[str, ...] = ()
+    overlay: str | None = None
+    force: bool = False
+
+    def check(self) -> None:
+        for layer_id in self.layers:
+            check_word("layers", layer_id)
+        if self.overlay is not None:
+            check_word("overlay", self.overlay)
+        if not self.layers and self.overlay is None:
+            raise ValueError("nothing is named to unmount")
+
+
+class LayersUnmountReply(Record):
+    layers: Mapping[str, UnmountReply]
+    overlay: UnmountReply | None
+    timings_ms: Mapping[str, float]
