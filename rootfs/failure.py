@@ -1,0 +1,53 @@
+"""How a failed system call of the image tools becomes an error with code, step and object."""
+
+import errno
+import os
+
+from vsock.errors import CallError
+
+__all__ = ("from_os_error",)
+
+_CODES = {
+    errno.ENOENT: "not_found",
+    errno.ENOSPC: "resource",
+    errno.EDQUOT: "resource",
+    errno.EFBIG: "resource",
+    errno.EMFILE: "resource",
+    errno.ENFILE: "resource",
+    errno.ENOMEM: "resource",
+    errno.EACCES: "denied",
+    errno.EPERM: "denied",
+    errno.EROFS: "denied",
+    errno.EBUSY: "busy",
+    errno.ETXTBSY: "busy",
+    errno.EWOULDBLOCK: "busy",
+    errno.EEXIST: "conflict",
+    errno.ENAMETOOLONG: "invalid",
+    errno.ENOTDIR: "invalid",
+    errno.EISDIR: "invalid",
+    errno.ELOOP: "invalid",
+    errno.EINVAL: "invalid",
+}
+
+
+def from_os_error(
+    problem: OSError, *, step: str, object: str | os.PathLike[str] | None = None
+) -> CallError:
+    """Return the CallError that says what was tried, on what, and why it failed.
+
+    Full disks are ``resource``, missing permission and read-only file systems ``denied``, anything
+    without a code of its own ``device``.
+    """
+    name = os.fspath(object) if object is not None else problem.filename
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
+    reason = problem.strerror or str(problem)
+    number = problem.errno
+    label = f" ({errno.errorcode.get(number, number)})" if number is not None else ""
+    return CallError(
+        _CODES.get(number or 0, "device"),
+        f"cannot {step} {name!r}: {reason}{label}" if name else f"cannot {step}: {reason}{label}",
+        errno=number,
+        step=step,
+        object=str(name) if name is not None else None,
+    )

@@ -1,0 +1,250 @@
+"""A tree of files in memory: what every source of an image is read into, and every image made from.
+
+Names, link targets and extended attributes are bytes, as in the kernel. Content stays where it is
+(a file, a tar) and is read when the image is written. A hard link is one ``Node`` under several
+names. Nothing here touches a file system.
+"""
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+__all__ = (
+    "CHUNK_BYTES",
+    "EMPTY",
+    "Content",
+    "Extent",
+    "FdContent",
+    "Node",
+    "Progress",
+    "digest_tree",
+    "link_counts",
+    "walk",
+)
+
+#: How much is read or copied at once.
+CHUNK_BYTES = 1 << 20
+
+#: Called with (bytes done, bytes in all) while bulk data is read.
+Progress = Callable[[int, int], None]
+
+#: (offset in the file, length, offset in the source), all in bytes; what no extent covers is zero.
+Extent = tuple[int, int, int]
+
+
+class Content(Protocol):
+    """The bytes of a regular file. Extents ascend, do not overlap and end by ``size_bytes``."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def extents(self) -> tuple[Extent, ...]: ...
+
+    def open(self) -> contextlib.AbstractContextManager[int]:
+        """Return the source's descriptor for the time of a ``with`` block."""
+        ...
+
+
+class FdContent:
+    """Content in extents of an open file that someone else keeps open."""
+
+    __slots__ = ("extents", "fd", "size_bytes")
+
+    def __init__(self, fd: int, size_bytes: int, extents: tuple[Extent, ...]) -> None:
+        self.fd = fd
+        self.size_bytes = size_bytes
+        self.extents = extents
+
+    def open(self) -> contextlib.AbstractContextManager[int]:
+        return contextlib.nullcontext(self.fd)
+
+
+#: A file of no bytes.
+EMPTY = FdContent(-1, 0, ())
+
+
+class Node:
+    """An inode. ``mode`` has the file type; ``rdev`` is for devices, ``target`` for symlinks,
+    ``content`` for regular files, ``children`` for directories. ``mtime_ns`` may be negative."""
+
+    __slots__ = (
+        "children",
+        "content",
+        "gid",
+        "mode",
+        "mtime_ns",
+        "rdev",
+        "target",
+        "uid",
+        "xattrs",
+    )
+
+    def __init__(
+        self,
+        mode: int,
+        *,
+        uid: int = 0,
+        gid: int = 0,
+        mtime_ns: int = 0,
+        rdev: int = 0,
+        target: bytes = b"",
+        content: Content = EMPTY,
+        xattrs: dict[bytes, bytes] | None = None,
+    ) -> None:
+        self.mode = mode
+        self.uid = uid
+        self.gid = gid
+        self.mtime_ns = mtime_ns
+        self.rdev = rdev
+        self.target = target
+        self.content = content
+        self.xattrs: dict[bytes, bytes] = {} if xattrs is None else xattrs
+        self.children: dict[bytes, Node] = {}
+
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_regular(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+    @property
+    def is_symlink(self) -> bool:
+        return stat.S_ISLNK(self.mode)
+
+    @property
+    def is_device(self) -> bool:
+        return stat.S_ISCHR(self.mode) or stat.S_ISBLK(self.mode)
+
+
+def walk(root: Node) -> Iterator[tuple[tuple[bytes, ...], Node]]:
+    """Yield every name with its node, each directory's names together and in byte order.
+
+    The root comes first, with the empty path. A hard link comes once for each of its names.
+    """
+    queue: deque[tuple[tuple[bytes, ...], Node]] = deque([((), root)])
+    yield (), root
+    while queue:
+        path, directory = queue.popleft()
+        for name in sorted(directory.children):
+            node = directory.children[name]
+            below = (*path, name)
+            yield below, node
+            if node.is_directory:
+                queue.append((below, node))
+
+
+def link_counts(root: Node) -> dict[int, int]:
+    """Return the link count of each inode, by ``id(node)``: names, and for a directory its dots."""
+    counts = {id(root): 2}
+    for path, node in walk(root):
+        if not path:
+            continue
+        if node.is_directory:
+            counts[id(node)] = 2 + sum(child.is_directory for child in node.children.values())
+        else:
+            counts[id(node)] = counts.get(id(node), 0) + 1
+    counts[id(root)] += sum(child.is_directory for child in root.children.values())
+    return counts
+
+
+def digest_tree(
+    root: Node, *, progress: Progress | None = None, cancel: Deadline | None = None
+) -> bytes:
+    """Return the SHA-256 of everything in the tree, whatever it was read from.
+
+    Covers names, types, modes, owners, times, device numbers, targets, attributes, which names are
+    links of one inode, and content; a hole counts as zeros.
+
+    Raises:
+        CallError: ``cancelled`` or ``timeout`` by ``cancel``; ``conflict``, a file changed.
+    """
+    total = sum(node.content.size_bytes for _, node in _inodes(root))
+    digest = hashlib.sha256(b"tree-digest-v1\0")
+    numbers: dict[int, int] = {}
+    done = 0
+    for path, node in walk(root):
+        first = id(node) not in numbers
+        number = numbers.setdefault(id(node), len(numbers))
+        digest.update(_record(path, node, number))
+        if first and node.is_regular:
+            for piece in read_content(node.content, b"/".join(path)):
+                digest.update(piece)
+                done += len(piece)
+                if cancel is not None:
+                    cancel.check("hash the source tree")
+                if progress is not None:
+                    progress(done, total)
+    return digest.digest()
+
+
+def _record(path: tuple[bytes, ...], node: Node, number: int) -> bytes:
+    """Return one inode's own facts in a form in which no two different inodes are equal."""
+    fields = [
+        b"/".join(path),
+        f"{number} {node.mode} {node.uid} {node.gid} {node.mtime_ns} {node.rdev}".encode(),
+        node.target,
+        str(node.content.size_bytes).encode(),
+        str(len(node.xattrs)).encode(),
+    ]
+    for name in sorted(node.xattrs):
+        fields += (name, node.xattrs[name])
+    return b"".join(b"%d:%b," % (len(field), field) for field in fields)
+
+
+def _inodes(root: Node) -> Iterator[tuple[tuple[bytes, ...], Node]]:
+    seen: set[int] = set()
+    for path, node in walk(root):
+        if id(node) not in seen:
+            seen.add(id(node))
+            yield path, node
+
+
+_ZEROS = bytes(CHUNK_BYTES)
+
+
+def read_content(content: Content, name: bytes) -> Iterator[bytes]:
+    """Yield the bytes of a file in pieces of at most ``CHUNK_BYTES``, holes as zeros.
+
+    Raises:
+        CallError: ``conflict``, the source is shorter than it was.
+    """
+    at = 0
+    with content.open() as fd:
+        for offset, length, source_offset in content.extents:
+            yield from _zeros(offset - at)
+            at = offset
+            while at < offset + length:
+                want = min(CHUNK_BYTES, offset + length - at)
+                piece = os.pread(fd, want, source_offset + at - offset)
+                if not piece:
+                    raise shrunk(name)
+                yield piece
+                at += len(piece)
+        yield from _zeros(content.size_bytes - at)
+
+
+def _zeros(count: int) -> Iterator[bytes]:
+    while count > 0:
+        yield _ZEROS[: min(count, CHUNK_BYTES)]
+        count -= CHUNK_BYTES
+
+
+def shrunk(name: bytes) -> CallError:
+    """Return the error for a source file that ended before its size."""
+    text = os.fsdecode(name)
+    return CallError(
+        "conflict",
+        f"cannot read {text!r}: it became shorter while it was read",
+        step="read the source",
+        object=text,
+    )
