@@ -1,0 +1,54 @@
+"""What a boot image can be asked to serve, and what each of these needs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ("DEFAULT_FEATURES", "FEATURES", "Feature")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feature:
+    """What an image can be asked to serve: kernel modules, and packages imported late.
+
+    ``optional_modules`` are taken where the kernel has them.
+    """
+
+    summary: str
+    modules: tuple[str, ...] = ()
+    optional_modules: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+
+
+FEATURES: Mapping[str, Feature] = {
+    "pmem": Feature(
+        summary="/dev/pmemN from NVDIMM and virtio-pmem",
+        modules=("nd_pmem",),
+        optional_modules=("nfit", "virtio_pci", "virtio_pmem"),
+    ),
+    "virtio-blk": Feature(summary="virtio disks", modules=("virtio_pci", "virtio_blk")),
+    "scsi": Feature(summary="SCSI disks", modules=("virtio_pci", "virtio_scsi", "sd_mod")),
+    "verity": Feature(
+        summary="dm-linear and dm-verity",
+        modules=("dm-mod", "dm-verity", "crypto-sha256"),
+        optional_modules=("crypto-sha512",),
+    ),
+    "erofs": Feature(summary="EROFS", modules=("erofs",)),
+    "squashfs": Feature(summary="squashfs", modules=("squashfs",)),
+    "ext4": Feature(summary="ext4", modules=("ext4",)),
+    "overlay": Feature(summary="overlayfs", modules=("overlay",)),
+    "vsock": Feature(
+        summary="AF_VSOCK to the host",
+        modules=("virtio_pci", "vmw_vsock_virtio_transport"),
+        optional_modules=("vsock_loopback",),
+    ),
+    "console": Feature(
+        summary="virtio serial ports and hvc0", modules=("virtio_pci", "virtio_console")
+    ),
+    "signatures": Feature(summary="signed root digests", packages=("cryptography",)),
+    "netlink": Feature(summary="uevents and addresses", packages=("pyroute2",)),
+    "retries": Feature(summary="bounded retries", packages=("tenacity",)),
+}
+DEFAULT_FEATURES = (
+    "pmem", "virtio-blk", "scsi", "verity", "erofs", "squashfs", "ext4", "overlay", "vsock",
+    "console", "netlink", "retries",
+)  # fmt: skip

@@ -1,0 +1,352 @@
+"""The boot image: interpreter, agent and kernel modules, and nothing that they do not reach.
+
+The same inputs give the same bytes. What it holds is found, not listed: Python modules by
+``rootfs.closure``, shared libraries by ``rootfs.elf``, kernel modules by ``rootfs.kernel``.
+
+    /init                       starts the entry point (PID 1)
+    /usr/bin/python3            the interpreter
+    /usr/lib/python3.X          every module, byte code only, in one directory
+    /lib/modules/VERSION        kernel modules, flat
+    /lib/modules/load-order     their absolute paths, one a line, each after what it needs
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from rootfs.bytecode import compile_module
+from rootfs.closure import Module, interpreter_path, module_closure, site_packages
+from rootfs.cpio import CpioEntry, device, directory, regular, write_cpio
+from rootfs.elf import library_closure, without_debug_information
+from rootfs.features import DEFAULT_FEATURES, FEATURES
+from rootfs.kernel import Kernel, module_bytes
+
+__all__ = (
+    "COMPRESSIONS",
+    "InitramfsReport",
+    "InitramfsSpec",
+    "build_initramfs",
+)
+
+PROJECT = Path(__file__).resolve().parent.parent
+LOAD_ORDER = "lib/modules/load-order"
+#: Our packages that the guest may hold; a test keeps the guest's imports within them.
+_GUEST_PACKAGES = ("vsock", "guestagent")
+_PYTHON_DIR = f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
+_KEPT_IN_CACHE = 12
+_FORMAT = 1  # part of the cache key: raise it when this module builds differently
+
+
+#: Commands that compress standard input as the kernel unpacks it, reproducibly.
+_COMPRESSORS = {
+    "zstd": ("zstd", "-q", "-19", "-T1", "-c"),
+    "lz4": ("lz4", "-q", "-l", "-12", "-c"),  # -l: the kernel reads the legacy frame only
+    "gzip": ("gzip", "-n", "-9", "-c"),
+}
+COMPRESSIONS = (*_COMPRESSORS, "none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitramfsSpec:
+    """What to build.
+
+    ``entry`` is ``module:function``, called as PID 1. ``imports`` names further modules to hold
+    (debugging aids). ``files`` are added as they are: path in the image -> file here. ``optimize``
+    is the level of compile(): 2 leaves out assertions and docstrings.
+    """
+
+    kernel: Kernel
+    features: tuple[str, ...] = DEFAULT_FEATURES
+    entry: str = "guestagent.init:main"
+    imports: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    files: tuple[tuple[str, Path], ...] = ()
+    compression: str = "zstd"
+    optimize: int = 2
+    project: Path = PROJECT
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.features if name not in FEATURES]
+        if unknown:
+            raise ValueError(f"unknown feature {unknown[0]!r}; known: {', '.join(FEATURES)}")
+        if self.compression not in COMPRESSIONS:
+            raise ValueError(
+                f"unknown compression {self.compression!r}; known: {', '.join(COMPRESSIONS)}"
+            )
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.entry):
+            raise ValueError(f"entry {self.entry!r} is not module:function")
+
+    @property
+    def entry_module(self) -> str:
+        return self.entry.partition(":")[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitramfsReport:
+    """What was built. ``parts`` is bytes by kind of content, before compression."""
+
+    path: Path
+    size_bytes: int
+    unpacked_bytes: int
+    digest: str
+    parts: Mapping[str, int]
+    kernel_modules: tuple[str, ...]
+    python_modules: tuple[str, ...]
+    cached: bool
+    seconds: float
+
+    def describe(self) -> str:
+        """Return the report as a few lines for a person."""
+        lines = [
+            f"{self.path}: {_mib(self.size_bytes)}, {_mib(self.unpacked_bytes)} unpacked, "
+            f"{len(self.python_modules)} Python and {len(self.kernel_modules)} kernel modules"
+            + (" (from the cache)" if self.cached else f" (built in {self.seconds:.1f} s)")
+        ]
+        for name, size in sorted(self.parts.items(), key=lambda part: -part[1]):
+            lines.append(f"  {_mib(size):>10}  {name}")
+        return "\n".join(lines)
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 20):.2f} MiB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Item:
+    """One file of the image before it is built: ``build`` makes its bytes from ``source``."""
+
+    path: str
+    part: str
+    source: bytes | Path
+    build: Callable[[bytes], bytes] = bytes
+    permissions: int = 0o644
+
+    def read(self) -> bytes:
+        return self.source.read_bytes() if isinstance(self.source, Path) else self.source
+
+
+def build_initramfs(
+    spec: InitramfsSpec, *, cache_dir: Path = PROJECT / ".cache", output: Path | None = None
+) -> InitramfsReport:
+    """Build the image, or take it from the cache when nothing that goes into it has changed.
+
+    The image is at ``output``, or in the cache when that is None.
+
+    Raises:
+        ClosureError, ElfError, ModuleNotFoundInKernelError: something needed is not there.
+        OSError: reading or writing failed.
+        subprocess.CalledProcessError: the compressor failed.
+    """
+    started = time.monotonic()
+    modules = _python_modules(spec)
+    items = [*_interpreter_items(modules), *_python_items(spec, modules), *_kernel_items(spec)]
+    items += _own_items(spec)
+    store = cache_dir / "initramfs"
+    path = store / f"{_key(spec, items)}.cpio"
+    report = _cached(path)
+    if report is None:
+        store.mkdir(parents=True, exist_ok=True)
+        report = _build(spec, items, modules, path)
+        report = replace(report, seconds=time.monotonic() - started)
+        _remember(report)
+        _prune(store)
+    if output is not None:
+        shutil.copyfile(report.path, output)
+        report = replace(report, path=output)
+    return report
+
+
+def _python_modules(spec: InitramfsSpec) -> tuple[Module, ...]:
+    packages = [name for feature in spec.features for name in FEATURES[feature].packages]
+    return module_closure(
+        [spec.entry_module],
+        project=spec.project,
+        packages=(*_GUEST_PACKAGES, spec.entry_module.partition(".")[0]),
+        late=packages,
+        extra=spec.imports,
+        search=[site_packages()],
+    )
+
+
+def _interpreter_items(modules: tuple[Module, ...]) -> Iterator[_Item]:
+    program = interpreter_path()
+    extensions = tuple(module.path for module in modules if module.is_extension)
+    strip = without_debug_information
+    yield _Item(
+        path="usr/bin/python3", part="interpreter", source=program, build=strip, permissions=0o755
+    )
+    for library in library_closure((program, *extensions)):
+        yield _Item(
+            path=_library_path(library),
+            part="shared libraries",
+            source=library,
+            build=strip,
+            permissions=0o755,
+        )
+
+
+def _library_path(library: Path) -> str:
+    """Return where a library goes: those bundled with a package keep their place beside it."""
+    with contextlib.suppress(ValueError):
+        return f"{_PYTHON_DIR}/{library.relative_to(site_packages())}"
+    return str(library).lstrip("/")
+
+
+def _python_items(spec: InitramfsSpec, modules: tuple[Module, ...]) -> Iterator[_Item]:
+    for module in modules:
+        base = module.name.replace(".", "/")
+        own = module.name.partition(".")[0] in _GUEST_PACKAGES
+        top = module.name.partition(".")[0]
+        standard = top in sys.stdlib_module_names
+        part = "agent" if own else "standard library" if standard else f"package {top}"
+        if module.is_extension:
+            path = f"{_PYTHON_DIR}/{base.rpartition('/')[0]}/{module.path.name}".replace("//", "/")
+            yield _Item(path=path, part=part, source=module.path, build=without_debug_information)
+            continue
+        inner = f"{base}/__init__.py" if module.package else f"{base}.py"
+        yield _Item(
+            path=f"{_PYTHON_DIR}/{inner}c",
+            part=part,
+            source=module.path,
+            build=lambda source, name=inner: compile_module(source, name, spec.optimize),  # type: ignore[misc]
+        )
+
+
+def _kernel_items(spec: InitramfsSpec) -> Iterator[_Item]:
+    index = spec.kernel.modules
+    wanted = list(spec.modules)
+    for name in spec.features:
+        wanted += [m for m in FEATURES[name].optional_modules if index.has(m)]
+        wanted += FEATURES[name].modules
+    base = f"lib/modules/{spec.kernel.version}"
+    order = []
+    for file in index.closure(wanted):
+        path = f"{base}/{file.name.partition('.ko')[0]}.ko"
+        order.append(f"/{path}\n")
+        yield _Item(
+            path=path,
+            part="kernel modules",
+            source=file,
+            build=lambda _, file=file: module_bytes(file),  # type: ignore[misc]
+        )
+    yield _Item(path=LOAD_ORDER, part="kernel modules", source="".join(order).encode())
+
+
+def _own_items(spec: InitramfsSpec) -> Iterator[_Item]:
+    module, _, function = spec.entry.partition(":")
+    script = f"#!/usr/bin/python3 -IS\nfrom {module} import {function}\n{function}()\n"
+    yield _Item(path="init", part="agent", source=script.encode(), permissions=0o755)
+    for path, file in spec.files:
+        permissions = stat.S_IMODE(file.stat().st_mode)
+        yield _Item(path=path, part="added files", source=file, permissions=permissions)
+
+
+def _directories() -> list[CpioEntry]:
+    entries = [directory(name) for name in ("dev", "etc", "mnt", "proc", "run", "sys", "tmp")]
+    # the interpreter complains without this directory, though all extensions lie one above
+    entries.append(directory(f"{_PYTHON_DIR}/lib-dynload"))
+    # it knows its prefix by this file, and has the module itself built in (frozen)
+    entries.append(regular(f"{_PYTHON_DIR}/os.pyc", b""))
+    # init's standard streams, before it mounts devtmpfs
+    entries.append(device("dev/console", stat.S_IFCHR, 5, 1))
+    return entries
+
+
+def _key(spec: InitramfsSpec, items: list[_Item]) -> str:
+    """Digest all that decides the bytes of the image."""
+    digest = hashlib.sha256()
+    settings = (_FORMAT, sys.version, spec.compression, spec.optimize, spec.kernel.version)
+    digest.update(repr(settings).encode())
+    for item in items:
+        digest.update(repr((item.path, item.permissions)).encode())
+        digest.update(hashlib.sha256(item.read()).digest())
+    return digest.hexdigest()[:32]
+
+
+def _build(
+    spec: InitramfsSpec, items: list[_Item], modules: tuple[Module, ...], path: Path
+) -> InitramfsReport:
+    parts: dict[str, int] = {}
+    entries = _directories()
+    for item in items:
+        data = item.build(item.read())
+        parts[item.part] = parts.get(item.part, 0) + len(data)
+        entries.append(regular(item.path, data, item.permissions))
+    with _replacing(path) as file:
+        unpacked_bytes = _compress(spec.compression, entries, file)
+    return InitramfsReport(
+        path=path,
+        size_bytes=path.stat().st_size,
+        unpacked_bytes=unpacked_bytes,
+        digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+        parts=parts,
+        kernel_modules=tuple(Path(item.path).stem for item in items if item.path.endswith(".ko")),
+        python_modules=tuple(module.name for module in modules),
+        cached=False,
+        seconds=0.0,
+    )
+
+
+def _compress(compression: str, entries: list[CpioEntry], file: BinaryIO) -> int:
+    """Write the archive compressed; return its size before compression."""
+    if compression == "none":
+        return write_cpio(file, entries)
+    argv = _COMPRESSORS[compression]
+    if shutil.which(argv[0]) is None:
+        raise FileNotFoundError(f"{argv[0]} is not installed, needed for {compression} images")
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=file) as process:
+        size_bytes = write_cpio(cast("BinaryIO", process.stdin), entries)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, argv)
+    return size_bytes
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under another name, and give it its own when it is whole."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=".building-")
+    try:
+        with open(fd, "wb") as file:
+            yield file
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _remember(report: InitramfsReport) -> None:
+    fields = asdict(report) | {"path": str(report.path)}
+    with _replacing(report.path.with_suffix(".json")) as file:
+        file.write(json.dumps(fields).encode())
+
+
+def _cached(path: Path) -> InitramfsReport | None:
+    try:
+        fields = json.loads(path.with_suffix(".json").read_bytes())
+        os.utime(path)
+    except FileNotFoundError:
+        return None
+    for name in ("kernel_modules", "python_modules"):
+        fields[name] = tuple(fields[name])
+    return InitramfsReport(**fields | {"path": path, "cached": True})
+
+
+def _prune(store: Path) -> None:
+    """Keep the images that were used last."""
+    images = sorted(store.glob("*.cpio"), key=lambda path: path.stat().st_mtime)
+    for path in images[:-_KEPT_IN_CACHE]:
+        path.with_suffix(".json").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
