@@ -43,8 +43,8 @@ class Method(Record):
     """One row of the contract. ``quick`` methods never wait and are answered at once."""
 
     name: str
-    request: object
-    reply: object
+    request: type[Record]
+    reply: type[Record]
     quick: bool
     summary: str
 

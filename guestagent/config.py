@@ -1,0 +1,216 @@
+"""How the agent is to run: from the kernel command line (``guestagent.KEY=VALUE``) or from argv.
+
+``KEYS`` is the one table of settings; the documentation is made from it. A value that cannot be
+understood is a ``Problem``: the setting keeps its default and the agent says so in its status,
+unless the setting guards security, where a boot must not go on by guessing.
+"""
+
+from collections.abc import Callable, Mapping
+
+from guestagent.api import AGENT_PORT, TARGET_ROOT
+from vsock.log import LEVELS
+from vsock.record import Record
+
+__all__ = ("KEYS", "Config", "Key", "Problem", "parse_command_line", "read_settings")
+
+PREFIX = "guestagent."
+
+
+class Config(Record):
+    """Everything that can be set. Addresses are texts as ``vsock.address`` reads them."""
+
+    listen: tuple[str, ...] = (f"vsock://any:{AGENT_PORT}",)
+    dial: tuple[str, ...] = ()
+    log: str = "info"
+    target_root: str = TARGET_ROOT
+    state_directory: str = "/run/guestagent"
+    require_verity: bool = False
+    deadline_seconds: int = 60
+    modules: tuple[str, ...] = ()
+    fault: str = ""
+    rcu_expedited: bool = True
+
+
+class Key(Record):
+    """One setting: ``read`` turns its text into the value of ``field`` or raises ValueError."""
+
+    name: str
+    field: str
+    read: Callable[[str], object]
+    summary: str
+    guards_security: bool = False
+
+
+class Problem(Record):
+    """A setting that could not be taken as it was given."""
+
+    key: str
+    text: str
+    fatal: bool
+
+
+def _flag(text: str) -> bool:
+    if text in ("1", "yes", "on", "true", ""):
+        return True
+    if text in ("0", "no", "off", "false"):
+        return False
+    raise ValueError(f"expected 1 or 0, got {text!r}")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+def _addresses(text: str) -> tuple[str, ...]:
+    from vsock.address import parse_address
+
+    return tuple(str(parse_address(word)) for word in _words(text))
+
+
+def _port(text: str) -> tuple[str, ...]:
+    return _addresses(f"vsock://any:{text}")
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    """CID:PORT for short, or whole addresses."""
+    words = (word if "://" in word else f"vsock://{word}" for word in _words(text))
+    return _addresses(",".join(words))
+
+
+def _level(text: str) -> str:
+    if text not in LEVELS:
+        raise ValueError(f"expected one of {', '.join(LEVELS)}, got {text!r}")
+    return text
+
+
+def _directory(text: str) -> str:
+    if not text.startswith("/") or "//" in text or "/.." in text or len(text) > 1024:
+        raise ValueError(f"expected a plain absolute path, got {text!r}")
+    return text.rstrip("/") or "/"
+
+
+def _seconds(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 86_400:
+        raise ValueError(f"expected 1 to 86400 seconds, got {text!r}")
+    return int(text)
+
+
+def _faults(text: str) -> str:
+    from guestagent.engine.faults import Faults
+
+    Faults.parse(text)
+    return text
+
+
+KEYS: tuple[Key, ...] = (
+    Key(name="port", field="listen", read=_port, summary="vsock port to listen on"),
+    Key(
+        name="listen",
+        field="listen",
+        read=_addresses,
+        summary="addresses to listen on, separated by commas; none when empty",
+    ),
+    Key(
+        name="dial",
+        field="dial",
+        read=_peers,
+        summary="addresses (or CID:PORT) to connect to and serve, again and again",
+    ),
+    Key(name="log", field="log", read=_level, summary="least level that is printed"),
+    Key(
+        name="target_root",
+        field="target_root",
+        read=_directory,
+        summary="directory that all targets must lie below",
+        guards_security=True,
+    ),
+    Key(
+        name="state",
+        field="state_directory",
+        read=_directory,
+        summary="directory (in a tmpfs) for the journal",
+    ),
+    Key(
+        name="require_verity",
+        field="require_verity",
+        read=_flag,
+        summary="refuse layers that are not verified",
+        guards_security=True,
+    ),
+    Key(
+        name="deadline",
+        field="deadline_seconds",
+        read=_seconds,
+        summary="seconds that a request may take when it names no deadline_ms",
+    ),
+    Key(name="modules", field="modules", read=_words, summary="kernel modules to load besides"),
+    Key(
+        name="rcu_expedited",
+        field="rcu_expedited",
+        read=_flag,
+        summary="as PID 1: let the kernel hurry when devices are removed",
+    ),
+    Key(
+        name="fault",
+        field="fault",
+        read=_faults,
+        summary="for tests: fail steps, as STEP:ERRNO[:NTH] or #NTH:ERRNO",
+        guards_security=True,
+    ),
+)
+
+
+def parse_command_line(text: str) -> tuple[tuple[str, str], ...]:
+    """Return the ``guestagent.`` settings of a kernel command line in order, without the prefix.
+
+    Quotes are as the kernel's: a double-quoted value may hold spaces. A lone name has value "".
+    """
+    settings: list[tuple[str, str]] = []
+    for word in _split(text):
+        name, _, value = word.partition("=")
+        if name.startswith(PREFIX):
+            settings.append((name[len(PREFIX) :].replace("-", "_"), value))
+    return tuple(settings)
+
+
+def read_settings(
+    settings: tuple[tuple[str, str], ...], *, ignore: tuple[str, ...] = ()
+) -> tuple[Config, tuple[Problem, ...]]:
+    """Return the configuration that ``settings`` ask for, and what could not be taken.
+
+    ``ignore`` names keys that another part of the agent reads.
+    """
+    keys: Mapping[str, Key] = {key.name: key for key in KEYS}
+    values: dict[str, object] = {}
+    problems: list[Problem] = []
+    for name, text in settings:
+        key = keys.get(name)
+        if key is None:
+            if name not in ignore:
+                problems.append(_problem(name, "unknown setting", fatal=False))
+            continue
+        try:
+            values[key.field] = key.read(text)
+        except ValueError as error:
+            problems.append(_problem(name, str(error), fatal=key.guards_security))
+    return Config().replace(**values), tuple(problems)
+
+
+def _problem(name: str, text: str, *, fatal: bool) -> Problem:
+    return Problem(key=PREFIX + name, text=f"{PREFIX}{name}: {text}", fatal=fatal)
+
+
+def _split(text: str) -> list[str]:
+    words: list[str] = []
+    word = ""
+    quoted = False
+    for c in text.strip():
+        if c == '"':
+            quoted = not quoted
+        elif c.isspace() and not quoted:
+            words.append(word)
+            word = ""
+        else:
+            word += c
+    words.append(word)
+    return [word for word in words if word]

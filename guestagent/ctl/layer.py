@@ -1,0 +1,170 @@
+"""``guestctl layer``: mount, unmount, list, show and read layers."""
+
+import click
+
+from guestagent.api import (
+    MOUNT_OPTIONS,
+    VERITY_PRESETS,
+    ByteRange,
+    Device,
+    LayerListReply,
+    LayerReport,
+    LayerSpec,
+    PathDevice,
+    PmemDevice,
+    ScsiDevice,
+    Verity,
+    VirtioBlkDevice,
+)
+from guestagent.ctl.session import Session, pass_session
+from guestagent.ctl.table import table
+
+__all__ = ("describe_layer", "layer", "parse_device")
+
+
+@click.group()
+def layer() -> None:
+    """Layers: in a guest, and as images on this host."""
+
+
+def parse_device(text: str) -> Device:
+    """Read pmem:N, virtio-blk:SERIAL, scsi:CONTROLLER:LUN[:PARTITION] or a path below /dev."""
+    kind, _, rest = text.partition(":")
+    numbers = rest.split(":")
+    try:
+        if text.startswith("/"):
+            return PathDevice(path=text)
+        if kind == "pmem":
+            return PmemDevice(number=int(rest))
+        if kind == "virtio-blk":
+            return VirtioBlkDevice(serial=rest)
+        if kind == "scsi" and 2 <= len(numbers) <= 3:
+            controller, lun, partition = (*map(int, numbers), 0)[:3]
+            return ScsiDevice(controller=controller, lun=lun, partition=partition)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: {error}") from None
+    raise click.BadParameter(
+        f"{text!r}: expected pmem:N, virtio-blk:SERIAL, scsi:CONTROLLER:LUN[:PARTITION] or /dev/..."
+    )
+
+
+def _parse_range(text: str | None) -> ByteRange | None:
+    if text is None:
+        return None
+    offset, plus, size = text.partition("+")
+    try:
+        if not plus:
+            raise ValueError("expected OFFSET+SIZE in bytes")
+        return ByteRange(offset_bytes=int(offset, 0), size_bytes=int(size, 0))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: {error}") from None
+
+
+@layer.command("mount")
+@click.argument("layer_id")
+@click.option("--device", required=True, metavar="DEVICE", help="pmem:N, virtio-blk:SERIAL, ...")
+@click.option("--mapping", metavar="OFFSET+SIZE", help="The byte range that holds the layer.")
+@click.option("--root-digest", metavar="HEX", help="Verify against this digest.")
+@click.option("--hash-offset", type=int, metavar="BYTES", help="Where the hash area starts.")
+@click.option(
+    "--preset", type=click.Choice(VERITY_PRESETS), default="default", help="Verity options."
+)
+@click.option("--filesystem", default="erofs", show_default=True)
+@click.option("--target", metavar="PATH", help="Default: /run/layers/LAYER_ID.")
+@click.option("-o", "--option", "options", multiple=True, type=click.Choice(MOUNT_OPTIONS))
+@pass_session
+def mount(
+    session: Session,
+    layer_id: str,
+    device: str,
+    mapping: str | None,
+    root_digest: str | None,
+    hash_offset: int | None,
+    preset: str,
+    filesystem: str,
+    target: str | None,
+    options: tuple[str, ...],
+) -> None:
+    """Mount a layer read-only, verified if a digest is given."""
+    try:
+        verity = None
+        if root_digest is not None:
+            digest = bytes.fromhex(root_digest)
+            verity = Verity(root_digest=digest, hash_offset_bytes=hash_offset, preset=preset)
+        spec = LayerSpec(
+            layer_id=layer_id,
+            device=parse_device(device),
+            mapping=_parse_range(mapping),
+            verity=verity,
+            filesystem=filesystem,
+            target=target,
+            options=options,
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    with session.agent() as guest:
+        report = guest.layer_mount(spec)
+    session.show(report, lambda: describe_layer(report))
+
+
+@layer.command("unmount")
+@click.argument("layer_id")
+@click.option("--force", is_flag=True, help="Also clean up a layer whose parts are half gone.")
+@pass_session
+def unmount(session: Session, layer_id: str, force: bool) -> None:
+    """Unmount a layer and remove its devices."""
+    with session.agent() as guest:
+        reply = guest.layer_unmount(layer_id, force=force)
+    gone = ", ".join((*reply.unmounted, *reply.removed_devices))
+    session.show(reply, lambda: f"gone: {gone}" if gone else "nothing was mounted")
+
+
+@layer.command("list")
+@pass_session
+def list_layers(session: Session) -> None:
+    """List the layers of a guest."""
+    with session.agent() as guest:
+        reports = guest.layer_list()
+    header = ("LAYER", "STATE", "FS", "SIZE", "VERITY", "DEVICE", "TARGET")
+    rows = [
+        (
+            report.layer_id,
+            report.state,
+            report.filesystem,
+            str(report.size_bytes),
+            report.verity.status if report.verity else "-",
+            report.device_node,
+            report.target,
+        )
+        for report in reports
+    ]
+    session.show(LayerListReply(layers=reports), lambda: table(header, rows))
+
+
+@layer.command("get")
+@click.argument("layer_id")
+@pass_session
+def get(session: Session, layer_id: str) -> None:
+    """Describe a layer: devices, tables, options, timings."""
+    with session.agent() as guest:
+        report = guest.layer_get(layer_id)
+    session.show(report, lambda: describe_layer(report))
+
+
+def describe_layer(report: LayerReport) -> str:
+    """Return what a person wants to know of a mounted layer."""
+    state = f"{report.state}, was mounted already" if report.already else report.state
+    lines = [
+        f"layer {report.layer_id}: {state}",
+        f"  target      {report.target} (mount {report.mount_id}, {','.join(report.options)})",
+        f"  filesystem  {report.filesystem} on {report.device_node} ({report.dev}), "
+        f"{report.size_bytes} bytes",
+    ]
+    if report.verity is not None:
+        verity = report.verity
+        lines.append(f"  verity      {verity.algorithm} {verity.root_digest} ({verity.status})")
+    lines += [f"  dm          {dm.name} {dm.dev}: {dm.table}" for dm in report.dm]
+    lines += [f"  shares bytes with {other}" for other in report.overlaps]
+    spent = "  ".join(f"{step} {ms:.1f}" for step, ms in report.timings_ms.items())
+    lines.append(f"  ms          {spent}")
+    return "\n".join(lines)

@@ -1,0 +1,230 @@
+"""From a request and what is known of its device to the ordered steps that bring a layer up.
+
+Pure: nothing here touches the kernel, so a plan can be printed instead of executed, and every
+refusal that can be foreseen is made before anything exists.
+"""
+
+from guestagent.api import (
+    ByteRange,
+    Device,
+    DroppedOption,
+    LayerSpec,
+    PathDevice,
+    PmemDevice,
+    ScsiDevice,
+    VirtioBlkDevice,
+)
+from guestagent.storage.blockdev import BlockDevice
+from guestagent.storage.devicemapper.targets import Target, linear_target, verity_target
+from guestagent.storage.verity import VerityParameters
+from vsock.errors import CallError
+from vsock.record import Record
+
+__all__ = (
+    "LayerPlan",
+    "LinearStep",
+    "MountStep",
+    "VerityOptions",
+    "VerityStep",
+    "check_range",
+    "device_tag",
+    "dm_names",
+    "plan_layer",
+    "verity_options",
+)
+
+Version = tuple[int, int, int]
+
+#: Options of each preset with the version of the verity target that is sure to have them
+#: (panic_on_error came with Linux 6.12 and no version of its own; 1.10.0 is the next above).
+_PRESETS: dict[str, tuple[tuple[str, Version], ...]] = {
+    "default": (),
+    "strict": (("panic_on_corruption", (1, 7, 0)), ("panic_on_error", (1, 10, 0))),
+    "fast": (("try_verify_in_tasklet", (1, 9, 0)), ("ignore_zero_blocks", (1, 3, 0))),
+}
+#: dm names have at most 127 characters (include/uapi/linux/dm-ioctl.h, DM_NAME_LEN).
+_DM_NAME_MAX = 127
+
+
+class LinearStep(Record):
+    """Map the byte range of a packed device as a device of its own."""
+
+    name: str
+    uuid: str
+    dev: str
+    mapping: ByteRange
+
+    def target(self) -> Target:
+        return linear_target(
+            length_bytes=self.mapping.size_bytes,
+            device=self.dev,
+            offset_bytes=self.mapping.offset_bytes,
+        )
+
+    def describe(self) -> str:
+        return f"create {self.name}: {self.target().line()}"
+
+
+class VerityStep(Record):
+    """Verify what is below; ``dev`` is None when that is the linear device of the same plan."""
+
+    name: str
+    uuid: str
+    dev: str | None
+    hash_dev: str | None
+    parameters: VerityParameters
+    options: tuple[str, ...]
+
+    def target(self, under: str) -> Target:
+        parameters = self.parameters
+        return verity_target(
+            hash_type=parameters.hash_type,
+            data_device=under,
+            hash_device=self.hash_dev or under,
+            data_block_size=parameters.data_block_size_bytes,
+            hash_block_size=parameters.hash_block_size_bytes,
+            data_blocks=parameters.data_blocks,
+            hash_start_block=parameters.hash_start_block,
+            algorithm=parameters.algorithm,
+            root_digest=parameters.root_digest,
+            salt=parameters.salt,
+            options=self.options,
+        )
+
+    def describe(self) -> str:
+        return f"create {self.name}: {self.target(self.dev or 'LINEAR').line()}"
+
+
+class MountStep(Record):
+    """Mount what the steps before have made, or the device itself."""
+
+    target: str
+    filesystem: str
+    options: tuple[str, ...]
+
+    def describe(self) -> str:
+        options = ",".join(("ro", "nodev", "nosuid", *self.options))
+        return f"mount {self.filesystem} on {self.target} ({options})"
+
+
+class LayerPlan(Record):
+    layer_id: str
+    linear: LinearStep | None
+    verity: VerityStep | None
+    mount: MountStep
+
+    def describe(self) -> tuple[str, ...]:
+        """Return one line for each step, in order: what a dry run prints."""
+        steps = (self.linear, self.verity, self.mount)
+        return tuple(step.describe() for step in steps if step is not None)
+
+    @property
+    def dm_names(self) -> tuple[str, ...]:
+        """The device-mapper devices, topmost first: the order in which they can go."""
+        steps = (self.verity, self.linear)
+        return tuple(step.name for step in steps if step is not None)
+
+
+class VerityOptions(Record):
+    """The optional arguments of a verity table, and what was asked for but cannot be had."""
+
+    arguments: tuple[str, ...]
+    dropped: tuple[DroppedOption, ...]
+
+
+def check_range(mapping: ByteRange | None, device: BlockDevice) -> ByteRange:
+    """Return the range that a layer takes of its device: its mapping, or all of it.
+
+    Raises:
+        CallError: ``invalid``, the mapping ends past the device.
+    """
+    if mapping is None:
+        return ByteRange(offset_bytes=0, size_bytes=device.size_bytes)
+    end_bytes = mapping.offset_bytes + mapping.size_bytes
+    if end_bytes > device.size_bytes:
+        raise CallError(
+            "invalid",
+            f"mapping ends at byte {end_bytes}, past {device.node} of {device.size_bytes} bytes",
+            step="device",
+            object="params.mapping",
+        )
+    return mapping
+
+
+def verity_options(preset: str, version: Version, signature_key: str | None) -> VerityOptions:
+    """Choose the optional arguments that the kernel's verity target ``version`` understands."""
+    arguments: list[str] = []
+    dropped: list[DroppedOption] = []
+    for option, since in _PRESETS[preset]:
+        if version >= since:
+            arguments.append(option)
+        else:
+            has, needs = (".".join(map(str, v)) for v in (version, since))
+            reason = f"the kernel's verity target is {has}, this needs {needs}"
+            dropped.append(DroppedOption(option=option, reason=reason))
+    if signature_key is not None:
+        arguments += ["root_hash_sig_key_desc", signature_key]
+    return VerityOptions(arguments=tuple(arguments), dropped=tuple(dropped))
+
+
+def device_tag(device: Device) -> str:
+    """Return the part of a dm name that says which device (names as hcsshim's where it has one)."""
+    match device:
+        case PmemDevice():
+            return f"pmem{device.number}"
+        case ScsiDevice():
+            return f"scsi-contr{device.controller}-lun{device.lun}-p{device.partition}"
+        case VirtioBlkDevice():
+            return f"virtio-blk-{device.serial}"
+        case PathDevice():
+            plain = (c if c.isalnum() or c in "._-" else "_" for c in device.path[len("/dev/") :])
+            return "".join(plain)[-32:]
+
+
+def dm_names(spec: LayerSpec, *, unique: bool) -> tuple[str, str]:
+    """Return the names of the linear and the verity device.
+
+    They are hcsshim's, which two layers on the same range or of the same content would share;
+    ``unique`` names carry the layer's id instead.
+    """
+    tag = device_tag(spec.device)
+    where = f"{spec.mapping.offset_bytes}-{spec.mapping.size_bytes}" if spec.mapping else "whole"
+    root = spec.verity.root_digest.hex() if spec.verity else ""
+    if unique:
+        linear, verity = f"dm-linear-{spec.layer_id}", f"dm-verity-{spec.layer_id}-{root[:16]}"
+    else:
+        linear, verity = f"dm-linear-{tag}-{where}", f"dm-verity-{tag}-{root}"
+    return linear[:_DM_NAME_MAX], verity[:_DM_NAME_MAX]
+
+
+def plan_layer(
+    spec: LayerSpec,
+    device: BlockDevice,
+    *,
+    filesystem: str,
+    names: tuple[str, str],
+    parameters: VerityParameters | None = None,
+    hash_device: BlockDevice | None = None,
+    options: tuple[str, ...] = (),
+) -> LayerPlan:
+    """Order the steps for one layer. ``names`` are those of the linear and the verity device."""
+    linear = None
+    if spec.mapping is not None:
+        linear = LinearStep(
+            name=names[0],
+            uuid=f"guestagent-linear-{spec.layer_id}",
+            dev=device.dev,
+            mapping=spec.mapping,
+        )
+    verity = None
+    if parameters is not None:
+        verity = VerityStep(
+            name=names[1],
+            uuid=f"guestagent-verity-{spec.layer_id}",
+            dev=None if linear else device.dev,
+            hash_dev=hash_device.dev if hash_device else None,
+            parameters=parameters,
+            options=options,
+        )
+    mount = MountStep(target=spec.mount_point, filesystem=filesystem, options=spec.options)
+    return LayerPlan(layer_id=spec.layer_id, linear=linear, verity=verity, mount=mount)

@@ -1,0 +1,43 @@
+"""What the parts of the engine share: the kernel's door, the books, the rules."""
+
+from guestagent.engine.events import EventLog
+from guestagent.engine.faults import Faults
+from guestagent.engine.inventory import Inventory
+from guestagent.engine.journal import Journal
+from guestagent.engine.locks import KeyLocks
+from guestagent.storage.devicemapper.control import Control
+from guestagent.storage.kmsg import KernelLog
+
+__all__ = ("EngineState", "Rules")
+
+from vsock.record import Record
+
+
+class Rules(Record):
+    """What requests may ask for. ``undo_seconds`` bounds the clean-up after a failure."""
+
+    target_root: str = "/run"
+    require_verity: bool = False
+    undo_seconds: float = 10.0
+    parallel: int = 8
+
+
+class EngineState:
+    """Opened once for the life of an engine; ``close()`` frees descriptors and leaves the kernel's
+    state as it is."""
+
+    def __init__(self, *, state_directory: str, rules: Rules, faults: Faults) -> None:
+        self.rules = rules
+        self.faults = faults
+        self.journal = Journal(state_directory)
+        self.events = EventLog(self.journal)
+        self.inventory = Inventory()
+        self.locks = KeyLocks()
+        self.kernel_log = KernelLog()
+        self.control = Control()
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.control.close()
+        self.kernel_log.close()
+        self.events.close()

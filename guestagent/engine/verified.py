@@ -1,0 +1,176 @@
+"""The verity half of a layer: where its parameters come from, and the proofs before and after.
+
+dm-verity alone accepts a wrong root digest at load and tells only when something is read. So the
+top of the hash tree is checked against the digest before any device exists, one block is read
+through the verity device before it is mounted, and the status is read back after.
+"""
+
+import os
+
+from guestagent.api import ByteRange, LayerSpec, Verity
+from guestagent.engine.operation import Operation
+from guestagent.engine.plan import VerityOptions, Version, verity_options
+from guestagent.storage.blockdev import BlockDevice
+from guestagent.storage.filesystems import claimed_size
+from guestagent.storage.verity import (
+    SUPERBLOCK_BYTES,
+    Superblock,
+    VerityParameters,
+    check_kernel_limits,
+    check_tree_spine,
+    resolve,
+)
+from vsock.errors import CallError
+from vsock.record import Record
+
+__all__ = ("Reader", "VerifiedParameters", "prove_first_block", "read_parameters")
+
+_PROOF_BYTES = 4096
+
+
+class VerifiedParameters(Record):
+    """Parameters whose root has been checked; ``source`` is request, superblock or both."""
+
+    parameters: VerityParameters
+    source: str
+    options: VerityOptions
+
+
+class Reader:
+    """Reads a range of a block device, never past its end. A context manager."""
+
+    def __init__(self, device: BlockDevice, area: ByteRange) -> None:
+        self.node = device.node
+        self._area = area
+        self._fd = os.open(device.node, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def read_at(self, offset_bytes: int, size_bytes: int) -> bytes:
+        """Return what is there, fewer bytes than asked at the end of the range."""
+        size_bytes = min(size_bytes, self._area.size_bytes - offset_bytes)
+        if offset_bytes < 0 or size_bytes <= 0:
+            return b""
+        return os.pread(self._fd, size_bytes, self._area.offset_bytes + offset_bytes)
+
+
+def read_parameters(
+    spec: LayerSpec,
+    verity: Verity,
+    device: BlockDevice,
+    area: ByteRange,
+    hash_device: BlockDevice | None,
+    target_version: Version,
+    op: Operation,
+) -> VerifiedParameters:
+    """Bring request and superblock together and check the tree's root, before anything is made.
+
+    Raises:
+        CallError: ``integrity``, the tree or the superblock is not what the request says;
+            ``invalid`` or ``unsupported``, it could never be mapped.
+    """
+    with op.step("superblock", device.node), Reader(device, area) as data:
+        if hash_device is None:
+            return _read_with(spec, verity, device, data, data, target_version)
+        hash_area = ByteRange(offset_bytes=0, size_bytes=hash_device.size_bytes)
+        with Reader(hash_device, hash_area) as hashes:
+            return _read_with(spec, verity, device, data, hashes, target_version)
+
+
+def _read_with(
+    spec: LayerSpec,
+    verity: Verity,
+    device: BlockDevice,
+    data: Reader,
+    hashes: Reader,
+    target_version: Version,
+) -> VerifiedParameters:
+    hash_offset_bytes = _hash_offset(verity, data, hashes)
+    superblock = _superblock(verity, hashes, hash_offset_bytes)
+    parameters = resolve(
+        root_digest=verity.root_digest,
+        salt=verity.salt,
+        algorithm=verity.algorithm,
+        hash_type=verity.hash_type,
+        data_blocks=verity.data_blocks,
+        data_block_size=verity.data_block_size,
+        hash_block_size=verity.hash_block_size,
+        hash_offset_bytes=hash_offset_bytes,
+        superblock=superblock,
+    )
+    if parameters.algorithm == "sha1" and not verity.allow_sha1:
+        raise CallError(
+            "denied",
+            f"layer {spec.layer_id!r} is hashed with sha1, which is no proof any more",
+            step="superblock",
+            object="params.verity.algorithm",
+            hint="hash the layer again with sha256, or say allow_sha1",
+        )
+    check_kernel_limits(
+        parameters,
+        page_size_bytes=os.sysconf("SC_PAGE_SIZE"),
+        logical_block_size_bytes=device.logical_block_size,
+    )
+    separate = None if hashes is data else hashes.read_at
+    check_tree_spine(parameters, data.read_at, read_hash_at=separate)
+    given = verity.salt is not None and verity.data_blocks is not None
+    source = "request" if superblock is None else "both" if given else "superblock"
+    return VerifiedParameters(
+        parameters=parameters,
+        source=source,
+        options=verity_options(verity.preset, target_version, None),
+    )
+
+
+def _hash_offset(verity: Verity, data: Reader, hashes: Reader) -> int:
+    """Find the hash area where the request does not say: behind the file system, as hcsshim lays it
+    out, or at the start of a device of its own. What is found there must still prove itself."""
+    if verity.hash_offset_bytes is not None:
+        return verity.hash_offset_bytes
+    if hashes is not data:
+        return 0
+    block = verity.data_block_size or 4096
+    if verity.data_blocks is not None:
+        return verity.data_blocks * block
+    size_bytes = claimed_size(data.read_at)
+    if size_bytes is None:
+        raise CallError(
+            "invalid",
+            f"cannot find the hash area of {data.node}: no known file system is on it",
+            step="superblock",
+            object="params.verity.hash_offset_bytes",
+            hint="say hash_offset_bytes or data_blocks",
+        )
+    return -(-size_bytes // block) * block
+
+
+def _superblock(verity: Verity, hashes: Reader, offset_bytes: int) -> Superblock | None:
+    if not verity.superblock:
+        return None
+    raw = hashes.read_at(offset_bytes, SUPERBLOCK_BYTES)
+    try:
+        return Superblock.parse(raw)
+    except ValueError as problem:
+        raise CallError(
+            "integrity",
+            f"no valid verity superblock at byte {offset_bytes} of {hashes.node}: {problem}",
+            step="superblock",
+            object=hashes.node,
+        ) from None
+
+
+def prove_first_block(node: str) -> None:
+    """Read through the verity device, past the page cache of what is below it.
+
+    Raises:
+        OSError: EIO, the block did not verify.
+    """
+    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.pread(fd, _PROOF_BYTES, 0)
+    finally:
+        os.close(fd)
