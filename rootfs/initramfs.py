@@ -46,7 +46,8 @@ LOAD_ORDER = "lib/modules/load-order"
 _GUEST_PACKAGES = ("vsock", "guestagent")
 _PYTHON_DIR = f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
 _KEPT_IN_CACHE = 12
-_FORMAT = 1  # part of the cache key: raise it when this module builds differently
+#: The code that decides the bytes of an image, which are part of its key in the cache.
+_BUILDERS = ("initramfs.py", "cpio.py", "elf.py", "bytecode.py")
 
 
 #: Commands that compress standard input as the kernel unpacks it, reproducibly.
@@ -267,8 +268,10 @@ def _directories() -> list[CpioEntry]:
 def _key(spec: InitramfsSpec, items: list[_Item]) -> str:
     """Digest all that decides the bytes of the image."""
     digest = hashlib.sha256()
-    settings = (_FORMAT, sys.version, spec.compression, spec.optimize, spec.kernel.version)
+    settings = (sys.version, spec.compression, spec.optimize, spec.kernel.version)
     digest.update(repr(settings).encode())
+    for name in _BUILDERS:
+        digest.update(hashlib.sha256(Path(__file__).with_name(name).read_bytes()).digest())
     for item in items:
         digest.update(repr((item.path, item.permissions)).encode())
         digest.update(hashlib.sha256(item.read()).digest())
