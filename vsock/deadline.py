@@ -15,6 +15,9 @@ from vsock.errors import CallError
 
 __all__ = ("Deadline",)
 
+#: poll(2) counts milliseconds in an int; a longer wait is several polls.
+_MAX_POLL_MS = 2**31 - 1
+
 
 class Deadline:
     """A point in monotonic time, and a flag that ends the wait early.
@@ -32,7 +35,7 @@ class Deadline:
 
     def remaining(self) -> float | None:
         """Return the seconds left, 0.0 when past, None when unlimited."""
-        return None if self._at is None else max(0.0, self._at - time.monotonic())
+        return _until(self._at)
 
     @property
     def expired(self) -> bool:
@@ -56,10 +59,18 @@ class Deadline:
         if self.expired:
             raise CallError("timeout", f"deadline passed while: {step}", step=step)
 
-    def wait(self, readable: Iterable[int], step: str, *, at_most: float | None = None) -> list[int]:
-        """Wait until one of the descriptors is readable; return those that are.
+    def wait(
+        self,
+        readable: Iterable[int],
+        step: str,
+        *,
+        writable: Iterable[int] = (),
+        at_most: float | None = None,
+    ) -> list[int]:
+        """Wait until one of the descriptors is readable, or writable; return those that are.
 
-        Returns an empty list only when ``at_most`` seconds pass first.
+        A descriptor in error or hung up counts as ready. Returns an empty list only when
+        ``at_most`` seconds pass first.
 
         Raises:
             CallError: ``timeout`` or ``cancelled``, with ``step``.
@@ -67,12 +78,21 @@ class Deadline:
         poller = select.poll()
         for fd in readable:
             poller.register(fd, select.POLLIN | select.POLLPRI)
+        for fd in writable:
+            poller.register(fd, select.POLLOUT)
         wake_fd = self._wake_fd()
         poller.register(wake_fd, select.POLLIN)
-        self.check(step)
-        bounds = [s for s in (self.remaining(), at_most) if s is not None]
-        ready = poller.poll(min(bounds) * 1000 if bounds else None)
-        fds = [fd for fd, _ in ready if fd != wake_fd]
+        ends_at = None if at_most is None else time.monotonic() + at_most
+        while True:
+            self.check(step)
+            bounds = [s for s in (self.remaining(), _until(ends_at)) if s is not None]
+            timeout_ms = min(bounds) * 1000 if bounds else None
+            if timeout_ms is not None:
+                timeout_ms = min(timeout_ms, _MAX_POLL_MS)
+            ready = poller.poll(timeout_ms)
+            fds = [fd for fd, _ in ready if fd != wake_fd]
+            if fds or _until(ends_at) == 0.0:
+                break
         if not fds:
             self.check(step)
         return fds
@@ -89,3 +109,7 @@ class Deadline:
             if self._event_fd is None:
                 self._event_fd = os.eventfd(1 if self._cancelled else 0, os.EFD_CLOEXEC)
             return self._event_fd
+
+
+def _until(at: float | None) -> float | None:
+    return None if at is None else max(0.0, at - time.monotonic())

@@ -1,0 +1,386 @@
+"""A MessagePack-RPC client: calls from any thread, many at once, on one connection.
+
+One thread reads and hands each answer to whoever waits for it; another runs the callbacks for
+notifications, so that a callback may call back into the client.
+"""
+
+import contextlib
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Self
+
+from vsock.address import Address, parse_address
+from vsock.connect import connect
+from vsock.deadline import Deadline
+from vsock.errors import CallError, ConnectionClosed, LocalProtocolError
+from vsock.rpc import (
+    ERROR_METHOD,
+    MAX_MSGID,
+    Decoder,
+    Limits,
+    Malformed,
+    Message,
+    Notification,
+    Request,
+    Response,
+    encode_notification,
+    encode_request,
+    encode_response,
+)
+
+__all__ = ("Client", "ClosedHandleError", "NotificationCallback", "PendingCall")
+
+log = logging.getLogger(__name__)
+
+_READ_BYTES = 256 * 1024
+#: What a peer may owe us in reading before a call gives up on sending.
+_SEND_SECONDS = 30.0
+#: Beyond the deadline of a call, how long its answer may be on its way.
+_MARGIN_SECONDS = 5.0
+#: Notifications that wait for their callback; past either bound the oldest are dropped.
+_MAX_WAITING = 4096
+_MAX_WAITING_BYTES = 16 * 1024 * 1024
+
+#: Gets the method and the params of a notification.
+NotificationCallback = Callable[[str, dict[str, object]], None]
+
+
+class ClosedHandleError(ConnectionClosed):
+    """The client has been closed on this side; nothing was sent."""
+
+
+class PendingCall:
+    """A call whose answer is on its way."""
+
+    def __init__(self, client: "Client", msgid: int, method: str) -> None:
+        self.msgid = msgid
+        self.method = method
+        self._client = client
+        self._done = threading.Event()
+        self._result: object = None
+        self._error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def result(self, timeout_seconds: float | None = None) -> object:
+        """Wait for the answer and return its result. May be called again, and by many threads.
+
+        Raises:
+            CallError: what the peer answered; or ``timeout`` if ``timeout_seconds`` passed first.
+                The peer may then still be at work; a late answer is dropped.
+            ConnectionClosed: no answer will come.
+        """
+        if not self._done.wait(timeout_seconds):
+            self._client._forget(self.msgid)
+            self._settle(
+                CallError(
+                    "timeout",
+                    f"no answer to {self.method} within {timeout_seconds:g} s",
+                    step=f"wait for the answer to {self.method}",
+                ),
+                None,
+            )
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def cancel(self) -> None:
+        """Ask the peer to stop; the call then ends as ``cancelled``, or as it ended meanwhile.
+
+        Raises:
+            ConnectionClosed: the peer cannot be asked any more.
+        """
+        if not self.done:
+            self._client._cancel(self.msgid)
+
+    def _settle(self, error: Exception | None, result: object) -> None:
+        # an answer and a timeout may meet here; the first one counts
+        with self._client._lock:
+            if not self._done.is_set():
+                self._error, self._result = error, result
+                self._done.set()
+
+
+class Client:
+    """A connection to a server. A context manager; every method may be called from any thread."""
+
+    def __init__(
+        self,
+        address: "str | Address",
+        *,
+        connect_seconds: float = 10.0,
+        limits: Limits | None = None,
+        on_notification: NotificationCallback | None = None,
+        cancel_method: str = "agent.cancel",
+    ) -> None:
+        """Connect, trying again for ``connect_seconds`` while nobody is there yet.
+
+        ``on_notification`` runs on a thread of its own, one notification at a time.
+
+        Raises:
+            ValueError: the address is not one.
+            ConnectionClosed: nobody answered in time, or access is denied.
+        """
+        self.address = parse_address(address) if isinstance(address, str) else address
+        self._limits = limits or Limits()
+        self._on_notification = on_notification
+        self._cancel_method = cancel_method
+        self._lock = threading.Lock()
+        self._send_lock = threading.Lock()
+        self._pending: dict[int, PendingCall] = {}
+        self._msgids = itertools.count(1)
+        self._closed = False
+        self._over: ConnectionClosed | None = None
+        self._complaint: CallError | None = None
+        self._ended = Deadline(None)
+        self._inbox = _Inbox()
+        self._stream = connect(self.address, connect_seconds)
+        self._reader = threading.Thread(target=self._read, name="rpc-reader", daemon=True)
+        self._reader.start()
+        self._dispatcher: threading.Thread | None = None
+        if on_notification is not None:
+            self._dispatcher = threading.Thread(
+                target=self._dispatch, args=(on_notification,), name="rpc-events", daemon=True
+            )
+            self._dispatcher.start()
+
+    @property
+    def closed(self) -> bool:
+        """True once no call can succeed any more."""
+        return self._closed or self._over is not None
+
+    @property
+    def dropped_notifications(self) -> int:
+        """How many notifications were dropped because callbacks did not keep up."""
+        return self._inbox.dropped
+
+    def call(
+        self,
+        method: str,
+        params: Mapping[str, object] | None = None,
+        *,
+        deadline_ms: int | None = None,
+        timeout_seconds: float | None = None,
+    ) -> object:
+        """Call ``method`` and return its result.
+
+        ``deadline_ms`` is the peer's, which then answers ``timeout``; ``timeout_seconds`` is ours,
+        by default a little more than the peer's, and unlimited without.
+
+        Raises:
+            CallError: the peer's answer; or ``timeout`` when ours passed.
+            ConnectionClosed: the connection ended before the answer.
+            LocalProtocolError: the request cannot be sent.
+        """
+        if timeout_seconds is None and deadline_ms is not None:
+            timeout_seconds = deadline_ms / 1000 + _MARGIN_SECONDS
+        return self.start_call(method, params, deadline_ms=deadline_ms).result(timeout_seconds)
+
+    def start_call(
+        self,
+        method: str,
+        params: Mapping[str, object] | None = None,
+        *,
+        deadline_ms: int | None = None,
+    ) -> PendingCall:
+        """Send a request; its answer is awaited by ``result`` of what is returned.
+
+        Raises:
+            ConnectionClosed: the connection has ended.
+            LocalProtocolError: the request cannot be sent.
+        """
+        if deadline_ms is not None:
+            params = {**(params or {}), "deadline_ms": deadline_ms}
+        with self._lock:
+            self._check_open()
+            msgid = next(self._msgids) & MAX_MSGID
+            while msgid in self._pending:
+                msgid = next(self._msgids) & MAX_MSGID
+            pending = self._pending[msgid] = PendingCall(self, msgid, method)
+        try:
+            self._send(encode_request(msgid, method, params))
+        except BaseException:
+            self._forget(msgid)
+            raise
+        return pending
+
+    def notify(self, method: str, params: Mapping[str, object] | None = None) -> None:
+        """Send a notification.
+
+        Raises:
+            ConnectionClosed: the connection has ended.
+            LocalProtocolError: the notification cannot be sent.
+        """
+        with self._lock:
+            self._check_open()
+        self._send(encode_notification(method, params))
+
+    def close(self) -> None:
+        """End the connection; every pending call fails. Idempotent."""
+        with self._lock:
+            self._closed = True
+        self._ended.cancel()
+        self._inbox.close()
+        for thread in (self._reader, self._dispatcher):
+            if thread is not None and thread is not threading.current_thread():
+                thread.join()
+        with self._send_lock:
+            self._stream.close()
+        self._ended.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedHandleError(f"the client of {self.address} is closed")
+        if self._over is not None:
+            raise ConnectionClosed(str(self._over))
+
+    def _send(self, data: bytes) -> None:
+        if len(data) > self._limits.max_request_bytes:
+            raise LocalProtocolError(
+                f"a message of {len(data)} bytes is over {self._limits.max_request_bytes}"
+            )
+        with self._send_lock:
+            try:
+                taken = self._stream.send(data)
+            except BlockingIOError:
+                taken = 0
+            except OSError as error:
+                raise self._broken(error) from error
+            if taken < len(data):
+                self._send_rest(memoryview(data)[taken:])
+
+    def _send_rest(self, rest: memoryview) -> None:
+        deadline = Deadline(_SEND_SECONDS)
+        try:
+            self._stream.sendall(rest, deadline)
+        except (CallError, OSError) as error:
+            # half a message is out: no other may follow it
+            raise self._broken(error) from error
+        finally:
+            deadline.close()
+
+    def _broken(self, error: Exception) -> ConnectionClosed:
+        if self._closed:
+            return ClosedHandleError(f"the client of {self.address} is closed")
+        self._ended.cancel()
+        return ConnectionClosed(f"cannot send to {self.address}: {error}")
+
+    def _cancel(self, msgid: int) -> None:
+        self.start_call(self._cancel_method, {"msgid": msgid})
+
+    def _forget(self, msgid: int) -> None:
+        with self._lock:
+            self._pending.pop(msgid, None)
+
+    def _read(self) -> None:
+        """Read until the connection ends; then fail whatever is pending."""
+        decoder = Decoder(self._limits, max_message_bytes=self._limits.max_reply_bytes)
+        why = "the peer closed the connection"
+        try:
+            while data := self._receive():
+                for message in decoder.feed(data):
+                    self._take(message)
+        except CallError:
+            why = "the client was closed" if self._closed else "sending failed"
+        except (OSError, ConnectionClosed) as error:
+            why = str(error)
+        if self._complaint is not None:
+            why = f"{why}, after {self._complaint}"
+        kind = ClosedHandleError if self._closed else ConnectionClosed
+        over = kind(f"connection to {self.address} ended: {why}")
+        with self._lock:
+            self._over = over
+            pending, self._pending = list(self._pending.values()), {}
+        for call in pending:
+            call._settle(kind(f"{over} (before the answer to {call.method})"), None)
+        self._inbox.close()
+
+    def _receive(self) -> bytes:
+        while True:
+            self._ended.wait((self._stream.fileno(),), "read")
+            with contextlib.suppress(BlockingIOError):
+                return self._stream.recv(_READ_BYTES)
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Response):
+            error = None if message.error is None else CallError.from_wire(message.error)
+            self._answer(message.msgid, error, message.result)
+        elif isinstance(message, Notification):
+            self._notified(message)
+        elif isinstance(message, Request):
+            refusal = CallError("unsupported", "this side answers no requests", step="take message")
+            self._send(encode_response(message.msgid, refusal.to_wire(), None, self._limits))
+        else:
+            self._malformed(message)
+
+    def _answer(self, msgid: int, error: CallError | None, result: object) -> None:
+        with self._lock:
+            call = self._pending.pop(msgid, None)
+        if call is None:
+            log.debug("answer to msgid %d, which nobody waits for", msgid)
+        else:
+            call._settle(error, result)
+
+    def _notified(self, message: Notification) -> None:
+        if message.method == ERROR_METHOD:
+            self._complaint = CallError.from_wire(message.params)
+            log.warning("%s complains: %s", self.address, self._complaint)
+        if self._on_notification is not None:
+            self._inbox.put(message)
+
+    def _malformed(self, message: Malformed) -> None:
+        log.warning("%s sent what is no message: %s", self.address, message.error)
+        if message.kind == "response" and message.msgid is not None:
+            self._answer(message.msgid, message.error, None)
+        if message.fatal:
+            raise ConnectionClosed(str(message.error))
+
+    def _dispatch(self, callback: NotificationCallback) -> None:
+        while (message := self._inbox.get()) is not None:
+            callback(message.method, message.params)
+
+
+class _Inbox:
+    """Notifications on their way to the callback, within bounds."""
+
+    def __init__(self) -> None:
+        self._ready = threading.Condition()
+        self._waiting: deque[Notification] = deque()
+        self._waiting_bytes = 0
+        self._closed = False
+        self.dropped = 0
+
+    def put(self, message: Notification) -> None:
+        with self._ready:
+            self._waiting.append(message)
+            self._waiting_bytes += message.size_bytes
+            while len(self._waiting) > _MAX_WAITING or self._waiting_bytes > _MAX_WAITING_BYTES:
+                self._waiting_bytes -= self._waiting.popleft().size_bytes
+                self.dropped += 1
+            self._ready.notify()
+
+    def get(self) -> Notification | None:
+        """Return the next; None when there is none and will be none."""
+        with self._ready:
+            self._ready.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return None
+            message = self._waiting.popleft()
+            self._waiting_bytes -= message.size_bytes
+            return message
+
+    def close(self) -> None:
+        with self._ready:
+            self._closed = True
+            self._ready.notify_all()

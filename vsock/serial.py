@@ -1,0 +1,164 @@
+"""One byte stream over a character device: a virtio-serial port, or a tty.
+
+A device has no connections. Its stream starts when the other side is there and ends when that
+hangs up; the listener then opens the device anew, and yields the next stream in its time.
+"""
+
+import errno
+import os
+import select
+import stat
+from collections.abc import Callable
+
+from vsock.address import SerialAddress
+from vsock.stream import MAX_WRITE_BYTES, Listener, Stream
+
+__all__ = ("SerialListener", "SerialStream", "open_serial")
+
+
+class SerialStream(Stream):
+    """A stream over the descriptor of a character device."""
+
+    point_to_point = True
+
+    def __init__(self, fd: int, peer: str, on_close: "Callable[[], None] | None" = None) -> None:
+        """Take over ``fd``; ``on_close`` is called once, after it has been closed."""
+        self._fd = fd
+        self.peer = peer
+        self._on_close = on_close
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def recv(self, max_bytes: int) -> bytes:
+        try:
+            return os.read(self._fd, max_bytes)
+        except OSError as error:
+            if error.errno == errno.EIO:  # how a tty says that it was hung up
+                return b""
+            raise
+
+    def send(self, data: "bytes | memoryview") -> int:
+        blocking = os.get_blocking(self._fd)
+        if blocking:
+            os.set_blocking(self._fd, False)
+        try:
+            return os.write(self._fd, memoryview(data)[:MAX_WRITE_BYTES])
+        finally:
+            if blocking:
+                os.set_blocking(self._fd, True)
+
+    def shutdown_write(self) -> None:
+        raise OSError(errno.EOPNOTSUPP, "a serial device has no half-close", self.peer)
+
+    def setblocking(self, blocking: bool) -> None:
+        os.set_blocking(self._fd, blocking)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        os.close(fd)
+        if self._on_close is not None:
+            self._on_close()
+
+
+class SerialListener(Listener):
+    """Yields the one stream of a device, again and again.
+
+    ``fileno`` is an epoll descriptor that watches the device by edges: a port whose host side is
+    away is hung up all the time, and only the change is news.
+    """
+
+    def __init__(self, address: SerialAddress) -> None:
+        self.address = address
+        self._serial = address
+        self._device_fd = -1
+        self._failure: OSError | None = None
+        self._epoll = select.epoll()
+        self._failure_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._failure_fd, select.EPOLLIN)
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        return -1 if self._epoll.closed else self._epoll.fileno()
+
+    def accept(self) -> Stream:
+        if self._failure is not None:
+            raise self._failure
+        if self._device_fd < 0:
+            raise BlockingIOError(errno.EAGAIN, "the stream is in use", str(self.address))
+        ready = dict(self._epoll.poll(0)).get(self._device_fd, 0)
+        if not ready or ready & (select.EPOLLHUP | select.EPOLLERR):
+            raise BlockingIOError(errno.EAGAIN, "nobody is there", str(self.address))
+        fd, self._device_fd = self._device_fd, -1
+        self._epoll.unregister(fd)
+        return SerialStream(fd, str(self.address), self._reopen)
+
+    def close(self) -> None:
+        if self._epoll.closed:
+            return
+        self._epoll.close()
+        os.close(self._failure_fd)
+        if self._device_fd >= 0:
+            os.close(self._device_fd)
+            self._device_fd = -1
+
+    def _open(self) -> None:
+        self._device_fd = _open_device(self._serial)
+        self._epoll.register(self._device_fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+
+    def _reopen(self) -> None:
+        if self._epoll.closed:
+            return
+        try:
+            self._open()
+        except OSError as error:
+            # the next accept() reports it
+            self._failure = error
+            os.eventfd_write(self._failure_fd, 1)
+
+
+def open_serial(address: SerialAddress) -> SerialStream:
+    """Open the device as a blocking stream.
+
+    Raises:
+        OSError: with errno and the path; EBUSY if a virtio-serial port is in use.
+    """
+    fd = _open_device(address)
+    os.set_blocking(fd, True)
+    return SerialStream(fd, str(address))
+
+
+def _open_device(address: SerialAddress) -> int:
+    """Return a non-blocking descriptor; the caller owns it."""
+    fd = os.open(address.path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISCHR(os.fstat(fd).st_mode):
+            raise OSError(errno.ENODEV, "not a character device", address.path)
+        if os.isatty(fd):
+            _make_raw(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _make_raw(fd: int) -> None:
+    """Take every byte as it is: a line discipline would echo, translate and kill."""
+    import termios
+
+    iflag, oflag, cflag, lflag, ispeed, ospeed, cc = termios.tcgetattr(fd)
+    iflag &= ~(
+        termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP | termios.INLCR
+        | termios.IGNCR | termios.ICRNL | termios.IXON | termios.IXOFF | termios.INPCK
+    )  # fmt: skip
+    oflag &= ~termios.OPOST
+    lflag &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
+    cflag = cflag & ~(termios.CSIZE | termios.PARENB) | termios.CS8 | termios.CLOCAL
+    cc[termios.VMIN], cc[termios.VTIME] = 1, 0
+    termios.tcsetattr(fd, termios.TCSANOW, [iflag, oflag, cflag, lflag, ispeed, ospeed, cc])

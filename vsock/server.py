@@ -1,0 +1,470 @@
+"""A MessagePack-RPC server: one thread for all connections, others for what takes time.
+
+The thread of ``serve_forever`` accepts, reads, decodes, and runs the methods named in ``quick``
+in place, because a hand-over costs more than such a method. Every other request goes to a worker
+thread. Nobody waits for a peer: an answer is written at once as far as it fits, the rest when the
+peer reads, and a peer that does not read is cut off.
+
+What a peer may count on:
+
+- Each request is answered once. A malformed one is answered too, and the connection lives; only
+  bytes that are not MessagePack at all end it. Where no msgid can be read, the answer is the
+  notification ``rpc.error`` with the error map.
+- The connection above ``max_connections`` gets ``rpc.error`` with code ``resource`` and is closed.
+- Who sends no whole message for ``hello_seconds``, has said no hello and waits for no answer is
+  closed. That does not hold on a serial line or a stream that we dialled: nobody else wants those.
+- Half-close is honoured: what is in flight is answered, then the connection is closed.
+- A request in flight outlives its connection unless its handler set ``cancel_on_disconnect``.
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from vsock.connection import Call, Connection, Outcome
+from vsock.errors import CallError
+from vsock.rpc import (
+    ERROR_METHOD,
+    Limits,
+    Malformed,
+    Message,
+    Notification,
+    Request,
+    encode_notification,
+)
+from vsock.stream import Listener, Stream
+from vsock.workers import Workers
+
+__all__ = ("Call", "Connection", "Outcome", "Server")
+
+_READ_BYTES = 64 * 1024
+#: Above this much to send, nothing more is read from that peer.
+_PAUSE_BYTES = 256 * 1024
+#: A peer that takes nothing for this long is cut off.
+_STALL_SECONDS = 30.0
+#: How long accepting rests when the process has no descriptor left.
+_ACCEPT_REST_SECONDS = 0.5
+#: What cancelled requests get for undoing what they made, when the server stops.
+_UNDO_SECONDS = 5.0
+#: Requests in flight, all connections together, may hold this many times one request's limit.
+_IN_FLIGHT_REQUESTS = 16
+
+Handler = Callable[[Call], Outcome]
+NotificationHandler = Callable[[Connection, Notification], None]
+
+
+class Server:
+    """Serves ``handler`` on any number of listeners and streams.
+
+    ``handler`` may raise CallError and nothing else. It is called from many threads, and for the
+    methods in ``quick`` on the thread of the server, where it must not block. ``on_notification``
+    is called there too; without it, notifications are refused.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        limits: Limits | None = None,
+        quick: frozenset[str] = frozenset(),
+        max_connections: int = 64,
+        max_in_flight: int = 256,
+        workers: int = 16,
+        hello_seconds: float | None = 10.0,
+        on_notification: NotificationHandler | None = None,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        """``report`` takes one line for each thing that a person may want to know of."""
+        self._handler = handler
+        self._limits = limits or Limits()
+        self._quick = quick
+        self._max_connections = max_connections
+        self._max_in_flight = max_in_flight
+        self._hello_seconds = hello_seconds
+        self._on_notification = on_notification
+        self._report = report or _discard
+        self._workers = Workers(workers)
+        self._calls: set[Call] = set()
+        self._waiting: list[Call] = []  # handed to the workers, while all of those were busy
+        self._call_bytes = 0
+        self._books = threading.Lock()
+        self._epoll = select.epoll()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._new: deque[Listener | Stream] = deque()
+        self._attention: deque[Connection] = deque()
+        self._listeners: dict[int, Listener] = {}
+        self._connections: dict[int, Connection] = {}
+        self._events: dict[int, int] = {}
+        self._accept_at: float | None = None
+        self._look_at: float | None = None
+        self._stop_at: float | None = None
+        self._closed = False
+        # reentrant, because a signal handler may call stop() on top of any of our own calls
+        self._wake_lock = threading.RLock()
+
+    def add_listener(self, listener: Listener) -> None:
+        """Serve who connects to ``listener``, which the server takes over. From any thread."""
+        self._new.append(listener)
+        self._wake()
+
+    def add_stream(self, stream: Stream) -> None:
+        """Serve a connected stream, which the server takes over. From any thread."""
+        self._new.append(stream)
+        self._wake()
+
+    def stop(self, grace_seconds: float = 5.0) -> None:
+        """Have ``serve_forever`` return.
+
+        New requests are refused from now on. Those in flight get ``grace_seconds``, are then
+        cancelled, and get a few seconds to undo. From any thread, and from a signal handler.
+        """
+        if self._stop_at is None:
+            self._stop_at = time.monotonic() + grace_seconds
+        self._wake()
+
+    def broadcast(self, method: str, params: Mapping[str, object] | None = None) -> int:
+        """Notify every peer that has said hello; return how many of them keep up and got it.
+
+        Raises:
+            LocalProtocolError: the parameters have no place in MessagePack.
+        """
+        data = encode_notification(method, params)
+        peers = [peer for peer in list(self._connections.values()) if peer.said_hello]
+        return sum(peer.send_notification(data) for peer in peers)
+
+    def serve_forever(self) -> None:
+        """Serve until ``stop``. Everything is closed on return."""
+        try:
+            while self._stop_at is None:
+                self._turn()
+            self._finish()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close every listener and connection. For a server that is not running. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._close_listeners()
+        for connection in list(self._connections.values()):
+            self._drop(connection, "the server ends")
+        while self._new:
+            self._new.popleft().close()
+        self._workers.close(0.0)
+        self._epoll.close()
+        with self._wake_lock:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
+
+    def _finish(self) -> None:
+        """Let what is in flight come to an end, then make it."""
+        assert self._stop_at is not None
+        self._close_listeners()
+        self._turn_until(self._stop_at)
+        for call in list(self._calls):
+            call.connection.cancel(call.msgid)
+            call.deadline.cancel()
+        self._turn_until(time.monotonic() + _UNDO_SECONDS)
+
+    def _turn_until(self, at: float) -> None:
+        while time.monotonic() < at and not self._at_rest():
+            self._turn(at)
+
+    def _at_rest(self) -> bool:
+        return not self._calls and all(peer.idle for peer in self._connections.values())
+
+    def _turn(self, until: float | None = None) -> None:
+        """Wait for something to happen, and see to it."""
+        times = [at for at in (until, self._accept_at, self._look_at) if at is not None]
+        seconds = max(0.0, min(times) - time.monotonic()) if times else None
+        for fd, events in self._epoll.poll(seconds):
+            connection = self._connections.get(fd)
+            if connection is not None:
+                self._serve(connection, events)
+            elif fd in self._listeners:
+                self._accept(self._listeners[fd])
+            elif fd == self._wake_fd:
+                self._woken()
+        if times and time.monotonic() >= min(times):
+            self._look_around()
+
+    def _wake(self) -> None:
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def _attend(self, connection: Connection) -> None:
+        self._attention.append(connection)
+        self._wake()
+
+    def _woken(self) -> None:
+        os.eventfd_read(self._wake_fd)
+        while self._new:
+            new = self._new.popleft()
+            if self._stop_at is not None:
+                new.close()
+            elif isinstance(new, Listener):
+                self._listeners[new.fileno()] = new
+                self._epoll.register(new.fileno(), select.EPOLLIN)
+            else:
+                self._connect(new, must_introduce=False)
+        while self._attention:
+            self._settle(self._attention.popleft())
+
+    def _accept(self, listener: Listener) -> None:
+        try:
+            stream = listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ECONNABORTED:
+                self._report(f"cannot accept on {listener.address}: {error}")
+                self._rest_from_accepting()
+            return
+        if len(self._connections) < self._max_connections:
+            self._connect(stream, must_introduce=not stream.point_to_point)
+            return
+        self._report(f"refused {stream.peer}: {self._max_connections} connections are open")
+        error_map = CallError(
+            "resource", f"{self._max_connections} connections are open", step="accept connection"
+        ).to_wire()
+        # a peer that has gone already needs no answer
+        with stream, contextlib.suppress(OSError):
+            stream.send(encode_notification(ERROR_METHOD, error_map))
+
+    def _rest_from_accepting(self) -> None:
+        """Look away from the listeners, which stay ready while nothing can be accepted."""
+        if self._accept_at is None:
+            self._accept_at = time.monotonic() + _ACCEPT_REST_SECONDS
+            for fd in self._listeners:
+                self._epoll.unregister(fd)
+
+    def _connect(self, stream: Stream, *, must_introduce: bool) -> None:
+        stream.setblocking(False)
+        connection = Connection(
+            stream,
+            self._limits,
+            max_in_flight=self._max_in_flight,
+            must_introduce=must_introduce and self._hello_seconds is not None,
+            attend=self._attend,
+        )
+        self._connections[stream.fileno()] = connection
+        if connection.must_introduce and self._hello_seconds is not None:
+            self._look_by(connection.heard_at + self._hello_seconds)
+        self._settle(connection)
+
+    def _serve(self, connection: Connection, events: int) -> None:
+        broken = events & (select.EPOLLHUP | select.EPOLLERR)
+        try:
+            if connection.outbox.pending_bytes and (broken or events & select.EPOLLOUT):
+                connection.outbox.flush()
+            if not connection.read_ended and (broken or events & select.EPOLLIN):
+                self._read(connection)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._drop(connection, str(error))
+            return
+        self._settle(connection)
+
+    def _read(self, connection: Connection) -> None:
+        data = connection.stream.recv(_READ_BYTES)
+        if not data:
+            connection.end_of_input()
+            return
+        messages = connection.decoder.feed(data)
+        if messages:
+            connection.heard_at = time.monotonic()
+        for message in messages:
+            self._take(connection, message)
+
+    def _settle(self, connection: Connection) -> None:
+        """End the connection if its time has come, else wait for what it waits for."""
+        if connection.closed:
+            return
+        if connection.doom is not None:
+            self._drop(connection, connection.doom)
+            return
+        if connection.read_ended and connection.idle:
+            self._drop(connection, "the peer ended it")
+            return
+        pending_bytes = connection.outbox.pending_bytes
+        wanted = select.EPOLLOUT if pending_bytes else 0
+        if pending_bytes < _PAUSE_BYTES and not connection.read_ended:
+            wanted |= select.EPOLLIN
+        if pending_bytes:
+            self._look_by(connection.outbox.progress_at + _STALL_SECONDS)
+        self._watch(connection.stream.fileno(), wanted)
+
+    def _watch(self, fd: int, wanted: int) -> None:
+        # with nothing wanted it is taken out: epoll reports a hang-up to whoever asks or not
+        before = self._events.get(fd, 0)
+        if wanted == before:
+            return
+        if not before:
+            self._epoll.register(fd, wanted)
+        elif wanted:
+            self._epoll.modify(fd, wanted)
+        else:
+            self._epoll.unregister(fd)
+        self._events[fd] = wanted
+
+    def _drop(self, connection: Connection, why: str) -> None:
+        fd = connection.stream.fileno()
+        self._watch(fd, 0)
+        del self._events[fd], self._connections[fd]
+        self._report(f"connection {connection.id} with {connection.peer} ended: {why}")
+        connection.end()
+
+    def _close_listeners(self) -> None:
+        if self._accept_at is None:
+            for fd in self._listeners:
+                self._epoll.unregister(fd)
+        self._accept_at = None
+        for listener in self._listeners.values():
+            listener.close()
+        self._listeners.clear()
+
+    def _look_by(self, at: float) -> None:
+        self._look_at = at if self._look_at is None else min(at, self._look_at)
+
+    def _look_around(self) -> None:
+        """See to everything that time alone brings about."""
+        now = time.monotonic()
+        if self._accept_at is not None and now >= self._accept_at:
+            self._accept_at = None
+            for fd in self._listeners:
+                self._epoll.register(fd, select.EPOLLIN)
+        if self._look_at is None or now < self._look_at:
+            return
+        self._look_at = None
+        for connection in list(self._connections.values()):
+            self._look_at_connection(connection, now)
+        self._look_at_waiting()
+
+    def _look_at_connection(self, connection: Connection, now: float) -> None:
+        if connection.outbox.pending_bytes:
+            stalled_at = connection.outbox.progress_at + _STALL_SECONDS
+            if now >= stalled_at:
+                self._drop(connection, f"it took nothing for {_STALL_SECONDS:.0f} s")
+                return
+            self._look_by(stalled_at)
+        if connection.must_introduce and not connection.said_hello:
+            assert self._hello_seconds is not None
+            if connection.owes_answers:
+                connection.heard_at = now
+            silent_at = connection.heard_at + self._hello_seconds
+            if now >= silent_at:
+                self._drop(connection, f"it was silent for {self._hello_seconds:g} s")
+                return
+            self._look_by(silent_at)
+
+    def _look_at_waiting(self) -> None:
+        """Answer those whose deadline passed before a thread was free for them."""
+        still: list[Call] = []
+        for call in self._waiting:
+            if call.taken:
+                continue
+            if call.deadline.expired and call.take():
+                call.connection.answer_over(call)
+                continue
+            still.append(call)
+            self._look_by_deadline(call)
+        self._waiting = still
+
+    def _look_by_deadline(self, call: Call) -> None:
+        seconds = call.deadline.remaining()
+        if seconds is not None:
+            self._look_by(time.monotonic() + seconds)
+
+    def _take(self, connection: Connection, message: Message) -> None:
+        if isinstance(message, Request):
+            try:
+                call = self._admit(connection, message)
+            except CallError as error:
+                connection.answer_error(message.msgid, error)
+            else:
+                self._start(call)
+        elif isinstance(message, Malformed):
+            msgid = message.msgid if message.kind == "request" else None
+            connection.answer_error(msgid, message.error)
+            if message.fatal:
+                connection.end_of_input()
+        elif isinstance(message, Notification) and self._on_notification is not None:
+            self._on_notification(connection, message)
+        else:
+            name = "notifications" if isinstance(message, Notification) else "responses"
+            refusal = CallError("unsupported", f"{name} have no place here", step="take message")
+            connection.answer_error(None, refusal)
+
+    def _admit(self, connection: Connection, request: Request) -> Call:
+        if self._stop_at is not None and request.method not in self._quick:
+            raise CallError("busy", "the server is stopping", step="accept request")
+        room_bytes = _IN_FLIGHT_REQUESTS * self._limits.max_request_bytes
+        if self._call_bytes + request.size_bytes > room_bytes:
+            raise CallError(
+                "resource",
+                f"the requests in flight hold {self._call_bytes} bytes of {room_bytes}",
+                step="accept request",
+            )
+        call = connection.begin(request)
+        with self._books:
+            self._calls.add(call)
+            self._call_bytes += call.size_bytes
+        return call
+
+    def _start(self, call: Call) -> None:
+        if call.method in self._quick:
+            self._run(call)
+            return
+        try:
+            begun = self._workers.submit(functools.partial(self._run, call))
+        except RuntimeError as problem:
+            error = CallError("resource", f"no thread can be started: {problem}", step="start")
+            call.take()
+            call.connection.answer(call, Outcome(error.to_wire(), None))
+            self._strike(call)
+            return
+        if not begun:
+            self._waiting.append(call)
+            self._look_by_deadline(call)
+
+    def _run(self, call: Call) -> None:
+        try:
+            if call.take():
+                self._handle(call)
+        finally:
+            self._strike(call)
+
+    def _handle(self, call: Call) -> None:
+        outcome = Outcome(_LOST.to_wire(), None)
+        try:
+            call.deadline.check(f"wait for a thread to run {call.method}")
+            outcome = self._handler(call)
+        except CallError as error:
+            outcome = Outcome(error.to_wire(), None)
+        finally:
+            # even when the handler breaks its contract the peer gets its answer
+            call.connection.answer(call, outcome)
+
+    def _strike(self, call: Call) -> None:
+        with self._books:
+            self._calls.discard(call)
+            self._call_bytes -= call.size_bytes
+        if self._stop_at is not None:
+            self._wake()
+
+
+_LOST = CallError("internal", "the handler failed", step="handle request")
+
+
+def _discard(line: str) -> None:
+    pass
