@@ -1,0 +1,81 @@
+"""One thread, one epoll, a heap of timers: what every part of the device waits with."""
+
+import heapq
+import itertools
+import math
+import select
+import time
+from collections.abc import Callable
+
+__all__ = ("Loop", "Timer")
+
+
+class Timer:
+    """A call to come. ``cancel`` is idempotent, and harmless after the call."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        self._call = None
+
+    @property
+    def cancelled(self) -> bool:
+        return self._call is None
+
+    def fire(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call()
+
+
+class Loop:
+    """Calls handlers with the events of their descriptors. Not safe for threads, nor re-entrant."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._fresh: set[int] = set()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._sequence = itertools.count()
+
+    def add(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
+        """Call ``handler(events)`` on every event of ``fd`` from now on."""
+        self._epoll.register(fd, events)
+        self._handlers[fd] = handler
+        self._fresh.add(fd)
+
+    def remove(self, fd: int) -> None:
+        """Forget ``fd``; to be called before it is closed."""
+        del self._handlers[fd]
+        self._epoll.unregister(fd)
+
+    def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
+        timer = Timer(call)
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._sequence), timer))
+        return timer
+
+    def poll(self, *, block: bool) -> None:
+        """Serve what is due; wait for an event or a timer first, if ``block``."""
+        self._fresh.clear()
+        for fd, events in self._epoll.poll(self._timeout() if block else 0):
+            handler = self._handlers.get(fd)
+            # A handler may have closed a later one's descriptor, whose number is then reused.
+            if handler is not None and fd not in self._fresh:
+                handler(events)
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2].fire()
+
+    def close(self) -> None:
+        self._epoll.close()
+
+    def _timeout(self) -> float | None:
+        while self._timers and self._timers[0][2].cancelled:
+            heapq.heappop(self._timers)
+        if not self._timers:
+            return None
+        seconds = max(0.0, self._timers[0][0] - time.monotonic())
+        return math.ceil(seconds * 1000) / 1000

@@ -1,0 +1,116 @@
+"""Start the device as a process of its own, and end that very process."""
+
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Self
+
+__all__ = ("DeviceError", "DeviceProcess", "start_device")
+
+_START_SECONDS = 20.0
+_STOP_SECONDS = 5.0
+
+
+class DeviceError(Exception):
+    """The device did not come up."""
+
+
+class DeviceProcess:
+    """A running device: both sockets listen. A context manager; ``close`` is idempotent."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", socket_path: str, uds_path: str) -> None:
+        self._process = process
+        #: Where the virtual machine connects.
+        self.socket_path = socket_path
+        #: Where host peers connect; also the prefix of the sockets that guests reach.
+        self.uds_path = uds_path
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while it runs."""
+        return self._process.poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end (``once``); raises subprocess.TimeoutExpired."""
+        return self._process.wait(timeout)
+
+    def close(self) -> None:
+        """End the process and see to it that its sockets are gone."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._process.returncode:
+            # Killed before it could clean up after itself.
+            for path in (self.socket_path, self.uds_path):
+                Path(path).unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+def start_device(
+    socket_path: str | os.PathLike[str],
+    uds_path: str | os.PathLike[str],
+    cid: int,
+    *,
+    once: bool = False,
+    options: tuple[str, ...] = (),
+    log: int | None = None,
+) -> DeviceProcess:
+    """Start a device and return when both of its sockets listen.
+
+    ``options`` are further arguments of ``python -m vsock.device``; ``log`` is a descriptor for
+    its messages, by default our standard error.
+
+    Raises:
+        DeviceError: it ended or said nothing within 20 s; the reason is in its messages.
+    """
+    paths = os.fspath(socket_path), os.fspath(uds_path)
+    ready, child_ready = os.pipe()
+    try:
+        with open(child_ready, "wb", 0):
+            process = _spawn(
+                *paths, cid, (*options, *(("--once",) if once else ())), child_ready, log
+            )
+        device = DeviceProcess(process, *paths)
+        poller = select.poll()
+        poller.register(ready, select.POLLIN)
+        if not poller.poll(_START_SECONDS * 1000) or os.read(ready, 1) != b"\n":
+            device.close()
+            raise DeviceError(f"the vsock device on {paths[0]!r} did not start: {process.args!r}")
+        return device
+    finally:
+        os.close(ready)
+
+
+def _spawn(
+    socket_path: str,
+    uds_path: str,
+    cid: int,
+    options: tuple[str, ...],
+    ready_fd: int,
+    log: int | None,
+) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "vsock.device", "--socket", socket_path, "--uds", uds_path]
+    command += ["--cid", str(cid), "--ready-fd", str(ready_fd), *options]
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stderr=log,
+        pass_fds=(ready_fd,),
+        env={**os.environ, "PYTHONPATH": path},
+    )
