@@ -1,0 +1,403 @@
+"""Block devices as sysfs shows them: finding the one that a request means, and waiting for it.
+
+Nothing here sleeps and looks again: ``wait_for`` subscribes to the kernel's events first, then
+looks, then waits for events. A rescan of the bus is tried when a device stays away, since some
+virtual machine monitors plug without telling. A failure says what was there instead.
+
+``sys_root`` stands for /sys in every function, so that the rules can be tried on made-up trees.
+"""
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable
+
+from guestagent import api
+from guestagent.storage import syscalls
+from guestagent.storage.uevents import UeventSocket
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+from vsock.record import Record
+
+__all__ = (
+    "BlockDevice",
+    "Reader",
+    "describe",
+    "ensure_node",
+    "find",
+    "flush",
+    "holders",
+    "inspect",
+    "list_all",
+    "scsi_delete",
+    "wait_for",
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+_SECTOR_BYTES = 512  # of sysfs sizes, whatever the logical block size
+_BLKFLSBUF = 0x1261  # include/uapi/linux/fs.h
+#: Seconds without the device after which the buses are rescanned; once each.
+_RESCAN_AFTER_SECONDS = (0.5, 3.0)
+#: Events can be lost, so a wait looks again by itself after this long.
+_LOOK_AGAIN_SECONDS = 1.0
+
+
+class BlockDevice(Record):
+    """A block device. ``dev`` is MAJOR:MINOR, ``kind`` pmem, virtio-blk, scsi, dm, loop or other;
+    that of a partition is its disk's."""
+
+    node: str
+    dev: str
+    name: str
+    size_bytes: int
+    logical_block_size: int
+    readonly: bool
+    serial: str | None
+    kind: str
+
+
+def inspect(name_or_dev: str, *, sys_root: str = "/sys") -> BlockDevice:
+    """Describe a device given by kernel name (``vda``) or MAJOR:MINOR.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    link = "dev/block" if ":" in name_or_dev else "class/block"
+    path = os.path.realpath(f"{sys_root}/{link}/{name_or_dev}")
+    name = os.path.basename(path)
+    is_partition = os.path.exists(f"{path}/partition")
+    disk = os.path.dirname(path) if is_partition else path
+    return BlockDevice(
+        node="/dev/" + name.replace("!", "/"),
+        dev=_read(f"{path}/dev"),
+        name=name,
+        size_bytes=_read_number(f"{path}/size") * _SECTOR_BYTES,
+        logical_block_size=_read_number(f"{disk}/queue/logical_block_size"),
+        readonly=_read(f"{path}/ro") == "1",
+        serial=_serial(disk),
+        kind=_kind(os.path.basename(disk), disk),
+    )
+
+
+def list_all(*, sys_root: str = "/sys") -> tuple[BlockDevice, ...]:
+    """Describe every block device, in order of name."""
+    devices = []
+    for name in sorted(_entries(f"{sys_root}/class/block")):
+        try:
+            devices.append(inspect(name, sys_root=sys_root))
+        except OSError as error:
+            if not _is_vanished(error):
+                raise
+    return tuple(devices)
+
+
+def find(device: api.Device, *, sys_root: str = "/sys") -> BlockDevice | None:
+    """Find the device that a request means; None if it is not there, or not ready (size 0).
+
+    Raises:
+        CallError: ``invalid``, the path is there but is no block device; ``conflict``, two disks
+            have the serial.
+    """
+    try:
+        name = _locate(device, sys_root)
+        found = None if name is None else inspect(name, sys_root=sys_root)
+    except OSError as error:
+        if _is_vanished(error):
+            return None
+        raise
+    return found if found is not None and found.size_bytes > 0 else None
+
+
+def describe(device: api.Device) -> str:
+    """Say which device is meant, in a few words."""
+    match device:
+        case api.PmemDevice():
+            return f"pmem {device.number}"
+        case api.VirtioBlkDevice():
+            return f"virtio-blk disk with serial {device.serial!r}"
+        case api.ScsiDevice():
+            return f"scsi {device.controller}:0:0:{device.lun} partition {device.partition}"
+        case api.PathDevice():
+            return f"block device {device.path!r}"
+
+
+def wait_for(
+    device: api.Device,
+    deadline: Deadline,
+    *,
+    rescan: bool = True,
+    sys_root: str = "/sys",
+    log: "Callable[[str], None] | None" = None,
+) -> BlockDevice:
+    """Return the device once it is there, with its node; ``log`` is told of rescans.
+
+    Raises:
+        CallError: ``timeout`` or ``cancelled``; the message lists the devices there are.
+    """
+    found = find(device, sys_root=sys_root)
+    if found is None:
+        found = _wait(device, deadline, rescan, sys_root, log)
+    ensure_node(found)
+    return found
+
+
+def _wait(
+    device: api.Device,
+    deadline: Deadline,
+    rescan: bool,
+    sys_root: str,
+    log: "Callable[[str], None] | None",
+) -> BlockDevice:
+    step = f"wait for {describe(device)}"
+    started = time.monotonic()
+    pending = list(_RESCAN_AFTER_SECONDS) if rescan else []
+    with UeventSocket() as events:
+        while (found := find(device, sys_root=sys_root)) is None:
+            at_most = _LOOK_AGAIN_SECONDS
+            if pending:
+                elapsed = time.monotonic() - started
+                if elapsed >= pending[0]:
+                    del pending[0]
+                    _rescan(device, sys_root, log)
+                    continue
+                at_most = min(at_most, pending[0] - elapsed)
+            try:
+                deadline.wait([events.fileno()], step, at_most=at_most)
+            except CallError as error:
+                raise _not_there(device, error, sys_root) from error
+            events.receive()
+    return found
+
+
+def _not_there(device: api.Device, error: CallError, sys_root: str) -> CallError:
+    seen = [
+        f"{found.name} ({found.kind}, {found.size_bytes} bytes"
+        + (f", serial {found.serial!r})" if found.serial else ")")
+        for found in list_all(sys_root=sys_root)
+    ]
+    return CallError(
+        error.code,
+        f"{describe(device)} is not there; block devices seen: {', '.join(seen) or 'none'}",
+        step="wait-device",
+        object=describe(device),
+        hint="is it attached to this machine, and the driver loaded?",
+    )
+
+
+def _locate(device: api.Device, sys_root: str) -> str | None:
+    """Return the kernel name, or MAJOR:MINOR, of the device that is meant."""
+    match device:
+        case api.PmemDevice():
+            return f"pmem{device.number}"
+        case api.VirtioBlkDevice():
+            return _locate_virtio(device.serial, sys_root)
+        case api.ScsiDevice():
+            return _locate_scsi(device, sys_root)
+        case api.PathDevice():
+            return _locate_path(device.path)
+
+
+def _locate_virtio(serial: str, sys_root: str) -> str | None:
+    names = [
+        name
+        for name in _entries(f"{sys_root}/class/block")
+        if name.startswith("vd") and _serial(f"{sys_root}/class/block/{name}") == serial
+    ]
+    if len(names) > 1:
+        text = f"disks {' and '.join(sorted(names))} all have serial {serial!r}"
+        raise CallError("conflict", text, step="wait-device", object=serial)
+    return names[0] if names else None
+
+
+def _locate_scsi(device: api.ScsiDevice, sys_root: str) -> str | None:
+    disks = _entries(f"{_scsi_path(device, sys_root)}/block")
+    if not disks or not device.partition:
+        return disks[0] if disks else None
+    disk = f"{sys_root}/class/block/{disks[0]}"
+    for name in _entries(disk):
+        if name.startswith(disks[0]) and _read(f"{disk}/{name}/partition", "") == str(
+            device.partition
+        ):
+            return name
+    return None
+
+
+def _locate_path(path: str) -> str:
+    found = os.stat(path)
+    if not stat.S_ISBLK(found.st_mode):
+        text = f"{path!r} is not a block device"
+        raise CallError("invalid", text, step="wait-device", object=path)
+    return f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
+
+
+def _scsi_path(device: api.ScsiDevice, sys_root: str) -> str:
+    return f"{sys_root}/bus/scsi/devices/{device.controller}:0:0:{device.lun}"
+
+
+def _rescan(device: api.Device, sys_root: str, log: "Callable[[str], None] | None") -> None:
+    """Have the kernel look at its buses once more; a bus that is not there is no error."""
+    triggers = [(f"{sys_root}/bus/pci/rescan", "1")]
+    if isinstance(device, api.ScsiDevice):
+        host = f"{sys_root}/class/scsi_host/host{device.controller}/scan"
+        triggers = [(host, f"0 0 {device.lun}")]
+    elif isinstance(device, api.PathDevice):
+        hosts = _entries(f"{sys_root}/class/scsi_host")
+        triggers += [(f"{sys_root}/class/scsi_host/{host}/scan", "- - -") for host in hosts]
+    for path, text in triggers:
+        if not os.path.exists(path):
+            continue
+        if log is not None:
+            log(f"{describe(device)} stays away: writing {text!r} to {path!r}")
+        _write(path, text)
+
+
+def ensure_node(device: BlockDevice) -> None:
+    """Make the device's node if devtmpfs did not, and replace one of another device."""
+    major, _, minor = device.dev.partition(":")
+    number = os.makedev(int(major), int(minor))
+    try:
+        found = os.stat(device.node, follow_symlinks=False)
+        if stat.S_ISBLK(found.st_mode) and found.st_rdev == number:
+            return
+        os.unlink(device.node)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(device.node), 0o755, exist_ok=True)
+    os.mknod(device.node, 0o600 | stat.S_IFBLK, number)
+
+
+def holders(dev: str, *, sys_root: str = "/sys") -> tuple[str, ...]:
+    """Return the kernel names of the devices that stand on ``dev`` (MAJOR:MINOR)."""
+    return tuple(sorted(_entries(f"{sys_root}/dev/block/{dev}/holders")))
+
+
+def scsi_delete(device: api.ScsiDevice, *, sys_root: str = "/sys") -> bool:
+    """Unplug a SCSI disk from the kernel; return False if it was not there."""
+    try:
+        _write(f"{_scsi_path(device, sys_root)}/delete", "1")
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def flush(node: str) -> None:
+    """Write a device's dirty pages out and drop its cached ones."""
+    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        syscalls.ioctl(fd, _BLKFLSBUF, 0, node, "BLKFLSBUF")
+    finally:
+        os.close(fd)
+
+
+class Reader:
+    """Exact reads of a block device: ``reader(offset_bytes, length_bytes)``. A context manager."""
+
+    def __init__(self, node: str) -> None:
+        self._fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+        self._node = node
+
+    def __call__(self, offset_bytes: int, length_bytes: int) -> bytes:
+        """Return exactly ``length_bytes``.
+
+        Raises:
+            OSError: EIO, the device ends before, or a block cannot be read (or verified).
+        """
+        parts = []
+        while length_bytes > 0:
+            try:
+                part = os.pread(self._fd, length_bytes, offset_bytes)
+            except OSError as error:
+                error.filename = self._node
+                raise
+            if not part:
+                text = f"the device ends before byte {offset_bytes + length_bytes}"
+                raise OSError(errno.EIO, text, self._node)
+            parts.append(part)
+            offset_bytes += len(part)
+            length_bytes -= len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Close the device. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(
+        self,
+        kind: "type[BaseException] | None",
+        error: "BaseException | None",
+        trace: "TracebackType | None",
+    ) -> None:
+        self.close()
+
+
+def _kind(name: str, disk: str) -> str:
+    for prefix, kind in (
+        ("pmem", "pmem"),
+        ("vd", "virtio-blk"),
+        ("sd", "scsi"),
+        ("sr", "scsi"),
+        ("dm-", "dm"),
+        ("loop", "loop"),
+    ):
+        rest = name.removeprefix(prefix)
+        if rest != name and rest[:1].isalnum():
+            return kind
+    return "other"
+
+
+def _serial(disk: str) -> str | None:
+    """The serial that the host gave; virtio-blk has it at the disk, others at their device."""
+    for path in (f"{disk}/serial", f"{disk}/device/serial"):
+        text = _read(path, "")
+        if text:
+            return text
+    return None
+
+
+def _is_vanished(error: OSError) -> bool:
+    """Sysfs answers ENODEV or ENXIO from a file whose device is just going away."""
+    return error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO)
+
+
+def _entries(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError as error:
+        if _is_vanished(error):
+            return []
+        raise
+
+
+def _read(path: str, missing: str | None = None) -> str:
+    """Read a sysfs attribute; ``missing`` is the answer where there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.fsdecode(os.read(fd, 4096)).strip()
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if missing is not None and _is_vanished(error):
+            return missing
+        raise
+
+
+def _read_number(path: str) -> int:
+    return int(_read(path))
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode("ascii"))
+    finally:
+        os.close(fd)

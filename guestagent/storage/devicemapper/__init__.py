@@ -1,0 +1,1 @@
+"""Device-mapper without libdm, udev or cookies: ioctls, typed table lines, device lifetimes."""

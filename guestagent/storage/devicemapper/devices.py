@@ -1,0 +1,197 @@
+"""The life of a device-mapper device: created whole or not at all, removed and proved gone.
+
+No cookies and no udev: the kernel's devtmpfs makes /dev/dm-N, and where it does not we do.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Sequence
+
+from guestagent.storage.devicemapper.control import Control, DeviceInfo
+from guestagent.storage.devicemapper.targets import Target
+from guestagent.storage.uevents import UeventSocket
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+__all__ = (
+    "DmStepError",
+    "create_device",
+    "ensure_node",
+    "remove_device",
+    "set_deferred_remove",
+    "wait_gone",
+)
+
+#: Events can be lost, so a wait looks again by itself after this long.
+_LOOK_AGAIN_SECONDS = 0.25
+
+
+class DmStepError(OSError):
+    """An OSError that knows its ``step``: dm-create, dm-load, dm-resume, dm-node, dm-remove."""
+
+    step = ""
+
+    @classmethod
+    def of(cls, step: str, cause: OSError, detail: str = "") -> "DmStepError":
+        text = f"{cause.strerror}; {detail}" if detail else cause.strerror
+        error = cls(cause.errno, text, cause.filename)
+        error.step = step
+        return error
+
+
+def create_device(
+    control: Control,
+    *,
+    name: str,
+    uuid: str,
+    targets: Sequence[Target],
+    readonly: bool = True,
+    make_node: bool = False,
+) -> DeviceInfo:
+    """Create a device, load its table and set it going; leave nothing behind on failure.
+
+    ``make_node`` adds /dev/mapper/NAME, a symbolic link as udev would make it.
+
+    Raises:
+        DmStepError: what a step's ioctl raised, with ``step``; an existing device of that name or
+            uuid is EBUSY at dm-create and stays untouched.
+    """
+    step = "dm-create"
+    try:
+        control.create(name, uuid)
+    except OSError as error:
+        raise DmStepError.of(step, error) from error
+    with contextlib.ExitStack() as undo:
+        undo.callback(_undo_create, control, name)
+        detail = ""
+        try:
+            step, detail = "dm-load", "table: " + "; ".join(target.line() for target in targets)
+            control.load_table(name, targets, readonly=readonly)
+            step, detail = "dm-resume", ""
+            info = control.resume(name)
+            step = "dm-node"
+            ensure_node(info)
+            if make_node:
+                _make_link(info)
+        except OSError as error:
+            raise DmStepError.of(step, error, detail) from error
+        undo.pop_all()
+    return info
+
+
+def _undo_create(control: Control, name: str) -> None:
+    """Remove what create_device made; deferred, since somebody may have opened it already."""
+    _remove_link(name)
+    try:
+        control.remove(name, deferred=True)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+
+
+def ensure_node(info: DeviceInfo) -> None:
+    """Make /dev/dm-N if devtmpfs did not, and replace a node that stands for another device."""
+    major, _, minor = info.dev.partition(":")
+    number = os.makedev(int(major), int(minor))
+    try:
+        found = os.stat(info.node, follow_symlinks=False)
+        if stat.S_ISBLK(found.st_mode) and found.st_rdev == number:
+            return
+        os.unlink(info.node)
+    except FileNotFoundError:
+        pass
+    os.mknod(info.node, 0o600 | stat.S_IFBLK, number)
+
+
+def _make_link(info: DeviceInfo) -> None:
+    _remove_link(info.name)
+    os.symlink(f"../{os.path.basename(info.node)}", f"/dev/mapper/{info.name}")
+
+
+def _remove_link(name: str) -> None:
+    path = f"/dev/mapper/{name}"
+    if os.path.islink(path):
+        os.unlink(path)
+
+
+def set_deferred_remove(control: Control, name: str) -> bool:
+    """Have the kernel remove the device when its last user closes it.
+
+    Returns True if it was in use by nobody and so is gone already.
+    """
+    return control.remove(name, deferred=True)
+
+
+def remove_device(control: Control, name: str, deadline: Deadline) -> bool:
+    """Remove a device, waiting for its users to close it; return False if it was gone before.
+
+    The wait is no polling: the removal is left to the kernel (deferred) and its event awaited. If
+    the deadline passes first the removal is taken back, so that the device is as it was.
+
+    Raises:
+        OSError: EBUSY, still in use at the deadline.
+        CallError: ``cancelled``.
+    """
+    try:
+        was_deferred = control.info(name).deferred_remove
+        gone = control.remove(name, deferred=True)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return False
+        raise
+    if not gone:
+        try:
+            wait_gone(control, (name,), deadline)
+        except CallError as error:
+            if not was_deferred and _take_back(control, name):
+                _remove_link(name)
+                return True
+            if error.code == "timeout":
+                raise _busy(name) from error
+            raise
+    _remove_link(name)
+    return True
+
+
+def _busy(name: str) -> OSError:
+    return OSError(errno.EBUSY, "DM_DEV_REMOVE: still in use at the deadline", name)
+
+
+def _take_back(control: Control, name: str) -> bool:
+    """Cancel a deferred removal; return True if it happened before that."""
+    try:
+        control.cancel_deferred_remove(name)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return True
+        raise
+    return False
+
+
+def wait_gone(
+    control: Control, names: Sequence[str], deadline: Deadline, *, uuids: Sequence[str] = ()
+) -> None:
+    """Wait until no device of these names and none of these uuids exists.
+
+    Raises:
+        CallError: ``timeout`` or ``cancelled``; the message names what is left.
+    """
+    remaining = [("name", name) for name in names] + [("uuid", uuid) for uuid in uuids]
+    remaining = _still_there(control, remaining)
+    if not remaining:
+        return
+    with UeventSocket() as events:
+        while remaining := _still_there(control, remaining):
+            step = "wait for the removal of " + ", ".join(repr(word) for _, word in remaining)
+            deadline.wait([events.fileno()], step, at_most=_LOOK_AGAIN_SECONDS)
+            events.receive()
+
+
+def _still_there(control: Control, wanted: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [
+        (kind, word)
+        for kind, word in wanted
+        if control.find(**({"name": word} if kind == "name" else {"uuid": word})) is not None
+    ]

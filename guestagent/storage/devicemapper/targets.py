@@ -1,0 +1,381 @@
+"""Targets of device-mapper tables: build, check and parse the lines. Pure; no kernel.
+
+A table line is ``START LENGTH TYPE PARAMS`` in sectors of 512 bytes. What the kernel does to a
+malformed line ranges from EINVAL to another meaning, so that nothing enters a line here that was
+not checked by type: numbers are printed from integers, digests from bytes, and words may not hold
+white space. What comes back from the kernel is parsed by the same rules.
+
+Source: Documentation/admin-guide/device-mapper/{linear,verity}.rst (Linux 6.1).
+"""
+
+from vsock.record import Record
+
+__all__ = (
+    "SECTOR_BYTES",
+    "LinearTable",
+    "Target",
+    "TargetStatus",
+    "VerityStatus",
+    "VerityTable",
+    "linear_target",
+    "parse_line",
+    "parse_linear",
+    "parse_verity",
+    "parse_verity_status",
+    "sectors",
+    "verity_target",
+)
+
+#: The unit of every device-mapper number, whatever the disk's logical block size is.
+SECTOR_BYTES = 512
+
+_U64_MAX = (1 << 64) - 1
+_TYPE_MAX_BYTES = 15  # DM_MAX_TYPE_NAME is 16 with its NUL
+_MINOR_MAX = (1 << 20) - 1
+_MAJOR_MAX = (1 << 12) - 1
+_LOWER = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
+_HEX = frozenset("0123456789abcdef")
+
+
+def sectors(n_bytes: int) -> int:
+    """Convert bytes to sectors.
+
+    Raises:
+        ValueError: negative, or not a whole number of sectors.
+    """
+    if n_bytes < 0 or n_bytes % SECTOR_BYTES:
+        raise ValueError(f"{n_bytes} bytes are not a whole number of {SECTOR_BYTES}-byte sectors")
+    return n_bytes // SECTOR_BYTES
+
+
+def _check_number(name: str, value: int, low: int, high: int = _U64_MAX) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in {low}..{high}, got {value}")
+
+
+def _check_word(name: str, word: str) -> None:
+    """One word of visible ASCII: white space would make two of it, a backslash would quote."""
+    if not word or not all("!" <= char <= "~" and char != "\\" for char in word):
+        raise ValueError(f"{name} must be one word of visible ASCII, got {word!r}")
+
+
+def _check_device(name: str, device: str) -> None:
+    """MAJOR:MINOR, or an absolute path."""
+    _check_word(name, device)
+    if device.startswith("/"):
+        return
+    major, colon, minor = device.partition(":")
+    if not colon or not _is_number(major) or not _is_number(minor):
+        raise ValueError(f"{name} must be MAJOR:MINOR or an absolute path, got {device!r}")
+    if int(major) > _MAJOR_MAX or int(minor) > _MINOR_MAX:
+        raise ValueError(f"{name} is out of range: {device!r}")
+
+
+def _check_block_size(name: str, size: int) -> None:
+    if size & (size - 1) or not SECTOR_BYTES <= size <= 1 << 19:
+        raise ValueError(f"{name} must be a power of two in 512..524288, got {size}")
+
+
+def _is_number(word: str) -> bool:
+    # str.isdigit alone takes digits of other scripts; 20 digits hold 64 bits
+    return word.isascii() and word.isdigit() and len(word) <= 20
+
+
+def _number(name: str, word: str) -> int:
+    if not _is_number(word):
+        raise ValueError(f"{name} must be a decimal number, got {word!r}")
+    return int(word)
+
+
+def _from_hex(name: str, word: str) -> bytes:
+    if len(word) % 2 or not _HEX.issuperset(word.lower()):
+        raise ValueError(f"{name} must be hexadecimal, got {word!r}")
+    return bytes.fromhex(word)
+
+
+class Target(Record):
+    """One target of a table. ``params`` are what follows the type, words parted by one space."""
+
+    start_sectors: int
+    length_sectors: int
+    target_type: str
+    params: str = ""
+
+    def check(self) -> None:
+        _check_number("start_sectors", self.start_sectors, 0)
+        _check_number("length_sectors", self.length_sectors, 1)
+        if self.start_sectors + self.length_sectors > _U64_MAX:
+            raise ValueError("start_sectors + length_sectors exceeds 64 bits")
+        if not 0 < len(self.target_type) <= _TYPE_MAX_BYTES:
+            raise ValueError(f"target_type must have 1 to 15 characters, got {self.target_type!r}")
+        if not _LOWER.issuperset(self.target_type):
+            raise ValueError(f"target_type must be a plain lower-case word: {self.target_type!r}")
+        if not all(" " <= char <= "~" for char in self.params):
+            raise ValueError(f"params must be printable ASCII, got {self.params!r}")
+
+    def line(self) -> str:
+        """Return the line as ``dmsetup table`` prints it."""
+        head = f"{self.start_sectors} {self.length_sectors} {self.target_type}"
+        return f"{head} {self.params}" if self.params else head
+
+
+class TargetStatus(Record):
+    """The status of one target, as the target itself words it."""
+
+    start_sectors: int
+    length_sectors: int
+    target_type: str
+    status: str
+
+    def line(self) -> str:
+        """Return the line as ``dmsetup status`` prints it."""
+        head = f"{self.start_sectors} {self.length_sectors} {self.target_type}"
+        return f"{head} {self.status}" if self.status else head
+
+
+class LinearTable(Record):
+    """The fields of a linear target: a range of ``device`` from ``offset_sectors`` on."""
+
+    start_sectors: int = 0
+    length_sectors: int
+    device: str
+    offset_sectors: int = 0
+
+    def check(self) -> None:
+        _check_device("device", self.device)
+        _check_number("offset_sectors", self.offset_sectors, 0)
+        if self.offset_sectors + self.length_sectors > _U64_MAX:
+            raise ValueError("offset_sectors + length_sectors exceeds 64 bits")
+
+    def target(self) -> Target:
+        return Target(
+            start_sectors=self.start_sectors,
+            length_sectors=self.length_sectors,
+            target_type="linear",
+            params=f"{self.device} {self.offset_sectors}",
+        )
+
+
+class VerityTable(Record):
+    """The fields of a verity target.
+
+    ``hash_start_block`` counts hash blocks from the start of ``hash_device`` to the tree itself,
+    past any superblock. ``options`` are words; the kernel's count of them is added here.
+    """
+
+    start_sectors: int = 0
+    length_sectors: int
+    hash_type: int
+    data_device: str
+    hash_device: str
+    data_block_size: int
+    hash_block_size: int
+    data_blocks: int
+    hash_start_block: int
+    algorithm: str
+    root_digest: bytes
+    salt: bytes = b""
+    options: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        _check_number("hash_type", self.hash_type, 0, 1)
+        _check_device("data_device", self.data_device)
+        _check_device("hash_device", self.hash_device)
+        _check_block_size("data_block_size", self.data_block_size)
+        _check_block_size("hash_block_size", self.hash_block_size)
+        _check_number("data_blocks", self.data_blocks, 1)
+        _check_number("hash_start_block", self.hash_start_block, 0)
+        _check_word("algorithm", self.algorithm)
+        if not 16 <= len(self.root_digest) <= 64:
+            raise ValueError(f"root_digest has {len(self.root_digest)} bytes, must have 16 to 64")
+        if len(self.salt) > 256:
+            raise ValueError(f"salt has {len(self.salt)} bytes, at most 256 are allowed")
+        for option in self.options:
+            _check_word("option", option)
+        data_sectors = self.data_blocks * (self.data_block_size // SECTOR_BYTES)
+        if not 0 < self.length_sectors <= data_sectors:
+            raise ValueError(
+                f"length_sectors {self.length_sectors} is not within the {data_sectors} sectors "
+                f"of {self.data_blocks} data blocks"
+            )
+
+    def target(self) -> Target:
+        words = [
+            str(self.hash_type),
+            self.data_device,
+            self.hash_device,
+            str(self.data_block_size),
+            str(self.hash_block_size),
+            str(self.data_blocks),
+            str(self.hash_start_block),
+            self.algorithm,
+            self.root_digest.hex(),
+            self.salt.hex() or "-",
+        ]
+        if self.options:
+            words += [str(len(self.options)), *self.options]
+        return Target(
+            start_sectors=self.start_sectors,
+            length_sectors=self.length_sectors,
+            target_type="verity",
+            params=" ".join(words),
+        )
+
+
+class VerityStatus(Record):
+    """``state`` is V (no corruption seen) or C. ``fec_corrected`` counts corrected blocks where
+    the kernel tells it (and the device has error correction), else None."""
+
+    state: str
+    fec_corrected: int | None = None
+
+    def check(self) -> None:
+        if self.state not in ("V", "C"):
+            raise ValueError(f"verity status must be V or C, got {self.state!r}")
+
+    @property
+    def corrupted(self) -> bool:
+        return self.state == "C"
+
+
+def linear_target(
+    *, length_bytes: int, device: str, offset_bytes: int = 0, start_bytes: int = 0
+) -> Target:
+    """Build a linear target: ``length_bytes`` of ``device`` from ``offset_bytes`` on.
+
+    Args:
+        device: MAJOR:MINOR or an absolute path.
+        start_bytes: where in the new device the range begins.
+
+    Raises:
+        ValueError: a size that is no whole number of sectors, a malformed device.
+    """
+    return LinearTable(
+        start_sectors=sectors(start_bytes),
+        length_sectors=sectors(length_bytes),
+        device=device,
+        offset_sectors=sectors(offset_bytes),
+    ).target()
+
+
+def verity_target(
+    *,
+    data_device: str,
+    hash_device: str,
+    hash_type: int,
+    data_block_size: int,
+    hash_block_size: int,
+    data_blocks: int,
+    hash_start_block: int,
+    algorithm: str,
+    root_digest: bytes,
+    salt: bytes = b"",
+    options: tuple[str, ...] = (),
+    length_bytes: int | None = None,
+) -> Target:
+    """Build a verity target over all data blocks, or over ``length_bytes`` of them.
+
+    Raises:
+        ValueError: a field is out of range or holds white space.
+    """
+    _check_number("data_blocks", data_blocks, 1)
+    _check_block_size("data_block_size", data_block_size)
+    size_bytes = data_blocks * data_block_size if length_bytes is None else length_bytes
+    return VerityTable(
+        length_sectors=sectors(size_bytes),
+        hash_type=hash_type,
+        data_device=data_device,
+        hash_device=hash_device,
+        data_block_size=data_block_size,
+        hash_block_size=hash_block_size,
+        data_blocks=data_blocks,
+        hash_start_block=hash_start_block,
+        algorithm=algorithm,
+        root_digest=root_digest,
+        salt=salt,
+        options=options,
+    ).target()
+
+
+def parse_line(line: str) -> Target:
+    """Parse ``START LENGTH TYPE [PARAMS]``.
+
+    Raises:
+        ValueError: it is not such a line.
+    """
+    words = line.split(" ", 3)
+    if len(words) < 3:
+        raise ValueError(f"a table line needs start, length and type, got {line!r}")
+    return Target(
+        start_sectors=_number("start", words[0]),
+        length_sectors=_number("length", words[1]),
+        target_type=words[2],
+        params=words[3] if len(words) == 4 else "",
+    )
+
+
+def parse_linear(target: Target) -> LinearTable:
+    """Read a linear target's fields back.
+
+    Raises:
+        ValueError: not a linear target, or malformed.
+    """
+    words = _params_of(target, "linear")
+    if len(words) != 2:
+        raise ValueError(f"a linear target has 2 parameters, got {target.params!r}")
+    return LinearTable(
+        start_sectors=target.start_sectors,
+        length_sectors=target.length_sectors,
+        device=words[0],
+        offset_sectors=_number("offset", words[1]),
+    )
+
+
+def parse_verity(target: Target) -> VerityTable:
+    """Read a verity target's fields back.
+
+    Raises:
+        ValueError: not a verity target, or malformed.
+    """
+    words = _params_of(target, "verity")
+    if len(words) < 10:
+        raise ValueError(f"a verity target has 10 parameters or more, got {target.params!r}")
+    options = tuple(words[11:])
+    if len(words) > 10 and _number("option count", words[10]) != len(options):
+        raise ValueError(f"verity option count {words[10]} does not fit {options!r}")
+    return VerityTable(
+        start_sectors=target.start_sectors,
+        length_sectors=target.length_sectors,
+        hash_type=_number("hash_type", words[0]),
+        data_device=words[1],
+        hash_device=words[2],
+        data_block_size=_number("data_block_size", words[3]),
+        hash_block_size=_number("hash_block_size", words[4]),
+        data_blocks=_number("data_blocks", words[5]),
+        hash_start_block=_number("hash_start_block", words[6]),
+        algorithm=words[7],
+        root_digest=_from_hex("root digest", words[8]),
+        salt=b"" if words[9] == "-" else _from_hex("salt", words[9]),
+        options=options,
+    )
+
+
+def parse_verity_status(status: str) -> VerityStatus:
+    """Parse what a verity target says of itself: ``V``, ``C``, and on newer kernels the number of
+    blocks that error correction repaired, or ``-``.
+
+    Raises:
+        ValueError: it begins with neither V nor C.
+    """
+    words = status.split()
+    fec = words[1] if len(words) > 1 else "-"
+    return VerityStatus(
+        state=words[0] if words else "",
+        fec_corrected=int(fec) if _is_number(fec) else None,
+    )
+
+
+def _params_of(target: Target, expected_type: str) -> list[str]:
+    if target.target_type != expected_type:
+        raise ValueError(f"expected a {expected_type} target, got {target.target_type!r}")
+    return target.params.split()

@@ -1,0 +1,124 @@
+"""A file-system context: the kernel object in which a superblock is configured and created.
+
+What the kernel has to say about a failure is written into the context and nowhere else on some
+kernels; every error here carries those lines.
+"""
+
+import errno
+import os
+
+from guestagent.storage import syscalls
+
+__all__ = ("FsContext", "FsContextError", "is_supported")
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Self, TypeVar
+
+    Result = TypeVar("Result")
+
+_LOG_LINE_BYTES = 4096
+
+
+class FsContextError(OSError):
+    """An OSError with the ``step`` (mount-open, mount-option, mount-create, mount-attach) and the
+    kernel's own lines in ``log``, each as ``LEVEL TEXT`` with level e, w or i."""
+
+    step = ""
+    log: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, step: str, cause: OSError, log: tuple[str, ...] = ()) -> "FsContextError":
+        text = "; ".join((str(cause.strerror), *log))
+        error = cls(cause.errno, text, cause.filename)
+        error.step = step
+        error.log = log
+        return error
+
+
+class FsContext:
+    """An open context for one file-system type. Use as a context manager."""
+
+    def __init__(self, filesystem: str) -> None:
+        """Open it.
+
+        Raises:
+            FsContextError: ENODEV, the kernel does not know the type; ENOSYS, it has no fsopen.
+        """
+        try:
+            self._fd = syscalls.fsopen(filesystem)
+        except OSError as error:
+            raise FsContextError.of("mount-open", error) from error
+        self.filesystem = filesystem
+
+    def close(self) -> None:
+        """Close it. Idempotent; mounts made from it live on."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(
+        self,
+        kind: "type[BaseException] | None",
+        error: "BaseException | None",
+        trace: "TracebackType | None",
+    ) -> None:
+        self.close()
+
+    def set(self, key: str, value: "str | None" = None) -> None:
+        """Set an option to a text, or a flag where ``value`` is None."""
+        if value is None:
+            self._do("mount-option", lambda: syscalls.fsconfig_flag(self._fd, key))
+        else:
+            text = value
+            self._do("mount-option", lambda: syscalls.fsconfig_string(self._fd, key, text))
+
+    def set_fd(self, key: str, fd: int) -> None:
+        """Set an option to an open file, which is borrowed."""
+        self._do("mount-option", lambda: syscalls.fsconfig_fd(self._fd, key, fd))
+
+    def create(self, filename: str) -> None:
+        """Create the superblock; ``filename`` is named in errors."""
+        self._do("mount-create", lambda: syscalls.fsconfig_create(self._fd, filename))
+
+    def mount(self, attributes: int, filename: str) -> int:
+        """Return a detached mount of the created superblock; the caller owns the descriptor."""
+        return self._do("mount-create", lambda: syscalls.fsmount(self._fd, attributes, filename))
+
+    def log(self) -> tuple[str, ...]:
+        """Take the kernel's lines out of the context."""
+        lines: list[str] = []
+        while True:
+            try:
+                line = os.read(self._fd, _LOG_LINE_BYTES)
+            except OSError:  # ENODATA: no more; on anything else there is nothing to show either
+                return tuple(lines)
+            if not line:
+                return tuple(lines)
+            lines.append(line.decode("utf-8", "backslashreplace").strip())
+
+    def _do(self, step: str, action: "Callable[[], Result]") -> "Result":
+        try:
+            return action()
+        except OSError as error:
+            raise FsContextError.of(step, error, self.log()) from error
+
+
+_supported: bool | None = None
+
+
+def is_supported() -> bool:
+    """Say whether the kernel has fsopen and lets us use it (a sandbox may not)."""
+    global _supported
+    if _supported is None:
+        try:
+            FsContext("tmpfs").close()
+            _supported = True
+        except OSError as error:
+            _supported = error.errno not in (errno.ENOSYS, errno.EPERM)
+    return _supported

@@ -1,0 +1,323 @@
+"""Mount and unmount one file system, at a place that nobody could have swapped.
+
+A target is opened component by component below an allowed root, following no link of any kind; the
+mount is then attached to that very directory through its descriptor. Unmounting never detaches
+lazily: a device that the host pulls away after our reply must really be unused.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Collection, Sequence
+
+from guestagent.storage import syscalls
+from guestagent.storage.fscontext import FsContext, FsContextError, is_supported
+from guestagent.storage.mountinfo import mount_id_of
+from vsock.errors import CallError
+
+__all__ = (
+    "READONLY_FLAGS",
+    "TargetDirectory",
+    "attach",
+    "flag_bits",
+    "mount_filesystem",
+    "open_detached",
+    "unmount",
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+#: What a layer is mounted with unless it is asked for otherwise.
+READONLY_FLAGS = ("ro", "nodev", "nosuid")
+#: name -> (attribute of fsmount, flag of mount(2))
+_FLAGS = {
+    "ro": (syscalls.MOUNT_ATTR_RDONLY, syscalls.MS_RDONLY),
+    "nosuid": (syscalls.MOUNT_ATTR_NOSUID, syscalls.MS_NOSUID),
+    "nodev": (syscalls.MOUNT_ATTR_NODEV, syscalls.MS_NODEV),
+    "noexec": (syscalls.MOUNT_ATTR_NOEXEC, syscalls.MS_NOEXEC),
+    "noatime": (syscalls.MOUNT_ATTR_NOATIME, syscalls.MS_NOATIME),
+    "nodiratime": (syscalls.MOUNT_ATTR_NODIRATIME, syscalls.MS_NODIRATIME),
+}
+_RESOLVE = syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS | syscalls.RESOLVE_BENEATH
+_OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+#: How often to start over when directories vanish under us (another request undoing its own).
+_RESOLVE_ATTEMPTS = 8
+
+
+class TargetDirectory:
+    """A directory below ``root`` to mount on, made if it is not there, held by a descriptor.
+
+    ``created`` lists the directories that were made, outermost first; ``remove_created`` undoes
+    just these. Use as a context manager, which closes the descriptor and removes nothing.
+    """
+
+    def __init__(self, target: str, *, root: str = "/run", create: bool = True) -> None:
+        """Open ``target``, an absolute path strictly below ``root``; missing parts become 0700.
+
+        Raises:
+            CallError: ``invalid``, outside of root or with "." or ".."; ``denied``, a symbolic or
+                magic link on the way; ``conflict``, not a directory, or a mount point already.
+            OSError: anything else the kernel refused.
+        """
+        self.path = target
+        self.created: tuple[str, ...] = ()
+        self._root = root.rstrip("/")
+        self._fd = -1
+        names = _names_below(target, self._root)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.remove_created)
+            undo.callback(self.close)
+            for attempt in range(_RESOLVE_ATTEMPTS):
+                try:
+                    self._open(names, create)
+                    break
+                except FileNotFoundError:
+                    self.close()
+                    if not create or attempt + 1 == _RESOLVE_ATTEMPTS:
+                        raise
+            undo.pop_all()
+
+    @property
+    def fd(self) -> int:
+        """The O_PATH descriptor; it stays ours."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(
+        self,
+        kind: "type[BaseException] | None",
+        error: "BaseException | None",
+        trace: "TracebackType | None",
+    ) -> None:
+        self.close()
+
+    def is_empty(self) -> bool:
+        """Say whether the directory has no entries, which a mount would hide."""
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
+        try:
+            return not os.listdir(fd)
+        finally:
+            os.close(fd)
+
+    def remove_created(self) -> tuple[str, ...]:
+        """Remove the directories that were made here and are empty; return those removed.
+
+        One that another request has come to use since is left, and is no longer ours.
+        """
+        removed = []
+        for path in reversed(self.created):
+            try:
+                _remove_directory(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY):
+                    raise
+                if error.errno != errno.ENOENT:
+                    break
+            else:
+                removed.append(path)
+        self.created = ()
+        return tuple(removed)
+
+    def _open(self, names: list[str], create: bool) -> None:
+        """Walk down from the root; on the way ``self._fd`` is the directory reached so far."""
+        self._fd = os.open(self._root or "/", _OPEN_DIRECTORY)
+        path = self._root
+        for name in names:
+            path = f"{path}/{name}"
+            child = self._enter(name, path, create)
+            parent_fd, self._fd = self._fd, child
+            parent_mount = mount_id_of(parent_fd) if path == self.path else None
+            os.close(parent_fd)
+        if mount_id_of(self._fd) != parent_mount:
+            raise CallError(
+                "conflict",
+                f"target {self.path!r} is a mount point already",
+                step="target",
+                object=self.path,
+            )
+
+    def _enter(self, name: str, path: str, create: bool) -> int:
+        try:
+            return _open_child(self._fd, name, path)
+        except FileNotFoundError:
+            if not create:
+                raise
+        try:
+            os.mkdir(name, 0o700, dir_fd=self._fd)
+            if path not in self.created:
+                self.created += (path,)
+        except FileExistsError:  # another request made it meanwhile: it is not ours
+            pass
+        return _open_child(self._fd, name, path)
+
+
+def _names_below(target: str, root: str) -> list[str]:
+    names = target[len(root) + 1 :].split("/") if target.startswith(f"{root}/") else []
+    if not names or any(name in ("", ".", "..") for name in names):
+        raise CallError(
+            "invalid",
+            f"target {target!r} is not a normal path below {root or '/'!r}",
+            step="target",
+            object=target,
+        )
+    return names
+
+
+def _open_child(parent_fd: int, name: str, path: str) -> int:
+    try:
+        return syscalls.openat2(parent_fd, name, _OPEN_DIRECTORY, resolve=_RESOLVE)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EXDEV):
+            text = f"target component {path!r} is a link, which is not followed"
+            raise CallError(
+                "denied", text, errno=error.errno, step="target", object=path
+            ) from error
+        if error.errno == errno.ENOTDIR:
+            text = f"target component {path!r} is not a directory"
+            raise CallError(
+                "conflict", text, errno=error.errno, step="target", object=path
+            ) from error
+        raise
+
+
+def _open_parent(path: str) -> int:
+    """Open the directory that holds ``path`` following no links; the caller owns the result."""
+    parent = os.path.dirname(path) or "/"
+    resolve = syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
+    return syscalls.openat2(syscalls.AT_FDCWD, parent, _OPEN_DIRECTORY, resolve=resolve)
+
+
+def _remove_directory(path: str) -> None:
+    parent_fd = _open_parent(path)
+    try:
+        os.rmdir(os.path.basename(path), dir_fd=parent_fd)
+    finally:
+        os.close(parent_fd)
+
+
+def flag_bits(flags: Collection[str]) -> tuple[int, int]:
+    """Return the bits of named flags, for fsmount and for mount(2)."""
+    attributes = bits = 0
+    for flag in flags:
+        if flag not in _FLAGS:
+            raise ValueError(f"mount flag must be one of {', '.join(_FLAGS)}, got {flag!r}")
+        attributes |= _FLAGS[flag][0]
+        bits |= _FLAGS[flag][1]
+    return attributes, bits
+
+
+def open_detached(
+    *,
+    source: str,
+    filesystem: str,
+    flags: Collection[str] = READONLY_FLAGS,
+    options: Sequence[tuple[str, str | None]] = (),
+) -> int:
+    """Mount ``source`` nowhere yet and return the mount's descriptor, which the caller owns.
+
+    Raises:
+        FsContextError: the kernel refused; ``log`` says why.
+    """
+    attributes, _ = flag_bits(flags)
+    with FsContext(filesystem) as context:
+        context.set("source", source)
+        if "ro" in flags:
+            context.set("ro")
+        for key, value in options:
+            context.set(key, value)
+        context.create(source)
+        return context.mount(attributes, source)
+
+
+def attach(mount_fd: int, target: "int | str") -> None:
+    """Put a detached mount on a directory, given open or by path; both are borrowed."""
+    try:
+        if isinstance(target, int):
+            syscalls.move_mount(mount_fd, target, filename=f"fd {target}")
+        else:
+            syscalls.move_mount(mount_fd, syscalls.AT_FDCWD, target)
+    except OSError as error:
+        raise FsContextError.of("mount-attach", error) from error
+
+
+def mount_filesystem(
+    *,
+    source: str,
+    target: "int | str",
+    filesystem: str,
+    flags: Collection[str] = READONLY_FLAGS,
+    options: Sequence[tuple[str, str | None]] = (),
+    method: str | None = None,
+) -> str:
+    """Mount ``source`` at ``target``; return the method used, ``fsconfig`` or ``mount``.
+
+    Args:
+        target: a directory as an open descriptor (as of ``TargetDirectory``), or its path.
+        flags: of ro, nodev, nosuid, noexec, noatime, nodiratime.
+        options: of the file system, (key, value) or (key, None).
+        method: forces one; otherwise mount(2) is used where the kernel has no fsopen.
+
+    Raises:
+        FsContextError: the kernel refused; ``log`` says why where it is told.
+    """
+    chosen = method or ("fsconfig" if is_supported() else "mount")
+    if chosen == "fsconfig":
+        mount_fd = open_detached(source=source, filesystem=filesystem, flags=flags, options=options)
+        try:
+            attach(mount_fd, target)
+        finally:
+            os.close(mount_fd)
+    elif chosen == "mount":
+        _mount_by_mount2(source, target, filesystem, flags, options)
+    else:
+        raise ValueError(f"mount method must be fsconfig or mount, got {method!r}")
+    return chosen
+
+
+def _mount_by_mount2(
+    source: str,
+    target: "int | str",
+    filesystem: str,
+    flags: Collection[str],
+    options: Sequence[tuple[str, str | None]],
+) -> None:
+    _, bits = flag_bits(flags)
+    for key, value in options:
+        if "," in key or "," in (value or ""):
+            raise ValueError(f"mount(2) cannot carry a comma in option {key!r}")
+    data = ",".join(key if value is None else f"{key}={value}" for key, value in options)
+    # mount(2) resolves the link below /proc to the very directory that was opened
+    path = f"/proc/self/fd/{target}" if isinstance(target, int) else target
+    try:
+        syscalls.mount(source, path, filesystem, bits, data)
+    except OSError as error:
+        error.filename = source
+        raise FsContextError.of("mount-create", error) from error
+
+
+def unmount(target: str) -> None:
+    """Unmount the topmost mount at ``target``. No link is followed, nothing is left detached.
+
+    Raises:
+        OSError: EBUSY, in use; EINVAL, no mount point.
+    """
+    parent_fd = _open_parent(target)
+    try:
+        name = os.path.basename(target)
+        syscalls.umount2(f"/proc/self/fd/{parent_fd}/{name}", syscalls.UMOUNT_NOFOLLOW)
+    except OSError as error:
+        error.filename = target
+        raise
+    finally:
+        os.close(parent_fd)

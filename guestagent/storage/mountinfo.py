@@ -1,0 +1,122 @@
+r"""What is mounted, as the kernel tells it: /proc/self/mountinfo, parsed once and typed.
+
+Paths are text with undecodable bytes kept as surrogates (``os.fsdecode``), the kernel's octal
+escapes resolved. What a file system escaped once more for itself (overlayfs: ``\:``) stays so.
+
+Source: Documentation/filesystems/proc.rst, section 3.5.
+"""
+
+import os
+
+from vsock.record import Record
+
+__all__ = ("Mount", "find_mount", "mount_id_of", "mounts_of_dev", "parse", "read_mounts")
+
+MOUNTINFO_PATH = "/proc/self/mountinfo"
+_READ_BYTES = 256 * 1024
+_OCTAL = frozenset("01234567")
+
+
+class Mount(Record):
+    """One mount. ``dev`` is MAJOR:MINOR, ``options`` those of the mount, ``super_options`` those
+    of the file system; ``root`` is what of the file system is mounted."""
+
+    mount_id: int
+    parent_id: int
+    dev: str
+    root: str
+    target: str
+    options: tuple[str, ...]
+    filesystem: str
+    source: str
+    super_options: tuple[str, ...]
+
+
+def unescape(text: str) -> str:
+    r"""Resolve the kernel's ``\040`` for space, and the like."""
+    if "\\" not in text:
+        return text
+    parts = text.split("\\")
+    out = [parts[0]]
+    for part in parts[1:]:
+        if len(part) >= 3 and _OCTAL.issuperset(part[:3]) and part[0] < "4":
+            out.append(os.fsdecode(bytes([int(part[:3], 8)])))
+            out.append(part[3:])
+        else:
+            out.append("\\" + part)
+    # bytes above 127 are never escaped, so that the pieces join to what they were
+    return "".join(out)
+
+
+def parse_line(line: str) -> Mount:
+    """Parse one line.
+
+    Raises:
+        ValueError: it is not a line of mountinfo.
+    """
+    words = line.split(" ")
+    try:
+        dash = words.index("-", 6)  # any number of optional fields comes before
+        mount_id, parent_id, dev, root, target, options = words[:6]
+        filesystem, source, super_options = words[dash + 1 : dash + 4]
+        return Mount(
+            mount_id=int(mount_id),
+            parent_id=int(parent_id),
+            dev=dev,
+            root=unescape(root),
+            target=unescape(target),
+            options=tuple(options.split(",")),
+            filesystem=unescape(filesystem),
+            source=unescape(source),
+            super_options=tuple(unescape(option) for option in super_options.split(",")),
+        )
+    except ValueError as error:
+        raise ValueError(f"not a line of mountinfo: {line!r}") from error
+
+
+def parse(text: str) -> tuple[Mount, ...]:
+    """Parse a whole file's text."""
+    return tuple(parse_line(line) for line in text.split("\n") if line)
+
+
+def _read_text(path: str) -> str:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        chunks = []
+        while chunk := os.read(fd, _READ_BYTES):
+            chunks.append(chunk)
+    finally:
+        os.close(fd)
+    return os.fsdecode(b"".join(chunks))
+
+
+def read_mounts(path: str = MOUNTINFO_PATH) -> tuple[Mount, ...]:
+    """Return every mount of this mount namespace (or of the process whose file it is)."""
+    return parse(_read_text(path))
+
+
+def find_mount(target: str, path: str = MOUNTINFO_PATH) -> Mount | None:
+    """Return the topmost mount at exactly ``target``; None if that is no mount point.
+
+    Only lines that mention the target are parsed: with 500 layers this is called 500 times.
+    """
+    escaped = "".join(f"\\{ord(char):03o}" if char in " \t\n\\" else char for char in target)
+    lines = [line for line in _read_text(path).split("\n") if f" {escaped} " in line]
+    found = [mount for mount in map(parse_line, lines) if mount.target == target]
+    covered = {mount.parent_id for mount in found}
+    top = [mount for mount in found if mount.mount_id not in covered]
+    return top[-1] if top else None
+
+
+def mounts_of_dev(dev: str, path: str = MOUNTINFO_PATH) -> tuple[Mount, ...]:
+    """Return the mounts of the file system on device ``dev`` (MAJOR:MINOR)."""
+    lines = [line for line in _read_text(path).split("\n") if f" {dev} " in line]
+    return tuple(mount for mount in map(parse_line, lines) if mount.dev == dev)
+
+
+def mount_id_of(fd: int) -> int:
+    """Return the id of the mount that an open file (O_PATH will do) is on."""
+    for line in _read_text(f"/proc/self/fdinfo/{fd}").split("\n"):
+        if line.startswith("mnt_id:"):
+            return int(line[7:])
+    raise ValueError(f"the kernel tells no mount id for descriptor {fd}")

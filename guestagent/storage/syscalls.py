@@ -1,0 +1,319 @@
+"""The system calls that Python's ``os`` lacks: one signature table, one error function.
+
+Every function raises ``OSError`` with the errno, a text that begins with the call's name, and the
+object it was tried on as ``filename``. Calls interrupted by a signal are repeated. Constants have
+the kernel headers' names. A machine whose call numbers are unknown, or a libc without a symbol, is
+an error at import: a storage agent without its system calls is of no use.
+
+What this does not do: no policy, no defaults, no paths made up. Descriptors taken as arguments are
+borrowed; returned ones belong to the caller and are close-on-exec.
+"""
+
+import ctypes
+import errno as errno_module
+import os
+from collections.abc import Callable
+
+# include/uapi/linux/mount.h: mount(2) flags
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_NOEXEC = 0x8
+MS_REMOUNT = 0x20
+MS_NOATIME = 0x400
+MS_NODIRATIME = 0x800
+MS_BIND = 0x1000
+MS_MOVE = 0x2000
+MS_REC = 0x4000
+MS_PRIVATE = 0x40000
+MS_SHARED = 0x100000
+MNT_DETACH = 0x2
+UMOUNT_NOFOLLOW = 0x8
+# include/uapi/linux/mount.h: the mount API of Linux 5.2 and later
+FSOPEN_CLOEXEC = 0x1
+FSMOUNT_CLOEXEC = 0x1
+OPEN_TREE_CLONE = 0x1
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH = 0x4
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
+FSCONFIG_SET_FLAG = 0
+FSCONFIG_SET_STRING = 1
+FSCONFIG_SET_FD = 5
+FSCONFIG_CMD_CREATE = 6
+FSCONFIG_CMD_RECONFIGURE = 7
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NODEV = 0x4
+MOUNT_ATTR_NOEXEC = 0x8
+MOUNT_ATTR_NOATIME = 0x10
+MOUNT_ATTR_NODIRATIME = 0x80
+# include/uapi/linux/fcntl.h and openat2.h
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
+RESOLVE_NO_XDEV = 0x1
+RESOLVE_NO_MAGICLINKS = 0x2
+RESOLVE_NO_SYMLINKS = 0x4
+RESOLVE_BENEATH = 0x8
+RESOLVE_IN_ROOT = 0x10
+# include/uapi/linux/sched.h
+CLONE_FS = 0x200
+CLONE_NEWNS = 0x20000
+# include/uapi/linux/reboot.h
+LINUX_REBOOT_CMD_RESTART = 0x01234567
+LINUX_REBOOT_CMD_POWER_OFF = 0x4321FEDC
+LINUX_REBOOT_CMD_HALT = 0xCDEF0123
+LINUX_REBOOT_CMD_CAD_OFF = 0x0
+# include/uapi/linux/keyctl.h
+KEY_SPEC_THREAD_KEYRING = -1
+KEY_SPEC_PROCESS_KEYRING = -2
+KEYCTL_REVOKE = 3
+KEYCTL_UNLINK = 9
+KEYCTL_SEARCH = 10
+# include/uapi/linux/module.h
+MODULE_INIT_COMPRESSED_FILE = 4
+
+#: mount(2) copies one page of options, and cuts what is longer without an error.
+MOUNT_DATA_MAX_BYTES = 4095
+
+_NUMBERS_BY_MACHINE = {
+    "x86_64": {
+        "pivot_root": 155,
+        "add_key": 248,
+        "keyctl": 250,
+        "finit_module": 313,
+    },
+    "aarch64": {
+        "pivot_root": 41,
+        "add_key": 217,
+        "keyctl": 219,
+        "finit_module": 273,
+    },
+}
+#: Calls made since Linux 5.0 have the same number everywhere.
+_NUMBERS_COMMON = {
+    "open_tree": 428,
+    "move_mount": 429,
+    "fsopen": 430,
+    "fsconfig": 431,
+    "fsmount": 432,
+    "openat2": 437,
+    "mount_setattr": 442,
+}
+
+
+def _numbers() -> dict[str, int]:
+    machine = os.uname().machine
+    if machine not in _NUMBERS_BY_MACHINE:
+        known = ", ".join(_NUMBERS_BY_MACHINE)
+        raise ImportError(f"system call numbers of {machine!r} are not known (known: {known})")
+    return _NUMBERS_BY_MACHINE[machine] | _NUMBERS_COMMON
+
+
+_NR = _numbers()
+_c_int, _c_ulong, _c_str = ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p
+#: name -> argument types; every one returns int but for syscall, which returns long.
+_SIGNATURES: dict[str, tuple[type, ...] | None] = {
+    "mount": (_c_str, _c_str, _c_str, _c_ulong, _c_str),
+    "umount2": (_c_str, _c_int),
+    "unshare": (_c_int,),
+    "setns": (_c_int, _c_int),
+    "sethostname": (_c_str, ctypes.c_size_t),
+    "reboot": (_c_int,),
+    "ioctl": (_c_int, _c_ulong, ctypes.c_void_p),
+    "syscall": None,  # variadic: every argument is wrapped by _call_number
+}
+
+
+def _load_libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    for name, argument_types in _SIGNATURES.items():
+        function = getattr(libc, name)
+        function.restype = _c_int
+        if argument_types is not None:
+            function.argtypes = argument_types
+    libc.syscall.restype = ctypes.c_long
+    return libc
+
+
+_libc = _load_libc()
+
+
+def _oserror(call: str, number: int, filename: object) -> OSError:
+    """Make the one kind of error that this module raises. OSError picks its own subclass."""
+    return OSError(number, f"{call}: {os.strerror(number)}", filename)
+
+
+def _checked(
+    call: str, filename: object, function: "Callable[..., int]", *arguments: object
+) -> int:
+    while True:
+        result = function(*arguments)
+        if result >= 0:
+            return result
+        number = ctypes.get_errno()
+        if number != errno_module.EINTR:
+            raise _oserror(call, number, filename)
+
+
+def _call_number(call: str, filename: object, *arguments: "int | bytes | None") -> int:
+    """Make a call by number. Integers pass as long, bytes as a pointer, None as a null pointer."""
+    wrapped = [
+        ctypes.c_char_p(value) if isinstance(value, bytes) else ctypes.c_long(value or 0)
+        for value in arguments
+    ]
+    return _checked(call, filename, _libc.syscall, ctypes.c_long(_NR[call]), *wrapped)
+
+
+def _text(value: str | bytes) -> bytes:
+    """Encode as a path; a NUL inside would silently cut the text short in C."""
+    encoded = os.fsencode(value)
+    if b"\0" in encoded:
+        raise ValueError(f"embedded null byte in {value!r}")
+    return encoded
+
+
+def _optional_text(value: str | bytes | None) -> bytes | None:
+    return None if value is None else _text(value)
+
+
+def mount(
+    source: str | None, target: str, fstype: str | None, flags: int = 0, data: str | bytes = b""
+) -> None:
+    """mount(2).
+
+    Raises:
+        OSError: E2BIG where ``data`` is over 4095 bytes: the kernel would cut it and go on.
+    """
+    options = _text(data)
+    if len(options) > MOUNT_DATA_MAX_BYTES:
+        text = f"mount: options of {len(options)} bytes, the kernel reads {MOUNT_DATA_MAX_BYTES}"
+        raise OSError(errno_module.E2BIG, text, target)
+    arguments = (_optional_text(source), _text(target), _optional_text(fstype), flags, options)
+    _checked("mount", target, _libc.mount, *arguments)
+
+
+def umount2(target: str, flags: int = 0) -> None:
+    """umount2(2)."""
+    _checked("umount2", target, _libc.umount2, _text(target), flags)
+
+
+def fsopen(filesystem: str) -> int:
+    """Open a context to configure a new superblock; ENODEV where the kernel lacks the type."""
+    return _call_number("fsopen", filesystem, _text(filesystem), FSOPEN_CLOEXEC)
+
+
+def fsconfig_flag(context_fd: int, key: str) -> None:
+    """Set an option that has no value."""
+    _call_number("fsconfig", key, context_fd, FSCONFIG_SET_FLAG, _text(key), None, 0)
+
+
+def fsconfig_string(context_fd: int, key: str, value: str) -> None:
+    """Set an option to a text of at most 255 bytes (the kernel answers EINVAL beyond)."""
+    name = f"{key}={value}"
+    _call_number("fsconfig", name, context_fd, FSCONFIG_SET_STRING, _text(key), _text(value), 0)
+
+
+def fsconfig_fd(context_fd: int, key: str, value_fd: int) -> None:
+    """Set an option to an open file; the descriptor is borrowed."""
+    _call_number("fsconfig", key, context_fd, FSCONFIG_SET_FD, _text(key), None, value_fd)
+
+
+def fsconfig_create(context_fd: int, filename: str) -> None:
+    """Create the superblock. ``filename`` names the object in the error."""
+    _call_number("fsconfig", filename, context_fd, FSCONFIG_CMD_CREATE, None, None, 0)
+
+
+def fsconfig_reconfigure(context_fd: int, filename: str) -> None:
+    """Apply the options to the superblock that the context was picked from."""
+    _call_number("fsconfig", filename, context_fd, FSCONFIG_CMD_RECONFIGURE, None, None, 0)
+
+
+def fsmount(context_fd: int, attributes: int, filename: str) -> int:
+    """Make a detached mount of the created superblock; it goes when the descriptor is closed."""
+    return _call_number("fsmount", filename, context_fd, FSMOUNT_CLOEXEC, attributes)
+
+
+def move_mount(
+    from_fd: int, to_dirfd: int, to_path: str = "", *, from_path: str = "", filename: str = ""
+) -> None:
+    """Attach a mount. An empty path means the very object that the descriptor stands for."""
+    flags = (0 if from_path else MOVE_MOUNT_F_EMPTY_PATH) | (
+        0 if to_path else MOVE_MOUNT_T_EMPTY_PATH
+    )
+    name = filename or to_path
+    _call_number("move_mount", name, from_fd, _text(from_path), to_dirfd, _text(to_path), flags)
+
+
+def open_tree(dirfd: int, path: str, flags: int) -> int:
+    """Open a mount, or with OPEN_TREE_CLONE a detached copy of it."""
+    return _call_number("open_tree", path, dirfd, _text(path), flags | OPEN_TREE_CLOEXEC)
+
+
+def openat2(dirfd: int, path: str, flags: int, *, mode: int = 0, resolve: int = 0) -> int:
+    """Open below ``dirfd`` under the ``RESOLVE_`` rules. struct open_how is three u64."""
+    how = b"".join(value.to_bytes(8, "little") for value in (flags | os.O_CLOEXEC, mode, resolve))
+    return _call_number("openat2", path, dirfd, _text(path), how, len(how))
+
+
+def mount_setattr(
+    dirfd: int, path: str, flags: int, *, attr_set: int = 0, attr_clr: int = 0
+) -> None:
+    """Change attributes of an existing mount. struct mount_attr is four u64."""
+    attributes = b"".join(value.to_bytes(8, "little") for value in (attr_set, attr_clr, 0, 0))
+    _call_number("mount_setattr", path, dirfd, _text(path), flags, attributes, len(attributes))
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """pivot_root(2)."""
+    _call_number("pivot_root", new_root, _text(new_root), _text(put_old))
+
+
+def finit_module(fd: int, parameters: str = "", flags: int = 0, *, filename: str = "") -> None:
+    """Load a kernel module from an open file; EEXIST where it is loaded already."""
+    _call_number("finit_module", filename or f"fd {fd}", fd, _text(parameters), flags)
+
+
+def add_key(key_type: str, description: str, payload: bytes, keyring: int) -> int:
+    """Add a key and return its serial number. The payload may hold any bytes."""
+    arguments = (_text(key_type), _text(description), payload, len(payload), keyring)
+    return _call_number("add_key", description, *arguments)
+
+
+def keyctl(operation: int, *arguments: "int | bytes | None", filename: object = None) -> int:
+    """keyctl(2); what the arguments mean depends on the operation."""
+    return _call_number("keyctl", filename, operation, *arguments)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2): acts on the calling thread alone."""
+    _checked("unshare", hex(flags), _libc.unshare, flags)
+
+
+def setns(fd: int, kind: int = 0) -> None:
+    """setns(2): acts on the calling thread alone."""
+    _checked("setns", f"fd {fd}", _libc.setns, fd, kind)
+
+
+def sethostname(name: str) -> None:
+    """sethostname(2)."""
+    encoded = _text(name)
+    _checked("sethostname", name, _libc.sethostname, encoded, len(encoded))
+
+
+def reboot(command: int) -> None:
+    """reboot(2). Does not return where the command ends the machine."""
+    # the commands use bit 31, which int has as its sign
+    _checked("reboot", hex(command), _libc.reboot, ctypes.c_int(command & 0xFFFFFFFF).value)
+
+
+def ioctl(fd: int, request: int, argument: bytearray | int, filename: object, call: str) -> int:
+    """ioctl(2) on a buffer that the kernel may write to, or on an integer.
+
+    ``fcntl.ioctl`` keeps the interpreter lock with buffers over 1024 bytes, and a device-mapper
+    call may sleep for 40 ms: other threads must be able to run meanwhile.
+    """
+    if isinstance(argument, int):
+        return _checked(call, filename, _libc.ioctl, fd, request, argument)
+    buffer = (ctypes.c_char * len(argument)).from_buffer(argument)
+    return _checked(call, filename, _libc.ioctl, fd, request, ctypes.addressof(buffer))
