@@ -7,7 +7,7 @@ The same inputs give the same bytes. What it holds is found, not listed: Python 
     /usr/bin/python3            the interpreter
     /usr/lib/python3.X          every module, byte code only, in one directory
     /lib/modules/VERSION        kernel modules, flat
-    /lib/modules/load-order     their absolute paths, one a line, each after what it needs
+    /etc/guestagent/modules     their absolute paths, one a line, each after what it needs
 """
 
 import contextlib
@@ -41,7 +41,7 @@ __all__ = (
 )
 
 PROJECT = Path(__file__).resolve().parent.parent
-LOAD_ORDER = "lib/modules/load-order"
+MODULE_LIST = "etc/guestagent/modules"  # guestagent.init reads it
 #: Our packages that the guest may hold; a test keeps the guest's imports within them.
 _GUEST_PACKAGES = ("vsock", "guestagent")
 _PYTHON_DIR = f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
@@ -242,7 +242,7 @@ def _kernel_items(spec: InitramfsSpec) -> Iterator[_Item]:
             source=file,
             build=lambda _, file=file: module_bytes(file),  # type: ignore[misc]
         )
-    yield _Item(path=LOAD_ORDER, part="kernel modules", source="".join(order).encode())
+    yield _Item(path=MODULE_LIST, part="kernel modules", source="".join(order).encode())
 
 
 def _own_items(spec: InitramfsSpec) -> Iterator[_Item]:

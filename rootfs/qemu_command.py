@@ -1,0 +1,262 @@
+"""What a virtual machine consists of, and the command line of QEMU that says so. Pure.
+
+Values go through QEMU's JSON syntax wherever it has one, so that no character in a path can be
+mistaken for a separator.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = (
+    "DiskSpec",
+    "MachineSpec",
+    "PmemSpec",
+    "Runtime",
+    "blockdev",
+    "disk_device",
+    "qemu_command",
+)
+
+PMEM_ALIGN_BYTES = 2 << 20  # the kernel wants whole sections of a namespace; see ND_MIN_PMEM
+_SPARE_MEMORY_MIB = 4096
+_SCSI_BUS = "scsi0.0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PmemSpec:
+    """An NVDIMM backed by ``path``; /dev/pmemN in the order given. Its size is the file's."""
+
+    path: Path
+    readonly: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSpec:
+    """A raw disk. ``serial`` is what the guest sees; ``lun`` is for SCSI only."""
+
+    path: Path
+    serial: str
+    bus: str = "virtio-blk"
+    readonly: bool = True
+    lun: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bus not in ("virtio-blk", "scsi"):
+            raise ValueError(f"unknown bus {self.bus!r}: virtio-blk or scsi")
+        limit = 20 if self.bus == "virtio-blk" else 36  # VIRTIO_BLK_ID_BYTES; QEMU for SCSI
+        if not self.serial or len(self.serial) > limit:
+            raise ValueError(f"serial {self.serial!r}: 1 to {limit} characters on {self.bus}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineSpec:
+    """A virtual machine.
+
+    ``accel`` is auto, kvm or tcg. ``vsock_cid`` None means no vsock. ``pcie_root_ports`` is how
+    many devices can be plugged in later. ``serial_ports`` are names of virtio-serial ports.
+    ``console_path`` is where the console is written to, by default in the machine's own directory;
+    with ``console_stdio`` it is also on the standard streams.
+    """
+
+    kernel: Path
+    initrd: Path
+    cmdline: str = ""
+    memory_mib: int = 512
+    cpus: int = 2
+    pmem: tuple[PmemSpec, ...] = ()
+    disks: tuple[DiskSpec, ...] = ()
+    vsock_cid: int | None = 3
+    accel: str = "auto"
+    console_path: Path | None = None
+    console_stdio: bool = False
+    qmp: bool = True
+    pcie_root_ports: int = 0
+    serial_ports: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.accel not in ("auto", "kvm", "tcg"):
+            raise ValueError(f"unknown accelerator {self.accel!r}: auto, kvm or tcg")
+        if self.vsock_cid is not None and not 3 <= self.vsock_cid < 0xFFFFFFFF:
+            raise ValueError(f"CID {self.vsock_cid} is outside of 3..{0xFFFFFFFF - 1}")
+        if self.memory_mib < 128 or self.cpus < 1:
+            raise ValueError(f"{self.memory_mib} MiB, {self.cpus} CPUs: at least 128 and 1")
+        luns = [disk.lun for disk in self.disks if disk.bus == "scsi"]
+        if len(luns) != len(set(luns)):
+            raise ValueError(f"SCSI disks with the same LUN: {luns}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """What is known only when a machine starts.
+
+    ``qmp_fd`` is a listening socket that QEMU inherits; ``vhost_socket`` None means the kernel's
+    own vhost.
+    """
+
+    program: str
+    accel: str
+    run_dir: Path
+    console_path: Path
+    qmp_fd: int | None = None
+    vhost_socket: Path | None = None
+
+    def port_path(self, name: str) -> Path:
+        return self.run_dir / f"port-{name}"
+
+
+def qemu_command(spec: MachineSpec, runtime: Runtime) -> list[str]:
+    """Return the argument vector.
+
+    Raises:
+        ValueError: the file of an NVDIMM has no usable size.
+        OSError: it cannot be examined.
+    """
+    return [
+        runtime.program,
+        *_base(spec, runtime),
+        *_console(spec, runtime),
+        *_pmem(spec),
+        *_vsock(spec, runtime),
+        *_disks(spec),
+        *_serial_ports(spec, runtime),
+        *_root_ports(spec),
+    ]
+
+
+def _base(spec: MachineSpec, runtime: Runtime) -> Iterator[str]:
+    kvm = runtime.accel == "kvm"
+    nvdimm = ",nvdimm=on" if spec.pmem else ""
+    yield from ("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot")
+    yield from ("-machine", f"q35,memory-backend=ram{nvdimm}")
+    yield from ("-accel", "kvm" if kvm else "tcg,thread=multi")
+    yield from ("-cpu", "host" if kvm else "max")
+    yield from ("-smp", str(spec.cpus), "-m", _memory(spec))
+    yield from _json("-object", {
+        "qom-type": "memory-backend-memfd",
+        "id": "ram",
+        "size": spec.memory_mib << 20,
+        "share": True,
+    })  # fmt: skip
+    yield from ("-kernel", str(spec.kernel), "-initrd", str(spec.initrd))
+    yield from ("-append", f"console=ttyS0 quiet panic=-1 {spec.cmdline}".rstrip())
+    if runtime.qmp_fd is not None:
+        yield from ("-chardev", f"socket,id=qmp,fd={runtime.qmp_fd},server=on,wait=off")
+        yield from ("-mon", "chardev=qmp,mode=control")
+
+
+def _memory(spec: MachineSpec) -> str:
+    if not spec.pmem:
+        return f"{spec.memory_mib}M"
+    # each NVDIMM is placed on a boundary of 1 GiB at worst
+    pmem_mib = sum((_pmem_size(pmem) >> 20) + 1024 for pmem in spec.pmem)
+    maximum_mib = spec.memory_mib + pmem_mib + _SPARE_MEMORY_MIB
+    return f"{spec.memory_mib}M,slots={len(spec.pmem)},maxmem={maximum_mib}M"
+
+
+def _console(spec: MachineSpec, runtime: Runtime) -> Iterator[str]:
+    path = _escaped(runtime.console_path)
+    kind = f"stdio,signal=off,logfile={path}" if spec.console_stdio else f"file,path={path}"
+    yield from ("-chardev", f"{kind},id=console", "-serial", "chardev:console")
+
+
+def _pmem(spec: MachineSpec) -> Iterator[str]:
+    for number, pmem in enumerate(spec.pmem):
+        yield from _json("-object", {
+            "qom-type": "memory-backend-file",
+            "id": f"pmem{number}-file",
+            "mem-path": str(pmem.path),
+            "size": _pmem_size(pmem),
+            "share": not pmem.readonly,
+            "readonly": pmem.readonly,
+        })  # fmt: skip
+        yield from _json("-device", {
+            "driver": "nvdimm",
+            "id": f"pmem{number}",
+            "memdev": f"pmem{number}-file",
+            "unarmed": pmem.readonly,
+        })  # fmt: skip
+
+
+def _pmem_size(pmem: PmemSpec) -> int:
+    size = pmem.path.stat().st_size
+    if size == 0 or size % PMEM_ALIGN_BYTES:
+        raise ValueError(
+            f"{str(pmem.path)!r} cannot be an NVDIMM: {size} bytes, not a multiple of "
+            f"{PMEM_ALIGN_BYTES}"
+        )
+    return size
+
+
+def _vsock(spec: MachineSpec, runtime: Runtime) -> Iterator[str]:
+    if spec.vsock_cid is None:
+        return
+    if runtime.vhost_socket is None:
+        yield from _json("-device", {"driver": "vhost-vsock-pci", "guest-cid": spec.vsock_cid})
+        return
+    yield from ("-chardev", f"socket,id=vsock,path={_escaped(runtime.vhost_socket)}")
+    yield from _json("-device", {"driver": "vhost-user-vsock-pci", "chardev": "vsock"})
+
+
+def _disks(spec: MachineSpec) -> Iterator[str]:
+    if any(disk.bus == "scsi" for disk in spec.disks):
+        yield from _json("-device", {"driver": "virtio-scsi-pci", "id": "scsi0"})
+    for number, disk in enumerate(spec.disks):
+        yield from _json("-blockdev", blockdev(disk, f"disk{number}"))
+        yield from _json("-device", disk_device(disk, f"disk{number}"))
+
+
+def blockdev(disk: DiskSpec, node: str) -> dict[str, object]:
+    """Return the arguments of ``blockdev-add`` for a disk; ``node`` names it."""
+    return {
+        "driver": "raw",
+        "node-name": node,
+        "read-only": disk.readonly,
+        "file": {
+            "driver": "file",
+            "filename": str(disk.path),
+            "read-only": disk.readonly,
+            "locking": "auto",
+        },
+    }
+
+
+def disk_device(disk: DiskSpec, node: str, *, bus: str | None = None) -> dict[str, object]:
+    """Return the arguments of ``device_add`` for a disk on block node ``node``."""
+    device: dict[str, object] = {"id": f"{node}-device", "drive": node, "serial": disk.serial}
+    if disk.bus == "scsi":
+        where = {"bus": _SCSI_BUS, "channel": 0, "scsi-id": 0, "lun": disk.lun}
+        return {"driver": "scsi-hd", **device, **where}
+    return {"driver": "virtio-blk-pci", **device, **({} if bus is None else {"bus": bus})}
+
+
+def _serial_ports(spec: MachineSpec, runtime: Runtime) -> Iterator[str]:
+    if spec.serial_ports:
+        yield from _json("-device", {"driver": "virtio-serial-pci", "id": "serial0"})
+    for number, name in enumerate(spec.serial_ports):
+        path = _escaped(runtime.port_path(name))
+        yield from ("-chardev", f"socket,id=port{number},path={path},server=on,wait=off")
+        yield from _json("-device", {
+            "driver": "virtserialport",
+            "chardev": f"port{number}",
+            "name": name,
+        })  # fmt: skip
+
+
+def _root_ports(spec: MachineSpec) -> Iterator[str]:
+    for number in range(spec.pcie_root_ports):
+        yield from _json("-device", {
+            "driver": "pcie-root-port",
+            "id": f"port{number}",
+            "chassis": number + 1,
+        })  # fmt: skip
+
+
+def _json(option: str, value: dict[str, object]) -> Iterator[str]:
+    yield from (option, json.dumps(value))
+
+
+def _escaped(path: Path) -> str:
+    """In QEMU's own syntax a comma ends a value, and two of them are one."""
+    return str(path).replace(",", ",,")
