@@ -39,7 +39,7 @@ _READ_BYTES = 256 * 1024
 #: What a peer may owe us in reading before a call gives up on sending.
 _SEND_SECONDS = 30.0
 #: Beyond the deadline of a call, how long its answer may be on its way.
-_MARGIN_SECONDS = 5.0
+MARGIN_SECONDS = 5.0
 #: Notifications that wait for their callback; past either bound the oldest are dropped.
 _MAX_WAITING = 4096
 _MAX_WAITING_BYTES = 16 * 1024 * 1024
@@ -71,23 +71,23 @@ class PendingCall:
         """Wait for the answer and return its result. May be called again, and by many threads.
 
         Raises:
-            CallError: what the peer answered; or ``timeout`` if ``timeout_seconds`` passed first.
-                The peer may then still be at work; a late answer is dropped.
+            CallError: what the peer answered; or ``timeout`` if ``timeout_seconds`` passed first,
+                after which the answer may still come.
             ConnectionClosed: no answer will come.
         """
         if not self._done.wait(timeout_seconds):
-            self._client._forget(self.msgid)
-            self._settle(
-                CallError(
-                    "timeout",
-                    f"no answer to {self.method} within {timeout_seconds:g} s",
-                    step=f"wait for the answer to {self.method}",
-                ),
-                None,
+            raise CallError(
+                "timeout",
+                f"no answer to {self.method} within {timeout_seconds:g} s",
+                step=f"wait for the answer to {self.method}",
             )
         if self._error is not None:
             raise self._error
         return self._result
+
+    def forget(self) -> None:
+        """Give up on the answer: when it comes it is dropped. The peer is not told."""
+        self._client._forget(self.msgid)
 
     def cancel(self) -> None:
         """Ask the peer to stop; the call then ends as ``cancelled``, or as it ended meanwhile.
@@ -99,11 +99,8 @@ class PendingCall:
             self._client._cancel(self.msgid)
 
     def _settle(self, error: Exception | None, result: object) -> None:
-        # an answer and a timeout may meet here; the first one counts
-        with self._client._lock:
-            if not self._done.is_set():
-                self._error, self._result = error, result
-                self._done.set()
+        self._error, self._result = error, result
+        self._done.set()
 
 
 class Client:
@@ -120,7 +117,8 @@ class Client:
     ) -> None:
         """Connect, trying again for ``connect_seconds`` while nobody is there yet.
 
-        ``on_notification`` runs on a thread of its own, one notification at a time.
+        ``on_notification`` runs on a thread of its own, one notification at a time; if it raises,
+        ``threading.excepthook`` hears of it and no more are delivered.
 
         Raises:
             ValueError: the address is not one.
@@ -138,6 +136,7 @@ class Client:
         self._over: ConnectionClosed | None = None
         self._complaint: CallError | None = None
         self._ended = Deadline(None)
+        self._sending: Deadline | None = None
         self._inbox = _Inbox()
         self._stream = connect(self.address, connect_seconds)
         self._reader = threading.Thread(target=self._read, name="rpc-reader", daemon=True)
@@ -178,8 +177,12 @@ class Client:
             LocalProtocolError: the request cannot be sent.
         """
         if timeout_seconds is None and deadline_ms is not None:
-            timeout_seconds = deadline_ms / 1000 + _MARGIN_SECONDS
-        return self.start_call(method, params, deadline_ms=deadline_ms).result(timeout_seconds)
+            timeout_seconds = deadline_ms / 1000 + MARGIN_SECONDS
+        pending = self.start_call(method, params, deadline_ms=deadline_ms)
+        try:
+            return pending.result(timeout_seconds)
+        finally:
+            pending.forget()
 
     def start_call(
         self,
@@ -225,6 +228,9 @@ class Client:
         with self._lock:
             self._closed = True
         self._ended.cancel()
+        sending = self._sending
+        if sending is not None:
+            sending.cancel()
         self._inbox.close()
         for thread in (self._reader, self._dispatcher):
             if thread is not None and thread is not threading.current_thread():
@@ -261,13 +267,16 @@ class Client:
                 self._send_rest(memoryview(data)[taken:])
 
     def _send_rest(self, rest: memoryview) -> None:
-        deadline = Deadline(_SEND_SECONDS)
+        self._sending = deadline = Deadline(_SEND_SECONDS)
         try:
+            if self._closed:
+                deadline.cancel()  # close() may have looked before there was something to cancel
             self._stream.sendall(rest, deadline)
         except (CallError, OSError) as error:
             # half a message is out: no other may follow it
             raise self._broken(error) from error
         finally:
+            self._sending = None
             deadline.close()
 
     def _broken(self, error: Exception) -> ConnectionClosed:
@@ -281,7 +290,9 @@ class Client:
 
     def _forget(self, msgid: int) -> None:
         with self._lock:
-            self._pending.pop(msgid, None)
+            call = self._pending.pop(msgid, None)
+        if call is not None:
+            call._settle(given_up(call.method), None)
 
     def _read(self) -> None:
         """Read until the connection ends; then fail whatever is pending."""
@@ -349,6 +360,11 @@ class Client:
     def _dispatch(self, callback: NotificationCallback) -> None:
         while (message := self._inbox.get()) is not None:
             callback(message.method, message.params)
+
+
+def given_up(method: str) -> CallError:
+    """Return what a thread sees that still waits for a call which another has forgotten."""
+    return CallError("cancelled", f"the answer to {method} was given up", step="wait for an answer")
 
 
 class _Inbox:

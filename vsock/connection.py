@@ -76,10 +76,6 @@ class Call:
         return self._taken.acquire(blocking=False)
 
     @property
-    def taken(self) -> bool:
-        return self._taken.locked()
-
-    @property
     def cancel_on_disconnect(self) -> bool:
         """Whether the end of what the peer sends cancels the call.
 

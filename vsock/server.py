@@ -18,8 +18,6 @@ What a peer may count on:
 """
 
 import contextlib
-import errno
-import functools
 import os
 import select
 import threading
@@ -27,6 +25,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from vsock.acceptor import Acceptor
+from vsock.calls import Calls, Handler
 from vsock.connection import Call, Connection, Outcome
 from vsock.errors import CallError
 from vsock.rpc import (
@@ -39,7 +39,6 @@ from vsock.rpc import (
     encode_notification,
 )
 from vsock.stream import Listener, Stream
-from vsock.workers import Workers
 
 __all__ = ("Call", "Connection", "Outcome", "Server")
 
@@ -48,14 +47,11 @@ _READ_BYTES = 64 * 1024
 _PAUSE_BYTES = 256 * 1024
 #: A peer that takes nothing for this long is cut off.
 _STALL_SECONDS = 30.0
-#: How long accepting rests when the process has no descriptor left.
-_ACCEPT_REST_SECONDS = 0.5
 #: What cancelled requests get for undoing what they made, when the server stops.
 _UNDO_SECONDS = 5.0
 #: Requests in flight, all connections together, may hold this many times one request's limit.
 _IN_FLIGHT_REQUESTS = 16
 
-Handler = Callable[[Call], Outcome]
 NotificationHandler = Callable[[Connection, Notification], None]
 
 
@@ -81,28 +77,27 @@ class Server:
         report: Callable[[str], None] | None = None,
     ) -> None:
         """``report`` takes one line for each thing that a person may want to know of."""
-        self._handler = handler
         self._limits = limits or Limits()
-        self._quick = quick
         self._max_connections = max_connections
         self._max_in_flight = max_in_flight
         self._hello_seconds = hello_seconds
         self._on_notification = on_notification
         self._report = report or _discard
-        self._workers = Workers(workers)
-        self._calls: set[Call] = set()
-        self._waiting: list[Call] = []  # handed to the workers, while all of those were busy
-        self._call_bytes = 0
-        self._books = threading.Lock()
+        self._calls = Calls(
+            handler,
+            quick=quick,
+            workers=workers,
+            max_bytes=_IN_FLIGHT_REQUESTS * self._limits.max_request_bytes,
+            on_end=self._call_ended,
+        )
         self._epoll = select.epoll()
+        self._acceptor = Acceptor(self._epoll, self._report)
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._new: deque[Listener | Stream] = deque()
         self._attention: deque[Connection] = deque()
-        self._listeners: dict[int, Listener] = {}
         self._connections: dict[int, Connection] = {}
         self._events: dict[int, int] = {}
-        self._accept_at: float | None = None
         self._look_at: float | None = None
         self._stop_at: float | None = None
         self._closed = False
@@ -123,11 +118,31 @@ class Server:
         """Have ``serve_forever`` return.
 
         New requests are refused from now on. Those in flight get ``grace_seconds``, are then
-        cancelled, and get a few seconds to undo. From any thread, and from a signal handler.
+        cancelled, and get a few seconds to undo. A second call can only shorten the grace. From any
+        thread, and from a signal handler.
         """
-        if self._stop_at is None:
-            self._stop_at = time.monotonic() + grace_seconds
+        at = time.monotonic() + grace_seconds
+        self._stop_at = at if self._stop_at is None else min(at, self._stop_at)
         self._wake()
+
+    @property
+    def connection_count(self) -> int:
+        return len(self._connections)
+
+    @property
+    def requests_in_flight(self) -> int:
+        return len(self._calls)
+
+    def limits(self) -> dict[str, int]:
+        """Return every limit by name, as a peer may want to know them."""
+        return {
+            "max_request_bytes": self._limits.max_request_bytes,
+            "max_reply_bytes": self._limits.max_reply_bytes,
+            "max_depth": self._limits.max_depth,
+            "max_values": self._limits.max_values,
+            "max_connections": self._max_connections,
+            "max_in_flight": self._max_in_flight,
+        }
 
     def broadcast(self, method: str, params: Mapping[str, object] | None = None) -> int:
         """Notify every peer that has said hello; return how many of them keep up and got it.
@@ -153,12 +168,12 @@ class Server:
         if self._closed:
             return
         self._closed = True
-        self._close_listeners()
+        self._acceptor.close()
         for connection in list(self._connections.values()):
             self._drop(connection, "the server ends")
         while self._new:
             self._new.popleft().close()
-        self._workers.close(0.0)
+        self._calls.close()
         self._epoll.close()
         with self._wake_lock:
             os.close(self._wake_fd)
@@ -167,32 +182,32 @@ class Server:
     def _finish(self) -> None:
         """Let what is in flight come to an end, then make it."""
         assert self._stop_at is not None
-        self._close_listeners()
-        self._turn_until(self._stop_at)
-        for call in list(self._calls):
-            call.connection.cancel(call.msgid)
-            call.deadline.cancel()
-        self._turn_until(time.monotonic() + _UNDO_SECONDS)
-
-    def _turn_until(self, at: float) -> None:
-        while time.monotonic() < at and not self._at_rest():
-            self._turn(at)
+        self._calls.close_admission()
+        self._acceptor.close()
+        while not self._at_rest() and time.monotonic() < self._stop_at:
+            self._turn(self._stop_at)
+        self._calls.cancel_all()
+        undone_at = time.monotonic() + _UNDO_SECONDS
+        while not self._at_rest() and time.monotonic() < undone_at:
+            self._turn(undone_at)
 
     def _at_rest(self) -> bool:
-        return not self._calls and all(peer.idle for peer in self._connections.values())
+        return not len(self._calls) and all(peer.idle for peer in self._connections.values())
 
     def _turn(self, until: float | None = None) -> None:
         """Wait for something to happen, and see to it."""
-        times = [at for at in (until, self._accept_at, self._look_at) if at is not None]
+        times = [at for at in (until, self._acceptor.resume_at, self._look_at) if at is not None]
         seconds = max(0.0, min(times) - time.monotonic()) if times else None
         for fd, events in self._epoll.poll(seconds):
             connection = self._connections.get(fd)
             if connection is not None:
                 self._serve(connection, events)
-            elif fd in self._listeners:
-                self._accept(self._listeners[fd])
             elif fd == self._wake_fd:
                 self._woken()
+            else:
+                stream = self._acceptor.accept(fd)
+                if stream is not None:
+                    self._accepted(stream)
         if times and time.monotonic() >= min(times):
             self._look_around()
 
@@ -212,23 +227,13 @@ class Server:
             if self._stop_at is not None:
                 new.close()
             elif isinstance(new, Listener):
-                self._listeners[new.fileno()] = new
-                self._epoll.register(new.fileno(), select.EPOLLIN)
+                self._acceptor.add(new)
             else:
                 self._connect(new, must_introduce=False)
         while self._attention:
             self._settle(self._attention.popleft())
 
-    def _accept(self, listener: Listener) -> None:
-        try:
-            stream = listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno != errno.ECONNABORTED:
-                self._report(f"cannot accept on {listener.address}: {error}")
-                self._rest_from_accepting()
-            return
+    def _accepted(self, stream: Stream) -> None:
         if len(self._connections) < self._max_connections:
             self._connect(stream, must_introduce=not stream.point_to_point)
             return
@@ -239,13 +244,6 @@ class Server:
         # a peer that has gone already needs no answer
         with stream, contextlib.suppress(OSError):
             stream.send(encode_notification(ERROR_METHOD, error_map))
-
-    def _rest_from_accepting(self) -> None:
-        """Look away from the listeners, which stay ready while nothing can be accepted."""
-        if self._accept_at is None:
-            self._accept_at = time.monotonic() + _ACCEPT_REST_SECONDS
-            for fd in self._listeners:
-                self._epoll.unregister(fd)
 
     def _connect(self, stream: Stream, *, must_introduce: bool) -> None:
         stream.setblocking(False)
@@ -320,18 +318,10 @@ class Server:
     def _drop(self, connection: Connection, why: str) -> None:
         fd = connection.stream.fileno()
         self._watch(fd, 0)
-        del self._events[fd], self._connections[fd]
+        self._events.pop(fd, None)
+        del self._connections[fd]
         self._report(f"connection {connection.id} with {connection.peer} ended: {why}")
         connection.end()
-
-    def _close_listeners(self) -> None:
-        if self._accept_at is None:
-            for fd in self._listeners:
-                self._epoll.unregister(fd)
-        self._accept_at = None
-        for listener in self._listeners.values():
-            listener.close()
-        self._listeners.clear()
 
     def _look_by(self, at: float) -> None:
         self._look_at = at if self._look_at is None else min(at, self._look_at)
@@ -339,16 +329,16 @@ class Server:
     def _look_around(self) -> None:
         """See to everything that time alone brings about."""
         now = time.monotonic()
-        if self._accept_at is not None and now >= self._accept_at:
-            self._accept_at = None
-            for fd in self._listeners:
-                self._epoll.register(fd, select.EPOLLIN)
+        if self._acceptor.resume_at is not None and now >= self._acceptor.resume_at:
+            self._acceptor.resume()
         if self._look_at is None or now < self._look_at:
             return
         self._look_at = None
         for connection in list(self._connections.values()):
             self._look_at_connection(connection, now)
-        self._look_at_waiting()
+        expiry_at = self._calls.expire()
+        if expiry_at is not None:
+            self._look_by(expiry_at)
 
     def _look_at_connection(self, connection: Connection, now: float) -> None:
         if connection.outbox.pending_bytes:
@@ -367,32 +357,23 @@ class Server:
                 return
             self._look_by(silent_at)
 
-    def _look_at_waiting(self) -> None:
-        """Answer those whose deadline passed before a thread was free for them."""
-        still: list[Call] = []
-        for call in self._waiting:
-            if call.taken:
-                continue
-            if call.deadline.expired and call.take():
-                call.connection.answer_over(call)
-                continue
-            still.append(call)
-            self._look_by_deadline(call)
-        self._waiting = still
+    def _request(self, connection: Connection, request: Request) -> None:
+        try:
+            call = self._calls.admit(connection, request)
+        except CallError as error:
+            connection.answer_error(request.msgid, error)
+            return
+        expiry_at = self._calls.start(call)
+        if expiry_at is not None:
+            self._look_by(expiry_at)
 
-    def _look_by_deadline(self, call: Call) -> None:
-        seconds = call.deadline.remaining()
-        if seconds is not None:
-            self._look_by(time.monotonic() + seconds)
+    def _call_ended(self) -> None:
+        if self._stop_at is not None:
+            self._wake()
 
     def _take(self, connection: Connection, message: Message) -> None:
         if isinstance(message, Request):
-            try:
-                call = self._admit(connection, message)
-            except CallError as error:
-                connection.answer_error(message.msgid, error)
-            else:
-                self._start(call)
+            self._request(connection, message)
         elif isinstance(message, Malformed):
             msgid = message.msgid if message.kind == "request" else None
             connection.answer_error(msgid, message.error)
@@ -404,66 +385,6 @@ class Server:
             name = "notifications" if isinstance(message, Notification) else "responses"
             refusal = CallError("unsupported", f"{name} have no place here", step="take message")
             connection.answer_error(None, refusal)
-
-    def _admit(self, connection: Connection, request: Request) -> Call:
-        if self._stop_at is not None and request.method not in self._quick:
-            raise CallError("busy", "the server is stopping", step="accept request")
-        room_bytes = _IN_FLIGHT_REQUESTS * self._limits.max_request_bytes
-        if self._call_bytes + request.size_bytes > room_bytes:
-            raise CallError(
-                "resource",
-                f"the requests in flight hold {self._call_bytes} bytes of {room_bytes}",
-                step="accept request",
-            )
-        call = connection.begin(request)
-        with self._books:
-            self._calls.add(call)
-            self._call_bytes += call.size_bytes
-        return call
-
-    def _start(self, call: Call) -> None:
-        if call.method in self._quick:
-            self._run(call)
-            return
-        try:
-            begun = self._workers.submit(functools.partial(self._run, call))
-        except RuntimeError as problem:
-            error = CallError("resource", f"no thread can be started: {problem}", step="start")
-            call.take()
-            call.connection.answer(call, Outcome(error.to_wire(), None))
-            self._strike(call)
-            return
-        if not begun:
-            self._waiting.append(call)
-            self._look_by_deadline(call)
-
-    def _run(self, call: Call) -> None:
-        try:
-            if call.take():
-                self._handle(call)
-        finally:
-            self._strike(call)
-
-    def _handle(self, call: Call) -> None:
-        outcome = Outcome(_LOST.to_wire(), None)
-        try:
-            call.deadline.check(f"wait for a thread to run {call.method}")
-            outcome = self._handler(call)
-        except CallError as error:
-            outcome = Outcome(error.to_wire(), None)
-        finally:
-            # even when the handler breaks its contract the peer gets its answer
-            call.connection.answer(call, outcome)
-
-    def _strike(self, call: Call) -> None:
-        with self._books:
-            self._calls.discard(call)
-            self._call_bytes -= call.size_bytes
-        if self._stop_at is not None:
-            self._wake()
-
-
-_LOST = CallError("internal", "the handler failed", step="handle request")
 
 
 def _discard(line: str) -> None:
