@@ -8,6 +8,7 @@ reaches whoever listens on ``<that socket>_<P>``.
     backend      what each message does                virtqueue    split rings, checked
     vring        a ring with its notifications         packet       the header of each packet
     hybrid       the Unix-socket side                  connections  states and credit, no sockets
-    switchboard  packets <-> Unix sockets              loop         epoll and timers
+    switchboard  packets from the guest, lives         outbox       packets to the guest
+    line         a connection with its Unix socket     loop         epoll and timers
     device       all of it in one process              process      start and end that process
 """

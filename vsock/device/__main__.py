@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 
 from vsock.device.device import Device, Settings
 from vsock.device.hybrid import ListenerInUse
-from vsock.device.switchboard import Limits
+from vsock.device.line import Limits
 
 _log = logging.getLogger("vsock.device")
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from vsock.device.backend import RX, TX, Backend
 from vsock.device.hybrid import listen
+from vsock.device.line import Limits
 from vsock.device.loop import Loop
-from vsock.device.switchboard import Limits, Switchboard
+from vsock.device.switchboard import Switchboard
 from vsock.device.vhost_user import Channel, ChannelError
 from vsock.device.virtqueue import Virtqueue, VirtqueueError
 from vsock.device.vring import Vring
@@ -24,6 +25,8 @@ _log = logging.getLogger(__name__)
 _ACCEPT_BATCH = 32
 #: How long to leave a listener alone when this process has no descriptors left.
 _ACCEPT_PAUSE_SECONDS = 0.5
+#: sizeof sun_path, with the NUL that ends it.
+_UNIX_PATH_BYTES = 108
 #: CIDs that name no guest: 0 hypervisor, 1 local, 2 host, and the two wildcards.
 _RESERVED_CIDS = (0, 1, 2, 0xFFFFFFFF)
 
@@ -43,6 +46,9 @@ class Settings:
             raise ValueError(f"CID {self.cid} is reserved or out of range")
         if self.socket_path == self.uds_path:
             raise ValueError(f"both sockets at {self.socket_path!r}")
+        longest = f"{self.uds_path}_{0xFFFFFFFF}"
+        if len(os.fsencode(longest)) >= _UNIX_PATH_BYTES:
+            raise ValueError(f"no Unix socket can have a name as long as {longest!r}")
 
 
 class Device:
@@ -76,8 +82,12 @@ class Device:
         """Serve until ``stop`` is called, or with ``once`` until the front-end leaves."""
         busy = False
         while not self._stopping:
-            self._loop.poll(block=not busy)
-            busy = self._work()
+            busy = self.turn(block=not busy)
+
+    def turn(self, *, block: bool) -> bool:
+        """Serve what is due, having waited for it if ``block``; True when more is due at once."""
+        self._loop.poll(block=block)
+        return self._work()
 
     def stop(self) -> None:
         self._stopping = True

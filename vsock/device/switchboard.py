@@ -10,16 +10,15 @@ import functools
 import logging
 import select
 import socket
-from collections import deque
-from dataclasses import dataclass
 
-from vsock.device.connections import Connection, ConnectionTable, State
+from vsock.device.connections import ConnectionTable, State
 from vsock.device.hybrid import HostStream, dial
+from vsock.device.line import Limits, Line
 from vsock.device.loop import Loop, Timer
+from vsock.device.outbox import Outbox
 from vsock.device.packet import (
     CID_HOST,
     HEADER_BYTES,
-    MAX_PAYLOAD_BYTES,
     OP_CREDIT_REQUEST,
     OP_CREDIT_UPDATE,
     OP_REQUEST,
@@ -35,60 +34,17 @@ from vsock.device.packet import (
     drop,
     take,
 )
-from vsock.device.virtqueue import Chain, Virtqueue, VirtqueueError
+from vsock.device.virtqueue import Virtqueue
 
-__all__ = ("Limits", "Line", "Switchboard")
+__all__ = ("Switchboard",)
 
 _log = logging.getLogger(__name__)
 
 _EDGES = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
-#: Buffers of the guest filled by one read: 64 KiB with the 4 KiB buffers that Linux posts.
-_BURST_CHAINS = 16
+_GONE = select.EPOLLHUP | select.EPOLLERR
 _TX_BUDGET = 64
-_RX_BUDGET = 64
-#: Answers to packets of no connection that may wait for the guest to post buffers.
-_MAX_RESETS = 4096
-_REDIAL_SECONDS = 0.01
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What one guest may use, and how long each side may take."""
-
-    connections: int = 1023
-    buffer_bytes: int = 256 * 1024
-    handshake_seconds: float = 2.0
-    answer_seconds: float = 10.0
-    close_seconds: float = 8.0
-
-    def __post_init__(self) -> None:
-        if self.connections < 1 or not 4096 <= self.buffer_bytes <= 1 << 30:
-            raise ValueError(f"limits out of range: {self}")
-        if min(self.handshake_seconds, self.answer_seconds, self.close_seconds) <= 0:
-            raise ValueError(f"limits out of range: {self}")
-
-
-class Line(Connection):
-    """A connection with the host's end of it, and its places in the queues."""
-
-    __slots__ = ("deadline", "queued_control", "queued_data", "stream")
-
-    def __init__(
-        self,
-        stream: HostStream | None,
-        *,
-        host_port: int,
-        guest_port: int,
-        state: State,
-        buffer_bytes: int,
-    ) -> None:
-        super().__init__(
-            host_port=host_port, guest_port=guest_port, state=state, buffer_bytes=buffer_bytes
-        )
-        self.stream = stream
-        self.deadline: Timer | None = None
-        self.queued_control = False
-        self.queued_data = False
+#: How long to wait before a listener with a full queue is dialled again, at first and at most.
+_FIRST_REDIAL_SECONDS, _LAST_REDIAL_SECONDS = 0.01, 0.64
 
 
 class Switchboard:
@@ -102,25 +58,18 @@ class Switchboard:
         self._table: ConnectionTable[Line] = ConnectionTable()
         self._callers: dict[HostStream, Timer] = {}
         self._lingering: set[HostStream] = set()
-        self._resets: deque[Header] = deque()
-        self._controls: deque[Line] = deque()
-        self._ready: deque[Line] = deque()
+        self._outbox = Outbox(cid=cid, on_host_end=self._on_host_end)
 
     def __len__(self) -> int:
         """Return how many sockets of host peers are in use, in whatever state."""
         return len(self._table) + len(self._callers) + len(self._lingering)
-
-    @property
-    def has_work(self) -> bool:
-        """Say whether there is something to put into the guest's buffers."""
-        return bool(self._resets or self._controls or self._ready)
 
     def guest_restarted(self) -> None:
         """The guest knows no connection any more. Dials that it has not seen yet stay."""
         for line in self._table:
             if line.state is not State.REQUESTED or line.request_sent:
                 self._hang_up(line)
-        self._resets.clear()
+        self._outbox.forget_resets()
 
     def close(self) -> None:
         for line in self._table:
@@ -156,26 +105,26 @@ class Switchboard:
         line = self._new_line(self._table.choose_host_port(port), port, State.REQUESTED)
         self._set_deadline(line, self._limits.answer_seconds, "the guest did not answer")
         self._attach(line, stream)
-        self._say(line, OP_REQUEST)
+        self._outbox.say(line, OP_REQUEST)
 
     def _on_host(self, line: Line, events: int) -> None:
         stream = line.stream
         assert stream is not None
-        if events & (select.EPOLLHUP | select.EPOLLERR):
+        if events & _GONE:
             stream.hung_up = True
         if line.state is State.REQUESTED:
             stream.readable = True
             if stream.hung_up:
                 self._abort(line, "the host peer went away before the guest answered")
             return
-        if events & select.EPOLLOUT and stream.backlog_bytes:
+        if events & (select.EPOLLOUT | _GONE) and stream.backlog_bytes:
             self._forwarded(line, stream.flush())
         if stream.eof:
             if stream.hung_up:
                 self._end(line, SHUTDOWN_BOTH)
         else:
             stream.readable = True
-            self._queue_data(line)
+            self._outbox.offer(line)
 
     def _drop_stream(self, stream: HostStream) -> None:
         """Close a host peer that has no connection (not yet, or not any more)."""
@@ -203,6 +152,14 @@ class Switchboard:
             queue.complete((0,))
         return True
 
+    def serve_rx(self, queue: Virtqueue) -> bool:
+        """Give the guest what waits for it; True when more could be given at once.
+
+        Raises:
+            VirtqueueError: the ring is broken.
+        """
+        return self._outbox.serve(queue)
+
     def _on_packet(self, views: list[memoryview]) -> None:
         header = Header.parse(views)
         if header is None or header.src_cid != self._cid:
@@ -210,17 +167,17 @@ class Switchboard:
             return
         line = self._table.get(header.dst_port, header.src_port)
         if header.dst_cid != CID_HOST or header.type != TYPE_STREAM:
-            self._refuse(header)
+            self._outbox.refuse(header)
         elif header.op == OP_REQUEST:
             if line is not None:
                 # The guest would not reuse its port if it still knew that connection.
                 self._hang_up(line)
             self._on_request(header)
         elif line is None:
-            self._refuse(header)
+            self._outbox.refuse(header)
         else:
             if line.learn(header):
-                self._queue_data(line)
+                self._outbox.offer(line)
             self._on_known(line, header, views)
 
     def _on_known(self, line: Line, header: Header, views: list[memoryview]) -> None:
@@ -234,21 +191,21 @@ class Switchboard:
         elif op == OP_SHUTDOWN and state is not State.REQUESTED:
             self._on_shutdown(line, header.flags)
         elif op == OP_CREDIT_REQUEST:
-            self._say(line, OP_CREDIT_UPDATE)
+            self._outbox.say(line, OP_CREDIT_UPDATE)
         elif op != OP_CREDIT_UPDATE:
             self._abort(line, f"operation {op} in state {state.name}")
 
     def _on_request(self, header: Header) -> None:
         if len(self) >= self._limits.connections:
-            _log.warning("guest refused: %d connections", len(self))
-            self._refuse(header)
+            _log.info("guest refused: %d connections", len(self))
+            self._outbox.refuse(header)
             return
         line = self._new_line(header.dst_port, header.src_port, State.DIALLING)
         line.learn(header)
         self._set_deadline(line, self._limits.answer_seconds, "the host's listener is busy")
         self._dial(line)
 
-    def _dial(self, line: Line) -> None:
+    def _dial(self, line: Line, retry_seconds: float = _FIRST_REDIAL_SECONDS) -> None:
         if line.state is not State.DIALLING:
             return
         path = f"{self._uds_path}_{line.host_port}"
@@ -259,11 +216,12 @@ class Switchboard:
             return
         if sock is None:
             # A full queue raises no event; the deadline of the line bounds these attempts.
-            self._loop.call_later(_REDIAL_SECONDS, functools.partial(self._dial, line))
+            longer = min(2 * retry_seconds, _LAST_REDIAL_SECONDS)
+            self._loop.call_later(retry_seconds, functools.partial(self._dial, line, longer))
             return
         self._establish(line)
         self._attach(line, HostStream(sock))
-        self._say(line, OP_RESPONSE)
+        self._outbox.say(line, OP_RESPONSE)
 
     def _on_response(self, line: Line) -> None:
         stream = line.stream
@@ -273,7 +231,7 @@ class Switchboard:
         if stream.send((answer,), len(answer)) != len(answer) or stream.gone:
             self._abort(line, "the host peer does not take the answer")
             return
-        self._queue_data(line)
+        self._outbox.offer(line)
 
     def _on_data(self, line: Line, length: int, views: list[memoryview]) -> None:
         payload = take(drop(views, HEADER_BYTES), length)
@@ -294,7 +252,7 @@ class Switchboard:
         if stream.gone and not line.shutdown & SHUTDOWN_RECEIVE:
             self._end(line, SHUTDOWN_RECEIVE)
         elif line.window.update_due():
-            self._say(line, OP_CREDIT_UPDATE)
+            self._outbox.say(line, OP_CREDIT_UPDATE)
 
     def _on_shutdown(self, line: Line, flags: int) -> None:
         line.guest_shutdown |= flags & SHUTDOWN_BOTH
@@ -306,79 +264,8 @@ class Switchboard:
             stream.finish_writing()
         if line.guest_shutdown & SHUTDOWN_RECEIVE:
             stream.stop_reading()
-
-    # -- to the guest
-
-    def serve_rx(self, queue: Virtqueue) -> bool:
-        """Fill buffers of the guest; True when there are more buffers and more to put in them.
-
-        Raises:
-            VirtqueueError: the ring is broken.
-        """
-        queue.want_kicks(False)
-        for _ in range(_RX_BUDGET):
-            if not self.has_work:
-                return False
-            if not queue.pending():
-                queue.want_kicks(True)
-                return queue.pending() > 0
-            self._serve_next(queue)
-        return True
-
-    def _serve_next(self, queue: Virtqueue) -> None:
-        if self._resets:
-            self._put(queue, self._resets.popleft())
-        elif self._controls:
-            line = self._controls.popleft()
-            line.queued_control = False
-            if line.state is not State.CLOSED and line.has_unsaid:
-                op = line.next_unsaid()
-                self._put(queue, line.header(op, cid=self._cid, host_cid=CID_HOST))
-                if line.has_unsaid:
-                    self._queue_control(line)
-        else:
-            line = self._ready.popleft()
-            line.queued_data = False
-            if line.state is State.ESTABLISHED:
-                self._move(queue, line)
-
-    def _put(self, queue: Virtqueue, header: Header) -> None:
-        chain = queue.peek(1)[0]
-        _check_buffer(chain)
-        header.pack_into(chain.writable)
-        queue.complete((HEADER_BYTES,))
-
-    def _move(self, queue: Virtqueue, line: Line) -> None:
-        """Read a burst of the host peer's data into the guest's buffers."""
-        stream = line.stream
-        assert stream is not None
-        if not stream.readable:
-            return
-        credit = line.window.sendable()
-        if not credit:
-            line.stalled = True
-            self._say(line, OP_CREDIT_REQUEST)
-            return
-        rooms, views = _rooms(queue.peek(_BURST_CHAINS), credit)
-        count = stream.receive_into(views)
-        if count is None:
-            return
-        if not count:
-            self._on_host_end(line)
-            return
-        written = []
-        for chain, room in rooms:
-            length = min(room, count)
-            line.window.send(length)
-            line.header(OP_RW, cid=self._cid, host_cid=CID_HOST, length=length).pack_into(
-                chain.writable
-            )
-            written.append(HEADER_BYTES + length)
-            count -= length
-            if not count:
-                break
-        queue.complete(written)
-        self._queue_data(line)
+            if stream.hung_up:
+                self._end(line, SHUTDOWN_BOTH)
 
     def _on_host_end(self, line: Line) -> None:
         stream = line.stream
@@ -390,7 +277,7 @@ class Switchboard:
         if line.shutdown | directions == line.shutdown:
             return
         line.shutdown |= directions
-        self._say(line, OP_SHUTDOWN)
+        self._outbox.say(line, OP_SHUTDOWN)
         if line.shutdown == SHUTDOWN_BOTH:
             line.state = State.CLOSING
             self._set_deadline(line, self._limits.close_seconds, "the guest did not close")
@@ -432,7 +319,7 @@ class Switchboard:
 
     def _reset(self, line: Line) -> None:
         if line.state is not State.REQUESTED or line.request_sent:
-            self._queue_reset(line.header(OP_RST, cid=self._cid, host_cid=CID_HOST))
+            self._outbox.reset(line)
         self._hang_up(line)
 
     def _hang_up(self, line: Line) -> None:
@@ -453,51 +340,5 @@ class Switchboard:
 
     def _on_lingering(self, stream: HostStream, events: int) -> None:
         stream.flush()
-        if not stream.backlog_bytes or stream.gone or events & select.EPOLLHUP:
+        if not stream.backlog_bytes or stream.gone or events & _GONE:
             self._drop_stream(stream)
-
-    # -- queues
-
-    def _refuse(self, header: Header) -> None:
-        if header.op != OP_RST:
-            self._queue_reset(header.reset())
-
-    def _queue_reset(self, header: Header) -> None:
-        if len(self._resets) < _MAX_RESETS:
-            self._resets.append(header)
-        else:
-            _log.debug("reset dropped: the guest posts no buffers")
-
-    def _say(self, line: Line, op: int) -> None:
-        line.say(op)
-        self._queue_control(line)
-
-    def _queue_control(self, line: Line) -> None:
-        if not line.queued_control:
-            line.queued_control = True
-            self._controls.append(line)
-
-    def _queue_data(self, line: Line) -> None:
-        stream = line.stream
-        if stream is not None and stream.readable and not line.queued_data and not line.stalled:
-            line.queued_data = True
-            self._ready.append(line)
-
-
-def _check_buffer(chain: Chain) -> None:
-    if chain.writable_bytes <= HEADER_BYTES:
-        raise VirtqueueError(f"a receive buffer of {chain.writable_bytes} bytes")
-
-
-def _rooms(chains: list[Chain], credit: int) -> tuple[list[tuple[Chain, int]], list[memoryview]]:
-    """Return the payload bytes to put into each chain, within the credit, and views of them all."""
-    rooms, views = [], []
-    for chain in chains:
-        _check_buffer(chain)
-        room = min(chain.writable_bytes - HEADER_BYTES, MAX_PAYLOAD_BYTES, credit)
-        if not room:
-            break
-        rooms.append((chain, room))
-        views += take(drop(chain.writable, HEADER_BYTES), room)
-        credit -= room
-    return rooms, views

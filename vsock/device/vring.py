@@ -94,6 +94,9 @@ class Vring:
         self._call_fd = fd
         if fd is not None:
             os.set_blocking(fd, False)
+            # What was given back while there was no descriptor is not to be missed; one
+            # notification too many does no harm.
+            _notify(fd)
 
     def set_error(self, fd: int | None) -> None:
         if self._error_fd is not None:
