@@ -1,39 +1,29 @@
-"""Whether an image is in use: locked, attached to a loop device, or mounted.
+"""Whether an image is attached to a loop device, or mounted.
 
-Changing a mounted image corrupts what reads it, and no error says so. The lock keeps two tools
-apart; loop devices and file-backed mounts take no lock and are looked for.
+Changing such an image corrupts what reads it, and no error says so; and neither takes a lock that
+``imagelock`` would see.
 """
 
 import contextlib
 import errno
-import fcntl
 import os
 
 from vsock.errors import CallError
 
-__all__ = ("hold",)
+__all__ = ("refuse_attached",)
 
 _BLOCK_DEVICES = "/sys/block"
 _MOUNTINFO = "/proc/self/mountinfo"
 
 
-def hold(fd: int, path: str, *, exclusive: bool) -> None:
-    """Lock an open image until ``fd`` is closed: for writing (``exclusive``), or for reading.
-
-    Readers do not mind mounts; a writer is refused what anything else uses.
+def refuse_attached(fd: int, path: str) -> None:
+    """See that no block device and no mount of this machine is made of an open image.
 
     Raises:
         CallError: ``busy``, and by what.
     """
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError as problem:
-        if problem.errno != errno.EWOULDBLOCK:
-            return  # a file system without locks
-        raise _busy(path, "another process has locked it", problem.errno) from None
-    if exclusive:
-        _refuse_loop_device(fd, path)
-        _refuse_mount(path)
+    _refuse_loop_device(fd, path)
+    _refuse_mount(path)
 
 
 def _refuse_loop_device(fd: int, path: str) -> None:

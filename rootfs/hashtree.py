@@ -7,13 +7,15 @@ lead to) are hashed once.
 """
 
 import dataclasses
-import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 
 from guestagent.storage.verity import VerityParameters, block_digest
 from rootfs import crew
+from rootfs.allocator import free_ranges
 from rootfs.hashing import BlockHash, open_hasher
+from rootfs.holes import data_extents
 from vsock.deadline import Deadline
 
 __all__ = (
@@ -113,26 +115,13 @@ def _pieces(run: Run, batch_blocks: int) -> Iterator[tuple[int, int]]:
 
 def holes(fd: int, blocks: int, block_size_bytes: int) -> tuple[Run, ...]:
     """Return the runs of blocks that a file does not store and that therefore read as zeros."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return ()
     found = []
     end_bytes = blocks * block_size_bytes
-    position = 0
-    while position < end_bytes:
-        try:
-            hole = os.lseek(fd, position, os.SEEK_HOLE)
-        except OSError as problem:
-            if problem.errno in (errno.EINVAL, errno.ENXIO, errno.EOPNOTSUPP):
-                break  # a device, or a file system that does not tell
-            raise
-        if hole >= end_bytes:
-            break
-        try:
-            position = os.lseek(fd, hole, os.SEEK_DATA)
-        except OSError as problem:
-            if problem.errno != errno.ENXIO:  # ENXIO: nothing but hole up to the end
-                raise
-            position = end_bytes
-        first = -(-hole // block_size_bytes)
-        count = min(position, end_bytes) // block_size_bytes - first
+    for hole in free_ranges(data_extents(fd, end_bytes), end_bytes):
+        first = -(-hole.offset_bytes // block_size_bytes)
+        count = hole.end_bytes // block_size_bytes - first
         if count >= _MIN_HOLE_BLOCKS:
             found.append(Run(first=first, count=count, alike=True))
     return tuple(found)

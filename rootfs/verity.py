@@ -15,6 +15,7 @@ import stat
 import tempfile
 import uuid as uuid_module
 from collections.abc import Iterator
+from pathlib import Path
 
 from guestagent.storage.verity import (
     DIGEST_SIZES,
@@ -25,19 +26,21 @@ from guestagent.storage.verity import (
     VerityParameters,
 )
 from rootfs import crew
-from rootfs.busy import hold
+from rootfs.allocator import ByteRange
+from rootfs.busy import refuse_attached
 from rootfs.failure import from_os_error
 from rootfs.hasharea import find_hash_area
 from rootfs.hashtree import Progress, build_tree
+from rootfs.holes import copy_range
+from rootfs.imagelock import open_locked
 from rootfs.output import new_file, unnamed_file
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("FormatResult", "Geometry", "derive_identity", "format_image")
+__all__ = ("FormatResult", "Geometry", "derive_identity", "format_image", "opened")
 
 #: A tree up to this size (that of a 2 GiB image) grows in memory, a larger one beside the image.
 _TREE_IN_MEMORY_BYTES = 16 * 1024 * 1024
-_COPY_BYTES = 1024 * 1024
 _SALT_BYTES = 32
 
 
@@ -116,8 +119,8 @@ def format_image(
     path, apart = os.fspath(image), None if hash_file is None else os.fspath(hash_file)
     geometry = geometry or Geometry()
     with contextlib.ExitStack() as cleanup:
-        fd = cleanup.enter_context(_opened(path, writable=apart is None))
-        size_bytes = _size(path, fd, appending=apart is None)
+        fd = cleanup.enter_context(opened(path, writable=apart is None))
+        size_bytes = os.lseek(fd, 0, os.SEEK_END)
         if data_blocks is None and apart is None:
             size_bytes = _size_without_hash_area(path, fd, size_bytes, force)
         parameters = _parameters(
@@ -162,32 +165,32 @@ def format_image(
 
 
 @contextlib.contextmanager
-def _opened(path: str, *, writable: bool) -> Iterator[int]:
-    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags)
-    except OSError as problem:
-        raise from_os_error(problem, step="open", object=path) from problem
-    try:
-        hold(fd, path, exclusive=writable)
+def opened(path: str, *, writable: bool) -> Iterator[int]:
+    """Open and lock an image; a block device (to read only) has no lock.
+
+    Raises:
+        CallError: ``busy``, ``invalid``, or by errno.
+    """
+    if not writable and _is_block_device(path):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as problem:
+            raise from_os_error(problem, step="open", object=path) from problem
+    else:
+        fd = open_locked(Path(path), writable=writable)
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(os.close, fd)
+        if writable:
+            refuse_attached(fd, path)
         with contextlib.suppress(OSError):  # advice only; devices may not take it
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         yield fd
-    finally:
-        os.close(fd)
 
 
-def _size(path: str, fd: int, *, appending: bool) -> int:
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode) and (appending or not stat.S_ISBLK(mode)):
-        raise CallError(
-            "invalid",
-            f"cannot format {path!r}: not a regular file",
-            step="format",
-            object=path,
-            hint="the hash area of a block device goes to a separate file",
-        )
-    return os.lseek(fd, 0, os.SEEK_END)
+def _is_block_device(path: str) -> bool:
+    with contextlib.suppress(OSError):
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    return False
 
 
 def _size_without_hash_area(path: str, fd: int, size_bytes: int, force: bool) -> int:
@@ -333,10 +336,9 @@ def _store(fd: int, parameters: VerityParameters, header: bytes, tree_fd: int) -
     os.posix_fallocate(fd, start, end - start)
     os.ftruncate(fd, end)
     os.pwrite(fd, bytes(parameters.tree_offset_bytes - start), start)
-    tree_bytes = end - parameters.tree_offset_bytes
-    position = 0
-    while position < tree_bytes:
-        piece = os.pread(tree_fd, min(_COPY_BYTES, tree_bytes - position), position)
-        position += os.pwrite(fd, piece, parameters.tree_offset_bytes + position)
+    if parameters.levels:
+        tree = ByteRange(offset_bytes=0, size_bytes=end - parameters.tree_offset_bytes)
+        for _ in copy_range(tree_fd, tree, fd, parameters.tree_offset_bytes):
+            pass
     if header:
         os.pwrite(fd, header, start)

@@ -271,7 +271,7 @@ def superblock_offset(
                 step="resolve verity",
                 object="hash_offset_bytes",
             )
-        offset_bytes = data_blocks * (data_block_size or _DEFAULT_BLOCK_SIZE_BYTES)
+        offset_bytes = data_blocks * _or_default(data_block_size)
     if not 0 <= offset_bytes < _LIMIT_BYTES or offset_bytes % SUPERBLOCK_BYTES:
         raise CallError(
             "invalid",
@@ -320,9 +320,9 @@ def resolve(
             terms = Superblock(
                 uuid=bytes(16),
                 hash_type=HASH_TYPE_NORMAL if hash_type is None else hash_type,
-                algorithm=algorithm or "sha256",
-                data_block_size_bytes=data_block_size or _DEFAULT_BLOCK_SIZE_BYTES,
-                hash_block_size_bytes=hash_block_size or _DEFAULT_BLOCK_SIZE_BYTES,
+                algorithm="sha256" if algorithm is None else algorithm,
+                data_block_size_bytes=_or_default(data_block_size),
+                hash_block_size_bytes=_or_default(hash_block_size),
                 data_blocks=_needed("data_blocks", data_blocks),
                 salt=_needed("salt", salt),
             )
@@ -519,6 +519,10 @@ def _needed(field: str, value: "Value | None") -> "Value":
     if value is None:
         raise FieldError(field, "missing, and there is no superblock to take it from")
     return value
+
+
+def _or_default(block_size_bytes: int | None) -> int:
+    return _DEFAULT_BLOCK_SIZE_BYTES if block_size_bytes is None else block_size_bytes
 
 
 def _check_agreement(asked: dict[str, object], superblock: Superblock) -> None:

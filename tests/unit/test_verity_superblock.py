@@ -1,0 +1,448 @@
+"""The superblock and the root check, against veritysetup and against damage."""
+
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guestagent.storage import verity
+from guestagent.storage.verity import (
+    DIGEST_SIZES,
+    FieldError,
+    Superblock,
+    VerityParameters,
+    block_digest,
+    check_kernel_limits,
+    check_root,
+    check_tree_spine,
+    resolve,
+    superblock_offset,
+)
+from vsock.errors import CallError
+
+needs_veritysetup = pytest.mark.skipif(
+    shutil.which("veritysetup") is None, reason="veritysetup is not installed"
+)
+
+GOOD = Superblock(
+    uuid=bytes(range(16)),
+    hash_type=1,
+    algorithm="sha256",
+    data_block_size_bytes=4096,
+    hash_block_size_bytes=1024,
+    data_blocks=300,
+    salt=b"salt",
+)
+
+superblocks = st.builds(
+    Superblock,
+    uuid=st.binary(min_size=16, max_size=16),
+    hash_type=st.integers(0, 1),
+    algorithm=st.sampled_from(["sha1", "sha256", "sha512", "blake2b-512"]),
+    data_block_size_bytes=st.sampled_from([512 << shift for shift in range(11)]),
+    hash_block_size_bytes=st.sampled_from([512 << shift for shift in range(11)]),
+    data_blocks=st.integers(1, (1 << 63) // (512 * 1024) - 1),
+    salt=st.binary(max_size=256),
+)
+
+
+def outcome(raw: bytes) -> tuple[Superblock | None, str, str | None]:
+    try:
+        return Superblock.parse(raw), "", None
+    except CallError as problem:
+        return None, problem.code, problem.object
+
+
+def parameters(**changes: object) -> VerityParameters:
+    fields: dict[str, object] = {
+        "root_digest": bytes(32),
+        "salt": b"",
+        "algorithm": "sha256",
+        "hash_type": 1,
+        "data_blocks": 300,
+        "data_block_size_bytes": 4096,
+        "hash_block_size_bytes": 4096,
+        "hash_offset_bytes": 300 * 4096,
+        "has_superblock": True,
+    }
+    make: Callable[..., VerityParameters] = VerityParameters
+    return make(**{**fields, **changes})
+
+
+@given(superblocks)
+def test_what_is_packed_is_parsed_again(superblock: Superblock) -> None:
+    raw = superblock.pack()
+    assert len(raw) == 512
+    assert Superblock.parse(raw) == superblock
+
+
+@given(st.binary(max_size=600))
+def test_parsing_ends_in_a_superblock_or_a_named_field(raw: bytes) -> None:
+    parsed, code, field = outcome(raw)
+    assert parsed is not None or (code, bool(field)) == ("integrity", True)
+
+
+@given(superblocks, st.integers(0, 511), st.integers(1, 255))
+def test_one_changed_byte_is_another_superblock_or_an_error(
+    superblock: Superblock, position: int, flip: int
+) -> None:
+    raw = bytearray(superblock.pack())
+    raw[position] ^= flip
+    parsed, code, _ = outcome(bytes(raw))
+    assert code == "integrity" if parsed is None else parsed.pack() == bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("offset", "layout", "value", "field"),
+    [
+        (0, "<8s", b"verity\0\1", "signature"),
+        (8, "<I", 2, "version"),
+        (12, "<I", 2, "hash_type"),
+        (32, "<32s", b"", "algorithm"),
+        (32, "<32s", b"sha 256", "algorithm"),
+        (32, "<32s", b"SHA256", "algorithm"),
+        (32, "<32s", b"sha256\0x", "algorithm"),
+        (32, "<32s", b"a" * 32, "algorithm"),
+        (64, "<I", 0, "data_block_size"),
+        (64, "<I", 256, "data_block_size"),
+        (64, "<I", 3 * 512, "data_block_size"),
+        (64, "<I", 1024 * 1024, "data_block_size"),
+        (68, "<I", 0xFFFFFFFF, "hash_block_size"),
+        (72, "<Q", 0, "data_blocks"),
+        (72, "<Q", 1 << 51, "data_blocks"),
+        (80, "<H", 257, "salt_size"),
+        (80, "<H", 3, "padding"),
+        (82, "<6s", b"\0\0\0\0\0\1", "padding"),
+        (511, "<B", 1, "padding"),
+    ],
+)
+def test_each_field_is_checked_and_named(
+    offset: int, layout: str, value: object, field: str
+) -> None:
+    raw = bytearray(GOOD.pack())
+    struct.pack_into(layout, raw, offset, value)
+    with pytest.raises(CallError) as caught:
+        Superblock.parse(bytes(raw))
+    assert (caught.value.code, caught.value.object) == ("integrity", field)
+    assert field in caught.value.message
+
+
+def test_a_short_superblock_is_refused() -> None:
+    with pytest.raises(CallError, match="only 511 of 512"):
+        Superblock.parse(GOOD.pack()[:511])
+
+
+@needs_veritysetup
+def test_veritysetup_reads_what_is_packed(tmp_path: Path) -> None:
+    path = tmp_path / "superblock"
+    path.write_bytes(GOOD.pack().ljust(4096, b"\0"))
+    output = subprocess.run(
+        ["veritysetup", "dump", path], capture_output=True, text=True, check=True
+    ).stdout
+    facts = {key.strip(): value.strip() for key, _, value in map(_cut, output.splitlines())}
+    assert facts["UUID"] == "00010203-0405-0607-0809-0a0b0c0d0e0f"
+    assert facts["Data blocks"] == "300"
+    assert facts["Data block size"] == "4096"
+    assert facts["Hash block size"] == "1024"
+    assert facts["Hash algorithm"] == "sha256"
+    assert facts["Salt"] == b"salt".hex()
+
+
+def _cut(line: str) -> tuple[str, str, str]:
+    return line.partition(":")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"algorithm": "md5"}, "algorithm"),
+        ({"algorithm": "sha256 x"}, "algorithm"),
+        ({"root_digest": bytes(20)}, "root_digest"),
+        ({"algorithm": "sha512"}, "root_digest"),
+        ({"salt": bytes(257)}, "salt"),
+        ({"hash_type": 2}, "hash_type"),
+        ({"data_blocks": 0}, "data_blocks"),
+        ({"data_blocks": -1}, "data_blocks"),
+        ({"data_blocks": 1 << 62}, "data_blocks"),
+        ({"data_block_size_bytes": 4095}, "data_block_size"),
+        ({"hash_block_size_bytes": 0}, "hash_block_size"),
+        ({"hash_offset_bytes": -512}, "hash_offset_bytes"),
+        ({"hash_offset_bytes": 511}, "hash_offset_bytes"),
+        ({"hash_offset_bytes": 512, "has_superblock": False}, "hash_offset_bytes"),
+        ({"hash_offset_bytes": (1 << 63) - 512}, "hash_offset_bytes"),
+    ],
+)
+def test_impossible_parameters_are_refused_by_name(changes: dict[str, object], field: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        parameters(**changes)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("data_blocks", "level_blocks"),
+    [
+        (1, ()),
+        (2, (1,)),
+        (128, (1,)),
+        (129, (2, 1)),
+        (16384, (128, 1)),
+        (16385, (129, 2, 1)),
+    ],
+)
+def test_levels(data_blocks: int, level_blocks: tuple[int, ...]) -> None:
+    value = parameters(data_blocks=data_blocks, hash_offset_bytes=1 << 30)
+    assert value.level_blocks == level_blocks
+    assert value.hash_start_block == (1 << 18) + 1
+    assert value.end_bytes == value.tree_offset_bytes + sum(level_blocks) * 4096
+    if level_blocks:
+        assert value.level_offsets_bytes[-1] == value.tree_offset_bytes
+
+
+@given(
+    st.sampled_from(sorted(DIGEST_SIZES)),
+    st.integers(0, 1),
+    st.integers(1, 1 << 44),
+    st.integers(0, 10),
+    st.integers(0, 10),
+)
+def test_geometry_is_bounded_and_whole(
+    algorithm: str, hash_type: int, data_blocks: int, data_shift: int, hash_shift: int
+) -> None:
+    value = parameters(
+        algorithm=algorithm,
+        root_digest=bytes(DIGEST_SIZES[algorithm]),
+        hash_type=hash_type,
+        data_blocks=data_blocks,
+        data_block_size_bytes=512 << data_shift,
+        hash_block_size_bytes=512 << hash_shift,
+        hash_offset_bytes=0,
+    )
+    per_block = 1 << value.hashes_per_block_bits
+    assert value.levels < 63  # DM_VERITY_MAX_LEVELS
+    assert per_block * value.slot_size_bytes <= value.hash_block_size_bytes
+    assert value.slot_size_bytes >= value.digest_size_bytes
+    below = value.data_blocks
+    for count in value.level_blocks:
+        assert (count - 1) * per_block < below <= count * per_block
+        below = count
+    assert below == 1
+
+
+def test_a_superblock_alone_is_enough() -> None:
+    value = resolve(root_digest=bytes(32), superblock=GOOD)
+    assert (value.data_blocks, value.salt, value.has_superblock) == (300, b"salt", True)
+    assert value.hash_offset_bytes == 300 * 4096
+    assert value.tree_offset_bytes == 300 * 4096 + 1024
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("salt", b""),
+        ("algorithm", "sha1"),
+        ("hash_type", 0),
+        ("data_blocks", 301),
+        ("data_block_size", 512),
+        ("hash_block_size", 4096),
+    ],
+)
+def test_a_request_that_contradicts_the_superblock_is_refused(field: str, value: object) -> None:
+    request: dict[str, object] = {
+        "salt": GOOD.salt,
+        "algorithm": GOOD.algorithm,
+        "hash_type": GOOD.hash_type,
+        "data_blocks": GOOD.data_blocks,
+        "data_block_size": GOOD.data_block_size_bytes,
+        "hash_block_size": GOOD.hash_block_size_bytes,
+    }
+    agreeing: Callable[..., VerityParameters] = resolve
+    assert agreeing(root_digest=bytes(32), superblock=GOOD, **request).salt == b"salt"
+    with pytest.raises(CallError) as caught:
+        agreeing(root_digest=bytes(32), superblock=GOOD, **{**request, field: value})
+    assert (caught.value.code, caught.value.object) == ("integrity", field)
+
+
+def test_without_a_superblock_the_defaults_are_those_of_veritysetup() -> None:
+    value = resolve(root_digest=bytes(32), salt=b"", data_blocks=7)
+    assert (value.algorithm, value.hash_type, value.hash_block_size_bytes) == ("sha256", 1, 4096)
+    assert value.hash_offset_bytes == value.tree_offset_bytes == 7 * 4096
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        ({"salt": b""}, "data_blocks"),
+        ({"data_blocks": 1}, "salt"),
+        ({"salt": b"", "data_blocks": 1, "hash_block_size": 100}, "hash_block_size"),
+        ({"salt": b"", "data_blocks": 1, "data_block_size": 0}, "data_block_size"),
+        ({"salt": b"", "data_blocks": 1, "algorithm": ""}, "algorithm"),
+        ({"salt": b"", "data_blocks": 1, "algorithm": "md5"}, "algorithm"),
+        ({"salt": b"", "data_blocks": 1, "hash_offset_bytes": 5}, "hash_offset_bytes"),
+    ],
+)
+def test_missing_and_impossible_values_are_invalid(request_: dict[str, object], field: str) -> None:
+    call: Callable[..., VerityParameters] = resolve
+    with pytest.raises(CallError) as caught:
+        call(root_digest=bytes(32), **request_)
+    assert (caught.value.code, caught.value.object) == ("invalid", field)
+
+
+def test_the_place_of_the_superblock() -> None:
+    def place(offset: int | None, blocks: int | None, size: int | None) -> int:
+        return superblock_offset(hash_offset_bytes=offset, data_blocks=blocks, data_block_size=size)
+
+    assert place(4096, 9, 512) == 4096
+    assert place(None, 9, 512) == 9 * 512
+    assert place(None, 9, None) == 9 * 4096
+    for arguments in ((None, None, None), (100, None, None), (-512, None, None)):
+        with pytest.raises(CallError, match="hash_offset_bytes"):
+            place(*arguments)
+
+
+def test_kernel_limits() -> None:
+    def check(**changes: object) -> None:
+        check_kernel_limits(
+            parameters(**changes), page_size_bytes=4096, logical_block_size_bytes=512
+        )
+
+    check()
+    check(hash_block_size_bytes=8192)
+    with pytest.raises(CallError) as caught:
+        check(data_block_size_bytes=8192, hash_offset_bytes=300 * 8192)
+    assert (caught.value.code, caught.value.object) == ("unsupported", "data_block_size")
+    with pytest.raises(CallError, match="hash_block_size: 512 bytes cannot be mapped"):
+        check_kernel_limits(
+            parameters(hash_block_size_bytes=512),
+            page_size_bytes=4096,
+            logical_block_size_bytes=4096,
+        )
+
+
+class Device:
+    """300 data blocks of 512 bytes, superblock room, three hash blocks of 4096 bytes."""
+
+    def __init__(self, hash_type: int = 1, blocks: int = 300) -> None:
+        self.content = bytearray(b"".join(struct.pack("<Q504x", n) for n in range(blocks)))
+        self.parameters = parameters(
+            salt=b"pepper",
+            hash_type=hash_type,
+            data_blocks=blocks,
+            data_block_size_bytes=512,
+            hash_offset_bytes=(blocks * 512 + 4095) // 4096 * 4096,
+        )
+        self._append_tree()
+
+    def _append_tree(self) -> None:
+        digests = [
+            block_digest(self.parameters, bytes(self.content[at : at + 512]))
+            for at in range(0, len(self.content), 512)
+        ]
+        leaves = [
+            b"".join(digests[at : at + 128]).ljust(4096, b"\0")
+            for at in range(0, len(digests), 128)
+        ]
+        root = digests[0]
+        self.content += bytes(self.parameters.tree_offset_bytes - len(self.content))
+        if self.parameters.levels:
+            top = b"".join(block_digest(self.parameters, leaf) for leaf in leaves)
+            self.content += top.ljust(4096, b"\0") + b"".join(leaves)
+            root = block_digest(self.parameters, top.ljust(4096, b"\0"))
+        self.parameters = self.parameters.replace(root_digest=root)
+
+    def read_at(self, offset_bytes: int, size: int) -> bytes:
+        return bytes(self.content[offset_bytes : offset_bytes + size])
+
+
+@pytest.mark.parametrize("hash_type", [0, 1])
+def test_a_whole_tree_passes(hash_type: int) -> None:
+    device = Device(hash_type)
+    check_root(device.parameters, device.read_at)
+    for block in (0, 127, 128, 299):
+        check_tree_spine(device.parameters, device.read_at, data_block=block)
+
+
+def test_one_data_block_is_its_own_root() -> None:
+    device = Device(blocks=1)
+    assert device.parameters.levels == 0
+    check_root(device.parameters, device.read_at)
+    check_tree_spine(device.parameters, device.read_at)
+    device.content[7] ^= 1
+    with pytest.raises(CallError, match="data block 0, which is the root"):
+        check_root(device.parameters, device.read_at)
+
+
+def test_a_wrong_root_is_refused_and_both_are_named() -> None:
+    device = Device()
+    wrong = device.parameters.replace(root_digest=b"\1" * 32)
+    with pytest.raises(CallError) as caught:
+        check_root(wrong, device.read_at)
+    assert caught.value.code == "integrity"
+    assert "01" * 32 in caught.value.message
+    assert device.parameters.root_digest.hex() in caught.value.message
+
+
+@pytest.mark.parametrize("keep", [0, 100, 4095])
+def test_a_truncated_top_is_refused(keep: int) -> None:
+    device = Device()
+    del device.content[device.parameters.tree_offset_bytes + keep :]
+    with pytest.raises(CallError, match="the top hash block") as caught:
+        check_root(device.parameters, device.read_at)
+    assert caught.value.code == "integrity"
+
+
+def test_a_tree_without_its_end_is_refused() -> None:
+    device = Device()
+    del device.content[-1]
+    with pytest.raises(CallError, match="the last hash block: the device ends 1 bytes too early"):
+        check_root(device.parameters, device.read_at)
+
+
+def test_a_hash_area_within_the_data_is_refused() -> None:
+    device = Device()
+    within = device.parameters.replace(hash_offset_bytes=4096)
+    with pytest.raises(CallError, match="overlaps the data") as caught:
+        check_root(within, device.read_at)
+    assert caught.value.code == "invalid"
+    # on a device of its own it may start anywhere
+    apart = device.parameters.replace(hash_offset_bytes=0)
+    shift = device.parameters.tree_offset_bytes - apart.tree_offset_bytes
+    check_root(
+        apart,
+        device.read_at,
+        read_hash_at=lambda offset, size: device.read_at(offset + shift, size),
+    )
+
+
+@pytest.mark.parametrize(
+    ("position", "named"),
+    [
+        (0, "data block 0"),
+        (lambda device: device.parameters.level_offsets_bytes[0], "hash block 0 of level 0"),
+        (lambda device: device.parameters.tree_offset_bytes, "the top hash block"),
+    ],
+)
+def test_the_spine_finds_damage_on_its_path(
+    position: int | Callable[[Device], int], named: str
+) -> None:
+    device = Device()
+    device.content[position if isinstance(position, int) else position(device)] ^= 1
+    with pytest.raises(CallError) as caught:
+        check_tree_spine(device.parameters, device.read_at)
+    assert (caught.value.code, caught.value.object) == ("integrity", named)
+
+
+def test_the_spine_of_another_block_does_not_read_this_one() -> None:
+    device = Device()
+    device.content[0] ^= 1
+    check_tree_spine(device.parameters, device.read_at, data_block=299)
+    with pytest.raises(ValueError, match="data block 300 of 300"):
+        check_tree_spine(device.parameters, device.read_at, data_block=300)
+
+
+def test_every_export_exists() -> None:
+    assert all(hasattr(verity, name) for name in verity.__all__)
