@@ -1,0 +1,209 @@
+"""Block devices, images and a check for leaks, for tests on a real kernel (scripts/test kernel)."""
+
+import contextlib
+import fcntl
+import os
+import re
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# linux/loop.h
+LOOP_SET_FD, LOOP_CLR_FD, LOOP_CONFIGURE, LOOP_CTL_GET_FREE = 0x4C00, 0x4C01, 0x4C0A, 0x4C82
+LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR = 1, 4
+_LOOP_CONFIG_BYTES = 304
+_INFO_OFFSET, _INFO_FLAGS = 8, 60  # offsets of lo_info and of its lo_flags in struct loop_config
+_SETTLE_SECONDS = 3.0
+
+Tree = Mapping[str, bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerityImage:
+    """An image with the hash tree that veritysetup put behind its data, superblock included."""
+
+    path: Path
+    root_digest: bytes
+    salt: bytes
+    hash_offset_bytes: int
+    data_blocks: int
+    size_bytes: int
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _real_kernel() -> None:
+    try:
+        os.close(os.open("/dev/mapper/control", os.O_RDWR))
+    except OSError as problem:
+        pytest.exit(
+            f"no device-mapper on this kernel ({problem.strerror}): run `scripts/test kernel`", 3
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Holdings:
+    """What a test can leave behind in the kernel."""
+
+    dm_devices: frozenset[str]
+    mounts: frozenset[tuple[str, str]]
+    loops: frozenset[str]
+
+    @classmethod
+    def now(cls) -> "_Holdings":
+        blocks = Path("/sys/block")
+        dm = (path.read_text().strip() for path in blocks.glob("dm-*/dm/name"))
+        loops = (path.parts[3] for path in blocks.glob("loop*/loop/backing_file"))
+        with open("/proc/self/mountinfo") as file:
+            mounts = frozenset((line.split()[0], line.split()[4]) for line in file)
+        return cls(frozenset(dm), mounts, frozenset(loops))
+
+    def beyond(self, before: "_Holdings") -> list[str]:
+        return [
+            *(f"device {name}" for name in sorted(self.dm_devices - before.dm_devices)),
+            *(f"mount at {path}" for _, path in sorted(self.mounts - before.mounts)),
+            *(f"loop device {name}" for name in sorted(self.loops - before.loops)),
+        ]
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks(_real_kernel: None) -> Iterator[None]:
+    """Fail a test that leaves a dm device, a mount or a loop device behind, and clean up."""
+    before = _Holdings.now()
+    yield
+    leaks = _settled(before)
+    if leaks:
+        _clean_up(before)
+        pytest.fail("left behind: " + ", ".join(leaks))
+
+
+def _settled(before: _Holdings) -> list[str]:
+    # deferred removal and autoclear end in a worker of the kernel, shortly after the last close
+    end = time.monotonic() + _SETTLE_SECONDS
+    while True:
+        leaks = _Holdings.now().beyond(before)
+        if not leaks or time.monotonic() > end:
+            return leaks
+        time.sleep(0.01)
+
+
+def _clean_up(before: _Holdings) -> None:
+    now = _Holdings.now()
+    paths = [path for _, path in sorted(now.mounts - before.mounts, key=lambda m: -int(m[0]))]
+    for path in paths:
+        subprocess.run(["umount", "-l", path], capture_output=True, check=False)
+    for name in now.dm_devices - before.dm_devices:
+        command = ["dmsetup", "remove", "--force", "--deferred", name]
+        subprocess.run(command, capture_output=True, check=False)
+
+
+@pytest.fixture
+def loop_device() -> Iterator[Callable[..., str]]:
+    """A factory: ``loop_device(image, readonly=True) -> "/dev/loopN"``, detached after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def attach(image: Path | str, *, readonly: bool = True, block_size_bytes: int = 512) -> str:
+            path, fd = attach_loop(Path(image), readonly, block_size_bytes)
+            stack.callback(_detach_loop, fd)
+            return path
+
+        yield attach
+
+
+def attach_loop(image: Path, readonly: bool, block_size_bytes: int = 512) -> tuple[str, int]:
+    """Attach ``image``; return the path of the device and a descriptor that keeps it attached."""
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    backing = os.open(image, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+    try:
+        while True:
+            path = f"/dev/loop{fcntl.ioctl(control, LOOP_CTL_GET_FREE)}"
+            device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            config = bytearray(_LOOP_CONFIG_BYTES)
+            struct.pack_into("<II", config, 0, backing, block_size_bytes)
+            flags = LO_FLAGS_AUTOCLEAR | (LO_FLAGS_READ_ONLY if readonly else 0)
+            struct.pack_into("<I", config, _INFO_FLAGS, flags)
+            try:
+                fcntl.ioctl(device, LOOP_CONFIGURE, bytes(config))
+            except BlockingIOError:
+                os.close(device)
+                continue  # someone else took it between the two calls
+            except OSError as problem:
+                os.close(device)
+                if problem.errno != 16:  # EBUSY: taken, too
+                    raise
+                continue
+            return path, device
+    finally:
+        os.close(backing)
+        os.close(control)
+
+
+def _detach_loop(fd: int) -> None:
+    # autoclear alone would wait for the last user; this makes a user that stays show as a leak
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(fd, LOOP_CLR_FD)
+    os.close(fd)
+
+
+@pytest.fixture
+def erofs_image(tmp_path: Path) -> Callable[[Tree], Path]:
+    """A factory: ``erofs_image({"etc/motd": b"hello\\n"}) -> path``, made by mkfs.erofs."""
+    count = 0
+
+    def make(tree: Tree) -> Path:
+        nonlocal count
+        count += 1
+        source, image = tmp_path / f"tree{count}", tmp_path / f"layer{count}.erofs"
+        source.mkdir()
+        for name, content in tree.items():
+            path = source / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        _run("mkfs.erofs", "-T0", "--all-root", str(image), str(source))
+        return image
+
+    return make
+
+
+@pytest.fixture
+def verity_image() -> Callable[..., VerityImage]:
+    """A factory: ``verity_image(image, *veritysetup_options)``; the tree goes into the same file.
+
+    The data is padded to whole blocks of 4096 bytes first.
+    """
+    return make_verity_image
+
+
+def make_verity_image(image: Path, *options: str) -> VerityImage:
+    """Format ``image`` in place with veritysetup."""
+    data_bytes = -(-image.stat().st_size // 4096) * 4096
+    os.truncate(image, data_bytes)
+    output = _run(
+        "veritysetup", "format", f"--hash-offset={data_bytes}",
+        f"--data-blocks={data_bytes // 4096}", *options, str(image), str(image),
+    )  # fmt: skip
+    salt = _field(output, "Salt")
+    return VerityImage(
+        path=image,
+        root_digest=bytes.fromhex(_field(output, "Root hash")),
+        salt=b"" if salt == "-" else bytes.fromhex(salt),
+        hash_offset_bytes=data_bytes,
+        data_blocks=int(_field(output, "Data blocks")),
+        size_bytes=image.stat().st_size,
+    )
+
+
+def _field(output: str, name: str) -> str:
+    match = re.search(rf"^{name}:\s*(\S+)$", output, re.MULTILINE)
+    assert match is not None, output
+    return match.group(1)
+
+
+def _run(*argv: str) -> str:
+    result = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{argv}: {result.stdout}{result.stderr}"
+    return result.stdout
