@@ -1,0 +1,542 @@
+"""The formatter: veritysetup's bytes, and an image that survives everything that goes wrong."""
+
+import fcntl
+import hashlib
+import itertools
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from rootfs import busy, crew, hashing, hashtree, multibuffer
+from rootfs.hasharea import find_hash_area
+from rootfs.hashing import BlockHash, HashlibHasher
+from rootfs.verity import FormatResult, Geometry, derive_identity, format_image
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+needs_veritysetup = pytest.mark.skipif(
+    shutil.which("veritysetup") is None, reason="veritysetup is not installed"
+)
+needs_multibuffer = pytest.mark.skipif(
+    multibuffer.library_version() is None, reason="no checked version of libIPSec_MB is installed"
+)
+
+IDENTITY = UUID("12345678-1234-5678-9abc-123456789abc")
+RANDOM = random.Random(7)
+NOISE = RANDOM.randbytes(700 * 4096)
+
+
+def veritysetup_format(
+    image: Path, hash_file: Path, result: FormatResult, size_bytes: int
+) -> tuple[str, bytes]:
+    """Format with the terms of ``result``; return the root digest and the hash file."""
+    terms = result.parameters
+    command = [
+        "veritysetup",
+        "format",
+        str(image),
+        str(hash_file),
+        f"--format={terms.hash_type}",
+        f"--hash={terms.algorithm}",
+        f"--salt={terms.salt.hex() or '-'}",
+        f"--data-block-size={terms.data_block_size_bytes}",
+        f"--hash-block-size={terms.hash_block_size_bytes}",
+        f"--data-blocks={terms.data_blocks}",
+        f"--hash-offset={terms.hash_offset_bytes}",
+    ]
+    command += [f"--uuid={result.uuid}"] if terms.has_superblock else ["--no-superblock"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return output.split("Root hash:")[1].split()[0], hash_file.read_bytes()
+
+
+def combinations() -> Iterator[tuple[Geometry, int, int, bool]]:
+    """Yield a sample in which every value meets most others, then the sizes around each level."""
+    everything = list(
+        itertools.product(
+            (1, 0),
+            ("sha256", "sha512", "sha1"),
+            (512, 1024, 4096),
+            (512, 1024, 4096),
+            (True, False),
+            (0, 1, 32, 255, 256),
+            (1, 2, 127, 128, 129, 700),
+            (True, False),
+        )
+    )
+    for hash_type, algorithm, data, hash_, superblock, salt, blocks, apart in RANDOM.sample(
+        everything, 90
+    ):
+        geometry = Geometry(
+            algorithm=algorithm,
+            hash_type=hash_type,
+            data_block_size_bytes=data,
+            hash_block_size_bytes=hash_,
+            superblock=superblock,
+        )
+        if blocks == 1 and superblock and data < hash_ and not apart:
+            continue  # veritysetup cannot write a superblock right behind so little data
+        yield geometry, salt, blocks, apart
+    small = Geometry(data_block_size_bytes=512)
+    for blocks, apart in itertools.product((16383, 16384, 16385), (True, False)):
+        yield small, 32, blocks, apart
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Geometry):
+        return (
+            f"{value.algorithm}-type{value.hash_type}-{value.data_block_size_bytes}"
+            f"-{value.hash_block_size_bytes}-{'sb' if value.superblock else 'bare'}"
+        )
+    return str(value)
+
+
+@needs_veritysetup
+@pytest.mark.parametrize(
+    ("geometry", "salt_size", "blocks", "apart"), list(combinations()), ids=describe
+)
+def test_the_bytes_are_those_of_veritysetup(
+    tmp_path: Path, geometry: Geometry, salt_size: int, blocks: int, apart: bool
+) -> None:
+    size_bytes = blocks * geometry.data_block_size_bytes
+    data = (NOISE * (1 + size_bytes // len(NOISE)))[:size_bytes]
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.write_bytes(data)
+    theirs.write_bytes(data)
+    our_hashes = tmp_path / "ours.hash" if apart else None
+    result = format_image(
+        ours, salt=NOISE[:salt_size], uuid=IDENTITY, geometry=geometry, hash_file=our_hashes
+    )
+    their_hashes = tmp_path / "theirs.hash" if apart else theirs
+    root, content = veritysetup_format(theirs, their_hashes, result, size_bytes)
+    assert result.root_digest.hex() == root
+    assert (our_hashes or ours).read_bytes() == content
+    if apart:
+        assert ours.read_bytes() == data
+    elif geometry.superblock:
+        fd = os.open(ours, os.O_RDONLY)
+        assert find_hash_area(fd, len(content)) == result.parameters.hash_offset_bytes
+        os.close(fd)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(NOISE)
+    return path
+
+
+def formatted(path: Path, **choices: object) -> bytes:
+    path.unlink(missing_ok=True)
+    path.write_bytes(NOISE)
+    format_image(path, salt=b"s", uuid=IDENTITY, **choices)  # type: ignore[arg-type]
+    return path.read_bytes()
+
+
+def sparse_file(path: Path, size_bytes: int, islands: list[tuple[int, bytes]]) -> None:
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+        for offset_bytes, data in islands:
+            file.seek(offset_bytes)
+            file.write(data)
+
+
+@needs_veritysetup
+@pytest.mark.parametrize("hash_type", [0, 1])
+@pytest.mark.parametrize("algorithm", ["sha256", "sha1"])
+def test_holes_are_zeros(tmp_path: Path, hash_type: int, algorithm: str) -> None:
+    # islands that leave holes unaligned to hash blocks, and one hole over whole subtrees
+    islands = [
+        (0, NOISE[:4096]),
+        (1000 * 512, NOISE[:70000]),
+        (20000 * 512 + 100, b"x"),
+        (39999 * 512, b"end"),
+    ]
+    size_bytes = 40000 * 512
+    sparse, dense = tmp_path / "sparse", tmp_path / "dense"
+    sparse_file(sparse, size_bytes, islands)
+    dense.write_bytes(sparse.read_bytes())
+    fd = os.open(sparse, os.O_RDONLY)
+    runs = hashtree.holes(fd, 40000, 512)
+    os.close(fd)
+    assert sum(run.count for run in runs) > 39000
+    geometry = Geometry(algorithm=algorithm, hash_type=hash_type, data_block_size_bytes=512)
+    result = format_image(sparse, salt=b"salt", uuid=IDENTITY, geometry=geometry)
+    root, content = veritysetup_format(dense, dense, result, size_bytes)
+    assert result.root_digest.hex() == root
+    assert sparse.read_bytes() == content
+
+
+def test_a_file_of_holes_only(tmp_path: Path) -> None:
+    sparse, dense = tmp_path / "sparse", tmp_path / "dense"
+    sparse_file(sparse, 1000 * 4096, [])
+    dense.write_bytes(bytes(1000 * 4096))
+    assert format_image(sparse, salt=b"").root_digest == format_image(dense, salt=b"").root_digest
+
+
+def test_memory_stays_flat_for_a_huge_sparse_image(tmp_path: Path) -> None:
+    path = tmp_path / "huge"
+    sparse_file(path, 16 << 30, [(5 << 30, NOISE)])
+    script = (
+        "import resource, sys\n"
+        "from rootfs.verity import format_image\n"
+        "format_image(sys.argv[1], salt=b'')\n"
+        # of this program only: ru_maxrss remembers what the process was before it
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    assert max(map(int, output.split())) < 64 * 1024
+    assert path.stat().st_size > (16 << 30) + (128 << 20)
+
+
+@needs_multibuffer
+@pytest.mark.parametrize("salt_size", [0, 7, 32, 256])
+@pytest.mark.parametrize("salt_first", [True, False])
+def test_the_accelerator_hashes_like_hashlib(image: Path, salt_size: int, salt_first: bool) -> None:
+    block_hash = BlockHash(
+        algorithm="sha256",
+        salt=NOISE[:salt_size],
+        salt_first=salt_first,
+        block_size_bytes=512,
+        slot_size_bytes=32,
+        max_batch_blocks=128,
+    )
+    assert multibuffer.is_usable(block_hash)
+    fast, slow = multibuffer.MultiBufferHasher(block_hash), HashlibHasher(block_hash)
+    fd = os.open(image, os.O_RDONLY)
+    for first, count in ((0, 128), (5, 1), (9, 37), (100, 128), (3, 127), (0, 128)):
+        assert fast.slots(fd, first * 512, count) == slow.slots(fd, first * 512, count)
+    os.close(fd)
+
+
+@needs_multibuffer
+def test_an_accelerator_that_hashes_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    block_hash = BlockHash(
+        algorithm="sha256",
+        salt=b"odd one",
+        salt_first=True,
+        block_size_bytes=1024,
+        slot_size_bytes=32,
+        max_batch_blocks=128,
+    )
+    right = multibuffer._Burst.run
+    monkeypatch.setattr(
+        multibuffer._Burst, "run", lambda burst, count: right(burst, count)[:-1] + b"\0"
+    )
+    multibuffer._agrees_with_hashlib.cache_clear()
+    assert not multibuffer.is_usable(block_hash)
+    assert isinstance(hashing.open_hasher(block_hash, 1 << 20), HashlibHasher)
+    multibuffer._agrees_with_hashlib.cache_clear()
+
+
+@pytest.mark.parametrize("version", [b"1.2.0", b"1.4.0", b"2.0.0", b""])
+def test_an_unchecked_library_is_not_used(monkeypatch: pytest.MonkeyPatch, version: bytes) -> None:
+    class Library:
+        @staticmethod
+        def imb_get_version_str() -> bytes:
+            return version
+
+    monkeypatch.setattr(multibuffer, "_library", Library)
+    assert multibuffer.library_version() is None
+
+
+@pytest.fixture
+def always_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashtree, "_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(hashtree, "_SPAN_BYTES", 64 * 4096)
+
+
+@pytest.mark.usefixtures("always_parallel")
+@pytest.mark.parametrize("accelerate", [True, False])
+def test_workers_do_not_change_a_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerate: bool
+) -> None:
+    monkeypatch.setattr(hashing, "_ACCELERATION_BLOCKS", 1)
+    alone = formatted(tmp_path / "image", workers=1, accelerate=False)
+    assert threading.active_count() == 1
+    assert formatted(tmp_path / "image", workers=3, accelerate=accelerate) == alone
+    stop = threading.Event()
+    other = threading.Thread(target=stop.wait, args=(30,))
+    other.start()  # with a second thread, forking is out of the question
+    try:
+        monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked beside a thread"))
+        assert formatted(tmp_path / "image", workers=3, accelerate=accelerate) == alone
+    finally:
+        stop.set()
+        other.join()
+
+
+@pytest.mark.usefixtures("always_parallel")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_ends_at_the_whole(image: Path, workers: int) -> None:
+    reports: list[tuple[int, int]] = []
+    format_image(image, workers=workers, progress=lambda *report: reports.append(report))
+    assert len(reports) > 5
+    assert reports == sorted(reports)
+    assert reports[-1] == (len(NOISE), len(NOISE))
+
+
+@pytest.mark.usefixtures("always_parallel")
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_cancel_leaves_everything_as_it_was(
+    image: Path, tmp_path: Path, workers: int, apart: bool
+) -> None:
+    deadline = Deadline()
+    with pytest.raises(CallError) as caught:
+        format_image(
+            image,
+            workers=workers,
+            hash_file=tmp_path / "hashes" if apart else None,
+            progress=lambda done, total: deadline.cancel(),
+            deadline=deadline,
+        )
+    deadline.close()
+    assert caught.value.code == "cancelled"
+    assert image.read_bytes() == NOISE
+    assert os.listdir(tmp_path) == ["image"]
+    with pytest.raises(ChildProcessError):  # no worker is left
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_deadline_in_the_past_ends_the_work(image: Path, workers: int) -> None:
+    deadline = Deadline(0.0)
+    with pytest.raises(CallError) as caught:
+        format_image(image, workers=workers, deadline=deadline)
+    deadline.close()
+    assert caught.value.code == "timeout"
+    assert image.read_bytes() == NOISE
+
+
+@pytest.mark.usefixtures("always_parallel")
+def test_an_image_that_shrinks_meanwhile_is_an_error_from_any_worker(image: Path) -> None:
+    def shrink(done: int, total: int) -> None:
+        os.truncate(image, 4096)
+
+    for workers in (1, 2):
+        image.write_bytes(NOISE)
+        with pytest.raises(CallError, match="was it truncated") as caught:
+            format_image(image, workers=workers, progress=shrink)
+        assert caught.value.code == "integrity"
+
+
+def test_a_worker_that_dies_is_reported() -> None:
+    def die(task: int) -> bytes:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return b""
+
+    deadline = Deadline(20)
+    with pytest.raises(CallError, match="a worker died while: test") as caught:
+        crew.run(
+            [1, 2, 3],
+            lambda: die,
+            lambda index, result: None,
+            workers=2,
+            deadline=deadline,
+            step="test",
+        )
+    deadline.close()
+    assert caught.value.code == "internal"
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_results_and_errors_come_back_from_workers(threads: bool) -> None:
+    stop = threading.Event()
+    other = threading.Thread(target=stop.wait, args=(30,))
+    if threads:
+        other.start()
+    results: dict[int, bytes] = {}
+    deadline = Deadline(20)
+
+    def work(task: int) -> bytes:
+        if task < 0:
+            raise OSError(5, "bad disk", "name")
+        return bytes(task)
+
+    def run(tasks: list[int]) -> None:
+        crew.run(
+            tasks,
+            lambda: work,
+            results.__setitem__,
+            workers=2,
+            deadline=deadline,
+            step="test",
+        )
+
+    try:
+        run([3, 0, 200_000, 7])
+        assert results == {0: bytes(3), 1: b"", 2: bytes(200_000), 3: bytes(7)}
+        with pytest.raises(OSError, match="bad disk") as caught:
+            run([1, 1, -1, 1])
+        assert (caught.value.errno, caught.value.filename) == (5, "name")
+    finally:
+        deadline.close()
+        if threads:
+            stop.set()
+            other.join()
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_full_disk_leaves_everything_as_it_was(image: Path, tmp_path: Path, apart: bool) -> None:
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # the tree of 700 blocks has seven; let the disk be full after three
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * 4096 if apart else len(NOISE) + 3 * 4096, hard))
+    try:
+        with pytest.raises(CallError, match="File too large") as caught:
+            format_image(image, hash_file=tmp_path / "hashes" if apart else None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    assert caught.value.code == "resource"
+    assert image.read_bytes() == NOISE
+    assert os.listdir(tmp_path) == ["image"]
+
+
+def test_a_formatted_image_is_refused_unless_forced(image: Path) -> None:
+    first = format_image(image, salt=b"a", uuid=IDENTITY)
+    content = image.read_bytes()
+    with pytest.raises(CallError, match="has a hash area at 2867200 already") as caught:
+        format_image(image)
+    assert caught.value.code == "conflict"
+    assert image.read_bytes() == content
+    assert format_image(image, salt=b"b", force=True).root_digest != first.root_digest
+    assert format_image(image, salt=b"a", uuid=IDENTITY, force=True) == first
+    assert image.read_bytes() == content
+
+
+def test_what_is_behind_the_data_is_kept_unless_forced(image: Path) -> None:
+    with pytest.raises(CallError, match="would overwrite") as caught:
+        format_image(image, data_blocks=600)
+    assert caught.value.code == "conflict"
+    assert image.read_bytes() == NOISE
+    result = format_image(image, data_blocks=600, force=True)
+    assert result.parameters.data_blocks == 600
+    assert image.stat().st_size == result.parameters.end_bytes
+
+
+def test_an_existing_hash_file_is_kept_unless_forced(image: Path, tmp_path: Path) -> None:
+    hashes = tmp_path / "hashes"
+    hashes.write_bytes(b"precious")
+    with pytest.raises(CallError) as caught:
+        format_image(image, hash_file=hashes)
+    assert caught.value.code == "conflict"
+    assert hashes.read_bytes() == b"precious"
+    result = format_image(image, hash_file=hashes, force=True)
+    assert hashes.stat().st_size == result.parameters.end_bytes
+
+
+@pytest.mark.parametrize(
+    ("choices", "field"),
+    [
+        ({"salt": bytes(257)}, "salt"),
+        ({"geometry": Geometry(algorithm="md5")}, "algorithm"),
+        ({"geometry": Geometry(hash_type=3)}, "hash_type"),
+        ({"geometry": Geometry(data_block_size_bytes=0)}, "data_block_size"),
+        ({"geometry": Geometry(hash_block_size_bytes=5000)}, "hash_block_size"),
+        ({"geometry": Geometry(data_block_size_bytes=512 * 1024)}, "data_block_size"),
+        ({"data_blocks": 0}, "data_blocks"),
+        ({"data_blocks": 701}, "data_blocks"),
+        ({"hash_offset_bytes": 100}, "hash_offset_bytes"),
+        ({"hash_offset_bytes": 512}, "hash_offset_bytes"),
+        ({"hash_offset_bytes": 1 << 63}, "hash_offset_bytes"),
+    ],
+)
+def test_impossible_choices_are_refused_by_name(
+    image: Path, choices: dict[str, object], field: str
+) -> None:
+    with pytest.raises(CallError) as caught:
+        format_image(image, **choices)  # type: ignore[arg-type]
+    assert (caught.value.code, caught.value.object) == ("invalid", field)
+    assert image.read_bytes() == NOISE
+
+
+def test_a_size_that_is_no_multiple_is_refused_with_a_remedy(image: Path) -> None:
+    os.truncate(image, 5000)
+    with pytest.raises(CallError, match="no multiple of 4096") as caught:
+        format_image(image)
+    assert caught.value.hint == "truncate -s %4096 fills it up with zeros"
+    os.truncate(image, 0)
+    with pytest.raises(CallError, match="it is empty"):
+        format_image(image)
+
+
+def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CallError) as caught:
+        format_image(tmp_path / "missing")
+    assert caught.value.code == "not_found"
+    with pytest.raises(CallError) as caught:
+        format_image(tmp_path)
+    assert caught.value.code == "invalid"
+    with pytest.raises(CallError) as caught:
+        format_image("/dev/null")
+    assert caught.value.code == "invalid"
+
+
+def test_a_locked_image_is_busy(image: Path) -> None:
+    with image.open("rb") as holder:
+        fcntl.flock(holder, fcntl.LOCK_SH)
+        with pytest.raises(CallError) as caught:
+            format_image(image)
+    assert caught.value.code == "busy"
+    assert image.read_bytes() == NOISE
+
+
+def test_an_attached_image_is_busy(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attribute = tmp_path / "sys/loop7/loop/backing_file"
+    attribute.parent.mkdir(parents=True)
+    (tmp_path / "sys/loop0").mkdir()
+    attribute.write_text(f"{image}\n")
+    monkeypatch.setattr(busy, "_BLOCK_DEVICES", str(tmp_path / "sys"))
+    with pytest.raises(CallError, match="attached to /dev/loop7") as caught:
+        format_image(image)
+    assert caught.value.code == "busy"
+
+
+def test_a_mounted_image_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tmp_path / "an image"
+    image.write_bytes(NOISE)
+    mountinfo = tmp_path / "mountinfo"
+    escaped = str(image).replace(" ", "\\040")
+    mountinfo.write_text(
+        "21 1 0:20 / /sys rw - sysfs sysfs rw\n"
+        f"90 1 0:50 / /mnt ro,relatime shared:1 - erofs {escaped} ro\n"
+    )
+    monkeypatch.setattr(busy, "_MOUNTINFO", str(mountinfo))
+    with pytest.raises(CallError, match="mounted on '/mnt'") as caught:
+        format_image(image)
+    assert caught.value.code == "busy"
+
+
+def test_identity_follows_from_content_alone() -> None:
+    digest = hashlib.sha256(b"content").digest()
+    salt, identity = derive_identity(digest)
+    assert (salt, identity) == derive_identity(digest)
+    assert len(salt) == 32
+    assert identity.version == 5
+    other = derive_identity(hashlib.sha256(b"other").digest())
+    assert salt != other[0]
+    assert identity != other[1]
+    with pytest.raises(ValueError, match="empty"):
+        derive_identity(b"")
+
+
+def test_salt_and_uuid_are_random_unless_given(image: Path, tmp_path: Path) -> None:
+    one = format_image(image, hash_file=tmp_path / "one")
+    two = format_image(image, hash_file=tmp_path / "two")
+    assert len(one.parameters.salt) == 32
+    assert one.parameters.salt != two.parameters.salt
+    assert one.uuid != two.uuid
