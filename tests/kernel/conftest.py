@@ -18,6 +18,10 @@ LOOP_SET_FD, LOOP_CLR_FD, LOOP_CONFIGURE, LOOP_CTL_GET_FREE = 0x4C00, 0x4C01, 0x
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR = 1, 4
 _LOOP_CONFIG_BYTES = 304
 _INFO_OFFSET, _INFO_FLAGS = 8, 60  # offsets of lo_info and of its lo_flags in struct loop_config
+# linux/dm-ioctl.h: _IOWR(0xfd, 2, struct dm_ioctl), asked for without the code under test
+DM_LIST_DEVICES = 0xC138FD02
+_DM_HEADER_BYTES = 312
+_DM_BUFFER_BYTES = 64 * 1024
 _SETTLE_SECONDS = 3.0
 
 Tree = Mapping[str, bytes]
@@ -56,11 +60,10 @@ class _Holdings:
     @classmethod
     def now(cls) -> "_Holdings":
         blocks = Path("/sys/block")
-        dm = (path.read_text().strip() for path in blocks.glob("dm-*/dm/name"))
         loops = (path.parts[3] for path in blocks.glob("loop*/loop/backing_file"))
         with open("/proc/self/mountinfo") as file:
             mounts = frozenset((line.split()[0], line.split()[4]) for line in file)
-        return cls(frozenset(dm), mounts, frozenset(loops))
+        return cls(frozenset(_dm_devices()), mounts, frozenset(loops))
 
     def beyond(self, before: "_Holdings") -> list[str]:
         return [
@@ -68,6 +71,23 @@ class _Holdings:
             *(f"mount at {path}" for _, path in sorted(self.mounts - before.mounts)),
             *(f"loop device {name}" for name in sorted(self.loops - before.loops)),
         ]
+
+
+def _dm_devices() -> Iterator[str]:
+    """Yield the names of all devices, those without a table too, which sysfs does not show."""
+    buffer = bytearray(_DM_BUFFER_BYTES)
+    struct.pack_into("<5I", buffer, 0, 4, 0, 0, len(buffer), _DM_HEADER_BYTES)
+    with open("/dev/mapper/control", "rb") as control:
+        fcntl.ioctl(control, DM_LIST_DEVICES, buffer)
+    offset = struct.unpack_from("<I", buffer, 16)[0]
+    while True:
+        dev, step = struct.unpack_from("<QI", buffer, offset)
+        if dev == 0:
+            return
+        yield buffer[offset + 12 : buffer.index(b"\0", offset + 12)].decode()
+        if step == 0:
+            return
+        offset += step
 
 
 @pytest.fixture(autouse=True)
