@@ -85,7 +85,8 @@ _DM_DATA_OUT_FLAG = 1 << 16
 _DM_DEFERRED_REMOVE = 1 << 17
 #: Since interface 4.45 (Linux 5.13) the list of devices carries uuids.
 _VERSION_WITH_LISTED_UUIDS = (4, 45, 0)
-_LISTED_HAS_UUID = 1
+_DM_NAME_LIST_FLAG_HAS_UUID = 1
+_DM_NAME_LIST_FLAG_DOESNT_HAVE_UUID = 2
 #: The letters that libdm passes unmangled; what we make must look the same in its tools.
 _NAME_LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789#+-.:=@_")
 
@@ -267,7 +268,8 @@ class Control:
         """Return (name, MAJOR:MINOR, uuid) of every device; the uuid is empty where it has none."""
         listed = []
         told = self.version() >= _VERSION_WITH_LISTED_UUIDS
-        for name, dev, uuid in _unpack_names(self._call(_DM_LIST_DEVICES, what="list"), told):
+        reply = self._call(_DM_LIST_DEVICES, what="list", flags=_DM_UUID_FLAG)
+        for name, dev, uuid in _unpack_names(reply, told):
             if uuid is None:
                 found = self.find(name=name)
                 if found is None:  # went away since
@@ -453,8 +455,10 @@ def _unpack_names(reply: _Reply, uuids_told: bool) -> list[tuple[str, str, str |
         if uuids_told:
             extra_at = (name_end + 1 + 7) & ~7
             (flags,) = struct.unpack_from("=4xI", reply.data, extra_at)
-            has_uuid = flags & _LISTED_HAS_UUID
-            uuid = _until_nul(reply.data[extra_at + 8 : extra_at + 8 + 129]) if has_uuid else ""
+            if flags & _DM_NAME_LIST_FLAG_HAS_UUID:
+                uuid = _until_nul(reply.data[extra_at + 8 : extra_at + 8 + _UUID_MAX_BYTES + 1])
+            elif flags & _DM_NAME_LIST_FLAG_DOESNT_HAVE_UUID:
+                uuid = ""
         name = os.fsdecode(reply.data[name_at:name_end])
         found.append((name, _format_dev(dev), uuid))
         if not next_by:

@@ -24,8 +24,9 @@ __all__ = (
     "wait_gone",
 )
 
-#: Events can be lost, so a wait looks again by itself after this long.
-_LOOK_AGAIN_SECONDS = 0.25
+#: Events can be lost, or come just before what they announce: a wait looks again by itself, after
+#: the first time first, then after twice as long each, up to the second.
+_LOOK_AGAIN_SECONDS = (0.002, 0.25)
 
 
 class DmStepError(OSError):
@@ -129,6 +130,7 @@ def remove_device(control: Control, name: str, deadline: Deadline) -> bool:
 
     The wait is no polling: the removal is left to the kernel (deferred) and its event awaited. If
     the deadline passes first the removal is taken back, so that the device is as it was.
+    On return the devices below it are released too.
 
     Raises:
         OSError: EBUSY, still in use at the deadline.
@@ -138,9 +140,10 @@ def remove_device(control: Control, name: str, deadline: Deadline) -> bool:
         was_deferred = control.info(name).deferred_remove
         gone = control.remove(name, deferred=True)
     except OSError as error:
-        if error.errno == errno.ENXIO:
-            return False
-        raise
+        if error.errno != errno.ENXIO:
+            raise
+        wait_gone(control, (name,), deadline)
+        return False
     if not gone:
         try:
             wait_gone(control, (name,), deadline)
@@ -173,20 +176,37 @@ def _take_back(control: Control, name: str) -> bool:
 def wait_gone(
     control: Control, names: Sequence[str], deadline: Deadline, *, uuids: Sequence[str] = ()
 ) -> None:
-    """Wait until no device of these names and none of these uuids exists.
+    """Wait until no device of these names and none of these uuids exists, nor lets go of what is
+    below it still.
+
+    A deferred removal takes the name away first and closes the devices below a while later; only
+    then does the disk leave sysfs. Who reports a device gone before could see the host pull the
+    disk from under the kernel.
 
     Raises:
         CallError: ``timeout`` or ``cancelled``; the message names what is left.
     """
-    remaining = [("name", name) for name in names] + [("uuid", uuid) for uuid in uuids]
-    remaining = _still_there(control, remaining)
-    if not remaining:
+    named = [("name", name) for name in names] + [("uuid", uuid) for uuid in uuids]
+    named = _still_there(control, named)
+    dying = _dying(control)
+    if not named and not dying:
         return
+    look_again_seconds = _LOOK_AGAIN_SECONDS[0]
+    announced: set[str] = set()
     with UeventSocket() as events:
-        while remaining := _still_there(control, remaining):
-            step = "wait for the removal of " + ", ".join(repr(word) for _, word in remaining)
-            deadline.wait([events.fileno()], step, at_most=_LOOK_AGAIN_SECONDS)
-            events.receive()
+        while True:
+            had_named = bool(named)
+            named = _still_there(control, named)
+            found = _dying(control)
+            # once the names are gone all of ours are among the dying: later ones are others'
+            dying = (found if had_named else dying & found) - announced
+            if not named and not dying:
+                return
+            left = [repr(word) for _, word in named] + sorted(dying)
+            step = f"wait for the removal of {', '.join(left)}"
+            deadline.wait([events.fileno()], step, at_most=look_again_seconds)
+            look_again_seconds = min(look_again_seconds * 2, _LOOK_AGAIN_SECONDS[1])
+            announced |= _removed_disks(events)
 
 
 def _still_there(control: Control, wanted: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -195,3 +215,19 @@ def _still_there(control: Control, wanted: list[tuple[str, str]]) -> list[tuple[
         for kind, word in wanted
         if control.find(**({"name": word} if kind == "name" else {"uuid": word})) is not None
     ]
+
+
+def _dying(control: Control) -> set[str]:
+    """Return the disks (dm-N) that sysfs has and device-mapper has no more."""
+    disks = {name for name in os.listdir("/sys/block") if name.startswith("dm-")}
+    alive = {f"dm-{dev.partition(':')[2]}" for _, dev, _ in control.list_devices()}
+    return disks - alive
+
+
+def _removed_disks(events: UeventSocket) -> set[str]:
+    """Return the disks whose removal was announced: a moment before they leave sysfs."""
+    return {
+        os.path.basename(event.devpath)
+        for event in events.receive()
+        if event.action == "remove" and event.subsystem == "block"
+    }

@@ -1,0 +1,122 @@
+"""What kernel tests stand on: loop devices, images, a device-mapper that must be empty afterwards.
+
+Everything is a context manager that takes down what it made, and ``no_leaks`` fails a test that
+leaves a device, a mount, a loop device, a descriptor or a thread behind.
+"""
+
+import contextlib
+import fcntl
+import os
+import struct
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from guestagent.storage.devicemapper.control import Control
+from guestagent.storage.mountinfo import read_mounts
+
+_LOOP_CTL_GET_FREE = 0x4C82  # include/uapi/linux/loop.h
+_LOOP_CONFIGURE = 0x4C0A
+_LOOP_CLR_FD = 0x4C01
+_LO_FLAGS_READ_ONLY = 1
+
+
+def run(*command: object) -> str:
+    """Run a tool and return what it printed; its complaint is in the error."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}: {done.stderr or done.stdout}"
+    return done.stdout
+
+
+@contextlib.contextmanager
+def loop_device(image: Path, *, readonly: bool = True) -> Iterator[str]:
+    """A loop device over ``image``; yields its node."""
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    backing = os.open(image, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+    try:
+        node = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
+        device = os.open(node, os.O_RDWR | os.O_CLOEXEC)
+    finally:
+        os.close(control)
+    try:
+        flags = _LO_FLAGS_READ_ONLY if readonly else 0
+        info = struct.pack("=5Q4I64s64s32s2Q", *[0] * 8, flags, b"", b"", b"", 0, 0)
+        fcntl.ioctl(
+            device, _LOOP_CONFIGURE, bytearray(struct.pack("=II", backing, 0) + info + bytes(64))
+        )
+        os.close(backing)
+        yield node
+        fcntl.ioctl(device, _LOOP_CLR_FD)
+    finally:
+        os.close(device)
+
+
+def dev_of(node: str) -> str:
+    number = os.stat(node).st_rdev
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def erofs_image(directory: Path, name: str, files: dict[str, bytes]) -> Path:
+    """An EROFS image that holds ``files``, padded to whole 4 KiB blocks."""
+    tree = directory / f"{name}.d"
+    tree.mkdir()
+    for path, data in files.items():
+        (tree / path).write_bytes(data)
+    image = directory / f"{name}.erofs"
+    run("mkfs.erofs", "-T0", "-U00000000-0000-0000-0000-000000000001", image, tree)
+    size = (image.stat().st_size + 4095) & ~4095
+    os.truncate(image, size)
+    return image
+
+
+class VerityImage:
+    """An image with its hash tree behind it, made by veritysetup."""
+
+    def __init__(self, image: Path, *, salt: str = "ab" * 32) -> None:
+        self.path = image
+        self.data_bytes = image.stat().st_size
+        self.data_blocks = self.data_bytes // 4096
+        options = ["--data-blocks", self.data_blocks, "--hash-offset", self.data_bytes]
+        text = run("veritysetup", "format", "--salt", salt, *options, image, image)
+        root = next(line.split()[-1] for line in text.splitlines() if "Root hash" in line)
+        self.root_digest = bytes.fromhex(root)
+        self.salt = bytes.fromhex(salt)
+        self.hash_start_block = self.data_blocks + 1
+        self.size_bytes = (image.stat().st_size + 511) & ~511
+        os.truncate(image, self.size_bytes)
+
+
+def _open_files() -> set[str]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the directory's own descriptor
+            found.add(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
+    return found
+
+
+def _bound_loops() -> set[str]:
+    return {str(path.parent.parent) for path in Path("/sys/block").glob("loop*/loop/backing_file")}
+
+
+@contextlib.contextmanager
+def no_leaks() -> Iterator[None]:
+    """Fail if anything is there at the end that was not there at the beginning."""
+
+    def look() -> dict[str, set[str]]:
+        state = {
+            "mounts": {f"{mount.mount_id} {mount.target}" for mount in read_mounts()},
+            "loop devices": _bound_loops(),
+            "threads": {thread.name for thread in threading.enumerate()},
+        }
+        if os.path.exists("/proc/misc") and "device-mapper" in Path("/proc/misc").read_text():
+            with Control() as control:
+                state["dm devices"] = {name for name, _, _ in control.list_devices()}
+        state["descriptors"] = _open_files()
+        return state
+
+    before = look()
+    yield
+    after = look()
+    for kind, found in after.items():
+        assert found - before.get(kind, set()) == set(), f"{kind} left behind"
