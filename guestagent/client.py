@@ -11,8 +11,6 @@ several threads are in flight at once. Nothing reconnects by itself.
 
 from collections.abc import Callable
 
-from vsock.client import Client
-
 from guestagent import __version__
 from guestagent.api import (
     PROTOCOL_VERSIONS,
@@ -49,6 +47,7 @@ from guestagent.api import (
     VerifyRequest,
 )
 from vsock.address import Address
+from vsock.client import Client
 from vsock.record import Record
 
 __all__ = ("GuestAgent",)

@@ -12,7 +12,7 @@ import struct
 import sys
 import time
 
-from guestagent import agent
+import guestagent.agent as agent
 from guestagent.config import Config, Problem, parse_command_line, read_settings
 from guestagent.storage import syscalls
 from vsock.log import fd_sink, log

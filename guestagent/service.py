@@ -75,12 +75,14 @@ class Service:
         boot: dict[str, object],
         problems: tuple[Problem, ...] = (),
         restarts: int = 0,
+        deadline_seconds: float,
         on_shutdown: Callable[[str], None],
     ) -> None:
         self._engine = engine
         self._boot = boot
         self._problems = tuple(problem.text for problem in problems)
         self._restarts = restarts
+        self._deadline_seconds = deadline_seconds
         self._on_shutdown = on_shutdown
         self._started = time.monotonic()
         self._server: Server | None = None
@@ -129,6 +131,8 @@ class Service:
                 hint="call agent.hello first, on every connection",
             )
         request = method.request.from_wire(call.params)
+        if call.deadline.remaining() is None:
+            call.deadline.limit(self._deadline_seconds)
         begin = time.perf_counter()
         reply = self._functions[call.method](request, call)
         if not method.quick:

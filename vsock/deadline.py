@@ -37,6 +37,11 @@ class Deadline:
         """Return the seconds left, 0.0 when past, None when unlimited."""
         return _until(self._at)
 
+    def limit(self, seconds: float) -> None:
+        """Expire no later than ``seconds`` from now."""
+        at = time.monotonic() + seconds
+        self._at = at if self._at is None else min(self._at, at)
+
     @property
     def expired(self) -> bool:
         return self.remaining() == 0.0

@@ -30,22 +30,31 @@ class LiveLayer(Record):
 
 
 class LiveScratch(Record):
-    """Where an overlay's changes go. ``mount_point`` is ours to unmount, None when it is not."""
+    """Where an overlay's changes go: ``path`` holds the directories ``upper`` and ``work``.
 
+    ``is_mount`` says that a file system was mounted at ``path`` for this, which goes with it.
+    ``created`` are the directories that were made, outermost first.
+    """
+
+    kind: str
     path: str
-    mount_point: str | None
+    is_mount: bool
+    dev: str
     filesystem: str
     formatted: bool
     created: tuple[str, ...]
 
 
 class LiveOverlay(Record):
+    """A mounted overlay. ``links`` is the directory of short names for its layers, if any."""
+
     spec: OverlaySpec
     lowerdirs: tuple[str, ...]
     method: str
+    links: str | None
     scratch: LiveScratch | None
     created: tuple[str, ...]
-    timings_ms: dict[str, float]
+    timings_ms: dict[str, float] = {}
 
 
 class Inventory:
@@ -57,6 +66,7 @@ class Inventory:
         self._overlays: dict[str, LiveOverlay] = {}
         self._targets: dict[str, tuple[str, str]] = {}
         self._dm_names: dict[str, str] = {}
+        self._scratch: dict[str, str] = {}
         self._problems: dict[str, str] = {}
 
     # --- layers and overlays
@@ -124,6 +134,13 @@ class Inventory:
                 and mapping.offset_bytes < live.range.offset_bytes + live.range.size_bytes
             )
 
+    def layers_on(self, dev: str) -> tuple[str, ...]:
+        """Return the layers that are on a device (MAJOR:MINOR)."""
+        with self._lock:
+            return tuple(
+                layer_id for layer_id, live in self._layers.items() if live.device.dev == dev
+            )
+
     # --- claims
 
     def claim_target(self, target: str, owner: tuple[str, str]) -> None:
@@ -160,10 +177,38 @@ class Inventory:
                 self._dm_names[name] = layer_id
             return names
 
+    def hold_dm_names(self, layer_id: str, names: tuple[str, ...]) -> None:
+        """Note the names that an adopted layer has."""
+        with self._lock:
+            for name in names:
+                self._dm_names[name] = layer_id
+
     def release_dm_names(self, layer_id: str) -> None:
         with self._lock:
             for name in [name for name, owner in self._dm_names.items() if owner == layer_id]:
                 del self._dm_names[name]
+
+    def claim_scratch(self, key: str, overlay_id: str) -> None:
+        """Reserve a scratch device (MAJOR:MINOR) or directory; directories must not nest.
+
+        Raises:
+            CallError: ``conflict``, naming the other overlay.
+        """
+        with self._lock:
+            for other, owner in self._scratch.items():
+                nested = key.startswith(other + "/") or other.startswith(key + "/")
+                if key == other or nested:
+                    raise CallError(
+                        "conflict",
+                        f"scratch {key!r} overlaps that of overlay {owner!r}",
+                        step="claim",
+                        object=key,
+                    )
+            self._scratch[key] = overlay_id
+
+    def release_scratch(self, key: str) -> None:
+        with self._lock:
+            self._scratch.pop(key, None)
 
     # --- problems
 

@@ -10,11 +10,30 @@ import os
 
 import msgpack
 
+from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from vsock.errors import CallError
+from vsock.record import Record
 
-__all__ = ("Counter", "Journal")
+__all__ = ("Counter", "Journal", "LayerEntry", "OverlayEntry")
 
+BEGUN, WHOLE = "begun", "whole"
 _SUFFIX = ".entry"
+
+
+class LayerEntry(Record):
+    """``state`` is begun or whole; ``batch`` is that of the request, if it was one."""
+
+    state: str
+    batch: str | None
+    live: LiveLayer
+
+
+class OverlayEntry(Record):
+    """As ``LayerEntry``, of an overlay."""
+
+    state: str
+    batch: str | None
+    live: LiveOverlay
 
 
 class Journal:
@@ -24,22 +43,38 @@ class Journal:
         self._directory = directory
         os.makedirs(directory, mode=0o700, exist_ok=True)
 
-    def write(self, kind: str, name: str, entry: dict[str, object]) -> None:
-        """Replace the entry; the old one stays whole until the new one is."""
-        self._replace(f"{kind}-{name}{_SUFFIX}", msgpack.packb(entry))
+    def write_layer(self, live: LiveLayer, state: str, *, batch: str | None = None) -> None:
+        """Replace a layer's entry; the old one stays whole until the new one is."""
+        entry = LayerEntry(state=state, batch=batch, live=live)
+        self._replace(f"layer-{live.spec.layer_id}{_SUFFIX}", msgpack.packb(entry.to_wire()))
+
+    def write_overlay(self, live: LiveOverlay, state: str, *, batch: str | None = None) -> None:
+        """Replace an overlay's entry."""
+        entry = OverlayEntry(state=state, batch=batch, live=live)
+        self._replace(f"overlay-{live.spec.overlay_id}{_SUFFIX}", msgpack.packb(entry.to_wire()))
 
     def remove(self, kind: str, name: str) -> None:
         """Forget the entry. Idempotent."""
         self._unlink(f"{kind}-{name}{_SUFFIX}")
 
-    def read(self, kind: str) -> dict[str, dict[str, object]]:
-        """Return the entries of a kind by id. A file that cannot be read is an error: it is ours.
+    def read_layers(self) -> tuple[LayerEntry, ...]:
+        """Return every layer's entry.
 
         Raises:
-            CallError: ``internal``, naming the file.
+            CallError: ``internal`` or ``invalid``, naming the file that is damaged.
         """
-        prefix = f"{kind}-"
-        entries: dict[str, dict[str, object]] = {}
+        return tuple(
+            LayerEntry.from_wire(value, where) for where, value in self._read("layer-").items()
+        )
+
+    def read_overlays(self) -> tuple[OverlayEntry, ...]:
+        """Return every overlay's entry; errors as ``read_layers``."""
+        return tuple(
+            OverlayEntry.from_wire(value, where) for where, value in self._read("overlay-").items()
+        )
+
+    def _read(self, prefix: str) -> dict[str, object]:
+        entries: dict[str, object] = {}
         for file in sorted(os.listdir(self._directory)):
             if not (file.startswith(prefix) and file.endswith(_SUFFIX)):
                 continue
@@ -51,9 +86,7 @@ class Journal:
                     raise CallError(
                         "internal", f"journal entry {path!r} is damaged: {error}", object=path
                     ) from None
-            if not isinstance(entry, dict):
-                raise CallError("internal", f"journal entry {path!r} is no map", object=path)
-            entries[file[len(prefix) : -len(_SUFFIX)]] = entry
+            entries[path] = entry
         return entries
 
     def commit_batch(self, batch: str) -> None:

@@ -31,9 +31,11 @@ class Operation:
         faults: Faults | None = None,
         kernel_log: KernelLog | None = None,
         traceparent: str | None = None,
+        batch: str | None = None,
     ) -> None:
         self.deadline = deadline
         self.traceparent = traceparent
+        self.batch = batch
         self.timings_ms: dict[str, float] = {}
         self._faults = faults
         self._kernel_log = kernel_log
@@ -58,6 +60,7 @@ class Operation:
             faults=self._faults,
             kernel_log=self._kernel_log,
             traceparent=self.traceparent,
+            batch=self.batch,
         )
 
     def adopt(self, child: "Operation") -> None:

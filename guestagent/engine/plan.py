@@ -128,8 +128,8 @@ class LayerPlan(Record):
 class VerityOptions(Record):
     """The optional arguments of a verity table, and what was asked for but cannot be had."""
 
-    arguments: tuple[str, ...]
-    dropped: tuple[DroppedOption, ...]
+    arguments: tuple[str, ...] = ()
+    dropped: tuple[DroppedOption, ...] = ()
 
 
 def check_range(mapping: ByteRange | None, device: BlockDevice) -> ByteRange:

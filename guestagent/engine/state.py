@@ -27,6 +27,7 @@ class EngineState:
     state as it is."""
 
     def __init__(self, *, state_directory: str, rules: Rules, faults: Faults) -> None:
+        self.directory = state_directory
         self.rules = rules
         self.faults = faults
         self.journal = Journal(state_directory)

@@ -11,7 +11,7 @@ from guestagent.api import ByteRange, LayerSpec, Verity
 from guestagent.engine.operation import Operation
 from guestagent.engine.plan import VerityOptions, Version, verity_options
 from guestagent.storage.blockdev import BlockDevice
-from guestagent.storage.filesystems import claimed_size
+from guestagent.storage.filesystems import claimed_size_bytes, detect
 from guestagent.storage.verity import (
     SUPERBLOCK_BYTES,
     Superblock,
@@ -39,10 +39,11 @@ class VerifiedParameters(Record):
 class Reader:
     """Reads a range of a block device, never past its end. A context manager."""
 
-    def __init__(self, device: BlockDevice, area: ByteRange) -> None:
-        self.node = device.node
+    def __init__(self, node: str, area: ByteRange) -> None:
+        self.node = node
+        self.size_bytes = area.size_bytes
         self._area = area
-        self._fd = os.open(device.node, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
 
     def __enter__(self) -> "Reader":
         return self
@@ -56,6 +57,10 @@ class Reader:
         if offset_bytes < 0 or size_bytes <= 0:
             return b""
         return os.pread(self._fd, size_bytes, self._area.offset_bytes + offset_bytes)
+
+    def read_padded(self, offset_bytes: int, size_bytes: int) -> bytes:
+        """Return exactly ``size_bytes``, with zeros for what is past the end."""
+        return self.read_at(offset_bytes, size_bytes).ljust(size_bytes, b"\0")
 
 
 def read_parameters(
@@ -73,11 +78,11 @@ def read_parameters(
         CallError: ``integrity``, the tree or the superblock is not what the request says;
             ``invalid`` or ``unsupported``, it could never be mapped.
     """
-    with op.step("superblock", device.node), Reader(device, area) as data:
+    with op.step("superblock", device.node), Reader(device.node, area) as data:
         if hash_device is None:
             return _read_with(spec, verity, device, data, data, target_version)
         hash_area = ByteRange(offset_bytes=0, size_bytes=hash_device.size_bytes)
-        with Reader(hash_device, hash_area) as hashes:
+        with Reader(hash_device.node, hash_area) as hashes:
             return _read_with(spec, verity, device, data, hashes, target_version)
 
 
@@ -89,7 +94,7 @@ def _read_with(
     hashes: Reader,
     target_version: Version,
 ) -> VerifiedParameters:
-    hash_offset_bytes = _hash_offset(verity, data, hashes)
+    hash_offset_bytes = _hash_offset(spec, verity, data, hashes)
     superblock = _superblock(verity, hashes, hash_offset_bytes)
     parameters = resolve(
         root_digest=verity.root_digest,
@@ -126,7 +131,7 @@ def _read_with(
     )
 
 
-def _hash_offset(verity: Verity, data: Reader, hashes: Reader) -> int:
+def _hash_offset(spec: LayerSpec, verity: Verity, data: Reader, hashes: Reader) -> int:
     """Find the hash area where the request does not say: behind the file system, as hcsshim lays it
     out, or at the start of a device of its own. What is found there must still prove itself."""
     if verity.hash_offset_bytes is not None:
@@ -136,16 +141,24 @@ def _hash_offset(verity: Verity, data: Reader, hashes: Reader) -> int:
     block = verity.data_block_size or 4096
     if verity.data_blocks is not None:
         return verity.data_blocks * block
-    size_bytes = claimed_size(data.read_at)
-    if size_bytes is None:
-        raise CallError(
-            "invalid",
-            f"cannot find the hash area of {data.node}: no known file system is on it",
-            step="superblock",
-            object="params.verity.hash_offset_bytes",
-            hint="say hash_offset_bytes or data_blocks",
-        )
+    size_bytes = _filesystem_size(spec, data)
     return -(-size_bytes // block) * block
+
+
+def _filesystem_size(spec: LayerSpec, data: Reader) -> int:
+    filesystem = spec.filesystem
+    if filesystem == "auto":
+        filesystem = detect(data.read_padded) or ""
+    try:
+        return claimed_size_bytes(filesystem, data.read_padded)
+    except CallError as error:
+        raise CallError(
+            "integrity",
+            f"cannot find the hash area of {data.node} behind its file system: {error.message}",
+            step="superblock",
+            object=data.node,
+            hint="say hash_offset_bytes or data_blocks",
+        ) from None
 
 
 def _superblock(verity: Verity, hashes: Reader, offset_bytes: int) -> Superblock | None:
@@ -164,7 +177,7 @@ def _superblock(verity: Verity, hashes: Reader, offset_bytes: int) -> Superblock
 
 
 def prove_first_block(node: str) -> None:
-    """Read through the verity device, past the page cache of what is below it.
+    """Read the start of a layer through its verity device.
 
     Raises:
         OSError: EIO, the block did not verify.

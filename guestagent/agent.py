@@ -1,0 +1,159 @@
+"""The agent as a process: engine, service and server put together, until somebody says how to end.
+
+The same function serves as PID 1's child in a VM and as a plain root process beside other things.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+
+from guestagent.config import Config, Problem
+from guestagent.engine.engine import Engine
+from guestagent.engine.faults import Faults
+from guestagent.engine.state import Rules
+from guestagent.service import QUICK_METHODS, Service
+from vsock.address import parse_address
+from vsock.deadline import Deadline
+from vsock.errors import CallError, RpcError
+from vsock.log import log
+from vsock.server import Server
+from vsock.stream import dial, listen
+
+__all__ = ("EXIT_FAILED", "MODES", "run")
+
+EXIT_FAILED = 1
+#: Exit status -> how the machine is to end; any other status asks PID 1 for another agent.
+MODES = {0: "poweroff", 80: "poweroff", 81: "reboot"}
+_STATUS_OF_MODE = {"exit": 0, "poweroff": 80, "reboot": 81}
+
+_STOP_GRACE_SECONDS = 5.0
+#: What a dialled peer gets to answer a connection attempt, and the pauses between attempts.
+_DIAL_SECONDS = 5.0
+_DIAL_PAUSES_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+def run(
+    config: Config,
+    *,
+    problems: tuple[Problem, ...] = (),
+    boot: dict[str, object] | None = None,
+    restarts: int = 0,
+) -> int:
+    """Serve until shutdown or SIGTERM; return the exit status, which says how to go on."""
+    begin = time.perf_counter()
+    engine = Engine(
+        state_directory=config.state_directory,
+        rules=Rules(target_root=config.target_root, require_verity=config.require_verity),
+        faults=Faults.parse(config.fault),
+    )
+    try:
+        recovered = engine.start()
+        life = _Life()
+        service = Service(
+            engine,
+            boot={
+                **(boot or {}),
+                "adopted_layers": len(recovered.layers),
+                "undone": len(recovered.undone),
+                "engine_ms": round((time.perf_counter() - begin) * 1000, 3),
+                "ready_uptime_ms": round(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000, 1),
+            },
+            problems=problems,
+            restarts=restarts,
+            deadline_seconds=config.deadline_seconds,
+            on_shutdown=life.end,
+        )
+        server = Server(service.handle, quick=QUICK_METHODS, report=_report)
+        service.attach(server)
+        life.attach(server)
+        _listen(server, config.listen)
+        dialers = [_Dialer(server, address) for address in config.dial]
+        for dialer in dialers:
+            dialer.start()
+        log.info("serving", listen=",".join(config.listen), dial=",".join(config.dial))
+        server.serve_forever()
+        for dialer in dialers:
+            dialer.close()
+    finally:
+        engine.close()
+    return _STATUS_OF_MODE[life.mode]
+
+
+class _Life:
+    """How the agent's life is to end, and the hand that ends it."""
+
+    def __init__(self) -> None:
+        self.mode = "exit"
+        self._server: Server | None = None
+        signal.signal(signal.SIGTERM, self._signalled)
+        signal.signal(signal.SIGINT, self._signalled)
+
+    def attach(self, server: Server) -> None:
+        self._server = server
+
+    def end(self, mode: str) -> None:
+        """Stop serving; replies that are on their way are still sent."""
+        self.mode = mode
+        if self._server is not None:
+            self._server.stop(_STOP_GRACE_SECONDS)
+
+    def _signalled(self, _number: int, _frame: object) -> None:
+        self.end(self.mode)
+
+
+class _Dialer:
+    """Keeps one connection to a host that listens: dials, serves, and dials again when it ends."""
+
+    def __init__(self, server: Server, address: str) -> None:
+        self._server = server
+        self._address = parse_address(address)
+        self._until = Deadline()
+        self._thread = threading.Thread(target=self._run, name=f"dial {address}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread and wait for it."""
+        self._until.cancel()
+        self._thread.join()
+        self._until.close()
+
+    def _run(self) -> None:
+        attempt = 0
+        try:
+            while True:
+                if self._serve_once():
+                    attempt = 0
+                pause = _DIAL_PAUSES_SECONDS[min(attempt, len(_DIAL_PAUSES_SECONDS) - 1)]
+                self._until.wait([], "dial again", at_most=pause)
+                attempt += 1
+        except CallError:
+            return
+
+    def _serve_once(self) -> bool:
+        """Dial and serve until the connection ends; return whether there was one."""
+        deadline = Deadline(_DIAL_SECONDS)
+        try:
+            stream = dial(self._address, deadline)
+        except (OSError, RpcError) as error:
+            log.debug("cannot dial", address=self._address, error=str(error))
+            return False
+        finally:
+            deadline.close()
+        ended, ended_there = socket.socketpair()
+        with ended:
+            self._server.add_stream(stream, on_close=ended_there.close)
+            self._until.wait([ended.fileno()], "serve the host")
+        return True
+
+
+def _listen(server: Server, addresses: tuple[str, ...]) -> None:
+    for address in addresses:
+        server.add_listener(listen(parse_address(address)))
+
+
+def _report(text: str) -> None:
+    log.debug(text, pid=os.getpid())

@@ -1,0 +1,218 @@
+"""Many layers at once: brought up in parallel and taken down in parallel, all or nothing."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from guestagent.api import (
+    LayersMountReply,
+    LayersMountRequest,
+    LayerSpec,
+    LayersUnmountReply,
+    LayersUnmountRequest,
+    OverlayReport,
+    UnmountReply,
+)
+from guestagent.engine.inventory import LiveLayer, LiveOverlay
+from guestagent.engine.layers import Layers
+from guestagent.engine.operation import Operation
+from guestagent.engine.overlays import Overlays
+from guestagent.engine.readback import layer_report
+from guestagent.engine.state import EngineState
+from guestagent.engine.takedown import nothing_to_unmount
+from vsock.errors import CallError
+
+__all__ = ("Batches",)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    Item = TypeVar("Item")
+    Result = TypeVar("Result")
+
+
+class Batches:
+    def __init__(self, state: EngineState, layers: Layers, overlays: Overlays) -> None:
+        self._state = state
+        self._layers = layers
+        self._overlays = overlays
+
+    # --- mount
+
+    def mount(self, request: LayersMountRequest, op: Operation) -> LayersMountReply:
+        """Mount layers in parallel, then the overlay; all or nothing.
+
+        Layers that are there already, with the same specification, are left alone and reported.
+
+        Raises:
+            CallError: of the first layer that failed; what the others made is undone.
+        """
+        begin = time.perf_counter()
+        keys = {("layer", spec.layer_id) for spec in request.layers}
+        if request.overlay is not None:
+            keys.update(self._overlays.keys(request.overlay))
+        with self._state.locks.hold(keys, op.deadline):
+            op.batch = f"batch-{request.layers[0].layer_id}"
+            missing = [spec for spec in request.layers if not self._layers.is_mounted(spec)]
+            with op:
+                made = self._bring_layers_up(missing, op)
+                overlay = self._bring_overlay_up(request, made, op)
+                reply = self._report(request, made, overlay, op)
+                self._keep(made, overlay, op)
+                op.commit()
+        for live in made:
+            self._layers.announce(live, op)
+        if overlay is not None:
+            self._overlays.announce(overlay, op)
+        op.timings_ms["total"] = round((time.perf_counter() - begin) * 1000, 3)
+        return reply
+
+    def _bring_layers_up(self, specs: Sequence[LayerSpec], op: Operation) -> list[LiveLayer]:
+        with op.step("layers", f"{len(specs)} layers"):
+            return self._in_parallel(specs, self._layers.bring_up, op)
+
+    def _bring_overlay_up(
+        self, request: LayersMountRequest, made: list[LiveLayer], op: Operation
+    ) -> LiveOverlay | None:
+        spec = request.overlay
+        if spec is None or self._overlays.is_mounted(spec):
+            return None
+        fresh = {live.spec.layer_id: live.spec.mount_point for live in made}
+        return self._overlays.bring_up(spec, op, fresh)
+
+    def _report(
+        self,
+        request: LayersMountRequest,
+        made: list[LiveLayer],
+        overlay: LiveOverlay | None,
+        op: Operation,
+    ) -> LayersMountReply:
+        """Read everything back, before anything is promised."""
+        fresh = {live.spec.layer_id: live for live in made}
+        reports = []
+        for spec in request.layers:
+            live = fresh.get(spec.layer_id)
+            if live is None:
+                reports.append(self._layers.get(spec.layer_id, already=True))
+            else:
+                reports.append(layer_report(self._state, live))
+        overlay_report: OverlayReport | None = None
+        if overlay is not None:
+            overlay_report = self._overlays.report(overlay)
+        elif request.overlay is not None:
+            overlay_report = self._overlays.get(request.overlay.overlay_id, already=True)
+        return LayersMountReply(
+            layers=tuple(reports), overlay=overlay_report, timings_ms=op.timings_ms
+        )
+
+    def _keep(self, made: list[LiveLayer], overlay: LiveOverlay | None, op: Operation) -> None:
+        """Make everything official at once: the commit file is the moment that decides."""
+        assert op.batch is not None
+        with op.step("commit", op.batch, code="resource"):
+            self._state.journal.commit_batch(op.batch)
+        for live in made:
+            self._layers.keep(live)
+        if overlay is not None:
+            self._overlays.keep(overlay)
+        self._state.journal.forget_batch(op.batch)
+
+    # --- unmount
+
+    def unmount(self, request: LayersUnmountRequest, op: Operation) -> LayersUnmountReply:
+        """Take an overlay down, then layers in parallel; all or nothing.
+
+        Raises:
+            CallError: of the first that could not go, mostly ``busy``; everything is mounted again.
+        """
+        begin = time.perf_counter()
+        keys = {("layer", layer_id) for layer_id in request.layers}
+        if request.overlay is not None:
+            keys.add(("overlay", request.overlay))
+        inventory = self._state.inventory
+        with self._state.locks.hold(keys, op.deadline):
+            overlay = inventory.overlay(request.overlay) if request.overlay else None
+            found = (inventory.layer(layer_id) for layer_id in request.layers)
+            layers = [live for live in found if live is not None]
+            with op:
+                overlay_reply = self._take_overlay_down(overlay, op, force=request.force)
+                replies = self._take_layers_down(layers, overlay, op, force=request.force)
+                if overlay is not None:
+                    self._overlays.take_scratch_down(overlay, op)
+                op.commit()
+            if overlay is not None:
+                self._overlays.forget(overlay, op)
+            for live in layers:
+                self._layers.forget(live, op)
+        op.timings_ms["total"] = round((time.perf_counter() - begin) * 1000, 3)
+        gone = {live.spec.layer_id: reply for live, reply in zip(layers, replies, strict=True)}
+        return LayersUnmountReply(
+            layers={
+                layer_id: gone.get(layer_id) or nothing_to_unmount(op)
+                for layer_id in request.layers
+            },
+            overlay=overlay_reply if request.overlay is not None else None,
+            timings_ms=op.timings_ms,
+        )
+
+    def _take_overlay_down(
+        self, overlay: LiveOverlay | None, op: Operation, *, force: bool
+    ) -> UnmountReply:
+        if overlay is None:
+            return nothing_to_unmount(op)
+        return self._overlays.take_down(overlay, op, force=force)
+
+    def _take_layers_down(
+        self, layers: list[LiveLayer], overlay: LiveOverlay | None, op: Operation, *, force: bool
+    ) -> list[UnmountReply]:
+        ignore = overlay.spec.overlay_id if overlay is not None else None
+
+        def take_down(live: LiveLayer, child: Operation) -> UnmountReply:
+            return self._layers.take_down(live, child, force=force, ignore_user=ignore)
+
+        with op.step("layers", f"{len(layers)} layers"):
+            return self._in_parallel(layers, take_down, op)
+
+    # --- in parallel
+
+    def _in_parallel(
+        self,
+        items: "Sequence[Item]",
+        work: "Callable[[Item, Operation], Result]",
+        op: Operation,
+    ) -> "list[Result]":
+        """Do ``work`` for each item on a few threads; what it can undo becomes ``op``'s to undo.
+
+        After a failure nothing new is begun; the first error, in the order of items, is raised.
+        """
+        children = [op.child() for _ in items]
+        results: dict[int, Result] = {}
+        errors: dict[int, CallError] = {}
+        numbers = iter(range(len(items)))
+        numbers_lock = threading.Lock()
+
+        def run() -> None:
+            while not errors:
+                with numbers_lock:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                try:
+                    results[number] = work(items[number], children[number])
+                except CallError as error:
+                    errors[number] = error
+
+        threads = [
+            threading.Thread(target=run, name=f"batch-{number}")
+            for number in range(1, min(len(items), self._state.rules.parallel))
+        ]
+        for thread in threads:
+            thread.start()
+        run()
+        for thread in threads:
+            thread.join()
+        for child in children:
+            op.adopt(child)
+        if errors:
+            raise errors[min(errors)]
+        return [results[number] for number in range(len(items))]

@@ -1,0 +1,118 @@
+"""The engine as a whole: its parts, its life, and what it can say of itself."""
+
+from collections.abc import Callable
+from functools import partial
+
+from guestagent.api import FILESYSTEMS, LayersUnmountRequest
+from guestagent.engine.batches import Batches
+from guestagent.engine.dmview import DmView
+from guestagent.engine.events import EventLog
+from guestagent.engine.faults import Faults
+from guestagent.engine.layers import Layers
+from guestagent.engine.monitor import Monitor
+from guestagent.engine.operation import Operation
+from guestagent.engine.overlays import Overlays
+from guestagent.engine.recovery import Recovered, recover
+from guestagent.engine.state import EngineState, Rules
+from guestagent.storage import filesystems, overlayfs
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+from vsock.log import log
+
+__all__ = ("Engine",)
+
+
+class Engine:
+    """Open once; ``close`` leaves everything mounted, for the next life to adopt."""
+
+    def __init__(
+        self, *, state_directory: str, rules: Rules | None = None, faults: Faults | None = None
+    ) -> None:
+        self._state = EngineState(
+            state_directory=state_directory, rules=rules or Rules(), faults=faults or Faults()
+        )
+        self.layers = Layers(self._state)
+        self.overlays = Overlays(self._state)
+        self.batches = Batches(self._state, self.layers, self.overlays)
+        self.dm = DmView(self._state.control)
+        self._monitor = Monitor(self._state)
+
+    @property
+    def events(self) -> EventLog:
+        return self._state.events
+
+    def start(self) -> Recovered:
+        """Adopt what an earlier life left, then watch the kernel's events."""
+        recovered = recover(self._state)
+        self._monitor.start()
+        detail = f"adopted {len(recovered.layers)} layers, {len(recovered.overlays)} overlays"
+        self._state.events.publish("agent_started", detail=detail)
+        log.info("engine ready", adopted=len(recovered.layers), undone=len(recovered.undone))
+        return recovered
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._monitor.close()
+        self._state.close()
+
+    def operation(self, deadline: Deadline, *, traceparent: str | None = None) -> Operation:
+        """Begin a request."""
+        return Operation(
+            deadline,
+            faults=self._state.faults,
+            kernel_log=self._state.kernel_log,
+            traceparent=traceparent,
+        )
+
+    def features(self) -> tuple[str, ...]:
+        """Return what this kernel and this agent can do, as names that a client may test for."""
+        versions = self._state.control.list_versions()
+        known = filesystems.registered()
+        return (
+            *(f"dm-{target}" for target in ("linear", "verity") if target in versions),
+            *(f"fs-{name}" for name in FILESYSTEMS if name in known),
+            *(f"overlay-{way}" for way in _overlay_ways(known)),
+            "batch",
+            "events",
+            "verify",
+        )
+
+    def problems(self) -> tuple[str, ...]:
+        return self._state.inventory.problems()
+
+    def counts(self) -> dict[str, int]:
+        """Return how many layers, overlays and dm devices there are; the last is the kernel's."""
+        return {
+            "layers": len(self._state.inventory.layers()),
+            "overlays": len(self._state.inventory.overlays()),
+            "dm_devices": len(self._state.control.list_devices()),
+        }
+
+    def unmount_everything(self, op: Operation, *, force: bool) -> None:
+        """Take down every overlay, then every layer.
+
+        Raises:
+            CallError: ``busy``, the first that could not go; with ``force`` the rest goes anyway.
+        """
+        for overlay in reversed(self._state.inventory.overlays()):
+            self._go_on(partial(self.overlays.unmount, overlay.spec.overlay_id, op), force)
+        ids = tuple(live.spec.layer_id for live in self._state.inventory.layers())
+        if not ids:
+            return
+        if force:
+            for layer_id in ids:
+                self._go_on(partial(self.layers.unmount, layer_id, op, force=True), force)
+        else:
+            self.batches.unmount(LayersUnmountRequest(layers=ids), op)
+
+    def _go_on(self, action: Callable[[], object], force: bool) -> None:
+        try:
+            action()
+        except CallError as error:
+            if not force:
+                raise
+            log.warning("left behind", error=str(error))
+
+
+def _overlay_ways(known: frozenset[str]) -> tuple[str, ...]:
+    return overlayfs.available_ways() if "overlay" in known else ()

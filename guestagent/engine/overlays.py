@@ -1,0 +1,308 @@
+"""Overlays of mounted layers: read-only, or writable with a scratch of their own."""
+
+from collections.abc import Mapping
+
+from guestagent.api import OverlayReport, OverlaySpec, ScratchReport, UnmountReply
+from guestagent.engine.inventory import LiveOverlay, LiveScratch
+from guestagent.engine.operation import Operation
+from guestagent.engine.scratch import make_scratch, release_scratch, scratch_report
+from guestagent.engine.state import EngineState
+from guestagent.engine.takedown import (
+    nothing_to_unmount,
+    remove_directories,
+    undo_deadline,
+    unmount_target,
+)
+from guestagent.storage.mount import TargetDirectory
+from guestagent.storage.mountinfo import Mount, find_mount
+from guestagent.storage.overlayfs import OverlayMount, lowerdirs_of, mount_overlay, remove_links
+from vsock.errors import CallError
+
+__all__ = ("Overlays",)
+
+
+class Overlays:
+    """Mounts and unmounts overlays. Thread-safe."""
+
+    def __init__(self, state: EngineState) -> None:
+        self._state = state
+
+    # --- mount
+
+    def mount(self, spec: OverlaySpec, op: Operation) -> OverlayReport:
+        """Overlay layers, or say that just this overlay is there already.
+
+        Raises:
+            CallError: any code of the contract; nothing is left behind.
+        """
+        with self._state.locks.hold(self.keys(spec), op.deadline):
+            if self.is_mounted(spec):
+                return self.get(spec.overlay_id, already=True)
+            try:
+                with op:
+                    live = self.bring_up(spec, op)
+                    report = self.report(live)
+                    self.keep(live)
+                    op.commit()
+            except CallError as error:
+                self.announce_failure(spec, error, op)
+                raise
+        self.announce(live, op)
+        return report
+
+    def keys(self, spec: OverlaySpec) -> list[tuple[str, str]]:
+        """Return what a mount must hold: the overlay, and its layers so that none goes away."""
+        return [("overlay", spec.overlay_id), *(("layer", layer) for layer in spec.layers)]
+
+    def is_mounted(self, spec: OverlaySpec) -> bool:
+        """Return whether exactly this overlay is there.
+
+        Raises:
+            CallError: ``conflict``, the id is taken by an overlay of another specification.
+        """
+        live = self._state.inventory.overlay(spec.overlay_id)
+        if live is None:
+            return False
+        wanted, has = spec.as_dict(), live.spec.as_dict()
+        differing = [name for name in wanted if wanted[name] != has[name]]
+        if differing:
+            raise CallError(
+                "conflict",
+                f"overlay {spec.overlay_id!r} is mounted with another {', '.join(differing)}",
+                step="claim",
+                object=spec.overlay_id,
+                hint="unmount it first, or use another overlay_id",
+            )
+        return True
+
+    def bring_up(
+        self, spec: OverlaySpec, op: Operation, fresh: Mapping[str, str] | None = None
+    ) -> LiveOverlay:
+        """Do every step but ``keep``; the caller holds the locks of ``keys`` and commits.
+
+        ``fresh`` tells the targets of layers that the same request has just mounted, by id.
+        """
+        lowerdirs = self._lowerdirs(spec, fresh or {})
+        inventory = self._state.inventory
+        inventory.claim_target(spec.mount_point, ("overlay", spec.overlay_id))
+        op.undo_by("target claim", lambda: inventory.release_target(spec.mount_point))
+        live = LiveOverlay(
+            spec=spec, lowerdirs=lowerdirs, method="", links=None, scratch=None, created=()
+        )
+        self._begin(live, op)
+        if spec.scratch is not None:
+            scratch = make_scratch(self._state, spec.overlay_id, spec.scratch, op)
+            live = live.replace(scratch=scratch)
+            self._begin(live, op)
+        return self._mount(live, op).replace(timings_ms=op.timings_ms)
+
+    def keep(self, live: LiveOverlay) -> None:
+        """Make a mounted overlay official: in the journal, then in the inventory."""
+        self._state.journal.write_overlay(live, "whole")
+        self._state.inventory.add_overlay(live)
+
+    def announce(self, live: LiveOverlay, op: Operation) -> None:
+        self._state.events.publish(
+            "overlay_mounted",
+            overlay_id=live.spec.overlay_id,
+            detail=live.spec.mount_point,
+            traceparent=op.traceparent,
+        )
+
+    def announce_failure(self, spec: OverlaySpec, error: CallError, op: Operation) -> None:
+        self._state.events.publish(
+            "overlay_failed",
+            overlay_id=spec.overlay_id,
+            detail=str(error),
+            traceparent=op.traceparent,
+        )
+
+    # --- unmount
+
+    def unmount(self, overlay_id: str, op: Operation, *, force: bool = False) -> UnmountReply:
+        """Unmount an overlay and its scratch; its layers stay.
+
+        Raises:
+            CallError: ``busy``, naming the holders; the overlay stays as it was.
+        """
+        with self._state.locks.hold([("overlay", overlay_id)], op.deadline):
+            live = self._state.inventory.overlay(overlay_id)
+            if live is None:
+                return nothing_to_unmount(op)
+            with op:
+                reply = self.take_down(live, op, force=force)
+                self.take_scratch_down(live, op)
+                op.commit()
+            self.forget(live, op)
+        return reply
+
+    def take_down(self, live: LiveOverlay, op: Operation, *, force: bool) -> UnmountReply:
+        """Unmount an overlay; the caller holds its lock, sees to the scratch, and commits."""
+        target = live.spec.mount_point
+        was_mounted = unmount_target(target, op)
+        if was_mounted and not force:
+            op.undo_by(f"unmount of {target}", lambda: self._restore(live))
+        scratch = live.scratch.path if live.scratch and live.scratch.is_mount else None
+        return UnmountReply(
+            unmounted=tuple(path for path in (target if was_mounted else None, scratch) if path),
+            removed_devices=(),
+            timings_ms=op.timings_ms,
+            already=False,
+        )
+
+    def take_scratch_down(self, live: LiveOverlay, op: Operation) -> None:
+        """Unmount the scratch. What was on a tmpfs is lost here, so nothing may fail after this."""
+        if live.scratch is not None and live.scratch.is_mount:
+            unmount_target(live.scratch.path, op)
+
+    def forget(self, live: LiveOverlay, op: Operation) -> None:
+        """Drop an overlay that is taken down from the books."""
+        overlay_id, target = live.spec.overlay_id, live.spec.mount_point
+        if live.links is not None:
+            remove_links(live.links)
+        remove_directories(live.created)
+        if live.scratch is not None:
+            release_scratch(self._state, live.scratch)
+        self._state.journal.remove("overlay", overlay_id)
+        self._state.inventory.drop_overlay(overlay_id)
+        self._state.inventory.release_target(target)
+        self._state.events.publish(
+            "overlay_unmounted", overlay_id=overlay_id, detail=target, traceparent=op.traceparent
+        )
+
+    def _restore(self, live: LiveOverlay) -> None:
+        """Mount an overlay again whose unmount failed half-way."""
+        deadline = undo_deadline(self._state)
+        with Operation(deadline) as op:
+            self._mount(live, op)
+            op.commit()
+        deadline.close()
+
+    # --- look
+
+    def list(self) -> tuple[OverlayReport, ...]:
+        """Describe all overlays; one that vanishes meanwhile is left out."""
+        reports = []
+        for live in self._state.inventory.overlays():
+            try:
+                reports.append(self.report(live))
+            except CallError as error:
+                if error.code != "not_found":
+                    raise
+        return tuple(reports)
+
+    def get(self, overlay_id: str, *, already: bool = False) -> OverlayReport:
+        """Describe an overlay as the kernel has it.
+
+        Raises:
+            CallError: ``not_found``.
+        """
+        live = self._state.inventory.overlay(overlay_id)
+        if live is None:
+            raise CallError("not_found", f"there is no overlay {overlay_id!r}", object=overlay_id)
+        return self.report(live, already=already)
+
+    def report(self, live: LiveOverlay, *, already: bool = False) -> OverlayReport:
+        spec = live.spec
+        mount = find_mount(spec.mount_point)
+        if mount is None or mount.filesystem != "overlay":
+            raise CallError(
+                "not_found",
+                f"overlay {spec.overlay_id!r} is no longer mounted at {spec.mount_point!r}",
+                step="read back",
+                object=spec.overlay_id,
+                hint="somebody else unmounted it; unmount it here to clean up",
+            )
+        return OverlayReport(
+            overlay_id=spec.overlay_id,
+            state="mounted",
+            target=mount.target,
+            layers=spec.layers,
+            lowerdirs=_shown_lowerdirs(live, mount),
+            scratch=_scratch_report(live.scratch),
+            method=live.method,
+            mount_id=mount.mount_id,
+            options=(*mount.options, *_short_options(mount)),
+            timings_ms=live.timings_ms,
+            already=already,
+        )
+
+    # --- the steps
+
+    def _lowerdirs(self, spec: OverlaySpec, fresh: Mapping[str, str]) -> tuple[str, ...]:
+        """Return where the layers are mounted, topmost first.
+
+        Raises:
+            CallError: ``not_found``, naming the layer that is not there.
+        """
+        found = []
+        for layer_id in spec.layers:
+            if layer_id in fresh:
+                found.append(fresh[layer_id])
+                continue
+            live = self._state.inventory.layer(layer_id)
+            if live is None:
+                raise CallError(
+                    "not_found",
+                    f"overlay {spec.overlay_id!r} needs layer {layer_id!r}, which is not mounted",
+                    step="claim",
+                    object=layer_id,
+                )
+            found.append(live.spec.mount_point)
+        return tuple(found)
+
+    def _begin(self, live: LiveOverlay, op: Operation) -> None:
+        overlay_id = live.spec.overlay_id
+        with op.step("journal", overlay_id, code="resource"):
+            self._state.journal.write_overlay(live, "begun", batch=op.batch)
+        op.undo_by("journal entry", lambda: self._state.journal.remove("overlay", overlay_id))
+
+    def _mount(self, live: LiveOverlay, op: Operation) -> LiveOverlay:
+        spec = live.spec
+        with op.step("target", spec.mount_point, code="mount"):
+            target = TargetDirectory(spec.mount_point, root=self._state.rules.target_root)
+        with target:
+            op.undo_by("target directory", lambda: remove_directories(target.created))
+            live = live.replace(created=target.created)
+            with op.step("overlay", spec.mount_point, code="mount"):
+                mounted = self._mount_at(live, target)
+            op.undo_by("overlay mount", lambda: self._undo_mount(spec.mount_point, mounted.links))
+        return live.replace(lowerdirs=mounted.lowerdirs, method=mounted.method, links=mounted.links)
+
+    def _mount_at(self, live: LiveOverlay, target: TargetDirectory) -> OverlayMount:
+        scratch = live.scratch
+        return mount_overlay(
+            name=live.spec.overlay_id,
+            lowerdirs=live.lowerdirs,
+            target=target.fd,
+            upperdir=f"{scratch.path}/upper" if scratch else None,
+            workdir=f"{scratch.path}/work" if scratch else None,
+            options=live.spec.options,
+            runtime_directory=self._state.directory,
+        )
+
+    def _undo_mount(self, target: str, links: str | None) -> None:
+        deadline = undo_deadline(self._state)
+        unmount_target(target, Operation(deadline))
+        deadline.close()
+        if links is not None:
+            remove_links(links)
+
+
+def _scratch_report(scratch: LiveScratch | None) -> ScratchReport | None:
+    return None if scratch is None else scratch_report(scratch)
+
+
+def _shown_lowerdirs(live: LiveOverlay, mount: Mount) -> tuple[str, ...]:
+    """Return the lower directories that the kernel shows, without the one that pads a single."""
+    return lowerdirs_of(mount)[: len(live.spec.layers)]
+
+
+def _short_options(mount: Mount) -> tuple[str, ...]:
+    """Return the file system's options without the directories, which have fields of their own."""
+    return tuple(
+        option
+        for option in mount.super_options
+        if not option.startswith(("lowerdir", "upperdir=", "workdir="))
+        and option not in mount.options
+    )

@@ -1,0 +1,117 @@
+"""What the kernel really has: reports are read back, never recited from what was asked."""
+
+from guestagent.api import DmDevice, LayerReport, VerityReport
+from guestagent.engine.inventory import LiveLayer
+from guestagent.engine.plan import VerityStep
+from guestagent.engine.state import EngineState
+from guestagent.storage.devicemapper.control import Control
+from guestagent.storage.devicemapper.targets import parse_verity, parse_verity_status
+from guestagent.storage.mountinfo import Mount, find_mount
+from vsock.errors import CallError
+
+__all__ = ("dm_device", "layer_report", "verity_status")
+
+
+def dm_device(control: Control, name: str) -> DmDevice:
+    """Describe one dm device.
+
+    Raises:
+        OSError: ENXIO, there is none.
+    """
+    info = control.info(name)
+    table = control.table(name)
+    status = control.status(name)
+    return DmDevice(
+        name=info.name,
+        uuid=info.uuid,
+        dev=info.dev,
+        node=info.node,
+        target_type=table[0].target_type if table else "",
+        table="; ".join(target.line() for target in table),
+        status="; ".join(target.status for target in status),
+        readonly=info.readonly,
+        deferred_remove=info.deferred_remove,
+        open_count=info.open_count,
+    )
+
+
+def verity_status(control: Control, name: str) -> str:
+    """Return V or C of a verity device."""
+    return parse_verity_status(control.status(name)[0].status).state
+
+
+def layer_report(
+    state: EngineState,
+    live: LiveLayer,
+    *,
+    timings_ms: dict[str, float] | None = None,
+    already: bool = False,
+) -> LayerReport:
+    """Describe a layer as the kernel has it now.
+
+    Raises:
+        CallError: ``not_found``, its mount is not there any more.
+    """
+    spec = live.spec
+    mount = find_mount(spec.mount_point)
+    if mount is None:
+        raise CallError(
+            "not_found",
+            f"layer {spec.layer_id!r} is no longer mounted at {spec.mount_point!r}",
+            step="read back",
+            object=spec.layer_id,
+            hint="somebody else unmounted it; unmount it here with force to clean up",
+        )
+    dm = tuple(dm_device(state.control, name) for name in live.plan.dm_names)
+    verity = _verity_report(state, live, live.plan.verity) if live.plan.verity else None
+    corrupted = verity is not None and verity.status == "C"
+    return LayerReport(
+        layer_id=spec.layer_id,
+        state="corrupted" if corrupted and live.state == "mounted" else live.state,
+        target=mount.target,
+        device=spec.device,
+        device_node=live.device.node,
+        dev=mount.dev,
+        mapping=spec.mapping,
+        dm=dm,
+        verity=verity,
+        filesystem=mount.filesystem,
+        mount_id=mount.mount_id,
+        options=_options(mount),
+        size_bytes=live.range.size_bytes,
+        used_by=state.inventory.users_of(spec.layer_id),
+        overlaps=state.inventory.overlapping(spec.layer_id, live.device.dev, live.range),
+        timings_ms=live.timings_ms if timings_ms is None else timings_ms,
+        already=already,
+    )
+
+
+def _options(mount: Mount) -> tuple[str, ...]:
+    """Return the options of the mount, then those of the file system that it does not repeat."""
+    return (
+        *mount.options,
+        *(option for option in mount.super_options if option not in mount.options),
+    )
+
+
+def _verity_report(state: EngineState, live: LiveLayer, step: VerityStep) -> VerityReport:
+    """Report the table that the kernel has, in the words of the contract."""
+    table = parse_verity(state.control.table(step.name)[0])
+    assert live.spec.verity is not None
+    return VerityReport(
+        root_digest=table.root_digest.hex(),
+        salt=table.salt.hex(),
+        algorithm=table.algorithm,
+        hash_type=table.hash_type,
+        data_blocks=table.data_blocks,
+        data_block_size=table.data_block_size,
+        hash_block_size=table.hash_block_size,
+        hash_offset_bytes=step.parameters.hash_offset_bytes,
+        superblock=step.parameters.has_superblock,
+        source=live.verity_source,
+        status=verity_status(state.control, step.name),
+        signed="root_hash_sig_key_desc" in table.options,
+        preset=live.spec.verity.preset,
+        options=table.options,
+        dropped=live.verity_options.dropped,
+    )

@@ -1,0 +1,208 @@
+"""Where the changes to a writable overlay go: memory, a block device, or a directory."""
+
+import os
+
+from guestagent.api import (
+    DeviceScratch,
+    DirectoryScratch,
+    Scratch,
+    ScratchReport,
+    TmpfsScratch,
+)
+from guestagent.engine.inventory import LiveScratch
+from guestagent.engine.operation import Operation
+from guestagent.engine.state import EngineState
+from guestagent.engine.takedown import remove_directories, undo_deadline, unmount_target
+from guestagent.storage import blockdev
+from guestagent.storage.filesystems import detect, mount_options
+from guestagent.storage.makefs import make_filesystem
+from guestagent.storage.mount import TargetDirectory, mount_filesystem
+from guestagent.storage.mountinfo import find_mount
+from vsock.errors import CallError
+
+__all__ = ("make_scratch", "release_scratch", "scratch_report")
+
+_HEAD_BYTES = 128 * 1024
+
+
+def make_scratch(
+    state: EngineState, overlay_id: str, scratch: Scratch, op: Operation
+) -> LiveScratch:
+    """Bring up a scratch with the directories ``upper`` and ``work`` in it.
+
+    Raises:
+        CallError: ``conflict``, it is another overlay's or holds a layer; ``resource``, it is full.
+    """
+    if isinstance(scratch, DirectoryScratch):
+        live = _use_directory(state, overlay_id, scratch, op)
+    elif isinstance(scratch, TmpfsScratch):
+        live = _mount_tmpfs(state, overlay_id, scratch, op)
+    else:
+        live = _mount_device(state, overlay_id, scratch, op)
+    for name in ("upper", "work"):
+        path = f"{live.path}/{name}"
+        with op.step("scratch", path, code="mount"):
+            os.makedirs(path, mode=0o755, exist_ok=True)
+    return live
+
+
+def release_scratch(state: EngineState, scratch: LiveScratch) -> None:
+    """Drop a scratch that is unmounted from the books."""
+    remove_directories(scratch.created)
+    state.inventory.release_scratch(scratch.dev or scratch.path)
+
+
+def scratch_report(scratch: LiveScratch) -> ScratchReport:
+    """Say how large and how full a scratch is now."""
+    space = os.statvfs(scratch.path)
+    return ScratchReport(
+        kind=scratch.kind,
+        path=scratch.path,
+        filesystem=scratch.filesystem,
+        size_bytes=space.f_frsize * space.f_blocks,
+        free_bytes=space.f_frsize * space.f_bavail,
+        formatted=scratch.formatted,
+    )
+
+
+def _use_directory(
+    state: EngineState, overlay_id: str, scratch: DirectoryScratch, op: Operation
+) -> LiveScratch:
+    with op.step("scratch", scratch.path, code="mount"):
+        with TargetDirectory(scratch.path, root=state.rules.target_root, create=False):
+            pass  # it is there, below the root, and no link leads to it
+        filesystem = _filesystem_at(scratch.path)
+    _claim(state, overlay_id, scratch.path, op)
+    return LiveScratch(
+        kind=scratch.kind,
+        path=scratch.path,
+        is_mount=False,
+        dev="",
+        filesystem=filesystem,
+        formatted=False,
+        created=(),
+    )
+
+
+def _mount_tmpfs(
+    state: EngineState, overlay_id: str, scratch: TmpfsScratch, op: Operation
+) -> LiveScratch:
+    path, created = _mount_point(state, overlay_id, op)
+    with op.step("scratch", path, code="mount"):
+        mount_filesystem(
+            source="tmpfs",
+            target=path,
+            filesystem="tmpfs",
+            flags=("nodev", "nosuid"),
+            options=(("size", str(scratch.size_bytes)), ("mode", "0700")),
+        )
+    _undo_mount(state, path, op)
+    return LiveScratch(
+        kind=scratch.kind,
+        path=path,
+        is_mount=True,
+        dev="",
+        filesystem="tmpfs",
+        formatted=False,
+        created=created,
+    )
+
+
+def _mount_device(
+    state: EngineState, overlay_id: str, scratch: DeviceScratch, op: Operation
+) -> LiveScratch:
+    with op.step("device", blockdev.describe(scratch.device)):
+        device = blockdev.wait_for(scratch.device, op.deadline)
+        if device.readonly:
+            raise CallError(
+                "invalid", f"scratch device {device.node} is read-only", object=device.node
+            )
+    layers = state.inventory.layers_on(device.dev)
+    if layers:
+        raise CallError(
+            "conflict",
+            f"scratch device {device.node} holds layer {layers[0]!r}",
+            step="claim",
+            object=device.node,
+        )
+    _claim(state, overlay_id, device.dev, op)
+    formatted = _ensure_filesystem(scratch, device.node, op)
+    path, created = _mount_point(state, overlay_id, op)
+    with op.step("scratch", device.node, code="mount"):
+        mount_filesystem(
+            source=device.node,
+            target=path,
+            filesystem=scratch.filesystem,
+            flags=("nodev", "nosuid"),
+            options=mount_options(scratch.filesystem, readonly=False),
+        )
+    _undo_mount(state, path, op)
+    return LiveScratch(
+        kind=scratch.kind,
+        path=path,
+        is_mount=True,
+        dev=device.dev,
+        filesystem=scratch.filesystem,
+        formatted=formatted,
+        created=created,
+    )
+
+
+def _ensure_filesystem(scratch: DeviceScratch, node: str, op: Operation) -> bool:
+    """Format the device if it is asked for and nothing is on it; return whether it was.
+
+    Raises:
+        CallError: ``conflict``, something else is on it: nobody's data is formatted away.
+    """
+    with op.step("format", node, code="device"):
+        fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            head = os.pread(fd, _HEAD_BYTES, 0)
+        finally:
+            os.close(fd)
+        found = detect(lambda offset, size: head[offset : offset + size].ljust(size, b"\0"))
+        if found == scratch.filesystem or not scratch.ensure_filesystem:
+            return False
+        if any(head):
+            what = found or "unknown data"
+            raise CallError(
+                "conflict",
+                f"scratch device {node} is not empty: it starts with {what}",
+                object=node,
+                hint="clear its first 128 KiB to have it formatted",
+            )
+        make_filesystem(scratch.filesystem, node, op.deadline)
+    return True
+
+
+def _mount_point(state: EngineState, overlay_id: str, op: Operation) -> tuple[str, tuple[str, ...]]:
+    path = f"{state.directory}/scratch/{overlay_id}"
+    with op.step("scratch", path, code="mount"):
+        made = not os.path.isdir(path)
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        if find_mount(path) is not None:
+            raise CallError("conflict", f"something is mounted at {path!r} already", object=path)
+    created = (path,) if made else ()
+    op.undo_by("scratch directory", lambda: remove_directories(created))
+    return path, created
+
+
+def _claim(state: EngineState, overlay_id: str, key: str, op: Operation) -> None:
+    state.inventory.claim_scratch(key, overlay_id)
+    op.undo_by("scratch claim", lambda: state.inventory.release_scratch(key))
+
+
+def _undo_mount(state: EngineState, path: str, op: Operation) -> None:
+    def undo() -> None:
+        deadline = undo_deadline(state)
+        unmount_target(path, Operation(deadline))
+        deadline.close()
+
+    op.undo_by(f"scratch mount {path}", undo)
+
+
+def _filesystem_at(path: str) -> str:
+    """Return the type of the file system that a path is on: the mount with the longest prefix."""
+    while (mount := find_mount(path)) is None:
+        path = os.path.dirname(path)
+    return mount.filesystem
