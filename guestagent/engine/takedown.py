@@ -59,11 +59,14 @@ def unmount_target(target: str, op: Operation) -> bool:
 
 
 def busy(target: str, dev: str, op: Operation, more: tuple[Holder, ...] = ()) -> CallError:
-    """Return the error for something that cannot go because it is in use, naming who uses it."""
-    try:
-        holders = (*more, *find_holders(dev=dev, target=target, deadline=Deadline(_HOLDER_SECONDS)))
-    except (OSError, CallError):  # the search is a courtesy; busy is the answer
-        holders = more
+    """Return the error for something that cannot go because it is in use, naming who uses it.
+
+    ``more`` are holders that are known already; with an empty ``dev`` no others are looked for.
+    """
+    holders = more
+    if dev:
+        limit = Deadline(_HOLDER_SECONDS)
+        holders += find_holders(dev=dev, target=target or None, deadline=limit)
     named = ", ".join(f"{holder.kind} {holder.name} ({holder.detail})" for holder in holders[:16])
     return CallError(
         "busy",
