@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Self
 
@@ -16,6 +15,7 @@ from vsock.address import Address, parse_address
 from vsock.connect import connect
 from vsock.deadline import Deadline
 from vsock.errors import CallError, ConnectionClosed, LocalProtocolError
+from vsock.inbox import Inbox
 from vsock.rpc import (
     ERROR_METHOD,
     MAX_MSGID,
@@ -40,9 +40,6 @@ _READ_BYTES = 256 * 1024
 _SEND_SECONDS = 30.0
 #: Beyond the deadline of a call, how long its answer may be on its way.
 MARGIN_SECONDS = 5.0
-#: Notifications that wait for their callback; past either bound the oldest are dropped.
-_MAX_WAITING = 4096
-_MAX_WAITING_BYTES = 16 * 1024 * 1024
 
 #: Gets the method and the params of a notification.
 NotificationCallback = Callable[[str, dict[str, object]], None]
@@ -137,7 +134,7 @@ class Client:
         self._complaint: CallError | None = None
         self._ended = Deadline(None)
         self._sending: Deadline | None = None
-        self._inbox = _Inbox()
+        self._inbox = Inbox()
         self._stream = connect(self.address, connect_seconds)
         self._reader = threading.Thread(target=self._read, name="rpc-reader", daemon=True)
         self._reader.start()
@@ -365,38 +362,3 @@ class Client:
 def given_up(method: str) -> CallError:
     """Return what a thread sees that still waits for a call which another has forgotten."""
     return CallError("cancelled", f"the answer to {method} was given up", step="wait for an answer")
-
-
-class _Inbox:
-    """Notifications on their way to the callback, within bounds."""
-
-    def __init__(self) -> None:
-        self._ready = threading.Condition()
-        self._waiting: deque[Notification] = deque()
-        self._waiting_bytes = 0
-        self._closed = False
-        self.dropped = 0
-
-    def put(self, message: Notification) -> None:
-        with self._ready:
-            self._waiting.append(message)
-            self._waiting_bytes += message.size_bytes
-            while len(self._waiting) > _MAX_WAITING or self._waiting_bytes > _MAX_WAITING_BYTES:
-                self._waiting_bytes -= self._waiting.popleft().size_bytes
-                self.dropped += 1
-            self._ready.notify()
-
-    def get(self) -> Notification | None:
-        """Return the next; None when there is none and will be none."""
-        with self._ready:
-            self._ready.wait_for(lambda: self._waiting or self._closed)
-            if not self._waiting:
-                return None
-            message = self._waiting.popleft()
-            self._waiting_bytes -= message.size_bytes
-            return message
-
-    def close(self) -> None:
-        with self._ready:
-            self._closed = True
-            self._ready.notify_all()

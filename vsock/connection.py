@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 
 from vsock.deadline import Deadline
@@ -12,6 +13,7 @@ from vsock.rpc import (
     ERROR_METHOD,
     Decoder,
     Limits,
+    Message,
     Request,
     encode_notification,
     encode_response,
@@ -21,6 +23,7 @@ from vsock.stream import Stream
 __all__ = ("MAX_DEADLINE_MS", "Call", "Connection", "Outcome")
 
 MAX_DEADLINE_MS = 86_400_000
+_PAUSE_BYTES = 256 * 1024
 
 _numbers = itertools.count(1)
 
@@ -112,6 +115,10 @@ class Connection:
         self.stream = stream
         self.limits = limits
         self.decoder = Decoder(limits)
+        #: Decoded, and not yet looked at.
+        self.messages: deque[Message] = deque()
+        # below one reply, so that there is always room for one more
+        self._pause_bytes = min(_PAUSE_BYTES, limits.max_reply_bytes)
         self.outbox = Outbox(stream, 2 * limits.max_reply_bytes)
         self.closed = False
         self.read_ended = False
@@ -170,7 +177,16 @@ class Connection:
     @property
     def idle(self) -> bool:
         """True when nothing is owed to the peer."""
-        return not self._unanswered and not self.outbox.pending_bytes
+        return not (self._unanswered or self.messages or self.outbox.pending_bytes)
+
+    @property
+    def must_read(self) -> bool:
+        """True when the peer has to read before anything else is done for it."""
+        return self.outbox.pending_bytes >= self._pause_bytes
+
+    @property
+    def wants_input(self) -> bool:
+        return not (self.read_ended or self.messages or self.must_read)
 
     @property
     def owes_answers(self) -> bool:

@@ -43,8 +43,6 @@ from vsock.stream import Listener, Stream
 __all__ = ("Call", "Connection", "Outcome", "Server")
 
 _READ_BYTES = 64 * 1024
-#: Above this much to send, nothing more is read from that peer.
-_PAUSE_BYTES = 256 * 1024
 #: A peer that takes nothing for this long is cut off.
 _STALL_SECONDS = 30.0
 #: What cancelled requests get for undoing what they made, when the server stops.
@@ -95,6 +93,7 @@ class Server:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._new: deque[Listener | Stream] = deque()
+        self._on_close: dict[int, Callable[[], None]] = {}
         self._attention: deque[Connection] = deque()
         self._connections: dict[int, Connection] = {}
         self._events: dict[int, int] = {}
@@ -109,8 +108,13 @@ class Server:
         self._new.append(listener)
         self._wake()
 
-    def add_stream(self, stream: Stream) -> None:
-        """Serve a connected stream, which the server takes over. From any thread."""
+    def add_stream(self, stream: Stream, on_close: Callable[[], None] | None = None) -> None:
+        """Serve a connected stream, which the server takes over. From any thread.
+
+        ``on_close`` is called when the connection has ended, as of ``Connection.on_close``.
+        """
+        if on_close is not None:
+            self._on_close[id(stream)] = on_close
         self._new.append(stream)
         self._wake()
 
@@ -237,13 +241,12 @@ class Server:
         if len(self._connections) < self._max_connections:
             self._connect(stream, must_introduce=not stream.point_to_point)
             return
-        self._report(f"refused {stream.peer}: {self._max_connections} connections are open")
-        error_map = CallError(
-            "resource", f"{self._max_connections} connections are open", step="accept connection"
-        ).to_wire()
+        text = f"{self._max_connections} connections are open"
+        self._report(f"refused {stream.peer}: {text}")
+        error = CallError("resource", text, step="accept connection")
         # a peer that has gone already needs no answer
         with stream, contextlib.suppress(OSError):
-            stream.send(encode_notification(ERROR_METHOD, error_map))
+            stream.send(encode_notification(ERROR_METHOD, error.to_wire()))
 
     def _connect(self, stream: Stream, *, must_introduce: bool) -> None:
         stream.setblocking(False)
@@ -255,6 +258,9 @@ class Server:
             attend=self._attend,
         )
         self._connections[stream.fileno()] = connection
+        on_close = self._on_close.pop(id(stream), None)
+        if on_close is not None:
+            connection.on_close(on_close)
         if connection.must_introduce and self._hello_seconds is not None:
             self._look_by(connection.heard_at + self._hello_seconds)
         self._settle(connection)
@@ -264,8 +270,9 @@ class Server:
         try:
             if connection.outbox.pending_bytes and (broken or events & select.EPOLLOUT):
                 connection.outbox.flush()
-            if not connection.read_ended and (broken or events & select.EPOLLIN):
+            if connection.wants_input and (broken or events & select.EPOLLIN):
                 self._read(connection)
+            self._take_messages(connection)
         except BlockingIOError:
             pass
         except OSError as error:
@@ -281,8 +288,12 @@ class Server:
         messages = connection.decoder.feed(data)
         if messages:
             connection.heard_at = time.monotonic()
-        for message in messages:
-            self._take(connection, message)
+            connection.messages.extend(messages)
+
+    def _take_messages(self, connection: Connection) -> None:
+        # one read may ask for more than the peer can take: the rest waits until it has
+        while connection.messages and not connection.must_read:
+            self._take(connection, connection.messages.popleft())
 
     def _settle(self, connection: Connection) -> None:
         """End the connection if its time has come, else wait for what it waits for."""
@@ -296,7 +307,7 @@ class Server:
             return
         pending_bytes = connection.outbox.pending_bytes
         wanted = select.EPOLLOUT if pending_bytes else 0
-        if pending_bytes < _PAUSE_BYTES and not connection.read_ended:
+        if connection.wants_input:
             wanted |= select.EPOLLIN
         if pending_bytes:
             self._look_by(connection.outbox.progress_at + _STALL_SECONDS)
