@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from guestagent.storage import syscalls
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.mountinfo import read_mounts
 
@@ -45,8 +46,12 @@ def loop_device(image: Path, *, readonly: bool = True) -> Iterator[str]:
         fcntl.ioctl(
             device, _LOOP_CONFIGURE, bytearray(struct.pack("=II", backing, 0) + info + bytes(64))
         )
+    finally:
         os.close(backing)
-        yield node
+        os.close(device)
+    yield node
+    device = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
         fcntl.ioctl(device, _LOOP_CLR_FD)
     finally:
         os.close(device)
@@ -120,3 +125,14 @@ def no_leaks() -> Iterator[None]:
     after = look()
     for kind, found in after.items():
         assert found - before.get(kind, set()) == set(), f"{kind} left behind"
+
+
+def isolate_mounts() -> None:
+    """Give the process its own mount namespace, once, so that no mount escapes from a test."""
+    if not _isolated:
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+        _isolated.append(True)
+
+
+_isolated: list[bool] = []
