@@ -21,8 +21,9 @@ _ALWAYS = ("encodings.utf_8", "encodings.ascii", "encodings.latin_1", "os", "zip
 # Imports nothing for itself: whatever it loaded would count as needed.
 _PROBE = """\
 import sys
-paths, certain, possible = (text.split("\\n") if text else [] for text in sys.argv[1:4])
+paths, certain, possible, absent = (text.split("\\n") if text else [] for text in sys.argv[1:5])
 sys.path += paths
+sys.modules.update(dict.fromkeys(absent))
 for name in certain:
     __import__(name)
 for name in possible:
@@ -76,13 +77,14 @@ def module_closure(
     late: Iterable[str],
     search: Iterable[Path],
     extra: Iterable[str] = (),
+    absent: Iterable[str] = (),
 ) -> tuple[Module, ...]:
     """Return the modules that running ``entries`` may load, sorted by name.
 
     ``entries`` are names of modules below ``project``; ``packages`` the top-level packages there
     that are read for late imports. Of the third-party packages that are imported late, only those
     in ``late`` are taken. ``search`` are the directories where installed packages are, ``extra``
-    further modules to take.
+    further modules to take, ``absent`` those that are left out though something tries them.
 
     Raises:
         ClosureError: a module is missing or fails to import.
@@ -98,7 +100,7 @@ def module_closure(
         if imported.late and top not in third_party and top not in sys.stdlib_module_names:
             continue
         (certain if imported.certain else possible).add(imported.name)
-    return tuple(sorted(_load(certain, possible, [project, *search])))
+    return tuple(sorted(_load(certain, possible, absent, [project, *search])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +187,13 @@ def _is_type_checking(test: ast.expr) -> bool:
     )
 
 
-def _load(certain: set[str], possible: set[str], search: list[Path]) -> Iterator[Module]:
+def _load(
+    certain: set[str], possible: set[str], absent: Iterable[str], search: list[Path]
+) -> Iterator[Module]:
     """Import the names in a clean interpreter; yield every module with a file that this loads."""
     argv = [str(interpreter_path()), "-I", "-S", "-B", "-c", _PROBE]
     argv += ["\n".join(str(path) for path in search)]
-    argv += ["\n".join(sorted(names)) for names in (certain, possible)]
+    argv += ["\n".join(sorted(names)) for names in (certain, possible, absent)]
     result = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     if result.returncode:
         raise ClosureError(f"the interpreter cannot import its modules:\n{result.stderr}")

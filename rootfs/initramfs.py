@@ -45,6 +45,9 @@ MODULE_LIST = "etc/guestagent/modules"  # guestagent.init reads it
 #: Our packages that the guest may hold; a test keeps the guest's imports within them.
 _GUEST_PACKAGES = ("vsock", "guestagent")
 _PYTHON_DIR = f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
+#: hashlib does without OpenSSL: the interpreter has the same functions built in, and the library
+#: would be a quarter of the image.
+_ABSENT = ("_hashlib",)
 _KEPT_IN_CACHE = 12
 #: The code that decides the bytes of an image, which are part of its key in the cache.
 _BUILDERS = ("initramfs.py", "cpio.py", "elf.py", "bytecode.py")
@@ -178,6 +181,7 @@ def _python_modules(spec: InitramfsSpec) -> tuple[Module, ...]:
         late=packages,
         extra=spec.imports,
         search=[site_packages()],
+        absent=_ABSENT,
     )
 
 
