@@ -1,0 +1,141 @@
+"""An import only ever goes down: the floors of docs/architecture.md, held by reading the code."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+#: Package or module -> what of ours it may import; the longest prefix of a module's name counts.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "vsock": ("vsock",),
+    "guestagent": (),  # the package itself: its version only
+    "guestagent.api": ("vsock.errors", "vsock.record", "guestagent.api"),
+    "guestagent.storage": ("vsock", "guestagent.api", "guestagent.storage"),
+    "guestagent.engine": ("vsock", "guestagent.api", "guestagent.storage", "guestagent.engine"),
+    "guestagent.client": ("vsock", "guestagent", "guestagent.api", "guestagent.client"),
+    "guestagent.ctl": (
+        "vsock",
+        "guestagent",
+        "guestagent.api",
+        "guestagent.client",
+        "guestagent.ctl",
+    ),
+    "rootfs": (
+        "vsock",
+        "rootfs",
+        "guestagent.api",
+        "guestagent.client",
+        "guestagent.ctl.table",
+        "guestagent.storage.verity",
+    ),
+}
+#: The top floor of the guest: may import everything below, nothing of the host's.
+_TOP = ("vsock", "guestagent")
+for name in ("agent", "init", "service", "config", "__main__", "boot", "console"):
+    MAY_IMPORT[f"guestagent.{name}"] = _TOP
+
+#: What would make the guest slow to start or large; late imports inside functions are not counted.
+HEAVY = frozenset(
+    "asyncio argparse click cryptography dataclasses enum hashlib inspect "
+    "json logging pathlib pyroute2 random re rich shutil ssl subprocess tempfile tenacity typing "
+    "unittest urllib uuid".split()
+)
+GUEST = ("vsock", "guestagent")
+NOT_IN_THE_GUEST = (
+    "vsock.client",
+    "vsock.aio",
+    "vsock.device",
+    "guestagent.client",
+    "guestagent.ctl",
+)
+
+
+def _modules() -> Iterator[tuple[str, Path]]:
+    for package in ("vsock", "guestagent", "rootfs"):
+        for path in sorted((PROJECT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(PROJECT).with_suffix("").parts)
+            yield name.removesuffix(".__init__"), path
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    )
+
+
+def _imports(tree: ast.AST, *, late: bool) -> Iterator[str]:
+    """Yield the names of imported modules; ``from a import b`` yields both a and a.b."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where an arrow goes"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif _is_type_checking(node):
+            continue
+        elif late or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _imports(node, late=late)
+
+
+def _within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _allowed(module: str) -> tuple[str, ...]:
+    names = [name for name in MAY_IMPORT if _within(module, (name,))]
+    return MAY_IMPORT[max(names, key=len)]
+
+
+MODULES = dict(_modules())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down_only(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text())
+    allowed = _allowed(module)
+    for name in _imports(tree, late=True):
+        if not _within(name, ("vsock", "guestagent", "rootfs")):
+            continue
+        # "from guestagent import __version__" names an attribute, not a module
+        target = name if name in MODULES else name.rpartition(".")[0]
+        exact = target == "guestagent"
+        assert exact or _within(target, allowed), f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [name for name in MODULES if _within(name, GUEST) and not _within(name, NOT_IN_THE_GUEST)],
+)
+def test_the_guest_imports_nothing_heavy(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text())
+    heavy = [name for name in _imports(tree, late=False) if name.split(".")[0] in HEAVY]
+    assert not heavy, f"{module} imports {heavy} at its top"
+
+
+def test_storage_modules_do_not_import_their_siblings() -> None:
+    """Each storage module is usable alone; what they share is named here."""
+    shared = {"syscalls", "uevents", "mountinfo", "fscontext", "mount", "openat"}
+    for module, path in MODULES.items():
+        parts = module.split(".")
+        if parts[:2] != ["guestagent", "storage"] or len(parts) < 3:
+            continue
+        for name in _imports(ast.parse(path.read_text()), late=True):
+            other = name.split(".")
+            if other[:2] != ["guestagent", "storage"] or len(other) < 3 or name not in MODULES:
+                continue
+            assert other[2] == parts[2] or other[2] in shared, f"{module} imports {name}"
+
+
+def test_this_test_sees_what_it_must() -> None:
+    """The checks above would notice: a planted import is reported."""
+    tree = ast.parse("def f():\n    from rootfs.pack import Pack\nimport json\n")
+    assert list(_imports(tree, late=True)) == ["rootfs.pack", "rootfs.pack.Pack", "json"]
+    assert list(_imports(tree, late=False)) == ["json"]
+    assert not _within("rootfs.pack", _allowed("guestagent.engine.layers"))
