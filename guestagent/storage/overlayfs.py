@@ -196,10 +196,13 @@ def mount_overlay(
 
     Raises:
         FsContextError: the kernel refused; ``log`` says why where it is told.
+        OSError: a directory is not there (ENOENT), or a link is in its path (ELOOP).
         CallError: ``unsupported``, the layers cannot be told to this kernel; ``integrity``, the
             kernel shows others than were asked for (the overlay is unmounted again).
     """
     plan = _plan(name, lowerdirs, upperdir, workdir, options, flags, runtime_directory)
+    for _, path in _directories(plan):
+        os.close(_open_directory(path))
     chosen = way or _choose(plan)
     if chosen == BY_MOUNT:
         links = _mount_by_mount2(plan, target)
