@@ -1,0 +1,33 @@
+"""The vsock device behind a real kernel: a whole machine in QEMU."""
+
+import shutil
+
+import pytest
+from vsock_bed import QemuBed
+from vsock_cases import DeviceCases
+from vsock_guest import ECHO
+
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="no QEMU here"),
+]
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory):
+    with QemuBed(tmp_path_factory.mktemp("bed")) as made:
+        made.start_guest()
+        yield made
+
+
+class TestQemu(DeviceCases):
+    echo_bytes = 1 << 30
+
+    def test_a_pause_does_not_cut_connections(self, bed):
+        with bed.dial(ECHO) as sock:
+            sock.sendall(b"before")
+            assert sock.recv(64) == b"before"
+            bed.qmp("stop")
+            sock.sendall(b"meanwhile")
+            bed.qmp("cont")
+            assert sock.recv(64) == b"meanwhile"
