@@ -1,0 +1,143 @@
+"""The reference tables of the documentation, made from the code that they describe."""
+
+import re
+import types
+from collections.abc import Callable
+
+from guestagent.api import METHODS
+from guestagent.config import KEYS, PREFIX, Config
+from vsock.errors import CODES
+from vsock.record import Record
+
+__all__ = ("SECTIONS", "update")
+
+_MEANING = {
+    "invalid": "the request can never work as it is; a field is wrong, the error names it",
+    "unsupported": "this agent, kernel or device cannot do it",
+    "not_found": "there is nothing of that id or name",
+    "conflict": "the id, target or scratch is taken by something else",
+    "busy": "it is in use; the hint names the holders; try again later",
+    "denied": "a rule forbids it, or the kernel does; never try again as it is",
+    "integrity": "what is there is not what the digest says",
+    "timeout": "the deadline passed; what had been made is undone",
+    "cancelled": "`agent.cancel` came; what had been made is undone",
+    "device": "a device failed or a device-mapper step did",
+    "mount": "the kernel refused a mount or the file system is damaged",
+    "resource": "a limit was reached: memory, space, descriptors, requests, bytes",
+    "internal": "a bug of the agent; its log has the details",
+}
+
+
+def methods() -> str:
+    """Return the table of methods."""
+    lines = ["| method | parameters | result | |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        request, reply = method.request.__name__, method.reply.__name__
+        lines.append(f"| `{name}` | {_link(request)} | {_link(reply)} | {method.summary} |")
+    return "\n".join(lines)
+
+
+def records() -> str:
+    """Return a section for each record that a request or a reply can hold, in order of use."""
+    found: dict[str, type[Record]] = {}
+    for method in METHODS.values():
+        _collect(method.request, found)
+        _collect(method.reply, found)
+    return "\n\n".join(_record(record) for record in found.values())
+
+
+def error_codes() -> str:
+    """Return the table of error codes."""
+    lines = ["| code | what it means to a caller |", "|---|---|"]
+    lines += [f"| `{code}` | {_MEANING[code]} |" for code in CODES]
+    return "\n".join(lines)
+
+
+def settings() -> str:
+    """Return the table of settings, as on a kernel command line."""
+    lines = ["| setting | default | |", "|---|---|---|"]
+    defaults = Config()
+    for key in KEYS:
+        value = getattr(defaults, key.field)
+        shown = ",".join(value) if isinstance(value, tuple) else value
+        shown = {True: "1", False: "0"}.get(shown, shown) if isinstance(shown, bool) else shown
+        guard = "; a wrong value stops the boot" if key.guards_security else ""
+        default = f"`{shown}`" if shown != "" else ""
+        lines.append(f"| `{PREFIX}{key.name}=` | {default} | {key.summary}{guard} |")
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "methods": methods,
+    "records": records,
+    "error-codes": error_codes,
+    "settings": settings,
+}
+
+
+def update(text: str) -> str:
+    """Return a document with each ``<!-- begin NAME -->`` ... ``<!-- end NAME -->`` made anew."""
+
+    def fresh(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- begin {name} -->\n{SECTIONS[name]()}\n<!-- end {name} -->"
+
+    pattern = r"<!-- begin ([a-z-]+) -->.*?<!-- end \1 -->"
+    return re.sub(pattern, fresh, text, flags=re.DOTALL)
+
+
+def _collect(kind: object, found: dict[str, type[Record]]) -> None:
+    if isinstance(kind, type) and issubclass(kind, Record):
+        if kind.__name__ not in found:
+            found[kind.__name__] = kind
+            for field_type, _ in kind._fields.values():
+                _collect(field_type, found)
+    for argument in getattr(kind, "__args__", ()):
+        _collect(argument, found)
+
+
+def _record(record: type[Record]) -> str:
+    lines = [f"### {record.__name__}", "", _prose(record), ""]
+    if not record._fields:
+        return "\n".join(lines).rstrip()
+    lines += ["| field | type | default |", "|---|---|---|"]
+    for name, (kind, default) in record._fields.items():
+        lines.append(f"| `{name}` | {_type(kind)} | {_default(default)} |")
+    return "\n".join(lines)
+
+
+def _prose(record: type[Record]) -> str:
+    doc = record.__doc__ if "__doc__" in record.__dict__ and record.__doc__ else ""
+    return " ".join(doc.split()).replace("``", "`")
+
+
+def _type(kind: object) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_type(member) for member in kind.__args__)
+    if isinstance(kind, types.GenericAlias):
+        if kind.__origin__ is tuple:
+            return f"array of {_type(kind.__args__[0])}"
+        return f"map of {_type(kind.__args__[1])}"
+    if kind is types.NoneType:
+        return "nil"
+    if isinstance(kind, type) and issubclass(kind, Record):
+        return _link(kind.__name__)
+    names = {bytes: "bin or hex", str: "str", object: "any"}
+    assert isinstance(kind, type)
+    return names.get(kind, kind.__name__)
+
+
+def _default(default: object) -> str:
+    if type(default) is object:
+        return "required"
+    if default is None:
+        return "nil"
+    if isinstance(default, Record):
+        return "all defaults"
+    if isinstance(default, tuple | dict):
+        return "empty"
+    return f"`{str(default).lower()}`" if isinstance(default, bool) else f"`{default}`"
+
+
+def _link(name: str) -> str:
+    return f"[{name}](#{name.lower()})"
