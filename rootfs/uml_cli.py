@@ -25,7 +25,7 @@ or died.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _stop)
+    former = signal.signal(signal.SIGTERM, _stop)
     try:
         spec = _spec(options)
         return run_spec(spec, stdout=1, stderr=2).returncode
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STATUS_BOOT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

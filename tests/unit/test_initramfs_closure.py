@@ -1,0 +1,163 @@
+"""The closures: Python modules by import, shared libraries by ELF, byte code by compiling."""
+
+import marshal
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from rootfs.bytecode import compile_module
+from rootfs.closure import ClosureError, interpreter_path, module_closure
+from rootfs.elf import ElfError, ElfFile, library_closure, without_debug_information
+
+_SOURCES = {
+    "app/__init__.py": "",
+    "app/init.py": """
+        import select
+        from app import sub
+        from app.late import helper
+        """,
+    "app/sub.py": """
+        TYPE_CHECKING = False
+        if TYPE_CHECKING:
+            import decimal
+            import not_there_at_all
+        def run():
+            import colorsys
+            import thirdparty
+            from otherparty import thing
+        """,
+    "app/late.py": """
+        class helper:
+            def method(self):
+                from .deep import value
+        """,
+    "app/deep.py": "value = 1\nimport bisect\n",
+    "app/unused.py": "import decimal\n",
+    "site/thirdparty/__init__.py": "from thirdparty.inner import a\n",
+    "site/thirdparty/inner.py": "a = 1\n",
+    "site/otherparty.py": "import chunk\n",
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    for name, text in _SOURCES.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = text.splitlines()
+        path.write_text("\n".join(line.removeprefix("        ") for line in lines))
+    return tmp_path
+
+
+def closure(project: Path, *late: str, absent: tuple[str, ...] = ()) -> set[str]:
+    modules = module_closure(
+        ["app.init"],
+        project=project,
+        packages=["app"],
+        late=late,
+        search=[project / "site"],
+        absent=absent,
+    )
+    return {module.name for module in modules}
+
+
+def test_own_modules_early_and_late_are_found(project: Path) -> None:
+    found = closure(project)
+    assert {"app", "app.init", "app.sub", "app.late", "app.deep"} <= found
+    assert "app.unused" not in found
+
+
+def test_standard_modules_are_taken_when_they_are_imported_late(project: Path) -> None:
+    found = closure(project)
+    assert {"colorsys", "bisect"} <= found
+    assert "decimal" not in found  # only for the type checker, or by what is not used
+
+
+def test_third_party_packages_are_taken_only_when_asked_for(project: Path) -> None:
+    assert not {"thirdparty", "otherparty"} & closure(project)
+    assert {"thirdparty", "thirdparty.inner"} <= closure(project, "thirdparty")
+    assert "chunk" in closure(project, "otherparty")
+
+
+def test_absent_modules_stay_out(project: Path) -> None:
+    (project / "app/init.py").write_text("import hashlib\n")
+    assert "_hashlib" in closure(project)
+    found = closure(project, absent=("_hashlib",))
+    assert "hashlib" in found
+    assert "_hashlib" not in found
+
+
+def test_a_missing_entry_is_named(project: Path) -> None:
+    with pytest.raises(ClosureError, match=r"app\.nothing"):
+        module_closure(["app.nothing"], project=project, packages=["app"], late=[], search=[])
+
+
+def test_a_module_that_fails_says_how(project: Path) -> None:
+    (project / "app/deep.py").write_text("import no_such_module\n")
+    with pytest.raises(ClosureError, match="no_such_module"):
+        closure(project)
+
+
+def test_byte_code_does_not_depend_on_who_compiles(tmp_path: Path) -> None:
+    """In another process, with other hash seeds and other strings already interned."""
+    path = Path(shutil.__file__)
+    here = compile_module(path.read_bytes(), "shutil.py", 2)
+    script = (
+        "import sys, asyncio, decimal\n"
+        "from pathlib import Path\n"
+        "from rootfs.bytecode import compile_module\n"
+        "data = compile_module(Path(sys.argv[1]).read_bytes(), 'shutil.py', 2)\n"
+        "sys.stdout.buffer.write(data)\n"
+    )
+    argv = [sys.executable, "-c", script, str(path)]
+    root = str(Path(__file__).parents[2])
+    for seed in ("1", "2"):
+        env = {"PYTHONHASHSEED": seed, "PYTHONPATH": root}
+        assert subprocess.run(argv, env=env, stdout=-1, check=True).stdout == here
+
+
+def test_byte_code_runs_and_has_no_docstrings() -> None:
+    data = compile_module(b'"""doc"""\nassert False\nx = 1\n', "m.py", 2)
+    module = types.ModuleType("m")
+    exec(marshal.loads(data[16:]), module.__dict__)
+    assert module.__dict__["x"] == 1
+    assert module.__doc__ is None
+
+
+def test_needed_libraries_are_those_of_readelf() -> None:
+    program = interpreter_path()
+    output = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    expected = {Path(line.split("=>")[-1].split()[0]).name for line in output.splitlines()}
+    found = {path.name for path in library_closure((program,))}
+    assert found == expected - {"linux-vdso.so.1"}
+    interpreter = ElfFile(program).interpreter
+    assert interpreter is not None
+    assert Path(interpreter) in library_closure((program,))
+
+
+def test_a_program_without_its_tail_still_runs(tmp_path: Path) -> None:
+    path = tmp_path / "python"
+    data = without_debug_information(interpreter_path().read_bytes() + b"debug" * 1000)
+    assert len(data) < interpreter_path().stat().st_size
+    path.write_bytes(data)
+    path.chmod(0o755)
+    argv = [path, "-I", "-S", "-c", "import zlib; print(6 * 7)"]
+    assert subprocess.run(argv, capture_output=True, check=True).stdout == b"42\n"
+
+
+@pytest.mark.parametrize("data", [b"", b"#!/bin/sh\n", b"\x7fELF\x01\x01" + bytes(100)])
+def test_files_of_other_kinds_are_left_as_they_are(data: bytes, tmp_path: Path) -> None:
+    assert without_debug_information(data) == data
+    (tmp_path / "f").write_bytes(data)
+    with pytest.raises(ElfError, match="not a 64-bit"):
+        ElfFile(tmp_path / "f")
+
+
+def test_a_damaged_elf_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "cut").write_bytes(interpreter_path().read_bytes()[:100])
+    with pytest.raises(ElfError, match="cut"):
+        ElfFile(tmp_path / "cut")

@@ -1,0 +1,182 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rootfs.qemu_command import (
+    DiskSpec,
+    MachineSpec,
+    PmemSpec,
+    Runtime,
+    disk_device,
+    qemu_command,
+)
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Runtime:
+    return Runtime(
+        program="qemu", accel="tcg", run_dir=tmp_path / "run", console_path=tmp_path / "console"
+    )
+
+
+@pytest.fixture
+def pmem(tmp_path: Path) -> Path:
+    path = tmp_path / "pmem, with comma"
+    with open(path, "wb") as file:
+        file.truncate(6 << 20)
+    return path
+
+
+def spec(**changes: Any) -> MachineSpec:
+    return MachineSpec(**{"kernel": Path("/k"), "initrd": Path("/i"), "vsock_cid": None, **changes})
+
+
+def values(argv: list[str], option: str) -> list[Any]:
+    """The values of an option; decoded where they are JSON."""
+    found = [argv[n + 1] for n, word in enumerate(argv) if word == option]
+    return [json.loads(value) if value.startswith("{") else value for value in found]
+
+
+def test_a_plain_machine(runtime: Runtime) -> None:
+    argv = qemu_command(spec(cmdline="guestagent.log=debug"), runtime)
+    assert argv[0] == "qemu"
+    assert values(argv, "-accel") == ["tcg,thread=multi"]
+    assert values(argv, "-cpu") == ["max"]
+    assert values(argv, "-m") == ["512M"]
+    assert values(argv, "-append") == ["console=ttyS0 quiet panic=-1 guestagent.log=debug"]
+    assert "-no-reboot" in argv
+    assert values(argv, "-device") == []
+    assert values(argv, "-mon") == []
+
+
+def test_kvm(runtime: Runtime) -> None:
+    kvm = Runtime(
+        program="q", accel="kvm", run_dir=runtime.run_dir, console_path=runtime.console_path
+    )
+    argv = qemu_command(spec(), kvm)
+    assert values(argv, "-accel") == ["kvm"]
+    assert values(argv, "-cpu") == ["host"]
+
+
+def test_guest_memory_is_shared_with_the_vsock_device(runtime: Runtime) -> None:
+    argv = qemu_command(spec(), runtime)
+    assert values(argv, "-object") == [
+        {"qom-type": "memory-backend-memfd", "id": "ram", "size": 512 << 20, "share": True}
+    ]
+    assert "memory-backend=ram" in values(argv, "-machine")[0]
+
+
+def test_pmem_is_read_only_and_unarmed_by_default(runtime: Runtime, pmem: Path) -> None:
+    argv = qemu_command(spec(pmem=(PmemSpec(path=pmem),)), runtime)
+    backend = values(argv, "-object")[1]
+    assert backend["mem-path"] == str(pmem)
+    assert backend["size"] == 6 << 20
+    assert (backend["readonly"], backend["share"]) == (True, False)
+    assert values(argv, "-device") == [
+        {"driver": "nvdimm", "id": "pmem0", "memdev": "pmem0-file", "unarmed": True}
+    ]
+    assert values(argv, "-machine")[0].endswith("nvdimm=on")
+    assert "slots=1" in values(argv, "-m")[0]
+
+
+def test_writable_pmem_is_shared_and_armed(runtime: Runtime, pmem: Path) -> None:
+    argv = qemu_command(spec(pmem=(PmemSpec(path=pmem, readonly=False),)), runtime)
+    backend = values(argv, "-object")[1]
+    assert (backend["readonly"], backend["share"]) == (False, True)
+    assert values(argv, "-device")[0]["unarmed"] is False
+
+
+@pytest.mark.parametrize("size_bytes", [0, 4096, (2 << 20) + 512])
+def test_pmem_of_an_odd_size_is_refused(runtime: Runtime, pmem: Path, size_bytes: int) -> None:
+    with open(pmem, "r+b") as file:
+        file.truncate(size_bytes)
+    with pytest.raises(ValueError, match=f"{size_bytes} bytes"):
+        qemu_command(spec(pmem=(PmemSpec(path=pmem),)), runtime)
+
+
+def test_disks_of_both_kinds(runtime: Runtime) -> None:
+    disks = (
+        DiskSpec(path=Path("/a,b"), serial="one"),
+        DiskSpec(path=Path("/c"), serial="two", bus="scsi", lun=3, readonly=False),
+    )
+    argv = qemu_command(spec(disks=disks), runtime)
+    first, second = values(argv, "-blockdev")
+    assert first["file"]["filename"] == "/a,b"
+    assert (first["read-only"], second["read-only"]) == (True, False)
+    controller, virtio, scsi = values(argv, "-device")
+    assert controller == {"driver": "virtio-scsi-pci", "id": "scsi0"}
+    assert (virtio["driver"], virtio["serial"]) == ("virtio-blk-pci", "one")
+    assert (scsi["driver"], scsi["lun"], scsi["serial"]) == ("scsi-hd", 3, "two")
+
+
+def test_a_plugged_disk_names_its_port() -> None:
+    device = disk_device(DiskSpec(path=Path("/a"), serial="s"), "plugged0", bus="port1")
+    assert device["bus"] == "port1"
+
+
+def test_vsock_by_the_kernel_or_by_a_device_of_ours(runtime: Runtime) -> None:
+    argv = qemu_command(spec(vsock_cid=7), runtime)
+    assert values(argv, "-device") == [{"driver": "vhost-vsock-pci", "guest-cid": 7}]
+    ours = Runtime(
+        program="q",
+        accel="tcg",
+        run_dir=runtime.run_dir,
+        console_path=runtime.console_path,
+        vhost_socket=Path("/run/a,b"),
+    )
+    argv = qemu_command(spec(vsock_cid=7), ours)
+    assert values(argv, "-device") == [{"driver": "vhost-user-vsock-pci", "chardev": "vsock"}]
+    assert "socket,id=vsock,path=/run/a,,b" in values(argv, "-chardev")
+
+
+def test_control_ports_and_root_ports(runtime: Runtime) -> None:
+    controlled = Runtime(
+        program="q",
+        accel="tcg",
+        run_dir=runtime.run_dir,
+        console_path=runtime.console_path,
+        qmp_fd=9,
+    )
+    argv = qemu_command(spec(pcie_root_ports=2, serial_ports=("agent",)), controlled)
+    assert "socket,id=qmp,fd=9,server=on,wait=off" in values(argv, "-chardev")
+    devices = values(argv, "-device")
+    assert [device["driver"] for device in devices] == [
+        "virtio-serial-pci",
+        "virtserialport",
+        "pcie-root-port",
+        "pcie-root-port",
+    ]
+    assert [device["chassis"] for device in devices[2:]] == [1, 2]
+
+
+def test_the_console_goes_to_a_file_and_on_request_to_the_terminal(runtime: Runtime) -> None:
+    argv = qemu_command(spec(), runtime)
+    assert f"file,path={runtime.console_path},id=console" in values(argv, "-chardev")
+    argv = qemu_command(spec(console_stdio=True), runtime)
+    assert f"stdio,signal=off,logfile={runtime.console_path},id=console" in values(argv, "-chardev")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"accel": "xen"}, "accelerator"),
+        ({"vsock_cid": 2}, "CID 2"),
+        ({"memory_mib": 16}, "16 MiB"),
+        ({"cpus": 0}, "0 CPUs"),
+        (
+            {"disks": tuple(DiskSpec(path=Path("/a"), serial=n, bus="scsi") for n in "ab")},
+            "same LUN",
+        ),
+    ],
+)
+def test_a_wrong_machine_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spec(**change)
+
+
+@pytest.mark.parametrize("serial", ["", "x" * 21])
+def test_a_serial_that_the_guest_would_not_see_whole_is_refused(serial: str) -> None:
+    with pytest.raises(ValueError, match="serial"):
+        DiskSpec(path=Path("/a"), serial=serial)
