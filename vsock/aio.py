@@ -1,6 +1,7 @@
 """A MessagePack-RPC client for asyncio: the twin of ``vsock.client.Client``. For hosts only."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import itertools
 import logging
@@ -130,11 +131,14 @@ class AsyncClient:
             ConnectionClosed: nobody answered in time, or access is denied.
         """
         where = parse_address(address) if isinstance(address, str) else address
-        task = asyncio.ensure_future(asyncio.to_thread(connect, where, connect_seconds))
+        # a future of its own thread, which outlives the event loop: see the cancellation below
+        thread = concurrent.futures.ThreadPoolExecutor(1, "rpc-connect")
+        connecting = thread.submit(connect, where, connect_seconds)
+        thread.shutdown(wait=False)
         try:
-            stream = await asyncio.shield(task)
+            stream = await asyncio.wrap_future(connecting)
         except asyncio.CancelledError:
-            task.add_done_callback(_close_result)
+            connecting.add_done_callback(_close_result)
             raise
         return cls(
             stream,
@@ -350,7 +354,7 @@ class AsyncClient:
             self._lost(str(message.error))
 
 
-def _close_result(task: "asyncio.Task[Stream]") -> None:
+def _close_result(connecting: "concurrent.futures.Future[Stream]") -> None:
     """Close the stream of a connect that nobody waits for any more."""
-    if not task.cancelled() and task.exception() is None:
-        task.result().close()
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().close()

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 _READ_BYTES = 256 * 1024
 #: What a peer may owe us in reading before a call gives up on sending.
 _SEND_SECONDS = 30.0
+_LAST_WORDS_SECONDS = 2.0
 #: Beyond the deadline of a call, how long its answer may be on its way.
 MARGIN_SECONDS = 5.0
 
@@ -253,25 +254,32 @@ class Client:
             raise LocalProtocolError(
                 f"a message of {len(data)} bytes is over {self._limits.max_request_bytes}"
             )
-        with self._send_lock:
-            try:
-                taken = self._stream.send(data)
-            except BlockingIOError:
-                taken = 0
-            except OSError as error:
-                raise self._broken(error) from error
-            if taken < len(data):
-                self._send_rest(memoryview(data)[taken:])
+        try:
+            with self._send_lock:
+                self._write(data)
+        except CallError as error:
+            # half a message is out: no other may follow it
+            self._ended.cancel()
+            raise self._broken(error) from error
+        except OSError as error:
+            # what the peer said before it went is still to be read, and says more than EPIPE does
+            if threading.current_thread() is not self._reader:
+                self._reader.join(_LAST_WORDS_SECONDS)
+            self._ended.cancel()
+            raise self._broken(error) from error
 
-    def _send_rest(self, rest: memoryview) -> None:
+    def _write(self, data: bytes) -> None:
+        try:
+            taken = self._stream.send(data)
+        except BlockingIOError:
+            taken = 0
+        if taken == len(data):
+            return
         self._sending = deadline = Deadline(_SEND_SECONDS)
         try:
             if self._closed:
                 deadline.cancel()  # close() may have looked before there was something to cancel
-            self._stream.sendall(rest, deadline)
-        except (CallError, OSError) as error:
-            # half a message is out: no other may follow it
-            raise self._broken(error) from error
+            self._stream.sendall(memoryview(data)[taken:], deadline)
         finally:
             self._sending = None
             deadline.close()
@@ -279,8 +287,7 @@ class Client:
     def _broken(self, error: Exception) -> ConnectionClosed:
         if self._closed:
             return ClosedHandleError(f"the client of {self.address} is closed")
-        self._ended.cancel()
-        return ConnectionClosed(f"cannot send to {self.address}: {error}")
+        return ConnectionClosed(f"cannot send to {self.address}: {self._over or error}")
 
     def _cancel(self, msgid: int) -> None:
         self.start_call(self._cancel_method, {"msgid": msgid})

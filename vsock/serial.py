@@ -74,7 +74,7 @@ class SerialListener(Listener):
         self.address = address
         self._serial = address
         self._device_fd = -1
-        self._failure: OSError | None = None
+        self._failed = False
         self._epoll = select.epoll()
         self._failure_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._failure_fd, select.EPOLLIN)
@@ -88,8 +88,10 @@ class SerialListener(Listener):
         return -1 if self._epoll.closed else self._epoll.fileno()
 
     def accept(self) -> Stream:
-        if self._failure is not None:
-            raise self._failure
+        if self._failed:
+            self._open()  # whoever accepts again tries again
+            self._failed = False
+            os.eventfd_read(self._failure_fd)
         if self._device_fd < 0:
             raise BlockingIOError(errno.EAGAIN, "the stream is in use", str(self.address))
         ready = dict(self._epoll.poll(0)).get(self._device_fd, 0)
@@ -117,9 +119,9 @@ class SerialListener(Listener):
             return
         try:
             self._open()
-        except OSError as error:
-            # the next accept() reports it
-            self._failure = error
+        except OSError:
+            # accept() is where it can be told
+            self._failed = True
             os.eventfd_write(self._failure_fd, 1)
 
 

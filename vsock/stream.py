@@ -186,6 +186,8 @@ def dial(address: Address, deadline: Deadline) -> Stream:
         from vsock.serial import open_serial
 
         return open_serial(address)
+    if isinstance(address, VsockAddress) and address.cid is None:
+        raise ValueError(f"{address} can be listened on, not dialled")
     family = _AF_VSOCK if isinstance(address, VsockAddress) else _socket.AF_UNIX
     sock = _open_socket(family, address)
     try:
@@ -297,8 +299,7 @@ def _connect_unix(sock: "_socket.socket", path: str, address: Address, deadline:
 
 
 def _connect_vsock(sock: "_socket.socket", address: VsockAddress, deadline: Deadline) -> None:
-    if address.cid is None:
-        raise ValueError(f"{address} can be listened on, not dialled")
+    assert address.cid is not None
     step = f"connect to {address}"
     deadline.check(step)
     seconds = deadline.remaining()

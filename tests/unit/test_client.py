@@ -1,0 +1,362 @@
+import contextlib
+import errno
+import os
+import socket
+import threading
+import time
+
+import msgpack
+import pytest
+
+from vsock.address import UnixAddress
+from vsock.client import Client, ClosedHandleError
+from vsock.errors import CallError, ConnectionClosed, LocalProtocolError
+from vsock.inbox import Inbox
+from vsock.rpc import Limits, Notification
+from vsock.stream import listen
+
+WAIT_SECONDS = 20.0
+
+
+@pytest.fixture
+def running(serve):
+    return serve()
+
+
+@pytest.fixture
+def client(running):
+    with Client(str(running.address), cancel_method="cancel") as one:
+        yield one
+
+
+@contextlib.contextmanager
+def scripted(tmp_path, script, **options):
+    """Connect a client to a peer that does what ``script`` does with its socket."""
+    path = str(tmp_path / "scripted")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+
+        def work():
+            sock, _ = server.accept()
+            with sock:
+                sock.settimeout(WAIT_SECONDS)
+                script(sock)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            with Client(UnixAddress(path=path), **options) as client:
+                yield client
+        finally:
+            thread.join(WAIT_SECONDS)
+
+
+def test_a_call_and_its_result(client):
+    assert client.call("echo", {"a": [1, b"x", None]}) == {"a": [1, b"x", None]}
+    assert client.call("slow_echo") == {}
+
+
+def test_the_answer_may_be_large(client):
+    assert client.call("big", {"bytes": 4_000_000}) == b"x" * 4_000_000
+
+
+def test_the_request_may_be_large(client):
+    assert client.call("slow_echo", {"a": bytes(1_000_000)}) == {"a": bytes(1_000_000)}
+
+
+def test_an_error_answer_is_raised_as_it_is(client):
+    with pytest.raises(CallError, match="no method 'nonsense'") as caught:
+        client.call("nonsense")
+    assert caught.value.code == "unsupported"
+
+
+def test_many_threads_get_their_own_answers(client):
+    wrong = []
+
+    def work(number):
+        for count in range(50):
+            value = {"number": number, "count": count}
+            if client.call("slow_echo" if count % 2 else "echo", value) != value:
+                wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_calls_overtake_one_another(client, running):
+    held = client.start_call("gate")
+    assert client.call("echo") == {}
+    assert not held.done
+    running.handler.gate.set()
+    assert held.result(WAIT_SECONDS) == "through"
+    assert held.result() == "through"
+    assert held.done
+
+
+def test_the_deadline_is_that_of_the_server(client):
+    with pytest.raises(CallError) as caught:
+        client.call("wait", deadline_ms=20)
+    assert (caught.value.code, caught.value.step) == ("timeout", "wait for the test")
+
+
+def test_our_own_timeout_leaves_the_connection_alive_and_a_late_answer_unheard(client, running):
+    with pytest.raises(CallError, match=r"no answer to gate within 0\.02 s") as caught:
+        client.call("gate", timeout_seconds=0.02)
+    assert caught.value.code == "timeout"
+    running.handler.gate.set()
+    running.handler.passed(running.handler.finished)
+    assert client.call("echo") == {}
+    assert client._pending == {}
+
+
+def test_a_pending_call_outlasts_a_result_that_timed_out(client, running):
+    held = client.start_call("gate")
+    with pytest.raises(CallError, match="no answer"):
+        held.result(0.01)
+    running.handler.gate.set()
+    assert held.result(WAIT_SECONDS) == "through"
+
+
+def test_cancel(client, running):
+    held = client.start_call("wait")
+    running.handler.passed(running.handler.at_gate)
+    held.cancel()
+    with pytest.raises(CallError) as caught:
+        held.result(WAIT_SECONDS)
+    assert caught.value.code == "cancelled"
+    held.cancel()  # nothing to cancel any more
+
+
+def test_who_waits_for_a_forgotten_call_is_told(client):
+    held = client.start_call("gate")
+    held.forget()
+    with pytest.raises(CallError, match="given up"):
+        held.result(WAIT_SECONDS)
+
+
+def test_a_closed_client_says_so(running):
+    client = Client(running.address)
+    held = client.start_call("gate")
+    assert not client.closed
+    client.close()
+    client.close()
+    assert client.closed
+    with pytest.raises(ClosedHandleError):
+        held.result(WAIT_SECONDS)
+    for function in (client.call, client.start_call, client.notify):
+        with pytest.raises(ClosedHandleError, match="is closed"):
+            function("echo")
+    with pytest.raises(ClosedHandleError):
+        held.result()
+
+
+def test_a_lost_connection_fails_what_is_pending_and_what_follows(client, running):
+    held = client.start_call("wait")
+    running.handler.passed(running.handler.at_gate)
+    running.handler.calls[0].connection.close()
+    with pytest.raises(ConnectionClosed, match="before the answer to wait") as caught:
+        held.result(WAIT_SECONDS)
+    assert not isinstance(caught.value, ClosedHandleError)
+    with pytest.raises(ConnectionClosed):
+        client.call("echo")
+    assert client.closed
+
+
+def test_the_refusal_of_a_server_is_in_the_error(serve):
+    running = serve(max_connections=1)
+    with Client(running.address) as first, Client(running.address) as second:
+        first.call("echo")
+        with pytest.raises(ConnectionClosed, match="1 connections are open"):
+            second.call("slow_echo")
+
+
+@pytest.mark.parametrize(
+    "params", [{"a": object()}, {"a": 1 << 64}, {"a": bytes(1 << 20)}, {"a": "\udcff"}]
+)
+def test_what_cannot_be_sent_is_our_error_and_harms_nothing(client, params):
+    with pytest.raises(LocalProtocolError):
+        client.call("echo", params)
+    assert client.call("echo") == {}
+    assert client._pending == {}
+
+
+def test_an_answer_over_the_limit_fails_its_call_only(running):
+    with Client(running.address, limits=Limits(max_reply_bytes=4096)) as client:
+        with pytest.raises(CallError) as caught:
+            client.call("big", {"bytes": 100_000})
+        assert caught.value.code == "resource"
+        assert client.call("echo") == {}
+
+
+def test_notifications_come_in_order_on_a_thread_that_may_call_back(running):
+    got = []
+    full = threading.Event()
+
+    def callback(method, params):
+        got.append((method, params, client.call("echo", {"inside": params["n"]})))
+        if len(got) == 20:
+            full.set()
+
+    with Client(running.address, on_notification=callback) as client:
+        for n in range(20):
+            client.call("notify", {"n": n})
+        assert full.wait(WAIT_SECONDS)
+    assert got == [("event", {"n": n}, {"inside": n}) for n in range(20)]
+
+
+def test_a_callback_may_close_the_client(running):
+    closed = threading.Event()
+
+    def callback(method, params):
+        client.close()
+        closed.set()
+
+    client = Client(running.address, on_notification=callback)
+    with contextlib.suppress(ConnectionClosed):
+        client.call("notify")
+    assert closed.wait(WAIT_SECONDS)
+    with pytest.raises(ClosedHandleError):
+        client.call("echo")
+    client.close()
+
+
+def test_our_notifications_arrive(serve):
+    taken = []
+    running = serve(on_notification=lambda c, n: taken.append((n.method, n.params)))
+    with Client(running.address) as client:
+        client.notify("input", {"a": 1})
+        client.call("echo")
+    assert taken == [("input", {"a": 1})]
+
+
+def test_an_answer_that_nobody_asked_for_is_ignored(tmp_path):
+    def script(sock):
+        _, msgid, _, _ = msgpack.unpackb(sock.recv(1000))
+        sock.sendall(msgpack.packb([1, 12345, None, "wrong"]))
+        sock.sendall(msgpack.packb([7]) + msgpack.packb([0, 3, "ask", [{}]]))
+        assert msgpack.unpackb(sock.recv(1000))[2]["code"] == "unsupported"
+        sock.sendall(msgpack.packb([1, msgid, None, "right"]))
+
+    with scripted(tmp_path, script) as client:
+        assert client.call("m", timeout_seconds=WAIT_SECONDS) == "right"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("plain text", "internal"), ({"code": "busy"}, "busy"), ({"code": "new"}, "internal")],
+)
+def test_an_odd_error_answer_still_reaches_the_caller(tmp_path, error, code):
+    def script(sock):
+        _, msgid, _, _ = msgpack.unpackb(sock.recv(1000))
+        sock.sendall(msgpack.packb([1, msgid, error, None]))
+
+    with scripted(tmp_path, script) as client, pytest.raises(CallError) as caught:
+        client.call("m", timeout_seconds=WAIT_SECONDS)
+    assert caught.value.code == code
+
+
+def test_bytes_that_are_no_messagepack_end_the_connection(tmp_path):
+    def script(sock):
+        sock.sendall(b"\xc1")
+        assert over.wait(WAIT_SECONDS)
+
+    over = threading.Event()
+    with scripted(tmp_path, script) as client:
+        with pytest.raises(ConnectionClosed, match="0xc1"):
+            client.call("m", timeout_seconds=WAIT_SECONDS)
+        over.set()
+
+
+def test_close_does_not_wait_for_a_peer_that_does_not_read(tmp_path):
+    done = threading.Event()
+    sending = threading.Event()
+
+    def script(sock):
+        assert done.wait(WAIT_SECONDS)
+
+    with scripted(tmp_path, script) as client:
+
+        def send():
+            with contextlib.suppress(ConnectionClosed):
+                while True:
+                    if client._sending is not None:
+                        sending.set()
+                    client.notify("m", {"a": bytes(1_000_000)})
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        while client._sending is None:
+            assert thread.is_alive()
+        started = time.monotonic()
+        client.close()
+        thread.join(WAIT_SECONDS)
+        assert not thread.is_alive()
+        assert time.monotonic() - started < 10
+        done.set()
+
+
+def test_connect_waits_for_a_server_that_comes(tmp_path):
+    address = UnixAddress(path=str(tmp_path / "late"))
+    accepted = []
+
+    def serve_late():
+        with listen(address) as listener:
+            while not accepted:
+                with contextlib.suppress(BlockingIOError):
+                    accepted.append(listener.accept())
+
+    timer = threading.Timer(0.05, serve_late)
+    timer.start()
+    with Client(address, connect_seconds=WAIT_SECONDS):
+        timer.join()
+    accepted[0].close()
+
+
+def test_connect_gives_up_and_says_why(tmp_path):
+    path = tmp_path / "nobody"
+    with pytest.raises(ConnectionClosed, match="No such file") as caught:
+        Client(f"unix://{path}", connect_seconds=0.05)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.ENOENT
+
+
+def test_connect_does_not_try_again_what_cannot_change(tmp_path):
+    target = tmp_path / "loop"
+    os.symlink(target, target)
+    started = time.monotonic()
+    with pytest.raises(ConnectionClosed):
+        Client(f"unix://{target}", connect_seconds=WAIT_SECONDS)
+    assert time.monotonic() - started < WAIT_SECONDS / 2
+
+
+def test_an_address_that_is_none_is_a_value_error():
+    with pytest.raises(ValueError, match="address 'nonsense'"):
+        Client("nonsense")
+
+
+def test_no_thread_and_no_descriptor_is_left(running):
+    threads, fds = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with Client(running.address, on_notification=lambda *_: None) as client:
+            client.call("echo")
+    while running.server.connection_count:
+        time.sleep(0)
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == fds
+
+
+def test_the_inbox_drops_the_oldest_past_its_bounds():
+    inbox = Inbox()
+    for n in range(5000):
+        inbox.put(Notification(str(n), {}, 10))
+    assert inbox.dropped == 5000 - 4096
+    assert inbox.get().method == str(5000 - 4096)
+    inbox.put(Notification("large", {}, 16 << 20))
+    assert inbox.get().method == "large"
+    inbox.close()
+    assert inbox.get() is None

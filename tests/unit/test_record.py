@@ -1,0 +1,167 @@
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsock.errors import CallError
+from vsock.record import Record
+
+
+class Inner(Record):
+    name: str
+    size: int = 0
+
+    def check(self) -> None:
+        if self.size < 0:
+            raise ValueError("size is negative")
+
+
+class Square(Record):
+    kind: str = "square"
+    side: float = 1.0
+
+
+class Circle(Record):
+    kind: str = "circle"
+    radius: float = 1.0
+
+
+class Outer(Record):
+    flag: bool = False
+    digest: bytes = b""
+    inner: Inner | None = None
+    many: tuple[Inner, ...] = ()
+    by_name: Mapping[str, int] = {}
+    anything: object = None
+    shape: Square | Circle | None = None
+    text_or_number: str | int = 0
+
+
+class Derived(Inner):
+    extra: str = "e"
+
+
+def refused(wire, where, kind=Outer):
+    with pytest.raises(CallError) as caught:
+        kind.from_wire(wire)
+    assert caught.value.code == "invalid"
+    assert caught.value.object == where
+    return caught.value.message
+
+
+def test_a_record_goes_to_the_wire_and_back():
+    value = Outer(
+        flag=True,
+        digest=b"\x01\xff",
+        inner=Inner(name="a", size=2),
+        many=(Inner(name="b"), Inner(name="c")),
+        by_name={"x": 1},
+        anything=[1, {"y": None}],
+        shape=Circle(radius=2.0),
+        text_or_number="t",
+    )
+    wire = value.to_wire()
+    assert wire["inner"] == {"name": "a", "size": 2}
+    assert wire["many"] == [{"name": "b", "size": 0}, {"name": "c", "size": 0}]
+    assert Outer.from_wire(wire) == value
+    assert hash(Inner(name="a")) == hash(Inner(name="a"))
+
+
+def test_records_are_frozen_and_compare_by_type_and_value():
+    inner = Inner(name="a")
+    for change in (lambda: setattr(inner, "name", "b"), lambda: delattr(inner, "name")):
+        with pytest.raises(AttributeError, match="Inner is frozen"):
+            change()
+    assert inner.replace(size=3) == Inner(name="a", size=3)
+    assert inner != Inner(name="b")
+    assert Square() != Circle()
+    assert repr(inner) == "Inner(name='a', size=0)"
+    assert Derived(name="a").as_dict() == {"name": "a", "size": 0, "extra": "e"}
+
+
+def test_no_invalid_record_can_be_made():
+    with pytest.raises(ValueError, match="size is negative"):
+        Inner(name="a", size=-1)
+    with pytest.raises(ValueError, match="size is negative"):
+        Inner(name="a").replace(size=-1)
+    with pytest.raises(TypeError, match="missing field 'name'"):
+        Inner()
+    with pytest.raises(TypeError, match="unknown field 'nmae'"):
+        Inner(name="a", nmae="b")
+
+
+@pytest.mark.parametrize(
+    ("wire", "where"),
+    [
+        (None, "params"),
+        ([], "params"),
+        ({"falg": True}, "params.falg"),
+        ({"flag": 1}, "params.flag"),
+        ({"flag": None}, "params.flag"),
+        ({"digest": 5}, "params.digest"),
+        ({"digest": "0g"}, "params.digest"),
+        ({"digest": "abc"}, "params.digest"),
+        ({"digest": "ab cd "}, "params.digest"),
+        ({"inner": {}}, "params.inner.name"),
+        ({"inner": {"name": 5}}, "params.inner.name"),
+        ({"inner": {"name": "a", "size": True}}, "params.inner.size"),
+        ({"inner": {"name": "a", "size": 1.0}}, "params.inner.size"),
+        ({"inner": {"name": "a", "size": 1 << 64}}, "params.inner.size"),
+        ({"inner": {"name": "a", "size": -1}}, "params.inner"),
+        ({"inner": {"name": "a", "more": 1}}, "params.inner.more"),
+        ({"many": {}}, "params.many"),
+        ({"many": [{"name": "a"}, {}]}, "params.many[1].name"),
+        ({"by_name": []}, "params.by_name"),
+        ({"by_name": {1: 1}}, "params.by_name"),
+        ({"by_name": {"x": "y"}}, "params.by_name.x"),
+        ({"shape": {"kind": "line"}}, "params.shape.kind"),
+        ({"shape": {"side": 1.0}}, "params.shape.kind"),
+        ({"shape": {"kind": ["square"]}}, "params.shape.kind"),
+        ({"shape": {"kind": "circle", "side": 1.0}}, "params.shape.side"),
+        ({"shape": 5}, "params.shape"),
+        ({"text_or_number": []}, "params.text_or_number"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_its_place(wire, where):
+    assert where in refused(wire, where)
+
+
+def test_an_unknown_name_is_told_the_known_ones():
+    assert "known: name, size" in refused({"nmae": "x"}, "params.nmae", Inner)
+
+
+def test_bytes_come_as_binary_or_as_hexadecimal_text():
+    for wire in (b"\x0a\xff", "0aff", "0AFF"):
+        assert Outer.from_wire({"digest": wire}).digest == b"\x0a\xff"
+
+
+def test_a_whole_number_is_a_float_and_a_tagged_union_is_told_apart():
+    assert Outer.from_wire({"shape": {"kind": "square", "side": 2}}).shape == Square(side=2.0)
+    assert Outer.from_wire({"shape": {"kind": "circle"}}).shape == Circle()
+    assert Outer.from_wire({"shape": None}).shape is None
+    assert Outer.from_wire({"text_or_number": 5}).text_or_number == 5
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(sorted(Outer._fields)) | st.text(), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(JSON)
+def test_any_value_is_a_record_or_a_call_error(wire):
+    problem = None
+    try:
+        value = Outer.from_wire(wire)
+    except CallError as error:
+        problem = error
+    if problem is None:
+        assert isinstance(value, Outer)
+    else:
+        assert problem.code == "invalid"
+        assert problem.object.startswith("params")
