@@ -158,6 +158,20 @@ def _dm_and_loop_holders(dev: str, sys_root: str) -> list[Holder]:
     for name in names:
         title = _lines(f"{directory}/{name}/dm/name")
         found.append(Holder(kind="dm", name=title[0] if title else name, detail=f"/dev/{name}"))
+    return found + _loop_holders(dev, sys_root)
+
+
+def _loop_holders(dev: str, sys_root: str) -> list[Holder]:
+    """Find the loop devices whose file is on the file system (by its path, as far as we see it)."""
+    major, _, minor = dev.partition(":")
+    number = os.makedev(int(major), int(minor))
+    found = []
+    for name in sorted(os.listdir(f"{sys_root}/block")):
+        backing = _lines(f"{sys_root}/block/{name}/loop/backing_file")
+        if backing and _is_on(backing[0], number):
+            found.append(
+                Holder(kind="loop", name=f"/dev/{name}", detail=f"loop device over {backing[0]}")
+            )
     return found
 
 

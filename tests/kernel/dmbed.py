@@ -49,11 +49,11 @@ def loop_device(image: Path, *, readonly: bool = True) -> Iterator[str]:
     finally:
         os.close(backing)
         os.close(device)
-    yield node
-    device = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(device, _LOOP_CLR_FD)
+        yield node
     finally:
+        device = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.ioctl(device, _LOOP_CLR_FD)
         os.close(device)
 
 

@@ -21,6 +21,7 @@ from guestagent.storage.devicemapper.targets import (
     verity_target,
 )
 from guestagent.storage.mount import mount_filesystem, unmount
+from guestagent.storage.uevents import Uevent, UeventSocket
 from tests.kernel import dmbed
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -241,11 +242,11 @@ def test_a_corrupt_block_fails_and_is_announced(
     with dmbed.loop_device(verity.path) as loop:
         info = make(control, "t-corrupt", verity_of(verity, dmbed.dev_of(loop)))
         assert len(read_file(info.node, 0, 4096)) == 4096
-        with devices.UeventSocket() as events:
+        with UeventSocket() as events:
             with pytest.raises(OSError, match="Input/output error"):
                 read_file(info.node, bad_block * 4096, 4096)
             limit = within(5)
-            told = []
+            told: list[Uevent] = []
             while not told:
                 limit.wait([events.fileno()], "wait for the uevent")
                 told = [e for e in events.receive() if "DM_VERITY_ERR_BLOCK_NR" in e.fields]
@@ -547,7 +548,9 @@ def test_the_interpreter_runs_while_the_kernel_works(
     """A suspend waits for reads under way, here delayed by 0.4 s; other threads must not."""
     dmbed.run("modprobe", "dm-delay")
     target = Target(start_sectors=0, length_sectors=8, target_type="delay", params=f"{disk} 0 400")
-    info = make(control, "t-slow", target)
+    # on a suspend of its own the target would give its reads free at once
+    slow = make(control, "t-slow", target)
+    info = make(control, "t-above", linear_target(length_bytes=4096, device=slow.dev))
     reader = threading.Thread(target=read_file, args=(info.node, 0, 4096))
     reader.start()
     ticks: list[float] = []
@@ -561,12 +564,13 @@ def test_the_interpreter_runs_while_the_kernel_works(
     ticker.start()
     time.sleep(0.05)  # no event tells that the read has reached the device
     started = time.monotonic()
-    control.suspend("t-slow")
+    control.suspend("t-above")
     ended = time.monotonic()
     stop.set()
     ticker.join()
-    control.resume("t-slow")
+    control.resume("t-above")
     reader.join()
     assert ended - started > 0.2
     assert len([tick for tick in ticks if started < tick < ended]) > 10
+    devices.remove_device(control, "t-above", within(5))
     devices.remove_device(control, "t-slow", within(5))

@@ -1,0 +1,283 @@
+"""Finding and waiting for real block devices; device events; keys; the kernel log."""
+
+import errno
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from guestagent import api
+from guestagent.storage import blockdev, syscalls
+from guestagent.storage.blockdev import Reader
+from guestagent.storage.devicemapper import devices
+from guestagent.storage.devicemapper.control import Control
+from guestagent.storage.devicemapper.targets import Target, linear_target
+from guestagent.storage.holders import find_holders
+from guestagent.storage.keyring import signature_key
+from guestagent.storage.kmsg import KernelLog
+from guestagent.storage.uevents import LOST, UeventSocket
+from tests.kernel import dmbed
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+pytestmark = pytest.mark.kernel
+
+Within = Callable[[float], Deadline]
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> Iterator[None]:
+    with dmbed.no_leaks():
+        yield
+
+
+@pytest.fixture
+def within() -> Iterator[Within]:
+    """Deadlines that are closed at the end of the test."""
+    made: list[Deadline] = []
+
+    def make_deadline(seconds: float) -> Deadline:
+        made.append(Deadline(seconds))
+        return made[-1]
+
+    yield make_deadline
+    for deadline in made:
+        deadline.close()
+
+
+@pytest.fixture
+def control() -> Iterator[Control]:
+    with Control() as control:
+        yield control
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[str]:
+    image = tmp_path / "disk"
+    image.write_bytes(b"".join(index.to_bytes(512, "big") for index in range(4096)))
+    with dmbed.loop_device(image) as node:
+        yield node
+
+
+def test_facts_of_a_loop_device(disk: str) -> None:
+    found = blockdev.inspect(os.path.basename(disk))
+    assert found == blockdev.inspect(dmbed.dev_of(disk))
+    assert (found.node, found.kind, found.readonly) == (disk, "loop", True)
+    assert (found.size_bytes, found.logical_block_size) == (2 << 20, 512)
+    assert found in blockdev.list_all()
+    link = "/dev/guestagent-test-link"
+    os.symlink(disk, link)
+    assert blockdev.find(api.PathDevice(path=link)) == found
+    os.unlink(link)
+
+
+def test_what_is_no_block_device_is_refused_at_once(within: Within) -> None:
+    with pytest.raises(CallError, match="not a block device") as caught:
+        blockdev.wait_for(api.PathDevice(path="/dev/null"), within(10))
+    assert caught.value.code == "invalid"
+
+
+def test_an_unbound_loop_device_is_not_ready() -> None:
+    free = dmbed.run("losetup", "-f").strip()
+    assert blockdev.find(api.PathDevice(path=free)) is None
+
+
+def test_a_device_that_appears_ends_the_wait(control: Control, disk: str, within: Within) -> None:
+    control.create("t-late", "u-late", 400)
+    control.load_table("t-late", [linear_target(length_bytes=8192, device=disk)], readonly=True)
+    appeared: list[float] = []
+
+    def appear() -> None:
+        appeared.append(time.monotonic())
+        control.resume("t-late")
+
+    assert blockdev.find(api.PathDevice(path="/dev/dm-400")) is None  # size 0 before its resume
+    thread = threading.Timer(0.3, appear)
+    thread.start()
+    found = blockdev.wait_for(api.PathDevice(path="/dev/dm-400"), within(10), rescan=False)
+    ended = time.monotonic()
+    thread.join()
+    assert (found.name, found.kind, found.size_bytes) == ("dm-400", "dm", 8192)
+    assert found.readonly
+    assert ended - appeared[0] < 0.25  # by the event: the look again takes a second
+    devices.remove_device(control, "t-late", within(5))
+
+
+def test_a_device_that_stays_away_is_told_with_what_is_there(disk: str, within: Within) -> None:
+    told: list[str] = []
+    with pytest.raises(CallError) as caught:
+        blockdev.wait_for(api.PmemDevice(number=7), within(0.7), log=told.append)
+    assert caught.value.code == "timeout"
+    assert caught.value.object == "pmem 7"
+    assert f"{os.path.basename(disk)} (loop, 2097152 bytes)" in caught.value.message
+    deadline = within(30)
+    threading.Timer(0.1, deadline.cancel).start()
+    with pytest.raises(CallError) as caught:
+        blockdev.wait_for(api.VirtioBlkDevice(serial="none"), deadline)
+    assert caught.value.code == "cancelled"
+
+
+def test_a_missing_node_is_made(disk: str, within: Within) -> None:
+    found = blockdev.inspect(os.path.basename(disk))
+    os.rename(disk, f"{disk}-away")
+    try:
+        blockdev.ensure_node(found)
+        assert dmbed.dev_of(disk) == found.dev
+    finally:
+        os.rename(f"{disk}-away", disk)
+
+
+def test_reader_is_exact(disk: str) -> None:
+    with Reader(disk) as read_at:
+        assert read_at(0, 512) == bytes(512)
+        assert read_at(512 * 300 + 510, 4) == b"\x01\x2c\x00\x00"
+        assert len(read_at(0, 2 << 20)) == 2 << 20
+        with pytest.raises(OSError, match="ends before") as caught:
+            read_at((2 << 20) - 100, 200)
+        assert (caught.value.errno, caught.value.filename) == (errno.EIO, disk)
+
+
+def test_reader_names_the_device_that_fails(control: Control, within: Within) -> None:
+    target = Target(start_sectors=0, length_sectors=8, target_type="error")
+    info = devices.create_device(control, name="t-error", uuid="u-error", targets=[target])
+    with Reader(info.node) as read_at, pytest.raises(OSError, match="Input/output") as caught:
+        read_at(0, 512)
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, info.node)
+    devices.remove_device(control, "t-error", within(5))
+
+
+def test_holders_of_a_device(control: Control, disk: str, within: Within) -> None:
+    target = linear_target(length_bytes=8192, device=disk)
+    info = devices.create_device(control, name="t-hold", uuid="u-hold", targets=[target])
+    assert blockdev.holders(dmbed.dev_of(disk)) == (os.path.basename(info.node),)
+    fd = os.open(disk, os.O_RDONLY)
+    found = find_holders(dmbed.dev_of(disk), within(10))
+    os.close(fd)
+    assert [(holder.kind, holder.name.split("[")[-1]) for holder in found] == [
+        ("dm", "t-hold"),
+        ("process", f"{os.getpid()}]"),
+    ]
+    assert blockdev.holders(info.dev) == ()
+    devices.remove_device(control, "t-hold", within(5))
+    assert find_holders(dmbed.dev_of(disk), within(10)) == ()
+
+
+def test_a_loop_device_holds_the_file_system_of_its_image(tmp_path: Path, within: Within) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    number = os.stat(image).st_dev
+    dev = f"{os.major(number)}:{os.minor(number)}"
+    with dmbed.loop_device(image) as node:
+        found = find_holders(dev, within(20))
+        assert ("loop", node) in [(holder.kind, holder.name) for holder in found]
+
+
+def test_swap_holds_its_device(tmp_path: Path, within: Within) -> None:
+    image = tmp_path / "swap"
+    image.write_bytes(bytes(2 << 20))
+    with dmbed.loop_device(image, readonly=False) as node:
+        dmbed.run("mkswap", node)
+        dmbed.run("swapon", node)
+        found = find_holders(dmbed.dev_of(node), within(10))
+        dmbed.run("swapoff", node)
+    assert [(holder.kind, holder.name) for holder in found] == [("swap", node)]
+
+
+def test_scsi_disks_are_found_and_unplugged(within: Within) -> None:
+    """scsi_debug stands for a host's disk; deleting it is what follows a host's unplug."""
+    dmbed.run("modprobe", "sd_mod")
+    dmbed.run("modprobe", "scsi_debug", "dev_size_mb=8", "max_luns=1", "num_parts=1")
+    hosts = os.listdir("/sys/class/scsi_host")
+    device = api.ScsiDevice(controller=int(hosts[0].removeprefix("host")), lun=0)
+    disk = blockdev.wait_for(device, within(10), rescan=False)
+    assert (disk.kind, disk.size_bytes) == ("scsi", 8 << 20)
+    partition = blockdev.wait_for(device.replace(partition=1), within(10))
+    assert partition.name == f"{disk.name}1"
+    assert 0 < partition.size_bytes < disk.size_bytes
+    assert partition.logical_block_size == disk.logical_block_size
+    assert blockdev.find(device.replace(partition=2)) is None
+    assert blockdev.scsi_delete(device)
+    assert not blockdev.scsi_delete(device)
+    assert blockdev.find(device) is None
+    told: list[str] = []
+    again = blockdev.wait_for(device, within(10), log=told.append)  # by a rescan of its host
+    assert again.size_bytes == disk.size_bytes
+    assert len(told) == 1
+    assert "0 0 0" in told[0]
+    dmbed.run("modprobe", "-r", "scsi_debug")
+
+
+def test_only_the_kernel_is_believed(disk: str, within: Within) -> None:
+    """A process with the privilege sends an event of its own; only the kernel's arrives."""
+    name = os.path.basename(disk)
+    forged = f"remove@/block/{name}\0ACTION=remove\0SUBSYSTEM=block\0".encode()
+    with (
+        UeventSocket() as events,
+        socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 15) as forger,
+    ):
+        forger.bind((0, 0))
+        assert forger.sendto(forged, (0, 1)) == len(forged)
+        Path(f"/sys/block/{name}/uevent").write_text("change")
+        within(5).wait([events.fileno()], "wait for the event")
+        seen = events.receive()
+    assert [(event.action, event.subsystem) for event in seen] == [("change", "block")]
+    assert seen[0].fields["DEVNAME"] == name
+
+
+def test_lost_events_are_marked(disk: str) -> None:
+    path = Path(f"/sys/block/{os.path.basename(disk)}/uevent")
+    with UeventSocket() as events:
+        events._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        for _ in range(100):
+            path.write_text("change")
+        seen = [event.action for event in events.receive()]
+    assert seen.count(LOST) == 1
+    assert "change" in seen
+
+
+def test_a_signature_is_in_the_keyring_for_as_long_as_it_is_needed() -> None:
+    signature = bytes(range(256)) * 4
+
+    def search() -> int:
+        keyring = syscalls.KEY_SPEC_THREAD_KEYRING
+        return syscalls.keyctl(
+            syscalls.KEYCTL_SEARCH, keyring, b"user", b"guestagent:t", 0, filename="guestagent:t"
+        )
+
+    with signature_key("guestagent:t", signature) as description:
+        assert description == "guestagent:t"
+        assert search() > 0
+        elsewhere: list[int | None] = []
+
+        def look() -> None:
+            try:
+                elsewhere.append(search())
+            except OSError as error:
+                elsewhere.append(-(error.errno or 0))
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        assert elsewhere == [-errno.ENOKEY]
+    with pytest.raises(OSError, match="keyctl") as caught:
+        search()
+    assert caught.value.errno in (errno.ENOKEY, errno.EKEYREVOKED)
+
+
+def test_kernel_lines_since_a_mark(control: Control) -> None:
+    log = KernelLog()
+    Path("/dev/kmsg").write_text("<6>not from the kernel")
+    mark = log.mark()
+    target = Target(start_sectors=0, length_sectors=8, target_type="verity", params="1 bad")
+    with pytest.raises(devices.DmStepError):
+        devices.create_device(control, name="t-log", uuid="u-log", targets=[target])
+    lines = log.since(mark)
+    assert any("verity" in line for line in lines)
+    assert not any("not from the kernel" in line for line in lines)
+    assert log.since(log.mark()) == ()
+    log.close()
+    assert log.since(mark) == lines
