@@ -1,35 +1,39 @@
-"""One image from one source: the front door of the image tools.
+"""Images from sources: the front door of the image tools.
 
-The same source gives the same bytes: the UUID of the file system, and the salt and UUID for a hash
-tree over it, derive from the source's digest. Nothing is seen under the final name before it is
-whole.
+The same source gives the same bytes: the UUID of the file system, and salt and UUID for a hash tree
+over it, derive from the source's digest. Nothing is seen under a final name before it is whole.
 """
 
-import contextlib
 import hashlib
 import os
 import uuid as uuid_module
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rootfs.directory import DirectorySource
+from rootfs import mkfs
 from rootfs.erofs import ErofsImage
 from rootfs.failure import from_os_error
 from rootfs.output import new_file
-from rootfs.tree import Node, Progress, digest_tree
+from rootfs.source import SourceLayer, SourceOptions, open_source
+from rootfs.spool import DEFAULT_MAX_BYTES
+from rootfs.tartree import Whiteouts
+from rootfs.tree import Progress
+from rootfs.verity import derive_identity
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("FILESYSTEMS", "ImageResult", "build_image", "derive_salt", "derive_uuid")
+__all__ = ("FILESYSTEMS", "ImageResult", "build_image", "build_layers", "derive_uuid")
 
 FILESYSTEMS = ("erofs", "squashfs", "ext4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageResult:
-    """A finished image. ``source_digest`` is ``sha256:HEX`` of the source: of the uncompressed tar,
-    or of the tree that a directory holds (``rootfs.tree.digest_tree``)."""
+    """A finished image.
+
+    ``source_digest`` is ``sha256:HEX``: of the uncompressed tar (a layer's diff_id), of the tree a
+    directory holds (``rootfs.tree.digest_tree``), or the ChainID of the layers that were merged.
+    """
 
     path: Path
     filesystem: str
@@ -42,12 +46,37 @@ class ImageResult:
     @property
     def verity_salt(self) -> bytes:
         """The salt to format a hash tree with, so that it is reproducible; 32 bytes."""
-        return derive_salt(self.source_digest)
+        return derive_identity(bytes.fromhex(self.source_digest.removeprefix("sha256:")))[0]
 
     @property
     def verity_uuid(self) -> uuid_module.UUID:
         """The UUID for the superblock of that hash tree."""
-        return derive_uuid(self.source_digest, "verity")
+        return derive_identity(bytes.fromhex(self.source_digest.removeprefix("sha256:")))[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recipe:
+    """What to make of a tree. ``inline_tails`` is of EROFS: False lets every file be mapped."""
+
+    filesystem: str
+    compression: str | None
+    inline_tails: bool
+    progress: Progress | None
+    cancel: Deadline | None
+
+    def __post_init__(self) -> None:
+        if self.filesystem not in FILESYSTEMS:
+            known = ", ".join(FILESYSTEMS)
+            raise CallError(
+                "invalid",
+                f"cannot build the image: filesystem {self.filesystem!r} is none of {known}",
+                step="build the image",
+                object="filesystem",
+            )
+        mkfs.check_compression(self.filesystem, self.compression)
+
+    def uuid(self, source_digest: str) -> uuid_module.UUID:
+        return derive_uuid(source_digest, self.filesystem)
 
 
 def derive_uuid(source_digest: str, purpose: str) -> uuid_module.UUID:
@@ -58,53 +87,136 @@ def derive_uuid(source_digest: str, purpose: str) -> uuid_module.UUID:
     return uuid_module.UUID(bytes=bytes(raw))
 
 
-def derive_salt(source_digest: str) -> bytes:
-    """Return 32 bytes of salt that depend on nothing but the source."""
-    return hashlib.sha256(f"salt\0{source_digest}".encode()).digest()
-
-
 def build_image(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
     filesystem: str = "erofs",
     compression: str | None = None,
+    inline_tails: bool = True,
+    source_format: str = "auto",
+    whiteouts: Whiteouts = Whiteouts.OVERLAY,
+    platform: str | None = None,
+    reference: str | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
     progress: Progress | None = None,
     cancel: Deadline | None = None,
 ) -> ImageResult:
-    """Build a file system image from a directory.
+    """Build one file system image from a directory, a tar or a container image.
+
+    Args:
+        source: a path, or ``-`` for a tar on the standard input. A container image of several
+            layers becomes one image of them all; see ``build_layers`` for the other way.
+        compression: as the file system has it (``lz4hc``, ``zstd``...); None is uncompressed.
+        inline_tails: False starts every file of an EROFS image at a block (for DAX).
+        whiteouts: what markers in a tar become.
+        platform: which image of an index, ``linux/amd64``; this machine's when there are several.
+        reference: which image of a layout or archive, by its name there.
+        max_bytes: what the source may grow to when it is decompressed.
+        progress: called with bytes done and in all; first for reading, then for writing.
 
     Raises:
-        CallError: ``invalid``, a wrong argument or source; ``unsupported``, what the format cannot
-            hold; ``resource``, the disk is full; ``denied``; ``conflict``, the source changed;
-            ``cancelled``, ``timeout`` by ``cancel``.
+        CallError: ``invalid``, a wrong argument or source; ``integrity``, a damaged source;
+            ``unsupported``, what the format cannot hold; ``resource``, a full disk or a limit;
+            ``denied``; ``conflict``, the source changed; ``cancelled``, ``timeout`` by ``cancel``.
     """
-    if filesystem not in FILESYSTEMS:
-        known = ", ".join(FILESYSTEMS)
-        raise CallError("invalid", f"filesystem {filesystem!r} is none of {known}")
-    if filesystem != "erofs" or compression is not None:
-        raise CallError("unsupported", f"cannot make {filesystem} with {compression} compression")
-    with _tree(source, cancel) as (root, source_digest):
-        uuid = derive_uuid(source_digest, filesystem)
-        image = ErofsImage(root)
-        try:
-            with new_file(output) as (fd, _):
-                image.write(fd, uuid, progress=progress, cancel=cancel)
-        except OSError as problem:
-            raise from_os_error(problem, step="write", object=output) from problem
-    return ImageResult(
-        path=Path(output),
+    recipe = _Recipe(
         filesystem=filesystem,
         compression=compression,
-        size_bytes=image.size_bytes,
-        inode_count=image.inode_count,
-        source_digest=source_digest,
+        inline_tails=inline_tails,
+        progress=progress,
+        cancel=cancel,
+    )
+    options = SourceOptions(
+        format=source_format,
+        whiteouts=whiteouts,
+        platform=platform,
+        reference=reference,
+        max_bytes=max_bytes,
+        spool_directory=Path(output).parent,
+        progress=progress,
+        cancel=cancel,
+    )
+    with open_source(source, options) as opened, opened.tree() as layer:
+        return _write(layer, Path(output), recipe)
+
+
+def build_layers(
+    source: str | os.PathLike[str],
+    output_directory: str | os.PathLike[str],
+    *,
+    filesystem: str = "erofs",
+    compression: str | None = None,
+    inline_tails: bool = True,
+    source_format: str = "auto",
+    whiteouts: Whiteouts = Whiteouts.OVERLAY,
+    platform: str | None = None,
+    reference: str | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    progress: Progress | None = None,
+    cancel: Deadline | None = None,
+) -> tuple[ImageResult, ...]:
+    """Build one image for each layer of a container image, the lowest first.
+
+    The images are ``HEX.FILESYSTEM`` in ``output_directory``, HEX being the layer's diff_id. A
+    layer that comes more than once is built once, for its highest place. After an error the images
+    of earlier layers are there, each whole.
+
+    Raises:
+        CallError: as ``build_image``.
+    """
+    recipe = _Recipe(
+        filesystem=filesystem,
+        compression=compression,
+        inline_tails=inline_tails,
+        progress=progress,
+        cancel=cancel,
+    )
+    options = SourceOptions(
+        format=source_format,
+        whiteouts=whiteouts,
+        platform=platform,
+        reference=reference,
+        max_bytes=max_bytes,
+        spool_directory=output_directory,
+        progress=progress,
+        cancel=cancel,
+    )
+    results = []
+    with open_source(source, options) as opened:
+        for layer in opened.layers():
+            name = f"{layer.digest.removeprefix('sha256:')}.{filesystem}"
+            results.append(_write(layer, Path(output_directory) / name, recipe))
+    return tuple(results)
+
+
+def _write(layer: SourceLayer, output: Path, recipe: _Recipe) -> ImageResult:
+    uuid = recipe.uuid(layer.digest)
+    result = ImageResult(
+        path=output,
+        filesystem=recipe.filesystem,
+        compression=recipe.compression,
+        size_bytes=0,
+        inode_count=0,
+        source_digest=layer.digest,
         uuid=uuid,
     )
-
-
-@contextlib.contextmanager
-def _tree(source: str | os.PathLike[str], cancel: Deadline | None) -> Iterator[tuple[Node, str]]:
-    with DirectorySource(source) as directory:
-        root = directory.read_tree(cancel=cancel)
-        yield root, "sha256:" + digest_tree(root, cancel=cancel).hex()
+    try:
+        with new_file(output) as (fd, temporary):
+            if recipe.filesystem == "erofs" and recipe.compression is None:
+                image = ErofsImage(layer.root, inline_tails=recipe.inline_tails)
+                image.write(fd, uuid, progress=recipe.progress, cancel=recipe.cancel)
+                inodes = image.inode_count
+            else:
+                inodes = mkfs.make_image(
+                    layer.root,
+                    temporary,
+                    filesystem=recipe.filesystem,
+                    compression=recipe.compression,
+                    uuid=uuid,
+                    cancel=recipe.cancel,
+                )
+            size_bytes = os.stat(temporary).st_size
+    except OSError as problem:
+        raise from_os_error(problem, step="write", object=output) from problem
+    return replace(result, size_bytes=size_bytes, inode_count=inodes)
