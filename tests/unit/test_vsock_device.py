@@ -234,6 +234,17 @@ class TestEnds:
         peer.close()
         assert guest.expect(OP_SHUTDOWN).flags == SHUTDOWN_BOTH
 
+    def test_guest_stops_receiving_from_a_host_peer_that_is_gone(self, device, guest):
+        peer = device.peer(b"CONNECT 52\n")
+        port = guest.expect(OP_REQUEST).src_port
+        guest.say(OP_RESPONSE, 52, port, buf_alloc=0)
+        peer.recv(64)
+        peer.sendall(b"never read for want of credit")
+        peer.close()
+        assert guest.ops() == [OP_CREDIT_REQUEST]
+        guest.say(OP_SHUTDOWN, 52, port, flags=SHUTDOWN_RECEIVE)
+        assert guest.expect(OP_SHUTDOWN).flags == SHUTDOWN_BOTH
+
     def test_host_stops_receiving(self, device, guest):
         peer, port = device.dial_guest(guest, 52)
         peer.shutdown(socket.SHUT_RD)
@@ -407,6 +418,7 @@ class TestHostileGuest:
         "fields", [{"dst_cid": 3}, {"dst_cid": CID}, {"type": 2}, {"type": 0}, {"op": OP_RW}]
     )
     def test_packets_to_nobody_are_reset(self, device, guest, fields):
+        device.listen(8)
         guest.say(**({"op": OP_REQUEST, "guest_port": 7, "host_port": 8} | fields))
         assert guest.expect(OP_RST).dst_port == 7
 

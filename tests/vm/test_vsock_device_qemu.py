@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from vsock_bed import QemuBed
-from vsock_cases import DeviceCases
+from vsock_cases import DeviceCases, echo_speed
 from vsock_guest import ECHO
 
 pytestmark = [
@@ -31,3 +31,11 @@ class TestQemu(DeviceCases):
             sock.sendall(b"meanwhile")
             bed.qmp("cont")
             assert sock.recv(64) == b"meanwhile"
+
+    def test_a_driver_that_loads_again_starts_afresh(self, bed):
+        with bed.dial(ECHO) as sock:
+            sock.sendall(b"before")
+            assert sock.recv(64) == b"before"
+            bed.rebind()
+            assert sock.recv(64) == b""
+        echo_speed(bed, 8 << 20)

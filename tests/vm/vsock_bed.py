@@ -40,9 +40,6 @@ class Bed:
         """Return what starts a guest, and the descriptors that it inherits."""
         raise NotImplementedError
 
-    def started(self) -> None:
-        """Called when the guest's program has reported."""
-
     def start_guest(self) -> None:
         argv, fds = self.command()
         with open(self.directory / "console", "ab") as console:
@@ -52,11 +49,15 @@ class Bed:
             )  # fmt: skip
         for fd in fds:
             os.close(fd)
-        self.control_listener.settimeout(BOOT_SECONDS)
-        self._control, _ = self.control_listener.accept()
-        self._control.settimeout(ANSWER_SECONDS)
-        assert self._line() == b"ready", self.console()
-        self.started()
+        self._meet_guest()
+
+    def rebind(self) -> None:
+        """Have the guest reload its driver, which ends all connections."""
+        assert self._control is not None
+        self._control.sendall(b"rebind\n")
+        assert self._control.recv(64) == b""
+        self._control.close()
+        self._meet_guest()
 
     def order(self, *words: object) -> bytes:
         """Have the guest do something; return its answer."""
@@ -102,6 +103,12 @@ class Bed:
     def __exit__(self, *_: object) -> None:
         self._end(signal.SIGTERM)
         self._stack.close()
+
+    def _meet_guest(self) -> None:
+        self.control_listener.settimeout(BOOT_SECONDS)
+        self._control, _ = self.control_listener.accept()
+        self._control.settimeout(ANSWER_SECONDS)
+        assert self._line() == b"ready", self.console()
 
     def _line(self) -> bytes:
         assert self._control is not None

@@ -148,23 +148,39 @@ def obey(order: list[bytes]) -> bytes:
     return b"?"
 
 
+def rebind() -> None:
+    """Take the driver off the device and put it back: the rings start anew."""
+    driver = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport"
+    name = next(name for name in os.listdir(driver) if name.startswith("virtio"))
+    for action in ("unbind", "bind"):
+        with open(f"{driver}/{action}", "w") as file:
+            file.write(name)
+
+
 def serve() -> None:
     for port, service in ((ECHO, echo), (SINK, sink), (SOURCE, source), (HOLD, held.append)):
         listen(port, service)
-    with dial(CONTROL) as control:
-        control.settimeout(None)
-        control.sendall(b"ready\n")
-        for line in control.makefile("rb"):
-            order = line.split()
-            if order == [b"quit"]:
-                return
-            control.sendall(obey(order) + b"\n")
+    while True:
+        with dial(CONTROL) as control:
+            control.settimeout(None)
+            control.sendall(b"ready\n")
+            take_orders(control)
+
+
+def take_orders(control: socket.socket) -> None:
+    for line in control.makefile("rb"):
+        order = line.split()
+        if order == [b"rebind"]:
+            rebind()
+            return
+        control.sendall(obey(order) + b"\n")
 
 
 def main() -> None:
     """Be PID 1 of a machine that holds nothing else."""
     libc = ctypes.CDLL(None, use_errno=True)
     try:
+        libc.mount(b"sysfs", b"/sys", b"sysfs", 0, None)
         with open(MODULE_LIST) as file:
             for path in file.read().split():
                 with open(path, "rb") as module:

@@ -48,8 +48,8 @@ class DeviceProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        if self._process.returncode:
-            # Killed before it could clean up after itself.
+        if self._process.returncode < 0:
+            # A signal ended it before it could clean up after itself.
             for path in (self.socket_path, self.uds_path):
                 Path(path).unlink(missing_ok=True)
 
@@ -87,10 +87,12 @@ def start_device(
         device = DeviceProcess(process, *paths)
         poller = select.poll()
         poller.register(ready, select.POLLIN)
-        if not poller.poll(_START_SECONDS * 1000) or os.read(ready, 1) != b"\n":
-            device.close()
-            raise DeviceError(f"the vsock device on {paths[0]!r} did not start: {process.args!r}")
-        return device
+        if poller.poll(_START_SECONDS * 1000) and os.read(ready, 1) == b"\n":
+            return device
+        process.kill()
+        status = process.wait()
+        # Its paths are left alone: it may have failed because they are those of another device.
+        raise DeviceError(f"the vsock device on {paths[0]!r} did not start, exit status {status}")
     finally:
         os.close(ready)
 
