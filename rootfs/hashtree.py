@@ -16,12 +16,12 @@ from rootfs import crew
 from rootfs.allocator import free_ranges
 from rootfs.hashing import BlockHash, open_hasher
 from rootfs.holes import data_extents
+from rootfs.runs import Run, pieces
 from vsock.deadline import Deadline
 
 __all__ = (
     "Level",
     "Progress",
-    "Run",
     "build_tree",
     "data_level",
     "holes",
@@ -42,19 +42,6 @@ _ALIKE_SPANS = 128
 
 #: Called with bytes done and bytes in all, of data blocks.
 Progress = Callable[[int, int], None]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Blocks ``first`` to ``first + count - 1``. ``alike``: each is the level's uniform block."""
-
-    first: int
-    count: int
-    alike: bool = False
-
-    @property
-    def end(self) -> int:
-        return self.first + self.count
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,26 +78,17 @@ class Level:
 
         def hashed(run: Run) -> Iterator[tuple[int, bytes]]:
             size_bytes = self.block_hash.block_size_bytes
-            for first, count in _pieces(run, hasher.batch_blocks):
+            for first, count in pieces(run, hasher.batch_blocks):
                 yield first, hasher.slots(self.fd, self.offset_bytes + first * size_bytes, count)
 
         def repeated(run: Run) -> Iterator[tuple[int, bytes]]:
             slot = self.block_hash.slot_of(self.uniform_block)
             batch = self.block_hash.max_batch_blocks
             slots = slot * batch
-            for first, count in _pieces(run, batch):
+            for first, count in pieces(run, batch):
                 yield first, slots if count == batch else slot * count
 
         return lambda run: repeated(run) if run.alike else hashed(run)
-
-
-def _pieces(run: Run, batch_blocks: int) -> Iterator[tuple[int, int]]:
-    """Cut a run at multiples of ``batch_blocks``."""
-    first = run.first
-    while first < run.end:
-        count = min(batch_blocks - first % batch_blocks, run.end - first)
-        yield first, count
-        first += count
 
 
 def holes(fd: int, blocks: int, block_size_bytes: int) -> tuple[Run, ...]:
@@ -141,13 +119,13 @@ def spans(level: Level, first: int = 0, end: int | None = None) -> list[Run]:
             continue
         tasks += [
             Run(first=at, count=count)
-            for at, count in _pieces(Run(first=position, count=hole_first - position), length)
+            for at, count in pieces(Run(first=position, count=hole_first - position), length)
         ]
         if hole_end > hole_first:
             hole = Run(first=hole_first, count=hole_end - hole_first)
             tasks += [
                 Run(first=at, count=count, alike=True)
-                for at, count in _pieces(hole, length * _ALIKE_SPANS)
+                for at, count in pieces(hole, length * _ALIKE_SPANS)
             ]
         position = hole_end
     return tasks

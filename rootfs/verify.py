@@ -18,12 +18,14 @@ from guestagent.storage.verity import (
     Superblock,
     VerityParameters,
     block_digest,
+    check_spare,
     resolve,
 )
 from rootfs import crew
 from rootfs.failure import from_os_error
 from rootfs.hasharea import find_hash_area, read_superblock
-from rootfs.hashtree import Level, Progress, Run, levels_of, run_level, spans
+from rootfs.hashtree import Level, Progress, levels_of, run_level, spans
+from rootfs.runs import Run, covers, joined, outside, pairs
 from rootfs.verity import opened
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -183,7 +185,10 @@ def verify_image(
             )
         except OSError as problem:
             raise from_os_error(problem, step="verify", object=image) from problem
-        return _blame(layer, first_block, end_block, mismatches)
+        result = _blame(layer, first_block, end_block, mismatches)
+        if end_block == parameters.data_blocks:
+            _check_last_blocks(layer, result.corrupt_hash)
+        return result
 
 
 def _parameters(
@@ -278,6 +283,18 @@ def _compare(
     return found
 
 
+def _check_last_blocks(layer: Layer, corrupt_hash: tuple[tuple[int, int], ...]) -> None:
+    """See, down the right edge as far as it is intact, that the tree is over so many blocks."""
+    parameters = layer.parameters
+    size_bytes = parameters.hash_block_size_bytes
+    for level in reversed(range(parameters.levels)):
+        last = parameters.level_blocks[level] - 1
+        if (level, last) in corrupt_hash:
+            return
+        offset_bytes = parameters.level_offsets_bytes[level] + last * size_bytes
+        check_spare(parameters, level, os.pread(layer.hash_fd, size_bytes, offset_bytes))
+
+
 def _comparer(level: Level, accelerate: bool) -> Callable[[], Callable[[Run], bytes]]:
     slot_size_bytes = level.block_hash.slot_size_bytes
     digest_size_bytes = level.block_hash.digest_size_bytes
@@ -299,18 +316,11 @@ def _comparer(level: Level, accelerate: bool) -> Callable[[], Callable[[Run], by
                     if stored[start : start + digest_size_bytes]
                     != slots[start : start + digest_size_bytes]
                 ]
-            return b"".join(_RUN.pack(*pair) for pair in _pairs(differing))
+            return b"".join(_RUN.pack(*pair) for pair in pairs(differing))
 
         return work
 
     return make_worker
-
-
-def _pairs(blocks: list[int]) -> Iterator[tuple[int, int]]:
-    """Yield (first, count) for each run of consecutive numbers."""
-    for _, group in itertools.groupby(enumerate(blocks), key=lambda item: item[1] - item[0]):
-        numbers = [block for _, block in group]
-        yield numbers[0], len(numbers)
 
 
 def _blame(
@@ -333,20 +343,20 @@ def _blame(
         if level:
             for block in itertools.chain.from_iterable(range(at, at + n) for at, n in runs):
                 first = block << (bits * level)
-                if not _covers(unproven, first):
+                if not covers(unproven, first):
                     corrupt_hash.append((level - 1, block))
                     bisect.insort(unproven, (first, (block + 1) << (bits * level)))
         else:
-            corrupt_data += [part for at, n in runs for part in _outside(unproven, at, at + n)]
+            corrupt_data += [part for at, n in runs for part in outside(unproven, at, at + n)]
     return VerifyResult(
         parameters=parameters,
         first_block=first_block,
         end_block=end_block,
-        corrupt_data=tuple(_joined(corrupt_data))[:_MAX_NAMED_RUNS],
+        corrupt_data=tuple(joined(corrupt_data))[:_MAX_NAMED_RUNS],
         corrupt_data_blocks=sum(end - first for first, end in corrupt_data),
         corrupt_hash=tuple(corrupt_hash)[:_MAX_NAMED_RUNS],
         unproven_data=tuple(
-            _joined(
+            joined(
                 [
                     (max(first, first_block), min(end, end_block))
                     for first, end in unproven
@@ -355,34 +365,3 @@ def _blame(
             )
         )[:_MAX_NAMED_RUNS],
     )
-
-
-def _covers(ranges: list[tuple[int, int]], block: int) -> bool:
-    index = bisect.bisect(ranges, block, key=lambda item: item[0])
-    return index > 0 and ranges[index - 1][1] > block
-
-
-def _outside(ranges: list[tuple[int, int]], first: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of [first, end) that no range covers."""
-    index = max(0, bisect.bisect(ranges, first, key=lambda item: item[0]) - 1)
-    for start, stop in itertools.islice(ranges, index, None):
-        if start >= end:
-            break
-        if start > first:
-            yield first, start
-        first = max(first, stop)
-    if first < end:
-        yield first, end
-
-
-def _joined(ranges: list[tuple[int, int]]) -> Iterator[Run]:
-    """Yield runs, those that touch as one."""
-    first = end = 0
-    for start, stop in ranges:
-        if start != end or first == end:
-            if end > first:
-                yield Run(first=first, count=end - first)
-            first = start
-        end = stop
-    if end > first:
-        yield Run(first=first, count=end - first)

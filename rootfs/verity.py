@@ -120,7 +120,7 @@ def format_image(
     geometry = geometry or Geometry()
     with contextlib.ExitStack() as cleanup:
         fd = cleanup.enter_context(opened(path, writable=apart is None))
-        size_bytes = os.lseek(fd, 0, os.SEEK_END)
+        size_bytes, before = os.lseek(fd, 0, os.SEEK_END), os.fstat(fd)
         if data_blocks is None and apart is None:
             size_bytes = _size_without_hash_area(path, fd, size_bytes, force)
         parameters = _parameters(
@@ -145,6 +145,7 @@ def format_image(
                 deadline=deadline or Deadline(),
                 progress=progress,
             )
+            _refuse_change(path, before, os.fstat(fd))
             parameters = parameters.replace(root_digest=root_digest)
             if parameters.has_superblock:
                 uuid = uuid or uuid_module.uuid4()
@@ -257,6 +258,16 @@ def _parameters(
             hint="force gives that up",
         )
     return parameters
+
+
+def _refuse_change(path: str, before: os.stat_result, after: os.stat_result) -> None:
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise CallError(
+            "conflict",
+            f"cannot format {path!r}: it changed while it was read",
+            step="format",
+            object=path,
+        )
 
 
 def _whole_blocks(path: str, size_bytes: int, block_size_bytes: int) -> int:

@@ -40,6 +40,7 @@ __all__ = (
     "block_digest",
     "check_kernel_limits",
     "check_root",
+    "check_spare",
     "check_tree_spine",
     "resolve",
     "superblock_offset",
@@ -423,7 +424,7 @@ def check_tree_spine(
     """Verify one path of the tree, from the root digest down to a data block.
 
     Reads one block of each level and the data block: a cheap proof that this tree belongs to this
-    data, which the root alone is not.
+    data, which the root alone is not. The path to the last data block proves ``data_blocks`` too.
 
     Raises:
         CallError: as ``check_root``; ``object`` is the part that does not match.
@@ -448,6 +449,29 @@ def check_tree_spine(
             what = f"data block {data_block}"
             block = _read(read_at, data_block * size, size, what)
         _expect(parameters, block, expected, what)
+        if level and index == parameters.level_blocks[level - 1] - 1:
+            check_spare(parameters, level - 1, block)
+
+
+def check_spare(parameters: VerityParameters, level: int, last_block: bytes) -> None:
+    """See that the last hash block of a level holds no more digests than ``data_blocks`` needs.
+
+    The root digest does not vouch for the number of data blocks, and the kernel takes any: a tree
+    over more blocks passes for one over fewer. It differs only in what should be zero here.
+
+    Raises:
+        CallError: ``integrity``.
+    """
+    below = parameters.level_blocks[level - 1] if level else parameters.data_blocks
+    used = ((below - 1) & ((1 << parameters.hashes_per_block_bits) - 1)) + 1
+    if last_block[used * parameters.slot_size_bytes :].strip(b"\0"):
+        raise CallError(
+            "integrity",
+            f"data_blocks: the hash tree is not over {parameters.data_blocks} blocks, level {level}"
+            " goes on behind the last digest",
+            step="check verity root",
+            object="data_blocks",
+        )
 
 
 def _top_block(parameters: VerityParameters, read_at: ReadAt, read_hash_at: ReadAt | None) -> bytes:
@@ -463,6 +487,7 @@ def _top_block(parameters: VerityParameters, read_at: ReadAt, read_hash_at: Read
     if parameters.hash_blocks > 1:
         _read(read_hash_at, parameters.end_bytes - size, size, "the last hash block")
     _expect(parameters, block, parameters.root_digest, "the top hash block")
+    check_spare(parameters, parameters.levels - 1, block)
     return block
 
 

@@ -444,5 +444,21 @@ def test_the_spine_of_another_block_does_not_read_this_one() -> None:
         check_tree_spine(device.parameters, device.read_at, data_block=300)
 
 
+@pytest.mark.parametrize("hash_type", [0, 1])
+@pytest.mark.parametrize("blocks", [299, 257, 256, 129])
+def test_fewer_data_blocks_than_the_tree_has_are_noticed(hash_type: int, blocks: int) -> None:
+    device = Device(hash_type)
+    fewer = device.parameters.replace(data_blocks=blocks)
+    assert fewer.levels == device.parameters.levels
+    end = device.parameters.level_offsets_bytes[0] - fewer.level_offsets_bytes[0]
+
+    def shifted(offset: int, size: int) -> bytes:  # a smaller tree would start elsewhere
+        return device.read_at(offset + (end if offset > fewer.tree_offset_bytes else 0), size)
+
+    with pytest.raises(CallError, match=f"the hash tree is not over {blocks} blocks") as caught:
+        check_tree_spine(fewer, device.read_at, read_hash_at=shifted, data_block=blocks - 1)
+    assert (caught.value.code, caught.value.object) == ("integrity", "data_blocks")
+
+
 def test_every_export_exists() -> None:
     assert all(hasattr(verity, name) for name in verity.__all__)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rootfs import hashing, hashtree
-from rootfs.hashtree import Run
+from rootfs.runs import Run
 from rootfs.verify import Terms, VerifyResult, read_layer, verify_image
 from rootfs.verity import FormatResult, Geometry, format_image
 from vsock.deadline import Deadline
