@@ -1,0 +1,164 @@
+"""The machines themselves: that they boot, have what was asked for, and leave nothing behind."""
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from guestagent.api import LayerSpec, ScsiDevice, VirtioBlkDevice
+from guestagent.client import GuestAgent
+from rootfs.accelerator import choose_accelerator
+from rootfs.kernel import Kernel
+from rootfs.qemu import DiskSpec, Machine, MachineError, MachineSpec, PmemSpec
+from rootfs.qmp import QmpError
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+
+def test_the_agent_answers(machine: Machine, agent: GuestAgent, kernel: Kernel) -> None:
+    assert machine.accel in ("kvm", "tcg")
+    assert machine.accel_reason
+    assert kernel.version in str(agent.hello.kernel)
+    assert machine.poll() is None
+
+
+def test_the_agent_has_no_complaint(agent: GuestAgent) -> None:
+    """Every module of the boot image could be loaded, in the order listed."""
+    assert agent.status().problems == ()
+
+
+def test_qmp_answers_and_refuses(machine: Machine, deadline: Deadline) -> None:
+    assert machine.qmp.execute("query-status", deadline=deadline) == {
+        "status": "running",
+        "singlestep": False,
+        "running": True,
+    }
+    with pytest.raises(QmpError, match="no-such-command"):
+        machine.qmp.execute("no-such-command", deadline=deadline)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [VirtioBlkDevice(serial="plain"), ScsiDevice(controller=0, lun=1)],
+    ids=["virtio-blk", "scsi"],
+)
+def test_disks_are_there_from_the_start(
+    agent: GuestAgent, device: VirtioBlkDevice | ScsiDevice
+) -> None:
+    spec = LayerSpec(layer_id=f"disk-{device.kind}", device=device, filesystem="erofs")
+    assert agent.layer_mount(spec).filesystem == "erofs"
+    agent.layer_unmount(spec.layer_id)
+
+
+def test_a_disk_comes_and_goes_while_it_runs(
+    machine: Machine, agent: GuestAgent, layer_images: dict[str, Path], deadline: Deadline
+) -> None:
+    disk = DiskSpec(path=layer_images["top"], serial="plugged")
+    spec = LayerSpec(
+        layer_id="plugged", device=VirtioBlkDevice(serial="plugged"), filesystem="erofs"
+    )
+    node = machine.plug_disk(disk, deadline, root_port=1)
+    report = agent.layer_mount(spec)
+    assert report.device_node.startswith("/dev/vd")
+    agent.layer_unmount("plugged")
+    machine.unplug(node, deadline)
+    # the port and the names are free again
+    node = machine.plug_disk(disk, deadline, root_port=1)
+    machine.unplug(node, deadline)
+
+
+def test_a_serial_port_is_a_socket(machine: Machine) -> None:
+    with socket.socket(socket.AF_UNIX) as port:
+        port.connect(str(machine.port_path("guestagent")))
+    with pytest.raises(MachineError, match="no serial port 'other'"):
+        machine.port_path("other")
+
+
+def test_the_end_leaves_nothing_behind(kernel: Kernel, initramfs: Path) -> None:
+    with Machine(MachineSpec(kernel=kernel.image, initrd=initramfs)) as machine:
+        pid, run_dir = machine.pid, machine.run_dir
+        assert run_dir.is_dir()
+    assert not run_dir.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_power_off_by_the_agent_ends_it(kernel: Kernel, initramfs: Path) -> None:
+    with (
+        closing(Deadline(60)) as deadline,
+        Machine(MachineSpec(kernel=kernel.image, initrd=initramfs)) as machine,
+    ):
+        with GuestAgent(machine.agent_address(), connect_seconds=60) as agent:
+            agent.shutdown()
+        assert machine.wait(deadline) == 0
+
+
+def test_a_machine_that_is_killed_says_so(kernel: Kernel, initramfs: Path) -> None:
+    with (
+        closing(Deadline(30)) as deadline,
+        Machine(MachineSpec(kernel=kernel.image, initrd=initramfs)) as machine,
+    ):
+        os.kill(machine.pid, 9)
+        with pytest.raises(MachineError, match="ended before it printed 'never'"):
+            machine.wait_console("never", deadline)
+        assert machine.poll() == -9
+
+
+def test_waiting_ends_at_the_deadline(machine: Machine) -> None:
+    with closing(Deadline(0.05)) as deadline, pytest.raises(CallError) as caught:
+        machine.wait(deadline)
+    assert caught.value.code == "timeout"
+
+
+def test_a_machine_that_cannot_start_says_why(
+    kernel: Kernel, tmp_path: Path, initramfs: Path
+) -> None:
+    spec = MachineSpec(
+        kernel=kernel.image,
+        initrd=initramfs,
+        disks=(DiskSpec(path=tmp_path / "missing", serial="x"),),
+    )
+    with pytest.raises(MachineError, match=r"status 1\n.*No such file") as caught, Machine(spec):
+        pass
+    assert "missing" in str(caught.value)
+
+
+def test_a_failure_carries_the_console(kernel: Kernel, tmp_path: Path) -> None:
+    """A kernel with nothing to start panics; who waits for something is shown that."""
+    (tmp_path / "empty").write_bytes(b"")
+    spec = MachineSpec(kernel=kernel.image, initrd=tmp_path / "empty", vsock_cid=None)
+    with (
+        closing(Deadline(60)) as deadline,
+        pytest.raises(MachineError, match="Unable to mount root fs"),
+        Machine(spec) as machine,
+    ):
+        machine.wait_console("agent", deadline)
+
+
+def test_pmem_that_may_be_written_reaches_the_file(
+    start_machine: Callable[..., Machine], tmp_path: Path, deadline: Deadline
+) -> None:
+    image = tmp_path / "pmem"
+    with open(image, "wb") as file:
+        file.truncate(4 << 20)
+    machine = start_machine(pmem=(PmemSpec(path=image, readonly=False),))
+    devices = machine.qmp.execute("query-memory-devices", deadline=deadline)
+    assert isinstance(devices, list)
+    assert [device["type"] for device in devices] == ["nvdimm"]
+
+
+def test_the_choice_of_the_accelerator_is_kept(kernel: Kernel, tmp_path: Path) -> None:
+    choice = choose_accelerator("auto", kernel.image, tmp_path)
+    known = tmp_path / "accelerator.json"
+    if known.exists():  # only where there is a KVM to try
+        state = json.loads(known.read_text())
+        assert (state["accel"], state["reason"]) == choice
+        known.write_text(json.dumps(state | {"accel": "kvm", "reason": "from the file"}))
+        assert choose_accelerator("auto", kernel.image, tmp_path) == ("kvm", "from the file")
+        known.write_text(json.dumps(state | {"key": "another boot"}))
+        assert choose_accelerator("auto", kernel.image, tmp_path) == choice
+    assert choose_accelerator("tcg", kernel.image, tmp_path)[0] == "tcg"
