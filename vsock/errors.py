@@ -95,6 +95,8 @@ class CallError(RpcError):
         self.object = object
         self.hint = hint
         self.kernel_log = kernel_log
+        #: Set by whoever knows which step of the request it was, so that nobody says it again.
+        self.is_placed = False
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"

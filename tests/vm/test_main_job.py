@@ -1,0 +1,227 @@
+"""The main job in a real machine: the built initramfs, /dev/pmem0, disks, vsock from the host."""
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guestagent.api import (
+    Event,
+    LayerReport,
+    LayersMountRequest,
+    LayerSpec,
+    LayersUnmountRequest,
+    OverlaySpec,
+    ScsiDevice,
+    TmpfsScratch,
+    Verity,
+    VirtioBlkDevice,
+)
+from guestagent.client import GuestAgent
+from rootfs.images import build_image
+from rootfs.initramfs import InitramfsSpec, build_initramfs
+from rootfs.kernel import cached_kernel
+from rootfs.manifest import ManifestLayer, layer_spec
+from rootfs.pack import Pack
+from rootfs.qemu import DiskSpec, Machine, MachineSpec, PmemSpec
+from rootfs.verity import FormatResult, format_image
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+CACHE = Path(__file__).resolve().parents[2] / ".cache"
+FEATURES = ("pmem", "virtio-blk", "scsi", "verity", "erofs", "squashfs", "overlay", "vsock")
+LAYERS = ("top", "middle", "bottom")
+
+
+def write_tree(root: Path, layer_id: str) -> Path:
+    """Make a tree with a file of its own, one that all layers have, and some megabytes."""
+    (root / "dir").mkdir(parents=True)
+    (root / "who").write_text(layer_id)
+    (root / f"dir/{layer_id}").write_text(layer_id * 1000)
+    block = hashlib.sha256(layer_id.encode()).digest()
+    (root / f"{layer_id}.bin").write_bytes(block * (2 << 15))
+    return root
+
+
+def build_layer(directory: Path, layer_id: str) -> tuple[Path, FormatResult]:
+    image = directory / f"{layer_id}.erofs"
+    built = build_image(write_tree(directory / layer_id, layer_id), image)
+    return image, format_image(image, salt=built.verity_salt, uuid=built.verity_uuid)
+
+
+class Bed:
+    """A machine with its agent, and what is attached to it."""
+
+    def __init__(self, machine: Machine, guest: GuestAgent, layers: tuple[ManifestLayer, ...]):
+        self.machine = machine
+        self.guest = guest
+        self.layers = {layer.layer_id: layer for layer in layers}
+        self.disk: tuple[Path, FormatResult]
+
+    def spec(self, layer_id: str) -> LayerSpec:
+        return LayerSpec.from_wire(layer_spec(self.layers[layer_id], {"kind": "pmem", "number": 0}))
+
+    def disk_spec(self, layer_id: str, device: VirtioBlkDevice | ScsiDevice) -> LayerSpec:
+        digest = self.disk[1].parameters.root_digest
+        return LayerSpec(
+            layer_id=layer_id,
+            device=device,
+            filesystem="erofs",
+            verity=Verity(root_digest=digest),
+        )
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
+    directory = tmp_path_factory.mktemp("main-job")
+    with Pack.create(directory / "pack.img") as pack:
+        for position, layer_id in enumerate(LAYERS):
+            image, formatted = build_layer(directory, layer_id)
+            pack.add(image, layer_id, verity=formatted.parameters, position=position)
+        layers = pack.layers
+    disk = build_layer(directory, "disk")
+    disk[0].write_bytes(
+        disk[0].read_bytes().ljust(-(-disk[0].stat().st_size // 4096) * 4096, b"\0")
+    )
+    kernel = cached_kernel(CACHE)
+    initramfs = build_initramfs(InitramfsSpec(kernel=kernel, features=FEATURES))
+    spec = MachineSpec(
+        kernel=kernel.image,
+        initrd=initramfs.path,
+        memory_mib=768,
+        pmem=(PmemSpec(path=directory / "pack.img"),),
+        disks=(
+            DiskSpec(path=disk[0], serial="blk-layer"),
+            DiskSpec(path=disk[0], serial="scsi-layer", bus="scsi", lun=3),
+        ),
+        pcie_root_ports=2,
+    )
+    with Machine(spec) as machine:
+        with GuestAgent(machine.agent_address(), connect_seconds=120) as guest:
+            bed = Bed(machine, guest, layers)
+            bed.disk = disk
+            yield bed
+            guest.shutdown("poweroff")
+        with contextlib.closing(Deadline(30)) as deadline:
+            assert machine.wait(deadline) == 0
+        assert "Kernel panic" not in machine.console.read()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(bed: Bed) -> Iterator[None]:
+    yield
+    assert bed.guest.layer_list() == ()
+    assert bed.guest.overlay_list() == ()
+    assert bed.guest.dm_list().devices == ()
+    assert bed.guest.status().state == "ready"
+
+
+def test_the_agent_is_the_child_of_pid_one(bed: Bed) -> None:
+    assert bed.guest.hello.boot["pid1"] is True
+    assert bed.guest.status().pid != 1
+    assert {"dm-linear", "dm-verity", "fs-erofs", "overlay-mount"} <= set(bed.guest.hello.features)
+
+
+def test_a_layer_is_verity_on_linear_on_pmem(bed: Bed) -> None:
+    layer = bed.layers["top"]
+    assert layer.verity is not None
+    report = bed.guest.layer_mount(bed.spec("top"))
+    verity, linear = report.dm
+    root = layer.verity.root_digest.hex()
+    assert linear.name == f"dm-linear-pmem0-{layer.offset_bytes}-{layer.size_bytes}"
+    assert linear.table.startswith(f"0 {layer.size_bytes // 512} linear 259:")
+    assert linear.table.endswith(f" {layer.offset_bytes // 512}")
+    assert verity.name == f"dm-verity-pmem0-{root}"
+    assert verity.table == (
+        f"0 {layer.verity.data_blocks * 8} verity 1 {linear.dev} {linear.dev} 4096 4096 "
+        f"{layer.verity.data_blocks} {layer.verity.data_blocks + 1} sha256 {root} "
+        f"{layer.verity.salt.hex()}"
+    )
+    assert verity.status == "V"
+    assert verity.deferred_remove
+    assert report.dev == verity.dev
+    assert bed.guest.layer_mount(bed.spec("top")).already
+    bed.guest.layer_unmount("top")
+
+
+def test_a_batch_with_its_overlay(bed: Bed) -> None:
+    overlay = OverlaySpec(
+        overlay_id="root", layers=LAYERS, scratch=TmpfsScratch(size_bytes=1 << 20)
+    )
+    request = LayersMountRequest(layers=tuple(map(bed.spec, LAYERS)), overlay=overlay)
+    reply = bed.guest.layers_mount(request)
+    assert [layer.layer_id for layer in reply.layers] == list(LAYERS)
+    assert reply.overlay is not None
+    assert reply.overlay.lowerdirs == tuple(f"/run/layers/{layer_id}" for layer_id in LAYERS)
+    with pytest.raises(CallError, match="in use") as caught:
+        bed.guest.layer_unmount("middle")
+    assert caught.value.code == "busy"
+    assert "overlay root" in (caught.value.hint or "")
+    bed.guest.layers_unmount(LayersUnmountRequest(layers=LAYERS, overlay="root"))
+
+
+@pytest.mark.parametrize(
+    "device",
+    [VirtioBlkDevice(serial="blk-layer"), ScsiDevice(controller=0, lun=3)],
+    ids=["virtio-blk", "scsi"],
+)
+def test_a_layer_on_a_disk(bed: Bed, device: VirtioBlkDevice | ScsiDevice) -> None:
+    report = bed.guest.layer_mount(bed.disk_spec("disk", device))
+    assert [dm.target_type for dm in report.dm] == ["verity"]
+    assert bed.guest.layer_verify("disk").corrupt_blocks == ()
+    bed.guest.layer_unmount("disk")
+
+
+def test_a_wrong_digest_is_refused(bed: Bed) -> None:
+    spec = bed.spec("top")
+    assert spec.verity is not None
+    with pytest.raises(CallError) as caught:
+        bed.guest.layer_mount(spec.replace(verity=spec.verity.replace(root_digest=bytes(32))))
+    assert caught.value.code == "integrity"
+
+
+def test_a_request_waits_for_a_disk_that_is_plugged_in(bed: Bed) -> None:
+    reports: list[LayerReport] = []
+    events: list[Event] = []
+    spec = bed.disk_spec("late", VirtioBlkDevice(serial="late"))
+    bed.guest.subscribe(events.append)
+    with GuestAgent(bed.machine.agent_address()) as second:
+        waiting = threading.Thread(target=lambda: reports.append(second.layer_mount(spec)))
+        waiting.start()
+        with contextlib.closing(Deadline(30)) as deadline:
+            disk = DiskSpec(path=bed.disk[0], serial="late")
+            name = bed.machine.plug_disk(disk, deadline, root_port=0)
+            waiting.join(60)
+            assert reports
+            assert reports[0].state == "mounted"
+            bed.guest.layer_unmount("late")
+            bed.machine.unplug(name, deadline)
+
+
+def test_a_disk_that_is_pulled_out_under_its_layer(bed: Bed) -> None:
+    lost = threading.Event()
+
+    def on_event(event: Event) -> None:
+        if event.kind == "layer_device_lost" and event.layer_id == "pulled":
+            lost.set()
+
+    bed.guest.subscribe(on_event)
+    with contextlib.closing(Deadline(60)) as deadline:
+        disk = DiskSpec(path=bed.disk[0], serial="pulled")
+        name = bed.machine.plug_disk(disk, deadline, root_port=1)
+        bed.guest.layer_mount(bed.disk_spec("pulled", VirtioBlkDevice(serial="pulled")))
+        bed.machine.unplug(name, deadline)
+        assert lost.wait(10)
+    assert bed.guest.layer_get("pulled").state == "device_lost"
+    bed.guest.layer_unmount("pulled", force=True)
+
+
+def test_a_disk_that_never_comes(bed: Bed) -> None:
+    spec = bed.disk_spec("never", VirtioBlkDevice(serial="never"))
+    with pytest.raises(CallError, match="blk-layer") as caught:
+        bed.guest.layer_mount(spec, deadline_ms=1500)
+    assert caught.value.code == "timeout"
+    assert caught.value.step == "device"
