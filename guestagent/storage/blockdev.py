@@ -22,7 +22,6 @@ from vsock.record import Record
 
 __all__ = (
     "BlockDevice",
-    "Reader",
     "describe",
     "ensure_node",
     "find",
@@ -33,11 +32,6 @@ __all__ = (
     "scsi_delete",
     "wait_for",
 )
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
 
 _SECTOR_BYTES = 512  # of sysfs sizes, whatever the logical block size
 _BLKFLSBUF = 0x1261  # include/uapi/linux/fs.h
@@ -80,7 +74,7 @@ def inspect(name_or_dev: str, *, sys_root: str = "/sys") -> BlockDevice:
         logical_block_size=_read_number(f"{disk}/queue/logical_block_size"),
         readonly=_read(f"{path}/ro") == "1",
         serial=_serial(disk),
-        kind=_kind(os.path.basename(disk), disk),
+        kind=_kind(os.path.basename(disk)),
     )
 
 
@@ -293,53 +287,7 @@ def flush(node: str) -> None:
         os.close(fd)
 
 
-class Reader:
-    """Exact reads of a block device: ``reader(offset_bytes, length_bytes)``. A context manager."""
-
-    def __init__(self, node: str) -> None:
-        self._fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-        self._node = node
-
-    def __call__(self, offset_bytes: int, length_bytes: int) -> bytes:
-        """Return exactly ``length_bytes``.
-
-        Raises:
-            OSError: EIO, the device ends before, or a block cannot be read (or verified).
-        """
-        parts = []
-        while length_bytes > 0:
-            try:
-                part = os.pread(self._fd, length_bytes, offset_bytes)
-            except OSError as error:
-                error.filename = self._node
-                raise
-            if not part:
-                text = f"the device ends before byte {offset_bytes + length_bytes}"
-                raise OSError(errno.EIO, text, self._node)
-            parts.append(part)
-            offset_bytes += len(part)
-            length_bytes -= len(part)
-        return b"".join(parts)
-
-    def close(self) -> None:
-        """Close the device. Idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(
-        self,
-        kind: "type[BaseException] | None",
-        error: "BaseException | None",
-        trace: "TracebackType | None",
-    ) -> None:
-        self.close()
-
-
-def _kind(name: str, disk: str) -> str:
+def _kind(name: str) -> str:
     for prefix, kind in (
         ("pmem", "pmem"),
         ("vd", "virtio-blk"),

@@ -6,10 +6,11 @@ kernels; every error here carries those lines.
 
 import errno
 import os
+from collections.abc import Collection
 
 from guestagent.storage import syscalls
 
-__all__ = ("FsContext", "FsContextError", "is_supported")
+__all__ = ("FsContext", "FsContextError", "attach", "flag_bits", "is_supported")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
 
 _LOG_LINE_BYTES = 4096
+#: name -> (attribute of fsmount, flag of mount(2))
+_FLAGS = {
+    "ro": (syscalls.MOUNT_ATTR_RDONLY, syscalls.MS_RDONLY),
+    "nosuid": (syscalls.MOUNT_ATTR_NOSUID, syscalls.MS_NOSUID),
+    "nodev": (syscalls.MOUNT_ATTR_NODEV, syscalls.MS_NODEV),
+    "noexec": (syscalls.MOUNT_ATTR_NOEXEC, syscalls.MS_NOEXEC),
+    "noatime": (syscalls.MOUNT_ATTR_NOATIME, syscalls.MS_NOATIME),
+    "nodiratime": (syscalls.MOUNT_ATTR_NODIRATIME, syscalls.MS_NODIRATIME),
+}
 
 
 class FsContextError(OSError):
@@ -107,6 +117,28 @@ class FsContext:
             return action()
         except OSError as error:
             raise FsContextError.of(step, error, self.log()) from error
+
+
+def flag_bits(flags: Collection[str]) -> tuple[int, int]:
+    """Return the bits of named flags, for fsmount and for mount(2)."""
+    attributes = bits = 0
+    for flag in flags:
+        if flag not in _FLAGS:
+            raise ValueError(f"mount flag must be one of {', '.join(_FLAGS)}, got {flag!r}")
+        attributes |= _FLAGS[flag][0]
+        bits |= _FLAGS[flag][1]
+    return attributes, bits
+
+
+def attach(mount_fd: int, target: "int | str") -> None:
+    """Put a detached mount on a directory, given open or by path; both are borrowed."""
+    try:
+        if isinstance(target, int):
+            syscalls.move_mount(mount_fd, target, filename=f"fd {target}")
+        else:
+            syscalls.move_mount(mount_fd, syscalls.AT_FDCWD, target)
+    except OSError as error:
+        raise FsContextError.of("mount-attach", error) from error
 
 
 _supported: bool | None = None

@@ -11,15 +11,19 @@ import os
 from collections.abc import Collection, Sequence
 
 from guestagent.storage import syscalls
-from guestagent.storage.fscontext import FsContext, FsContextError, is_supported
+from guestagent.storage.fscontext import (
+    FsContext,
+    FsContextError,
+    attach,
+    flag_bits,
+    is_supported,
+)
 from guestagent.storage.mountinfo import mount_id_of
 from vsock.errors import CallError
 
 __all__ = (
     "READONLY_FLAGS",
     "TargetDirectory",
-    "attach",
-    "flag_bits",
     "mount_filesystem",
     "open_detached",
     "unmount",
@@ -32,15 +36,6 @@ if TYPE_CHECKING:
 
 #: What a layer is mounted with unless it is asked for otherwise.
 READONLY_FLAGS = ("ro", "nodev", "nosuid")
-#: name -> (attribute of fsmount, flag of mount(2))
-_FLAGS = {
-    "ro": (syscalls.MOUNT_ATTR_RDONLY, syscalls.MS_RDONLY),
-    "nosuid": (syscalls.MOUNT_ATTR_NOSUID, syscalls.MS_NOSUID),
-    "nodev": (syscalls.MOUNT_ATTR_NODEV, syscalls.MS_NODEV),
-    "noexec": (syscalls.MOUNT_ATTR_NOEXEC, syscalls.MS_NOEXEC),
-    "noatime": (syscalls.MOUNT_ATTR_NOATIME, syscalls.MS_NOATIME),
-    "nodiratime": (syscalls.MOUNT_ATTR_NODIRATIME, syscalls.MS_NODIRATIME),
-}
 _RESOLVE = syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS | syscalls.RESOLVE_BENEATH
 _OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 #: How often to start over when directories vanish under us (another request undoing its own).
@@ -206,17 +201,6 @@ def _remove_directory(path: str) -> None:
         os.close(parent_fd)
 
 
-def flag_bits(flags: Collection[str]) -> tuple[int, int]:
-    """Return the bits of named flags, for fsmount and for mount(2)."""
-    attributes = bits = 0
-    for flag in flags:
-        if flag not in _FLAGS:
-            raise ValueError(f"mount flag must be one of {', '.join(_FLAGS)}, got {flag!r}")
-        attributes |= _FLAGS[flag][0]
-        bits |= _FLAGS[flag][1]
-    return attributes, bits
-
-
 def open_detached(
     *,
     source: str,
@@ -238,17 +222,6 @@ def open_detached(
             context.set(key, value)
         context.create(source)
         return context.mount(attributes, source)
-
-
-def attach(mount_fd: int, target: "int | str") -> None:
-    """Put a detached mount on a directory, given open or by path; both are borrowed."""
-    try:
-        if isinstance(target, int):
-            syscalls.move_mount(mount_fd, target, filename=f"fd {target}")
-        else:
-            syscalls.move_mount(mount_fd, syscalls.AT_FDCWD, target)
-    except OSError as error:
-        raise FsContextError.of("mount-attach", error) from error
 
 
 def mount_filesystem(

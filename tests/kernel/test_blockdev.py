@@ -12,7 +12,6 @@ import pytest
 
 from guestagent import api
 from guestagent.storage import blockdev, syscalls
-from guestagent.storage.blockdev import Reader
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import Target, linear_target
@@ -129,25 +128,6 @@ def test_a_missing_node_is_made(disk: str, within: Within) -> None:
         assert dmbed.dev_of(disk) == found.dev
     finally:
         os.rename(f"{disk}-away", disk)
-
-
-def test_reader_is_exact(disk: str) -> None:
-    with Reader(disk) as read_at:
-        assert read_at(0, 512) == bytes(512)
-        assert read_at(512 * 300 + 510, 4) == b"\x01\x2c\x00\x00"
-        assert len(read_at(0, 2 << 20)) == 2 << 20
-        with pytest.raises(OSError, match="ends before") as caught:
-            read_at((2 << 20) - 100, 200)
-        assert (caught.value.errno, caught.value.filename) == (errno.EIO, disk)
-
-
-def test_reader_names_the_device_that_fails(control: Control, within: Within) -> None:
-    target = Target(start_sectors=0, length_sectors=8, target_type="error")
-    info = devices.create_device(control, name="t-error", uuid="u-error", targets=[target])
-    with Reader(info.node) as read_at, pytest.raises(OSError, match="Input/output") as caught:
-        read_at(0, 512)
-    assert (caught.value.errno, caught.value.filename) == (errno.EIO, info.node)
-    devices.remove_device(control, "t-error", within(5))
 
 
 def test_holders_of_a_device(control: Control, disk: str, within: Within) -> None:
