@@ -9,7 +9,7 @@ import os
 import stat
 
 from guestagent.api import Holder
-from guestagent.storage.mountinfo import Mount, read_mounts
+from guestagent.storage.mountinfo import Mount, lowerdirs_of, read_mounts
 from vsock.deadline import Deadline
 
 __all__ = ("find_holders",)
@@ -139,13 +139,10 @@ def _stands_on(mount: Mount, target: str) -> bool:
     """Say whether an overlay names the target, or something below it, among its directories."""
     if mount.filesystem != "overlay":
         return False
-    for option in mount.super_options:
-        key, _, value = option.partition("=")
-        if key in ("lowerdir", "lowerdir+", "upperdir", "workdir"):
-            paths = value.split(":") if key == "lowerdir" else [value]
-            if any(path == target or path.startswith(f"{target}/") for path in paths):
-                return True
-    return False
+    words = (option.partition("=") for option in mount.super_options)
+    paths = [value for key, _, value in words if key in ("upperdir", "workdir")]
+    paths += lowerdirs_of(mount)
+    return any(path == target or path.startswith(f"{target}/") for path in paths)
 
 
 def _dm_and_loop_holders(dev: str, sys_root: str) -> list[Holder]:

@@ -10,7 +10,16 @@ import os
 
 from vsock.record import Record
 
-__all__ = ("Mount", "find_mount", "mount_id_of", "mounts_of_dev", "parse", "read_mounts")
+__all__ = (
+    "Mount",
+    "find_mount",
+    "lowerdirs_of",
+    "mount_id_of",
+    "mounts_of_dev",
+    "parse",
+    "read_mounts",
+    "split_lowerdir",
+)
 
 MOUNTINFO_PATH = "/proc/self/mountinfo"
 _READ_BYTES = 256 * 1024
@@ -120,3 +129,45 @@ def mount_id_of(fd: int) -> int:
         if line.startswith("mnt_id:"):
             return int(line[7:])
     raise ValueError(f"the kernel tells no mount id for descriptor {fd}")
+
+
+def split_lowerdir(value: str) -> tuple[str, ...]:
+    r"""Split ``lowerdir=`` at its colons, and resolve the backslashes that overlayfs reads.
+
+    ``::`` parts data-only layers, which are listed too.
+    """
+    paths = [""]
+    letters = iter(value)
+    for letter in letters:
+        if letter == "\\":
+            paths[-1] += next(letters, "")
+        elif letter == ":":
+            paths.append("")
+        else:
+            paths[-1] += letter
+    return tuple(path for path in paths if path)
+
+
+def lowerdirs_of(mount: Mount) -> tuple[str, ...]:
+    """Return the lower directories of a mounted overlay, topmost first.
+
+    Short names are looked up in the directory of links that is the overlay's source; where that is
+    gone they are returned as they are.
+    """
+    paths: list[str] = []
+    for option in mount.super_options:
+        key, _, value = option.partition("=")
+        if key == "lowerdir":
+            paths.extend(split_lowerdir(value))
+        elif key == "lowerdir+":
+            paths.append(value)
+    return tuple(_resolve_link(mount.source, path) for path in paths)
+
+
+def _resolve_link(source: str, path: str) -> str:
+    if path.startswith("/") or not source.startswith("/"):
+        return path
+    try:
+        return os.readlink(f"{source}/{path}")
+    except OSError:
+        return path

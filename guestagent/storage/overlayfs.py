@@ -29,8 +29,7 @@ from guestagent.storage.fscontext import (
     flag_bits,
     is_supported,
 )
-from guestagent.storage.lowerdir import escape, lowerdirs_of
-from guestagent.storage.mountinfo import find_mount
+from guestagent.storage.mountinfo import find_mount, lowerdirs_of
 from vsock.errors import CallError
 from vsock.record import Record
 
@@ -92,6 +91,11 @@ def option_list(options: OverlayOptions) -> tuple[tuple[str, str | None], ...]:
     if options.userxattr:
         pairs.append(("userxattr", None))
     return tuple(pairs)
+
+
+def escape(path: str) -> str:
+    """Escape what overlayfs would take for the end of a path or of an option."""
+    return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
 
 
 _ways: tuple[str, ...] | None = None
