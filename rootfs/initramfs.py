@@ -35,6 +35,7 @@ from rootfs.kernel import Kernel, module_bytes
 
 __all__ = (
     "COMPRESSIONS",
+    "DEFAULT_COMPRESSION",
     "InitramfsReport",
     "InitramfsSpec",
     "build_initramfs",
@@ -60,6 +61,7 @@ _COMPRESSORS = {
     "gzip": ("gzip", "-n", "-9", "-c"),
 }
 COMPRESSIONS = (*_COMPRESSORS, "none")
+DEFAULT_COMPRESSION = "zstd"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,7 @@ class InitramfsSpec:
     imports: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     files: tuple[tuple[str, Path], ...] = ()
-    compression: str = "zstd"
+    compression: str = DEFAULT_COMPRESSION
     optimize: int = 2
     project: Path = PROJECT
 

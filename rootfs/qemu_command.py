@@ -57,7 +57,7 @@ class MachineSpec:
     ``accel`` is auto, kvm or tcg. ``vsock_cid`` None means no vsock. ``pcie_root_ports`` is how
     many devices can be plugged in later. ``serial_ports`` are names of virtio-serial ports.
     ``console_path`` is where the console is written to, by default in the machine's own directory;
-    with ``console_stdio`` it is also on the standard streams.
+    with ``console_stdio`` it is also on the standard streams, where Ctrl-a x ends the machine.
     """
 
     kernel: Path
@@ -157,7 +157,7 @@ def _memory(spec: MachineSpec) -> str:
 
 def _console(spec: MachineSpec, runtime: Runtime) -> Iterator[str]:
     path = _escaped(runtime.console_path)
-    kind = f"stdio,signal=off,logfile={path}" if spec.console_stdio else f"file,path={path}"
+    kind = f"stdio,mux=on,signal=off,logfile={path}" if spec.console_stdio else f"file,path={path}"
     yield from ("-chardev", f"{kind},id=console", "-serial", "chardev:console")
 
 

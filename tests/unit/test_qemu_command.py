@@ -155,7 +155,8 @@ def test_the_console_goes_to_a_file_and_on_request_to_the_terminal(runtime: Runt
     argv = qemu_command(spec(), runtime)
     assert f"file,path={runtime.console_path},id=console" in values(argv, "-chardev")
     argv = qemu_command(spec(console_stdio=True), runtime)
-    assert f"stdio,signal=off,logfile={runtime.console_path},id=console" in values(argv, "-chardev")
+    (console,) = values(argv, "-chardev")
+    assert console == f"stdio,mux=on,signal=off,logfile={runtime.console_path},id=console"
 
 
 @pytest.mark.parametrize(

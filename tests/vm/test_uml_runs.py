@@ -137,10 +137,13 @@ def test_a_kernel_that_cannot_boot_is_an_error_with_its_console() -> None:
     assert b"Unable to mount root fs" in caught.value.console
 
 
-def test_the_guest_ends_when_its_host_process_is_killed() -> None:
+def test_the_guest_ends_when_its_host_process_is_killed(tmp_path: Path) -> None:
     before = processes()
     process = subprocess.Popen(
-        [SCRIPT, "sh", "-c", "echo up; sleep 1000"], stdin=subprocess.DEVNULL, stdout=-1
+        [SCRIPT, "sh", "-c", "echo up; sleep 1000"],
+        stdin=subprocess.DEVNULL,
+        stdout=-1,
+        env={**os.environ, "TMPDIR": str(tmp_path)},  # nobody is left to remove what is there
     )
     with process:
         assert process.stdout is not None
