@@ -10,7 +10,9 @@ import uuid as uuid_module
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from guestagent.storage.verity import VerityParameters
 from rootfs import mkfs
+from rootfs.allocator import round_up
 from rootfs.erofs import ErofsImage
 from rootfs.failure import from_os_error
 from rootfs.output import new_file
@@ -18,18 +20,21 @@ from rootfs.source import SourceLayer, SourceOptions, open_source
 from rootfs.spool import DEFAULT_MAX_BYTES
 from rootfs.tartree import Whiteouts
 from rootfs.tree import Progress
-from rootfs.verity import derive_identity
+from rootfs.verity import derive_identity, format_image
+from rootfs.vhd import append_footer
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
 __all__ = ("FILESYSTEMS", "ImageResult", "build_image", "build_layers", "derive_uuid")
 
 FILESYSTEMS = ("erofs", "squashfs", "ext4")
+#: Images are whole blocks of a hash tree and whole pages.
+_BLOCK_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageResult:
-    """A finished image.
+    """A finished image. ``size_bytes`` is of the whole file, hash area and footer included.
 
     ``source_digest`` is ``sha256:HEX``: of the uncompressed tar (a layer's diff_id), of the tree a
     directory holds (``rootfs.tree.digest_tree``), or the ChainID of the layers that were merged.
@@ -42,6 +47,7 @@ class ImageResult:
     inode_count: int
     source_digest: str
     uuid: uuid_module.UUID
+    verity: VerityParameters | None = None
 
     @property
     def verity_salt(self) -> bytes:
@@ -61,6 +67,8 @@ class _Recipe:
     filesystem: str
     compression: str | None
     inline_tails: bool
+    verity: bool
+    vhd_footer: bool
     progress: Progress | None
     cancel: Deadline | None
 
@@ -94,6 +102,8 @@ def build_image(
     filesystem: str = "erofs",
     compression: str | None = None,
     inline_tails: bool = True,
+    verity: bool = False,
+    vhd_footer: bool = False,
     source_format: str = "auto",
     whiteouts: Whiteouts = Whiteouts.OVERLAY,
     platform: str | None = None,
@@ -109,6 +119,8 @@ def build_image(
             layers becomes one image of them all; see ``build_layers`` for the other way.
         compression: as the file system has it (``lz4hc``, ``zstd``...); None is uncompressed.
         inline_tails: False starts every file of an EROFS image at a block (for DAX).
+        verity: put a dm-verity hash area behind it, with salt and UUID from the source's digest.
+        vhd_footer: end the file as a fixed VHD; with ext4 and ``verity`` it is a layer of hcsshim.
         whiteouts: what markers in a tar become.
         platform: which image of an index, ``linux/amd64``; this machine's when there are several.
         reference: which image of a layout or archive, by its name there.
@@ -124,6 +136,8 @@ def build_image(
         filesystem=filesystem,
         compression=compression,
         inline_tails=inline_tails,
+        verity=verity,
+        vhd_footer=vhd_footer,
         progress=progress,
         cancel=cancel,
     )
@@ -148,6 +162,8 @@ def build_layers(
     filesystem: str = "erofs",
     compression: str | None = None,
     inline_tails: bool = True,
+    verity: bool = False,
+    vhd_footer: bool = False,
     source_format: str = "auto",
     whiteouts: Whiteouts = Whiteouts.OVERLAY,
     platform: str | None = None,
@@ -169,6 +185,8 @@ def build_layers(
         filesystem=filesystem,
         compression=compression,
         inline_tails=inline_tails,
+        verity=verity,
+        vhd_footer=vhd_footer,
         progress=progress,
         cancel=cancel,
     )
@@ -203,20 +221,43 @@ def _write(layer: SourceLayer, output: Path, recipe: _Recipe) -> ImageResult:
     )
     try:
         with new_file(output) as (fd, temporary):
-            if recipe.filesystem == "erofs" and recipe.compression is None:
-                image = ErofsImage(layer.root, inline_tails=recipe.inline_tails)
-                image.write(fd, uuid, progress=recipe.progress, cancel=recipe.cancel)
-                inodes = image.inode_count
-            else:
-                inodes = mkfs.make_image(
-                    layer.root,
-                    temporary,
-                    filesystem=recipe.filesystem,
-                    compression=recipe.compression,
-                    uuid=uuid,
-                    cancel=recipe.cancel,
-                )
-            size_bytes = os.stat(temporary).st_size
+            inodes = _make_filesystem(layer, fd, temporary, recipe, uuid)
+            parameters = _add_hash_area(temporary, result, recipe) if recipe.verity else None
+            if recipe.vhd_footer:
+                with temporary.open("r+b") as image:
+                    append_footer(image.fileno(), derive_uuid(layer.digest, "vhd"))
+            size_bytes = temporary.stat().st_size
     except OSError as problem:
         raise from_os_error(problem, step="write", object=output) from problem
-    return replace(result, size_bytes=size_bytes, inode_count=inodes)
+    return replace(result, size_bytes=size_bytes, inode_count=inodes, verity=parameters)
+
+
+def _make_filesystem(
+    layer: SourceLayer, fd: int, path: Path, recipe: _Recipe, uuid: uuid_module.UUID
+) -> int:
+    """Write the file system to ``fd``, which is ``path``; return how many inodes it has."""
+    if recipe.filesystem == "erofs" and recipe.compression is None:
+        image = ErofsImage(layer.root, inline_tails=recipe.inline_tails)
+        image.write(fd, uuid, progress=recipe.progress, cancel=recipe.cancel)
+        return image.inode_count
+    inodes = mkfs.make_image(
+        layer.root,
+        path,
+        filesystem=recipe.filesystem,
+        compression=recipe.compression,
+        uuid=uuid,
+        cancel=recipe.cancel,
+    )
+    size_bytes = path.stat().st_size
+    os.truncate(path, round_up(size_bytes, _BLOCK_BYTES))
+    return inodes
+
+
+def _add_hash_area(path: Path, result: ImageResult, recipe: _Recipe) -> VerityParameters:
+    return format_image(
+        path,
+        salt=result.verity_salt,
+        uuid=result.verity_uuid,
+        progress=recipe.progress,
+        deadline=recipe.cancel,
+    ).parameters

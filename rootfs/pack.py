@@ -17,6 +17,7 @@ from types import TracebackType
 
 from guestagent.storage.verity import FieldError, VerityParameters, check_tree_spine
 from rootfs.allocator import ByteRange, first_fit, round_up
+from rootfs.busy import refuse_attached
 from rootfs.failure import from_os_error
 from rootfs.holes import copy_range, data_extents, punch_hole
 from rootfs.imagelock import open_locked
@@ -105,6 +106,8 @@ class Pack:
         image, beside = Path(path), _beside(path, manifest_path)
         fd = open_locked(image, writable=writable)
         try:
+            if writable:
+                refuse_attached(fd, str(image))
             manifest = Manifest.load(beside)
             if manifest.image != image.name:
                 raise _invalid("open the pack", beside, f"it is the manifest of {manifest.image!r}")

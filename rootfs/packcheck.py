@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from guestagent.storage.verity import check_root
 from rootfs.allocator import ByteRange, free_ranges
 from rootfs.crew import available_cores
-from rootfs.hashtree import Level, Run, levels_of, run_level, spans
+from rootfs.hashtree import Level, levels_of, run_level, spans
 from rootfs.manifest import Manifest, ManifestLayer
+from rootfs.runs import Run
 from rootfs.tree import CHUNK_BYTES, Progress
 from vsock.deadline import Deadline
 from vsock.errors import CallError
