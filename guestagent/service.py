@@ -49,6 +49,7 @@ from guestagent.api import (
 from guestagent.config import Problem
 from guestagent.engine.engine import Engine
 from guestagent.engine.operation import Operation
+from guestagent.service_inspect import InspectService
 from vsock.errors import CallError
 from vsock.log import log
 from vsock.record import Record
@@ -145,9 +146,10 @@ class Service:
 
     def _function_table(self) -> dict[str, Function]:
         """Return the function of each method; a test holds it against the contract."""
-        table: dict[str, Function] = {}
+        table: dict[str, Function] = {**InspectService(self._engine).functions}
         for name in METHODS:
-            table[name] = getattr(self, "_" + name.replace(".", "_"))
+            if name not in table:
+                table[name] = getattr(self, "_" + name.replace(".", "_"))
         return table
 
     # --- agent

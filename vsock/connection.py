@@ -24,6 +24,8 @@ __all__ = ("MAX_DEADLINE_MS", "Call", "Connection", "Outcome")
 
 MAX_DEADLINE_MS = 86_400_000
 _PAUSE_BYTES = 256 * 1024
+#: Below the pause, so that a peer which takes bulk data slowly can still cancel it.
+_BULK_BYTES = 128 * 1024
 
 _numbers = itertools.count(1)
 
@@ -154,6 +156,35 @@ class Connection:
     def send_notification(self, data: bytes) -> bool:
         """Send an encoded notification, or drop it where replies could lose their room to it."""
         return self._send(data, droppable=True)
+
+    def notify_wait(
+        self, method: str, params: Mapping[str, object] | None, deadline: Deadline
+    ) -> None:
+        """Send a notification as soon as the peer has taken most of what pends; never drop it.
+
+        For bulk data, on a thread that may wait. The call that it belongs to should have
+        ``cancel_on_disconnect`` set, so that the end of the connection ends the wait.
+
+        Raises:
+            CallError: ``timeout`` or ``cancelled``, also when the connection has ended.
+            LocalProtocolError: the parameters have no place in MessagePack.
+        """
+        data = encode_notification(method, params)
+        step = f"send {method} to {self.peer}"
+        gone = CallError("cancelled", f"the connection has ended while: {step}", step=step)
+        bound_bytes = min(_BULK_BYTES, self._pause_bytes // 2)
+        try:
+            while self.outbox.flush() > bound_bytes:
+                fd = self.stream.fileno()
+                if self.closed or fd < 0:
+                    raise gone
+                deadline.wait((), step, writable=(fd,))
+        except OSError as error:
+            self.close(f"cannot write: {error}")
+            raise gone from error
+        deadline.check(step)
+        if not self.send_notification(data):
+            raise gone
 
     def on_close(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` on the thread of the server when the connection has ended.

@@ -16,6 +16,7 @@ from guestagent.api.agent import (
     StatusReply,
     SubscribeReply,
 )
+from guestagent.api.inspect import ChecksumsReply, ChecksumsRequest, MoreReply, MoreRequest
 from guestagent.api.layers import (
     LayerId,
     LayerListReply,
@@ -57,6 +58,7 @@ def _methods() -> dict[str, Method]:
         ("agent.shutdown", ShutdownRequest, Empty, False, "unmount all, then end"),
         ("agent.subscribe", Empty, SubscribeReply, True, "send events to this connection"),
         ("agent.events", EventsRequest, EventsReply, True, "list events since a sequence number"),
+        ("agent.more", MoreRequest, MoreReply, True, "ask for more chunks of an answer"),
         ("layer.mount", LayerSpec, LayerReport, False, "mount a read-only layer"),
         ("layer.unmount", LayerUnmountRequest, UnmountReply, False, "unmount a layer"),
         ("layer.list", Empty, LayerListReply, False, "list the layers, read back from the kernel"),
@@ -70,6 +72,7 @@ def _methods() -> dict[str, Method]:
         ("dm.list", Empty, DmListReply, False, "list every device-mapper device"),
         ("dm.table", DmName, DmTableReply, False, "print a device's table"),
         ("dm.status", DmName, DmStatusReply, False, "print a device's status"),
+        ("fs.checksums", ChecksumsRequest, ChecksumsReply, False, "hash every file of a tree"),
     )
     return {
         name: Method(name=name, request=request, reply=reply, quick=quick, summary=summary)

@@ -8,6 +8,7 @@ from guestagent.engine.batches import Batches
 from guestagent.engine.dmview import DmView
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
+from guestagent.engine.inspection.inspection import Inspection
 from guestagent.engine.layers import Layers
 from guestagent.engine.monitor import Monitor
 from guestagent.engine.operation import Operation
@@ -35,6 +36,7 @@ class Engine:
         self.overlays = Overlays(self._state)
         self.batches = Batches(self._state, self.layers, self.overlays)
         self.dm = DmView(self._state.control)
+        self.inspection = Inspection(self._state)
         self._monitor = Monitor(self._state)
 
     @property

@@ -34,7 +34,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 #: The top floor of the guest: may import everything below, nothing of the host's.
 _TOP = ("vsock", "guestagent")
-for name in ("agent", "init", "service", "config", "__main__", "boot", "console"):
+for name in (
+    "agent",
+    "init",
+    "service",
+    "service_inspect",
+    "config",
+    "__main__",
+    "boot",
+    "console",
+):
     MAY_IMPORT[f"guestagent.{name}"] = _TOP
 
 #: What would make the guest slow to start or large; late imports inside functions are not counted.

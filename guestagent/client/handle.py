@@ -46,6 +46,8 @@ from guestagent.api import (
     VerifyReply,
     VerifyRequest,
 )
+from guestagent.client.inspect import InspectMethods
+from guestagent.client.streams import Streams
 from vsock.address import Address
 from vsock.client import Client
 from vsock.record import Record
@@ -56,7 +58,7 @@ EventCallback = Callable[[Event], None]
 ProgressCallback = Callable[[int, int], None]
 
 
-class GuestAgent:
+class GuestAgent(InspectMethods):
     """A connection to an agent that has said hello. A context manager.
 
     Args:
@@ -79,6 +81,7 @@ class GuestAgent:
         self._client = Client(
             address, connect_seconds=connect_seconds, on_notification=self._notified
         )
+        self._streams = Streams(self._client)
         try:
             #: What the agent answered to hello: version, features, limits, boot.
             self.hello = self._hello(name)
@@ -227,7 +230,10 @@ class GuestAgent:
             event = Event.from_wire(params, "event")
             for callback in list(self._on_event):
                 callback(event)
+        elif method == "agent.chunk":
+            self._streams.chunk(params)
         elif method == "agent.progress":
+            self._streams.progress(params)
             progress = self._on_progress.get(params["msgid"])
             if progress is not None:
                 progress(params["done_bytes"], params["total_bytes"])

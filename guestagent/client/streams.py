@@ -1,0 +1,212 @@
+"""Answers that come in chunks, handed out at the pace of whoever iterates."""
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from guestagent.api.inspect import MoreRequest
+from vsock.client import Client, PendingCall
+from vsock.errors import CallError, ConnectionClosed
+
+__all__ = ("WINDOW_CHUNKS", "FsStream", "ProgressCallback", "Streams")
+
+#: How far the agent runs ahead of the reader: 2 MiB.
+WINDOW_CHUNKS = 64
+#: Once the answer is here, the chunks before it are here too, but for a hand-over between threads.
+_HAND_OVER_SECONDS = 10.0
+
+ProgressCallback = Callable[[int, int], None]
+T = TypeVar("T")
+
+
+class FsStream(Generic[T]):
+    """What a call answers piece by piece: an iterator, and a context manager that cancels the rest.
+
+    The agent waits while nothing is taken; other calls on the handle go on. ``reply`` is there once
+    the iterator has ended. Leaving it half-read without ``close`` keeps the agent waiting until the
+    deadline of the call.
+    """
+
+    def __init__(
+        self,
+        streams: "Streams",
+        pending: PendingCall,
+        unpack: Callable[[Mapping[str, object]], Iterator[T]],
+    ) -> None:
+        self._streams = streams
+        self._pending = pending
+        self._unpack = unpack
+        self._ready = threading.Condition()
+        self._chunks: deque[Mapping[str, object]] = deque()
+        self._next_sequence = 0
+        self._asked_at = 0
+        self._lost = False
+        self._answered = False
+        self._error: Exception | None = None
+        self._reply: dict[str, object] | None = None
+        self._items: Iterator[T] = self._iterate()
+        self._waiter = threading.Thread(target=self._await_answer, name="fs-answer", daemon=True)
+        self._waiter.start()
+
+    @property
+    def reply(self) -> dict[str, object]:
+        """The final reply. Only after the end of the iteration."""
+        if self._reply is None:
+            raise RuntimeError("the answer has not been read to its end")
+        return self._reply
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        """Return the next piece.
+
+        Raises:
+            CallError: what the agent answered in the end.
+            ConnectionClosed: the connection ended before the answer.
+        """
+        return next(self._items)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what is still to come. Idempotent."""
+        if not self._pending.done:
+            # where the peer cannot be asked, its answer will not come either
+            with contextlib.suppress(ConnectionClosed):
+                self._pending.cancel()
+            self._pending.forget()
+        self._waiter.join()
+        self._streams.drop(self._pending.msgid)
+        with self._ready:
+            self._chunks.clear()
+
+    def drain(self) -> dict[str, object]:
+        """Read to the end and return the final reply."""
+        for _ in self:
+            pass
+        return self.reply
+
+    def take(self, chunk: Mapping[str, object]) -> None:
+        """Receive a chunk; for ``Streams``."""
+        with self._ready:
+            if chunk.get("sequence") == self._next_sequence:
+                self._next_sequence += 1
+                self._chunks.append(chunk)
+            else:
+                self._lost = True
+            self._ready.notify()
+
+    def _await_answer(self) -> None:
+        try:
+            reply = self._pending.result()
+            assert isinstance(reply, dict)
+            self._reply = reply
+        except (CallError, ConnectionClosed) as error:
+            self._error = error
+        with self._ready:
+            self._answered = True
+            self._ready.notify()
+
+    def _iterate(self) -> Iterator[T]:
+        try:
+            dealt_with = 0
+            while (chunk := self._next_chunk(dealt_with)) is not None:
+                yield from self._unpack(chunk)
+                dealt_with += 1
+                if dealt_with - self._asked_at >= WINDOW_CHUNKS // 2 and not self._answered:
+                    self._asked_at = dealt_with
+                    self._streams.ask_for_more(self._pending.msgid, dealt_with)
+        finally:
+            self.close()
+
+    def _next_chunk(self, dealt_with: int) -> Mapping[str, object] | None:
+        with self._ready:
+            self._ready.wait_for(lambda: self._chunks or self._answered or self._lost)
+            if self._chunks:
+                return self._chunks.popleft()
+            if self._error is not None:
+                raise self._error
+            if self._answered and not self._lost:
+                assert self._reply is not None
+                if self._reply.get("chunks", 0) == dealt_with:
+                    return None
+                self._ready.wait_for(lambda: self._chunks or self._lost, _HAND_OVER_SECONDS)
+                if self._chunks:
+                    return self._chunks.popleft()
+        text = f"chunk {dealt_with} of the answer to {self._pending.method} was lost on this side"
+        raise CallError("internal", text, step="take chunks")
+
+
+class Streams:
+    """The streams of one client by msgid."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._lock = threading.Lock()
+        self._streams: dict[int, FsStream[object]] = {}
+        self._progress: dict[int, ProgressCallback] = {}
+
+    def start(
+        self,
+        method: str,
+        params: Mapping[str, object],
+        unpack: Callable[[Mapping[str, object]], Iterator[T]],
+        *,
+        deadline_ms: int,
+        progress: ProgressCallback | None = None,
+    ) -> FsStream[T]:
+        """Send a request whose answer comes in chunks."""
+        # held while it is sent, so that the first chunk finds its stream
+        with self._lock:
+            pending = self._client.start_call(
+                method, {**params, "window_chunks": WINDOW_CHUNKS}, deadline_ms=deadline_ms
+            )
+            stream = FsStream(self, pending, unpack)
+            self._streams[pending.msgid] = stream  # type: ignore[assignment]
+            if progress is not None:
+                self._progress[pending.msgid] = progress
+        return stream
+
+    def chunk(self, params: Mapping[str, object]) -> None:
+        """Hand on a notification ``agent.chunk``; one of a stream that was closed is dropped."""
+        with self._lock:
+            stream = self._streams.get(_msgid(params))
+        if stream is not None:
+            stream.take(params)
+
+    def progress(self, params: Mapping[str, object]) -> None:
+        """Hand on a notification ``agent.progress``."""
+        with self._lock:
+            callback = self._progress.get(_msgid(params))
+        done_bytes, total_bytes = params.get("done_bytes"), params.get("total_bytes")
+        if callback is not None and isinstance(done_bytes, int) and isinstance(total_bytes, int):
+            callback(done_bytes, total_bytes)
+
+    def ask_for_more(self, msgid: int, sequence: int) -> None:
+        """Tell the agent what was dealt with; its answer says nothing of use."""
+        request = MoreRequest(msgid=msgid, sequence=sequence)
+        self._client.start_call("agent.more", request.to_wire())
+
+    def drop(self, msgid: int) -> None:
+        """Hand on no more of a stream."""
+        with self._lock:
+            self._streams.pop(msgid, None)
+            self._progress.pop(msgid, None)
+
+
+def _msgid(params: Mapping[str, object]) -> int:
+    msgid = params.get("msgid")
+    return msgid if isinstance(msgid, int) else -1

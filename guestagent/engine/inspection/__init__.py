@@ -1,0 +1,1 @@
+"""Looking into what is mounted: trees, files and devices, read-only, whatever they hold."""

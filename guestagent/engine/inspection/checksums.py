@@ -1,0 +1,83 @@
+"""Digests of files and of whole trees."""
+
+import os
+import stat
+
+from guestagent.api.inspect import ChecksumsReply, ChecksumsRequest
+from guestagent.engine.inspection.place import Place
+from guestagent.engine.inspection.reading import Meter, Reader
+from guestagent.engine.inspection.sink import Sink
+from guestagent.engine.inspection.walk import Found, letter_of, walk
+from guestagent.engine.operation import Operation
+from guestagent.storage.hashing import new_hash
+from guestagent.storage.openat import reopen
+
+__all__ = ("checksum_tree",)
+
+_WHOLE = 1 << 63
+
+
+def checksum_tree(
+    place: Place, request: ChecksumsRequest, op: Operation, sink: Sink
+) -> ChecksumsReply:
+    """Hash every regular file below a directory; the entries go to ``sink``."""
+    meter = Meter(sink)
+    hasher = _TreeHasher(Reader(place, op, meter), request.algorithm)
+    counts = dict.fromkeys("fdlbcpsu", 0)
+    with op.step("checksums", place.name), place.errors(request.path_bytes):
+        for found in walk(place.root.open_directory(request.path_bytes)):
+            op.deadline.check("hash a tree")
+            try:
+                letter, size_bytes, value = hasher.describe(found)
+            except FileNotFoundError:
+                continue  # a writable overlay may change under the walk
+            counts[letter] += 1
+            sink.entry(found.path, letter, size_bytes, value)
+        chunks = sink.finish()
+    return ChecksumsReply(
+        chunks=chunks,
+        files=counts["f"],
+        directories=counts["d"],
+        links=counts["l"],
+        others=sum(counts[letter] for letter in "bcpsu"),
+        read_bytes=meter.read_bytes,
+        timings_ms=op.timings_ms,
+    )
+
+
+class _TreeHasher:
+    """Says of an entry what ``ChecksumsRequest`` promises: type, size and value."""
+
+    def __init__(self, reader: Reader, algorithm: str) -> None:
+        self._reader = reader
+        self._algorithm = algorithm
+
+    def describe(self, found: Found) -> tuple[str, int, object]:
+        """Raises OSError with the path as ``filename``, and CallError where reading fails."""
+        try:
+            if found.entry.is_dir(follow_symlinks=False):
+                return "d", 0, ""
+            if found.entry.is_symlink():
+                target = found.readlink()
+                return "l", len(target), target
+            if found.entry.is_file(follow_symlinks=False):
+                return "f", *self._hash(found)
+            status = found.lstat()
+        except OSError as error:
+            error.filename = found.path
+            raise
+        letter = letter_of(status.st_mode)
+        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if letter in "bc" else ""
+        return letter, 0, number
+
+    def _hash(self, found: Found) -> tuple[int, str]:
+        fd = reopen(found.open_path(), stat.S_IFREG, found.path)
+        try:
+            digest = new_hash(self._algorithm)
+            size_bytes = 0
+            for piece in self._reader.pieces(fd, found.path, 0, _WHOLE):
+                digest.update(piece)
+                size_bytes += len(piece)
+        finally:
+            os.close(fd)
+        return size_bytes, digest.hexdigest()

@@ -1,0 +1,107 @@
+"""The real service on a real socket over plain directories, without a device-mapper."""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+from guestagent.api import LayerSpec, OverlaySpec, PathDevice
+from guestagent.client import GuestAgent
+from guestagent.engine.engine import Engine
+from guestagent.engine.inspection.inspection import Inspection
+from guestagent.engine.inventory import LiveLayer, LiveOverlay
+from guestagent.engine.operation import Operation
+from guestagent.engine.state import EngineState
+from guestagent.service import QUICK_METHODS, Service
+from vsock.address import UnixAddress
+from vsock.deadline import Deadline
+from vsock.server import Server
+from vsock.stream import listen
+
+WAIT_SECONDS = 20.0
+
+
+class _Books:
+    """The two questions that the inspection has for the inventory."""
+
+    def __init__(self, layers: Mapping[str, LiveLayer], overlays: Mapping[str, LiveOverlay]):
+        self.layer = layers.get
+        self.overlay = overlays.get
+
+
+class _State:
+    """What the inspection needs of an engine's state."""
+
+    def __init__(self, layers: Mapping[str, LiveLayer], overlays: Mapping[str, LiveOverlay]):
+        self.inventory = _Books(layers, overlays)
+
+
+class PlainEngine:
+    """An engine whose layers are directories. Only what looking needs is there."""
+
+    def __init__(self, layers: Mapping[str, Path], overlays: Mapping[str, Path]) -> None:
+        self.state = _State(
+            {name: _live_layer(name, path) for name, path in layers.items()},
+            {name: _live_overlay(name, path, tuple(layers)) for name, path in overlays.items()},
+        )
+        self.inspection = Inspection(cast(EngineState, self.state))
+
+    def features(self) -> tuple[str, ...]:
+        return ("batch",)
+
+    def operation(self, deadline: Deadline, *, traceparent: str | None = None) -> Operation:
+        return Operation(deadline, traceparent=traceparent)
+
+
+def _live_layer(layer_id: str, path: Path) -> LiveLayer:
+    spec = LayerSpec(
+        layer_id=layer_id,
+        device=PathDevice(path="/dev/null"),
+        filesystem="erofs",
+        target=str(path),
+    )
+    plan = type("Plan", (), {"verity": None})()
+    blank = dict.fromkeys(LiveLayer._fields)
+    return LiveLayer(**{**blank, "spec": spec, "plan": plan, "state": "mounted"})  # type: ignore[arg-type]
+
+
+def _live_overlay(overlay_id: str, path: Path, layers: tuple[str, ...]) -> LiveOverlay:
+    spec = OverlaySpec(overlay_id=overlay_id, layers=layers, target=str(path))
+    blank = dict.fromkeys(LiveOverlay._fields)
+    return LiveOverlay(**{**blank, "spec": spec})  # type: ignore[arg-type]
+
+
+class Bed:
+    """A running service."""
+
+    def __init__(self, server: Server, service: Service, address: str) -> None:
+        self.server = server
+        self.service = service
+        self.address = address
+
+
+@contextlib.contextmanager
+def serving(
+    socket: Path, layers: Mapping[str, Path], overlays: Mapping[str, Path] | None = None
+) -> Iterator[Bed]:
+    """Serve directories as layers and overlays; yields what runs."""
+    engine = PlainEngine(layers, overlays or {})
+    service = Service(
+        cast(Engine, engine), boot={}, deadline_seconds=60.0, on_shutdown=lambda mode: None
+    )
+    server = Server(service.handle, quick=QUICK_METHODS, hello_seconds=None)
+    service.attach(server)
+    server.add_listener(listen(UnixAddress(path=str(socket))))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield Bed(server, service, f"unix://{socket}")
+    finally:
+        server.stop(0.0)
+        thread.join(WAIT_SECONDS)
+        assert not thread.is_alive()
+
+
+def connect(bed: Bed) -> GuestAgent:
+    return GuestAgent(bed.address)
