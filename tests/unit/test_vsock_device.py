@@ -574,6 +574,17 @@ class TestFrontEnd:
         guest.boot()
         device.dial_guest(guest, 5)
 
+    def test_a_message_that_lacks_its_descriptor_changes_nothing(self, device):
+        guest = device.front_end()
+        first = os.eventfd(0)
+        ack, nack = 1 | 8, struct.pack("<Q", 1)
+        assert guest.ask(21, fds=(first,), flags=ack) == bytes(8)
+        for request, payload in ((21, b""), (12, bytes(8)), (13, bytes(8)), (14, bytes(8))):
+            assert guest.ask(request, payload, flags=ack) == nack
+            assert guest.ask(request, payload, (first, first), ack) == nack
+        os.close(first)
+        device.dial_guest(guest, 5)
+
     def test_without_protocol_features_rings_are_born_enabled(self, device):
         guest = device.front_end(boot=False)
         guest.negotiate(protocol=False)
@@ -711,6 +722,7 @@ class TestFuzz:
         fresh.close()
         device.open.remove(fresh)
         device.turn()
+        assert len(device.device._switchboard._table) == 0
 
     @SLOW
     @given(

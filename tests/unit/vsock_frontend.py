@@ -353,6 +353,8 @@ class Bench:
 
     def close(self) -> None:
         self.device.close()
+        assert not self.device._loop._handlers
+        assert not len(self.device._switchboard)
         for resource in self.open:
             resource.close()
         assert not self.uds.exists()

@@ -234,9 +234,10 @@ class Backend:
         self._ring(state.index).enabled = bool(state.value)
 
     def _set_request_fd(self, message: Message) -> None:
+        fd = message.take_fd()
         if self._request_fd is not None:
             os.close(self._request_fd)
-        self._request_fd = message.take_fd()
+        self._request_fd = fd
 
     def _get_config(self, message: Message) -> None:
         wanted = message.config_range()
