@@ -13,6 +13,8 @@ from vsock.errors import CallError
 __all__ = ("refuse_attached",)
 
 _BLOCK_DEVICES = "/sys/block"
+#: Only devices that have a size: of hundreds of loop devices, those that are attached.
+_PARTITIONS = "/proc/partitions"
 _MOUNTINFO = "/proc/self/mountinfo"
 
 
@@ -28,15 +30,18 @@ def refuse_attached(fd: int, path: str) -> None:
 
 def _refuse_loop_device(fd: int, path: str) -> None:
     image = os.fstat(fd)
-    with contextlib.suppress(FileNotFoundError):  # no sysfs here, so no loop devices either
-        for name in os.listdir(_BLOCK_DEVICES):
-            if not name.startswith("loop"):
-                continue
-            with contextlib.suppress(OSError):  # not attached, or its file is out of our sight
-                with open(f"{_BLOCK_DEVICES}/{name}/loop/backing_file", "rb") as attribute:
-                    backing = os.stat(attribute.read().rstrip(b"\n"))
-                if os.path.samestat(backing, image):
-                    raise _busy(path, f"it is attached to /dev/{name}", errno.EBUSY)
+    for name in _attached_loop_devices():
+        with contextlib.suppress(OSError):  # detached meanwhile, or its file is out of our sight
+            with open(f"{_BLOCK_DEVICES}/{name}/loop/backing_file", "rb") as attribute:
+                backing = os.stat(attribute.read().rstrip(b"\n"))
+            if os.path.samestat(backing, image):
+                raise _busy(path, f"it is attached to /dev/{name}", errno.EBUSY)
+
+
+def _attached_loop_devices() -> list[str]:
+    with open(_PARTITIONS) as partitions:
+        names = [line.split()[-1] for line in partitions if "loop" in line]
+    return [name for name in names if name.removeprefix("loop").isdigit()]
 
 
 def _refuse_mount(path: str) -> None:

@@ -7,6 +7,7 @@ answers by a pipe and touches nothing but the descriptors that its tasks name.
 """
 
 import contextlib
+import fcntl
 import os
 import pickle
 import signal
@@ -73,7 +74,7 @@ def _run_processes(
     step: str,
 ) -> None:
     with contextlib.ExitStack() as cleanup:
-        # children share the position of this file: each read hands out the next task
+        # children share the position of this file: each read, under a lock, takes the next task
         queue = os.memfd_create("tasks", os.MFD_CLOEXEC)
         cleanup.callback(os.close, queue)
         os.write(queue, b"".join(_INDEX.pack(index) for index in range(len(tasks))))
@@ -87,8 +88,8 @@ def _run_processes(
             cleanup.callback(_end_child, pid, reader)
             os.close(writer)
             children[reader] = bytearray()
-        done = 0
-        while done < len(tasks):
+        pending = set(range(len(tasks)))
+        while pending:
             for fd in deadline.wait(children, step):
                 piece = os.read(fd, _PIPE_READ_BYTES)
                 if not piece:
@@ -98,7 +99,7 @@ def _run_processes(
                     continue
                 children[fd] += piece
                 for index, payload in _messages(children[fd]):
-                    done += 1
+                    pending.remove(index)
                     on_done(index, payload)
 
 
@@ -135,7 +136,7 @@ def _child(
             os.close(fd)
         try:
             work = make_worker()
-            while piece := os.read(queue, _INDEX.size):
+            while piece := _next_task(queue):
                 (index,) = _INDEX.unpack(piece)
                 payload = work(tasks[index])
                 _write_all(writer, _HEADER.pack(index, len(payload)) + payload)
@@ -145,6 +146,15 @@ def _child(
         os._exit(0)
     finally:
         os._exit(1)  # whatever happened, a child never returns into the parent's code
+
+
+def _next_task(queue: int) -> bytes:
+    # a memfd's position is not advanced atomically; a record lock ends with its process
+    fcntl.lockf(queue, fcntl.LOCK_EX)
+    try:
+        return os.read(queue, _INDEX.size)
+    finally:
+        fcntl.lockf(queue, fcntl.LOCK_UN)
 
 
 def _pickled(problem: Exception) -> bytes:

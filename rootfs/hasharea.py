@@ -5,36 +5,40 @@ gives away how much of it is data: few offsets fit for each pair of block sizes,
 at one of them or nowhere.
 """
 
+import itertools
 import os
-from collections.abc import Iterator
 
 from guestagent.storage.verity import SUPERBLOCK_BYTES, Superblock
 from vsock.errors import CallError
 
 __all__ = ("find_hash_area", "read_superblock")
 
-_SIGNATURE = b"verity\0\0"
+#: With the version that follows it.
+_SIGNATURE = b"verity\0\0\1\0\0\0"
 #: The sizes that a kernel with pages of 4 KiB can map, the usual first.
 _BLOCK_SIZES_BYTES = (4096, 512, 1024, 2048)
-#: 4096-byte hash blocks hold 128 digests of sha1 and sha256, 64 of sha512.
-_SMALLEST_SLOTS_BYTES = (32, 64)
+#: Of sha1 and sha256, and of sha512.
+_SLOT_SIZES_BYTES = (32, 64)
 
 
 def find_hash_area(fd: int, size_bytes: int) -> int | None:
     """Return the offset of the superblock in a file of ``size_bytes``, or None."""
     seen = set()
-    for hash_block_size_bytes in _BLOCK_SIZES_BYTES:
-        for slot_bytes in _SMALLEST_SLOTS_BYTES:
-            per_block = hash_block_size_bytes // slot_bytes
-            for data_block_size_bytes in _BLOCK_SIZES_BYTES:
-                for offset_bytes in _candidates(
-                    size_bytes, data_block_size_bytes, hash_block_size_bytes, per_block
-                ):
-                    if offset_bytes in seen:
-                        continue
-                    seen.add(offset_bytes)
-                    if os.pread(fd, len(_SIGNATURE), offset_bytes) == _SIGNATURE:
-                        return offset_bytes
+    for hash_block, slot, data_block in itertools.product(
+        _BLOCK_SIZES_BYTES, _SLOT_SIZES_BYTES, _BLOCK_SIZES_BYTES
+    ):
+        if size_bytes % hash_block:
+            continue
+        for tree_offset in _tree_offsets(size_bytes, data_block, hash_block, hash_block // slot):
+            place = (tree_offset, hash_block)
+            if place in seen:
+                continue
+            seen.add(place)
+            # the superblock ends in the block before the tree, wherever the data ended
+            start = max(0, tree_offset - hash_block - SUPERBLOCK_BYTES)
+            at = os.pread(fd, tree_offset - start, start).find(_SIGNATURE)
+            if at >= 0 and (start + at) % SUPERBLOCK_BYTES == 0:
+                return start + at
     return None
 
 
@@ -56,31 +60,17 @@ def read_superblock(fd: int, offset_bytes: int, path: str) -> Superblock:
         ) from None
 
 
-def _candidates(size_bytes: int, data_block: int, hash_block: int, per_block: int) -> Iterator[int]:
-    """Yield the ends of data from which superblock and tree would end at ``size_bytes``."""
-    if size_bytes % hash_block:
-        return
-    blocks = size_bytes // data_block
-    for _ in range(8):  # each round corrects by a smaller part; three are usual
-        better = (size_bytes - _area_size(blocks, data_block, hash_block, per_block)) // data_block
-        if better == blocks:
-            break
-        blocks = better
-    # with data blocks smaller than hash blocks, several counts end alike
-    slack = max(1, hash_block // data_block) + 1
-    for count in range(max(1, blocks - slack), blocks + slack + 1):
-        data_size_bytes = count * data_block
-        area_bytes = _area_size(count, data_block, hash_block, per_block)
-        if data_size_bytes + area_bytes == size_bytes:
-            yield data_size_bytes
-
-
-def _area_size(blocks: int, data_block: int, hash_block: int, per_block: int) -> int:
-    """Return the bytes from the end of the data to the end of the tree."""
-    data_size_bytes = blocks * data_block
-    tree_start = -(-(data_size_bytes + SUPERBLOCK_BYTES) // hash_block)
-    hash_blocks = 0
-    while blocks > 1:
-        blocks = -(-blocks // per_block)
-        hash_blocks += blocks
-    return (tree_start + hash_blocks) * hash_block - data_size_bytes
+def _tree_offsets(size_bytes: int, data_block: int, hash_block: int, per_block: int) -> set[int]:
+    """Return from where trees may reach to the end of the file, each over the data before it."""
+    offsets: set[int] = set()
+    data_blocks = size_bytes // data_block
+    while True:  # each round corrects by a smaller part; three are usual
+        hash_blocks, count = 0, data_blocks
+        while count > 1:
+            count = -(-count // per_block)
+            hash_blocks += count
+        offset_bytes = size_bytes - hash_blocks * hash_block
+        if offset_bytes in offsets or offset_bytes < SUPERBLOCK_BYTES:
+            return offsets
+        offsets.add(offset_bytes)
+        data_blocks = (offset_bytes - SUPERBLOCK_BYTES) // data_block

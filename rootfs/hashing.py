@@ -114,9 +114,10 @@ class Scratch:
 class HashlibHasher:
     """One block after the other, by the interpreter's own library."""
 
-    def __init__(self, block_hash: BlockHash) -> None:
+    def __init__(self, block_hash: BlockHash, blocks: int = _MAX_VECTORS) -> None:
         room = max(1, _BATCH_BYTES // block_hash.block_size_bytes)
-        self.batch_blocks = min(room, block_hash.max_batch_blocks, _MAX_VECTORS)
+        enough = 1 << (blocks - 1).bit_length()
+        self.batch_blocks = min(room, block_hash.max_batch_blocks, enough)
         self._scratch = Scratch(block_hash, self.batch_blocks)
         self._new = getattr(hashlib, block_hash.algorithm)
         self._padding = bytes(block_hash.slot_size_bytes - block_hash.digest_size_bytes)
@@ -135,4 +136,4 @@ def open_hasher(block_hash: BlockHash, blocks: int, *, accelerate: bool = True) 
 
     if accelerate and blocks >= _ACCELERATION_BLOCKS and multibuffer.is_usable(block_hash):
         return multibuffer.MultiBufferHasher(block_hash)
-    return HashlibHasher(block_hash)
+    return HashlibHasher(block_hash, blocks)

@@ -1,5 +1,6 @@
 """The formatter: veritysetup's bytes, and an image that survives everything that goes wrong."""
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -361,6 +362,20 @@ def test_a_worker_that_dies_is_reported() -> None:
     assert caught.value.code == "internal"
 
 
+def test_every_task_is_done_once() -> None:
+    done: list[int] = []
+    with contextlib.closing(Deadline(20)) as deadline:
+        crew.run(
+            range(5000),
+            lambda: lambda task: task.to_bytes(4, "little"),
+            lambda index, result: done.append(int.from_bytes(result, "little")),
+            workers=4,
+            deadline=deadline,
+            step="test",
+        )
+    assert sorted(done) == list(range(5000))
+
+
 @pytest.mark.parametrize("threads", [True, False])
 def test_results_and_errors_come_back_from_workers(threads: bool) -> None:
     stop = threading.Event()
@@ -507,7 +522,9 @@ def test_an_attached_image_is_busy(
 ) -> None:
     attribute = tmp_path / "sys/loop7/loop/backing_file"
     attribute.parent.mkdir(parents=True)
-    (tmp_path / "sys/loop0").mkdir()
+    partitions = tmp_path / "partitions"
+    partitions.write_text("major minor  #blocks  name\n\n   7  7  2800 loop7\n 7 0 9 loop0\n")
+    monkeypatch.setattr(busy, "_PARTITIONS", str(partitions))
     attribute.write_text(f"{image}\n")
     monkeypatch.setattr(busy, "_BLOCK_DEVICES", str(tmp_path / "sys"))
     with pytest.raises(CallError, match="attached to /dev/loop7") as caught:
