@@ -1,0 +1,226 @@
+"""Finding block devices in made-up sysfs trees."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from guestagent.api import Device, PathDevice, PmemDevice, ScsiDevice, VirtioBlkDevice
+from guestagent.storage import blockdev
+from guestagent.storage.blockdev import BlockDevice
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+AddDisk = Callable[..., Path]
+
+
+@pytest.fixture
+def sys_root(tmp_path: Path) -> Path:
+    for path in ("class/block", "dev/block", "block", "devices"):
+        (tmp_path / path).mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.fixture
+def add_disk(sys_root: Path) -> AddDisk:
+    """``add_disk(name, dev, sectors=8, ...)``: a disk, or with ``parent`` a partition of one."""
+
+    def add(
+        name: str,
+        dev: str,
+        sectors: int = 8,
+        *,
+        parent: Path | None = None,
+        partition: int = 0,
+        readonly: bool = False,
+        block_size: int = 512,
+        serial: str = "",
+    ) -> Path:
+        path = (parent or sys_root / "devices") / name
+        path.mkdir()
+        (path / "dev").write_text(f"{dev}\n")
+        (path / "size").write_text(f"{sectors}\n")
+        (path / "ro").write_text(f"{int(readonly)}\n")
+        if parent is None:
+            (path / "queue").mkdir()
+            (path / "queue/logical_block_size").write_text(f"{block_size}\n")
+            (path / "holders").mkdir()
+        else:
+            (path / "partition").write_text(f"{partition}\n")
+        if serial:
+            (path / "serial").write_text(serial)
+        (sys_root / "class/block" / name).symlink_to(path)
+        (sys_root / "dev/block" / dev).symlink_to(path)
+        return path
+
+    return add
+
+
+def find(device: Device, sys_root: Path) -> BlockDevice | None:
+    return blockdev.find(device, sys_root=str(sys_root))
+
+
+def test_facts(sys_root: Path, add_disk: AddDisk) -> None:
+    add_disk("pmem0", "259:0", 4096, readonly=True, block_size=4096)
+    expected = BlockDevice(
+        node="/dev/pmem0",
+        dev="259:0",
+        name="pmem0",
+        size_bytes=4096 * 512,
+        logical_block_size=4096,
+        readonly=True,
+        serial=None,
+        kind="pmem",
+    )
+    assert find(PmemDevice(number=0), sys_root) == expected
+    assert blockdev.inspect("259:0", sys_root=str(sys_root)) == expected
+    assert find(PmemDevice(number=1), sys_root) is None
+    with pytest.raises(FileNotFoundError):
+        blockdev.inspect("pmem1", sys_root=str(sys_root))
+
+
+def test_kinds_and_odd_names(sys_root: Path, add_disk: AddDisk) -> None:
+    names = ("pmem12", "vda", "vdaa", "sdb", "sr0", "dm-3", "loop7", "nvme0n1", "dm", "cciss!c0d0")
+    for minor, name in enumerate(names):
+        add_disk(name, f"8:{minor}")
+    found = {
+        disk.name: (disk.kind, disk.node) for disk in blockdev.list_all(sys_root=str(sys_root))
+    }
+    assert found == {
+        "pmem12": ("pmem", "/dev/pmem12"),
+        "vda": ("virtio-blk", "/dev/vda"),
+        "vdaa": ("virtio-blk", "/dev/vdaa"),
+        "sdb": ("scsi", "/dev/sdb"),
+        "sr0": ("scsi", "/dev/sr0"),
+        "dm-3": ("dm", "/dev/dm-3"),
+        "loop7": ("loop", "/dev/loop7"),
+        "nvme0n1": ("other", "/dev/nvme0n1"),
+        "dm": ("other", "/dev/dm"),
+        "cciss!c0d0": ("other", "/dev/cciss/c0d0"),
+    }
+
+
+def test_virtio_by_serial(sys_root: Path, add_disk: AddDisk) -> None:
+    add_disk("vda", "254:0", serial="layer-1")
+    add_disk("vdb", "254:16", serial="layer-10")
+    add_disk("vdc", "254:32")
+    add_disk("sda", "8:0", serial="layer-3")
+    for serial, name in (("layer-1", "vda"), ("layer-10", "vdb")):
+        found = find(VirtioBlkDevice(serial=serial), sys_root)
+        assert found is not None
+        assert (found.name, found.serial) == (name, serial)
+    for serial in ("layer", "layer-3", "layer-2"):
+        assert find(VirtioBlkDevice(serial=serial), sys_root) is None
+    add_disk("vdd", "254:48", serial="layer-1")
+    with pytest.raises(CallError, match="vda and vdd") as caught:
+        find(VirtioBlkDevice(serial="layer-1"), sys_root)
+    assert caught.value.code == "conflict"
+
+
+def test_a_disk_of_no_size_is_not_there_yet(sys_root: Path, add_disk: AddDisk) -> None:
+    path = add_disk("vda", "254:0", 0, serial="s")
+    assert find(VirtioBlkDevice(serial="s"), sys_root) is None
+    (path / "size").write_text("8\n")
+    assert find(VirtioBlkDevice(serial="s"), sys_root) is not None
+
+
+def test_a_device_that_is_half_gone_is_not_there(sys_root: Path, add_disk: AddDisk) -> None:
+    path = add_disk("vda", "254:0", serial="s")
+    (path / "ro").unlink()
+    assert find(VirtioBlkDevice(serial="s"), sys_root) is None
+    assert blockdev.list_all(sys_root=str(sys_root)) == ()
+
+
+def test_scsi_disks_and_partitions(sys_root: Path, add_disk: AddDisk) -> None:
+    disk = add_disk("sdb", "8:16", 1000, block_size=4096)
+    add_disk("sdb1", "8:17", 300, parent=disk, partition=1)
+    add_disk("sdb12", "8:28", 400, parent=disk, partition=12)
+    (sys_root / "bus/scsi/devices/1:0:0:5/block/sdb").mkdir(parents=True)
+    sizes = {}
+    for partition in (0, 1, 2, 12):
+        found = find(ScsiDevice(controller=1, lun=5, partition=partition), sys_root)
+        sizes[partition] = found and (found.name, found.size_bytes, found.logical_block_size)
+    assert sizes == {
+        0: ("sdb", 1000 * 512, 4096),
+        1: ("sdb1", 300 * 512, 4096),
+        2: None,
+        12: ("sdb12", 400 * 512, 4096),
+    }
+    assert find(ScsiDevice(controller=0, lun=5), sys_root) is None
+    (sys_root / "bus/scsi/devices/1:0:0:6/block").mkdir(parents=True)
+    assert find(ScsiDevice(controller=1, lun=6), sys_root) is None
+
+
+def test_unplugging_a_scsi_disk(sys_root: Path) -> None:
+    device = ScsiDevice(controller=1, lun=5)
+    assert not blockdev.scsi_delete(device, sys_root=str(sys_root))
+    switch = sys_root / "bus/scsi/devices/1:0:0:5/delete"
+    switch.parent.mkdir(parents=True)
+    switch.touch()
+    assert blockdev.scsi_delete(device, sys_root=str(sys_root))
+    assert switch.read_text() == "1"
+
+
+def test_holders(sys_root: Path, add_disk: AddDisk) -> None:
+    disk = add_disk("pmem0", "259:0")
+    assert blockdev.holders("259:0", sys_root=str(sys_root)) == ()
+    for name in ("dm-1", "dm-0"):
+        (disk / "holders" / name).touch()
+    assert blockdev.holders("259:0", sys_root=str(sys_root)) == ("dm-0", "dm-1")
+    assert blockdev.holders("259:9", sys_root=str(sys_root)) == ()
+
+
+@pytest.mark.parametrize(
+    ("device", "written"),
+    [
+        (PmemDevice(number=3), {"bus/pci/rescan": "1"}),
+        (VirtioBlkDevice(serial="s"), {"bus/pci/rescan": "1"}),
+        (ScsiDevice(controller=2, lun=9), {"class/scsi_host/host2/scan": "0 0 9"}),
+        (
+            PathDevice(path="/dev/nonexistent"),
+            {"bus/pci/rescan": "1", "class/scsi_host/host2/scan": "- - -"},
+        ),
+    ],
+)
+def test_a_device_that_stays_away_is_looked_for_on_its_bus(
+    sys_root: Path,
+    device: Device,
+    written: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    add_disk: AddDisk,
+) -> None:
+    monkeypatch.setattr(blockdev, "_RESCAN_AFTER_SECONDS", (0.01,))
+    add_disk("vda", "254:0", serial="another")
+    switches = [sys_root / "bus/pci/rescan", sys_root / "class/scsi_host/host2/scan"]
+    for switch in switches:
+        switch.parent.mkdir(parents=True)
+        switch.touch()
+    told: list[str] = []
+    deadline = Deadline(0.1)
+    with pytest.raises(CallError, match="stays|not there") as caught:
+        blockdev.wait_for(device, deadline, sys_root=str(sys_root), log=told.append)
+    deadline.close()
+    assert caught.value.code == "timeout"
+    assert "vda (virtio-blk, 4096 bytes, serial 'another')" in caught.value.message
+    found = {str(path.relative_to(sys_root)): path.read_text() for path in switches}
+    assert {path: text for path, text in found.items() if text} == written
+    assert len(told) == len(written)
+
+
+def test_no_rescan_unless_it_is_wanted(sys_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockdev, "_RESCAN_AFTER_SECONDS", (0.0,))
+    told: list[str] = []
+    deadline = Deadline(0.05)
+    with pytest.raises(CallError, match="seen: none"):
+        blockdev.wait_for(
+            PmemDevice(number=0), deadline, rescan=False, sys_root=str(sys_root), log=told.append
+        )
+    deadline.close()
+    assert told == []
+
+
+def test_paths() -> None:
+    with pytest.raises(CallError, match="not a block device") as caught:
+        blockdev.find(PathDevice(path="/dev/null"))
+    assert caught.value.code == "invalid"
+    assert blockdev.find(PathDevice(path="/dev/nonexistent")) is None

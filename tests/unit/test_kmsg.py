@@ -1,0 +1,67 @@
+"""The kernel log: the record format, marks, and logs that cannot be had."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guestagent.storage.kmsg import KernelLog, parse_record
+
+
+def test_records() -> None:
+    record = b"3,339,5140900,-;dm-1: bad\\x0a line\n SUBSYSTEM=block\n DEVICE=b253:1\n"
+    assert parse_record(record) == (339, "dm-1: bad\\x0a line")
+    assert parse_record(b"6,1,2,-,caller=T1;text; with semicolon\n") == (1, "text; with semicolon")
+    assert parse_record(b"4,7,2,-;\xff\n") == (7, "\\xff")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"",
+        b"text",
+        b"6,1;text",
+        b"x,1,2,-;text",
+        b"6,x,2,-;text",
+        b"14,1,2,-;from a process",
+        b"7,1,2,-;debug",
+    ],
+)
+def test_what_is_no_message_of_the_kernel(record: bytes) -> None:
+    assert parse_record(record) is None
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes(record: bytes) -> None:
+    parse_record(record)
+
+
+def test_a_log_that_cannot_be_had_is_empty(tmp_path: Path) -> None:
+    log = KernelLog(str(tmp_path / "none"))
+    assert log.since(log.mark()) == ()
+    log.close()
+
+
+def test_marks_part_the_lines(tmp_path: Path) -> None:
+    """A FIFO gives records as the device does: one a read, and EAGAIN at the end."""
+    lines = tmp_path / "kmsg"
+    lines.write_bytes(b"")
+    read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    log = KernelLog(str(lines))
+    os.dup2(read_fd, log._fd, inheritable=False)
+    os.close(read_fd)
+    os.write(write_fd, b"6,10,1,-;before\n")
+    mark = log.mark()
+    assert log.since(mark) == ()
+    os.write(write_fd, b"3,11,2,-;after\n")
+    assert log.since(mark) == ("after",)
+    later = log.mark()
+    os.write(write_fd, b"12,12,2,-;not the kernel's\n")
+    os.write(write_fd, b"3,13,2,-;later\n")
+    assert log.since(later) == ("later",) or log.since(mark)[-1] == "after"
+    assert log.since(mark)[0] == "after"
+    os.close(write_fd)
+    log.close()
+    assert log.since(0)[0] == "before"

@@ -1,0 +1,257 @@
+"""Table lines: what is built, what is refused, and that what is parsed is what was built."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guestagent.storage.devicemapper.targets import (
+    LinearTable,
+    Target,
+    TargetStatus,
+    VerityStatus,
+    VerityTable,
+    linear_target,
+    parse_line,
+    parse_linear,
+    parse_verity,
+    parse_verity_status,
+    sectors,
+    verity_target,
+)
+
+ROOT = bytes(range(32))
+SALT = bytes(range(200, 232))
+
+
+def verity(**changes: object) -> Target:
+    fields: dict[str, object] = {
+        "data_device": "253:0",
+        "hash_device": "253:0",
+        "hash_type": 1,
+        "data_block_size": 4096,
+        "hash_block_size": 4096,
+        "data_blocks": 256,
+        "hash_start_block": 257,
+        "algorithm": "sha256",
+        "root_digest": ROOT,
+        "salt": SALT,
+    }
+    return verity_target(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_sectors() -> None:
+    assert [sectors(n) for n in (0, 512, 1 << 40)] == [0, 1, 1 << 31]
+    for wrong in (-512, -1, 1, 511, 513):
+        with pytest.raises(ValueError, match="whole number"):
+            sectors(wrong)
+
+
+def test_linear_line() -> None:
+    target = linear_target(length_bytes=1 << 20, device="/dev/pmem0", offset_bytes=4096)
+    assert target.line() == "0 2048 linear /dev/pmem0 8"
+    target = linear_target(length_bytes=512, device="259:3", start_bytes=1024)
+    assert target.line() == "2 1 linear 259:3 0"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"length_bytes": 0},
+        {"length_bytes": 511},
+        {"length_bytes": -512},
+        {"offset_bytes": 100},
+        {"offset_bytes": -512},
+        {"length_bytes": 512 << 64},
+        {"offset_bytes": ((1 << 64) - 1) * 512},
+        {"device": ""},
+        {"device": "pmem0"},
+        {"device": "/dev/pmem 0"},
+        {"device": "/dev/x\n0 1 error"},
+        {"device": "/dev/\u00e4"},
+        {"device": "/dev/back\\slash"},
+        {"device": "1:2:3"},
+        {"device": ":1"},
+        {"device": "1:"},
+        {"device": "-1:0"},
+        {"device": "4096:0"},
+        {"device": "1:1048576"},
+        {"device": "\u0661:0"},
+    ],
+)
+def test_linear_refuses(fields: dict[str, object]) -> None:
+    good: dict[str, object] = {"length_bytes": 4096, "device": "7:0", "offset_bytes": 0}
+    with pytest.raises(ValueError, match=r"."):
+        linear_target(**{**good, **fields})  # type: ignore[arg-type]
+
+
+def test_verity_line() -> None:
+    """The ten arguments in the order of verity.rst, as hcsshim writes them, and the options."""
+    assert verity().line() == (
+        f"0 2048 verity 1 253:0 253:0 4096 4096 256 257 sha256 {ROOT.hex()} {SALT.hex()}"
+    )
+    target = verity(
+        salt=b"",
+        hash_device="/dev/mapper/hash",
+        options=("ignore_zero_blocks", "root_hash_sig_key_desc", "guestagent:x"),
+        length_bytes=4096,
+    )
+    assert target.line() == (
+        f"0 8 verity 1 253:0 /dev/mapper/hash 4096 4096 256 257 sha256 {ROOT.hex()} - "
+        "3 ignore_zero_blocks root_hash_sig_key_desc guestagent:x"
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hash_type": 2},
+        {"hash_type": -1},
+        {"data_block_size": 0},
+        {"data_block_size": 256},
+        {"data_block_size": 4095},
+        {"hash_block_size": 1 << 20},
+        {"data_blocks": 0},
+        {"data_blocks": 1 << 64},
+        {"hash_start_block": -1},
+        {"algorithm": ""},
+        {"algorithm": "sha256 x"},
+        {"root_digest": b""},
+        {"root_digest": bytes(65)},
+        {"salt": bytes(257)},
+        {"options": ("a b",)},
+        {"options": ("",)},
+        {"options": ("a\n",)},
+        {"options": ("a\0",)},
+        {"data_device": "a"},
+        {"hash_device": "/dev/a b"},
+        {"length_bytes": 257 * 4096},
+        {"length_bytes": 0},
+        {"length_bytes": 100},
+    ],
+)
+def test_verity_refuses(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        verity(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"start_sectors": -1},
+        {"length_sectors": 0},
+        {"start_sectors": 1 << 63, "length_sectors": 1 << 63},
+        {"target_type": ""},
+        {"target_type": "a" * 16},
+        {"target_type": "a b"},
+        {"target_type": "Linear"},
+        {"params": "a\nb"},
+        {"params": "a\0b"},
+        {"params": "a\tb"},
+        {"params": "\x7f"},
+        {"params": "\u00e4"},
+    ],
+)
+def test_target_refuses(fields: dict[str, object]) -> None:
+    good: dict[str, object] = {"start_sectors": 0, "length_sectors": 1, "target_type": "error"}
+    with pytest.raises(ValueError, match=r"."):
+        Target(**{**good, **fields})  # type: ignore[arg-type]
+
+
+def test_target_without_params() -> None:
+    target = Target(start_sectors=0, length_sectors=1, target_type="error")
+    assert target.line() == "0 1 error"
+    assert parse_line("0 1 error") == target
+    assert parse_line("0 1 error ") == target
+    status = TargetStatus(start_sectors=0, length_sectors=1, target_type="error", status="")
+    assert status.line() == "0 1 error"
+
+
+numbers = st.integers(0, 1 << 48)
+devices = st.one_of(
+    st.builds("{}:{}".format, st.integers(0, 4095), st.integers(0, (1 << 20) - 1)),
+    st.from_regex(r"/dev/[a-z0-9/_.:+-]{1,20}", fullmatch=True),
+)
+words = st.from_regex(r"[!-\[\]-~]{1,20}", fullmatch=True)
+sizes = st.sampled_from([512, 1024, 4096])
+
+
+@given(start=numbers, length=st.integers(1, 1 << 48), device=devices, offset=numbers)
+def test_linear_round_trip(start: int, length: int, device: str, offset: int) -> None:
+    table = LinearTable(
+        start_sectors=start, length_sectors=length, device=device, offset_sectors=offset
+    )
+    assert parse_linear(parse_line(table.target().line())) == table
+
+
+@given(
+    table=st.builds(
+        lambda blocks, data_block_size, **rest: VerityTable(
+            data_blocks=blocks,
+            data_block_size=data_block_size,
+            length_sectors=blocks * (data_block_size // 512),
+            **rest,
+        ),
+        blocks=st.integers(1, 1 << 40),
+        data_block_size=sizes,
+        start_sectors=numbers,
+        hash_type=st.integers(0, 1),
+        data_device=devices,
+        hash_device=devices,
+        hash_block_size=sizes,
+        hash_start_block=numbers,
+        algorithm=words,
+        root_digest=st.binary(min_size=16, max_size=64),
+        salt=st.binary(max_size=256),
+        options=st.lists(words, max_size=5).map(tuple),
+    )
+)
+def test_verity_round_trip(table: VerityTable) -> None:
+    assert parse_verity(parse_line(table.target().line())) == table
+
+
+@given(st.text(max_size=200))
+def test_any_line_parses_or_is_refused(line: str) -> None:
+    try:
+        target = parse_line(line)
+    except ValueError:
+        return
+    assert parse_line(target.line()) == target
+
+
+@given(st.lists(st.one_of(words, st.integers().map(str)), max_size=16).map(" ".join))
+def test_any_params_parse_or_are_refused(params: str) -> None:
+    for kind, parse in (("linear", parse_linear), ("verity", parse_verity)):
+        target = Target(start_sectors=0, length_sectors=8, target_type=kind, params=params)
+        try:
+            parse(target)
+        except ValueError:
+            continue
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        "1 7:0 7:0 4096 4096 1 1 sha256 " + ROOT.hex(),  # no salt
+        "1 7:0 7:0 4096 4096 1 1 sha256 " + ROOT.hex() + " - 2 one",
+        "1 7:0 7:0 4096 4096 1 1 sha256 " + ROOT.hex() + " - x one",
+        "1 7:0 7:0 4096 4096 1 1 sha256 " + ROOT.hex()[1:] + " -",
+        "1 7:0 7:0 4096 4096 1 1 sha256 " + "zz" * 32 + " -",
+        "1 7:0 7:0 4096 4096 +1 1 sha256 " + ROOT.hex() + " -",
+    ],
+)
+def test_parse_verity_refuses(params: str) -> None:
+    target = Target(start_sectors=0, length_sectors=8, target_type="verity", params=params)
+    with pytest.raises(ValueError, match=r"verity|must be"):
+        parse_verity(target)
+    with pytest.raises(ValueError, match="expected a linear target"):
+        parse_linear(target)
+
+
+def test_verity_status() -> None:
+    assert parse_verity_status("V") == VerityStatus(state="V")
+    assert not parse_verity_status("V -").corrupted
+    assert parse_verity_status("V 12").fec_corrected == 12
+    assert parse_verity_status("C - something new").corrupted
+    for wrong in ("", "X", "v"):
+        with pytest.raises(ValueError, match="V or C"):
+            parse_verity_status(wrong)
