@@ -64,19 +64,25 @@ def verify_layer(
 
 
 def _read_chunk(fd: int, start: int, size: int, block_bytes: int, corrupt: list[int]) -> int:
-    """Read a chunk, block by block if it cannot be read whole; return the bytes that verified."""
+    """Read a chunk, block by block where it cannot be read whole; return the bytes that verified."""
+    good_bytes = _read(fd, start, size)
+    if good_bytes == size:
+        return good_bytes
+    good_bytes -= good_bytes % block_bytes
+    for offset in range(start + good_bytes, start + size, block_bytes):
+        read_bytes = _read(fd, offset, block_bytes)
+        good_bytes += read_bytes
+        if read_bytes < block_bytes and len(corrupt) < _MAX_LISTED:
+            corrupt.append(offset // block_bytes)
+    return good_bytes
+
+
+def _read(fd: int, offset: int, size: int) -> int:
+    """Return how much could be read: a bad block ends a read early, and fails one that begins in
+    it."""
     try:
-        return len(os.pread(fd, size, start))
+        return len(os.pread(fd, size, offset))
     except OSError as error:
         if error.errno != errno.EIO:
             raise
-    good_bytes = 0
-    for offset in range(start, start + size, block_bytes):
-        try:
-            good_bytes += len(os.pread(fd, block_bytes, offset))
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            if len(corrupt) < _MAX_LISTED:
-                corrupt.append(offset // block_bytes)
-    return good_bytes
+        return 0
