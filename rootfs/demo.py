@@ -228,7 +228,8 @@ def _drive(guest: GuestAgent, layers: Layers, expected: Tree) -> None:
     )
     _require(overlay.layers == tuple(layer.layer_id for layer in layers.good), "layers in order")
     with _progress(f"digests of {len(expected)} entries in the guest"):
-        _compare(guest, expected)
+        seen = _seen_tree(guest)
+    _compare(seen, expected)
     print(_timings(reports, overlay.timings_ms))
     _show_refusals(guest, layers)
     _take_down(guest, layers)
@@ -245,11 +246,15 @@ def _check_stack(report: LayerReport) -> None:
     _require("ro" in report.options, f"{report.layer_id} is not read-only")
 
 
-def _compare(guest: GuestAgent, expected: Tree) -> None:
-    seen: Tree = {}
-    for path, entry in guest.fs_checksums(overlay_id="root").items():
-        seen[os.fsdecode(path).strip("/")] = (entry.kind, entry.digest or entry.target or "")
-    seen.pop("", None)
+def _seen_tree(guest: GuestAgent) -> Tree:
+    entries = guest.fs_checksums(overlay_id="root")
+    return {
+        os.fsdecode(path): (entry.kind, entry.digest or entry.target or "")
+        for path, entry in entries.items()
+    }
+
+
+def _compare(seen: Tree, expected: Tree) -> None:
     different = [path for path in expected if seen.get(path) != expected[path]]
     different += [path for path in seen if path not in expected]
     for path in different[:10]:
