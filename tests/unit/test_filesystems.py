@@ -1,5 +1,6 @@
 """Magic numbers and superblock sizes, against images that the file systems' own tools made."""
 
+import contextlib
 import shutil
 import struct
 import subprocess
@@ -100,10 +101,8 @@ def test_erofs_sizes_of_48_bits() -> None:
 def test_any_superblock_gives_a_size_or_a_refusal(head: bytes, filesystem: str) -> None:
     offset, magic = filesystems._MAGIC[filesystem]
     head = head[:offset] + magic + head[offset + len(magic) :]
-    try:
-        assert check_size(filesystem, reader(head), 1 << 40) <= 1 << 40
-    except CallError as error:
-        assert error.code == "mount"
+    with contextlib.suppress(CallError):
+        assert 0 < check_size(filesystem, reader(head), 1 << 40) <= 1 << 40
 
 
 def test_options() -> None:

@@ -1,6 +1,7 @@
 """The kernel log: the record format, marks, and logs that cannot be had."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -45,23 +46,26 @@ def test_a_log_that_cannot_be_had_is_empty(tmp_path: Path) -> None:
 
 
 def test_marks_part_the_lines(tmp_path: Path) -> None:
-    """A FIFO gives records as the device does: one a read, and EAGAIN at the end."""
-    lines = tmp_path / "kmsg"
-    lines.write_bytes(b"")
-    read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    log = KernelLog(str(lines))
-    os.dup2(read_fd, log._fd, inheritable=False)
-    os.close(read_fd)
-    os.write(write_fd, b"6,10,1,-;before\n")
-    mark = log.mark()
-    assert log.since(mark) == ()
-    os.write(write_fd, b"3,11,2,-;after\n")
-    assert log.since(mark) == ("after",)
-    later = log.mark()
-    os.write(write_fd, b"12,12,2,-;not the kernel's\n")
-    os.write(write_fd, b"3,13,2,-;later\n")
-    assert log.since(later) == ("later",) or log.since(mark)[-1] == "after"
-    assert log.since(mark)[0] == "after"
-    os.close(write_fd)
+    """A socket gives messages as the device does: one a read, and EAGAIN at the end."""
+    (tmp_path / "kmsg").touch()
+    log = KernelLog(str(tmp_path / "kmsg"))
+    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    with ours, kernel:
+        os.dup2(ours.fileno(), log._fd, inheritable=False)
+        kernel.send(b"6,10,1,-;before\n")
+        mark = log.mark()
+        assert log.since(mark) == ()
+        kernel.send(b"3,11,2,-;after\n")
+        assert log.since(mark) == ("after",)
+        later = log.mark()
+        kernel.send(b"12,12,2,-;a process\n")
+        kernel.send(b"3,13,2,-;later\n")
+        assert log.since(later) == ("later",)
+        assert log.since(mark) == ("after", "later")
+        for number in range(300):
+            kernel.send(b"3,%d,2,-;line %d\n" % (number + 20, number))
+            log.mark()
+        assert len(log.since(mark)) == 256
+        assert log.since(mark)[-1] == "line 299"
     log.close()
-    assert log.since(0)[0] == "before"
+    log.close()

@@ -95,11 +95,13 @@ names = st.binary(min_size=1, max_size=30).filter(lambda name: b"\0" not in name
 
 @given(target=names, source=names, root=names)
 def test_any_bytes_come_back(target: str, source: str, root: str) -> None:
-    line = "1 2 0:5 {} {} rw - tmpfs {} rw".format(
-        encoded(f"/{root}", " \t\n\\"),
-        encoded(f"/{target}", " \t\n\\"),
-        encoded(source, " \t\n\\#"),
+    spaces = " \t\n\\"
+    words = (
+        encoded(f"/{root}", spaces),
+        encoded(f"/{target}", spaces),
+        encoded(source, spaces + "#"),
     )
+    line = "1 2 0:5 {} {} rw - tmpfs {} rw".format(*words)
     (mount,) = parse(line + "\n")
     assert (mount.root, mount.target, mount.source) == (f"/{root}", f"/{target}", source)
 

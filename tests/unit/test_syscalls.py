@@ -1,5 +1,6 @@
 """The system-call table: numbers and constants against the headers, errors, refusals."""
 
+import ctypes
 import errno
 import os
 import re
@@ -86,9 +87,8 @@ def test_errors_name_call_and_object() -> None:
     with pytest.raises(FileNotFoundError, match="openat2: No such file") as caught:
         syscalls.openat2(syscalls.AT_FDCWD, "/nonexistent", os.O_PATH)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOENT, "/nonexistent")
-    with pytest.raises(OSError, match="umount2") as caught:
+    with pytest.raises(OSError, match="umount2: .*: '/nonexistent'"):
         syscalls.umount2("/nonexistent")
-    assert caught.value.filename == "/nonexistent"
     with pytest.raises(OSError, match="setns: Bad file descriptor"):
         syscalls.setns(-1)
     with pytest.raises(OSError, match="finit_module"):
@@ -140,7 +140,7 @@ def test_openat2_holds_below_its_root(tmp_path: Path) -> None:
 
 def test_an_interrupted_call_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes = [-1, -1, 7]
-    monkeypatch.setattr(syscalls.ctypes, "get_errno", lambda: errno.EINTR)
+    monkeypatch.setattr(ctypes, "get_errno", lambda: errno.EINTR)
     assert syscalls._checked("call", None, lambda: outcomes.pop(0)) == 7
     assert outcomes == []
 
