@@ -61,7 +61,7 @@ _COMPRESSORS = {
     "gzip": ("gzip", "-n", "-9", "-c"),
 }
 COMPRESSIONS = (*_COMPRESSORS, "none")
-DEFAULT_COMPRESSION = "zstd"
+DEFAULT_COMPRESSION = "lz4"  # boots fastest: a third larger than zstd, far cheaper to unpack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
