@@ -1,0 +1,138 @@
+"""What the tests of images share: tars made by Python's own writer, OCI layouts, and archives."""
+
+import gzip
+import hashlib
+import io
+import json
+import subprocess
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+EPOCH = 1_600_000_000
+
+
+@dataclass
+class Member:
+    """A member of a tar; ``kind`` as tarfile has it."""
+
+    name: str
+    data: bytes = b""
+    kind: bytes = tarfile.REGTYPE
+    mode: int = 0o644
+    uid: int = 0
+    gid: int = 0
+    mtime: float = EPOCH
+    target: str = ""
+    device: tuple[int, int] = (0, 0)
+    xattrs: dict[str, bytes] = field(default_factory=dict)
+
+
+def directory(name: str, **facts: object) -> Member:
+    return Member(name, kind=tarfile.DIRTYPE, **{"mode": 0o755, **facts})  # type: ignore[arg-type]
+
+
+def hard_link(name: str, target: str) -> Member:
+    return Member(name, kind=tarfile.LNKTYPE, target=target)
+
+
+def symlink(name: str, target: str) -> Member:
+    return Member(name, kind=tarfile.SYMTYPE, target=target, mode=0o777)
+
+
+def make_tar(members: Sequence[Member], format: int = tarfile.PAX_FORMAT) -> bytes:
+    """Write a tar by the standard library's writer, which is not ours."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
+        for member in members:
+            info = tarfile.TarInfo(member.name)
+            info.type, info.mode, info.mtime = member.kind, member.mode, member.mtime
+            info.uid, info.gid, info.linkname = member.uid, member.gid, member.target
+            info.devmajor, info.devminor = member.device
+            info.size = len(member.data)
+            info.pax_headers = {
+                f"SCHILY.xattr.{name}": value.decode("utf-8", "surrogateescape")
+                for name, value in member.xattrs.items()
+            }
+            archive.addfile(info, io.BytesIO(member.data))
+    return buffer.getvalue()
+
+
+def zstd(data: bytes) -> bytes:
+    return subprocess.run(["zstd", "-q", "-c"], input=data, stdout=-1, check=True).stdout
+
+
+def digest(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+MEDIA = "application/vnd.oci.image.layer.v1.tar"
+
+
+class Layout:
+    """An OCI layout being made in a directory; every part can be spoilt before ``finish``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        (path / "blobs/sha256").mkdir(parents=True)
+        self.layers: list[dict[str, object]] = []
+        self.diff_ids: list[str] = []
+        self.manifests: list[dict[str, object]] = []
+
+    def blob(self, data: bytes, media_type: str = MEDIA) -> dict[str, object]:
+        name = hashlib.sha256(data).hexdigest()
+        (self.path / "blobs/sha256" / name).write_bytes(data)
+        return {"mediaType": media_type, "digest": "sha256:" + name, "size": len(data)}
+
+    def layer(self, members: Sequence[Member], compression: str = "") -> "Layout":
+        tar = make_tar(members)
+        self.diff_ids.append(digest(tar))
+        packed = {"": lambda: tar, "+gzip": lambda: gzip.compress(tar), "+zstd": lambda: zstd(tar)}
+        self.layers.append(self.blob(packed[compression](), MEDIA + compression))
+        return self
+
+    def image(self, **facts: object) -> "Layout":
+        """End an image: write config and manifest, and list it."""
+        config = {"rootfs": {"type": "layers", "diff_ids": self.diff_ids}}
+        manifest = {
+            "schemaVersion": 2,
+            "config": self.blob(
+                json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json"
+            ),
+            "layers": self.layers,
+        }
+        descriptor = self.blob(
+            json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json"
+        )
+        self.manifests.append({**descriptor, **facts})
+        self.layers, self.diff_ids = [], []
+        return self
+
+    def finish(self) -> Path:
+        if self.layers:
+            self.image()
+        (self.path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+        index = {"schemaVersion": 2, "manifests": self.manifests}
+        (self.path / "index.json").write_text(json.dumps(index))
+        return self.path
+
+
+def tar_of(directory_path: Path, archive: Path) -> Path:
+    """Put the files of a directory into a tar."""
+    with tarfile.open(archive, "w") as tar:
+        for path in sorted(directory_path.rglob("*")):
+            tar.add(path, str(path.relative_to(directory_path)), recursive=False)
+    return archive
+
+
+def docker_archive(path: Path, layers: Sequence[bytes], tag: str = "app:1") -> Path:
+    """Write what ``docker save`` of old wrote."""
+    config = json.dumps({"rootfs": {"type": "layers", "diff_ids": [*map(digest, layers)]}}).encode()
+    config_name = hashlib.sha256(config).hexdigest() + ".json"
+    names = [f"layer{number}/layer.tar" for number in range(len(layers))]
+    manifest = [{"Config": config_name, "RepoTags": [tag], "Layers": names}]
+    files = {config_name: config, "manifest.json": json.dumps(manifest).encode()}
+    files |= dict(zip(names, layers, strict=True))
+    path.write_bytes(make_tar([Member(name, data) for name, data in files.items()]))
+    return path
