@@ -40,7 +40,7 @@ def _refuse_loop_device(fd: int, path: str) -> None:
 
 def _attached_loop_devices() -> list[str]:
     with open(_PARTITIONS) as partitions:
-        names = [line.split()[-1] for line in partitions if "loop" in line]
+        names = [name for name in partitions.read().split() if name.startswith("loop")]
     return [name for name in names if name.removeprefix("loop").isdigit()]
 
 
@@ -50,11 +50,14 @@ def _refuse_mount(path: str) -> None:
     for special in (b"\\", b" ", b"\t", b"\n"):
         source = source.replace(special, b"\\%03o" % special[0])
     with open(_MOUNTINFO, "rb") as mounts:
-        for line in mounts:
-            fields, _, rest = line.partition(b" - ")
-            if rest.split(b" ")[1:2] == [source]:
-                target = os.fsdecode(fields.split(b" ")[4])
-                raise _busy(path, f"it is mounted on {target!r}", errno.EBUSY)
+        content = mounts.read()
+    if source not in content:
+        return
+    for line in content.splitlines():
+        fields, _, rest = line.partition(b" - ")
+        if rest.split(b" ")[1:2] == [source]:
+            target = os.fsdecode(fields.split(b" ")[4])
+            raise _busy(path, f"it is mounted on {target!r}", errno.EBUSY)
 
 
 def _busy(path: str, reason: str, number: int) -> CallError:

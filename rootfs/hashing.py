@@ -9,17 +9,21 @@ many blocks at once where the library for it is installed. A hasher belongs to o
 import dataclasses
 import hashlib
 import os
-from typing import Protocol
+import threading
+from typing import TYPE_CHECKING, Protocol
 
 from guestagent.storage.verity import DIGEST_SIZES, HASH_TYPE_CHROMEOS, VerityParameters
 from vsock.errors import CallError
+
+if TYPE_CHECKING:
+    from rootfs import multibuffer
 
 __all__ = ("BlockHash", "Hasher", "HashlibHasher", "Scratch", "open_hasher")
 
 #: Read at once: large enough to hide the calls, small enough to stay in a core's cache.
 _BATCH_BYTES = 512 * 1024
 #: What setting up the multi-buffer library costs is won back over this many blocks.
-_ACCELERATION_BLOCKS = 1024
+_ACCELERATION_BLOCKS = 128
 #: IOV_MAX of Linux (include/uapi/linux/uio.h).
 _MAX_VECTORS = 1024
 
@@ -83,18 +87,21 @@ class Scratch:
 
     def __init__(self, block_hash: BlockHash, batch_blocks: int) -> None:
         self._block_size_bytes = block_hash.block_size_bytes
-        salt = block_hash.salt
-        self.message_size_bytes = len(salt) + self._block_size_bytes
-        head = len(salt) if block_hash.salt_first else 0
-        empty = bytes(self._block_size_bytes)
-        message = salt + empty if block_hash.salt_first else empty + salt
-        self.buffer = bytearray(message * batch_blocks)
+        self.message_size_bytes = len(block_hash.salt) + self._block_size_bytes
+        self.buffer = bytearray(self.message_size_bytes * batch_blocks)
         view = memoryview(self.buffer)
         starts = range(0, len(self.buffer), self.message_size_bytes)
         self.messages = [view[start : start + self.message_size_bytes] for start in starts]
-        self._blocks = [
-            view[start + head : start + head + self._block_size_bytes] for start in starts
-        ]
+        head = len(block_hash.salt) if block_hash.salt_first else 0
+        self._blocks = [message[head : head + self._block_size_bytes] for message in self.messages]
+        tail = 0 if block_hash.salt_first else self._block_size_bytes
+        self._salts = [message[tail : tail + len(block_hash.salt)] for message in self.messages]
+        self.set_salt(block_hash.salt)
+
+    def set_salt(self, salt: bytes) -> None:
+        """Put another salt of the same length in place."""
+        for place in self._salts:
+            place[:] = salt
 
     def fill(self, fd: int, offset_bytes: int, count: int) -> None:
         """Read ``count`` blocks."""
@@ -114,11 +121,11 @@ class Scratch:
 class HashlibHasher:
     """One block after the other, by the interpreter's own library."""
 
-    def __init__(self, block_hash: BlockHash, blocks: int = _MAX_VECTORS) -> None:
+    def __init__(self, block_hash: BlockHash) -> None:
         room = max(1, _BATCH_BYTES // block_hash.block_size_bytes)
-        enough = 1 << (blocks - 1).bit_length()
-        self.batch_blocks = min(room, block_hash.max_batch_blocks, enough)
+        self.batch_blocks = min(room, block_hash.max_batch_blocks, _MAX_VECTORS)
         self._scratch = Scratch(block_hash, self.batch_blocks)
+        self.set_salt = self._scratch.set_salt
         self._new = getattr(hashlib, block_hash.algorithm)
         self._padding = bytes(block_hash.slot_size_bytes - block_hash.digest_size_bytes)
 
@@ -130,10 +137,35 @@ class HashlibHasher:
         return self._padding.join(digests) + self._padding
 
 
+class _Kept(threading.local):
+    """The hashers that a thread had last: their buffers serve all levels, and the next image."""
+
+    def __init__(self) -> None:
+        self.hashers: dict[object, HashlibHasher | multibuffer.MultiBufferHasher] = {}
+
+
+_kept = _Kept()
+#: One for the data, one for the tree.
+_MAX_KEPT = 2
+
+
 def open_hasher(block_hash: BlockHash, blocks: int, *, accelerate: bool = True) -> Hasher:
-    """Return the fastest hasher for so many of these blocks on this machine."""
+    """Return the fastest hasher for so many of these blocks on this machine.
+
+    It is this thread's, with this salt until the next call.
+    """
     from rootfs import multibuffer
 
-    if accelerate and blocks >= _ACCELERATION_BLOCKS and multibuffer.is_usable(block_hash):
-        return multibuffer.MultiBufferHasher(block_hash)
-    return HashlibHasher(block_hash, blocks)
+    slow, fast = (
+        (kind, len(block_hash.salt), dataclasses.replace(block_hash, salt=b""))
+        for kind in (HashlibHasher, multibuffer.MultiBufferHasher)
+    )
+    worthwhile = blocks >= _ACCELERATION_BLOCKS or fast in _kept.hashers
+    key = fast if accelerate and worthwhile and multibuffer.is_usable(block_hash) else slow
+    hasher = _kept.hashers.get(key)
+    if hasher is None:
+        if len(_kept.hashers) >= _MAX_KEPT:
+            _kept.hashers.clear()
+        hasher = _kept.hashers[key] = key[0](block_hash)
+    hasher.set_salt(block_hash.salt)
+    return hasher

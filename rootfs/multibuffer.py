@@ -185,6 +185,7 @@ class MultiBufferHasher:
     def __init__(self, block_hash: BlockHash) -> None:
         self.batch_blocks = min(_BURST_JOBS, block_hash.max_batch_blocks)
         self._scratch = Scratch(block_hash, self.batch_blocks)
+        self.set_salt = self._scratch.set_salt
         self._burst = _Burst(
             self._scratch.buffer, self._scratch.message_size_bytes, self.batch_blocks
         )
