@@ -33,7 +33,10 @@ _RESERVED_CIDS = (0, 1, 2, 0xFFFFFFFF)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Where the device listens, for which guest, and within which limits."""
+    """Where the device listens, for which guest, and within which limits.
+
+    Whoever may write to ``uds_path`` reaches every port of the guest: its directory decides who.
+    """
 
     socket_path: str
     uds_path: str

@@ -28,19 +28,6 @@ _USED = struct.Struct("<II")
 _U16 = struct.Struct("<H")
 _FLAGS, _INDEX, _RING = 0, 2, 4
 
-_held = threading.Lock()
-_held.acquire()
-
-
-def _fence() -> None:
-    """Order all memory accesses before against all after, as the driver's barriers expect.
-
-    Python has no fence. Giving a lock back and taking it again is a release followed by an
-    acquire of the same word: a locked instruction on x86, and ordered on ARMv8 as well.
-    """
-    _held.release()
-    _held.acquire()
-
 
 class VirtqueueError(Exception):
     """The driver broke the rules of the ring: it cannot be used until it is set up again."""
@@ -87,6 +74,8 @@ class Virtqueue:
         self._used_index = _U16.unpack_from(self._used, _INDEX)[0]
         self._peeked: deque[Chain] = deque()
         self._notify_due = False
+        self._held = threading.Lock()
+        self._held.acquire()
 
     def pending(self) -> int:
         """Return how many chains wait.
@@ -101,7 +90,7 @@ class Virtqueue:
                 f"available index {index} is {count} ahead of {self.next_available},"
                 f" the ring holds {self.size}"
             )
-        _fence()
+        self._fence()
         return count
 
     def peek(self, limit: int) -> list[Chain]:
@@ -128,7 +117,7 @@ class Virtqueue:
             _USED.pack_into(self._used, offset, chain.head, written)
             self._used_index = (self._used_index + 1) & 0xFFFF
             self.next_available = (self.next_available + 1) & 0xFFFF
-        _fence()
+        self._fence()
         _U16.pack_into(self._used, _INDEX, self._used_index)
         self._notify_due = True
 
@@ -137,14 +126,23 @@ class Virtqueue:
         if not self._notify_due:
             return False
         self._notify_due = False
-        _fence()
+        self._fence()
         flags: int = _U16.unpack_from(self._available, _FLAGS)[0]
         return not flags & _AVAIL_NO_INTERRUPT
 
     def want_kicks(self, wanted: bool) -> None:
         """Tell the driver whether to kick; look at ``pending`` once more after wanting them."""
         _U16.pack_into(self._used, _FLAGS, 0 if wanted else _USED_NO_NOTIFY)
-        _fence()
+        self._fence()
+
+    def _fence(self) -> None:
+        """Order all memory accesses before against all after, as the driver's barriers expect.
+
+        Python has no fence. Giving a lock back and taking it again is a release followed by an
+        acquire of the same word: a locked instruction on x86, and ordered on ARMv8 as well.
+        """
+        self._held.release()
+        self._held.acquire()
 
     def _walk(self, head: int) -> Chain:
         readable: list[memoryview] = []
