@@ -150,6 +150,7 @@ class Running:
         self.handler = Handler()
         self.lines: list[str] = []
         options.setdefault("quick", Handler.quick)
+        options.setdefault("hello_seconds", None)
         self.server = Server(self.handler, report=self.lines.append, **options)  # type: ignore[arg-type]
         self.server.add_listener(listen(self.address))
         self._peers: list[Peer] = []

@@ -6,8 +6,10 @@ import threading
 import msgpack
 import pytest
 
+import vsock.aio
 from vsock.aio import AsyncClient
 from vsock.client import ClosedHandleError
+from vsock.connect import connect
 from vsock.errors import CallError, ConnectionClosed, LocalProtocolError
 from vsock.rpc import Limits
 
@@ -164,20 +166,43 @@ def test_nobody_there(tmp_path):
     asyncio.run(main())
 
 
-def test_a_connect_that_is_cancelled_leaves_no_descriptor(tmp_path):
-    path = str(tmp_path / "s")
+def test_a_connect_that_is_cancelled_leaves_no_descriptor(serve, monkeypatch):
+    begun, go_on, streams = threading.Event(), threading.Event(), []
+
+    def slow_connect(*args):
+        begun.set()
+        assert go_on.wait(WAIT_SECONDS)
+        streams.append(connect(*args))
+        return streams[-1]
+
+    monkeypatch.setattr(vsock.aio, "connect", slow_connect)
 
     async def main():
-        task = asyncio.create_task(AsyncClient.connect(f"unix://{path}", connect_seconds=5))
-        await asyncio.sleep(0)
+        task = asyncio.create_task(AsyncClient.connect(serve().address))
+        assert await asyncio.to_thread(begun.wait, WAIT_SECONDS)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        go_on.set()
 
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(path)
-        server.listen()
-        asyncio.run(main())
+    asyncio.run(main())
+    for thread in threading.enumerate():
+        if thread.name.startswith("rpc-connect"):
+            thread.join(WAIT_SECONDS)
+    assert [stream.fileno() for stream in streams] == [-1]
+
+
+def test_what_waits_to_be_sent_is_bounded(run):
+    async def scenario(client, running):
+        client._stream.send, send = lambda _: 0, client._stream.send
+        tasks = [asyncio.create_task(client.call("echo", {"a": bytes(900_000)})) for _ in range(9)]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(client._unsent) < 2_000_000
+        client._stream.send = send
+        assert len(await asyncio.gather(*tasks)) == 9
+
+    run(scenario)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import itertools
 import os
 import socket
 import threading
@@ -12,7 +13,7 @@ from vsock.address import UnixAddress
 from vsock.client import Client, ClosedHandleError
 from vsock.errors import CallError, ConnectionClosed, LocalProtocolError
 from vsock.inbox import Inbox
-from vsock.rpc import Limits, Notification
+from vsock.rpc import MAX_MSGID, Limits, Notification
 from vsock.stream import listen
 
 WAIT_SECONDS = 20.0
@@ -108,6 +109,7 @@ def test_our_own_timeout_leaves_the_connection_alive_and_a_late_answer_unheard(c
     with pytest.raises(CallError, match=r"no answer to gate within 0\.02 s") as caught:
         client.call("gate", timeout_seconds=0.02)
     assert caught.value.code == "timeout"
+    assert client._pending == {}
     running.handler.gate.set()
     running.handler.passed(running.handler.finished)
     assert client.call("echo") == {}
@@ -173,6 +175,53 @@ def test_the_refusal_of_a_server_is_in_the_error(serve):
         first.call("echo")
         with pytest.raises(ConnectionClosed, match="1 connections are open"):
             second.call("slow_echo")
+
+
+def test_what_the_peer_said_before_it_went_is_in_the_error(tmp_path):
+    gone, send_failed = threading.Event(), threading.Event()
+
+    class Late(Client):
+        """Hears of nothing before it has failed to send."""
+
+        def _take(self, message):
+            assert send_failed.wait(WAIT_SECONDS)
+            super()._take(message)
+
+        def _write(self, data):
+            try:
+                super()._write(data)
+            except OSError:
+                send_failed.set()
+                raise
+
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+
+        def script():
+            sock, _ = server.accept()
+            with sock:
+                sock.sendall(msgpack.packb([2, "rpc.error", [{"code": "busy", "message": "why"}]]))
+            gone.set()
+
+        thread = threading.Thread(target=script)
+        thread.start()
+        with Late(f"unix://{path}") as client:
+            assert gone.wait(WAIT_SECONDS)
+            with pytest.raises(ConnectionClosed, match="after busy: why"):
+                client.call("m")
+        thread.join()
+
+
+def test_a_msgid_that_is_pending_is_not_used_again(client, running):
+    held = client.start_call("gate")
+    client._msgids = itertools.count(held.msgid)
+    assert client.call("echo", {"a": 1}) == {"a": 1}
+    running.handler.gate.set()
+    assert held.result(WAIT_SECONDS) == "through"
+    client._msgids = itertools.count(MAX_MSGID)
+    assert [client.call("echo", {"a": n}) for n in range(3)] == [{"a": n} for n in range(3)]
 
 
 @pytest.mark.parametrize(

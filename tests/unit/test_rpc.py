@@ -191,7 +191,9 @@ def test_depth_is_bounded_exactly():
 @pytest.mark.parametrize("levels", [33, 1000, 200_000])
 def test_deep_nesting_costs_no_memory(levels):
     decoder = Decoder(LIMITS)
-    messages = decoder.feed(nested(levels))
+    assert decoder.feed(nested(levels)[:-1]) == []
+    assert len(decoder._scanner._open) <= LIMITS.max_depth + 1
+    messages = decoder.feed(nested(levels)[-1:])
     assert [plain(m) for m in messages] == [("malformed", "request", 5, "resource", False)]
     assert [plain(m) for m in decoder.feed(PING)] == [(0, 99, "ping", {})]
 

@@ -80,6 +80,31 @@ def test_a_handler_that_breaks_its_contract_still_answers_and_costs_no_worker(se
         assert raised.acquire(timeout=20)
 
 
+def test_what_waits_behind_a_broken_handler_is_run(serve, monkeypatch):
+    raised = threading.Semaphore(0)
+    monkeypatch.setattr(threading, "excepthook", lambda _: raised.release())
+    running = serve(workers=1)
+    peer = running.peer()
+    for msgid, method in enumerate(("gate", "bug", "slow_echo")):
+        peer.request(msgid, method)
+    peer.ask(3, "echo")  # so all of them wait
+    running.handler.gate.set()
+    assert peer.next() == [1, 0, None, "through"]
+    assert peer.error() == (1, "internal")
+    assert peer.next() == [1, 2, None, {}]
+    assert raised.acquire(timeout=20)
+
+
+def test_one_idle_thread_does_not_make_two_calls_wait_for_each_other(serve):
+    running = serve()
+    peer = running.peer()
+    peer.ask(1, "slow_echo")
+    peer.send(b"".join(msgpack.packb([0, n, "gate", [{}]]) for n in range(4)))
+    running.handler.passed(running.handler.at_gate, 4)
+    running.handler.gate.set()
+    assert sorted(peer.next()[1] for _ in range(4)) == [0, 1, 2, 3]
+
+
 def big(size_bytes):
     return msgpack.packb([0, 7, "echo", [{"a": bytes(size_bytes)}]])
 
@@ -249,6 +274,23 @@ def test_a_msgid_in_flight_is_refused_and_free_again_after_the_answer(serve):
         assert peer.ask(1, "slow_echo") == {}
 
 
+def test_the_books_around_an_answer(serve):
+    """The msgid is free before the answer goes out, and the answer is owed until it has."""
+    running = serve()
+    peer = running.peer()
+    peer.ask(1, "echo")
+    connection = running.handler.calls[0].connection
+    put, seen = connection.outbox.put, []
+
+    def spy(data, **options):
+        seen.append((7 in connection._calls, connection.owes_answers))
+        return put(data, **options)
+
+    connection.outbox.put = spy
+    peer.ask(7, "slow_echo")
+    assert seen == [(False, True)]
+
+
 def test_the_257th_request_in_flight_is_refused(serve):
     running = serve(workers=2)
     peer = running.peer()
@@ -268,6 +310,8 @@ def test_requests_in_flight_are_bounded_in_bytes_as_well(serve):
     assert peer.error()[1] == "resource"
     running.handler.gate.set()
     assert all(peer.next()[2] is None for _ in range(16))
+    for msgid in range(20):
+        assert len(peer.ask(msgid, "slow_echo", a=bytes(4000))["a"]) == 4000
 
 
 def test_the_65th_connection_is_refused_and_the_64_live(serve):
@@ -460,6 +504,23 @@ def test_notifications_reach_who_keeps_up_and_are_dropped_for_others(serve):
     for _ in range(counts.count(2)):
         assert slow.next()[0] == 2
     assert slow.ask(2, "echo") == {}
+
+
+def test_notifications_leave_room_for_answers(serve):
+    running = serve(limits=Limits(max_reply_bytes=512 * 1024))
+    peer = running.peer()
+    peer.ask(1, "hello")
+    peer.request(2, "late_big", bytes=500 * 1024)
+    peer.ask(3, "echo")
+    while running.server.broadcast("event", {"a": bytes(32 * 1024)}):
+        pass
+    running.handler.gate.set()
+    other = running.peer()
+    while running.server.requests_in_flight:
+        other.ask(1, "echo")
+    while (message := peer.next())[0] == 2:
+        pass
+    assert message == [1, 2, None, b"x" * (500 * 1024)]
 
 
 def test_a_handler_can_notify_its_peer(serve):
