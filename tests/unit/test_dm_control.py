@@ -238,7 +238,9 @@ def test_a_removal_that_came_before_it_was_taken_back_is_a_removal(
         def info(self, name: str) -> object:
             return type("Info", (), {"deferred_remove": False})()
 
-        def remove(self, name: str, *, deferred: bool) -> bool:
+        def remove(self, name: str, *, deferred: bool = False) -> bool:
+            if not deferred:
+                raise OSError(errno.EBUSY, "Device or resource busy", name)
             return False
 
         def cancel_deferred_remove(self, name: str) -> None:
@@ -249,4 +251,29 @@ def test_a_removal_that_came_before_it_was_taken_back_is_a_removal(
         deadline.check("wait")
 
     monkeypatch.setattr(devices, "wait_gone", late)
+    monkeypatch.setattr(devices, "_dying", lambda control: set())
     assert devices.remove_device(Racing(), "x", Deadline(0.0))  # type: ignore[arg-type]
+    monkeypatch.setattr(devices, "_dying", lambda control: {"dm-1"})
+    with pytest.raises(OSError, match="still in use"):
+        devices.remove_device(Racing(), "x", Deadline(0.0))  # type: ignore[arg-type]
+
+
+def test_an_undo_that_fails_does_not_hide_what_failed_first() -> None:
+    class Broken:
+        def create(self, name: str, uuid: str) -> None:
+            pass
+
+        def load_table(self, name: str, targets: object, *, readonly: bool) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument", name)
+
+        def remove(self, name: str, *, deferred: bool) -> bool:
+            raise OSError(errno.ENOMEM, "Out of memory", name)
+
+    target = Target(start_sectors=0, length_sectors=8, target_type="error")
+    with pytest.raises(devices.DmStepError, match="Invalid argument") as caught:
+        devices.create_device(Broken(), name="x", uuid="u", targets=[target])  # type: ignore[arg-type]
+    assert (caught.value.step, caught.value.errno) == ("dm-load", errno.EINVAL)
+    assert "table: 0 8 error" in str(caught.value)
+    assert any(
+        "stays behind" in note and "Out of memory" in note for note in caught.value.__notes__
+    )

@@ -87,7 +87,7 @@ def test_errors_name_call_and_object() -> None:
     with pytest.raises(FileNotFoundError, match="openat2: No such file") as caught:
         syscalls.openat2(syscalls.AT_FDCWD, "/nonexistent", os.O_PATH)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOENT, "/nonexistent")
-    with pytest.raises(OSError, match="umount2: .*: '/nonexistent'"):
+    with pytest.raises(OSError, match=r"umount2: .*: '/nonexistent'"):
         syscalls.umount2("/nonexistent")
     with pytest.raises(OSError, match="setns: Bad file descriptor"):
         syscalls.setns(-1)

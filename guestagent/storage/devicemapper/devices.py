@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import stat
+import sys
 from collections.abc import Sequence
 
 from guestagent.storage.devicemapper.control import Control, DeviceInfo
@@ -83,13 +84,17 @@ def create_device(
 
 
 def _undo_create(control: Control, name: str) -> None:
-    """Remove what create_device made; deferred, since somebody may have opened it already."""
-    _remove_link(name)
+    """Remove what create_device made; deferred, since somebody may have opened it already.
+
+    Runs while an exception passes, which stays the one to be raised.
+    """
+    passing = sys.exception()
     try:
+        _remove_link(name)
         control.remove(name, deferred=True)
     except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
+        if error.errno != errno.ENXIO and passing is not None:
+            passing.add_note(f"the half-made device {name!r} stays behind: {error}")
 
 
 def ensure_node(info: DeviceInfo) -> None:
@@ -128,8 +133,9 @@ def set_deferred_remove(control: Control, name: str) -> bool:
 def remove_device(control: Control, name: str, deadline: Deadline) -> bool:
     """Remove a device, waiting for its users to close it; return False if it was gone before.
 
-    The wait is no polling: the removal is left to the kernel (deferred) and its event awaited. If
-    the deadline passes first the removal is taken back, so that the device is as it was.
+    The wait is no polling: where the device is busy the removal is left to the kernel (deferred)
+    and its event awaited. If the deadline passes first the removal is taken back, so that the
+    device is as it was.
     On return the devices below it are released too.
 
     Raises:
@@ -137,29 +143,36 @@ def remove_device(control: Control, name: str, deadline: Deadline) -> bool:
         CallError: ``cancelled``.
     """
     try:
-        was_deferred = control.info(name).deferred_remove
-        gone = control.remove(name, deferred=True)
+        control.remove(name)
     except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        wait_gone(control, (name,), deadline)
-        return False
-    if not gone:
-        try:
+        if error.errno == errno.EBUSY:
+            _remove_busy(control, name, deadline)
+        elif error.errno == errno.ENXIO:
             wait_gone(control, (name,), deadline)
-        except CallError as error:
-            if not was_deferred and _take_back(control, name):
-                _remove_link(name)
-                return True
-            if error.code == "timeout":
-                raise _busy(name) from error
+            return False
+        else:
             raise
     _remove_link(name)
     return True
 
 
-def _busy(name: str) -> OSError:
-    return OSError(errno.EBUSY, "DM_DEV_REMOVE: still in use at the deadline", name)
+def _remove_busy(control: Control, name: str, deadline: Deadline) -> None:
+    was_deferred = False
+    try:
+        was_deferred = control.info(name).deferred_remove
+        control.remove(name, deferred=True)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # else it went by itself since
+            raise
+    try:
+        wait_gone(control, (name,), deadline)
+    except CallError as error:
+        if not was_deferred and _take_back(control, name) and not _dying(control):
+            return
+        if error.code == "timeout":
+            text = "DM_DEV_REMOVE: still in use at the deadline"
+            raise OSError(errno.EBUSY, text, name) from error
+        raise
 
 
 def _take_back(control: Control, name: str) -> bool:
