@@ -57,7 +57,7 @@ _BUILDERS = ("initramfs.py", "cpio.py", "elf.py", "bytecode.py")
 #: Commands that compress standard input as the kernel unpacks it, reproducibly.
 _COMPRESSORS = {
     "zstd": ("zstd", "-q", "-19", "-T1", "-c"),
-    "lz4": ("lz4", "-q", "-l", "-12", "-c"),  # -l: the kernel reads the legacy frame only
+    "lz4": ("lz4", "-q", "-l", "-9", "-c"),  # -l: the kernel reads the legacy frame only
     "gzip": ("gzip", "-n", "-9", "-c"),
 }
 COMPRESSIONS = (*_COMPRESSORS, "none")
