@@ -32,6 +32,22 @@ class Deadline:
         self._lock = threading.Lock()
         self._cancelled = False
         self._event_fd: int | None = None
+        self._whole: Deadline | None = None
+        self._parts: list[Deadline] = []
+
+    def part(self, seconds: float) -> "Deadline":
+        """Return a deadline for a part of the work, which the caller closes.
+
+        It passes ``seconds`` from now, with this one at the latest, and is cancelled with it.
+        """
+        part = Deadline(seconds)
+        part._whole = self
+        with self._lock:
+            if self._at is not None and part._at is not None:
+                part._at = min(part._at, self._at)
+            part._cancelled = self._cancelled
+            self._parts.append(part)
+        return part
 
     def remaining(self) -> float | None:
         """Return the seconds left, 0.0 when past, None when unlimited."""
@@ -56,6 +72,9 @@ class Deadline:
             self._cancelled = True
             if self._event_fd is not None:
                 os.eventfd_write(self._event_fd, 1)
+            parts = list(self._parts)
+        for part in parts:
+            part.cancel()
 
     def check(self, step: str) -> None:
         """Raise CallError ``cancelled`` or ``timeout``, naming ``step``, if it is over."""
@@ -104,10 +123,23 @@ class Deadline:
 
     def close(self) -> None:
         """Free the descriptor, if one was made. Idempotent."""
+        if self._whole is not None:
+            self._whole._forget(self)
+            self._whole = None
         with self._lock:
             if self._event_fd is not None:
                 os.close(self._event_fd)
                 self._event_fd = None
+
+    def __enter__(self) -> "Deadline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _forget(self, part: "Deadline") -> None:
+        with self._lock:
+            self._parts.remove(part)
 
     def _wake_fd(self) -> int:
         with self._lock:

@@ -14,12 +14,14 @@ from guestagent.api import (
     UnmountReply,
 )
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
+from guestagent.engine.journal import Decision
 from guestagent.engine.layers import Layers
 from guestagent.engine.operation import Operation
 from guestagent.engine.overlays import Overlays
 from guestagent.engine.readback import layer_report
 from guestagent.engine.state import EngineState
 from guestagent.engine.takedown import nothing_to_unmount
+from guestagent.storage.mountinfo import mounts_by_target
 from vsock.errors import CallError
 
 __all__ = ("Batches",)
@@ -53,14 +55,19 @@ class Batches:
         if request.overlay is not None:
             keys.update(self._overlays.keys(request.overlay))
         with self._state.locks.hold(keys, op.deadline):
-            op.batch = f"batch-{request.layers[0].layer_id}"
+            # the name is never used again, so that no decision of an old batch counts for a new one
+            op.batch = f"batch-{time.monotonic_ns()}-{request.layers[0].layer_id}"
             missing = [spec for spec in request.layers if not self._layers.is_mounted(spec)]
             with op:
                 made = self._bring_layers_up(missing, op)
                 overlay = self._bring_overlay_up(request, made, op)
-                reply = self._report(request, made, overlay, op)
-                self._keep(made, overlay, op)
+                with op.step("read back", f"{len(request.layers)} layers"):
+                    reply = self._report(request, made, overlay, op)
+                decision = Decision(layers=tuple(made), overlay=overlay)
+                with op.step("commit", op.batch, code="resource"):
+                    self._state.journal.commit_batch(op.batch, decision)
                 op.commit()
+            self._keep(op.batch, decision)
         for live in made:
             self._layers.announce(live, op)
         if overlay is not None:
@@ -70,7 +77,14 @@ class Batches:
 
     def _bring_layers_up(self, specs: Sequence[LayerSpec], op: Operation) -> list[LiveLayer]:
         with op.step("layers", f"{len(specs)} layers"):
-            return self._in_parallel(specs, self._layers.bring_up, op)
+            return self._in_parallel(specs, self._bring_layer_up, op)
+
+    def _bring_layer_up(self, spec: LayerSpec, op: Operation) -> LiveLayer:
+        try:
+            return self._layers.bring_up(spec, op)
+        except CallError as error:
+            self._layers.announce_failure(spec, error, op)
+            raise
 
     def _bring_overlay_up(
         self, request: LayersMountRequest, made: list[LiveLayer], op: Operation
@@ -79,7 +93,11 @@ class Batches:
         if spec is None or self._overlays.is_mounted(spec):
             return None
         fresh = {live.spec.layer_id: live.spec.mount_point for live in made}
-        return self._overlays.bring_up(spec, op, fresh)
+        try:
+            return self._overlays.bring_up(spec, op, fresh)
+        except CallError as error:
+            self._overlays.announce_failure(spec, error, op)
+            raise
 
     def _report(
         self,
@@ -89,14 +107,19 @@ class Batches:
         op: Operation,
     ) -> LayersMountReply:
         """Read everything back, before anything is promised."""
+        lives = {live.spec.layer_id: live for live in self._state.inventory.layers()}
         fresh = {live.spec.layer_id: live for live in made}
-        reports = []
-        for spec in request.layers:
-            live = fresh.get(spec.layer_id)
-            if live is None:
-                reports.append(self._layers.get(spec.layer_id, already=True))
-            else:
-                reports.append(layer_report(self._state, live))
+        lives.update(fresh)
+        mounts = mounts_by_target()
+        reports = [
+            layer_report(
+                self._state,
+                lives[spec.layer_id],
+                already=spec.layer_id not in fresh,
+                mounts=mounts,
+            )
+            for spec in request.layers
+        ]
         overlay_report: OverlayReport | None = None
         if overlay is not None:
             overlay_report = self._overlays.report(overlay)
@@ -106,16 +129,14 @@ class Batches:
             layers=tuple(reports), overlay=overlay_report, timings_ms=op.timings_ms
         )
 
-    def _keep(self, made: list[LiveLayer], overlay: LiveOverlay | None, op: Operation) -> None:
-        """Make everything official at once: the commit file is the moment that decides."""
-        assert op.batch is not None
-        with op.step("commit", op.batch, code="resource"):
-            self._state.journal.commit_batch(op.batch)
-        for live in made:
-            self._layers.keep(live)
-        if overlay is not None:
-            self._overlays.keep(overlay)
-        self._state.journal.forget_batch(op.batch)
+    def _keep(self, batch: str, decision: Decision) -> None:
+        """Bring the books in line with what is decided; nothing can fail any more."""
+        for live in decision.layers:
+            self._state.inventory.add_layer(live)
+        if decision.overlay is not None:
+            self._state.inventory.add_overlay(decision.overlay)
+        settle = self._state.journal.settle_batch
+        self._state.tidy(f"the decision {batch}", settle, batch, decision)
 
     # --- unmount
 
@@ -132,7 +153,7 @@ class Batches:
         inventory = self._state.inventory
         with self._state.locks.hold(keys, op.deadline):
             overlay = inventory.overlay(request.overlay) if request.overlay else None
-            found = (inventory.layer(layer_id) for layer_id in request.layers)
+            found = (inventory.layer(layer_id) for layer_id in dict.fromkeys(request.layers))
             layers = [live for live in found if live is not None]
             with op:
                 overlay_reply = self._take_overlay_down(overlay, op, force=request.force)

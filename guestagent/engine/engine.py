@@ -64,7 +64,11 @@ class Engine:
             faults=self._state.faults,
             kernel_log=self._state.kernel_log,
             traceparent=traceparent,
+            on_left=self._note_left,
         )
+
+    def _note_left(self, failure: str) -> None:
+        self._state.inventory.note_problem(failure, f"left behind by a failed request: {failure}")
 
     def features(self) -> tuple[str, ...]:
         """Return what this kernel and this agent can do, as names that a client may test for."""

@@ -1,63 +1,100 @@
 """The fault-injection seam: off unless configured, never on in production.
 
-``Faults.parse("verity:EIO")`` fails every step named ``verity``; ``"#3:ENOMEM"`` fails the third
-step that is reached, whatever its name; ``"mount:EIO:2"`` fails the second ``mount`` only. Several
-are joined by a comma. A fault strikes before the step does its work.
+A fault is ``STEP:KIND[:NTH]`` (at the ``NTH`` coming of a step, or at every one) or ``#NTH:KIND``
+(at the ``NTH`` step of any name); several are joined by a comma. KIND is an errno to fail with,
+``BLOCK`` to wait there until the request's deadline or cancel, or ``KILL`` to end the process there
+as ``kill -9`` does. A fault strikes before the step does its work.
 """
 
 import errno
 import os
+import signal
 import threading
 
+from vsock.deadline import Deadline
 from vsock.record import Record
 
 __all__ = ("Fault", "Faults")
 
+BLOCK, KILL = "BLOCK", "KILL"
+
 
 class Fault(Record):
-    """Fail step ``step`` (or any, when empty) at its ``nth`` coming (every one, when 0)."""
+    """Strike at step ``step`` (or any, when empty), at its ``nth`` coming (every one, when 0)."""
 
     step: str
-    errno: int
+    kind: str
     nth: int = 0
+
+    def check(self) -> None:
+        if self.kind not in (BLOCK, KILL) and not isinstance(getattr(errno, self.kind, None), int):
+            raise ValueError(f"fault kind {self.kind!r} is no errno, {BLOCK} or {KILL}")
+        if not self.step and self.nth < 1:
+            raise ValueError("a fault at any step needs a number from 1")
 
     @classmethod
     def parse(cls, text: str) -> "Fault":
-        """Read STEP:ERRNO[:NTH] or #NTH:ERRNO; ValueError says what is wrong."""
+        """Read STEP:KIND[:NTH] or #NTH:KIND; ValueError says what is wrong."""
         name, _, rest = text.partition(":")
-        errno_name, _, nth_text = rest.partition(":")
-        number = getattr(errno, errno_name or "EIO", None)
-        if not isinstance(number, int):
-            raise ValueError(f"fault {text!r}: unknown errno {errno_name!r}")
+        kind, colon, nth_text = rest.partition(":")
         if name.startswith("#"):
-            name, nth_text = "", name[1:]
-        if nth_text and not nth_text.isdigit():
+            if colon:
+                raise ValueError(f"fault {text!r} has two counts")
+            name, nth_text, colon = "", name[1:], ":"
+        if colon and not (nth_text.isascii() and nth_text.isdigit()):
             raise ValueError(f"fault {text!r}: {nth_text!r} is no count")
-        return cls(step=name, errno=number, nth=int(nth_text or 0))
+        return cls(step=name, kind=kind, nth=int(nth_text or 0))
+
+    def is_due(self, step: str, counts: dict[str, int]) -> bool:
+        """Return whether this strikes at ``step``, reached for the ``counts``-th time by name."""
+        if self.step not in ("", step):
+            return False
+        return self.nth in (0, counts[self.step])
 
 
 class Faults:
     """Counts the steps that are reached and strikes where a fault says so. Thread-safe."""
 
     def __init__(self, faults: tuple[Fault, ...] = ()) -> None:
-        self._faults = faults
         self._lock = threading.Lock()
-        self._reached: dict[str, int] = {"": 0}
         self.struck = 0
+        self.arm(faults)
 
     @classmethod
     def parse(cls, text: str) -> "Faults":
-        return cls(tuple(Fault.parse(part) for part in text.split(",") if part))
+        return cls(_parse_all(text))
 
-    def reach(self, step: str) -> None:
-        """Raise OSError if a fault is due at this coming of ``step``."""
+    def arm(self, faults: "tuple[Fault, ...] | str") -> None:
+        """Replace the faults and count from 0 again."""
+        if isinstance(faults, str):
+            faults = _parse_all(faults)
+        with self._lock:
+            self._faults = faults
+            self._reached: dict[str, int] = {"": 0}
+
+    def reach(self, step: str, deadline: Deadline) -> None:
+        """Strike if a fault is due at this coming of ``step``.
+
+        Raises:
+            OSError: the errno of the fault.
+            CallError: ``timeout`` or ``cancelled``, of a fault that blocks.
+        """
         if not self._faults:
             return
         with self._lock:
             self._reached[""] += 1
             self._reached[step] = self._reached.get(step, 0) + 1
-            for fault in self._faults:
-                count = self._reached[fault.step] if fault.step in ("", step) else -1
-                if count == fault.nth or (fault.nth == 0 and fault.step == step):
-                    self.struck += 1
-                    raise OSError(fault.errno, f"injected: {os.strerror(fault.errno)}")
+            due = next((f for f in self._faults if f.is_due(step, self._reached)), None)
+            if due is None:
+                return
+            self.struck += 1
+        if due.kind == KILL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if due.kind == BLOCK:
+            deadline.wait([], step)
+        number = getattr(errno, due.kind)
+        raise OSError(number, f"injected: {os.strerror(number)}")
+
+
+def _parse_all(text: str) -> tuple[Fault, ...]:
+    return tuple(Fault.parse(part) for part in text.split(",") if part)

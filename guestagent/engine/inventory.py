@@ -5,6 +5,7 @@ that is never held across a system call.
 """
 
 import threading
+from collections.abc import Container
 
 from guestagent.api import ByteRange, Holder, LayerSpec, OverlaySpec
 from guestagent.engine.plan import LayerPlan, VerityOptions
@@ -12,11 +13,19 @@ from guestagent.storage.blockdev import BlockDevice
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("Inventory", "LiveLayer", "LiveOverlay", "LiveScratch")
+__all__ = ("Inventory", "LiveLayer", "LiveOverlay", "LiveScratch", "Owner")
+
+
+#: Who a claim belongs to: (kind, id).
+Owner = tuple[str, str]
 
 
 class LiveLayer(Record):
-    """A mounted layer. ``created`` are the directories that the mount made, outermost first."""
+    """A mounted layer. ``dev`` (MAJOR:MINOR) is what is mounted, empty until it is known.
+
+    ``created`` are the directories on the way to its target that the agent has made, for this or
+    for another, outermost first.
+    """
 
     spec: LayerSpec
     device: BlockDevice
@@ -26,13 +35,15 @@ class LiveLayer(Record):
     verity_options: VerityOptions
     created: tuple[str, ...]
     timings_ms: dict[str, float]
+    dev: str = ""
     state: str = "mounted"
 
 
 class LiveScratch(Record):
     """Where an overlay's changes go: ``path`` holds the directories ``upper`` and ``work``.
 
-    ``is_mount`` says that a file system was mounted at ``path`` for this, which goes with it.
+    ``is_mount`` says that a file system was mounted at ``path`` for this, which goes with it;
+    ``mount_dev`` is that file system's number and ``dev`` that of the device, if there is one.
     ``created`` are the directories that were made, outermost first.
     """
 
@@ -43,10 +54,17 @@ class LiveScratch(Record):
     filesystem: str
     formatted: bool
     created: tuple[str, ...]
+    mount_dev: str = ""
+
+    @property
+    def key(self) -> str:
+        """What two overlays must not share."""
+        return self.dev or self.path
 
 
 class LiveOverlay(Record):
-    """A mounted overlay. ``links`` is the directory of short names for its layers, if any."""
+    """A mounted overlay. ``links`` is the directory of short names for its layers, if any; ``dev``
+    and ``created`` are as a layer's."""
 
     spec: OverlaySpec
     lowerdirs: tuple[str, ...]
@@ -55,16 +73,23 @@ class LiveOverlay(Record):
     scratch: LiveScratch | None
     created: tuple[str, ...]
     timings_ms: dict[str, float] = {}
+    dev: str = ""
+
+    @property
+    def scratch_path(self) -> str | None:
+        return None if self.scratch is None else self.scratch.path
 
 
 class Inventory:
-    """Every method is atomic. Owners of claims are (kind, id) pairs."""
+    """Every method is atomic."""
 
-    def __init__(self) -> None:
+    def __init__(self, reserved: str) -> None:
+        """``reserved`` is the agent's own directory, where nothing may be mounted."""
         self._lock = threading.Lock()
         self._layers: dict[str, LiveLayer] = {}
         self._overlays: dict[str, LiveOverlay] = {}
-        self._targets: dict[str, tuple[str, str]] = {}
+        self._targets: dict[str, Owner] = {reserved: ("agent", "state")}
+        self._directories: dict[Owner, tuple[str, ...]] = {}
         self._dm_names: dict[str, str] = {}
         self._scratch: dict[str, str] = {}
         self._problems: dict[str, str] = {}
@@ -143,28 +168,47 @@ class Inventory:
 
     # --- claims
 
-    def claim_target(self, target: str, owner: tuple[str, str]) -> None:
-        """Reserve a mount point; it may lie neither on, in nor above another's.
+    def claim_target(self, target: str, owner: Owner) -> None:
+        """Reserve a mount point; it may lie neither on, in nor above another's, nor a scratch.
 
         Raises:
             CallError: ``conflict``, naming the other.
         """
         with self._lock:
             for other, (kind, name) in self._targets.items():
-                inside = target.startswith(other + "/") or other.startswith(target + "/")
-                if target == other or inside:
-                    how = "lies in or above" if inside else "is"
-                    raise CallError(
-                        "conflict",
-                        f"target {target!r} {how} {other!r}, the target of {kind} {name!r}",
-                        step="claim",
-                        object=target,
-                    )
+                if _overlap(target, other):
+                    raise _taken("target", target, other, f"the target of {kind} {name!r}")
+            for other, name in self._scratch.items():
+                if _overlap(target, other):
+                    raise _taken("target", target, other, f"the scratch of overlay {name!r}")
             self._targets[target] = owner
 
     def release_target(self, target: str) -> None:
         with self._lock:
             self._targets.pop(target, None)
+
+    def claim_directories(self, owner: Owner, target: str, missing: Container[str]) -> list[str]:
+        """Note which directories on the way to ``target`` go when nobody needs them any more.
+
+        Those are the ``missing`` ones, which the owner will make, and those that the agent made
+        for others: whoever of them is the last takes the directory away.
+        """
+        with self._lock:
+            made = {path for paths in self._directories.values() for path in paths}
+            parts = target.split("/")
+            way = ("/".join(parts[:end]) for end in range(2, len(parts) + 1))
+            claimed = [path for path in way if path in missing or path in made]
+            self._directories[owner] = tuple(claimed)
+            return claimed
+
+    def hold_directories(self, owner: Owner, paths: tuple[str, ...]) -> None:
+        """Note the directories that an adopted layer or overlay has."""
+        with self._lock:
+            self._directories[owner] = paths
+
+    def release_directories(self, owner: Owner) -> None:
+        with self._lock:
+            self._directories.pop(owner, None)
 
     def claim_dm_names(
         self, layer_id: str, preferred: tuple[str, str], unique: tuple[str, str]
@@ -189,26 +233,30 @@ class Inventory:
                 del self._dm_names[name]
 
     def claim_scratch(self, key: str, overlay_id: str) -> None:
-        """Reserve a scratch device (MAJOR:MINOR) or directory; directories must not nest.
+        """Reserve a scratch device (MAJOR:MINOR) or directory.
+
+        A directory may neither nest with another's nor with the target of anything.
 
         Raises:
-            CallError: ``conflict``, naming the other overlay.
+            CallError: ``conflict``, naming the other.
         """
         with self._lock:
             for other, owner in self._scratch.items():
-                nested = key.startswith(other + "/") or other.startswith(key + "/")
-                if key == other or nested:
-                    raise CallError(
-                        "conflict",
-                        f"scratch {key!r} overlaps that of overlay {owner!r}",
-                        step="claim",
-                        object=key,
-                    )
+                if _overlap(key, other):
+                    raise _taken("scratch", key, other, f"the scratch of overlay {owner!r}")
+            for other, (kind, name) in self._targets.items():
+                if _overlap(key, other):
+                    raise _taken("scratch", key, other, f"the target of {kind} {name!r}")
             self._scratch[key] = overlay_id
 
     def release_scratch(self, key: str) -> None:
         with self._lock:
             self._scratch.pop(key, None)
+
+    def scratch_owner(self, key: str) -> str | None:
+        """Return the overlay whose scratch a device (MAJOR:MINOR) or directory is."""
+        with self._lock:
+            return self._scratch.get(key)
 
     # --- problems
 
@@ -216,10 +264,6 @@ class Inventory:
         """Remember something that is not as it should be; ``agent.status`` shows it."""
         with self._lock:
             self._problems[key] = text
-
-    def clear_problem(self, key: str) -> None:
-        with self._lock:
-            self._problems.pop(key, None)
 
     def problems(self) -> tuple[str, ...]:
         with self._lock:
@@ -231,3 +275,14 @@ class Inventory:
             Holder(kind="overlay", name=overlay_id, detail="uses the layer")
             for overlay_id in self.users_of(layer_id)
         )
+
+
+def _overlap(path: str, other: str) -> bool:
+    return path == other or path.startswith(other + "/") or other.startswith(path + "/")
+
+
+def _taken(what: str, path: str, other: str, whose: str) -> CallError:
+    how = "is" if path == other else "lies in or above"
+    return CallError(
+        "conflict", f"{what} {path!r} {how} {other!r}, {whose}", step="claim", object=path
+    )

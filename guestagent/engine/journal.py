@@ -2,10 +2,11 @@
 
 One small file for each layer and overlay, replaced by rename. An entry is ``begun`` before the
 first change to the kernel and ``whole`` after the last; recovery undoes what is begun and adopts
-what is whole. Entries of one batch become whole together: a commit file with the batch's name is
-the one moment that decides.
+what is whole. Entries of one batch become whole together: a commit file with the batch's name, and
+all that it made, is the one moment that decides.
 """
 
+import errno
 import os
 
 import msgpack
@@ -14,10 +15,17 @@ from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("Counter", "Journal", "LayerEntry", "OverlayEntry")
+__all__ = ("BEGUN", "WHOLE", "Counter", "Decision", "Journal", "LayerEntry", "OverlayEntry")
 
 BEGUN, WHOLE = "begun", "whole"
-_SUFFIX = ".entry"
+_SUFFIX, _COMMIT, _DAMAGED, _DRAFT = ".entry", ".commit", ".damaged", ".new"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import TypeVar
+
+    Entry = TypeVar("Entry", bound=Record)
 
 
 class LayerEntry(Record):
@@ -36,12 +44,22 @@ class OverlayEntry(Record):
     live: LiveOverlay
 
 
+class Decision(Record):
+    """What a batch has made, complete: an entry ``begun`` cannot know how its mount came out."""
+
+    layers: tuple[LiveLayer, ...]
+    overlay: LiveOverlay | None
+
+
 class Journal:
     """Entries are plain maps; ``kind`` is layer or overlay. One writer for each id at a time."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
         os.makedirs(directory, mode=0o700, exist_ok=True)
+        for file in os.listdir(directory):
+            if file.endswith(_DRAFT):  # of a writer that was killed
+                os.unlink(f"{directory}/{file}")
 
     def write_layer(self, live: LiveLayer, state: str, *, batch: str | None = None) -> None:
         """Replace a layer's entry; the old one stays whole until the new one is."""
@@ -58,48 +76,66 @@ class Journal:
         self._unlink(f"{kind}-{name}{_SUFFIX}")
 
     def read_layers(self) -> tuple[LayerEntry, ...]:
-        """Return every layer's entry.
-
-        Raises:
-            CallError: ``internal`` or ``invalid``, naming the file that is damaged.
-        """
-        return tuple(
-            LayerEntry.from_wire(value, where) for where, value in self._read("layer-").items()
-        )
+        """Return every layer's entry that can be read; one that cannot is put aside."""
+        return tuple(self._read("layer-", LayerEntry))
 
     def read_overlays(self) -> tuple[OverlayEntry, ...]:
-        """Return every overlay's entry; errors as ``read_layers``."""
-        return tuple(
-            OverlayEntry.from_wire(value, where) for where, value in self._read("overlay-").items()
-        )
+        """Return every overlay's entry that can be read; one that cannot is put aside."""
+        return tuple(self._read("overlay-", OverlayEntry))
 
-    def _read(self, prefix: str) -> dict[str, object]:
-        entries: dict[str, object] = {}
+    def damaged(self) -> tuple[str, ...]:
+        """Return the paths of the entries that were put aside."""
+        files = sorted(os.listdir(self._directory))
+        return tuple(f"{self._directory}/{file}" for file in files if file.endswith(_DAMAGED))
+
+    def _read(self, prefix: str, kind: "type[Entry]") -> "Iterator[Entry]":
         for file in sorted(os.listdir(self._directory)):
             if not (file.startswith(prefix) and file.endswith(_SUFFIX)):
                 continue
-            path = f"{self._directory}/{file}"
+            entry = self._load(f"{self._directory}/{file}", kind)
+            if entry is not None:
+                yield entry
+
+    def _load(self, path: str, kind: "type[Entry]") -> "Entry | None":
+        """Read a record; put it aside if that fails: who will not start cannot clean up either."""
+        try:
             with open(path, "rb") as stream:
-                try:
-                    entry = msgpack.unpackb(stream.read())
-                except ValueError as error:
-                    raise CallError(
-                        "internal", f"journal entry {path!r} is damaged: {error}", object=path
-                    ) from None
-            entries[path] = entry
-        return entries
+                return kind.from_wire(msgpack.unpackb(stream.read()), path)
+        except (ValueError, CallError, msgpack.UnpackException):
+            os.rename(path, path + _DAMAGED)
+            return None
 
-    def commit_batch(self, batch: str) -> None:
-        """Decide that every ``begun`` entry of the batch counts as whole from now on."""
-        self._replace(f"{batch}.commit", b"")
+    def commit_batch(self, batch: str, decision: Decision) -> None:
+        """Decide that everything the batch made is whole from now on, whatever its entries say."""
+        self._replace(f"{batch}{_COMMIT}", msgpack.packb(decision.to_wire()))
 
-    def forget_batch(self, batch: str) -> None:
-        """Drop the decision, once every entry of the batch says whole by itself."""
-        self._unlink(f"{batch}.commit")
+    def settle_batch(self, batch: str, decision: Decision) -> None:
+        """Let each entry of a decided batch say so by itself, then drop the decision."""
+        for layer in decision.layers:
+            if self._is_begun_by(batch, "layer", layer.spec.layer_id):
+                self.write_layer(layer, WHOLE)
+        overlay = decision.overlay
+        if overlay is not None and self._is_begun_by(batch, "overlay", overlay.spec.overlay_id):
+            self.write_overlay(overlay, WHOLE)
+        self._unlink(f"{batch}{_COMMIT}")
 
-    def committed_batches(self) -> frozenset[str]:
-        files = os.listdir(self._directory)
-        return frozenset(file[: -len(".commit")] for file in files if file.endswith(".commit"))
+    def settle_all(self) -> None:
+        """Settle what an earlier life decided and did not come to settle."""
+        for file in sorted(os.listdir(self._directory)):
+            if not file.endswith(_COMMIT):
+                continue
+            decision = self._load(f"{self._directory}/{file}", Decision)
+            if decision is not None:
+                self.settle_batch(file[: -len(_COMMIT)], decision)
+
+    def _is_begun_by(self, batch: str, kind: str, name: str) -> bool:
+        """Say whether the entry is this batch's still: it may be gone, or another request's."""
+        try:
+            with open(f"{self._directory}/{kind}-{name}{_SUFFIX}", "rb") as stream:
+                entry = msgpack.unpackb(stream.read())
+        except FileNotFoundError:
+            return False
+        return (entry["state"], entry["batch"]) == (BEGUN, batch)
 
     def counter(self, name: str) -> "Counter":
         """Open a number that outlives the agent; the caller closes it."""
@@ -107,13 +143,19 @@ class Journal:
 
     def _replace(self, file: str, content: bytes) -> None:
         path = f"{self._directory}/{file}"
-        draft = f"{path}.new"
+        draft = path + _DRAFT
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, content)
-        finally:
-            os.close(fd)
-        os.rename(draft, path)
+            try:
+                if os.write(fd, content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), draft)
+            finally:
+                os.close(fd)
+            os.rename(draft, path)
+        except OSError as error:
+            error.filename = error.filename or draft
+            os.unlink(draft)
+            raise
 
     def _unlink(self, file: str) -> None:
         try:

@@ -12,13 +12,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from guestagent.engine.faults import Faults
+from guestagent.engine.space import describe_space
 from guestagent.storage.kmsg import KernelLog
 from vsock.deadline import Deadline
 from vsock.errors import CallError, errno_name
+from vsock.log import log
 
 __all__ = ("Operation", "code_of_errno")
 
 Undo = Callable[[], None]
+
+
+class _Undo:
+    __slots__ = ("is_record", "run", "what")
+
+    def __init__(self, what: str, run: Undo, is_record: bool) -> None:
+        self.what = what
+        self.run = run
+        self.is_record = is_record
 
 
 class Operation:
@@ -32,7 +43,9 @@ class Operation:
         kernel_log: KernelLog | None = None,
         traceparent: str | None = None,
         batch: str | None = None,
+        on_left: Callable[[str], None] | None = None,
     ) -> None:
+        """``on_left`` is told of everything that could not be undone."""
         self.deadline = deadline
         self.traceparent = traceparent
         self.batch = batch
@@ -40,18 +53,21 @@ class Operation:
         self._faults = faults
         self._kernel_log = kernel_log
         self._log_mark = kernel_log.mark() if kernel_log else None
-        self._undos: list[tuple[str, Undo]] = []
+        self._on_left = on_left
+        self._undos: list[_Undo] = []
 
     def __enter__(self) -> "Operation":
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
         failures = self.roll_back()
+        for failure in failures:
+            log.error("not undone", what=failure)
+            if self._on_left is not None:
+                self._on_left(failure)
         if failures and isinstance(error, CallError):
-            left = "; ".join(failures)
-            error.hint = (
-                f"{error.hint}; not undone: {left}" if error.hint else f"not undone: {left}"
-            )
+            left = f"not undone: {'; '.join(failures)}"
+            error.hint = f"{error.hint}; {left}" if error.hint else left
 
     def child(self) -> "Operation":
         """Return an operation under the same deadline whose undos can be ``adopt``ed later."""
@@ -61,6 +77,7 @@ class Operation:
             kernel_log=self._kernel_log,
             traceparent=self.traceparent,
             batch=self.batch,
+            on_left=self._on_left,
         )
 
     def adopt(self, child: "Operation") -> None:
@@ -68,9 +85,13 @@ class Operation:
         self._undos.extend(child._undos)
         child._undos.clear()
 
-    def undo_by(self, what: str, undo: Undo) -> None:
-        """Register how to undo what the step before has made; ``what`` names it in errors."""
-        self._undos.append((what, undo))
+    def undo_by(self, what: str, undo: Undo, *, is_record: bool = False) -> None:
+        """Register how to undo what the step before has made; ``what`` names it in errors.
+
+        ``is_record`` is for what is written down about a thing, not the thing itself: it stays
+        when something that was made after it could not be undone, so that a restart tries again.
+        """
+        self._undos.append(_Undo(what, undo, is_record))
 
     def commit(self) -> None:
         """Keep everything that was made."""
@@ -80,11 +101,13 @@ class Operation:
         """Undo in reverse order; return what could not be undone, with why."""
         failures: list[str] = []
         while self._undos:
-            what, undo = self._undos.pop()
+            undo = self._undos.pop()
+            if undo.is_record and failures:
+                continue
             try:
-                undo()
+                undo.run()
             except (OSError, CallError) as error:
-                failures.append(f"{what}: {error}")
+                failures.append(f"{undo.what}: {error}")
         return tuple(failures)
 
     @contextmanager
@@ -93,17 +116,19 @@ class Operation:
 
         The milliseconds are added up under ``step``, so that a step may be entered again.
         """
-        self.deadline.check(step)
         begin = time.perf_counter()
         try:
+            self.deadline.check(step)
             if self._faults is not None:
-                self._faults.reach(step)
+                self._faults.reach(step, self.deadline)
             yield
         except OSError as error:
             raise self._error_of(error, step, object, code) from error
         except CallError as error:
-            error.step = error.step or step
-            error.object = error.object or object
+            if not error.is_placed:  # the innermost step of an operation is the one that counts
+                error.step = step
+                error.object = error.object or object
+                error.is_placed = True
             raise
         finally:
             spent_ms = (time.perf_counter() - begin) * 1000
@@ -118,14 +143,26 @@ class Operation:
     def _error_of(self, error: OSError, step: str, object: str, code: str) -> CallError:
         name = errno_name(error.errno) or "no errno"
         about = f" on {error.filename!r}" if error.filename else ""
-        return CallError(
+        failed = CallError(
             code_of_errno(error.errno, code),
             f"{step} of {object} failed{about}: {error.strerror or error} ({name})",
             errno=error.errno,
             step=step,
             object=object,
+            hint=_what_is_full(error, object),
             kernel_log=self.kernel_lines(),
         )
+        failed.is_placed = True
+        return failed
+
+
+def _what_is_full(error: OSError, object: str) -> str | None:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    for path in (object, error.filename):
+        if isinstance(path, str) and path.startswith("/") and not path.startswith("/dev/"):
+            return describe_space(path)
+    return None
 
 
 def code_of_errno(number: int | None, code: str) -> str:

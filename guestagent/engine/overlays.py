@@ -4,10 +4,12 @@ from collections.abc import Mapping
 
 from guestagent.api import OverlayReport, OverlaySpec, ScratchReport, UnmountReply
 from guestagent.engine.inventory import LiveOverlay, LiveScratch
+from guestagent.engine.journal import BEGUN, WHOLE
 from guestagent.engine.operation import Operation
-from guestagent.engine.scratch import make_scratch, release_scratch, scratch_report
+from guestagent.engine.scratch import device_of, make_scratch, scratch_report
 from guestagent.engine.state import EngineState
 from guestagent.engine.takedown import (
+    claim_directories,
     nothing_to_unmount,
     remove_directories,
     undo_deadline,
@@ -41,8 +43,10 @@ class Overlays:
             try:
                 with op:
                     live = self.bring_up(spec, op)
-                    report = self.report(live)
-                    self.keep(live)
+                    with op.step("read back", spec.mount_point):
+                        report = self.report(live, timings_ms=op.timings_ms)
+                    with op.step("commit", spec.overlay_id, code="resource"):
+                        self.keep(live)
                     op.commit()
             except CallError as error:
                 self.announce_failure(spec, error, op)
@@ -84,21 +88,23 @@ class Overlays:
         """
         lowerdirs = self._lowerdirs(spec, fresh or {})
         inventory = self._state.inventory
-        inventory.claim_target(spec.mount_point, ("overlay", spec.overlay_id))
+        owner = ("overlay", spec.overlay_id)
+        inventory.claim_target(spec.mount_point, owner)
         op.undo_by("target claim", lambda: inventory.release_target(spec.mount_point))
+        created = claim_directories(inventory, owner, spec.mount_point)
+        op.undo_by("directory claim", lambda: inventory.release_directories(owner))
         live = LiveOverlay(
-            spec=spec, lowerdirs=lowerdirs, method="", links=None, scratch=None, created=()
+            spec=spec, lowerdirs=lowerdirs, method="", links=None, scratch=None, created=created
         )
         self._begin(live, op)
         if spec.scratch is not None:
             scratch = make_scratch(self._state, spec.overlay_id, spec.scratch, op)
             live = live.replace(scratch=scratch)
-            self._begin(live, op)
         return self._mount(live, op).replace(timings_ms=op.timings_ms)
 
     def keep(self, live: LiveOverlay) -> None:
         """Make a mounted overlay official: in the journal, then in the inventory."""
-        self._state.journal.write_overlay(live, "whole")
+        self._state.journal.write_overlay(live, WHOLE)
         self._state.inventory.add_overlay(live)
 
     def announce(self, live: LiveOverlay, op: Operation) -> None:
@@ -139,7 +145,7 @@ class Overlays:
     def take_down(self, live: LiveOverlay, op: Operation, *, force: bool) -> UnmountReply:
         """Unmount an overlay; the caller holds its lock, sees to the scratch, and commits."""
         target = live.spec.mount_point
-        was_mounted = unmount_target(target, op)
+        was_mounted = unmount_target(target, op, dev=live.dev)
         if was_mounted and not force:
             op.undo_by(f"unmount of {target}", lambda: self._restore(live))
         scratch = live.scratch.path if live.scratch and live.scratch.is_mount else None
@@ -153,30 +159,33 @@ class Overlays:
     def take_scratch_down(self, live: LiveOverlay, op: Operation) -> None:
         """Unmount the scratch. What was on a tmpfs is lost here, so nothing may fail after this."""
         if live.scratch is not None and live.scratch.is_mount:
-            unmount_target(live.scratch.path, op)
+            unmount_target(live.scratch.path, op, dev=live.scratch.mount_dev)
 
     def forget(self, live: LiveOverlay, op: Operation) -> None:
         """Drop an overlay that is taken down from the books."""
         overlay_id, target = live.spec.overlay_id, live.spec.mount_point
+        state = self._state
+        state.inventory.drop_overlay(overlay_id)
+        state.inventory.release_target(target)
         if live.links is not None:
-            remove_links(live.links)
-        remove_directories(live.created)
+            state.tidy(f"the links of overlay {overlay_id}", remove_links, live.links)
+        state.tidy(f"the directories of overlay {overlay_id}", remove_directories, live.created)
+        state.inventory.release_directories(("overlay", overlay_id))
         if live.scratch is not None:
-            release_scratch(self._state, live.scratch)
-        self._state.journal.remove("overlay", overlay_id)
-        self._state.inventory.drop_overlay(overlay_id)
-        self._state.inventory.release_target(target)
-        self._state.events.publish(
+            what = f"the scratch directory of overlay {overlay_id}"
+            state.tidy(what, remove_directories, live.scratch.created)
+            state.inventory.release_scratch(live.scratch.key)
+        what = f"the journal of overlay {overlay_id}"
+        state.tidy(what, state.journal.remove, "overlay", overlay_id)
+        state.events.publish(
             "overlay_unmounted", overlay_id=overlay_id, detail=target, traceparent=op.traceparent
         )
 
     def _restore(self, live: LiveOverlay) -> None:
         """Mount an overlay again whose unmount failed half-way."""
-        deadline = undo_deadline(self._state)
-        with Operation(deadline) as op:
-            self._mount(live, op)
+        with undo_deadline(self._state) as deadline, Operation(deadline) as op:
+            self.keep(self._mount(live, op))
             op.commit()
-        deadline.close()
 
     # --- look
 
@@ -202,10 +211,21 @@ class Overlays:
             raise CallError("not_found", f"there is no overlay {overlay_id!r}", object=overlay_id)
         return self.report(live, already=already)
 
-    def report(self, live: LiveOverlay, *, already: bool = False) -> OverlayReport:
+    def report(
+        self,
+        live: LiveOverlay,
+        *,
+        timings_ms: Mapping[str, float] | None = None,
+        already: bool = False,
+    ) -> OverlayReport:
+        """Describe an overlay as the kernel has it now.
+
+        Raises:
+            CallError: ``not_found``, its mount is not there any more.
+        """
         spec = live.spec
         mount = find_mount(spec.mount_point)
-        if mount is None or mount.filesystem != "overlay":
+        if mount is None or mount.dev != live.dev:
             raise CallError(
                 "not_found",
                 f"overlay {spec.overlay_id!r} is no longer mounted at {spec.mount_point!r}",
@@ -223,7 +243,7 @@ class Overlays:
             method=live.method,
             mount_id=mount.mount_id,
             options=(*mount.options, *_short_options(mount)),
-            timings_ms=live.timings_ms,
+            timings_ms=live.timings_ms if timings_ms is None else timings_ms,
             already=already,
         )
 
@@ -254,26 +274,34 @@ class Overlays:
     def _begin(self, live: LiveOverlay, op: Operation) -> None:
         overlay_id = live.spec.overlay_id
         with op.step("journal", overlay_id, code="resource"):
-            self._state.journal.write_overlay(live, "begun", batch=op.batch)
-        op.undo_by("journal entry", lambda: self._state.journal.remove("overlay", overlay_id))
+            self._state.journal.write_overlay(live, BEGUN, batch=op.batch)
+        op.undo_by(
+            "journal entry",
+            lambda: self._state.journal.remove("overlay", overlay_id),
+            is_record=True,
+        )
 
     def _mount(self, live: LiveOverlay, op: Operation) -> LiveOverlay:
         spec = live.spec
         with op.step("target", spec.mount_point, code="mount"):
             target = TargetDirectory(spec.mount_point, root=self._state.rules.target_root)
         with target:
-            op.undo_by("target directory", lambda: remove_directories(target.created))
-            live = live.replace(created=target.created)
-            with op.step("overlay", spec.mount_point, code="mount"):
+            op.undo_by("target directory", lambda: remove_directories(live.created))
+            with op.step("overlay", live.scratch_path or spec.mount_point, code="mount"):
                 mounted = self._mount_at(live, target)
             op.undo_by("overlay mount", lambda: self._undo_mount(spec.mount_point, mounted.links))
-        return live.replace(lowerdirs=mounted.lowerdirs, method=mounted.method, links=mounted.links)
+        return live.replace(
+            lowerdirs=mounted.lowerdirs,
+            method=mounted.method,
+            links=mounted.links,
+            dev=device_of(spec.mount_point),
+        )
 
     def _mount_at(self, live: LiveOverlay, target: TargetDirectory) -> OverlayMount:
         scratch = live.scratch
         return mount_overlay(
             name=live.spec.overlay_id,
-            lowerdirs=live.lowerdirs,
+            lowerdirs=live.lowerdirs[: len(live.spec.layers)],
             target=target.fd,
             upperdir=f"{scratch.path}/upper" if scratch else None,
             workdir=f"{scratch.path}/work" if scratch else None,
@@ -282,9 +310,8 @@ class Overlays:
         )
 
     def _undo_mount(self, target: str, links: str | None) -> None:
-        deadline = undo_deadline(self._state)
-        unmount_target(target, Operation(deadline))
-        deadline.close()
+        with undo_deadline(self._state) as deadline:
+            unmount_target(target, Operation(deadline))
         if links is not None:
             remove_links(links)
 

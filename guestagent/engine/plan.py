@@ -30,6 +30,7 @@ __all__ = (
     "device_tag",
     "dm_names",
     "plan_layer",
+    "signature_description",
     "verity_options",
 )
 
@@ -42,6 +43,8 @@ _PRESETS: dict[str, tuple[tuple[str, Version], ...]] = {
     "strict": (("panic_on_corruption", (1, 7, 0)), ("panic_on_error", (1, 10, 0))),
     "fast": (("try_verify_in_tasklet", (1, 9, 0)), ("ignore_zero_blocks", (1, 3, 0))),
 }
+#: root_hash_sig_key_desc came with Linux 5.4.
+_SIGNATURES_SINCE: Version = (1, 5, 0)
 #: dm names have at most 127 characters (include/uapi/linux/dm-ioctl.h, DM_NAME_LEN).
 _DM_NAME_MAX = 127
 
@@ -151,8 +154,26 @@ def check_range(mapping: ByteRange | None, device: BlockDevice) -> ByteRange:
     return mapping
 
 
+def signature_description(layer_id: str) -> str:
+    """Return the name under which the kernel finds the signature of a layer's root digest."""
+    return f"guestagent-signature-{layer_id}"
+
+
 def verity_options(preset: str, version: Version, signature_key: str | None) -> VerityOptions:
-    """Choose the optional arguments that the kernel's verity target ``version`` understands."""
+    """Choose the optional arguments that the kernel's verity target ``version`` understands.
+
+    What a preset asks for beyond that is dropped and reported. A signature never is.
+
+    Raises:
+        CallError: ``unsupported``, this kernel's target knows no signatures.
+    """
+    if signature_key is not None and version < _SIGNATURES_SINCE:
+        raise CallError(
+            "unsupported",
+            f"the kernel's verity target {version} knows no signatures of root digests",
+            step="version",
+            object="params.verity.signature",
+        )
     arguments: list[str] = []
     dropped: list[DroppedOption] = []
     for option, since in _PRESETS[preset]:

@@ -1,11 +1,20 @@
 """What the kernel really has: reports are read back, never recited from what was asked."""
 
+import errno
+from collections.abc import Mapping
+
 from guestagent.api import DmDevice, LayerReport, VerityReport
 from guestagent.engine.inventory import LiveLayer
 from guestagent.engine.plan import VerityStep
 from guestagent.engine.state import EngineState
-from guestagent.storage.devicemapper.control import Control
-from guestagent.storage.devicemapper.targets import parse_verity, parse_verity_status
+from guestagent.storage.devicemapper.control import Control, DeviceInfo
+from guestagent.storage.devicemapper.targets import (
+    Target,
+    TargetStatus,
+    parse_line,
+    parse_verity,
+    parse_verity_status,
+)
 from guestagent.storage.mountinfo import Mount, find_mount
 from vsock.errors import CallError
 
@@ -18,9 +27,12 @@ def dm_device(control: Control, name: str) -> DmDevice:
     Raises:
         OSError: ENXIO, there is none.
     """
-    info = control.info(name)
-    table = control.table(name)
-    status = control.status(name)
+    return _describe(control.info(name), control.table(name), control.status(name))
+
+
+def _describe(
+    info: DeviceInfo, table: tuple[Target, ...], status: tuple[TargetStatus, ...]
+) -> DmDevice:
     return DmDevice(
         name=info.name,
         uuid=info.uuid,
@@ -44,26 +56,28 @@ def layer_report(
     state: EngineState,
     live: LiveLayer,
     *,
-    timings_ms: dict[str, float] | None = None,
+    timings_ms: Mapping[str, float] | None = None,
     already: bool = False,
+    mounts: Mapping[str, Mount] | None = None,
 ) -> LayerReport:
     """Describe a layer as the kernel has it now.
 
+    ``mounts`` is what ``mounts_by_target`` just said, for whoever reports many layers.
+
     Raises:
-        CallError: ``not_found``, its mount is not there any more.
+        CallError: ``not_found``, its mount or its devices are not there any more.
     """
     spec = live.spec
-    mount = find_mount(spec.mount_point)
-    if mount is None:
-        raise CallError(
-            "not_found",
-            f"layer {spec.layer_id!r} is no longer mounted at {spec.mount_point!r}",
-            step="read back",
-            object=spec.layer_id,
-            hint="somebody else unmounted it; unmount it here with force to clean up",
-        )
-    dm = tuple(dm_device(state.control, name) for name in live.plan.dm_names)
-    verity = _verity_report(state, live, live.plan.verity) if live.plan.verity else None
+    mount = find_mount(spec.mount_point) if mounts is None else mounts.get(spec.mount_point)
+    if mount is None or mount.dev != live.dev:
+        raise _gone(live, f"no longer mounted at {spec.mount_point!r}")
+    try:
+        dm = tuple(dm_device(state.control, name) for name in live.plan.dm_names)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise _gone(live, f"without its device {error.filename!r}") from error
+    verity = _verity_report(live, live.plan.verity, dm[0]) if live.plan.verity else None
     corrupted = verity is not None and verity.status == "C"
     return LayerReport(
         layer_id=spec.layer_id,
@@ -86,6 +100,16 @@ def layer_report(
     )
 
 
+def _gone(live: LiveLayer, what: str) -> CallError:
+    return CallError(
+        "not_found",
+        f"layer {live.spec.layer_id!r} is {what}",
+        step="read back",
+        object=live.spec.layer_id,
+        hint="somebody else took it away; unmount it here to clean up",
+    )
+
+
 def _options(mount: Mount) -> tuple[str, ...]:
     """Return the options of the mount, then those of the file system that it does not repeat."""
     return (
@@ -94,9 +118,9 @@ def _options(mount: Mount) -> tuple[str, ...]:
     )
 
 
-def _verity_report(state: EngineState, live: LiveLayer, step: VerityStep) -> VerityReport:
+def _verity_report(live: LiveLayer, step: VerityStep, device: DmDevice) -> VerityReport:
     """Report the table that the kernel has, in the words of the contract."""
-    table = parse_verity(state.control.table(step.name)[0])
+    table = parse_verity(parse_line(device.table))
     assert live.spec.verity is not None
     return VerityReport(
         root_digest=table.root_digest.hex(),
@@ -109,7 +133,7 @@ def _verity_report(state: EngineState, live: LiveLayer, step: VerityStep) -> Ver
         hash_offset_bytes=step.parameters.hash_offset_bytes,
         superblock=step.parameters.has_superblock,
         source=live.verity_source,
-        status=verity_status(state.control, step.name),
+        status=parse_verity_status(device.status).state,
         signed="root_hash_sig_key_desc" in table.options,
         preset=live.spec.verity.preset,
         options=table.options,

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from functools import partial
 
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
-from guestagent.engine.journal import WHOLE, LayerEntry, OverlayEntry
+from guestagent.engine.journal import WHOLE
 from guestagent.engine.operation import Operation
-from guestagent.engine.plan import LinearStep, VerityStep
-from guestagent.engine.scratch import release_scratch
+from guestagent.engine.plan import LayerPlan
 from guestagent.engine.state import EngineState
 from guestagent.engine.takedown import (
     remove_devices,
@@ -20,9 +19,7 @@ from guestagent.engine.takedown import (
     undo_deadline,
     unmount_target,
 )
-from guestagent.storage.devicemapper import devices
-from guestagent.storage.devicemapper.control import DeviceInfo
-from guestagent.storage.mountinfo import find_mount, mounts_of_dev
+from guestagent.storage.mountinfo import Mount, mounts_by_target, mounts_of_dev
 from guestagent.storage.overlayfs import remove_links
 from vsock.errors import CallError
 from vsock.log import log
@@ -41,34 +38,53 @@ class Recovered(Record):
     undone: tuple[str, ...]
 
 
+class _Kernel(Record):
+    """What the kernel has at the start: mounts by target, dm devices by name as (dev, uuid)."""
+
+    mounts: dict[str, Mount]
+    devices: dict[str, tuple[str, str]]
+
+    @classmethod
+    def look(cls, state: EngineState) -> "_Kernel":
+        devices = {name: (dev, uuid) for name, dev, uuid in state.control.list_devices()}
+        return cls(mounts=mounts_by_target(), devices=devices)
+
+    def own_devices(self, plan: LayerPlan) -> tuple[tuple[str, str], ...]:
+        """Return (name, dev) of those devices of a plan that are there and ours, topmost first."""
+        steps = (step for step in (plan.verity, plan.linear) if step is not None)
+        found = ((step.name, *self.devices.get(step.name, ("", "")), step.uuid) for step in steps)
+        return tuple((name, dev) for name, dev, uuid, ours in found if dev and uuid == ours)
+
+
 def recover(state: EngineState) -> Recovered:
     """Fill an empty inventory from the journal and the kernel. Nothing else may run meanwhile."""
-    committed = state.journal.committed_batches()
+    kernel = _Kernel.look(state)
+    state.journal.settle_all()
     undone: list[str] = []
     layer_entries = state.journal.read_layers()
     whole_layers = {
         entry.live.spec.layer_id
         for entry in layer_entries
-        if _is_decided(entry, committed) and _layer_is_there(state, entry.live)
+        if entry.state == WHOLE and _layer_is_there(kernel, entry.live)
     }
     for overlay_entry in state.journal.read_overlays():
         overlay = overlay_entry.live
         complete = whole_layers.issuperset(overlay.spec.layers)
-        if _is_decided(overlay_entry, committed) and complete and _overlay_is_there(overlay):
+        if overlay_entry.state == WHOLE and complete and _overlay_is_there(kernel, overlay):
             _adopt_overlay(state, overlay)
         else:
             undone.append(f"overlay {overlay.spec.overlay_id}")
-            _try(state, undone[-1], partial(_undo_overlay, state, overlay))
+            _try(state, undone[-1], partial(_undo_overlay, state, kernel, overlay))
     for entry in layer_entries:
         layer = entry.live
         if layer.spec.layer_id in whole_layers:
             _adopt_layer(state, layer)
         else:
             undone.append(f"layer {layer.spec.layer_id}")
-            _try(state, undone[-1], partial(_undo_layer, state, layer))
-    for batch in committed:
-        state.journal.forget_batch(batch)
+            _try(state, undone[-1], partial(_undo_layer, state, kernel, layer))
     undone += _undo_orphans(state)
+    for path in state.journal.damaged():
+        state.inventory.note_problem(path, f"journal entry {path!r} could not be read")
     return Recovered(
         layers=tuple(live.spec.layer_id for live in state.inventory.layers()),
         overlays=tuple(live.spec.overlay_id for live in state.inventory.overlays()),
@@ -76,54 +92,37 @@ def recover(state: EngineState) -> Recovered:
     )
 
 
-def _is_decided(entry: LayerEntry | OverlayEntry, committed: frozenset[str]) -> bool:
-    return entry.state == WHOLE or entry.batch in committed
-
-
-def _layer_is_there(state: EngineState, live: LiveLayer) -> bool:
+def _layer_is_there(kernel: _Kernel, live: LiveLayer) -> bool:
     """Return whether the kernel has the mount and every device of a layer, on top of each other."""
-    mount = find_mount(live.spec.mount_point)
-    if mount is None:
+    mount = kernel.mounts.get(live.spec.mount_point)
+    own = kernel.own_devices(live.plan)
+    if mount is None or mount.dev != live.dev or len(own) < len(live.plan.dm_names):
         return False
-    steps = [step for step in (live.plan.verity, live.plan.linear) if step is not None]
-    infos = [_own_device(state, step) for step in steps]
-    devs = [info.dev for info in infos if info is not None]
-    if len(devs) < len(steps):
-        return False
-    return mount.dev == (devs[0] if devs else live.device.dev)
+    return live.dev == (own[0][1] if own else live.device.dev)
 
 
-def _own_device(state: EngineState, step: LinearStep | VerityStep) -> DeviceInfo | None:
-    info = state.control.find(name=step.name)
-    return info if info is not None and info.uuid == step.uuid else None
-
-
-def _overlay_is_there(live: LiveOverlay) -> bool:
-    mount = find_mount(live.spec.mount_point)
+def _overlay_is_there(kernel: _Kernel, live: LiveOverlay) -> bool:
+    mount = kernel.mounts.get(live.spec.mount_point)
     scratch = live.scratch
-    if mount is None or mount.filesystem != "overlay":
+    if mount is None or mount.dev != live.dev:
         return False
-    return scratch is None or not scratch.is_mount or find_mount(scratch.path) is not None
+    return scratch is None or not scratch.is_mount or scratch.path in kernel.mounts
 
 
 def _adopt_layer(state: EngineState, live: LiveLayer) -> None:
     layer_id = live.spec.layer_id
     state.inventory.claim_target(live.spec.mount_point, ("layer", layer_id))
+    state.inventory.hold_directories(("layer", layer_id), live.created)
     state.inventory.hold_dm_names(layer_id, live.plan.dm_names)
-    for step in (live.plan.verity, live.plan.linear):
-        if step is not None:
-            # killed between the mount and this, the old agent may not have come to it
-            devices.set_deferred_remove(state.control, step.name)
-    state.journal.write_layer(live, WHOLE)
     state.inventory.add_layer(live)
 
 
 def _adopt_overlay(state: EngineState, live: LiveOverlay) -> None:
     overlay_id = live.spec.overlay_id
     state.inventory.claim_target(live.spec.mount_point, ("overlay", overlay_id))
+    state.inventory.hold_directories(("overlay", overlay_id), live.created)
     if live.scratch is not None:
-        state.inventory.claim_scratch(live.scratch.dev or live.scratch.path, overlay_id)
-    state.journal.write_overlay(live, WHOLE)
+        state.inventory.claim_scratch(live.scratch.key, overlay_id)
     state.inventory.add_overlay(live)
 
 
@@ -136,34 +135,28 @@ def _try(state: EngineState, what: str, undo: Callable[[], None]) -> None:
         state.inventory.note_problem(what, f"{what} is half-made and cannot be undone: {error}")
 
 
-def _undo_overlay(state: EngineState, live: LiveOverlay) -> None:
+def _undo_overlay(state: EngineState, kernel: _Kernel, live: LiveOverlay) -> None:
     target = live.spec.mount_point
-    with Operation(undo_deadline(state)) as op:
-        mount = find_mount(target)
+    with undo_deadline(state) as deadline, Operation(deadline) as op:
+        mount = kernel.mounts.get(target)
         if mount is not None and mount.filesystem == "overlay":
-            unmount_target(target, op)
+            unmount_target(target, op, dev=mount.dev)
         scratch = f"{state.directory}/scratch/{live.spec.overlay_id}"
         unmount_target(scratch, op)
-        if live.scratch is not None:
-            release_scratch(state, live.scratch)
         remove_directories((scratch,))
         remove_links(f"{state.directory}/links/{live.spec.overlay_id}")
         remove_directories(live.created)
     state.journal.remove("overlay", live.spec.overlay_id)
 
 
-def _undo_layer(state: EngineState, live: LiveLayer) -> None:
+def _undo_layer(state: EngineState, kernel: _Kernel, live: LiveLayer) -> None:
     target = live.spec.mount_point
-    own = [
-        info
-        for step in (live.plan.verity, live.plan.linear)
-        if step is not None and (info := _own_device(state, step)) is not None
-    ]
-    with Operation(undo_deadline(state)) as op:
-        mount = find_mount(target)
-        if mount is not None and mount.dev in (live.device.dev, *(info.dev for info in own)):
-            unmount_target(target, op)
-        remove_devices(state, tuple(info.name for info in own), op)
+    own = kernel.own_devices(live.plan)
+    with undo_deadline(state) as deadline, Operation(deadline) as op:
+        mount = kernel.mounts.get(target)
+        if mount is not None and mount.dev in (live.device.dev, *(dev for _, dev in own)):
+            unmount_target(target, op, dev=mount.dev)
+        remove_devices(state, tuple(name for name, _ in own), op)
         remove_directories(live.created)
     state.journal.remove("layer", live.spec.layer_id)
 
@@ -187,7 +180,7 @@ def _undo_orphans(state: EngineState) -> list[str]:
 
 
 def _undo_orphan(state: EngineState, name: str, dev: str) -> None:
-    with Operation(undo_deadline(state)) as op:
+    with undo_deadline(state) as deadline, Operation(deadline) as op:
         for mount in mounts_of_dev(dev):
             unmount_target(mount.target, op)
         remove_devices(state, (name,), op)

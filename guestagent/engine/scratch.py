@@ -1,6 +1,7 @@
 """Where the changes to a writable overlay go: memory, a block device, or a directory."""
 
 import os
+import stat
 
 from guestagent.api import (
     DeviceScratch,
@@ -11,6 +12,7 @@ from guestagent.api import (
 )
 from guestagent.engine.inventory import LiveScratch
 from guestagent.engine.operation import Operation
+from guestagent.engine.space import filesystem_at
 from guestagent.engine.state import EngineState
 from guestagent.engine.takedown import remove_directories, undo_deadline, unmount_target
 from guestagent.storage import blockdev
@@ -20,7 +22,7 @@ from guestagent.storage.mount import TargetDirectory, mount_filesystem
 from guestagent.storage.mountinfo import find_mount
 from vsock.errors import CallError
 
-__all__ = ("make_scratch", "release_scratch", "scratch_report")
+__all__ = ("device_of", "make_scratch", "scratch_report")
 
 _HEAD_BYTES = 128 * 1024
 
@@ -40,16 +42,35 @@ def make_scratch(
     else:
         live = _mount_device(state, overlay_id, scratch, op)
     for name in ("upper", "work"):
-        path = f"{live.path}/{name}"
-        with op.step("scratch", path, code="mount"):
-            os.makedirs(path, mode=0o755, exist_ok=True)
+        _make_directory(f"{live.path}/{name}", op)
     return live
 
 
-def release_scratch(state: EngineState, scratch: LiveScratch) -> None:
-    """Drop a scratch that is unmounted from the books."""
-    remove_directories(scratch.created)
-    state.inventory.release_scratch(scratch.dev or scratch.path)
+def _make_directory(path: str, op: Operation) -> None:
+    with op.step("scratch", path, code="mount"):
+        try:
+            os.mkdir(path, mode=0o755)
+        except FileExistsError:  # of an earlier overlay on the same scratch
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                text = f"{path!r} is no directory, and links are not followed"
+                raise CallError("denied", text, object=path) from None
+            return
+    op.undo_by(f"directory {path}", lambda: _remove_unused(path))
+
+
+def _remove_unused(path: str) -> None:
+    """Remove a directory that we made, with what overlayfs alone puts into a work directory."""
+    for inner in (f"{path}/work", f"{path}/index", path):
+        try:
+            os.rmdir(inner)
+        except FileNotFoundError:
+            continue
+
+
+def device_of(path: str) -> str:
+    """Return the number (MAJOR:MINOR) of the file system that is mounted at ``path``."""
+    number = os.stat(path).st_dev
+    return f"{os.major(number)}:{os.minor(number)}"
 
 
 def scratch_report(scratch: LiveScratch) -> ScratchReport:
@@ -71,7 +92,7 @@ def _use_directory(
     with op.step("scratch", scratch.path, code="mount"):
         with TargetDirectory(scratch.path, root=state.rules.target_root, create=False):
             pass  # it is there, below the root, and no link leads to it
-        filesystem = _filesystem_at(scratch.path)
+        _, filesystem = filesystem_at(scratch.path)
     _claim(state, overlay_id, scratch.path, op)
     return LiveScratch(
         kind=scratch.kind,
@@ -105,6 +126,7 @@ def _mount_tmpfs(
         filesystem="tmpfs",
         formatted=False,
         created=created,
+        mount_dev=device_of(path),
     )
 
 
@@ -145,6 +167,7 @@ def _mount_device(
         filesystem=scratch.filesystem,
         formatted=formatted,
         created=created,
+        mount_dev=device_of(path),
     )
 
 
@@ -194,15 +217,7 @@ def _claim(state: EngineState, overlay_id: str, key: str, op: Operation) -> None
 
 def _undo_mount(state: EngineState, path: str, op: Operation) -> None:
     def undo() -> None:
-        deadline = undo_deadline(state)
-        unmount_target(path, Operation(deadline))
-        deadline.close()
+        with undo_deadline(state) as deadline:
+            unmount_target(path, Operation(deadline))
 
     op.undo_by(f"scratch mount {path}", undo)
-
-
-def _filesystem_at(path: str) -> str:
-    """Return the type of the file system that a path is on: the mount with the longest prefix."""
-    while (mount := find_mount(path)) is None:
-        path = os.path.dirname(path)
-    return mount.filesystem

@@ -7,10 +7,13 @@ from guestagent.engine.journal import Journal
 from guestagent.engine.locks import KeyLocks
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.kmsg import KernelLog
+from vsock.record import Record
 
 __all__ = ("EngineState", "Rules")
 
-from vsock.record import Record
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Rules(Record):
@@ -32,10 +35,17 @@ class EngineState:
         self.faults = faults
         self.journal = Journal(state_directory)
         self.events = EventLog(self.journal)
-        self.inventory = Inventory()
+        self.inventory = Inventory(reserved=state_directory)
         self.locks = KeyLocks()
         self.kernel_log = KernelLog()
         self.control = Control()
+
+    def tidy(self, what: str, action: "Callable[..., None]", *arguments: object) -> None:
+        """Do the last of a clean-up, which is past failing; a failure shows in the status."""
+        try:
+            action(*arguments)
+        except OSError as error:
+            self.inventory.note_problem(what, f"{what} could not be removed: {error}")
 
     def close(self) -> None:
         """Idempotent."""

@@ -2,21 +2,23 @@
 
 import errno
 import os
-import time
 
 from guestagent.api import Holder, UnmountReply
+from guestagent.engine.inventory import Inventory, Owner
 from guestagent.engine.operation import Operation
 from guestagent.engine.state import EngineState
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.holders import find_holders
 from guestagent.storage.mount import unmount
-from guestagent.storage.mountinfo import find_mount
+from guestagent.storage.mountinfo import Mount, find_mount, mounts_of_dev
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
 __all__ = (
     "busy",
+    "claim_directories",
     "nothing_to_unmount",
+    "refuse_shared_device",
     "remove_devices",
     "remove_directories",
     "undo_deadline",
@@ -39,16 +41,20 @@ def nothing_to_unmount(op: Operation) -> UnmountReply:
     return UnmountReply(unmounted=(), removed_devices=(), timings_ms=op.timings_ms, already=True)
 
 
-def unmount_target(target: str, op: Operation) -> bool:
+def unmount_target(target: str, op: Operation, *, dev: str | None = None) -> bool:
     """Unmount what is mounted at ``target``; return whether something was.
 
+    ``dev`` (MAJOR:MINOR) says what is ours; None takes whatever is there for ours.
+
     Raises:
-        CallError: ``busy``, with the holders named in the hint.
+        CallError: ``busy``, with the holders named in the hint; ``conflict``, it is not ours.
     """
-    mount = find_mount(target)
-    if mount is None:
-        return False
     with op.step("unmount", target, code="mount"):
+        mount = find_mount(target)
+        if mount is None:
+            return False
+        if dev is not None and mount.dev != dev:
+            raise _foreign(mount, dev)
         try:
             unmount(target)
         except OSError as error:
@@ -58,6 +64,30 @@ def unmount_target(target: str, op: Operation) -> bool:
     return True
 
 
+def _foreign(mount: Mount, dev: str) -> CallError:
+    return CallError(
+        "conflict",
+        f"{mount.target!r} is covered by {mount.filesystem} of {mount.source!r} ({mount.dev}), "
+        f"not ours ({dev})",
+        object=mount.target,
+        hint="somebody else mounted it; unmount that first",
+    )
+
+
+def refuse_shared_device(state: EngineState, name: str, target: str, op: Operation) -> None:
+    """See, before anything is unmounted, that the device ``name`` will go with its mount.
+
+    Raises:
+        CallError: ``busy``, it has other users than the mount at ``target``; they are named.
+    """
+    info = state.control.find(name=name)
+    if info is None:
+        return
+    others = info.open_count > 1 or any(m.target != target for m in mounts_of_dev(info.dev))
+    if others:
+        raise busy(target, info.dev, op)
+
+
 def busy(target: str, dev: str, op: Operation, more: tuple[Holder, ...] = ()) -> CallError:
     """Return the error for something that cannot go because it is in use, naming who uses it.
 
@@ -65,8 +95,8 @@ def busy(target: str, dev: str, op: Operation, more: tuple[Holder, ...] = ()) ->
     """
     holders = more
     if dev:
-        limit = Deadline(_HOLDER_SECONDS)
-        holders += find_holders(dev=dev, target=target or None, deadline=limit)
+        with op.deadline.part(_HOLDER_SECONDS) as limit:
+            holders += find_holders(dev, limit, target=target or None)
     named = ", ".join(f"{holder.kind} {holder.name} ({holder.detail})" for holder in holders[:16])
     return CallError(
         "busy",
@@ -80,22 +110,20 @@ def busy(target: str, dev: str, op: Operation, more: tuple[Holder, ...] = ()) ->
 
 
 def remove_devices(state: EngineState, names: tuple[str, ...], op: Operation) -> tuple[str, ...]:
-    """See dm devices gone, topmost first; return the names that were there.
+    """See dm devices gone, topmost first; return their names.
 
     Deferred removal has the kernel take them away by itself once the mount is gone, so this mostly
     waits; what is not so marked is removed here.
 
     Raises:
-        CallError: ``busy`` or ``timeout``, naming what is left and who holds it.
+        CallError: ``busy``, naming what is left and who holds it; ``timeout`` or ``cancelled``.
     """
     if not names:
         return ()
-    with op.step("remove", ", ".join(names)):
-        there = tuple(name for name in names if state.control.find(name=name) is not None)
-        at = time.monotonic() + _GONE_SECONDS
-        for name in there:
-            _remove_one(state, name, op, Deadline(max(0.0, at - time.monotonic())))
-    return there
+    with op.step("remove", ", ".join(names)), op.deadline.part(_GONE_SECONDS) as limit:
+        for name in names:
+            _remove_one(state, name, op, limit)
+    return names
 
 
 def _remove_one(state: EngineState, name: str, op: Operation, limit: Deadline) -> None:
@@ -104,10 +132,17 @@ def _remove_one(state: EngineState, name: str, op: Operation, limit: Deadline) -
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
+        op.deadline.check("remove")
         info = state.control.find(name=name)
         raise busy(name, info.dev if info else "", op) from error
-    finally:
-        limit.close()
+
+
+def claim_directories(inventory: Inventory, owner: Owner, target: str) -> tuple[str, ...]:
+    """Note which directories a mount at ``target`` makes or shares; they go with the last of it."""
+    parts = target.split("/")
+    way = ["/".join(parts[:end]) for end in range(2, len(parts) + 1)]
+    missing = [path for path in way if not os.path.lexists(path)]
+    return tuple(inventory.claim_directories(owner, target, missing))
 
 
 def remove_directories(paths: tuple[str, ...]) -> None:

@@ -9,7 +9,12 @@ import os
 
 from guestagent.api import ByteRange, LayerSpec, Verity
 from guestagent.engine.operation import Operation
-from guestagent.engine.plan import VerityOptions, Version, verity_options
+from guestagent.engine.plan import (
+    VerityOptions,
+    Version,
+    signature_description,
+    verity_options,
+)
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.filesystems import claimed_size_bytes, detect
 from guestagent.storage.verity import (
@@ -122,12 +127,13 @@ def _read_with(
     )
     separate = None if hashes is data else hashes.read_at
     check_tree_spine(parameters, data.read_at, read_hash_at=separate)
+    signature_key = signature_description(spec.layer_id) if verity.signature else None
     given = verity.salt is not None and verity.data_blocks is not None
     source = "request" if superblock is None else "both" if given else "superblock"
     return VerifiedParameters(
         parameters=parameters,
         source=source,
-        options=verity_options(verity.preset, target_version, None),
+        options=verity_options(verity.preset, target_version, signature_key),
     )
 
 

@@ -64,7 +64,7 @@ def verify_layer(
 
 
 def _read_chunk(fd: int, start: int, size: int, block_bytes: int, corrupt: list[int]) -> int:
-    """Read a chunk, block by block where it cannot be read whole; return the bytes that verified."""
+    """Read a chunk, by blocks where it cannot be read whole; return the bytes that verified."""
     good_bytes = _read(fd, start, size)
     if good_bytes == size:
         return good_bytes

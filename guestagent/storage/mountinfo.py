@@ -111,9 +111,21 @@ def find_mount(target: str, path: str = MOUNTINFO_PATH) -> Mount | None:
     """
     escaped = "".join(f"\\{ord(char):03o}" if char in " \t\n\\" else char for char in target)
     lines = [line for line in _read_text(path).split("\n") if f" {escaped} " in line]
-    found = [mount for mount in map(parse_line, lines) if mount.target == target]
-    covered = {mount.parent_id for mount in found}
-    top = [mount for mount in found if mount.mount_id not in covered]
+    return _topmost([mount for mount in map(parse_line, lines) if mount.target == target])
+
+
+def mounts_by_target(path: str = MOUNTINFO_PATH) -> dict[str, Mount]:
+    """Return the topmost mount of each target: one reading, for whoever asks for many."""
+    stacks: dict[str, list[Mount]] = {}
+    for mount in read_mounts(path):
+        stacks.setdefault(mount.target, []).append(mount)
+    tops = {target: _topmost(stack) for target, stack in stacks.items()}
+    return {target: top for target, top in tops.items() if top is not None}
+
+
+def _topmost(stack: list[Mount]) -> Mount | None:
+    covered = {mount.parent_id for mount in stack}
+    top = [mount for mount in stack if mount.mount_id not in covered]
     return top[-1] if top else None
 
 

@@ -122,3 +122,29 @@ def test_a_wait_longer_than_poll_can_count(deadline, pipe):
     reader, writer = pipe
     os.write(writer, b"x")
     assert deadline(10**9).wait((reader,), "the step") == [reader]
+
+
+def test_a_part_ends_with_the_whole_and_with_itself(deadline):
+    whole = deadline(0.0)
+    late = whole.part(60)
+    assert code_of(late.check, "the step") == "timeout"
+    late.close()
+    whole = deadline(60)
+    early = whole.part(0.0)
+    assert code_of(early.check, "the step") == "timeout"
+    whole.check("the step")
+    early.close()
+
+
+def test_a_cancel_reaches_the_parts_and_a_parts_cancel_stays_there(deadline):
+    whole = deadline(60)
+    first, second = whole.part(60), whole.part(60)
+    first.cancel()
+    assert not whole.cancelled
+    whole.cancel()
+    assert code_of(second.wait, (), "the step") == "cancelled"
+    third = whole.part(60)
+    assert code_of(third.check, "the step") == "cancelled"
+    for part in (first, second, third):
+        part.close()
+    assert whole._parts == []

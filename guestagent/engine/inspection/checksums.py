@@ -7,14 +7,11 @@ from guestagent.api.inspect import ChecksumsReply, ChecksumsRequest
 from guestagent.engine.inspection.place import Place
 from guestagent.engine.inspection.reading import Meter, Reader
 from guestagent.engine.inspection.sink import Sink
-from guestagent.engine.inspection.walk import Found, letter_of, walk
+from guestagent.engine.inspection.walk import Found, letter_of, rdev_of, walk
 from guestagent.engine.operation import Operation
-from guestagent.storage.hashing import new_hash
 from guestagent.storage.openat import reopen
 
 __all__ = ("checksum_tree",)
-
-_WHOLE = 1 << 63
 
 
 def checksum_tree(
@@ -22,7 +19,7 @@ def checksum_tree(
 ) -> ChecksumsReply:
     """Hash every regular file below a directory; the entries go to ``sink``."""
     meter = Meter(sink)
-    hasher = _TreeHasher(Reader(place, op, meter), request.algorithm)
+    hasher = _TreeHasher(Reader(place.error_of, op, meter), request.algorithm)
     counts = dict.fromkeys("fdlbcpsu", 0)
     with op.step("checksums", place.name), place.errors(request.path_bytes):
         for found in walk(place.root.open_directory(request.path_bytes)):
@@ -67,17 +64,11 @@ class _TreeHasher:
             error.filename = found.path
             raise
         letter = letter_of(status.st_mode)
-        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if letter in "bc" else ""
-        return letter, 0, number
+        return letter, 0, rdev_of(status) or ""
 
     def _hash(self, found: Found) -> tuple[int, str]:
         fd = reopen(found.open_path(), stat.S_IFREG, found.path)
         try:
-            digest = new_hash(self._algorithm)
-            size_bytes = 0
-            for piece in self._reader.pieces(fd, found.path, 0, _WHOLE):
-                digest.update(piece)
-                size_bytes += len(piece)
+            return self._reader.digest(fd, found.path, self._algorithm)
         finally:
             os.close(fd)
-        return size_bytes, digest.hexdigest()

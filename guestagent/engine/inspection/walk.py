@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from vsock.errors import CallError
 
-__all__ = ("MAX_DEPTH", "Found", "letter_of", "walk")
+__all__ = ("MAX_DEPTH", "Found", "letter_of", "rdev_of", "walk")
 
 #: Each level costs two descriptors while something below it is looked at; a process has 1024.
 MAX_DEPTH = 100
@@ -128,3 +128,10 @@ def _descend(stack: list[_Level], path: bytes, name: str) -> None:
 def letter_of(mode: int) -> str:
     """Return the letter of ``api.inspect.ENTRY_TYPES`` for a file's mode."""
     return _LETTERS.get(stat.S_IFMT(mode), "u")
+
+
+def rdev_of(status: os.stat_result) -> str | None:
+    """Return MAJOR:MINOR of a device node, None for anything else."""
+    if not (stat.S_ISBLK(status.st_mode) or stat.S_ISCHR(status.st_mode)):
+        return None
+    return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"

@@ -1,0 +1,180 @@
+"""Directories and trees, entry by entry."""
+
+import os
+
+from guestagent.api.inspect import (
+    DuReply,
+    FindRequest,
+    ListReply,
+    PathRequest,
+    StreamRequest,
+)
+from guestagent.engine.inspection.place import Place
+from guestagent.engine.inspection.sink import Sink
+from guestagent.engine.inspection.walk import Found, letter_of, rdev_of, walk
+from guestagent.engine.operation import Operation
+
+__all__ = ("du", "find", "ls", "matches", "readdir")
+
+#: Files with several links that are remembered, at some 100 bytes each.
+_MAX_REMEMBERED = 32 * 1024
+_SECTOR_BYTES = 512
+_STAR, _ANY = b"*"[0], b"?"[0]
+
+
+def ls(place: Place, request: StreamRequest, op: Operation, sink: Sink) -> ListReply:
+    """Send the names in a directory."""
+    count = 0
+    with op.step("ls", place.name), place.errors(request.path_bytes):
+        for found in walk(place.root.open_directory(request.path_bytes), max_depth=1):
+            op.deadline.check("list a directory")
+            sink.entry(found.path)
+            count += 1
+        chunks = sink.finish()
+    return ListReply(chunks=chunks, entries=count, timings_ms=op.timings_ms)
+
+
+def readdir(place: Place, request: StreamRequest, op: Operation, sink: Sink) -> ListReply:
+    """Send the names in a directory, with what lstat says of each."""
+    count = 0
+    with op.step("readdir", place.name), place.errors(request.path_bytes):
+        for found in walk(place.root.open_directory(request.path_bytes), max_depth=1):
+            op.deadline.check("list a directory")
+            try:
+                fields = _fields(found)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise place.error_of(error, found.path) from error
+            sink.entry(found.path, *fields)
+            count += 1
+        chunks = sink.finish()
+    return ListReply(chunks=chunks, entries=count, timings_ms=op.timings_ms)
+
+
+def _fields(found: Found) -> tuple[object, ...]:
+    status = found.lstat()
+    return (
+        letter_of(status.st_mode),
+        status.st_mode & 0o7777,
+        status.st_uid,
+        status.st_gid,
+        status.st_size,
+        status.st_nlink,
+        status.st_ino,
+        status.st_mtime_ns,
+        rdev_of(status),
+        found.readlink() if found.entry.is_symlink() else None,
+    )
+
+
+def find(place: Place, request: FindRequest, op: Operation, sink: Sink) -> ListReply:
+    """Send the paths below a directory that the request admits."""
+    count = 0
+    pattern, depth = request.name_bytes, request.max_depth
+    with op.step("find", place.name), place.errors(request.path_bytes):
+        top_fd = place.root.open_directory(request.path_bytes)
+        for found in walk(top_fd) if depth is None else walk(top_fd, max_depth=depth):
+            op.deadline.check("walk a tree")
+            if pattern is not None and not matches(pattern, os.fsencode(found.name)):
+                continue
+            kind = _kind(found)
+            if request.kind in (None, kind):
+                sink.entry(found.path, kind)
+                count += 1
+        chunks = sink.finish()
+    return ListReply(chunks=chunks, entries=count, timings_ms=op.timings_ms)
+
+
+def _kind(found: Found) -> str:
+    # the directory itself tells of these; a node has to be asked
+    if found.entry.is_symlink():
+        return "l"
+    if found.entry.is_dir(follow_symlinks=False):
+        return "d"
+    if found.entry.is_file(follow_symlinks=False):
+        return "f"
+    try:
+        return letter_of(found.lstat().st_mode)
+    except FileNotFoundError:
+        return "u"
+
+
+def matches(pattern: bytes, name: bytes) -> bool:
+    """Say whether a name matches a pattern of ``*`` and ``?``.
+
+    On a mismatch only the last star is made to take more: what an earlier one could take instead
+    changes nothing. So the time is at most the product of the lengths.
+    """
+    at = star_at = 0
+    position, star = 0, -1
+    while at < len(name):
+        if position < len(pattern) and pattern[position] == _STAR:
+            star, star_at = position, at
+            position += 1
+        elif position < len(pattern) and pattern[position] in (_ANY, name[at]):
+            position += 1
+            at += 1
+        elif star >= 0:
+            star_at += 1
+            position, at = star + 1, star_at
+        else:
+            return False
+    return pattern[position:].strip(b"*") == b""
+
+
+class _Usage:
+    """Adds up what a tree takes."""
+
+    def __init__(self) -> None:
+        self.size_bytes = 0
+        self.allocated_bytes = 0
+        self.counts = dict.fromkeys("fdlbcpsu", 0)
+        self.is_exact = True
+        self._seen: set[tuple[int, int]] = set()
+
+    def add(self, status: os.stat_result) -> None:
+        letter = letter_of(status.st_mode)
+        self.counts[letter] += 1
+        if letter != "d" and status.st_nlink > 1:
+            key = (status.st_dev, status.st_ino)
+            if key in self._seen:
+                return
+            if len(self._seen) < _MAX_REMEMBERED:
+                self._seen.add(key)
+            else:
+                self.is_exact = False
+        self.allocated_bytes += status.st_blocks * _SECTOR_BYTES
+        if letter == "f":
+            self.size_bytes += status.st_size
+
+
+def du(place: Place, request: PathRequest, op: Operation, sink: Sink) -> DuReply:
+    """Add up what a tree takes."""
+    usage = _Usage()
+    told = 0
+    with op.step("du", place.name), place.errors(request.path_bytes):
+        top_fd = place.root.open_directory(request.path_bytes)
+        usage.add(os.fstat(top_fd))
+        for number, found in enumerate(walk(top_fd)):
+            op.deadline.check("walk a tree")
+            try:
+                usage.add(found.lstat())
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise place.error_of(error, found.path) from error
+            if number - told >= 10_000:
+                told = number
+                sink.progress(usage.size_bytes, 0)
+    counts = usage.counts
+    return DuReply(
+        size_bytes=usage.size_bytes,
+        allocated_bytes=usage.allocated_bytes,
+        files=counts["f"],
+        directories=counts["d"],
+        links=counts["l"],
+        others=sum(counts[letter] for letter in "bcpsu"),
+        is_exact=usage.is_exact,
+        timings_ms=op.timings_ms,
+    )

@@ -1,0 +1,280 @@
+"""The devices and the mount of one layer, from the bottom up; every step registers its undo.
+
+device -> superblock and root digest -> journal -> linear -> verity -> first block -> mount ->
+deferred removal. What can be refused is refused before anything is made.
+"""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+from guestagent.api import ByteRange, LayerSpec
+from guestagent.engine.inventory import LiveLayer
+from guestagent.engine.journal import BEGUN
+from guestagent.engine.operation import Operation
+from guestagent.engine.plan import (
+    LayerPlan,
+    VerityOptions,
+    Version,
+    check_range,
+    dm_names,
+    plan_layer,
+    signature_description,
+)
+from guestagent.engine.readback import verity_status
+from guestagent.engine.state import EngineState
+from guestagent.engine.takedown import (
+    claim_directories,
+    remove_directories,
+    undo_deadline,
+    unmount_target,
+)
+from guestagent.engine.verified import Reader, prove_first_block, read_parameters
+from guestagent.storage import blockdev
+from guestagent.storage.blockdev import BlockDevice
+from guestagent.storage.devicemapper import devices
+from guestagent.storage.devicemapper.control import DeviceInfo
+from guestagent.storage.devicemapper.targets import Target
+from guestagent.storage.filesystems import check_size, detect, mount_options
+from guestagent.storage.keyring import signature_key
+from guestagent.storage.mount import READONLY_FLAGS, TargetDirectory, mount_filesystem
+from vsock.errors import CallError
+
+__all__ = ("LayerStack",)
+
+
+class LayerStack:
+    """Makes the stacks of layers. Thread-safe for different layers."""
+
+    def __init__(self, state: EngineState) -> None:
+        self._state = state
+
+    def plan(self, spec: LayerSpec, op: Operation) -> LiveLayer:
+        """Find the device, claim names and target, and decide everything that can be decided."""
+        self._check_rules(spec)
+        self._claim(spec, op)
+        with op.step("device", blockdev.describe(spec.device)):
+            device = blockdev.wait_for(spec.device, op.deadline)
+        self._refuse_scratch(device)
+        return self._plan(spec, device, op)
+
+    def begin(self, live: LiveLayer, op: Operation) -> None:
+        """Write down what is about to be made, so that a restart can undo it."""
+        with op.step("journal", live.spec.layer_id, code="resource"):
+            self._state.journal.write_layer(live, BEGUN, batch=op.batch)
+        layer_id = live.spec.layer_id
+        op.undo_by(
+            "journal entry", lambda: self._state.journal.remove("layer", layer_id), is_record=True
+        )
+
+    def make(self, live: LiveLayer, op: Operation) -> LiveLayer:
+        """Make the devices and the mount; return the layer as it became."""
+        dev, node = self._make_devices(live, op)
+        live = self._mount(live.replace(dev=dev), node, op)
+        self._defer_removal(live.plan, op)
+        return live
+
+    def _check_rules(self, spec: LayerSpec) -> None:
+        if self._state.rules.require_verity and spec.verity is None:
+            raise CallError(
+                "denied",
+                f"layer {spec.layer_id!r} is not verified, and this agent requires it",
+                step="claim",
+                object="params.verity",
+                hint="give a root_digest; the rule is guestagent.require_verity",
+            )
+
+    def _claim(self, spec: LayerSpec, op: Operation) -> None:
+        inventory = self._state.inventory
+        inventory.claim_target(spec.mount_point, ("layer", spec.layer_id))
+        op.undo_by("target claim", lambda: inventory.release_target(spec.mount_point))
+
+    def _refuse_scratch(self, device: BlockDevice) -> None:
+        owner = self._state.inventory.scratch_owner(device.dev)
+        if owner is not None:
+            raise CallError(
+                "conflict",
+                f"{device.node} is the scratch of overlay {owner!r}, which is written to",
+                step="claim",
+                object=device.node,
+            )
+
+    def _plan(self, spec: LayerSpec, device: BlockDevice, op: Operation) -> LiveLayer:
+        """Decide everything that can be decided before anything is made."""
+        area = check_range(spec.mapping, device)
+        hash_device = None
+        if spec.verity is not None and spec.verity.hash_device is not None:
+            with op.step("device", "hash device"):
+                hash_device = blockdev.wait_for(spec.verity.hash_device, op.deadline)
+        verified = None
+        if spec.verity is not None:
+            version = self._verity_version(op)
+            verified = read_parameters(spec, spec.verity, device, area, hash_device, version, op)
+        inventory = self._state.inventory
+        names = inventory.claim_dm_names(
+            spec.layer_id, dm_names(spec, unique=False), dm_names(spec, unique=True)
+        )
+        op.undo_by("dm names", lambda: inventory.release_dm_names(spec.layer_id))
+        owner = ("layer", spec.layer_id)
+        created = claim_directories(inventory, owner, spec.mount_point)
+        op.undo_by("directory claim", lambda: inventory.release_directories(owner))
+        plan = plan_layer(
+            spec,
+            device,
+            filesystem=spec.filesystem,
+            names=names,
+            parameters=verified.parameters if verified else None,
+            hash_device=hash_device,
+            options=verified.options.arguments if verified else (),
+        )
+        return LiveLayer(
+            spec=spec,
+            device=device,
+            range=area,
+            plan=plan,
+            verity_source=verified.source if verified else "",
+            verity_options=verified.options if verified else VerityOptions(),
+            created=created,
+            timings_ms={},
+        )
+
+    def _verity_version(self, op: Operation) -> Version:
+        with op.step("version", "verity target"):
+            version = self._state.control.list_versions().get("verity")
+        if version is None:
+            raise CallError(
+                "unsupported",
+                "this kernel has no verity target",
+                step="version",
+                object="verity target",
+                hint="load the module dm-verity",
+            )
+        return version
+
+    def _make_devices(self, live: LiveLayer, op: Operation) -> tuple[str, str]:
+        """Create the linear and the verity device as planned; return what to mount, as MAJOR:MINOR
+        and as node."""
+        plan = live.plan
+        dev, node = live.device.dev, live.device.node
+        if plan.linear is not None:
+            with op.step("linear", plan.linear.name):
+                info = self._device(plan.linear.name, plan.linear.uuid, plan.linear.target())
+            self._undo_device(plan.linear.name, op)
+            dev, node = info.dev, info.node
+        if plan.verity is not None:
+            with op.step("verity", plan.verity.name), _signature(live):
+                info = self._device(plan.verity.name, plan.verity.uuid, plan.verity.target(dev))
+            self._undo_device(plan.verity.name, op)
+            dev, node = info.dev, info.node
+            with op.step("prove", plan.verity.name, code="integrity"):
+                prove_first_block(node)
+        return dev, node
+
+    def _device(self, name: str, uuid: str, target: Target) -> DeviceInfo:
+        """Create a device; one of ours that is still there from an unmount half done will do."""
+        control = self._state.control
+        there = control.find(name=name)
+        if there is not None and there.uuid == uuid:
+            return there
+        return devices.create_device(control, name=name, uuid=uuid, targets=[target])
+
+    def _undo_device(self, name: str, op: Operation) -> None:
+        def undo() -> None:
+            with undo_deadline(self._state) as deadline:
+                devices.remove_device(self._state.control, name, deadline)
+
+        op.undo_by(f"dm device {name}", undo)
+
+    def _mount(self, planned: LiveLayer, node: str, op: Operation) -> LiveLayer:
+        live, spec = planned, planned.spec
+        with op.step("target", spec.mount_point, code="mount"):
+            target = TargetDirectory(spec.mount_point, root=self._state.rules.target_root)
+        with target:
+            op.undo_by("target directory", lambda: remove_directories(planned.created))
+            with op.step("filesystem", node, code="mount"):
+                live = self._with_filesystem(live, node)
+            with op.step("mount", spec.mount_point, code="mount"):
+                self._mount_at(live, node, target, op)
+            op.undo_by("mount", lambda: self._undo_mount(spec.mount_point))
+            if live.plan.linear is None and live.plan.verity is None:
+                self._check_still_whole(live, op)
+        return live
+
+    def _check_still_whole(self, live: LiveLayer, op: Operation) -> None:
+        """See that the disk is as large as it was when it was checked.
+
+        A mapping need not be looked at: device-mapper compares sizes when a table is loaded.
+        """
+        with op.step("size", live.device.node):
+            now_bytes = blockdev.inspect(live.device.name).size_bytes
+        if now_bytes != live.device.size_bytes:
+            raise CallError(
+                "device",
+                f"{live.device.node} changed from {live.device.size_bytes} to {now_bytes} bytes "
+                "while it was mounted",
+                step="size",
+                object=live.device.node,
+            )
+
+    def _with_filesystem(self, live: LiveLayer, node: str) -> LiveLayer:
+        """Look at the file system through the device that will be mounted: what verity does not
+        let through is never parsed, here or in the kernel."""
+        verity = live.plan.verity
+        size_bytes = verity.parameters.data_size_bytes if verity else live.range.size_bytes
+        with Reader(node, ByteRange(offset_bytes=0, size_bytes=size_bytes)) as reader:
+            filesystem = live.spec.filesystem
+            if filesystem == "auto":
+                filesystem = detect(reader.read_padded) or "unknown"
+            check_size(filesystem, reader.read_padded, size_bytes)
+        mount = live.plan.mount.replace(filesystem=filesystem)
+        return live.replace(plan=live.plan.replace(mount=mount))
+
+    def _mount_at(self, live: LiveLayer, node: str, target: TargetDirectory, op: Operation) -> None:
+        step = live.plan.mount
+        options = mount_options(step.filesystem, dax="dax" in step.options)
+        flags = (*READONLY_FLAGS, *(option for option in step.options if option != "dax"))
+        try:
+            mount_filesystem(
+                source=node,
+                target=target.fd,
+                filesystem=step.filesystem,
+                flags=flags,
+                options=options,
+            )
+        except OSError as error:
+            if self._is_corrupt(live.plan):
+                raise CallError(
+                    "integrity",
+                    f"mounting layer {live.spec.layer_id!r} read a block that does not verify",
+                    errno=error.errno,
+                    kernel_log=op.kernel_lines(),
+                ) from error
+            raise
+
+    def _is_corrupt(self, plan: LayerPlan) -> bool:
+        return (
+            plan.verity is not None and verity_status(self._state.control, plan.verity.name) == "C"
+        )
+
+    def _undo_mount(self, target: str) -> None:
+        with undo_deadline(self._state) as deadline:
+            unmount_target(target, Operation(deadline))
+
+    def _defer_removal(self, plan: LayerPlan, op: Operation) -> None:
+        """From here on the kernel removes the devices when the mount goes, whatever we do."""
+        for name in plan.dm_names:
+            with op.step("defer", name):
+                if devices.set_deferred_remove(self._state.control, name):
+                    # gone already: nobody held it, so it was not mounted
+                    raise OSError(errno.ENXIO, "device vanished while it was mounted", name)
+
+
+@contextlib.contextmanager
+def _signature(live: LiveLayer) -> Iterator[None]:
+    """Hold the signature of a layer's root digest in the keyring while its table is loaded."""
+    verity = live.spec.verity
+    if verity is None or verity.signature is None:
+        yield
+        return
+    with signature_key(signature_description(live.spec.layer_id), verity.signature):
+        yield

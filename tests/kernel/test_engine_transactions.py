@@ -1,0 +1,241 @@
+"""Every request is a transaction: whichever step fails, is cancelled or runs out of time, the
+world is afterwards as it was before, and the same request then succeeds."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from dmbed import loop_device
+
+from guestagent.api import (
+    DeviceScratch,
+    DirectoryScratch,
+    LayersMountRequest,
+    LayersUnmountRequest,
+    PathDevice,
+    TmpfsScratch,
+)
+from guestagent.engine.operation import Operation
+from vsock.errors import CallError
+
+Request = Callable[[EngineBed, Operation], Any]
+MAX_STEPS = 200
+#: Directories of the agent itself, made once.
+KEPT = ("empty", "scratch", "links")
+SCRATCHES = ("none", "tmpfs", "device", "directory")
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
+    with attached_pack(tmp_path_factory.mktemp("pack"), 4) as pack:
+        yield pack
+
+
+@pytest.fixture
+def bed(tmp_path: Path) -> Iterator[EngineBed]:
+    with EngineBed(tmp_path / "state") as bed:
+        yield bed
+
+
+@pytest.fixture
+def scratch_disk(tmp_path: Path) -> Iterator[str]:
+    image = tmp_path / "scratch.img"
+    with image.open("wb") as file:
+        file.truncate(8 * 1024 * 1024)
+    with loop_device(image, readonly=False) as node:
+        yield node
+
+
+def prepare(bed: EngineBed, *requests: Request) -> None:
+    for request in requests:
+        with bed.operation() as op:
+            request(bed, op)
+
+
+def look(bed: EngineBed) -> tuple[World, list[str], dict[str, str]]:
+    journal = sorted(path.name for path in bed.directory.rglob("*"))
+    return World.now(), [name for name in journal if name not in KEPT], bed.books()
+
+
+def fail_at_every_step(bed: EngineBed, request: Request, kind: str = "EIO") -> int:
+    """Fail ``request`` at step 1, 2, ... until it succeeds; return how many steps it has."""
+    before = look(bed)
+    for number in range(1, MAX_STEPS):
+        bed.faults.arm(f"#{number}:{kind}")
+        with bed.operation() as op:
+            try:
+                request(bed, op)
+            except CallError as error:
+                assert bed.faults.struck == number, "an error that was not injected"
+                assert error.step, error
+                assert "not undone" not in (error.hint or ""), error.hint
+            else:
+                assert bed.faults.struck == number - 1
+                bed.faults.arm("")
+                assert bed.engine.problems() == ()
+                return number - 1
+        world = settled_world(before[0])
+        assert world.minus(before[0]) == [], f"left by a failure at step {number}"
+        assert before[0].minus(world) == [], f"lost by a failure at step {number}"
+        assert look(bed) == before, f"step {number}"
+    raise AssertionError("the request never succeeds")
+
+
+def mount_layer(pack: Pack, number: int, **changes: object) -> Request:
+    spec = pack.spec(number, **changes)
+    return lambda bed, op: bed.engine.layers.mount(spec, op)
+
+
+def mount_overlay(name: str, *layers: str, **fields: object) -> Request:
+    spec = overlay(name, *layers, **fields)
+    return lambda bed, op: bed.engine.overlays.mount(spec, op)
+
+
+def scratch_of(kind: str, disk: str) -> dict[str, object]:
+    match kind:
+        case "tmpfs":
+            return {"scratch": TmpfsScratch(size_bytes=1 << 20)}
+        case "device":
+            device = PathDevice(path=disk)
+            return {"scratch": DeviceScratch(device=device, ensure_filesystem=True)}
+        case "directory":
+            return {"scratch": DirectoryScratch(path="/run/changes")}
+    return {}
+
+
+@pytest.fixture
+def changes_directory() -> Iterator[Path]:
+    path = Path("/run/changes")
+    path.mkdir()
+    yield path
+    for name in ("work/work", "work/index", "work", "upper", ""):
+        with contextlib.suppress(FileNotFoundError):
+            (path / name).rmdir()
+
+
+@pytest.mark.parametrize("parts", ["plain", "linear", "verity", "both"])
+def test_layer_mount(bed: EngineBed, pack: Pack, parts: str) -> None:
+    changes: dict[str, object] = {}
+    if parts in ("plain", "linear"):
+        changes["verity"] = None
+    if parts in ("plain", "verity"):
+        changes["mapping"] = None
+    request = mount_layer(pack, 0, **changes)
+    steps = fail_at_every_step(bed, request)
+    assert steps >= {"plain": 8, "linear": 9, "verity": 12, "both": 14}[parts]
+
+
+@pytest.mark.parametrize("kind", SCRATCHES)
+def test_overlay_mount(
+    bed: EngineBed, pack: Pack, scratch_disk: str, changes_directory: Path, kind: str
+) -> None:
+    prepare(bed, mount_layer(pack, 0), mount_layer(pack, 1))
+    request = mount_overlay("o", "layer0", "layer1", **scratch_of(kind, scratch_disk))
+    assert fail_at_every_step(bed, request) >= 5
+
+
+def test_batch_mount_with_overlay(bed: EngineBed, pack: Pack) -> None:
+    prepare(bed, mount_layer(pack, 3))
+    request = LayersMountRequest(
+        layers=tuple(pack.spec(number) for number in range(4)),
+        overlay=overlay("o", "layer3", "layer0", scratch=TmpfsScratch(size_bytes=1 << 20)),
+    )
+    assert fail_at_every_step(bed, lambda bed, op: bed.engine.batches.mount(request, op)) >= 50
+
+
+def test_layer_unmount(bed: EngineBed, pack: Pack) -> None:
+    prepare(bed, mount_layer(pack, 0))
+    assert fail_at_every_step(bed, lambda bed, op: bed.engine.layers.unmount("layer0", op)) >= 3
+
+
+@pytest.mark.parametrize("kind", SCRATCHES)
+def test_overlay_unmount(
+    bed: EngineBed, pack: Pack, scratch_disk: str, changes_directory: Path, kind: str
+) -> None:
+    prepare(
+        bed,
+        mount_layer(pack, 0),
+        mount_overlay("o", "layer0", **scratch_of(kind, scratch_disk)),
+    )
+    if kind != "none":
+        Path("/run/overlays/o/kept").write_text("kept")
+    fail_at_every_step(bed, lambda bed, op: _check_kept_and_unmount(bed, op, kind))
+    if kind == "directory":
+        (changes_directory / "upper/kept").unlink()
+
+
+def _check_kept_and_unmount(bed: EngineBed, op: Operation, kind: str) -> None:
+    """What was written is there each time: an unmount undone loses nothing."""
+    assert kind == "none" or Path("/run/overlays/o/kept").read_text() == "kept"
+    bed.engine.overlays.unmount("o", op)
+
+
+def test_batch_unmount_with_overlay(bed: EngineBed, pack: Pack) -> None:
+    layers = tuple(f"layer{number}" for number in range(3))
+    prepare(
+        bed,
+        *(mount_layer(pack, number) for number in range(3)),
+        mount_overlay("o", *layers, scratch=TmpfsScratch(size_bytes=1 << 20)),
+    )
+    request = LayersUnmountRequest(layers=layers, overlay="o")
+    assert fail_at_every_step(bed, lambda bed, op: bed.engine.batches.unmount(request, op)) >= 10
+
+
+def cancel_when_blocked(bed: EngineBed, op: Operation, before: int) -> None:
+    """Cancel the operation once it hangs in the injected block."""
+    ended = threading.Event()
+    while bed.faults.struck == before and not ended.wait(0.002) and not op.deadline.expired:
+        pass
+    op.deadline.cancel()
+
+
+@pytest.mark.parametrize("what", ["layer", "batch", "unmount"])
+def test_cancelled_at_every_step(bed: EngineBed, pack: Pack, what: str) -> None:
+    batch = LayersMountRequest(
+        layers=(pack.spec(0), pack.spec(1)), overlay=overlay("o", "layer0", "layer1")
+    )
+    mount = mount_layer(pack, 0)
+    requests: dict[str, Request] = {
+        "layer": mount,
+        "batch": lambda bed, op: bed.engine.batches.mount(batch, op),
+        "unmount": lambda bed, op: bed.engine.layers.unmount("layer0", op),
+    }
+    if what == "unmount":
+        prepare(bed, mount)
+    codes = set()
+
+    def cancelled(bed: EngineBed, op: Operation) -> None:
+        arguments = (bed, op, bed.faults.struck)
+        watcher = threading.Thread(target=cancel_when_blocked, args=arguments)
+        watcher.start()
+        try:
+            requests[what](bed, op)
+        except CallError as error:
+            codes.add(error.code)
+            raise
+        finally:
+            op.deadline.limit(0.0)
+            watcher.join()
+
+    fail_at_every_step(bed, cancelled, "BLOCK")
+    assert codes == {"cancelled"}
+
+
+def test_out_of_time_at_every_step(bed: EngineBed, pack: Pack) -> None:
+    """The deadline is long enough for the steps before the one that hangs."""
+    codes = set()
+
+    def late(bed: EngineBed, op: Operation) -> None:
+        op.deadline.limit(0.3)
+        try:
+            bed.engine.layers.mount(pack.spec(0), op)
+        except CallError as error:
+            codes.add(error.code)
+            raise
+
+    fail_at_every_step(bed, late, "BLOCK")
+    assert codes == {"timeout"}
