@@ -11,6 +11,10 @@ from guestagent.api import AGENT_PORT, TARGET_ROOT
 from vsock.log import LEVELS
 from vsock.record import Record
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 __all__ = ("KEYS", "Config", "Key", "Problem", "parse_command_line", "read_settings")
 
 PREFIX = "guestagent."
@@ -29,16 +33,27 @@ class Config(Record):
     modules: tuple[str, ...] = ()
     fault: str = ""
     rcu_expedited: bool = True
+    layers: tuple[str, ...] = ()
+    overlay: str | None = None
+    manifests: tuple[str, ...] = ()
+    init: str = "/sbin/init"
+    agent: str = "end"
+    on_failure: str = "poweroff"
 
 
 class Key(Record):
-    """One setting: ``read`` turns its text into the value of ``field`` or raises ValueError."""
+    """One setting: ``read`` turns its text into the value of ``field`` or raises ValueError.
+
+    A setting that may ``repeat`` gathers its values in the order they come; of others the last one
+    counts, as with the kernel's own.
+    """
 
     name: str
     field: str
     read: Callable[[str], object]
     summary: str
     guards_security: bool = False
+    repeat: bool = False
 
 
 class Problem(Record):
@@ -93,6 +108,29 @@ def _seconds(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 86_400:
         raise ValueError(f"expected 1 to 86400 seconds, got {text!r}")
     return int(text)
+
+
+def _layer(text: str) -> str:
+    from guestagent.api.texts import layer_from_text
+
+    layer_from_text(text, "layer")
+    return text
+
+
+def _overlay(text: str) -> str:
+    from guestagent.boot.plan import read_overlay
+
+    read_overlay(text)
+    return text
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}, got {text!r}")
+        return text
+
+    return read
 
 
 def _faults(text: str) -> str:
@@ -151,6 +189,49 @@ KEYS: tuple[Key, ...] = (
         summary="as PID 1: let the kernel hurry when devices are removed",
     ),
     Key(
+        name="layer",
+        field="layers",
+        read=_layer,
+        summary="mount at boot, topmost first: DEVICE,root=HEX[,offset=N,size=N][,id=ID][,fs=TYPE]",
+        guards_security=True,
+        repeat=True,
+    ),
+    Key(
+        name="overlay",
+        field="overlay",
+        read=_overlay,
+        summary="overlay those layers: ID[,layers=A+B][,scratch=SCRATCH]",
+        guards_security=True,
+    ),
+    Key(
+        name="manifest",
+        field="manifests",
+        read=str,
+        summary="mount the layers of a pack at boot: PATH,DEVICE[,sha256=HEX]",
+        guards_security=True,
+        repeat=True,
+    ),
+    Key(
+        name="init",
+        field="init",
+        read=_directory,
+        summary="what to execute in the root that was mounted at boot; / to stay in the boot image",
+        guards_security=True,
+    ),
+    Key(
+        name="agent",
+        field="agent",
+        read=_choice("stay", "end"),
+        summary="after the switch to that root: stay as one of its processes, or end",
+    ),
+    Key(
+        name="on_failure",
+        field="on_failure",
+        read=_choice("poweroff", "reboot", "serve"),
+        summary="when the root cannot be mounted: end the machine, or serve for a look at it",
+        guards_security=True,
+    ),
+    Key(
         name="fault",
         field="fault",
         read=_faults,
@@ -181,7 +262,7 @@ def read_settings(
     ``ignore`` names keys that another part of the agent reads.
     """
     keys: Mapping[str, Key] = {key.name: key for key in KEYS}
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     problems: list[Problem] = []
     for name, text in settings:
         key = keys.get(name)
@@ -190,7 +271,8 @@ def read_settings(
                 problems.append(_problem(name, "unknown setting", fatal=False))
             continue
         try:
-            values[key.field] = key.read(text)
+            value = key.read(text)
+            values[key.field] = (*values.get(key.field, ()), value) if key.repeat else value
         except ValueError as error:
             problems.append(_problem(name, str(error), fatal=key.guards_security))
     return Config().replace(**values), tuple(problems)

@@ -179,7 +179,7 @@ def _write_top_layer(path: Path) -> None:
 
 
 def _expected_tree(site: Path) -> Tree:
-    """Merge the source trees as an overlay would: computed from the sources, not from the images."""
+    """Merge the source trees as an overlay would: from the sources, not from the images."""
     tree: Tree = {}
     for source in reversed(SOURCES.values()):
         tree.update(_read_tree(source))

@@ -16,7 +16,12 @@ def check_word(name: str, value: str, longest: int = _ID_MAX) -> None:
 
 
 def check_path(name: str, value: str) -> None:
-    """Paths may end up in mount options: absolute, normal, from a plain alphabet."""
+    """Paths may end up in mount options: absolute, normal, from a plain alphabet.
+
+    "/" itself is a path: the root that a machine was booted into is described by it.
+    """
+    if value == "/":
+        return
     if not value.startswith("/") or len(value) > _PATH_MAX:
         raise ValueError(f"{name} must be absolute and at most {_PATH_MAX} long, got {value!r}")
     if not _PATH.issuperset(value):

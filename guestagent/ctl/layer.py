@@ -10,12 +10,9 @@ from guestagent.api import (
     LayerListReply,
     LayerReport,
     LayerSpec,
-    PathDevice,
-    PmemDevice,
-    ScsiDevice,
     Verity,
-    VirtioBlkDevice,
 )
+from guestagent.api.texts import device_from_text
 from guestagent.ctl.session import Session, pass_session
 from guestagent.ctl.table import table
 
@@ -28,24 +25,11 @@ def layer() -> None:
 
 
 def parse_device(text: str) -> Device:
-    """Read pmem:N, virtio-blk:SERIAL, scsi:CONTROLLER:LUN[:PARTITION] or a path below /dev."""
-    kind, _, rest = text.partition(":")
-    numbers = rest.split(":")
+    """Read a device as ``guestagent.api.texts`` has it, for an option or argument."""
     try:
-        if text.startswith("/"):
-            return PathDevice(path=text)
-        if kind == "pmem":
-            return PmemDevice(number=int(rest))
-        if kind == "virtio-blk":
-            return VirtioBlkDevice(serial=rest)
-        if kind == "scsi" and 2 <= len(numbers) <= 3:
-            controller, lun, partition = (*map(int, numbers), 0)[:3]
-            return ScsiDevice(controller=controller, lun=lun, partition=partition)
+        return device_from_text(text)
     except ValueError as error:
-        raise click.BadParameter(f"{text!r}: {error}") from None
-    raise click.BadParameter(
-        f"{text!r}: expected pmem:N, virtio-blk:SERIAL, scsi:CONTROLLER:LUN[:PARTITION] or /dev/..."
-    )
+        raise click.BadParameter(str(error)) from None
 
 
 def _parse_range(text: str | None) -> ByteRange | None:

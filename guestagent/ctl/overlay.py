@@ -2,16 +2,8 @@
 
 import click
 
-from guestagent.api import (
-    DeviceScratch,
-    DirectoryScratch,
-    OverlayListReply,
-    OverlayReport,
-    OverlaySpec,
-    Scratch,
-    TmpfsScratch,
-)
-from guestagent.ctl.layer import parse_device
+from guestagent.api import OverlayListReply, OverlayReport, OverlaySpec
+from guestagent.api.texts import scratch_from_text
 from guestagent.ctl.session import Session, pass_session
 from guestagent.ctl.table import table
 
@@ -21,21 +13,6 @@ __all__ = ("overlay",)
 @click.group()
 def overlay() -> None:
     """Overlays of mounted layers."""
-
-
-def _parse_scratch(text: str | None) -> Scratch | None:
-    """Read tmpfs:BYTES, dir:PATH or device:DEVICE[,FILESYSTEM]."""
-    if text is None:
-        return None
-    kind, _, rest = text.partition(":")
-    if kind == "tmpfs":
-        return TmpfsScratch(size_bytes=int(rest, 0))
-    if kind == "dir":
-        return DirectoryScratch(path=rest)
-    if kind == "device":
-        device, _, filesystem = rest.partition(",")
-        return DeviceScratch(device=parse_device(device), filesystem=filesystem or "ext4")
-    raise ValueError(f"scratch {text!r}: expected tmpfs:BYTES, dir:PATH or device:DEVICE[,FS]")
 
 
 @overlay.command("mount")
@@ -54,7 +31,10 @@ def mount(
     """Overlay LAYERS, topmost first; read-only unless there is a scratch."""
     try:
         spec = OverlaySpec(
-            overlay_id=overlay_id, layers=layers, target=target, scratch=_parse_scratch(scratch)
+            overlay_id=overlay_id,
+            layers=layers,
+            target=target,
+            scratch=scratch_from_text(scratch) if scratch is not None else None,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from guestagent.api import METHODS
 from guestagent.config import KEYS, PREFIX, Config
 from vsock.errors import CODES
-from vsock.record import Record
+from vsock.record import Record, RecordType
 
 __all__ = ("SECTIONS", "update")
 
@@ -87,11 +87,11 @@ def update(text: str) -> str:
 
 
 def _collect(kind: object, found: dict[str, type[Record]]) -> None:
-    if isinstance(kind, type) and issubclass(kind, Record):
-        if kind.__name__ not in found:
-            found[kind.__name__] = kind
-            for field_type, _ in kind._fields.values():
-                _collect(field_type, found)
+    if isinstance(kind, RecordType) and kind.__name__ not in found:
+        assert issubclass(kind, Record)
+        found[kind.__name__] = kind
+        for field_type, _ in kind._fields.values():
+            _collect(field_type, found)
     for argument in getattr(kind, "__args__", ()):
         _collect(argument, found)
 

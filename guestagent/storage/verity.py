@@ -43,6 +43,7 @@ __all__ = (
     "check_spare",
     "check_tree_spine",
     "resolve",
+    "sha256",
     "superblock_offset",
 )
 
@@ -380,6 +381,12 @@ def block_digest(parameters: VerityParameters, block: bytes) -> bytes:
     if parameters.hash_type == HASH_TYPE_NORMAL:
         salted = (parameters.salt, block)
     digest: bytes = _hash_function(parameters.algorithm)(b"".join(salted)).digest()
+    return digest
+
+
+def sha256(data: bytes) -> bytes:
+    """Return a SHA-256 digest without the weight of hashlib."""
+    digest: bytes = _hash_function("sha256")(data).digest()
     return digest
 
 

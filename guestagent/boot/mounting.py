@@ -1,0 +1,78 @@
+"""Mount what a boot plan names, with the engine that serves requests: all of it or nothing."""
+
+import os
+
+from guestagent.api import ByteRange, LayersMountRequest, LayerSpec
+from guestagent.boot.plan import BootPlan
+from guestagent.config import Config
+from guestagent.engine.engine import Engine
+from guestagent.engine.faults import Faults
+from guestagent.engine.state import Rules
+from guestagent.engine.verified import Reader
+from guestagent.storage import blockdev
+from guestagent.storage.filesystems import claimed_size_bytes, detect
+from guestagent.storage.verity import SUPERBLOCK_BYTES, Superblock
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+from vsock.log import log
+
+__all__ = ("mount_plan",)
+
+#: Where a hash area can begin behind a file system: at the next block, of any size there is.
+_BLOCK_SIZES = (512, 1024, 2048, 4096)
+
+
+def mount_plan(plan: BootPlan, config: Config) -> None:
+    """Mount the plan and leave it mounted, journal and all, for an agent to adopt.
+
+    Raises:
+        CallError: anything that is missing, unverified or contradictory; nothing stays mounted.
+    """
+    deadline = Deadline(config.deadline_seconds)
+    engine = Engine(
+        state_directory=config.state_directory,
+        rules=Rules(target_root=config.target_root, require_verity=config.require_verity),
+        faults=Faults.parse(config.fault),
+    )
+    try:
+        engine.start()
+        for spec in plan.layers:
+            if spec.verity is None:
+                refuse_hidden_verity(spec, deadline)
+        request = LayersMountRequest(layers=plan.layers, overlay=plan.overlay)
+        reply = engine.batches.mount(request, engine.operation(deadline))
+        for layer in reply.layers:
+            verified = layer.verity.root_digest if layer.verity else "not verified"
+            log.info("boot layer", layer=layer.layer_id, root=verified, target=layer.target)
+    finally:
+        engine.close()
+        deadline.close()
+
+
+def refuse_hidden_verity(spec: LayerSpec, deadline: Deadline) -> None:
+    """Refuse to mount without verity what has a hash area: somebody dropped the digest.
+
+    Raises:
+        CallError: ``integrity``.
+    """
+    device = blockdev.wait_for(spec.device, deadline)
+    area = spec.mapping or ByteRange(offset_bytes=0, size_bytes=device.size_bytes)
+    with Reader(device.node, area) as reader:
+        filesystem = spec.filesystem
+        if filesystem == "auto":
+            filesystem = detect(reader.read_padded) or ""
+        end_bytes = claimed_size_bytes(filesystem, reader.read_padded)
+        for block in _BLOCK_SIZES:
+            offset = -(-end_bytes // block) * block
+            try:
+                Superblock.parse(reader.read_at(offset, SUPERBLOCK_BYTES))
+            except ValueError:
+                continue
+            raise CallError(
+                "integrity",
+                f"layer {spec.layer_id!r} has root=none, but a hash area at byte {offset} of "
+                f"{os.path.basename(device.node)}",
+                step="plan boot",
+                object=spec.layer_id,
+                hint="say its root digest",
+            )

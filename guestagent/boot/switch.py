@@ -1,0 +1,166 @@
+"""From the boot image to the real root: move the API file systems, give the memory back, exec.
+
+Source: Documentation/filesystems/ramfs-rootfs-initramfs.rst: rootfs cannot be pivoted away, so the
+new root is moved over it and what is in it is deleted.
+"""
+
+import os
+import stat
+import sys
+
+from guestagent.engine.journal import Journal
+from guestagent.storage import syscalls
+from vsock.errors import CallError
+from vsock.log import log
+
+__all__ = (
+    "check_root",
+    "exec_init",
+    "keep_modules",
+    "move_out",
+    "rename_root",
+    "switch_root",
+)
+
+#: What goes along. /run holds the layers and the journal.
+_MOVED = ("/proc", "/sys", "/dev", "/run")
+_RESOLVE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
+
+
+def check_root(root: str, init: str) -> None:
+    """See that ``root`` can be switched to: has the directories, and an ``init`` to execute.
+
+    Raises:
+        CallError: ``invalid``, naming what is missing.
+    """
+    root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for path in _MOVED:
+            _check(root_fd, root, path, os.O_PATH | os.O_DIRECTORY)
+        mode = _check(root_fd, root, init, os.O_PATH)
+    finally:
+        os.close(root_fd)
+    if not stat.S_ISREG(mode) or not mode & 0o111:
+        raise CallError(
+            "invalid",
+            f"cannot switch to {root!r}: {init!r} in it is no program",
+            step="switch root",
+            object=init,
+        )
+
+
+def _check(root_fd: int, root: str, path: str, flags: int) -> int:
+    try:
+        fd = syscalls.openat2(root_fd, path, flags | os.O_CLOEXEC, resolve=_RESOLVE)
+    except OSError as error:
+        raise CallError(
+            "invalid",
+            f"cannot switch to {root!r}: {path!r} in it: {error.strerror}",
+            errno=error.errno,
+            step="switch root",
+            object=path,
+        ) from error
+    try:
+        return os.fstat(fd).st_mode
+    finally:
+        os.close(fd)
+
+
+def move_out(mounted_at: str, new_root: str) -> None:
+    """Move the root-to-be out of /run, which is to be moved into it."""
+    os.makedirs(new_root, mode=0o700, exist_ok=True)
+    syscalls.mount(mounted_at, new_root, "", syscalls.MS_MOVE, "")
+
+
+def rename_root(state_directory: str, mounted_at: str) -> None:
+    """Tell the journal that what was mounted at ``mounted_at`` is about to be the root."""
+    journal = Journal(state_directory)
+    for layer in journal.read_layers():
+        if layer.live.spec.mount_point == mounted_at:
+            spec = layer.live.spec.replace(target="/")
+            journal.write_layer(layer.live.replace(spec=spec), layer.state)
+    for overlay in journal.read_overlays():
+        if overlay.live.spec.mount_point == mounted_at:
+            root = overlay.live.spec.replace(target="/")
+            journal.write_overlay(overlay.live.replace(spec=root), overlay.state)
+
+
+def keep_modules(state_directory: str) -> None:
+    """Copy the interpreter's modules to /run, for an agent that outlives the boot image.
+
+    What is imported is in memory; what is imported later must come from what was measured, never
+    from the new root.
+    """
+    kept = f"{state_directory}/python"
+    for path in list(sys.path):
+        if os.path.isdir(path) and path != kept:
+            _copy_tree(path, kept)
+    sys.path[:] = [kept]
+    sys.path_importer_cache.clear()
+
+
+def _copy_tree(source: str, target: str) -> None:
+    os.makedirs(target, mode=0o700, exist_ok=True)
+    for entry in os.scandir(source):
+        there = f"{target}/{entry.name}"
+        if entry.is_dir(follow_symlinks=False):
+            _copy_tree(entry.path, there)
+        elif entry.is_file():
+            with open(entry.path, "rb") as original, open(there, "wb") as copy:
+                copy.write(original.read())
+
+
+def switch_root(new_root: str) -> None:
+    """Make ``new_root`` the root of this process; what was the boot image is deleted.
+
+    Raises:
+        OSError: a mount could not be moved; the system cannot go on then.
+    """
+    old_root_fd = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    old_dev = os.fstat(old_root_fd).st_dev
+    for path in _MOVED:
+        syscalls.mount(path, new_root + path, "", syscalls.MS_MOVE, "")
+    os.chdir(new_root)
+    syscalls.mount(".", "/", "", syscalls.MS_MOVE, "")
+    os.chroot(".")
+    os.chdir("/")
+    try:
+        _delete_below(old_root_fd, old_dev)
+    except OSError as error:
+        # memory that is not given back is a pity, no reason to end the boot
+        log.warning("the boot image is not deleted", error=str(error))
+    finally:
+        os.close(old_root_fd)
+
+
+def _delete_below(directory_fd: int, dev: int) -> None:
+    """Delete everything below an open directory, staying on the file system ``dev``."""
+    for name in os.listdir(directory_fd):
+        info = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+        if info.st_dev != dev:
+            continue
+        if not stat.S_ISDIR(info.st_mode):
+            os.unlink(name, dir_fd=directory_fd)
+            continue
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        child_fd = os.open(name, flags, dir_fd=directory_fd)
+        try:
+            _delete_below(child_fd, dev)
+        finally:
+            os.close(child_fd)
+        try:
+            os.rmdir(name, dir_fd=directory_fd)
+        except OSError:  # a mount point of something that stays
+            continue
+
+
+def exec_init(init: str, arguments: tuple[str, ...]) -> None:
+    """Become ``init``, with signals as a kernel would hand them over. Does not return."""
+    import signal
+
+    # Python ignores these two; an ignored signal would be inherited
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    environment = {"HOME": "/", "TERM": "linux", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+    os.execve(init, [init, *arguments], environment)

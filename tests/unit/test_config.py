@@ -1,0 +1,85 @@
+"""Settings from the kernel command line: what is taken, what is refused, what ends a boot."""
+
+import pytest
+
+from guestagent.config import KEYS, Config, parse_command_line, read_settings
+
+
+def settings(*texts: str) -> tuple[tuple[str, str], ...]:
+    return parse_command_line(" ".join(f"guestagent.{text}" for text in texts))
+
+
+def test_only_ours_and_in_order() -> None:
+    line = 'quiet guestagent.log=debug root=/dev/vda guestagent.listen="vsock://any:5" x.y=1'
+    assert parse_command_line(line) == (("log", "debug"), ("listen", "vsock://any:5"))
+
+
+def test_quotes_may_hold_spaces() -> None:
+    assert parse_command_line('guestagent.a="b c" guestagent.d') == (("a", "b c"), ("d", ""))
+
+
+def test_defaults_when_nothing_is_said() -> None:
+    assert read_settings(()) == (Config(), ())
+
+
+def test_every_key_names_a_field() -> None:
+    for key in KEYS:
+        assert hasattr(Config(), key.field), key.name
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("port=7", "listen", ("vsock://any:7",)),
+        ("listen=unix:///run/a,vsock://any:9", "listen", ("unix:///run/a", "vsock://any:9")),
+        ("dial=2:1024", "dial", ("vsock://2:1024",)),
+        ("require_verity", "require_verity", True),
+        ("require-verity=0", "require_verity", False),
+        ("target_root=/run/", "target_root", "/run"),
+        ("deadline=5", "deadline_seconds", 5),
+        ("modules=/a.ko,/b.ko", "modules", ("/a.ko", "/b.ko")),
+        ("agent=stay", "agent", "stay"),
+    ],
+)
+def test_a_setting_is_taken(text: str, field: str, value: object) -> None:
+    config, problems = read_settings(settings(text))
+    assert problems == ()
+    assert getattr(config, field) == value
+
+
+def test_layers_gather_and_others_replace() -> None:
+    root = "00" * 32
+    config, problems = read_settings(
+        settings(f"layer=pmem:0,root={root}", f"layer=pmem:1,root={root}", "log=info", "log=error")
+    )
+    assert problems == ()
+    assert len(config.layers) == 2
+    assert config.log == "error"
+
+
+@pytest.mark.parametrize(
+    ("text", "fatal"),
+    [
+        ("log=loud", False),
+        ("deadline=0", False),
+        ("port=99999999999", False),
+        ("nonsense=1", False),
+        ("require_verity=maybe", True),
+        ("target_root=run", True),
+        ("target_root=/run/../etc", True),
+        ("layer=pmem:0", True),
+        ("layer=pmem:0,root=xyz", True),
+        ("layer=pmem:0,root=none,preset=strict", True),
+        ("layer=pmem:0,root=" + "00" * 32 + ",offset=0", True),
+        ("layer=pmem:0,root=" + "00" * 32 + ",color=red", True),
+        ("overlay=root,layer=a", True),
+        ("on_failure=carry-on", True),
+        ("fault=x:ENOSUCHERRNO", True),
+    ],
+)
+def test_a_setting_is_refused(text: str, fatal: bool) -> None:
+    config, problems = read_settings(settings(text))
+    assert config == Config()
+    (problem,) = problems
+    assert problem.fatal is fatal
+    assert problem.text.startswith(problem.key)
