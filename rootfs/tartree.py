@@ -98,6 +98,12 @@ class TarTree:
             self._hide(parent, name)
 
     def _add(self, path: tuple[bytes, ...], entry: TarEntry, fd: int) -> None:
+        if self._whiteouts is not Whiteouts.KEEP:
+            for attribute in entry.xattrs:
+                if attribute.startswith(_RESERVED_ATTRIBUTES):
+                    # with one of these a layer could reach into those below it
+                    text = os.fsdecode(attribute)
+                    raise _refused(entry, f"the attribute {text} is overlayfs's own")
         if not path:
             if entry.file_type != stat.S_IFDIR:
                 raise _refused(entry, "the root of an image is a directory")
@@ -126,10 +132,6 @@ class TarTree:
             if not entry.target or len(entry.target) > 4095:
                 raise _refused(entry, f"a symlink to a name of {len(entry.target)} bytes")
             node.target = entry.target
-        if self._whiteouts is not Whiteouts.KEEP:
-            for name in node.xattrs:
-                if name.startswith(_RESERVED_ATTRIBUTES):
-                    raise _refused(entry, f"the attribute {os.fsdecode(name)} is overlayfs's own")
         return node
 
     def _directory(self, path: tuple[bytes, ...], entry: TarEntry) -> Node:
@@ -217,7 +219,7 @@ def _describe(node: Node, entry: TarEntry) -> None:
     node.uid = entry.uid
     node.gid = entry.gid
     node.mtime_ns = entry.mtime_ns
-    node.xattrs = entry.xattrs
+    node.xattrs = dict(entry.xattrs)
 
 
 def _copy_facts(node: Node, below: Node) -> None:

@@ -382,6 +382,9 @@ def test_a_whiteout_of_no_name_is_refused(name: str) -> None:
 def test_a_layer_cannot_bring_attributes_of_overlayfs(name: str) -> None:
     with pytest.raises(CallError, match="overlayfs"):
         tree(make_tar([Member("x", xattrs={name: b"/etc"})]), Whiteouts.OVERLAY)
+    again = [directory("d"), directory("d", xattrs={name: b"/etc"})]
+    with pytest.raises(CallError, match="overlayfs"):
+        tree(make_tar(again), Whiteouts.OVERLAY)
 
 
 def test_shuffled_members_after_their_directories_give_the_same_tree() -> None:
