@@ -111,7 +111,7 @@ def test_a_corrupt_data_block_is_named(image: Image, block: int) -> None:
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.sets(st.integers(0, BLOCKS - 1), max_size=12), st.sampled_from([1, 2]))
 def test_all_corrupt_data_blocks_are_named(tmp_path: Path, blocks: set[int], workers: int) -> None:
