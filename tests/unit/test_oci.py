@@ -1,0 +1,253 @@
+"""Container images that are not what they say: each is refused, by name, and nothing is built."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from imagebed import MEDIA, Layout, Member, digest, docker_archive, make_tar
+
+from rootfs.images import build_image, build_layers
+from rootfs.oci import default_platform
+from vsock.errors import CallError
+
+FILES = [Member("etc/hosts", b"127.0.0.1")]
+OTHER = [Member("etc/hosts", b"10.0.0.1 elsewhere")]
+
+
+def refused(layout: Path, code: str, message: str, **options: object) -> CallError:
+    output = layout.parent / "image"
+    with pytest.raises(CallError, match=message) as caught:
+        build_image(layout, output, source_format="oci", **options)  # type: ignore[arg-type]
+    assert caught.value.code == code
+    assert sorted(layout.parent.iterdir()) == [layout]
+    return caught.value
+
+
+def edit(path: Path, change: Callable[[dict[str, object]], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_a_blob_that_is_not_its_digest(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l").layer(FILES, "+gzip")
+    name = str(layout.layers[0]["digest"]).removeprefix("sha256:")
+    layout.finish()
+    blob = tmp_path / "l/blobs/sha256" / name
+    data = bytearray(blob.read_bytes())
+    data[4] ^= 1  # the time in the gzip header: what it decompresses to is the same
+    blob.write_bytes(data)
+    problem = refused(tmp_path / "l", "integrity", "has the digest")
+    assert problem.object == f"blobs/sha256/{name}"
+
+
+def test_a_blob_of_another_size(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l").layer(FILES)
+    layout.layers[0]["size"] = 512
+    refused(layout.finish(), "integrity", "not 512")
+
+
+def test_a_layer_that_is_not_its_diff_id(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l").layer(FILES, "+gzip")
+    layout.diff_ids[0] = digest(make_tar(OTHER))
+    refused(layout.finish(), "integrity", "diff_id")
+
+
+def test_a_manifest_that_is_not_its_digest(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l").layer(FILES).image()
+    name = str(layout.manifests[0]["digest"]).removeprefix("sha256:")
+    path = layout.finish()
+    with (path / "blobs/sha256" / name).open("a") as file:
+        file.write(" ")
+    refused(path, "integrity", "content of the digest")
+
+
+def test_layers_and_diff_ids_that_do_not_pair(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l").layer(FILES)
+    layout.diff_ids.append(digest(b""))
+    refused(layout.finish(), "invalid", "1 layers, but 2 diff_ids")
+
+
+@pytest.mark.parametrize(
+    "kind", [MEDIA + "+encrypted", "application/vnd.wasm.content.layer.v1", ""]
+)
+def test_an_unknown_media_type(tmp_path: Path, kind: str) -> None:
+    layout = Layout(tmp_path / "l").layer(FILES)
+    layout.layers[0]["mediaType"] = kind
+    refused(layout.finish(), "unsupported", "media type")
+
+
+def test_an_unknown_media_type_of_the_manifest(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l").layer(FILES).image(mediaType="application/vnd.other+json")
+    refused(layout.finish(), "unsupported", "media type 'application/vnd.other")
+
+
+def test_a_foreign_layer_is_used_if_it_is_there_and_told_if_not(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l").layer(FILES, "+gzip")
+    layer = layout.layers[0]
+    layer["mediaType"] = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
+    path = layout.finish()
+    build_image(path, tmp_path / "image")
+    (tmp_path / "image").unlink()
+    (path / "blobs/sha256" / str(layer["digest"]).removeprefix("sha256:")).unlink()
+    refused(path, "not_found", "foreign layer")
+
+
+@pytest.mark.parametrize(
+    "bad", ["sha512:" + "a" * 128, "md5:abc", "sha256:../../../etc/passwd", "sha256:" + "A" * 64]
+)
+def test_a_digest_that_is_no_sha256_never_becomes_a_path(tmp_path: Path, bad: str) -> None:
+    layout = Layout(tmp_path / "l").layer(FILES)
+    layout.layers[0]["digest"] = bad
+    refused(layout.finish(), "unsupported", "digest")
+
+
+def test_a_blob_that_is_missing(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l").layer(FILES)
+    name = str(layout.layers[0]["digest"]).removeprefix("sha256:")
+    path = layout.finish()
+    (path / "blobs/sha256" / name).unlink()
+    refused(path, "not_found", "no blob")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("index.json", "{", "invalid"),
+        ("index.json", "[]", "invalid"),
+        ("index.json", '{"manifests": [7]}', "invalid"),
+        ("index.json", '{"manifests": {}}', "invalid"),
+        ("index.json", '{"manifests": []}', "not_found"),
+        ("index.json", "[" * 100_000, "invalid"),
+        ("oci-layout", '{"imageLayoutVersion": "2.0.0"}', "unsupported"),
+        ("oci-layout", "{}", "invalid"),
+    ],
+)
+def test_an_index_that_is_broken(tmp_path: Path, name: str, content: str, code: str) -> None:
+    path = Layout(tmp_path / "l").layer(FILES).finish()
+    (path / name).write_text(content)
+    refused(path, code, name)
+
+
+def test_an_index_that_is_too_large(tmp_path: Path) -> None:
+    path = Layout(tmp_path / "l").layer(FILES).finish()
+    with (path / "index.json").open("a") as file:
+        file.write(" " * (9 << 20))
+    refused(path, "resource", "limit")
+
+
+def other_platform() -> str:
+    return "riscv64" if "riscv64" not in default_platform() else "s390x"
+
+
+def two_platforms(path: Path) -> Path:
+    here = default_platform().split("/")[1]
+    layout = Layout(path).layer(FILES).image(platform={"os": "linux", "architecture": here})
+    layout.layer(OTHER).image(platform={"os": "linux", "architecture": other_platform()})
+    attestation = {"vnd.docker.reference.type": "attestation-manifest"}
+    layout.layer([]).image(annotations=attestation, platform={"os": "unknown"})
+    return layout.finish()
+
+
+def test_the_platform_chooses(tmp_path: Path) -> None:
+    path = two_platforms(tmp_path / "l")
+    here = build_image(path, tmp_path / "a").source_digest
+    there = build_image(path, tmp_path / "b", platform=f"linux/{other_platform()}").source_digest
+    assert (here, there) == (digest(make_tar(FILES)), digest(make_tar(OTHER)))
+    for name in "ab":
+        (tmp_path / name).unlink()
+    refused(path, "not_found", "no image for linux/vax", platform="linux/vax")
+
+
+def test_an_index_in_an_index(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l").layer(FILES).image()
+    for _ in range(3):
+        index = json.dumps({"manifests": layout.manifests}).encode()
+        layout.manifests = [layout.blob(index, "application/vnd.oci.image.index.v1+json")]
+    path = layout.finish()
+    build_image(path, tmp_path / "image")
+    (tmp_path / "image").unlink()
+    for _ in range(4):
+        index = json.dumps({"manifests": layout.manifests}).encode()
+        layout.manifests = [layout.blob(index, "application/vnd.oci.image.index.v1+json")]
+    refused(layout.finish(), "invalid", "nested")
+
+
+def test_the_reference_chooses(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l")
+    for members, name in ((FILES, "one"), (OTHER, "two")):
+        annotations = {"org.opencontainers.image.ref.name": name}
+        layout.layer(members).image(annotations=annotations)
+    path = layout.finish()
+    assert build_image(path, tmp_path / "a", reference="two").source_digest == digest(
+        make_tar(OTHER)
+    )
+    (tmp_path / "a").unlink()
+    refused(path, "invalid", "2 images fit")
+    refused(path, "not_found", "'three'", reference="three")
+
+
+# --- docker save
+
+
+def test_a_docker_archive_with_a_wrong_layer(tmp_path: Path) -> None:
+    good = docker_archive(tmp_path / "good.tar", [make_tar(FILES)])
+    data = good.read_bytes().replace(b"127.0.0.1", b"127.0.0.2")
+    (tmp_path / "bad.tar").write_bytes(data)
+    with pytest.raises(CallError, match="diff_id") as caught:
+        build_image(tmp_path / "bad.tar", tmp_path / "image")
+    assert caught.value.code == "integrity"
+
+
+def test_a_docker_archive_with_a_wrong_config(tmp_path: Path) -> None:
+    good = docker_archive(tmp_path / "good.tar", [make_tar(FILES)])
+    (tmp_path / "bad.tar").write_bytes(good.read_bytes().replace(b'"layers"', b'"Layers"'))
+    with pytest.raises(CallError, match="is not of that digest"):
+        build_image(tmp_path / "bad.tar", tmp_path / "image")
+
+
+def test_a_docker_archive_of_two_images_wants_a_name(tmp_path: Path) -> None:
+    tar = make_tar(FILES)
+    config = json.dumps({"rootfs": {"diff_ids": [digest(tar)]}}).encode()
+    manifest = [
+        {"Config": "config.json", "RepoTags": [tag], "Layers": ["layer.tar"]} for tag in ("a", "b")
+    ]
+    files = {
+        "layer.tar": tar,
+        "config.json": config,
+        "manifest.json": json.dumps(manifest).encode(),
+    }
+    path = tmp_path / "two.tar"
+    path.write_bytes(make_tar([Member(name, data) for name, data in files.items()]))
+    with pytest.raises(CallError, match="name one"):
+        build_image(path, tmp_path / "image")
+    assert build_image(path, tmp_path / "image", reference="b").source_digest == digest(tar)
+    with pytest.raises(CallError, match="no image c"):
+        build_image(path, tmp_path / "image", reference="c")
+
+
+def test_equal_layers_of_old_docker_are_symlinks_in_the_archive(tmp_path: Path) -> None:
+    import tarfile
+
+    tar = make_tar(FILES)
+    config = json.dumps({"rootfs": {"diff_ids": [digest(tar)] * 2}}).encode()
+    manifest = [{"Config": "c.json", "RepoTags": None, "Layers": ["a/layer.tar", "b/layer.tar"]}]
+    path = tmp_path / "docker.tar"
+    path.write_bytes(
+        make_tar(
+            [
+                Member("a/layer.tar", tar),
+                Member("b/layer.tar", kind=tarfile.SYMTYPE, target="../a/layer.tar"),
+                Member("c.json", config),
+                Member("manifest.json", json.dumps(manifest).encode()),
+            ]
+        )
+    )
+    assert len(build_layers(path, tmp_path)) == 1
+
+
+def test_a_root_file_system_with_a_manifest_of_its_own_is_a_tar(tmp_path: Path) -> None:
+    tar = make_tar([Member("manifest.json", b'{"name": "an app"}')])
+    (tmp_path / "t.tar").write_bytes(tar)
+    assert build_image(tmp_path / "t.tar", tmp_path / "image").source_digest == digest(tar)
