@@ -351,7 +351,13 @@ def _ask_for_port(stream: Stream, address: HybridAddress, deadline: Deadline) ->
 
 def _set_timeout(sock: "_socket.socket", level: int, option: int, seconds: float) -> None:
     whole, rest = divmod(seconds, 1.0)
-    sock.setsockopt(level, option, struct.pack("ll", int(whole), int(rest * 1e6)))
+    # On an AF_VSOCK socket Python takes integers only, and this is a struct timeval: so the same
+    # descriptor is dressed as a socket of another family, which is all that Python looks at.
+    plain = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, sock.fileno())
+    try:
+        plain.setsockopt(level, option, struct.pack("ll", int(whole), int(rest * 1e6)))
+    finally:
+        plain.detach()
 
 
 def _sockaddr_path(path: str) -> "str | bytes":

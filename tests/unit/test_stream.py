@@ -1,4 +1,6 @@
+import _socket
 import contextlib
+import ctypes
 import errno
 import os
 import select
@@ -12,7 +14,14 @@ import pytest
 from vsock.address import HybridAddress, SerialAddress, UnixAddress, VsockAddress
 from vsock.deadline import Deadline
 from vsock.errors import CallError, ConnectionClosed
-from vsock.stream import MAX_WRITE_BYTES, dial, listen
+from vsock.stream import (
+    _AF_VSOCK,
+    _SO_VM_SOCKETS_CONNECT_TIMEOUT,
+    MAX_WRITE_BYTES,
+    _set_timeout,
+    dial,
+    listen,
+)
 
 
 @pytest.fixture
@@ -210,6 +219,22 @@ def test_a_past_deadline_dials_nobody(address):
 def test_a_vsock_address_of_nobody_in_particular_cannot_be_dialled(deadline):
     with pytest.raises(ValueError, match="vsock://any:5"):
         dial(VsockAddress(cid=None, port=5), deadline)
+
+
+def test_the_connect_timeout_reaches_a_vsock_socket():
+    """Python's own setsockopt takes no struct on such a socket, and getsockopt gives none."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        sock = _socket.socket(_AF_VSOCK, _socket.SOCK_STREAM, 0)
+    except OSError as error:
+        pytest.skip(f"no AF_VSOCK here: {error}")
+    _set_timeout(sock, _AF_VSOCK, _SO_VM_SOCKETS_CONNECT_TIMEOUT, 7.25)
+    value, size = (ctypes.c_long * 2)(), ctypes.c_uint(16)
+    status = libc.getsockopt(
+        sock.fileno(), _AF_VSOCK, _SO_VM_SOCKETS_CONNECT_TIMEOUT, value, ctypes.byref(size)
+    )
+    sock.close()
+    assert (status, list(value)) == (0, [7, 250_000])
 
 
 # --- hybrid
