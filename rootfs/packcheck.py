@@ -29,7 +29,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackReport:
-    """What a check found. ``unchecked`` names layers with neither hash tree nor digest."""
+    """What a check found. ``unchecked`` names layers with neither hash tree nor digest.
+
+    ``unclaimed_bytes`` are behind what the manifest knows: left by an addition that did not end.
+    """
 
     findings: tuple[Finding, ...]
     unchecked: tuple[str, ...]
@@ -37,6 +40,7 @@ class PackReport:
     free_bytes: int
     largest_free_bytes: int
     allocated_bytes: int
+    unclaimed_bytes: int
 
     @property
     def is_sound(self) -> bool:
@@ -58,12 +62,12 @@ def check_pack(
     """
     facts = os.fstat(fd)
     findings = []
-    if facts.st_size != manifest.size_bytes:
+    if facts.st_size < manifest.size_bytes:
         findings.append(
             Finding(
                 layer_id=None,
                 problem=f"the image has {facts.st_size} bytes, its manifest says "
-                f"{manifest.size_bytes}",
+                f"{manifest.size_bytes}: it is cut short",
             )
         )
     total = sum(layer.size_bytes for layer in manifest.layers)
@@ -87,6 +91,7 @@ def check_pack(
         free_bytes=sum(gap.size_bytes for gap in free),
         largest_free_bytes=max((gap.size_bytes for gap in free), default=0),
         allocated_bytes=facts.st_blocks * 512,
+        unclaimed_bytes=max(0, facts.st_size - manifest.size_bytes),
     )
 
 

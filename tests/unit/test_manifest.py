@@ -1,0 +1,208 @@
+"""Manifests: exact refusals, the same judgement as the published schema, whole replacement."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from guestagent.api import LayerSpec
+from guestagent.storage.verity import FieldError
+from rootfs.manifest import Manifest, layer_spec
+from vsock.errors import CallError
+
+SCHEMA = Path(__file__).resolve().parents[2] / "rootfs/schema/manifest-v1.json"
+MIB = 1 << 20
+
+GOOD: dict[str, object] = {
+    "version": 1,
+    "image": "pack.img",
+    "size_bytes": 4 * MIB,
+    "alignment_bytes": 4096,
+    "layers": [
+        {
+            "id": "top",
+            "offset_bytes": MIB,
+            "size_bytes": MIB,
+            "filesystem": "erofs",
+            "verity": {
+                "root_digest": "ab" * 32,
+                "salt": "00ff",
+                "algorithm": "sha256",
+                "hash_type": 1,
+                "data_blocks": 200,
+                "data_block_size": 4096,
+                "hash_block_size": 4096,
+                "hash_offset_bytes": 200 * 4096,
+                "superblock": True,
+            },
+            "source_digest": "sha256:" + "0" * 64,
+            "content_digest": None,
+        },
+        {
+            "id": "base",
+            "offset_bytes": 0,
+            "size_bytes": MIB,
+            "filesystem": "squashfs",
+            "verity": None,
+        },
+    ],
+}
+
+Change = Callable[[dict], object]  # type: ignore[type-arg]
+
+
+def _set(*path: object) -> Change:
+    *parents, key, value = path
+
+    def change(manifest: dict) -> None:  # type: ignore[type-arg]
+        for parent in parents:
+            manifest = manifest[parent]
+        manifest[key] = value
+
+    return change
+
+
+def _delete(*path: object) -> Change:
+    *parents, key = path
+
+    def change(manifest: dict) -> None:  # type: ignore[type-arg]
+        for parent in parents:
+            manifest = manifest[parent]
+        del manifest[key]
+
+    return change
+
+
+VERITY = ("layers", 0, "verity")
+#: What is wrong, and the field that is named.
+WRONG: list[tuple[Change, str]] = [
+    (_set("version", 0), "version"),
+    (_set("version", "1"), "version"),
+    (_set("version", True), "version"),
+    (_delete("version"), "version"),
+    (_set("image", "../other"), "image"),
+    (_set("image", ".."), "image"),
+    (_set("image", ""), "image"),
+    (_set("image", 7), "image"),
+    (_set("size_bytes", 4 * MIB + 4096), "size_bytes"),
+    (_set("size_bytes", -2 * MIB), "size_bytes"),
+    (_set("size_bytes", 1.5), "size_bytes"),
+    (_set("alignment_bytes", 512), "alignment_bytes"),
+    (_set("alignment_bytes", 12288), "alignment_bytes"),
+    (_set("layers", {}), "layers"),
+    (_set("layers", 0, []), "layers[0]"),
+    (_set("extra", 1), "extra"),
+    (_set("layers", 1, "extra", 1), "layers[1].extra"),
+    (_delete("layers", 1, "verity"), "layers[1].verity"),
+    (_set("layers", 0, "id", "a b"), "layers[0].id"),
+    (_set("layers", 0, "id", "-a"), "layers[0].id"),
+    (_set("layers", 0, "id", "a" * 65), "layers[0].id"),
+    (_set("layers", 0, "id", "a\n"), "layers[0].id"),
+    (_set("layers", 0, "offset_bytes", 100), "layers[0].offset_bytes"),
+    (_set("layers", 0, "size_bytes", 0), "layers[0].size_bytes"),
+    (_set("layers", 0, "filesystem", "ext2"), "layers[0].filesystem"),
+    (_set("layers", 0, "source_digest", "sha256:" + "A" * 64), "layers[0].source_digest"),
+    (_set("layers", 0, "source_digest", 5), "layers[0].source_digest"),
+    (_set(*VERITY, {}), "layers[0].verity.root_digest"),
+    (_set(*VERITY, "root_digest", "AB" * 32), "layers[0].verity.root_digest"),
+    (_set(*VERITY, "root_digest", "ab" * 31), "layers[0].verity.root_digest"),
+    (_set(*VERITY, "salt", "0"), "layers[0].verity.salt"),
+    (_set(*VERITY, "salt", "00" * 257), "layers[0].verity.salt"),
+    (_set(*VERITY, "algorithm", "md5"), "layers[0].verity.algorithm"),
+    (_set(*VERITY, "hash_type", 2), "layers[0].verity.hash_type"),
+    (_set(*VERITY, "data_blocks", 0), "layers[0].verity.data_blocks"),
+    (_set(*VERITY, "superblock", 1), "layers[0].verity.superblock"),
+    (_set(*VERITY, "fec", None), "layers[0].verity.fec"),
+]
+#: What a schema cannot see.
+BEYOND: list[tuple[Change, str]] = [
+    (_set("layers", 0, "id", "base"), "layers[1].id"),
+    (_set("layers", 0, "offset_bytes", 4096), "layers"),
+    (_set("layers", 0, "offset_bytes", 512 + MIB), "layers[0].offset_bytes"),
+    (_set("layers", 0, "offset_bytes", 4 * MIB), "layers[0].size_bytes"),
+    (_set(*VERITY, "data_blocks", 300), "layers[0].verity"),
+    (_set(*VERITY, "root_digest", "ab" * 20), "layers[0].verity.root_digest"),
+    (_set(*VERITY, "data_block_size", 1000), "layers[0].verity.data_block_size"),
+    (_set(*VERITY, "hash_block_size", 1000), "layers[0].verity.hash_block_size"),
+    (_set(*VERITY, "hash_offset_bytes", 100), "layers[0].verity.hash_offset_bytes"),
+]
+
+
+def changed(change: Change) -> dict[str, object]:
+    value = copy.deepcopy(GOOD)
+    change(value)
+    return value
+
+
+def test_a_manifest_survives_the_file(tmp_path: Path) -> None:
+    manifest = Manifest.from_json(GOOD)
+    manifest.save(tmp_path / "m.json")
+    assert Manifest.load(tmp_path / "m.json") == manifest
+    assert [layer.layer_id for layer in manifest.layers] == ["top", "base"]
+
+
+@pytest.mark.parametrize(("change", "field"), WRONG + BEYOND)
+def test_what_is_wrong_is_named_by_its_path(change: Change, field: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        Manifest.from_json(changed(change))
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field}: ")
+
+
+def test_the_schema_judges_alike() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    assert validator.is_valid(GOOD)
+    assert validator.is_valid(Manifest.from_json(GOOD).to_json())
+    for change, field in WRONG:
+        # patterns of ECMA-262 have no \Z: a final line break passes
+        if "\n" not in json.dumps(changed(change)).replace("\\n", "\n"):
+            assert not validator.is_valid(changed(change)), field
+
+
+def test_a_later_version_is_refused_as_such(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text(json.dumps({"version": 2, "segments": []}))
+    with pytest.raises(CallError, match="2 is later than 1") as caught:
+        Manifest.load(tmp_path / "m")
+    assert (caught.value.code, caught.value.object) == ("unsupported", "version")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"version": 1, "version": 1}', "[" * 100_000, "\x00", "\xff"]
+)
+def test_what_is_no_manifest(tmp_path: Path, text: str) -> None:
+    (tmp_path / "m").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CallError) as caught:
+        Manifest.load(tmp_path / "m")
+    assert caught.value.code == "invalid"
+
+
+def test_a_manifest_that_is_too_large_or_no_file(tmp_path: Path) -> None:
+    with (tmp_path / "m").open("wb") as file:
+        file.truncate((16 << 20) + 1)
+    with pytest.raises(CallError) as caught:
+        Manifest.load(tmp_path / "m")
+    assert caught.value.code == "resource"
+    with pytest.raises(CallError) as caught:
+        Manifest.load(tmp_path)
+    assert caught.value.code == "invalid"
+    with pytest.raises(CallError) as caught:
+        Manifest.load(tmp_path / "none")
+    assert caught.value.code == "not_found"
+
+
+def test_the_request_is_one_that_the_agent_takes() -> None:
+    manifest = Manifest.from_json(GOOD)
+    top = LayerSpec.from_wire(layer_spec(manifest.layers[0], {"kind": "pmem", "number": 3}))
+    assert top.verity is not None
+    assert top.mapping is not None
+    assert (top.mapping.offset_bytes, top.mapping.size_bytes) == (MIB, MIB)
+    assert top.verity.root_digest == b"\xab" * 32
+    assert top.verity.salt == b"\x00\xff"
+    assert top.verity.hash_offset_bytes == 200 * 4096
+    base = LayerSpec.from_wire(layer_spec(manifest.layers[1], {"kind": "path", "path": "/dev/vdb"}))
+    assert base.verity is None
