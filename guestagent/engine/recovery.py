@@ -121,7 +121,7 @@ def _adopt_overlay(state: EngineState, live: LiveOverlay) -> None:
     overlay_id = live.spec.overlay_id
     state.inventory.claim_target(live.spec.mount_point, ("overlay", overlay_id))
     state.inventory.hold_directories(("overlay", overlay_id), live.created)
-    if live.scratch is not None:
+    if live.scratch is not None and live.scratch.kind != "tmpfs":  # that one is nobody else's
         state.inventory.claim_scratch(live.scratch.key, overlay_id)
     state.inventory.add_overlay(live)
 
