@@ -80,7 +80,7 @@ class Server:
         self._max_in_flight = max_in_flight
         self._hello_seconds = hello_seconds
         self._on_notification = on_notification
-        self._report = report or _discard
+        self._report = report or (lambda line: None)
         self._calls = Calls(
             handler,
             quick=quick,
@@ -396,7 +396,3 @@ class Server:
             name = "notifications" if isinstance(message, Notification) else "responses"
             refusal = CallError("unsupported", f"{name} have no place here", step="take message")
             connection.answer_error(None, refusal)
-
-
-def _discard(line: str) -> None:
-    pass

@@ -3,6 +3,8 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 
 import msgpack
@@ -645,6 +647,35 @@ def test_threads_come_with_work_only(serve):
     running.handler.gate.set()
     for _ in range(8):
         peer.next()
+
+
+def test_the_server_is_cheap_to_import():
+    """What a guest under emulation cannot afford at its start, in milliseconds or in memory."""
+    dear = [
+        "asyncio",
+        "cryptography",
+        "ctypes",
+        "dataclasses",
+        "enum",
+        "inspect",
+        "json",
+        "logging",
+        "pathlib",
+        "pyroute2",
+        "re",
+        "selectors",
+        "socket",
+        "subprocess",
+        "tempfile",
+        "tenacity",
+        "typing",
+        "urllib",
+    ]
+    code = f"import sys; sys.path = {sys.path!r}; import vsock.server; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert set(dear) & set(done.stdout.split()) == set()
 
 
 @settings(

@@ -234,7 +234,8 @@ def test_the_connect_timeout_reaches_a_vsock_socket():
         sock.fileno(), _AF_VSOCK, _SO_VM_SOCKETS_CONNECT_TIMEOUT, value, ctypes.byref(size)
     )
     sock.close()
-    assert (status, list(value)) == (0, [7, 250_000])
+    assert status == 0
+    assert 7.25 <= value[0] + value[1] / 1e6 < 7.3  # the kernel rounds up to its ticks
 
 
 # --- hybrid
