@@ -273,6 +273,24 @@ def test_deferred_removal_takes_the_whole_stack_at_the_unmount(
         devices.wait_gone(control, ("t-below",), within(5), uuids=(above.uuid,))
 
 
+def test_a_device_is_gone_only_when_its_disk_is_free(
+    control: Control, disk: str, within: Within
+) -> None:
+    """The name goes first, the hold on the disk a moment later: whoever waited may have the disk
+    for itself, as a host that unplugs it will. The moment is short, so that it is tried often."""
+    for turn in range(60):
+        name = f"t-free-{turn}"
+        info = make(control, name, linear_target(length_bytes=4096, device=disk))
+        fd = os.open(info.node, os.O_RDONLY)
+        assert not devices.set_deferred_remove(control, name)
+        os.close(fd)
+        if turn % 2:
+            devices.wait_gone(control, (name,), within(5))
+        else:
+            devices.remove_device(control, name, within(5))
+        os.close(os.open(disk, os.O_RDWR | os.O_EXCL))
+
+
 def test_deferred_removal_can_be_taken_back(control: Control, disk: str) -> None:
     info = make(control, "t-back", linear_target(length_bytes=4096, device=disk))
     fd = os.open(info.node, os.O_RDONLY)
@@ -494,6 +512,33 @@ def test_wait_event_ends_when_the_device_goes(control: Control, disk: str, withi
     with pytest.raises(OSError, match="No such device"):
         control.wait_event("t-going", info.event_number, within(10))
     thread.join()
+
+
+def test_events_of_others_do_not_keep_a_waiter_busy(
+    control: Control, disk: str, within: Within, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = make(control, "t-quiet", linear_target(length_bytes=4096, device=disk))
+    looks = 0
+    look = control.info
+
+    def count(name: str) -> DeviceInfo:
+        nonlocal looks
+        looks += 1
+        return look(name)
+
+    def disturb() -> None:
+        with Control() as other:
+            other.create("t-noise", "u-noise")
+            other.remove("t-noise")
+
+    monkeypatch.setattr(control, "info", count)
+    thread = threading.Timer(0.1, disturb)
+    thread.start()
+    with pytest.raises(CallError, match="deadline"):
+        control.wait_event("t-quiet", info.event_number, within(0.5))
+    thread.join()
+    assert 2 <= looks <= 4
+    control.remove("t-quiet")
 
 
 def test_message_answers(control: Control, disk: str, within: Within) -> None:
