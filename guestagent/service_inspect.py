@@ -1,15 +1,16 @@
 """The ``fs.`` methods: bulk answers in chunks, at the pace of who asked for them."""
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 
-from guestagent.api.inspect import (
-    MoreReply,
-    MoreRequest,
-    StreamRequest,
-)
+from guestagent import __version__
+from guestagent.api.agent import PROTOCOL_VERSIONS, Empty
+from guestagent.api.inspect import MoreReply, MoreRequest, PlaceRequest, StreamRequest
+from guestagent.api.inspect_devices import AvailableReply, AvailableRequest, VersionReply
 from guestagent.engine.engine import Engine
+from guestagent.engine.inspection.inspection import LOOKS, STREAMS
 from guestagent.engine.inspection.sink import Sink
 from guestagent.engine.operation import Operation
 from vsock.errors import CallError
@@ -17,6 +18,8 @@ from vsock.record import Record
 from vsock.server import Call
 
 __all__ = ("InspectService",)
+
+Function = Callable[..., Record]
 
 #: A stream holds a worker thread while its reader takes its time; the others are for the rest.
 MAX_STREAMS = 4
@@ -36,6 +39,7 @@ class _Stream(Sink):
         self._taken = 0
         self._more_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
+        self._held = bytearray()
         self._entries: list[list[object]] = []
         self._entries_bytes = 0
         # nobody else wants what is sent here
@@ -54,9 +58,15 @@ class _Stream(Sink):
             self._more_fd = -1
 
     def data(self, data: "bytes | memoryview") -> None:
-        """Send bytes."""
-        for start in range(0, len(data), _CHUNK_BYTES):
-            self._send("data", bytes(data[start : start + _CHUNK_BYTES]))
+        """Send bytes, small pieces together."""
+        self._held += data
+        if len(self._held) < _CHUNK_BYTES:
+            return
+        with memoryview(self._held) as held:
+            whole = len(held) - len(held) % _CHUNK_BYTES
+            for start in range(0, whole, _CHUNK_BYTES):
+                self._send("data", bytes(held[start : start + _CHUNK_BYTES]))
+        del self._held[:whole]
 
     def entry(self, *fields: object) -> None:
         """Send an entry, with others."""
@@ -70,6 +80,9 @@ class _Stream(Sink):
         """Send what is held back; return the number of chunks."""
         if self._entries:
             self._flush()
+        if self._held:
+            self._send("data", bytes(self._held))
+            self._held.clear()
         return self._sent
 
     def progress(self, done_bytes: int, total_bytes: int) -> None:
@@ -112,17 +125,54 @@ class InspectService:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._inspection = engine.inspection
         self._lock = threading.Lock()
         self._streams: dict[tuple[int, int], _Stream] = {}
         #: Method name -> function of the decoded request and the call.
-        self.functions: dict[str, Callable[..., Record]] = {
+        self.functions: dict[str, Function] = {
             "agent.more": self._more,
-            "fs.checksums": self._streamed(self._inspection.checksums),
+            "fs.available": self._available,
+            "fs.version": self._version,
+            **{f"fs.{name}": self._look(name) for name in LOOKS},
+            **{f"fs.{name}": self._stream(name) for name in STREAMS},
+            **self._device_functions(),
+        }
+
+    def _device_functions(self) -> dict[str, Function]:
+        devices = self._engine.inspection.devices
+        return {
+            "fs.list_devices": lambda request, call: devices.list_devices(),
+            "fs.list_partitions": lambda request, call: devices.list_partitions(),
+            "fs.list_filesystems": lambda request, call: devices.list_filesystems(
+                self._operation(call)
+            ),
+            "fs.mountpoints": lambda request, call: devices.mountpoints(),
+            "fs.vfs_type": lambda request, call: devices.vfs_type(request),
+            "fs.vfs_uuid": lambda request, call: devices.vfs_uuid(request),
+            "fs.vfs_label": lambda request, call: devices.vfs_label(request),
+            "fs.blockdev_getsize64": lambda request, call: devices.getsize64(request),
+            "fs.blockdev_getro": lambda request, call: devices.getro(request),
+            "fs.checksum_device": self._long(devices.checksum),
         }
 
     def _operation(self, call: Call) -> Operation:
         return self._engine.operation(call.deadline, traceparent=call.traceparent)
+
+    def _available(self, request: AvailableRequest, _call: Call) -> AvailableReply:
+        features = frozenset(self._engine.features())
+        return AvailableReply(
+            available=tuple(name for name in request.features if name in features),
+            missing=tuple(name for name in request.features if name not in features),
+        )
+
+    def _version(self, _request: Empty, _call: Call) -> VersionReply:
+        system = os.uname()
+        return VersionReply(
+            agent=__version__,
+            protocol=PROTOCOL_VERSIONS[0],
+            kernel=system.release,
+            machine=system.machine,
+            python=sys.version.partition(" ")[0],
+        )
 
     def _more(self, request: MoreRequest, call: Call) -> MoreReply:
         with self._lock:
@@ -131,8 +181,22 @@ class InspectService:
                 stream.more(request.sequence)
         return MoreReply(known=stream is not None)
 
-    def _streamed(self, function: Callable[..., Record]) -> Callable[..., Record]:
-        def run(request: StreamRequest, call: Call) -> Record:
+    def _look(self, name: str) -> Function:
+        def run(request: PlaceRequest, call: Call) -> Record:
+            return self._engine.inspection.look(name, request, self._operation(call))
+
+        return run
+
+    def _stream(self, name: str) -> Function:
+        def run(request: PlaceRequest, op: Operation, sink: Sink) -> Record:
+            return self._engine.inspection.stream(name, request, op, sink)
+
+        return self._long(run)
+
+    def _long(self, function: Callable[..., Record]) -> Function:
+        """Give a function that takes its time a stream to answer through."""
+
+        def run(request: Record, call: Call) -> Record:
             stream = self._begin(request, call)
             try:
                 return function(request, self._operation(call), stream)
@@ -143,15 +207,16 @@ class InspectService:
 
         return run
 
-    def _begin(self, request: StreamRequest, call: Call) -> _Stream:
-        key = (call.connection.id, call.msgid)
+    def _begin(self, request: Record, call: Call) -> _Stream:
+        window_chunks = request.window_chunks if isinstance(request, StreamRequest) else 0
         with self._lock:
             if len(self._streams) >= MAX_STREAMS:
                 raise CallError(
                     "busy",
-                    f"{MAX_STREAMS} bulk answers are on their way",
+                    f"{MAX_STREAMS} long answers are on their way",
                     step=call.method,
                     hint="take them, or cancel one",
                 )
-            stream = self._streams[key] = _Stream(call, request.window_chunks)
+            stream = _Stream(call, window_chunks)
+            self._streams[call.connection.id, call.msgid] = stream
         return stream

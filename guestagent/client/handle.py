@@ -47,6 +47,7 @@ from guestagent.api import (
     VerifyRequest,
 )
 from guestagent.client.inspect import InspectMethods
+from guestagent.client.inspect_devices import DeviceMethods
 from guestagent.client.streams import Streams
 from vsock.address import Address
 from vsock.client import Client
@@ -58,7 +59,7 @@ EventCallback = Callable[[Event], None]
 ProgressCallback = Callable[[int, int], None]
 
 
-class GuestAgent(InspectMethods):
+class GuestAgent(InspectMethods, DeviceMethods):
     """A connection to an agent that has said hello. A context manager.
 
     Args:

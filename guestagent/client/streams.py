@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from guestagent.api.inspect import MoreRequest
-from vsock.client import Client, PendingCall
+from vsock.client import MARGIN_SECONDS, Client, PendingCall
 from vsock.errors import CallError, ConnectionClosed
 
 __all__ = ("WINDOW_CHUNKS", "FsStream", "ProgressCallback", "Streams")
@@ -35,7 +35,9 @@ class FsStream(Generic[T]):
         streams: "Streams",
         pending: PendingCall,
         unpack: Callable[[Mapping[str, object]], Iterator[T]],
+        deadline_ms: int,
     ) -> None:
+        self._timeout_seconds = deadline_ms / 1000 + MARGIN_SECONDS
         self._streams = streams
         self._pending = pending
         self._unpack = unpack
@@ -111,7 +113,7 @@ class FsStream(Generic[T]):
 
     def _await_answer(self) -> None:
         try:
-            reply = self._pending.result()
+            reply = self._pending.result(self._timeout_seconds)
             assert isinstance(reply, dict)
             self._reply = reply
         except (CallError, ConnectionClosed) as error:
@@ -124,13 +126,20 @@ class FsStream(Generic[T]):
         try:
             dealt_with = 0
             while (chunk := self._next_chunk(dealt_with)) is not None:
-                yield from self._unpack(chunk)
+                yield from self._unpacked(chunk)
                 dealt_with += 1
                 if dealt_with - self._asked_at >= WINDOW_CHUNKS // 2 and not self._answered:
                     self._asked_at = dealt_with
                     self._streams.ask_for_more(self._pending.msgid, dealt_with)
         finally:
             self.close()
+
+    def _unpacked(self, chunk: Mapping[str, object]) -> list[T]:
+        try:
+            return list(self._unpack(chunk))
+        except (KeyError, TypeError, ValueError) as problem:
+            text = f"the agent's answer to {self._pending.method} is malformed: {problem!r}"
+            raise CallError("internal", text, step="take chunks") from problem
 
     def _next_chunk(self, dealt_with: int) -> Mapping[str, object] | None:
         with self._ready:
@@ -171,10 +180,8 @@ class Streams:
         """Send a request whose answer comes in chunks."""
         # held while it is sent, so that the first chunk finds its stream
         with self._lock:
-            pending = self._client.start_call(
-                method, {**params, "window_chunks": WINDOW_CHUNKS}, deadline_ms=deadline_ms
-            )
-            stream = FsStream(self, pending, unpack)
+            pending = self._client.start_call(method, _with_window(params), deadline_ms=deadline_ms)
+            stream = FsStream(self, pending, unpack, deadline_ms)
             self._streams[pending.msgid] = stream  # type: ignore[assignment]
             if progress is not None:
                 self._progress[pending.msgid] = progress
@@ -205,6 +212,12 @@ class Streams:
         with self._lock:
             self._streams.pop(msgid, None)
             self._progress.pop(msgid, None)
+
+
+def _with_window(params: Mapping[str, object]) -> dict[str, object]:
+    if "window_chunks" not in params:  # its answer has no chunks
+        return dict(params)
+    return {**params, "window_chunks": WINDOW_CHUNKS}
 
 
 def _msgid(params: Mapping[str, object]) -> int:

@@ -1,13 +1,14 @@
 """Hash functions of the interpreter's own.
 
-hashlib alone would bring libcrypto: 5 MiB of memory, and of every boot image.
+hashlib alone would bring libcrypto: 5 MiB of memory, and of every boot image. The imports are
+written out, because what a boot image must hold is read from them.
 """
 
 from collections.abc import Callable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
+    from typing import Any, Protocol
 
     class Hash(Protocol):
         """What every hash object can do."""
@@ -19,25 +20,38 @@ if TYPE_CHECKING:
 
 __all__ = ("ALGORITHMS", "new_hash")
 
-#: algorithm -> modules that may have it; _sha2 holds them since Python 3.12.
-_MODULES = {
-    "sha256": ("_sha256", "_sha2"),
-    "sha512": ("_sha512", "_sha2"),
-    "sha1": ("_sha1",),
-}
-ALGORITHMS = tuple(_MODULES)
+
+def _sha256() -> "Any":
+    try:
+        import _sha256 as module  # type: ignore[import-not-found]
+    except ModuleNotFoundError:  # since Python 3.12
+        import _sha2 as module  # type: ignore[import-not-found]
+    return module.sha256()
+
+
+def _sha512() -> "Any":
+    try:
+        import _sha512 as module  # type: ignore[import-not-found]
+    except ModuleNotFoundError:
+        import _sha2 as module
+    return module.sha512()
+
+
+def _sha1() -> "Any":
+    import _sha1 as module  # type: ignore[import-not-found]
+
+    return module.sha1()
+
+
+_MAKERS: "dict[str, Callable[[], Any]]" = {"sha256": _sha256, "sha512": _sha512, "sha1": _sha1}
+ALGORITHMS = tuple(_MAKERS)
 
 
 def new_hash(algorithm: str) -> "Hash":
-    """Return a new hash object.
+    """Return a new hash object for one of ``ALGORITHMS``.
 
     Raises:
-        LookupError: the interpreter was built without it.
+        ModuleNotFoundError: the interpreter was built without it.
     """
-    for module in _MODULES[algorithm]:
-        try:
-            make: Callable[[], Hash] = getattr(__import__(module), algorithm)
-        except (ImportError, AttributeError):
-            continue
-        return make()
-    raise LookupError(f"this interpreter has no {algorithm}")
+    made: Hash = _MAKERS[algorithm]()
+    return made

@@ -45,6 +45,7 @@ class PlainEngine:
             {name: _live_layer(name, path) for name, path in layers.items()},
             {name: _live_overlay(name, path, tuple(layers)) for name, path in overlays.items()},
         )
+        self.events = None  # nobody subscribes
         self.inspection = Inspection(cast(EngineState, self.state))
 
     def features(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Directories and trees, entry by entry."""
 
 import os
+import stat
 
 from guestagent.api.inspect import (
     DuReply,
@@ -13,11 +14,14 @@ from guestagent.engine.inspection.place import Place
 from guestagent.engine.inspection.sink import Sink
 from guestagent.engine.inspection.walk import Found, letter_of, rdev_of, walk
 from guestagent.engine.operation import Operation
+from guestagent.storage.openat import reopen
 
 __all__ = ("du", "find", "ls", "matches", "readdir")
 
 #: Files with several links that are remembered, at some 100 bytes each.
 _MAX_REMEMBERED = 32 * 1024
+#: Somebody who waits is told of how far it has come after so many.
+_TELL_ENTRIES = 10_000
 _SECTOR_BYTES = 512
 _STAR, _ANY = b"*"[0], b"?"[0]
 
@@ -74,7 +78,7 @@ def find(place: Place, request: FindRequest, op: Operation, sink: Sink) -> ListR
     pattern, depth = request.name_bytes, request.max_depth
     with op.step("find", place.name), place.errors(request.path_bytes):
         top_fd = place.root.open_directory(request.path_bytes)
-        for found in walk(top_fd) if depth is None else walk(top_fd, max_depth=depth):
+        for found in walk(top_fd, max_depth=depth):
             op.deadline.check("walk a tree")
             if pattern is not None and not matches(pattern, os.fsencode(found.name)):
                 continue
@@ -150,23 +154,17 @@ class _Usage:
 
 
 def du(place: Place, request: PathRequest, op: Operation, sink: Sink) -> DuReply:
-    """Add up what a tree takes."""
+    """Add up what a tree takes, or a single file."""
     usage = _Usage()
-    told = 0
-    with op.step("du", place.name), place.errors(request.path_bytes):
-        top_fd = place.root.open_directory(request.path_bytes)
-        usage.add(os.fstat(top_fd))
-        for number, found in enumerate(walk(top_fd)):
-            op.deadline.check("walk a tree")
-            try:
-                usage.add(found.lstat())
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise place.error_of(error, found.path) from error
-            if number - told >= 10_000:
-                told = number
-                sink.progress(usage.size_bytes, 0)
+    path = request.path_bytes
+    with op.step("du", place.name), place.errors(path):
+        path_fd = place.root.resolve(path, follow=False)
+        status = os.fstat(path_fd)
+        usage.add(status)
+        if stat.S_ISDIR(status.st_mode):
+            _add_all(usage, reopen(path_fd, stat.S_IFDIR, path), place, op, sink)
+        else:
+            os.close(path_fd)
     counts = usage.counts
     return DuReply(
         size_bytes=usage.size_bytes,
@@ -178,3 +176,16 @@ def du(place: Place, request: PathRequest, op: Operation, sink: Sink) -> DuReply
         is_exact=usage.is_exact,
         timings_ms=op.timings_ms,
     )
+
+
+def _add_all(usage: _Usage, top_fd: int, place: Place, op: Operation, sink: Sink) -> None:
+    for number, found in enumerate(walk(top_fd), 1):
+        op.deadline.check("walk a tree")
+        try:
+            usage.add(found.lstat())
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise place.error_of(error, found.path) from error
+        if number % _TELL_ENTRIES == 0:
+            sink.progress(usage.size_bytes, 0)

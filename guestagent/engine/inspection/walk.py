@@ -61,11 +61,11 @@ class _Level:
         os.close(self.fd)
 
 
-def walk(top_fd: int, *, max_depth: int = MAX_DEPTH) -> Iterator[Found]:
+def walk(top_fd: int, *, max_depth: int | None = None) -> Iterator[Found]:
     """Yield everything below a directory, a directory before what it holds, in the kernel's order.
 
     ``top_fd`` is taken over. What vanishes on the way is left out. ``max_depth`` is that of the
-    entries: 1 for those of the top alone, and nothing is said then of what is deeper.
+    entries, 1 for those of the top alone; without it the whole tree is walked.
 
     Raises:
         OSError: a directory cannot be read; ``filename`` is its path, as bytes.
@@ -83,7 +83,9 @@ def walk(top_fd: int, *, max_depth: int = MAX_DEPTH) -> Iterator[Found]:
             name = os.fsencode(entry.name)
             path = level.path + b"/" + name if level.path else name
             yield Found(path, level.fd, entry)
-            if len(stack) < max_depth and entry.is_dir(follow_symlinks=False):
+            if (max_depth is None or len(stack) < max_depth) and entry.is_dir(
+                follow_symlinks=False
+            ):
                 _descend(stack, path, entry.name)
     finally:
         for level in stack:
