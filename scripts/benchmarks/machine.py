@@ -1,0 +1,139 @@
+"""The agent in a real machine: boot, memory, round trips, mounts one by one and in batches.
+
+The machine is QEMU's; under TCG absolute times say little, ratios between rows of one run do.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from guestagent.api import LayersMountRequest, LayerSpec, LayersUnmountRequest, OverlaySpec
+from guestagent.client import GuestAgent
+from rootfs.images import build_image
+from rootfs.initramfs import InitramfsSpec, build_initramfs
+from rootfs.kernel import cached_kernel
+from rootfs.manifest import ManifestLayer, layer_spec
+from rootfs.pack import Pack
+from rootfs.qemu import Machine, MachineSpec, PmemSpec
+from rootfs.verity import format_image
+from scripts.benchmarks.rows import Row, milliseconds, row, timed
+
+__all__ = ("machine_rows",)
+
+BED = "qemu"
+CACHE = Path(__file__).resolve().parents[2] / ".cache"
+FEATURES = ("pmem", "verity", "erofs", "overlay", "vsock")
+LAYERS = 64
+_BOOT_SECONDS = 120.0
+
+
+def machine_rows(boots: int = 3, rounds: int = 20) -> list[Row]:
+    """Boot a few machines and measure in the last of them."""
+    kernel = cached_kernel(CACHE)
+    initramfs = build_initramfs(InitramfsSpec(kernel=kernel, features=FEATURES))
+    directory = Path(tempfile.mkdtemp(prefix="bench-machine-"))
+    try:
+        layers = _pack(directory)
+        spec = MachineSpec(
+            kernel=kernel.image,
+            initrd=initramfs.path,
+            memory_mib=1024,
+            pmem=(PmemSpec(path=directory / "pack.img"),),
+        )
+        rows = [row(BED, "initramfs", "MiB", [initramfs.size_bytes / 2**20])]
+        replies: list[float] = []
+        uptimes: list[float] = []
+        for boot in range(boots):
+            with Machine(spec) as machine:
+                with timed(replies):
+                    guest = GuestAgent(machine.agent_address(), connect_seconds=_BOOT_SECONDS)
+                with guest:
+                    uptimes.append(_number(guest.hello.boot["ready_uptime_ms"]))
+                    if boot + 1 == boots:
+                        measured = _measure(guest, layers, rounds)
+        rows.append(row(BED, f"QEMU ({machine.accel}) started to first reply", "ms", replies))
+        rows.append(row(BED, "guest uptime when the agent serves", "ms", uptimes))
+        return [*rows, *measured]
+    finally:
+        shutil.rmtree(directory)
+
+
+def _pack(directory: Path) -> tuple[ManifestLayer, ...]:
+    with Pack.create(directory / "pack.img") as pack:
+        for number in range(LAYERS):
+            tree = directory / f"tree{number}"
+            tree.mkdir()
+            (tree / f"file{number}").write_text(f"{number}\n" * 4000)
+            image = directory / f"layer{number}"
+            built = build_image(tree, image)
+            formatted = format_image(image, salt=built.verity_salt, uuid=built.verity_uuid)
+            pack.add(image, f"layer{number}", verity=formatted.parameters, position=number)
+        return pack.layers
+
+
+def _measure(guest: GuestAgent, layers: tuple[ManifestLayer, ...], rounds: int) -> list[Row]:
+    specs = [LayerSpec.from_wire(layer_spec(one, {"kind": "pmem", "number": 0})) for one in layers]
+    rows = [row(BED, "round trip, no work", "ms", milliseconds(lambda: guest.cancel(0), 200))]
+    rows += _single_mounts(guest, specs[0], rounds)
+    rows.append(row(BED, "memory after a verity mount", "MiB", [guest.status().rss_bytes / 2**20]))
+    rows += _batches(guest, specs)
+    rows.append(row(BED, "memory at the end", "MiB", [guest.status().rss_bytes / 2**20]))
+    return rows
+
+
+def _single_mounts(guest: GuestAgent, spec: LayerSpec, rounds: int) -> list[Row]:
+    kinds = {
+        "linear": spec.replace(verity=None),
+        "linear + verity": spec,
+    }
+    rows = []
+    for name, kind in kinds.items():
+        mounts: list[float] = []
+        unmounts: list[float] = []
+        for _ in range(rounds):
+            with timed(mounts):
+                guest.layer_mount(kind)
+            with timed(unmounts):
+                guest.layer_unmount(kind.layer_id)
+        rows.append(row(BED, f"{name}: mount", "ms", mounts))
+        rows.append(row(BED, f"{name}: unmount, devices gone", "ms", unmounts))
+    return rows
+
+
+def _batches(guest: GuestAgent, specs: list[LayerSpec]) -> list[Row]:
+    """64 layers one by one and at once, in the same run."""
+    ids = tuple(spec.layer_id for spec in specs)
+    single_up: list[float] = []
+    single_down: list[float] = []
+    batch_up: list[float] = []
+    batch_down: list[float] = []
+    overlay: list[float] = []
+    for _ in range(3):
+        with timed(single_up):
+            for spec in specs:
+                guest.layer_mount(spec)
+        with timed(overlay):
+            guest.overlay_mount(OverlaySpec(overlay_id="all", layers=ids))
+        guest.overlay_unmount("all")
+        with timed(single_down):
+            for layer_id in ids:
+                guest.layer_unmount(layer_id)
+        with timed(batch_up):
+            guest.layers_mount(LayersMountRequest(layers=tuple(specs)))
+        with timed(batch_down):
+            guest.layers_unmount(LayersUnmountRequest(layers=ids))
+    count = len(specs)
+    each = f"{count} requests"
+    what = f"{count} verity layers"
+    return [
+        row(BED, f"{what}, one by one: mount", "ms", single_up),
+        row(BED, f"{what}, one batch: mount", "ms", batch_up, versus=each, floor=single_up),
+        row(BED, f"overlay of {count}", "ms", overlay),
+        row(BED, f"{what}, one by one: unmount", "ms", single_down),
+        row(BED, f"{what}, one batch: unmount", "ms", batch_down, versus=each, floor=single_down),
+    ]
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float)
+    return float(value)
