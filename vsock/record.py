@@ -195,9 +195,7 @@ def _decode_container(kind: types.GenericAlias, value: object, where: str) -> ob
     for name in value:
         if not isinstance(name, str):
             raise _invalid(where, f"expected text keys, got {name!r}")
-    return {
-        name: decode(kind.__args__[1], item, f"{where}.{name}") for name, item in value.items()
-    }
+    return {name: decode(kind.__args__[1], item, f"{where}.{name}") for name, item in value.items()}
 
 
 def _decode_scalar(kind: object, value: object, where: str) -> object:
