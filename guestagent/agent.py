@@ -29,6 +29,7 @@ MODES = {0: "poweroff", 80: "poweroff", 81: "reboot"}
 _STATUS_OF_MODE = {"exit": 0, "poweroff": 80, "reboot": 81}
 
 _STOP_GRACE_SECONDS = 5.0
+_LAST_UNMOUNT_SECONDS = 10.0
 #: What a dialled peer gets to answer a connection attempt, and the pauses between attempts.
 _DIAL_SECONDS = 5.0
 _DIAL_PAUSES_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -50,7 +51,7 @@ def run(
     )
     try:
         recovered = engine.start()
-        life = _Life()
+        life = _Life(is_machine=bool((boot or {}).get("pid1")))
         service = Service(
             engine,
             boot={
@@ -76,31 +77,51 @@ def run(
         server.serve_forever()
         for dialer in dialers:
             dialer.close()
+        if life.mode != "exit":
+            _leave_nothing(engine)
     finally:
         engine.close()
     return _STATUS_OF_MODE[life.mode]
 
 
-class _Life:
-    """How the agent's life is to end, and the hand that ends it."""
+def _leave_nothing(engine: Engine) -> None:
+    """Unmount what came since the shutdown began, or all of it when a signal ends the machine."""
+    with Deadline(_LAST_UNMOUNT_SECONDS) as deadline:
+        try:
+            engine.unmount_everything(engine.operation(deadline), force=True)
+        except CallError as error:
+            log.error("the machine ends with layers mounted", error=str(error))
 
-    def __init__(self) -> None:
+
+class _Life:
+    """How the agent's life is to end, and the hand that ends it.
+
+    A plain process that gets a signal leaves everything mounted, for the next one to adopt; under
+    PID 1 the machine ends, and so does everything in it.
+    """
+
+    def __init__(self, *, is_machine: bool) -> None:
         self.mode = "exit"
+        self._ended = False
+        self._mode_of_signal = "poweroff" if is_machine else "exit"
         self._server: Server | None = None
         signal.signal(signal.SIGTERM, self._signalled)
         signal.signal(signal.SIGINT, self._signalled)
 
     def attach(self, server: Server) -> None:
         self._server = server
+        if self._ended:  # a signal came before there was a server to stop
+            server.stop(0.0)
 
     def end(self, mode: str) -> None:
         """Stop serving; replies that are on their way are still sent."""
         self.mode = mode
+        self._ended = True
         if self._server is not None:
             self._server.stop(_STOP_GRACE_SECONDS)
 
     def _signalled(self, _number: int, _frame: object) -> None:
-        self.end(self.mode)
+        self.end(self.mode if self.mode != "exit" else self._mode_of_signal)
 
 
 class _Dialer:

@@ -21,7 +21,6 @@ from guestagent.api import (
     DmStatusReply,
     DmTableReply,
     Empty,
-    Event,
     EventsReply,
     EventsRequest,
     HelloReply,
@@ -49,6 +48,7 @@ from guestagent.api import (
 from guestagent.config import Problem
 from guestagent.engine.engine import Engine
 from guestagent.engine.operation import Operation
+from guestagent.engine.subscribers import Subscribers
 from guestagent.service_inspect import InspectService
 from vsock.errors import CallError
 from vsock.log import log
@@ -87,6 +87,7 @@ class Service:
         self._on_shutdown = on_shutdown
         self._started = time.monotonic()
         self._server: Server | None = None
+        self._subscribers = Subscribers(engine.events)
         self._functions = self._function_table()
 
     def attach(self, server: Server) -> None:
@@ -191,6 +192,7 @@ class Service:
             rss_bytes=_rss_bytes(),
             threads=threading.active_count(),
             event_sequence=self._engine.events.sequence,
+            events_dropped=self._subscribers.dropped,
         )
 
     def _agent_cancel(self, request: CancelRequest, call: Call) -> CancelReply:
@@ -202,12 +204,7 @@ class Service:
         return Empty()
 
     def _agent_subscribe(self, _request: Empty, call: Call) -> SubscribeReply:
-        connection = call.connection
-
-        def send(event: Event) -> None:
-            connection.notify("agent.event", event.to_wire())
-
-        connection.on_close(self._engine.events.listen(send))
+        self._subscribers.add(call.connection)
         return SubscribeReply(sequence=self._engine.events.sequence)
 
     def _agent_events(self, request: EventsRequest, _call: Call) -> EventsReply:

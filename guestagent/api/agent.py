@@ -51,7 +51,8 @@ class HelloReply(Record):
 
 
 class StatusReply(Record):
-    """``state`` is ready or degraded; ``problems`` says why."""
+    """``state`` is ready or degraded; ``problems`` says why. ``events_dropped`` counts the events
+    that subscribers did not get because they did not keep up."""
 
     state: str
     problems: tuple[str, ...]
@@ -66,6 +67,7 @@ class StatusReply(Record):
     rss_bytes: int
     threads: int
     event_sequence: int
+    events_dropped: int
 
 
 class CancelRequest(Record):
@@ -119,7 +121,8 @@ class DmStatusReply(Record):
 
 class Event(Record):
     """Something that happened. ``sequence`` grows by one with each event of one agent life, and
-    goes on across a restart of the agent."""
+    goes on across a restart of the agent. ``dropped`` says how many events this subscriber did not
+    get just before this one; ``agent.events`` still has them."""
 
     sequence: int
     kind: str
@@ -130,6 +133,7 @@ class Event(Record):
     block: int | None = None
     detail: str = ""
     traceparent: str | None = None
+    dropped: int = 0
 
     def check(self) -> None:
         check_choice("kind", self.kind, EVENT_KINDS)

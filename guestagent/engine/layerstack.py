@@ -17,6 +17,7 @@ from guestagent.engine.plan import (
     VerityOptions,
     Version,
     check_range,
+    check_target,
     dm_names,
     plan_layer,
     signature_description,
@@ -75,6 +76,7 @@ class LayerStack:
         return live
 
     def _check_rules(self, spec: LayerSpec) -> None:
+        check_target(spec.mount_point, self._state.rules.target_root)
         if self._state.rules.require_verity and spec.verity is None:
             raise CallError(
                 "denied",

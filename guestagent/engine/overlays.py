@@ -6,6 +6,7 @@ from guestagent.api import OverlayReport, OverlaySpec, ScratchReport, UnmountRep
 from guestagent.engine.inventory import LiveOverlay, LiveScratch
 from guestagent.engine.journal import BEGUN, WHOLE
 from guestagent.engine.operation import Operation
+from guestagent.engine.plan import check_target
 from guestagent.engine.scratch import device_of, make_scratch, scratch_report
 from guestagent.engine.state import EngineState
 from guestagent.engine.takedown import (
@@ -86,6 +87,7 @@ class Overlays:
 
         ``fresh`` tells the targets of layers that the same request has just mounted, by id.
         """
+        check_target(spec.mount_point, self._state.rules.target_root)
         lowerdirs = self._lowerdirs(spec, fresh or {})
         inventory = self._state.inventory
         owner = ("overlay", spec.overlay_id)

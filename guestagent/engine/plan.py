@@ -27,6 +27,7 @@ __all__ = (
     "VerityOptions",
     "VerityStep",
     "check_range",
+    "check_target",
     "device_tag",
     "dm_names",
     "plan_layer",
@@ -157,6 +158,23 @@ def check_range(mapping: ByteRange | None, device: BlockDevice) -> ByteRange:
 def signature_description(layer_id: str) -> str:
     """Return the name under which the kernel finds the signature of a layer's root digest."""
     return f"guestagent-signature-{layer_id}"
+
+
+def check_target(target: str, root: str) -> None:
+    """Refuse a mount point that is not strictly below the allowed root.
+
+    That no link leads out of it is seen when it is opened.
+
+    Raises:
+        CallError: ``invalid``.
+    """
+    if not target.startswith(root.rstrip("/") + "/"):
+        raise CallError(
+            "invalid",
+            f"target {target!r} is not below {root!r}",
+            step="claim",
+            object="params.target",
+        )
 
 
 def verity_options(preset: str, version: Version, signature_key: str | None) -> VerityOptions:
