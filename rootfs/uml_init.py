@@ -45,6 +45,8 @@ def main() -> None:
     _load_modules(config["modules"])
     _enter_overlay(config["scratch"])
     _mount_api_file_systems(config["keep"])
+    for path in config["make"]:
+        os.makedirs(path, exist_ok=True)
     _bind(config["binds"])
     _link_modules(config["modules_dir"])
     _bring_up_loopback()
