@@ -25,7 +25,7 @@ def refuse_attached(fd: int, path: str) -> None:
         CallError: ``busy``, and by what.
     """
     _refuse_loop_device(fd, path)
-    _refuse_mount(path)
+    _refuse_mount(fd, path)
 
 
 def _refuse_loop_device(fd: int, path: str) -> None:
@@ -44,11 +44,8 @@ def _attached_loop_devices() -> list[str]:
     return [name for name in names if name.removeprefix("loop").isdigit()]
 
 
-def _refuse_mount(path: str) -> None:
-    # mountinfo escapes white space and backslashes in octal
-    source = os.fsencode(os.path.realpath(path))
-    for special in (b"\\", b" ", b"\t", b"\n"):
-        source = source.replace(special, b"\\%03o" % special[0])
+def _refuse_mount(fd: int, path: str) -> None:
+    source = _escaped(os.readlink(f"/proc/self/fd/{fd}"))
     with open(_MOUNTINFO, "rb") as mounts:
         content = mounts.read()
     if source not in content:
@@ -58,6 +55,14 @@ def _refuse_mount(path: str) -> None:
         if rest.split(b" ")[1:2] == [source]:
             target = os.fsdecode(fields.split(b" ")[4])
             raise _busy(path, f"it is mounted on {target!r}", errno.EBUSY)
+
+
+def _escaped(path: str) -> bytes:
+    """Return a path as mountinfo has it: white space and backslashes in octal."""
+    source = os.fsencode(path)
+    for special in (b"\\", b" ", b"\t", b"\n"):
+        source = source.replace(special, b"\\%03o" % special[0])
+    return source
 
 
 def _busy(path: str, reason: str, number: int) -> CallError:

@@ -15,8 +15,8 @@ __all__ = ("find_hash_area", "read_superblock")
 
 #: With the version that follows it.
 _SIGNATURE = b"verity\0\0\1\0\0\0"
-#: The sizes that a kernel with pages of 4 KiB can map, the usual first.
-_BLOCK_SIZES_BYTES = (4096, 512, 1024, 2048)
+#: What formatters use and a kernel with pages of 4 KiB can map, the usual first.
+_BLOCK_SIZES_BYTES = (4096, 512, 1024)
 #: Of sha1 and sha256, and of sha512.
 _SLOT_SIZES_BYTES = (32, 64)
 

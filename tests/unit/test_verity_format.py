@@ -591,9 +591,12 @@ def test_a_mounted_image_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         f"90 1 0:50 / /mnt ro,relatime shared:1 - erofs {escaped} ro\n"
     )
     monkeypatch.setattr(busy, "_MOUNTINFO", str(mountinfo))
-    with pytest.raises(CallError, match="mounted on '/mnt'") as caught:
-        format_image(image)
-    assert caught.value.code == "busy"
+    link = tmp_path / "link"
+    link.symlink_to(image)
+    for name in (image, link):
+        with pytest.raises(CallError, match="mounted on '/mnt'") as caught:
+            format_image(name)
+        assert caught.value.code == "busy"
 
 
 def test_identity_follows_from_content_alone() -> None:
