@@ -2,7 +2,6 @@
 
 import pytest
 
-pytest.importorskip("pynvim.msgpack_rpc", exc_type=ImportError)
 
 from pynvim.msgpack_rpc.async_session import AsyncSession
 from pynvim.msgpack_rpc.event_loop import EventLoop
