@@ -8,7 +8,6 @@ import functools
 import os
 import re
 import stat
-import struct
 import subprocess
 import uuid as uuid_module
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from rootfs.ext4 import make_ext4
 from rootfs.program import feed, missing, run
+from rootfs.squashfs import set_root
 from rootfs.staging import staged
 from rootfs.tarwriter import write_tar
 from rootfs.tree import Node, link_counts, walk
@@ -25,7 +25,6 @@ from vsock.errors import CallError
 __all__ = ("check_compression", "make_image")
 
 _SQUASHFS_COMPRESSIONS = ("gzip", "lzo", "lz4", "xz", "zstd")
-_SQUASHFS_DIRECTORIES = (1, 8)
 _MAX_TIME = (1 << 32) - 1
 
 
@@ -99,35 +98,12 @@ def _make_squashfs(
     _check_squashfs(root)
     command = ["sqfstar", "-no-progress", "-quiet", "-exit-on-error", "-force", "-mkfs-time", "0"]
     command += ["-root-mode", f"{stat.S_IMODE(root.mode):o}"]
-    command += ["-root-uid", str(root.uid), "-root-gid", str(root.gid)]
-    # inodes stay uncompressed, so that the root's time can be put right
+    # inodes stay uncompressed, so that the root's owner and time can be put right
     command += ["-noI"] if compression else ["-noI", "-noD", "-noF", "-noX"]
     command += ["-comp", compression] if compression else []
     feed([*command, str(path)], _without_root(write_tar(root)), cancel)
-    _set_root_time(path, root.mtime_ns // 10**9)
-
-
-def _set_root_time(path: Path, seconds: int) -> None:
-    """Write the root's time into the image: sqfstar 4.5 takes no notice of -root-time.
-
-    Source: Documentation/filesystems/squashfs.rst, fs/squashfs/squashfs_fs.h (Linux 6.1).
-    """
     with path.open("r+b") as image:
-        superblock = image.read(96)
-        reference, inode_table = struct.unpack_from("<32xQ24xQ", superblock)
-        block, offset = reference >> 16, reference & 0xFFFF
-        image.seek(inode_table + block)
-        (header,) = struct.unpack("<H", image.read(2))
-        image.seek(offset, os.SEEK_CUR)
-        (kind,) = struct.unpack("<H", image.read(2))
-        if not header & 0x8000 or kind not in _SQUASHFS_DIRECTORIES:
-            raise CallError(
-                "internal",
-                f"cannot set the root's time: sqfstar wrote {header:#x}, {kind} where it should be",
-                step="make the image",
-            )
-        image.seek(6, os.SEEK_CUR)
-        image.write(struct.pack("<I", seconds))
+        set_root(image.fileno(), root.uid, root.gid, root.mtime_ns // 10**9)
 
 
 def _without_root(pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -1,0 +1,182 @@
+"""squashfs, ext4 and compressed EROFS: what the programs made is what was asked for, every time."""
+
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
+
+from rootfs import mkfs
+from rootfs.images import build_image
+from rootfs.program import run
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+MEMBERS = [
+    directory(".", mode=0o711, uid=5, mtime=EPOCH - 1),
+    directory("d", mode=0o1777, uid=70_000, gid=80_000),
+    Member("d/file", os.urandom(9000), mode=0o4750, uid=3_000_000, mtime=EPOCH + 5),
+    Member("d/zeros", bytes(300_000)),
+    Member("attributes", b"x", uid=5, xattrs={"user.binary": bytes(range(256)), "trusted.x": b""}),
+    Member("null", kind=tarfile.CHRTYPE, device=(1, 3), mode=0o666),
+    Member("disk", kind=tarfile.BLKTYPE, device=(259, 70000), mode=0o640),
+    Member("whiteout", kind=tarfile.CHRTYPE, mode=0),
+    Member("pipe", kind=tarfile.FIFOTYPE),
+    symlink("link", "d/file"),
+    hard_link("hard", "d/file"),
+]
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> Path:
+    (tmp_path / "layer.tar").write_bytes(make_tar(MEMBERS))
+    return tmp_path / "layer.tar"
+
+
+def said(*command: object) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_squashfs_has_owners_devices_times_and_attributes(tmp_path: Path, tar: Path) -> None:
+    result = build_image(tar, tmp_path / "image", filesystem="squashfs", compression="gzip")
+    assert result.size_bytes % 4096 == 0
+    env = {**os.environ, "TZ": "UTC"}
+    listed = subprocess.run(
+        ["unsquashfs", "-llnumeric", tmp_path / "image"], stdout=-1, text=True, env=env, check=True
+    ).stdout
+    lines = {line.split()[-1]: line for line in listed.splitlines() if "squashfs-root" in line}
+    assert lines["squashfs-root"].startswith("drwx--x--x 5/0")
+    assert "2020-09-13 12:26" in lines["squashfs-root"]
+    assert lines["squashfs-root/d"].startswith("drwxrwxrwt 70000/80000")
+    assert lines["squashfs-root/d/file"].startswith("-rwsr-x--- 3000000/0")
+    assert re.match(r"crw-rw-rw- 0/0 +1, +3", lines["squashfs-root/null"])
+    assert lines["squashfs-root/disk"].startswith("brw-r----- 0/0")  # its number: tests/kernel
+    subprocess.run(
+        ["unsquashfs", "-q", "-n", "-d", tmp_path / "out", tmp_path / "image", "attributes", "d"],
+        stdout=-1,
+    )
+    assert os.getxattr(tmp_path / "out/attributes", "user.binary") == bytes(range(256))
+    assert (tmp_path / "out/d/file").read_bytes() == MEMBERS[2].data
+
+
+def test_ext4_has_owners_devices_times_and_attributes(tmp_path: Path, tar: Path) -> None:
+    build_image(tar, tmp_path / "image", filesystem="ext4")
+    said("e2fsck", "-fn", tmp_path / "image")
+
+    def stat(name: str) -> str:
+        return said("debugfs", "-R", f"stat {name}", tmp_path / "image")
+
+    file = stat("/d/file")
+    assert re.search(r"Mode: +04750", file)
+    assert re.search(r"User: +3000000 ", file)
+    assert re.search(r"Links: 2 ", file)
+    assert f"mtime: 0x{EPOCH + 5:08x}:00000000" in file
+    assert "Device major/minor number: 01:03" in stat("/null")
+    assert re.search(r"Type: block special", stat("/disk"))
+    names = said("debugfs", "-R", "ea_list /attributes", tmp_path / "image")
+    assert "user.binary (256)" in names
+    assert "trusted.x (0)" in names
+    listed = said("debugfs", "-R", "ls -p /", tmp_path / "image")
+    assert "lost+found" not in listed
+    assert "has_journal" not in said("dumpe2fs", "-h", tmp_path / "image")
+
+
+@pytest.mark.parametrize(
+    ("filesystem", "compression"),
+    [("squashfs", None), ("squashfs", "zstd"), ("ext4", None), ("erofs", "lz4hc")],
+)
+def test_the_clock_leaves_no_trace(
+    tmp_path: Path, tar: Path, filesystem: str, compression: str | None
+) -> None:
+    if filesystem == "erofs" and os.geteuid() != 0:
+        pytest.skip("mkfs.erofs of this system reads directories only, which takes root")
+    options = {"filesystem": filesystem, "compression": compression}
+    build_image(tar, tmp_path / "a", **options)  # type: ignore[arg-type]
+    second = int(time.time())
+    while int(time.time()) == second:  # to the next second of the clock, which is the point
+        time.sleep(0.05)
+    build_image(tar, tmp_path / "b", **options)  # type: ignore[arg-type]
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert not [each for each in tmp_path.iterdir() if each.name.startswith(".")]
+
+
+def test_more_owners_than_fit_one_block_of_squashfs_ids(tmp_path: Path) -> None:
+    members = [Member(f"f{number}", uid=number) for number in range(1, 3000)]
+    (tmp_path / "t").write_bytes(make_tar([*members, directory(".", uid=2999, gid=0)]))
+    build_image(tmp_path / "t", tmp_path / "image", filesystem="squashfs")
+    listed = said("unsquashfs", "-llnumeric", tmp_path / "image")
+    assert re.search(r"^drwxr-xr-x 2999/0 .*squashfs-root$", listed, re.M)
+
+
+def test_a_root_whose_owner_squashfs_does_not_know(tmp_path: Path) -> None:
+    (tmp_path / "t").write_bytes(make_tar([Member("f"), directory(".", uid=77)]))
+    with pytest.raises(CallError, match="77 owns nothing else"):
+        build_image(tmp_path / "t", tmp_path / "image", filesystem="squashfs")
+    assert not (tmp_path / "image").exists()
+
+
+@pytest.mark.parametrize(
+    ("filesystem", "member", "what"),
+    [
+        ("squashfs", Member("x", mtime=-1), "time"),
+        ("squashfs", Member("x", xattrs={"system.posix_acl_access": b"\2\0\0\0"}), "posix_acl"),
+        ("ext4", Member("a\nb"), "line break"),
+        ("ext4", Member('a"b'), "quote"),
+        ("ext4", Member("x", mtime=1 << 40), "1901 to 2446"),
+    ],
+)
+def test_what_a_format_cannot_hold(
+    tmp_path: Path, filesystem: str, member: Member, what: str
+) -> None:
+    (tmp_path / "layer.tar").write_bytes(make_tar([member]))
+    with pytest.raises(CallError, match=what) as caught:
+        build_image(tmp_path / "layer.tar", tmp_path / "image", filesystem=filesystem)
+    assert caught.value.code == "unsupported"
+    assert [each.name for each in tmp_path.iterdir()] == ["layer.tar"]
+
+
+def test_a_compressed_erofs_without_root_says_what_to_do(
+    tmp_path: Path, tar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "--tar" in mkfs._help("mkfs.erofs"):
+        pytest.skip("this mkfs.erofs takes a tar, and needs no privilege")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(CallError, match="only root") as caught:
+        build_image(tar, tmp_path / "image", compression="lz4hc")
+    assert caught.value.code == "unsupported"
+    assert caught.value.hint is not None
+
+
+def test_a_program_that_is_missing_is_named(
+    tmp_path: Path, tar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CallError, match="no program sqfstar") as caught:
+        build_image(tar, tmp_path / "image", filesystem="squashfs")
+    assert caught.value.code == "unsupported"
+
+
+def test_a_program_that_fails_is_quoted() -> None:
+    with pytest.raises(CallError, match="status 3: cannot do it") as caught:
+        run(["sh", "-c", "echo cannot do it >&2; exit 3"], None)
+    assert caught.value.code == "device"
+    with pytest.raises(CallError) as caught:
+        run(["sh", "-c", "echo write: No space left on device; exit 1"], None)
+    assert caught.value.code == "resource"
+
+
+def test_a_program_ends_with_the_deadline() -> None:
+    deadline = Deadline(0.2)
+    before = time.monotonic()
+    with pytest.raises(CallError) as caught:
+        run([shutil.which("sleep") or "sleep", "60"], deadline)
+    assert caught.value.code == "timeout"
+    assert time.monotonic() - before < 20
+    deadline.close()
