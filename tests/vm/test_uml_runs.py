@@ -6,6 +6,8 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -18,18 +20,31 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "scripts/uml")
 
 
-def processes() -> set[str]:
-    """The UML processes whose parent is gone or is this process."""
-    found = set()
+@pytest.fixture
+def run_dirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the kernels of a test have their directories, by which their processes are known."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def processes(run_dirs: Path) -> list[int]:
+    """Every process of the kernels that were started with their directories below ``run_dirs``."""
+    found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            command = (entry / "cmdline").read_bytes()
-            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            words = (entry / "cmdline").read_bytes().split(b"\0")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"linux.uml" in command.split(b"\0")[0] and parent in ("1", str(os.getpid())):
-            found.add(entry.name)
-    return found
+        if any(word.startswith(f"uml_dir={run_dirs}/".encode()) for word in words):
+            found.append(int(entry.name))
+    return sorted(found)
+
+
+def wait_until_gone(run_dirs: Path) -> None:
+    end = time.monotonic() + 20
+    while processes(run_dirs) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert processes(run_dirs) == []
 
 
 def test_output_errors_and_status_come_back_as_they_were() -> None:
@@ -114,13 +129,13 @@ def test_modules_load_by_themselves() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_time_over_ends_all_of_it() -> None:
-    before = processes()
+def test_time_over_ends_all_of_it(run_dirs: Path) -> None:
     started = time.monotonic()
     with pytest.raises(UmlTimeoutError, match="killed after 4 s: sleep 1000"):
         run_uml(["sleep", "1000"], timeout_seconds=4)
     assert time.monotonic() - started < 8
-    assert processes() == before
+    wait_until_gone(run_dirs)
+    assert list(run_dirs.iterdir()) == []
 
 
 def test_a_dead_kernel_is_an_error_with_its_console() -> None:
@@ -128,6 +143,31 @@ def test_a_dead_kernel_is_an_error_with_its_console() -> None:
     with pytest.raises(UmlBootError, match="died under the command") as caught:
         run_uml(["sh", "-c", script], timeout_seconds=60)
     assert b"sysrq triggered crash" in caught.value.console
+
+
+def test_a_killed_kernel_is_noticed_at_once(run_dirs: Path) -> None:
+    """Its helper processes live on and hold the pipes open: that must not be waited for."""
+    killed: list[int] = []
+
+    def kill_it() -> None:
+        end = time.monotonic() + 60
+        while len(processes(run_dirs)) < 3 and time.monotonic() < end:  # it has made helpers
+            time.sleep(0.05)
+        killed.extend(processes(run_dirs)[:1])  # the first is the kernel itself
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_it)
+    thread.start()
+    with pytest.raises(UmlBootError, match=r"exit status -9"):
+        run_uml(["sleep", "1000"], timeout_seconds=100)
+    thread.join()
+    wait_until_gone(run_dirs)
+
+
+def test_a_temporary_directory_that_is_asked_for_exists() -> None:
+    env = {"TMPDIR": "/tmp/not/on/the/host", "PATH": os.environ["PATH"]}
+    result = run_uml(["mktemp"], env=env, timeout_seconds=60)
+    assert result.stdout.startswith(b"/tmp/not/on/the/host/")
 
 
 def test_a_kernel_that_cannot_boot_is_an_error_with_its_console() -> None:
@@ -138,21 +178,18 @@ def test_a_kernel_that_cannot_boot_is_an_error_with_its_console() -> None:
 
 
 def test_the_guest_ends_when_its_host_process_is_killed(tmp_path: Path) -> None:
-    before = processes()
     process = subprocess.Popen(
         [SCRIPT, "sh", "-c", "echo up; sleep 1000"],
         stdin=subprocess.DEVNULL,
         stdout=-1,
-        env={**os.environ, "TMPDIR": str(tmp_path)},  # nobody is left to remove what is there
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     with process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
+        assert processes(tmp_path)
         process.kill()
-    end = time.monotonic() + 20
-    while processes() != before and time.monotonic() < end:
-        time.sleep(0.05)
-    assert processes() == before
+    wait_until_gone(tmp_path)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -203,8 +240,12 @@ def test_a_terminal_is_passed_through() -> None:
         child.expect("# ")
         child.sendline("tty; stty size")
         child.expect("/dev/tty1\r\n33 99\r\n")
-        child.sendline("sleep 1000")
+        child.expect("# ")
+        child.sendline("cat")
+        child.sendline("hello")
+        child.expect("hello\r\nhello\r\n")  # the terminal's echo, and then cat itself
         child.sendcontrol("c")  # reaches the shell's job inside, not this side
+        child.expect("# ")
         child.sendline("exit 7")
         child.expect(pexpect.EOF)
     finally:
