@@ -1,7 +1,6 @@
 """A layer or an overlay as a place to look into, and whose fault it is when that fails."""
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -72,7 +71,7 @@ class Place:
         where = show_path(path)
         if offset_bytes is not None:
             where += f" at byte {offset_bytes}"
-        reason = f"{error.strerror or error} ({errno_name(error.errno) or 'no errno'})"
+        reason = f"{_text_of(error)} ({errno_name(error.errno) or 'no errno'})"
         if error.errno in _CORRUPT:
             return self._corrupt(error, where, reason)
         return CallError(
@@ -147,8 +146,14 @@ def _open(state: EngineState, name: str, mount_point: str, layers: tuple[str, ..
         ) from error
 
 
+def _text_of(error: OSError) -> str:
+    # some name the system call before the text, which is of no use here
+    return (error.strerror or str(error)).rpartition(": ")[2]
+
+
 def show_path(path: bytes) -> str:
-    """Return a path for people: bytes that are no text are escaped, and a long one is cut."""
-    text = os.fsdecode(path).encode("utf-8", "backslashreplace").decode()
-    text = text if len(text) <= 512 else f"{text[:250]}...{text[-250:]}"
-    return repr(text) if text.isprintable() else ascii(text)
+    """Return a path for people: what is no printable text is escaped, and a long one is cut."""
+    text = path.decode("utf-8", "backslashreplace")
+    if len(text) > 512:
+        text = f"{text[:250]}...{text[-250:]}"
+    return "'" + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) + "'"
