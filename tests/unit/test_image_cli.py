@@ -1,0 +1,186 @@
+"""``guestctl layer build`` and ``guestctl pack``: from sources to a pack, and to a request."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from imagebed import Layout, Member, directory, make_tar
+
+from guestagent.api import LayersMountRequest
+from rootfs.image_cli import COMMANDS, LAYER_COMMANDS
+from rootfs.manifest import Manifest
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command line in a directory with a tar and a layout."""
+    monkeypatch.chdir(tmp_path)
+    files = [directory("etc"), Member("etc/hosts", b"localhost")]
+    (tmp_path / "layer.tar").write_bytes(make_tar(files))
+    Layout(tmp_path / "layout").layer(files).layer([Member("etc/.wh.hosts")], "+gzip").finish()
+    group = click.Group("guestctl", commands={each.name or "": each for each in COMMANDS})
+    group.add_command(click.Group("layer", commands={e.name or "": e for e in LAYER_COMMANDS}))
+
+    def invoke(*words: str, status: int = 0) -> Result:
+        result = CliRunner().invoke(group, [*words])
+        assert result.exit_code == status, result.output
+        return result
+
+    return invoke
+
+
+def from_json(result: Result) -> Any:
+    return json.loads(result.stdout)
+
+
+def test_from_a_tar_to_a_pack(run: Run, tmp_path: Path) -> None:
+    built = from_json(
+        run("layer", "build", "layer.tar", "a.erofs", "--verity", "--sidecar", "--json")
+    )
+    assert json.loads((tmp_path / "a.erofs.dmverity").read_text()) == {
+        "roothash": built["root_digest"],
+        "hashoffset": built["hash_offset_bytes"],
+    }
+    subprocess.run(
+        ["veritysetup", "verify", "a.erofs", "a.erofs", built["root_digest"],
+         f"--hash-offset={built['hash_offset_bytes']}"],
+        check=True, cwd=tmp_path,
+    )  # fmt: skip
+    run("pack", "create", "p.img", "--dax")
+    digest = ("--root-digest", built["root_digest"], "--source-digest", built["source_digest"])
+    added = from_json(run("pack", "add", "p.img", "a.erofs", "--id", "base", *digest, "--json"))
+    assert added["verity"]["root_digest"] == built["root_digest"]
+    listed = from_json(run("pack", "list", "p.img.json", "--json"))
+    assert listed["layers"] == [added]
+    assert listed["alignment_bytes"] == 2 << 20
+    assert "base" in run("pack", "list", "p.img").output
+    assert run("pack", "check", "p.img").output.startswith("sound: ")
+    with (tmp_path / "p.img").open("r+b") as image:
+        image.seek(1500)
+        image.write(b"!")
+    assert "wrong: base" in run("pack", "check", "p.img", status=1).output
+    assert from_json(run("pack", "check", "p.img", "--json", status=1))["sound"] is False
+    run("pack", "remove", "p.img", "base", "--trim")
+    assert (tmp_path / "p.img").stat().st_size == 0
+
+
+def test_from_a_container_image_to_a_pack(run: Run, tmp_path: Path) -> None:
+    run("pack", "build", "layout", "p.img")
+    manifest = Manifest.load(tmp_path / "p.img.json")
+    assert len(manifest.layers) == 2
+    assert all(layer.verity is not None for layer in manifest.layers)
+    first = (tmp_path / "p.img").read_bytes()
+    run("pack", "check", "p.img")
+    run("pack", "build", "layout", "p.img", status=1)
+    (tmp_path / "p.img").unlink()
+    (tmp_path / "p.img.json").unlink()
+    run("pack", "build", "layout", "p.img")
+    assert (tmp_path / "p.img").read_bytes() == first
+    assert not [each for each in tmp_path.iterdir() if each.name.startswith(".")]
+
+
+def test_layers_into_a_directory(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    built = from_json(run("layer", "build", "layout", "out", "--layers", "--json"))
+    assert [Path(each["path"]).exists() for each in built] == [True, True]
+
+
+def test_a_vhd_layer_can_be_packed(run: Run) -> None:
+    run("layer", "build", "layer.tar", "a.vhd", "--filesystem", "ext4", "--verity", "--vhd")
+    run("pack", "create", "p.img")
+    added = from_json(run("pack", "add", "p.img", "a.vhd", "--json"))
+    assert added["filesystem"] == "ext4"
+    run("pack", "check", "p.img")
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("layer", "build", "layer.tar", "x", "--sidecar"), 2),
+        (("layer", "build", "layer.tar", "x", "--dax", "--filesystem", "ext4"), 2),
+        (("layer", "build", "layer.tar", "x", "--filesystem", "ntfs"), 2),
+        (("layer", "build", "nothing", "x"), 1),
+        (("layer", "build", "layer.tar", "nowhere/x"), 1),
+        (("pack", "list", "nothing"), 1),
+        (("pack", "add", "nothing", "layer.tar"), 1),
+        (("pack", "check", "nothing"), 1),
+        (("pack", "mount", "nothing", "--connect", "unix:///x"), 1),
+    ],
+)
+def test_exit_status_of_errors(
+    run: Run, tmp_path: Path, words: tuple[str, ...], status: int
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    output = run(*words, status=status).output
+    assert "Traceback" not in output
+    assert sorted(tmp_path.iterdir()) == before
+    if status == 1:
+        error = from_json(run(*words, "--json", status=1))["error"]
+        assert error["code"] in ("not_found", "invalid")
+
+
+def test_a_layer_without_a_tree_has_to_be_asked_for(run: Run) -> None:
+    run("layer", "build", "layer.tar", "a.erofs")
+    run("pack", "create", "p.img")
+    assert "--no-verity" in run("pack", "add", "p.img", "a.erofs", status=1).output
+    run("pack", "add", "p.img", "a.erofs", "--no-verity")
+    assert from_json(run("pack", "list", "p.img", "--json"))["layers"][0]["verity"] is None
+
+
+def test_a_wrong_root_digest_is_refused(run: Run) -> None:
+    run("layer", "build", "layer.tar", "a.erofs", "--verity")
+    run("pack", "create", "p.img")
+    result = run("pack", "add", "p.img", "a.erofs", "--root-digest", "00" * 32, status=1)
+    assert "integrity" in result.output
+
+
+class FakeGuest:
+    """Stands where a connection would be; keeps the request."""
+
+    request: LayersMountRequest
+
+    def __init__(self, address: str) -> None:
+        assert address == "unix:///agent"
+
+    def __enter__(self) -> "FakeGuest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def layers_mount(self, request: LayersMountRequest) -> Any:
+        from vsock.errors import CallError
+
+        type(self).request = request
+        raise CallError("busy", "no kernel here")
+
+
+def test_mounting_asks_for_all_layers_and_the_overlay(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rootfs.pack_cli.GuestAgent", FakeGuest)
+    run("pack", "build", "layout", "p.img")
+    place = ("--connect", "unix:///agent", "--pmem", "2", "--overlay", "root")
+    assert "no kernel here" in run("pack", "mount", "p.img.json", *place, status=1).output
+    request = FakeGuest.request
+    manifest = Manifest.load(tmp_path / "p.img.json")
+    assert [each.layer_id for each in request.layers] == [e.layer_id for e in manifest.layers]
+    assert request.overlay is not None
+    assert request.overlay.layers == tuple(each.layer_id for each in manifest.layers)
+    for asked, known in zip(request.layers, manifest.layers, strict=True):
+        assert asked.device.to_wire() == {"kind": "pmem", "number": 2}
+        assert asked.mapping is not None
+        assert asked.mapping.offset_bytes == known.offset_bytes
+        assert asked.verity is not None
+        assert known.verity is not None
+        assert asked.verity.root_digest == known.verity.root_digest
+    run("pack", "mount", "p.img", status=2)
+    run("pack", "mount", "p.img", *place, "--path", "/dev/vda", status=2)
+    run("pack", "mount", "p.img", "--connect", "unix:///agent", "--target", "/x", status=2)
