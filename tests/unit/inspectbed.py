@@ -1,10 +1,13 @@
 """The real service on a real socket over plain directories, without a device-mapper."""
 
 import contextlib
+import socket as socket_module
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
+
+from conftest import Peer
 
 from guestagent.api import LayerSpec, OverlaySpec, PathDevice
 from guestagent.client import GuestAgent
@@ -16,7 +19,7 @@ from guestagent.engine.state import EngineState
 from guestagent.service import QUICK_METHODS, Service
 from vsock.address import UnixAddress
 from vsock.deadline import Deadline
-from vsock.server import Server
+from vsock.server import Connection, Server
 from vsock.stream import listen
 
 WAIT_SECONDS = 20.0
@@ -80,6 +83,10 @@ class Bed:
         self.server = server
         self.service = service
         self.address = address
+        self.path = address.removeprefix("unix://")
+
+    def connections(self) -> list[Connection]:
+        return list(self.server._connections.values())
 
 
 @contextlib.contextmanager
@@ -102,6 +109,14 @@ def serving(
         server.stop(0.0)
         thread.join(WAIT_SECONDS)
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def peer_of(bed: Bed) -> Iterator[Peer]:
+    """A raw peer."""
+    with socket_module.socket(socket_module.AF_UNIX) as sock:
+        sock.connect(bed.path)
+        yield Peer(sock)
 
 
 def connect(bed: Bed) -> GuestAgent:

@@ -1,0 +1,266 @@
+"""Bulk answers: at the pace of the reader, cancelled from either side, memory staying flat."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Peer
+from inspectbed import WAIT_SECONDS, Bed, connect, peer_of, serving
+
+from guestagent.client import GuestAgent
+from guestagent.client.streams import WINDOW_CHUNKS
+from guestagent.service_inspect import MAX_STREAMS
+from vsock.errors import CallError, ConnectionClosed
+
+GIB = 1 << 30
+CHUNK_BYTES = 32 * 1024
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    top = tmp_path / "tree"
+    top.mkdir()
+    with open(top / "sparse", "wb") as file:
+        file.truncate(100 * GIB)
+        file.seek(99 * GIB)
+        file.write(b"here")
+    (top / "big").write_bytes(os.urandom(8 << 20))
+    (top / "small").write_bytes(b"small")
+    return top
+
+
+@pytest.fixture
+def bed(tmp_path: Path, tree: Path) -> Iterator[Bed]:
+    with serving(tmp_path / "agent.sock", {"base": tree}) as running:
+        yield running
+
+
+@pytest.fixture
+def guest(bed: Bed) -> Iterator[GuestAgent]:
+    with connect(bed) as handle:
+        yield handle
+
+
+@pytest.fixture
+def peer(bed: Bed) -> Iterator[Peer]:
+    """A client of MessagePack-RPC that knows nothing of windows."""
+    with peer_of(bed) as raw:
+        raw.ask(1, "agent.hello", versions=[1])
+        yield raw
+
+
+def chunks_until_answer(peer: Peer) -> tuple[list[dict[str, object]], object, object]:
+    chunks = []
+    while True:
+        message = peer.next()
+        assert isinstance(message, list)
+        if message[0] == 1:
+            return chunks, message[2], message[3]
+        if message[1] == "agent.chunk":
+            chunks.append(message[2][0])
+
+
+def wait_until_at_rest(bed: Bed) -> None:
+    end = time.monotonic() + WAIT_SECONDS
+    while bed.server.requests_in_flight:
+        assert time.monotonic() < end, "a request is still in flight"
+        time.sleep(0.005)
+
+
+def test_chunks_are_small_numbered_and_before_the_answer(peer: Peer, tree: Path) -> None:
+    peer.request(2, "fs.download", layer_id="base", path="big")
+    chunks, error, result = chunks_until_answer(peer)
+    assert error is None
+    assert [chunk["sequence"] for chunk in chunks] == list(range(len(chunks)))
+    assert isinstance(result, dict)
+    assert result["chunks"] == len(chunks)
+    pieces = [chunk["data"] for chunk in chunks]
+    assert all(isinstance(piece, bytes) and len(piece) <= CHUNK_BYTES for piece in pieces)
+    assert b"".join(pieces) == (tree / "big").read_bytes()  # type: ignore[arg-type]
+
+
+def test_without_a_window_the_connection_holds_the_agent_back(peer: Peer, bed: Bed) -> None:
+    peer.request(2, "fs.download", layer_id="base", path="sparse")
+    # nothing is read: a request on another connection is answered all the same
+    with connect(bed) as other:
+        assert other.fs_read_file("small", layer_id="base") == b"small"
+        sent = [connection.outbox.pending_bytes for connection in bed.connections()]
+    assert max(sent) <= 256 * 1024
+    peer.request(3, "agent.cancel", msgid=2)
+    messages = []
+    while len(messages) < 2:
+        message = peer.next()
+        assert isinstance(message, list)
+        if message[0] == 1:
+            messages.append(message)
+    by_id = {message[1]: message for message in messages}
+    assert by_id[3][3] == {"cancelled": True}
+    assert by_id[2][2]["code"] == "cancelled"
+
+
+def test_a_window_holds_the_agent_back_while_the_connection_is_free(peer: Peer, bed: Bed) -> None:
+    peer.request(2, "fs.download", layer_id="base", path="sparse", window_chunks=5)
+    sequences = [peer.next()[2][0]["sequence"] for _ in range(5)]  # type: ignore[index]
+    assert sequences == [0, 1, 2, 3, 4]
+    # the answer to this comes next, because the agent waits
+    assert peer.ask(3, "agent.more", msgid=2, sequence=3) == {"known": True}
+    sequences = [peer.next()[2][0]["sequence"] for _ in range(3)]  # type: ignore[index]
+    assert sequences == [5, 6, 7]
+    assert peer.ask(4, "agent.more", msgid=77, sequence=3) == {"known": False}
+    assert peer.ask(5, "agent.cancel", msgid=2) == {"cancelled": True}
+    assert peer.error() == (2, "cancelled")
+    wait_until_at_rest(bed)
+
+
+def test_a_deadline_ends_a_reader_that_does_not_ask(peer: Peer, bed: Bed) -> None:
+    peer.request(2, "fs.download", layer_id="base", path="sparse", window_chunks=1, deadline_ms=200)
+    peer.next()
+    assert peer.error() == (2, "timeout")
+    wait_until_at_rest(bed)
+
+
+def test_the_end_of_the_connection_ends_the_work(bed: Bed) -> None:
+    for window_chunks in (0, 1):
+        with peer_of(bed) as raw:
+            raw.ask(1, "agent.hello", versions=[1])
+            raw.request(
+                2, "fs.download", layer_id="base", path="sparse", window_chunks=window_chunks
+            )
+            raw.next()
+        wait_until_at_rest(bed)
+
+
+def test_leaving_early_cancels(guest: GuestAgent, bed: Bed) -> None:
+    with guest.fs_download_stream("sparse", layer_id="base") as pieces:
+        assert next(pieces) == bytes(CHUNK_BYTES - 256)
+    wait_until_at_rest(bed)
+    assert guest.fs_read_file("small", layer_id="base") == b"small"
+
+
+def test_other_calls_go_on_while_a_stream_waits(guest: GuestAgent) -> None:
+    with guest.fs_download_stream("big", layer_id="base") as pieces:
+        taken = 0
+        for _ in pieces:
+            taken += 1
+            if taken % 50 == 0:
+                assert guest.fs_read_file("small", layer_id="base") == b"small"
+    assert pieces.reply["size_bytes"] == 8 << 20
+    assert taken > 2 * WINDOW_CHUNKS
+
+
+def test_a_handle_that_is_closed_ends_its_streams(bed: Bed) -> None:
+    handle = connect(bed)
+    stream = handle.fs_download_stream("sparse", layer_id="base")
+    next(stream)
+    handle.close()
+    with pytest.raises(ConnectionClosed):
+        for _ in stream:
+            pass
+    wait_until_at_rest(bed)
+
+
+def test_a_range_of_a_huge_sparse_file(guest: GuestAgent) -> None:
+    assert guest.fs_pread("sparse", 99 * GIB - 2, 8, layer_id="base") == b"\0\0here\0\0"
+    stream = guest.fs_download_stream(
+        "sparse", layer_id="base", offset_bytes=99 * GIB, size_bytes=4
+    )
+    assert b"".join(stream) == b"here"
+    with pytest.raises(CallError) as refused:
+        guest.fs_read_file("sparse", layer_id="base")
+    assert refused.value.code == "resource"
+
+
+def test_hashing_a_huge_file_ends_with_its_deadline(guest: GuestAgent, bed: Bed) -> None:
+    told: list[tuple[int, int]] = []
+    with pytest.raises(CallError) as refused:
+        guest.fs_checksum(
+            "sparse",
+            layer_id="base",
+            deadline_ms=800,
+            progress=lambda done, total: told.append((done, total)),
+        )
+    assert refused.value.code == "timeout"
+    assert told
+    assert told[-1][1] == 100 * GIB
+    wait_until_at_rest(bed)
+
+
+def test_only_so_many_at_once(bed: Bed, guest: GuestAgent) -> None:
+    streams = [guest.fs_download_stream("sparse", layer_id="base") for _ in range(MAX_STREAMS)]
+    for stream in streams:
+        next(stream)
+    with pytest.raises(CallError) as refused:
+        guest.fs_du("/", layer_id="base")
+    assert refused.value.code == "busy"
+    assert guest.fs_lstat("small", layer_id="base").size_bytes == 5
+    for stream in streams:
+        stream.close()
+    wait_until_at_rest(bed)
+    assert guest.fs_du("/", layer_id="base").files == 3
+
+
+def test_descriptors_are_given_back(guest: GuestAgent, bed: Bed) -> None:
+    guest.fs_du("/", layer_id="base")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        guest.fs_checksum("small", layer_id="base")
+        guest.fs_find("/", layer_id="base").drain()
+        with pytest.raises(CallError):
+            guest.fs_ls("/nowhere", layer_id="base").drain()
+        with guest.fs_download_stream("sparse", layer_id="base") as pieces:
+            next(pieces)
+        wait_until_at_rest(bed)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from inspectbed import serving
+with serving(Path(sys.argv[1]), {"base": Path(sys.argv[2])}):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_memory_stays_flat(tmp_path: Path, tree: Path) -> None:
+    """A directory of many entries and a stream of many bytes leave the agent as large as it was."""
+    crowd = tree / "crowd"
+    crowd.mkdir()
+    for number in range(12_000):
+        os.mknod(crowd / f"entry number {number}")
+    socket_path = tmp_path / "other.sock"
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{os.getcwd()}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(socket_path), str(tree)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        with GuestAgent(f"unix://{socket_path}") as guest:
+            guest.fs_download_stream("big", layer_id="base").drain()
+            sum(1 for _ in guest.fs_ls("/", layer_id="base"))
+            guest.fs_tar_out_stream("/crowd", layer_id="base").close()
+            before = _peak_bytes(process.pid)
+            assert sum(1 for _ in guest.fs_readdir("crowd", layer_id="base")) == 12_000
+            assert sum(1 for _ in guest.fs_find(layer_id="base")) == 12_004
+            assert guest.fs_du(layer_id="base").files == 12_003
+            guest.fs_download_stream("sparse", layer_id="base", size_bytes=100 << 20).drain()
+            assert _peak_bytes(process.pid) - before < 2 << 20
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(WAIT_SECONDS)
+
+
+def _peak_bytes(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmHWM")
