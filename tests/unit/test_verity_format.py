@@ -576,9 +576,27 @@ def test_an_attached_image_is_busy(
     monkeypatch.setattr(busy, "_PARTITIONS", str(partitions))
     attribute.write_text(f"{image}\n")
     monkeypatch.setattr(busy, "_BLOCK_DEVICES", str(tmp_path / "sys"))
-    with pytest.raises(CallError, match="attached to /dev/loop7") as caught:
+    with image.open("rb"), pytest.raises(CallError, match="attached to /dev/loop7") as caught:
         format_image(image)
     assert caught.value.code == "busy"
+
+
+def test_an_image_that_somebody_reads_is_formatted(image: Path) -> None:
+    with image.open("rb"):
+        assert format_image(image).parameters.data_blocks == 700
+
+
+def test_nothing_else_is_looked_for_if_nobody_has_the_image_open(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd = os.open(image, os.O_RDWR)
+    alone = not busy._is_open_elsewhere(fd)
+    with image.open("rb"):
+        assert busy._is_open_elsewhere(fd)
+    os.close(fd)
+    if alone:  # the file system of the tests has leases
+        monkeypatch.setattr(busy, "_refuse_mount", lambda *_: pytest.fail("looked for mounts"))
+        format_image(image)
 
 
 def test_a_mounted_image_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -594,7 +612,7 @@ def test_a_mounted_image_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     link = tmp_path / "link"
     link.symlink_to(image)
     for name in (image, link):
-        with pytest.raises(CallError, match="mounted on '/mnt'") as caught:
+        with image.open("rb"), pytest.raises(CallError, match="mounted on '/mnt'") as caught:
             format_image(name)
         assert caught.value.code == "busy"
 
