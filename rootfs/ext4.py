@@ -46,8 +46,8 @@ def make_ext4(root: Node, path: Path, uuid: uuid_module.UUID, cancel: Deadline |
     """
     _check(root)
     links = link_counts(root)
-    with _staged(root, path.parent) as (top, values):
-        os.truncate(path, _estimate(root, len(links)))
+    with _staged(root, path.parent) as (top, values, data_blocks):
+        os.truncate(path, _estimate(root, len(links), data_blocks))
         command = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", str(_BLOCK_BYTES), "-m", "0"]
         command += ["-I", str(_INODE_BYTES), "-N", str(len(links) + 16), "-O", _FEATURES]
         command += ["-U", str(uuid), "-E", f"hash_seed={uuid},root_owner=0:0,lazy_itable_init=0"]
@@ -74,12 +74,11 @@ def _check(root: Node) -> None:
                 raise _cannot(text, f"the attribute {name!r}")
 
 
-def _estimate(root: Node, inodes: int) -> int:
+def _estimate(root: Node, inodes: int, data_blocks: int) -> int:
     """Return a size that is surely enough; the file is sparse, and cut to size at the end."""
-    blocks = 0
+    blocks = data_blocks
     for _, node in walk(root):
-        size = sum(length + _BLOCK_BYTES for _, length, _ in node.content.extents)
-        size += sum(map(len, node.xattrs.values()))
+        size = sum(map(len, node.xattrs.values()))
         size += sum(len(name) + 264 for name in node.children)
         blocks += -(-size // _BLOCK_BYTES) + 2
     inode_blocks = -(-inodes * _INODE_BYTES // _BLOCK_BYTES)
@@ -87,8 +86,9 @@ def _estimate(root: Node, inodes: int) -> int:
 
 
 @contextlib.contextmanager
-def _staged(root: Node, beside: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield a directory with the names and contents, and one for values of attributes."""
+def _staged(root: Node, beside: Path) -> Iterator[tuple[Path, Path, int]]:
+    """Yield a directory with the names and contents, how many blocks these take, and another for
+    values of attributes: (contents, values, blocks)."""
     try:
         holder = Path(tempfile.mkdtemp(prefix=".staging-", dir=beside))
     except OSError as problem:
@@ -96,15 +96,16 @@ def _staged(root: Node, beside: Path) -> Iterator[tuple[Path, Path]]:
     try:
         (holder / "values").mkdir()
         try:
-            _stage(root, os.fsencode(holder / "root"))
+            data_blocks = _stage(root, os.fsencode(holder / "root"))
         except OSError as problem:
             raise from_os_error(problem, step="stage the tree") from problem
-        yield holder / "root", holder / "values"
+        yield holder / "root", holder / "values", data_blocks
     finally:
         shutil.rmtree(holder)
 
 
-def _stage(root: Node, top: bytes) -> None:
+def _stage(root: Node, top: bytes) -> int:
+    blocks = 0
     first_names: dict[int, bytes] = {}
     for path, node in walk(root):
         place = b"/".join((top, *path))
@@ -119,10 +120,11 @@ def _stage(root: Node, top: bytes) -> None:
             # devices and the like start as empty files, which hold their place and their links
             fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                write_content(node, fd, place)
+                blocks += -(-write_content(node, fd, place) // _BLOCK_BYTES)
             finally:
                 os.close(fd)
         first_names[id(node)] = place
+    return blocks
 
 
 def _describe(root: Node, path: Path, values: Path, cancel: Deadline | None) -> None:

@@ -48,7 +48,7 @@ class DirectoryStore:
         self._path = Path(path)
 
     def has(self, name: str) -> bool:
-        return (self._path / name).is_file()
+        return os.path.isfile(self._path / name)  # False also where we may not look
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[StoredFile]:

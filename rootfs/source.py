@@ -179,7 +179,9 @@ def _open_directory(
     store = DirectoryStore(source)
     found = options.format
     if found == "auto":
-        found = "oci" if oci.is_layout(store) and (Path(source) / "blobs").is_dir() else "directory"
+        found = (
+            "oci" if oci.is_layout(store) and os.path.isdir(Path(source) / "blobs") else "directory"
+        )
     if found == "directory":
         return Source(options, directory=stack.enter_context(DirectorySource(source)))
     return _layered(source, store, found, options)

@@ -77,16 +77,22 @@ def _create(node: Node, place: bytes) -> None:
         os.mknod(place, stat.S_IFMT(node.mode) | 0o600, node.rdev)
 
 
-def write_content(node: Node, fd: int, place: bytes) -> None:
-    """Write a file's bytes to the empty file ``fd``; runs of zeros become holes."""
+def write_content(node: Node, fd: int, place: bytes) -> int:
+    """Write a file's bytes to the empty file ``fd``; pieces of zeros become holes.
+
+    Returns how many bytes are not in holes.
+    """
+    written = 0
     for piece in read_content(node.content, place):
         if piece.count(0) == len(piece):
             os.lseek(fd, len(piece), os.SEEK_CUR)
             continue
+        written += len(piece)
         view = memoryview(piece)
         while view:
             view = view[os.write(fd, view) :]
     os.ftruncate(fd, node.content.size_bytes)
+    return written
 
 
 def _describe(node: Node, place: bytes) -> None:

@@ -372,6 +372,28 @@ def test_an_output_directory_that_cannot_be_written(sample: Path) -> None:
     assert (caught.value.code, caught.value.step) == ("not_found", "create")
 
 
+def test_a_source_that_may_not_be_read(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pid = os.fork()
+        if not pid:
+            os.setresuid(65534, 65534, 65534)
+            os._exit(_refused_to_nobody(tmp_path))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    else:
+        (tmp_path / "closed").mkdir(mode=0o000)
+        refused("denied", tmp_path / "closed", tmp_path / "image")
+
+
+def _refused_to_nobody(tmp_path: Path) -> int:
+    try:
+        build_image("/root", tmp_path / "image")
+    except CallError as problem:
+        return int(problem.code != "denied")
+    except OSError:
+        return 2
+    return 3
+
+
 def test_a_full_disk(tmp_path: Path, sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
