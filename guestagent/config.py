@@ -45,7 +45,7 @@ class Key(Record):
     """One setting: ``read`` turns its text into the value of ``field`` or raises ValueError.
 
     A setting that may ``repeat`` gathers its values in the order they come; of others the last one
-    counts, as with the kernel's own.
+    counts, as with the kernel's own, unless it guards security: then both must say the same.
     """
 
     name: str
@@ -272,6 +272,8 @@ def read_settings(
             continue
         try:
             value = key.read(text)
+            if key.guards_security and not key.repeat and values.get(key.field, value) != value:
+                raise ValueError("given twice, and not the same")
             values[key.field] = (*values.get(key.field, ()), value) if key.repeat else value
         except ValueError as error:
             problems.append(_problem(name, str(error), fatal=key.guards_security))

@@ -5,26 +5,17 @@ is orphaned, starts the agent again when it dies, and powers the machine off whe
 so. Whatever happens here, the kernel is not left to panic: the last resort is a power-off.
 """
 
-import errno
 import os
 import signal
 import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
 
 import guestagent.agent as agent
-from guestagent.boot.mounting import mount_plan
-from guestagent.boot.plan import BootPlan, plan_boot
-from guestagent.boot.switch import (
-    check_root,
-    exec_init,
-    keep_modules,
-    move_out,
-    rename_root,
-    switch_root,
-)
+from guestagent.boot.plan import BootPlan
+from guestagent.boot.root import enter_root, mount_root
+from guestagent.boot.switch import exec_init
 from guestagent.config import Config, Problem, parse_command_line, read_settings
 from guestagent.storage import syscalls
 from vsock.errors import CallError
@@ -33,7 +24,6 @@ from vsock.log import fd_sink, log
 __all__ = ("main",)
 
 MODULE_LIST = "/etc/guestagent/modules"
-NEW_ROOT = "/newroot"
 
 _MOUNTS = (
     # source, target, type, flags, options; what is there already (an outer init's) stays
@@ -89,32 +79,18 @@ def _boot_and_supervise() -> str:
         return "poweroff"
     boot: dict[str, object] = {"pid1": True, "boot_id": _boot_id(), **steps}
     boot["init_uptime_ms"] = round(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000, 1)
-    mode = _mount_root(config, problems, boot)
-    return mode if mode is not None else _supervise(config, problems, boot)
-
-
-def _mount_root(
-    config: Config, problems: tuple[Problem, ...], boot: dict[str, object]
-) -> str | None:
-    """Mount what the settings name and become the init in it; return only if that is not to be.
-
-    Returns how the machine is to end, or None where the agent is to serve in the boot image.
-    """
     try:
-        plan = plan_boot(config.layers, config.overlay, config.manifests)
-        if plan is None:
-            return None
-        begin = time.perf_counter()
-        _in_a_child(lambda: mount_plan(plan, config), "mounting the root")
-        boot["root_ms"] = _ms_since(begin)
-        if config.init == "/":
-            return None
-        check_root(plan.root_target, config.init)
+        plan = mount_root(config, boot)
     except (CallError, OSError) as error:
         log.error("the root cannot be mounted", error=str(error), then=config.on_failure)
-        return None if config.on_failure == "serve" else config.on_failure
-    _become_init(plan, config, problems, boot)
-    raise AssertionError("exec returned")
+        if config.on_failure != "serve":
+            return config.on_failure
+        text = f"the root cannot be mounted: {error}"
+        problems += (Problem(key="guestagent.layer", text=text, fatal=False),)
+        plan = None
+    if plan is not None:
+        _become_init(plan, config, problems, boot)
+    return _supervise(config, problems, boot)
 
 
 def _become_init(
@@ -122,39 +98,13 @@ def _become_init(
 ) -> None:
     """Switch to the root that is mounted and execute its init, with the agent beside it if asked.
 
-    From the first move on there is no way back; an error here ends the machine.
+    Does not return; an error on the way ends the machine.
     """
-    if config.agent == "stay":
-        keep_modules(config.state_directory)
-    move_out(plan.root_target, NEW_ROOT)
-    rename_root(config.state_directory, plan.root_target)
-    switch_root(NEW_ROOT)
-    boot["switch_root_uptime_ms"] = round(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000, 1)
-    log.info("switching to the root", init=config.init, agent=config.agent)
+    enter_root(plan, config, boot)
     if config.agent == "stay":
         _start_agent(config, problems, {**boot, "pid1": False}, 0)
-    exec_init(config.init, ())
-
-
-def _in_a_child(work: Callable[[], None], what: str) -> None:
-    """Do ``work`` in a process of its own, so that no thread or descriptor of it stays here.
-
-    Raises:
-        OSError: it failed; its own log lines say why.
-    """
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except (CallError, OSError) as error:
-            log.error("failed", what=what, error=str(error), hint=getattr(error, "hint", None))
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    if status != 0:
-        raise OSError(errno.EIO, f"{what} failed with status {os.waitstatus_to_exitcode(status)}")
+    # what the kernel did not understand of its command line is for the init: a run level
+    exec_init(config.init, tuple(sys.argv[1:]))
 
 
 def _supervise(config: Config, problems: tuple[Problem, ...], boot: dict[str, object]) -> str:

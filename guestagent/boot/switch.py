@@ -4,6 +4,7 @@ Source: Documentation/filesystems/ramfs-rootfs-initramfs.rst: rootfs cannot be p
 new root is moved over it and what is in it is deleted.
 """
 
+import contextlib
 import os
 import stat
 import sys
@@ -116,6 +117,8 @@ def switch_root(new_root: str) -> None:
     Raises:
         OSError: a mount could not be moved; the system cannot go on then.
     """
+    with contextlib.suppress(OSError):  # no mount there: it would stay, out of anybody's sight
+        syscalls.umount2("/tmp", syscalls.MNT_DETACH)
     old_root_fd = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     old_dev = os.fstat(old_root_fd).st_dev
     for path in _MOVED:

@@ -20,6 +20,13 @@ from vsock.log import log
 
 __all__ = ("Operation", "code_of_errno")
 
+#: Not allowed, or a signature that the kernel does not accept: by no key it has, revoked or past
+#: its time, wrong, or made in a way that it cannot check.
+_DENIED = (
+    errno.EPERM, errno.EACCES,
+    errno.ENOKEY, errno.EKEYREVOKED, errno.EKEYEXPIRED, errno.EKEYREJECTED, errno.ENOPKG,
+)  # fmt: skip
+
 Undo = Callable[[], None]
 
 
@@ -169,7 +176,7 @@ def code_of_errno(number: int | None, code: str) -> str:
     """Return the code that tells a caller more than ``code``, where the errno alone decides."""
     if number in (errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EDQUOT):
         return "resource"
-    if number in (errno.ENOKEY, errno.EKEYREJECTED, errno.EPERM, errno.EACCES):
+    if number in _DENIED:
         return "denied"
     if number in (errno.EBUSY,):
         return "busy"

@@ -57,6 +57,13 @@ def test_layers_gather_and_others_replace() -> None:
     assert config.log == "error"
 
 
+def test_a_guarding_setting_cannot_be_turned_by_a_second_one() -> None:
+    config, problems = read_settings(settings("require_verity=1", "require_verity=0"))
+    assert [problem.fatal for problem in problems] == [True]
+    assert config.require_verity is True
+    assert read_settings(settings("require_verity=1", "require_verity"))[1] == ()
+
+
 @pytest.mark.parametrize(
     ("text", "fatal"),
     [
