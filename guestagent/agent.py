@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 from guestagent.config import Config, Problem
 from guestagent.engine.engine import Engine
@@ -41,8 +42,12 @@ def run(
     problems: tuple[Problem, ...] = (),
     boot: dict[str, object] | None = None,
     restarts: int = 0,
+    on_ready: Callable[[], None] | None = None,
 ) -> int:
-    """Serve until shutdown or SIGTERM; return the exit status, which says how to go on."""
+    """Serve until shutdown or SIGTERM; return the exit status, which says how to go on.
+
+    ``on_ready`` is called once, when whoever connects is served.
+    """
     begin = time.perf_counter()
     engine = Engine(
         state_directory=config.state_directory,
@@ -74,6 +79,8 @@ def run(
         for dialer in dialers:
             dialer.start()
         log.info("serving", listen=",".join(config.listen), dial=",".join(config.dial))
+        if on_ready is not None:
+            on_ready()
         server.serve_forever()
         for dialer in dialers:
             dialer.close()

@@ -11,6 +11,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 
 import guestagent.agent as agent
 from guestagent.boot.plan import BootPlan
@@ -18,6 +19,7 @@ from guestagent.boot.root import enter_root, mount_root
 from guestagent.boot.switch import exec_init
 from guestagent.config import Config, Problem, parse_command_line, read_settings
 from guestagent.storage import syscalls
+from guestagent.supervisor import SIGNALS, Life, start, supervise
 from vsock.errors import CallError
 from vsock.log import fd_sink, log
 
@@ -38,12 +40,6 @@ _MOUNTS = (
 # linux/sockios.h, linux/if.h
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 
-#: A child that lived this long was not failing at its start.
-_HEALTHY_SECONDS = 2.0
-_BACKOFF_SECONDS = (0.0, 0.0, 0.1, 0.5, 1.0, 2.0)
-
-_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGPWR)
-
 
 def main() -> None:
     """Run as PID 1. Never returns."""
@@ -59,7 +55,7 @@ def main() -> None:
 def _boot_and_supervise() -> str:
     begin = time.perf_counter()
     steps: dict[str, float] = {}
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     _mount_api_filesystems()
     _open_console()
     log.add_sink(fd_sink(2), replay=True)
@@ -90,7 +86,7 @@ def _boot_and_supervise() -> str:
         plan = None
     if plan is not None:
         _become_init(plan, config, problems, boot)
-    return _supervise(config, problems, boot)
+    return supervise(_life_of(config, problems, boot))
 
 
 def _become_init(
@@ -102,83 +98,16 @@ def _become_init(
     """
     enter_root(plan, config, boot)
     if config.agent == "stay":
-        _start_agent(config, problems, {**boot, "pid1": False}, 0)
+        start(_life_of(config, problems, {**boot, "pid1": False}), 0)
     # what the kernel did not understand of its command line is for the init: a run level
     exec_init(config.init, tuple(sys.argv[1:]))
 
 
-def _supervise(config: Config, problems: tuple[Problem, ...], boot: dict[str, object]) -> str:
-    """Keep the agent alive until it, or a signal, says how to end; returns the mode."""
-    restarts = 0
-    failures = 0
-    while True:
-        started = time.monotonic()
-        child = _start_agent(config, problems, boot, restarts)
-        mode = _wait_for(child)
-        if mode is not None:
-            return mode
-        failures = 0 if time.monotonic() - started > _HEALTHY_SECONDS else failures + 1
-        restarts += 1
-        pause = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
-        log.error("the agent died and is started again", restarts=restarts, pause_seconds=pause)
-        mode = _signalled_within(pause)
-        if mode is not None:
-            return mode
+def _life_of(config: Config, problems: tuple[Problem, ...], boot: dict[str, object]) -> Life:
+    def life(restarts: int, on_ready: Callable[[], None]) -> int:
+        return agent.run(config, problems=problems, boot=boot, restarts=restarts, on_ready=on_ready)
 
-
-def _start_agent(
-    config: Config, problems: tuple[Problem, ...], boot: dict[str, object], restarts: int
-) -> int:
-    child = os.fork()
-    if child:
-        return child
-    status = agent.EXIT_FAILED
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        status = agent.run(config, problems=problems, boot=boot, restarts=restarts)
-    except BaseException:  # a child that fails to start must not run on as a second init
-        import traceback
-
-        log.error("agent failed", traceback=traceback.format_exc())
-    finally:
-        os._exit(status)
-
-
-def _wait_for(child: int) -> str | None:
-    """Reap until ``child`` ends or a signal ends the machine; None asks for another child."""
-    while True:
-        got = signal.sigwaitinfo(_SIGNALS)
-        if got.si_signo != signal.SIGCHLD:
-            # the agent ends by itself on SIGTERM and unmounts what it has
-            log.info("signal", number=got.si_signo)
-            os.kill(child, signal.SIGTERM)
-            os.waitpid(child, 0)
-            return "reboot" if got.si_signo == signal.SIGINT else "poweroff"
-        ended = _reap(child)
-        if ended is not None:
-            log.info("the agent ended", status=ended)
-            return agent.MODES.get(ended)
-
-
-def _reap(child: int) -> int | None:
-    """Reap every process that has ended; return the child's exit status if it is among them."""
-    ended = None
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return ended
-        if pid == 0:
-            return ended
-        if pid == child:
-            ended = os.waitstatus_to_exitcode(status)
-
-
-def _signalled_within(seconds: float) -> str | None:
-    got = signal.sigtimedwait(set(_SIGNALS) - {signal.SIGCHLD}, seconds)
-    if got is None:
-        return None
-    return "reboot" if got.si_signo == signal.SIGINT else "poweroff"
+    return life
 
 
 def _mount_api_filesystems() -> None:

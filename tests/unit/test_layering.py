@@ -37,6 +37,7 @@ _TOP = ("vsock", "guestagent")
 for name in (
     "agent",
     "init",
+    "supervisor",
     "service",
     "service_inspect",
     "config",
