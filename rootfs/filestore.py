@@ -4,14 +4,13 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from rootfs.failure import from_os_error
-from rootfs.spool import Spool
-from rootfs.tar import TarReader
+from rootfs.tar import TarEntry
 from vsock.errors import CallError
 
 __all__ = ("ArchiveStore", "DirectoryStore", "FileStore", "StoredFile", "read_json")
@@ -69,17 +68,12 @@ class DirectoryStore:
 class ArchiveStore:
     """The members of a tar that is kept open by someone else."""
 
-    def __init__(self, spool: Spool) -> None:
-        """Read the listing.
-
-        Raises:
-            CallError: as ``TarReader``.
-        """
-        self._fd = spool.fd
+    def __init__(self, fd: int, members: Iterable[TarEntry]) -> None:
+        """``members`` are those of the archive in ``fd`` (borrowed)."""
+        self._fd = fd
         self._files: dict[str, StoredFile | None] = {}
         self._links: dict[str, str] = {}
-        reader = TarReader(spool.fd, start_bytes=spool.start_bytes, size_bytes=spool.size_bytes)
-        for entry in reader:
+        for entry in members:
             name = _normal(os.fsdecode(entry.name))
             self._files.pop(name, None)
             self._links.pop(name, None)

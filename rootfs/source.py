@@ -18,7 +18,7 @@ from rootfs.failure import from_os_error
 from rootfs.filestore import ArchiveStore, DirectoryStore, FileStore
 from rootfs.oci import LayerBlob
 from rootfs.spool import DEFAULT_MAX_BYTES, Spool, spooled
-from rootfs.tar import TarReader
+from rootfs.tar import TarEntry, TarReader
 from rootfs.tartree import TarTree, Whiteouts
 from rootfs.tree import Node, Progress, digest_tree
 from vsock.deadline import Deadline
@@ -61,7 +61,7 @@ class Source:
         options: SourceOptions,
         *,
         directory: DirectorySource | None = None,
-        tar: Spool | None = None,
+        tar: tuple[Spool, list[TarEntry]] | None = None,
         store: FileStore | None = None,
         blobs: tuple[LayerBlob, ...] = (),
     ) -> None:
@@ -126,12 +126,10 @@ class Source:
 
     def _read_tar(self) -> SourceLayer:
         assert self._tar is not None
+        spool, members = self._tar
         tree = TarTree(self._options.whiteouts)
-        members = TarReader(
-            self._tar.fd, start_bytes=self._tar.start_bytes, size_bytes=self._tar.size_bytes
-        )
-        tree.add_layer(members, self._tar.fd, cancel=self._options.cancel)
-        return SourceLayer(root=tree.root, digest=self._tar.digest)
+        tree.add_layer(members, spool.fd, cancel=self._options.cancel)
+        return SourceLayer(root=tree.root, digest=spool.digest)
 
     @contextlib.contextmanager
     def _spool(self, blob: LayerBlob) -> Iterator[Spool]:
@@ -202,14 +200,20 @@ def _open_archive(
             cancel=options.cancel,
         )
     )
-    found = options.format
-    if found in ("auto", "oci", "docker"):
-        store = ArchiveStore(spool)
-        if found == "auto":
-            found = _format_of(store)
-        if found != "tar":
-            return _layered(source, store, found, options)
-    return Source(options, tar=spool)
+    reader = TarReader(spool.fd, start_bytes=spool.start_bytes, size_bytes=spool.size_bytes)
+    members = list(_cancellable(reader, options.cancel))
+    store = ArchiveStore(spool.fd, members)
+    found = _format_of(store) if options.format == "auto" else options.format
+    if found == "tar":
+        return Source(options, tar=(spool, members))
+    return _layered(source, store, found, options)
+
+
+def _cancellable(reader: TarReader, cancel: Deadline | None) -> Iterator[TarEntry]:
+    for entry in reader:
+        if cancel is not None:
+            cancel.check("read the tar")
+        yield entry
 
 
 def _format_of(store: FileStore) -> str:

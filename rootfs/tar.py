@@ -22,6 +22,9 @@ __all__ = ("BLOCK_BYTES", "TarEntry", "TarReader")
 BLOCK_BYTES = 512
 #: PAX headers and long names: more than any kernel takes for a name, all attributes included.
 _MAX_HEADER_DATA_BYTES = 1 << 20
+#: Of all of them together, as a listing may be kept in memory.
+_MAX_ALL_HEADER_BYTES = 256 << 20
+_MAX_MEMBERS = 4 << 20
 _MAX_SPARSE_EXTENTS = 1 << 20
 _MAX_SIZE_BYTES = (1 << 63) - 1
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
@@ -74,6 +77,8 @@ class TarReader:
         self._end = start_bytes + size_bytes
         self._at = start_bytes
         self._needs_end = needs_end
+        self._header_bytes = 0
+        self._members = 0
         self._global = PaxRecords()
 
     def __iter__(self) -> Iterator[TarEntry]:
@@ -81,7 +86,8 @@ class TarReader:
 
         Raises:
             CallError: ``integrity``, the archive is damaged or cut; ``unsupported``, a member of a
-                kind that is not known; ``resource``, a header of over 1 MiB.
+                kind that is not known; ``resource``, a header of over 1 MiB, over 256 MiB of
+                them, or over 4 Mi members.
         """
         local = PaxRecords()
         long_name: bytes | None = None
@@ -107,6 +113,9 @@ class TarReader:
             elif kind == b"V":
                 local, long_name, long_target = PaxRecords(), None, None
             else:
+                self._members += 1
+                if self._members > _MAX_MEMBERS:
+                    raise self._too_much(header_at, "more members", _MAX_MEMBERS)
                 records = self._global.merged(local)
                 yield self._member(block, header_at, records, long_name, long_target)
                 local, long_name, long_target = PaxRecords(), None, None
@@ -129,11 +138,13 @@ class TarReader:
     def _check_sum(self, block: bytes) -> None:
         at = self._at - BLOCK_BYTES
         stored = self._number(block, 148, 8, "checksum", at)
-        others = block[:148] + block[156:]
-        unsigned = sum(others) + 8 * 32
+        field = block[148:156]
+        unsigned = sum(block) - sum(field) + 8 * 32
+        if stored == unsigned:
+            return
         # ancient writers summed signed characters
-        signed = unsigned - 256 * sum(byte > 127 for byte in others)
-        if stored not in (unsigned, signed):
+        signed = unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
+        if stored != signed:
             raise self._damaged(at, f"has a header with checksum {stored}, computed {unsigned}")
 
     def _check_end(self) -> None:
@@ -152,12 +163,10 @@ class TarReader:
         at = self._at - BLOCK_BYTES
         size = self._number(block, 124, 12, "size", at)
         if not 0 <= size <= _MAX_HEADER_DATA_BYTES:
-            raise CallError(
-                "resource",
-                f"cannot read the tar: the extended header at byte {at - self._start} has {size} "
-                f"bytes, limit {_MAX_HEADER_DATA_BYTES}",
-                step="read the tar",
-            )
+            raise self._too_much(at, f"an extended header of {size} bytes", _MAX_HEADER_DATA_BYTES)
+        self._header_bytes += size
+        if self._header_bytes > _MAX_ALL_HEADER_BYTES:
+            raise self._too_much(at, "extended headers of more bytes", _MAX_ALL_HEADER_BYTES)
         data = self._read(size)
         if len(data) < size:
             raise self._damaged(at, "ends in an extended header")
@@ -325,6 +334,13 @@ class TarReader:
         if self._at + size > self._end:
             raise self._damaged(at, "ends before the padding of a member")
         self._at += size
+
+    def _too_much(self, at: int, what: str, limit: int) -> CallError:
+        return CallError(
+            "resource",
+            f"cannot read the tar: it has {what} (at byte {at - self._start}); limit {limit}",
+            step="read the tar",
+        )
 
     def _damaged(self, at: int, what: str) -> CallError:
         return CallError(

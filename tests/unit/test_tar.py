@@ -395,7 +395,19 @@ def test_shuffled_members_after_their_directories_give_the_same_tree() -> None:
     assert first == second
 
 
-def test_the_count_of_members_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_listing_keeps_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_tar([Member("n" * 200 + str(number)) for number in range(11)])
+    monkeypatch.setattr("rootfs.tar._MAX_ALL_HEADER_BYTES", 11 * 200)
+    with pytest.raises(CallError, match="headers of more bytes") as caught:
+        entries(data)
+    assert caught.value.code == "resource"
+    monkeypatch.undo()
+    monkeypatch.setattr("rootfs.tar._MAX_MEMBERS", 10)
+    with pytest.raises(CallError, match="more members"):
+        entries(data)
+
+
+def test_the_count_of_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rootfs.tartree._MAX_NODES", 10)
     with pytest.raises(CallError, match="over 10 members") as caught:
         tree(make_tar([Member(f"{number}") for number in range(11)]))
