@@ -161,6 +161,13 @@ def test_added_files_keep_their_permissions(
     assert report.parts["added files"] == 2
 
 
+def test_hashing_brings_no_openssl(spec: InitramfsSpec, cache: Path) -> None:
+    (spec.project / "pid1/init.py").write_text("import hashlib\nmain = hashlib.sha256\n")
+    report = build_initramfs(spec, cache_dir=cache)
+    assert "hashlib" in report.python_modules
+    assert not any("libcrypto" in name for name in listing(report))
+
+
 def test_a_kernel_without_the_module_is_refused(spec: InitramfsSpec, cache: Path) -> None:
     with pytest.raises(ModuleNotFoundInKernelError, match="erofs"):
         build_initramfs(replace(spec, features=("verity", "erofs")), cache_dir=cache)
