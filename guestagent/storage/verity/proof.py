@@ -1,0 +1,182 @@
+"""That a tree belongs to a root digest, and to its data: checked block by block."""
+
+from collections.abc import Callable
+
+from guestagent.storage.verity.parameters import VerityParameters
+from guestagent.storage.verity.superblock import HASH_TYPE_NORMAL
+from vsock.errors import CallError
+
+TYPE_CHECKING = False  # as typing's, without its import
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = (
+    "ReadAt",
+    "block_digest",
+    "check_root",
+    "check_spare",
+    "check_tree_spine",
+    "sha256",
+)
+
+#: Read ``size`` bytes at ``offset_bytes``; fewer only at the end of the device.
+ReadAt = Callable[[int, int], bytes]
+
+
+def block_digest(parameters: VerityParameters, block: bytes) -> bytes:
+    """Return the salted digest of one data or hash block."""
+    salted = (block, parameters.salt)
+    if parameters.hash_type == HASH_TYPE_NORMAL:
+        salted = (parameters.salt, block)
+    digest: bytes = _hash_function(parameters.algorithm)(b"".join(salted)).digest()
+    return digest
+
+
+def sha256(data: bytes) -> bytes:
+    """Return a SHA-256 digest without the weight of hashlib."""
+    digest: bytes = _hash_function("sha256")(data).digest()
+    return digest
+
+
+def _hash_function(algorithm: str) -> "Callable[[bytes], Any]":
+    """Return the interpreter's own implementation of a hash, by the names it has had.
+
+    hashlib alone would bring libcrypto: 5 MiB of memory, and of every boot image, to hash a few
+    blocks.
+    """
+    for name in (f"_{algorithm}", "_sha2", "hashlib"):  # _sha2 since Python 3.12
+        try:
+            found: Callable[[bytes], Any] = getattr(__import__(name), algorithm)
+        except (ImportError, AttributeError):
+            continue
+        return found
+    raise CallError("unsupported", f"this interpreter has no {algorithm}", object=algorithm)
+
+
+def check_root(
+    parameters: VerityParameters, read_at: ReadAt, *, read_hash_at: ReadAt | None = None
+) -> None:
+    """Compare the top of the tree with the root digest, and see that the whole tree is there.
+
+    ``read_at`` reads the data device; so it does the hash area unless ``read_hash_at`` is given.
+    At least one read and at most two.
+
+    Raises:
+        CallError: ``integrity``, the digest differs or the device is too short; ``invalid``, data
+            and hash area overlap on the one device.
+        OSError: as raised by the readers.
+    """
+    _top_block(parameters, read_at, read_hash_at)
+
+
+def check_tree_spine(
+    parameters: VerityParameters,
+    read_at: ReadAt,
+    *,
+    read_hash_at: ReadAt | None = None,
+    data_block: int = 0,
+) -> None:
+    """Verify one path of the tree, from the root digest down to a data block.
+
+    Reads one block of each level and the data block: a cheap proof that this tree belongs to this
+    data, which the root alone is not. The path to the last data block proves ``data_blocks`` too.
+
+    Raises:
+        CallError: as ``check_root``; ``object`` is the part that does not match.
+        OSError: as raised by the readers.
+    """
+    if not 0 <= data_block < parameters.data_blocks:
+        raise ValueError(f"data block {data_block} of {parameters.data_blocks}")
+    block = _top_block(parameters, read_at, read_hash_at)
+    bits = parameters.hashes_per_block_bits
+    for level in reversed(range(parameters.levels)):
+        slot = (data_block >> (bits * level)) & ((1 << bits) - 1)
+        start = slot * parameters.slot_size_bytes
+        expected = block[start : start + parameters.digest_size_bytes]
+        if level:
+            index = data_block >> (bits * level)
+            size = parameters.hash_block_size_bytes
+            offset_bytes = parameters.level_offsets_bytes[level - 1] + index * size
+            what = f"hash block {index} of level {level - 1}"
+            block = _read(read_hash_at or read_at, offset_bytes, size, what)
+        else:
+            size = parameters.data_block_size_bytes
+            what = f"data block {data_block}"
+            block = _read(read_at, data_block * size, size, what)
+        _expect(parameters, block, expected, what)
+        if level and index == parameters.level_blocks[level - 1] - 1:
+            check_spare(parameters, level - 1, block)
+
+
+def check_spare(parameters: VerityParameters, level: int, last_block: bytes) -> None:
+    """See that the last hash block of a level holds no more digests than ``data_blocks`` needs.
+
+    The root digest does not vouch for the number of data blocks, and the kernel takes any: a tree
+    over more blocks passes for one over fewer. It differs only in what should be zero here.
+
+    Raises:
+        CallError: ``integrity``.
+    """
+    below = parameters.level_blocks[level - 1] if level else parameters.data_blocks
+    used = ((below - 1) & ((1 << parameters.hashes_per_block_bits) - 1)) + 1
+    if last_block[used * parameters.slot_size_bytes :].strip(b"\0"):
+        raise CallError(
+            "integrity",
+            f"data_blocks: the hash tree is not over {parameters.data_blocks} blocks, level {level}"
+            " goes on behind the last digest",
+            step="check verity root",
+            object="data_blocks",
+        )
+
+
+def _top_block(parameters: VerityParameters, read_at: ReadAt, read_hash_at: ReadAt | None) -> bytes:
+    if read_hash_at is None:
+        _check_one_device(parameters)
+    if not parameters.levels:
+        block = _read(read_at, 0, parameters.data_block_size_bytes, "data block 0")
+        _expect(parameters, block, parameters.root_digest, "data block 0, which is the root")
+        return block
+    read_hash_at = read_hash_at or read_at
+    size = parameters.hash_block_size_bytes
+    block = _read(read_hash_at, parameters.tree_offset_bytes, size, "the top hash block")
+    if parameters.hash_blocks > 1:
+        _read(read_hash_at, parameters.end_bytes - size, size, "the last hash block")
+    _expect(parameters, block, parameters.root_digest, "the top hash block")
+    check_spare(parameters, parameters.levels - 1, block)
+    return block
+
+
+def _check_one_device(parameters: VerityParameters) -> None:
+    occupied = parameters.has_superblock or parameters.levels
+    if occupied and parameters.hash_offset_bytes < parameters.data_size_bytes:
+        raise CallError(
+            "invalid",
+            f"hash_offset_bytes: the hash area at {parameters.hash_offset_bytes} overlaps the data,"
+            f" which ends at {parameters.data_size_bytes}",
+            step="check verity root",
+            object="hash_offset_bytes",
+        )
+
+
+def _read(read_at: ReadAt, offset_bytes: int, size: int, what: str) -> bytes:
+    block = read_at(offset_bytes, size)
+    if len(block) != size:
+        raise CallError(
+            "integrity",
+            f"cannot read {what}: the device ends {size - len(block)} bytes too early"
+            f" ({size} bytes at {offset_bytes})",
+            step="check verity root",
+            object=what,
+        )
+    return block
+
+
+def _expect(parameters: VerityParameters, block: bytes, expected: bytes, what: str) -> None:
+    found = block_digest(parameters, block)
+    if found != expected:
+        raise CallError(
+            "integrity",
+            f"{what} has the digest {found.hex()}, expected {expected.hex()}",
+            step="check verity root",
+            object=what,
+        )
