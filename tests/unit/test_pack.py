@@ -148,6 +148,29 @@ def flipped(path: Path, at: int):  # type: ignore[no-untyped-def]
             os.pwrite(file.fileno(), before, at)
 
 
+def test_holes_of_one_layer_are_not_taken_for_those_of_another(tmp_path: Path) -> None:
+    with (tmp_path / "hole").open("wb") as file:
+        file.truncate(4 * MIB)
+    path, parameters = verity_layer(tmp_path / "layer", 2 * MIB)
+    with Pack.create(tmp_path / "p") as pack:
+        pack.add(tmp_path / "hole", "hole")
+        pack.add(path, "v", verity=parameters)  # type: ignore[arg-type]
+        assert pack.check().is_sound
+
+
+def test_holes_read_as_zeros_where_something_was_before(tmp_path: Path) -> None:
+    with Pack.create(tmp_path / "p"):
+        pass
+    (tmp_path / "p").write_bytes(b"left by an addition that did not end" * 100_000)
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(MIB)
+        file.write(b"start")
+    with Pack.open(tmp_path / "p", writable=True) as pack:
+        pack.add(tmp_path / "sparse", "a")
+        assert pack.check().is_sound
+    assert (tmp_path / "p").read_bytes()[:MIB] == b"start".ljust(MIB, b"\0")
+
+
 def test_a_layer_whose_tree_is_not_its_own_is_refused(tmp_path: Path) -> None:
     path, parameters = verity_layer(tmp_path / "layer")
     wrong = parameters.replace(root_digest=bytes(32))  # type: ignore[attr-defined]

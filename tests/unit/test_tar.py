@@ -267,7 +267,13 @@ def test_damage_is_named(data: bytes, code: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("sparse_map", "message"),
-    [("0,5,3,5", "sparse map"), ("0,20", "sparse map"), ("5", "GNU.sparse.map"), ("0,-1", "map")],
+    [
+        ("0,5,3,5", "sparse map"),
+        ("0,5", "does not fit"),
+        ("0,20", "sparse map"),
+        ("5", "GNU.sparse.map"),
+        ("0,-1", "map"),
+    ],
 )
 def test_a_sparse_map_that_makes_no_sense_is_refused(sparse_map: str, message: str) -> None:
     buffer = io.BytesIO()
