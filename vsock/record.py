@@ -40,6 +40,8 @@ __all__ = ("Record", "decode")
 _REQUIRED = object()
 #: No field of the contract is an integer outside the signed and unsigned 64-bit ranges.
 _INT_MIN, _INT_MAX = -(1 << 63), (1 << 64) - 1
+#: What is plain already, and most of what there is.
+_SCALARS = frozenset((str, int, bool, float, bytes, types.NoneType))
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -47,6 +49,8 @@ class RecordType(type):
     """Turns annotations into slots and a table of fields: name -> (type, default)."""
 
     _fields: dict[str, tuple[object, object]]
+    #: name, how to set its slot, default: what a constructor goes through
+    _slots: tuple[tuple[str, Callable[[object, object], None], object], ...]
 
     def __new__(
         mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object]
@@ -62,6 +66,9 @@ class RecordType(type):
         namespace["__match_args__"] = ()
         cls = super().__new__(mcs, name, bases, namespace)
         cls._fields = fields
+        cls._slots = tuple(
+            (name, getattr(cls, name).__set__, default) for name, (_, default) in fields.items()
+        )
         return cls
 
 
@@ -69,13 +76,15 @@ class Record(metaclass=RecordType):
     """Base of all records. Subclasses annotate fields, and override ``check`` to refuse values."""
 
     def __init__(self, **values: object) -> None:
-        for name, (_, default) in type(self)._fields.items():
-            value = values.pop(name, default)
+        cls = type(self)
+        for name, set_slot, default in cls._slots:
+            value = values.get(name, default)
             if value is _REQUIRED:
-                raise TypeError(f"{type(self).__name__}: missing field {name!r}")
-            object.__setattr__(self, name, value)
-        if values:
-            raise TypeError(f"{type(self).__name__}: unknown field {next(iter(values))!r}")
+                raise TypeError(f"{cls.__name__}: missing field {name!r}")
+            set_slot(self, value)
+        if not values.keys() <= cls._fields.keys():
+            unknown = next(name for name in values if name not in cls._fields)
+            raise TypeError(f"{cls.__name__}: unknown field {unknown!r}")
         self.check()
 
     def check(self) -> None:
@@ -228,10 +237,13 @@ def _name_of(value: object) -> str:
 
 
 def _plain(value: object) -> object:
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
     if isinstance(value, Record):
         return value.to_wire()
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+    if kind is tuple or kind is list:
+        return [_plain(item) for item in value]  # type: ignore[attr-defined]  # narrowed by kind
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     return value

@@ -110,7 +110,7 @@ class Target(Record):
             raise ValueError(f"target_type must have 1 to 15 characters, got {self.target_type!r}")
         if not _LOWER.issuperset(self.target_type):
             raise ValueError(f"target_type must be a plain lower-case word: {self.target_type!r}")
-        if not all(" " <= char <= "~" for char in self.params):
+        if not (self.params.isascii() and self.params.isprintable()):
             raise ValueError(f"params must be printable ASCII, got {self.params!r}")
 
     def line(self) -> str:
