@@ -8,6 +8,7 @@ point leaves what was there before. Only a killed process leaves the temporary f
 import contextlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,12 +85,10 @@ def unnamed_file(directory: str | os.PathLike[str]) -> Iterator[int]:
     Raises:
         CallError: by errno; step "create a spool file in".
     """
-    flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
     try:
-        fd = os.open(directory, flags, 0o600)
+        # falls back to a name that is gone at once, where the file system has no O_TMPFILE
+        file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  # closed below
     except OSError as problem:
         raise from_os_error(problem, step="create a spool file in", object=directory) from problem
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+    with file:
+        yield file.fileno()

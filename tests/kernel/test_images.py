@@ -1,5 +1,7 @@
 """Images against the kernel's own readers: every kind of inode, and whiteouts in a real overlay."""
 
+import errno
+import gzip
 import hashlib
 import os
 import socket
@@ -16,9 +18,10 @@ from rootfs.manifest import ManifestLayer
 from rootfs.pack import Pack
 from rootfs.tartree import Whiteouts
 from tests.kernel import dmbed
+from vsock.errors import CallError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from imagebed import Layout, Member, directory
+from imagebed import Layout, Member, directory, make_tar
 
 pytestmark = pytest.mark.kernel
 
@@ -183,6 +186,36 @@ def test_a_tar_by_gnu_tar_makes_the_same_tree(tmp_path: Path, everything: Path) 
     build_image(tmp_path / "all.tar", tmp_path / "image", whiteouts=Whiteouts.KEEP)
     with mounted(tmp_path / "image", "erofs", tmp_path / "mnt") as target:
         assert_same(facts(target), facts(everything))
+
+
+@pytest.mark.parametrize("filesystem", ["erofs", "squashfs", "ext4"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, filesystem: str, packed: bool) -> None:
+    tar = make_tar([Member("random", os.urandom(3 << 20))])
+    (tmp_path / "layer.tar").write_bytes(gzip.compress(tar) if packed else tar)
+    (tmp_path / "small").mkdir()
+    dmbed.run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "small")
+    try:
+        (tmp_path / "small/image").write_bytes(b"old")
+        with pytest.raises(CallError) as caught:
+            build_image(tmp_path / "layer.tar", tmp_path / "small/image", filesystem=filesystem)
+        assert caught.value.code == "resource", caught.value
+        assert [each.name for each in (tmp_path / "small").iterdir()] == ["image"]
+        assert (tmp_path / "small/image").read_bytes() == b"old"
+    finally:
+        dmbed.run("umount", tmp_path / "small")
+
+
+def test_a_disk_that_may_only_be_read(tmp_path: Path) -> None:
+    (tmp_path / "layer.tar").write_bytes(make_tar([Member("file")]))
+    (tmp_path / "closed").mkdir()
+    dmbed.run("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path / "closed")
+    try:
+        with pytest.raises(CallError) as caught:
+            build_image(tmp_path / "layer.tar", tmp_path / "closed/image")
+        assert (caught.value.code, caught.value.errno) == ("denied", errno.EROFS)
+    finally:
+        dmbed.run("umount", tmp_path / "closed")
 
 
 LOWER = [

@@ -83,6 +83,13 @@ def sample(tmp_path: Path) -> Path:
     return top
 
 
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small/file").write_bytes(b"x" * 5000)
+    return tmp_path / "small"
+
+
 def test_a_directory_comes_out_as_it_went_in(tmp_path: Path, sample: Path) -> None:
     result = build_image(sample, tmp_path / "image")
     assert result.size_bytes == (tmp_path / "image").stat().st_size
@@ -357,18 +364,18 @@ def test_an_unknown_compression_is_named(tmp_path: Path) -> None:
         ({"source_format": "zip"}, "invalid"),
     ],
 )
-def test_wrong_choices(tmp_path: Path, sample: Path, options: dict[str, str], code: str) -> None:
-    refused(code, sample, tmp_path / "image", **options)
+def test_wrong_choices(tmp_path: Path, small: Path, options: dict[str, str], code: str) -> None:
+    refused(code, small, tmp_path / "image", **options)
 
 
-def test_missing_source_and_output_directory(tmp_path: Path, sample: Path) -> None:
+def test_missing_source_and_output_directory(tmp_path: Path, small: Path) -> None:
     refused("not_found", tmp_path / "nothing", tmp_path / "image")
-    refused("not_found", sample, tmp_path / "nowhere/image")
+    refused("not_found", small, tmp_path / "nowhere/image")
 
 
-def test_an_output_directory_that_cannot_be_written(sample: Path) -> None:
+def test_an_output_directory_that_cannot_be_written(small: Path) -> None:
     with pytest.raises(CallError) as caught:
-        build_image(sample, "/proc/image")  # takes no files, not even from root
+        build_image(small, "/proc/image")  # takes no files, not even from root
     assert (caught.value.code, caught.value.step) == ("not_found", "create")
 
 
@@ -394,20 +401,19 @@ def _refused_to_nobody(tmp_path: Path) -> int:
     return 3
 
 
-def test_a_full_disk(tmp_path: Path, sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
     def full(fd: int, data: bytes, offset: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    problem = refused("resource", sample, tmp_path / "image")
+    problem = refused("resource", small, tmp_path / "image")
     assert problem.errno == errno.ENOSPC
 
 
-def test_an_old_image_stays_when_the_new_one_fails(tmp_path: Path, sample: Path) -> None:
+def test_an_old_image_stays_when_the_new_one_fails(tmp_path: Path, small: Path) -> None:
     (tmp_path / "image").write_bytes(b"old")
-    (sample / "link").unlink()
     (tmp_path / "bad.tar").write_bytes(make_tar(BASE)[:700])
     refused("integrity", tmp_path / "bad.tar", tmp_path / "image")
     assert (tmp_path / "image").read_bytes() == b"old"

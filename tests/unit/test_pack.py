@@ -377,5 +377,5 @@ class PackMachine(RuleBasedStateMachine):
         self.holder.cleanup()
 
 
-PackMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
+PackMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=12, deadline=None)
 TestPackMachine = PackMachine.TestCase
