@@ -76,7 +76,8 @@ def start(life: Life, restarts: int) -> tuple[int, int]:
 
 
 def _tell(fd: int) -> None:
-    os.write(fd, b"1")
+    with contextlib.suppress(BrokenPipeError):  # the parent became another program meanwhile
+        os.write(fd, b"1")
 
 
 def _wait_for(child: int) -> str | None:

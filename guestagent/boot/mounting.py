@@ -60,19 +60,25 @@ def refuse_hidden_verity(spec: LayerSpec, deadline: Deadline) -> None:
     with Reader(device.node, area) as reader:
         filesystem = spec.filesystem
         if filesystem == "auto":
-            filesystem = detect(reader.read_padded) or ""
+            filesystem = detect(reader.read_padded) or "unknown"
         end_bytes = claimed_size_bytes(filesystem, reader.read_padded)
-        for block in _BLOCK_SIZES:
-            offset = -(-end_bytes // block) * block
-            try:
-                Superblock.parse(reader.read_at(offset, SUPERBLOCK_BYTES))
-            except ValueError:
-                continue
-            raise CallError(
-                "integrity",
-                f"layer {spec.layer_id!r} has root=none, but a hash area at byte {offset} of "
-                f"{os.path.basename(device.node)}",
-                step="plan boot",
-                object=spec.layer_id,
-                hint="say its root digest",
-            )
+        offsets = {-(-end_bytes // block) * block for block in _BLOCK_SIZES}
+        hashed = [offset for offset in sorted(offsets) if _begins_hash_area(reader, offset)]
+    if hashed:
+        raise CallError(
+            "integrity",
+            f"layer {spec.layer_id!r} has root=none, but a hash area at byte {hashed[0]} of "
+            f"{os.path.basename(device.node)}",
+            step="plan boot",
+            object=spec.layer_id,
+            hint="say its root digest",
+        )
+
+
+def _begins_hash_area(reader: Reader, offset_bytes: int) -> bool:
+    """Say whether a superblock is there, even a damaged one."""
+    try:
+        Superblock.parse(reader.read_at(offset_bytes, SUPERBLOCK_BYTES))
+    except CallError as problem:
+        return problem.object not in ("superblock", "signature")  # too short, or something else
+    return True

@@ -119,7 +119,8 @@ def _from_manifest(text: str) -> list[LayerSpec]:
             raise ValueError(f"manifest {text!r}: {word!r} is no sha256=HEX")
         digest = value
     document = _load(path, digest)
-    if document.get("version") != _MANIFEST_VERSION:
+    version = document.get("version")
+    if type(version) is not int or version != _MANIFEST_VERSION:
         raise ValueError(f"manifest {path!r}: version {document.get('version')!r} is not known")
     layers = document.get("layers")
     if not isinstance(layers, list):
@@ -144,15 +145,28 @@ def _load(path: str, digest: str | None) -> dict[str, object]:
         if found != digest.lower():
             text = f"manifest {path!r} has the digest {found}, expected {digest}"
             raise CallError("integrity", text, step="plan boot", object=path)
-    document = json.loads(raw)
+    try:
+        document = json.loads(raw, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError(f"manifest {path!r} is nested too deeply") from None
     if not isinstance(document, dict):
         raise ValueError(f"manifest {path!r} is no map")
     return document
 
 
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make a map of a JSON object, in which no reader may see another value than this one does."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is given twice in one object of the manifest")
+    return found
+
+
 def _layer(path: str, layer: object, device: dict[str, object]) -> LayerSpec:
     if not isinstance(layer, dict):
         raise ValueError(f"manifest {path!r}: a layer is no map")
+    if "verity" not in layer:  # null says that there is none; silence may be a loss
+        raise ValueError(f"manifest {path!r}: layer {layer.get('id')!r} does not say its verity")
     spec = {
         "layer_id": layer.get("id"),
         "device": device,

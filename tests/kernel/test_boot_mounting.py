@@ -1,0 +1,109 @@
+"""The truth table of the boot hook on a real kernel: who has a digest, and who a hash area."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from agentbed import World, settled_world
+from conftest import VerityImage
+
+from guestagent.boot.mounting import mount_plan
+from guestagent.boot.plan import plan_boot
+from guestagent.config import parse_command_line, read_settings
+from guestagent.engine.engine import Engine
+from guestagent.storage.mountinfo import mounts_by_target
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+TREE = {"who": b"a layer"}
+
+
+class Bed:
+    """A layer with a hash area, one without, and a state directory."""
+
+    def __init__(self, directory: Path, hashed: VerityImage, node: str, plain_node: str) -> None:
+        self.state = str(directory / "state")
+        self.root = hashed.root_digest.hex()
+        self.node, self.plain_node = node, plain_node
+        self.image = hashed
+
+    def mount(self, *words: str) -> None:
+        line = " ".join(f"guestagent.{word}" for word in (*words, f"state={self.state}"))
+        config, problems = read_settings(parse_command_line(line))
+        assert problems == ()
+        plan = plan_boot(config.layers, config.overlay, config.manifests)
+        assert plan is not None
+        mount_plan(plan, config)
+
+    def unmount(self) -> None:
+        engine = Engine(state_directory=self.state)
+        try:
+            engine.start()
+            with Deadline(10) as deadline:
+                engine.unmount_everything(engine.operation(deadline), force=True)
+        finally:
+            engine.close()
+
+
+@pytest.fixture
+def bed(
+    tmp_path: Path,
+    erofs_image: Callable[..., Path],
+    verity_image: Callable[..., VerityImage],
+    loop_device: Callable[..., str],
+) -> Bed:
+    hashed = verity_image(erofs_image(TREE))
+    plain = erofs_image(TREE)
+    os.truncate(plain, hashed.size_bytes)
+    return Bed(tmp_path, hashed, loop_device(hashed.path), loop_device(plain))
+
+
+def test_what_is_verified_is_left_for_an_agent(bed: Bed) -> None:
+    before = World.now()
+    bed.mount(
+        f"layer={bed.node},id=a,root={bed.root}",
+        f"layer={bed.plain_node},id=b,root=none",
+        "overlay=sys,layers=a+b",
+    )
+    assert Path("/run/overlays/sys/who").read_bytes() == TREE["who"]
+    assert mounts_by_target()["/run/layers/a"].filesystem == "erofs"
+    bed.unmount()
+    assert settled_world(before) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "problem"),
+    [
+        (("layer={node},id=a,root=" + "00" * 32,), "integrity", "root"),
+        (("layer={plain},id=a,root=" + "00" * 32,), "integrity", "superblock"),
+        (("layer={node},id=a,root=none",), "integrity", "root=none, but a hash area"),
+        (("layer={node},id=a,root=none,fs=auto",), "integrity", "root=none, but a hash area"),
+        (("layer={plain},id=a,root=none", "require_verity"), "denied", "not verified"),
+        (("layer={plain},id=a,root=none,fs=ext4",), "mount", "no ext4 superblock"),
+        (("layer=/dev/none,id=a,root=none", "deadline=1"), "timeout", "none"),
+        # the second one is good and must not stay when the first is not
+        (
+            ("layer={node},id=a,root=" + "00" * 32, "layer={plain},id=b,root=none"),
+            "integrity",
+            "root",
+        ),
+    ],
+)
+def test_it_fails_closed_and_leaves_nothing(
+    bed: Bed, words: tuple[str, ...], code: str, problem: str
+) -> None:
+    before = World.now()
+    with pytest.raises(CallError, match=problem) as caught:
+        bed.mount(*(word.format(node=bed.node, plain=bed.plain_node) for word in words))
+    assert caught.value.code == code
+    assert settled_world(before) == before
+
+
+def test_a_damaged_hash_area_still_contradicts_root_none(bed: Bed) -> None:
+    with open(bed.image.path, "r+b") as file:
+        file.seek(bed.image.hash_offset_bytes + 8)  # the version in the superblock
+        file.write(b"\xff")
+    os.sync()
+    with pytest.raises(CallError, match="root=none, but a hash area"):
+        bed.mount(f"layer={bed.node},id=a,root=none")

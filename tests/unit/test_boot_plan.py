@@ -1,0 +1,145 @@
+"""What is to be mounted at boot, from settings and manifests; and what they may not say."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from guestagent.api import TmpfsScratch
+from guestagent.boot.plan import plan_boot
+from vsock.errors import CallError
+
+ROOT = "ab" * 32
+
+
+def layer(name: str, device: str = "pmem:0") -> str:
+    return f"{device},id={name},offset=0,size=4096,root={ROOT}"
+
+
+def manifest(path: Path, **changes: object) -> Path:
+    verity = {
+        "root_digest": ROOT, "salt": "", "algorithm": "sha256", "hash_type": 1, "data_blocks": 1,
+        "data_block_size": 4096, "hash_block_size": 4096, "hash_offset_bytes": 4096,
+        "superblock": True,
+    }  # fmt: skip
+    layers = [
+        {"id": name, "offset_bytes": 8192 * index, "size_bytes": 8192, "filesystem": "erofs",
+         "verity": verity, "source_digest": None, "content_digest": None}
+        for index, name in enumerate(("upper", "lower"))
+    ]  # fmt: skip
+    document = {"version": 1, "image": "pack.img", "size_bytes": 16384, "alignment_bytes": 4096}
+    path.write_text(json.dumps(document | {"layers": layers} | changes))
+    return path
+
+
+def test_nothing_is_asked_for() -> None:
+    assert plan_boot((), None, ()) is None
+
+
+def test_one_layer_is_the_root_itself() -> None:
+    plan = plan_boot((layer("a"),), None, ())
+    assert plan is not None
+    assert plan.overlay is None
+    assert plan.root_target == "/run/layers/a"
+
+
+def test_several_layers_are_overlaid_in_their_order() -> None:
+    plan = plan_boot((layer("a"), layer("b", "pmem:1")), None, ())
+    assert plan is not None
+    assert plan.overlay is not None
+    assert (plan.overlay.overlay_id, plan.overlay.layers) == ("root", ("a", "b"))
+    assert plan.overlay.scratch is None
+    assert plan.root_target == "/run/overlays/root"
+
+
+def test_the_overlay_can_be_named_and_get_a_scratch() -> None:
+    text = "sys,layers=b+a,scratch=tmpfs:4096"
+    plan = plan_boot((layer("a"), layer("b", "pmem:1")), text, ())
+    assert plan is not None
+    assert plan.overlay is not None
+    assert (plan.overlay.overlay_id, plan.overlay.layers) == ("sys", ("b", "a"))
+    assert plan.overlay.scratch == TmpfsScratch(size_bytes=4096)
+
+
+def test_a_manifest_names_layers_with_all_that_verifies_them(tmp_path: Path) -> None:
+    path = manifest(tmp_path / "m.json")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    plan = plan_boot((), None, (f"{path},virtio-blk:pack,sha256={digest.upper()}",))
+    assert plan is not None
+    assert plan.overlay is not None
+    assert plan.overlay.layers == ("upper", "lower")
+    lower = plan.layers[1]
+    assert lower.mapping is not None
+    assert (lower.device.kind, lower.mapping.offset_bytes) == ("virtio-blk", 8192)
+    assert lower.verity is not None
+    assert lower.verity.root_digest.hex() == ROOT
+
+
+@pytest.mark.parametrize(
+    ("layers", "overlay", "problem"),
+    [
+        ((), "root", "without any layer"),
+        ((layer("a"), layer("a")), None, "'a' is named twice"),
+        ((layer("a"),), "root,layers=b", "'b', which is no layer"),
+        ((layer("a"),), "root,layers=a+a", "a"),
+        ((layer("a/b"),), None, "a/b"),
+        ((layer("a").replace(ROOT, "abcd"),), None, "2 bytes"),
+        ((layer("a", "pmem:x"),), None, "'x' is no number"),
+        ((layer("a", "tape:0"),), None, "tape:0"),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    layers: tuple[str, ...], overlay: str | None, problem: str
+) -> None:
+    with pytest.raises(CallError, match=problem) as caught:
+        plan_boot(layers, overlay, ())
+    assert caught.value.code == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "problem"),
+    [
+        ("{path}", "invalid", "which device"),
+        ("{path},pmem:0,md5=00", "invalid", "no sha256=HEX"),
+        ("{path}.not,pmem:0", "invalid", "cannot be read: No such file"),
+        ("{path},pmem:0,sha256=" + "00" * 32, "integrity", "has the digest"),
+        ("{path},pmem:0,sha256=", "integrity", "has the digest"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used(tmp_path: Path, text: str, code: str, problem: str) -> None:
+    path = manifest(tmp_path / "m.json")
+    with pytest.raises(CallError, match=problem) as caught:
+        plan_boot((), None, (text.format(path=path),))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"version": 2}, "version 2 is not known"),
+        ({"version": True}, "version True is not known"),
+        ({"layers": {}}, "layers is no list"),
+        ({"layers": []}, "no layer is named"),
+        ({"layers": ["a"]}, "a layer is no map"),
+        ({"layers": [{"id": "a"}]}, "does not say its verity"),
+        ({"layers": [{"id": "a", "verity": None}]}, "filesystem"),
+    ],
+)
+def test_a_manifest_with_another_content(
+    tmp_path: Path, changes: dict[str, object], problem: str
+) -> None:
+    path = manifest(tmp_path / "m.json", **changes)
+    with pytest.raises(CallError, match=problem):
+        plan_boot((), None, (f"{path},pmem:0",))
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": 1, "a": 2}']
+)
+def test_a_manifest_that_is_none(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "m.json"
+    path.write_bytes(raw)
+    with pytest.raises(CallError) as caught:
+        plan_boot((), None, (f"{path},pmem:0",))
+    assert caught.value.code == "invalid"
