@@ -1,5 +1,6 @@
 """Images against the kernel's own readers: every kind of inode, and whiteouts in a real overlay."""
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -26,7 +27,7 @@ from imagebed import Layout, Member, directory, make_tar
 pytestmark = pytest.mark.kernel
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _own_mounts() -> None:
     dmbed.isolate_mounts()
 
@@ -291,3 +292,42 @@ def test_an_overlay_of_layers_shows_what_the_image_means(
         finally:
             dmbed.run("umount", tmp_path / "overlay")
         assert files(merged) == SHOWN
+
+
+def test_a_packed_layer_through_linear_and_verity(tmp_path: Path) -> None:
+    """What the manifest says is what device-mapper needs; dmsetup is the judge."""
+    lower, upper = build_layers(
+        Layout(tmp_path / "layout").layer(LOWER).layer(UPPER).finish(), tmp_path, verity=True
+    )
+    with Pack.create(tmp_path / "pack") as pack:
+        pack.add(lower.path, "lower", verity=lower.verity)
+        layer = pack.add(upper.path, "upper", verity=upper.verity)
+    verity = layer.verity
+    assert verity is not None
+    with dmbed.loop_device(tmp_path / "pack") as node, contextlib.ExitStack() as undo:
+        sectors = layer.size_bytes // 512
+        table = f"0 {sectors} linear {node} {layer.offset_bytes // 512}"
+        linear = device_mapper(undo, "images-linear", table)
+        table = (
+            f"0 {verity.data_size_bytes // 512} verity {verity.hash_type} {linear} {linear} "
+            f"{verity.data_block_size_bytes} {verity.hash_block_size_bytes} {verity.data_blocks} "
+            f"{verity.hash_start_block} {verity.algorithm} {verity.root_digest.hex()} "
+            f"{verity.salt.hex()}"
+        )
+        mapped = device_mapper(undo, "images-verity", table)
+        (tmp_path / "mnt").mkdir()
+        dmbed.run("mount", "-t", "erofs", "-o", "ro", mapped, tmp_path / "mnt")
+        undo.callback(dmbed.run, "umount", tmp_path / "mnt")
+        assert (tmp_path / "mnt/etc/replaced").read_bytes() == b"upper"
+        assert stat.S_ISCHR((tmp_path / "mnt/etc/removed").stat().st_mode)
+        with open(mapped, "rb") as device:
+            assert len(device.read()) == verity.data_size_bytes
+        assert dmbed.run("dmsetup", "status", "images-verity").split()[-2:] != ["C", "-"]
+
+
+def device_mapper(undo: contextlib.ExitStack, name: str, table: str) -> str:
+    """Make a read-only device for the time of ``undo``; return its node."""
+    dmbed.run("dmsetup", "create", "--noudevsync", "-r", name, "--table", table)
+    undo.callback(dmbed.run, "dmsetup", "remove", "--noudevsync", "--retry", name)
+    minor = dmbed.run("dmsetup", "info", "-c", "--noheadings", "-o", "minor", name).strip()
+    return f"/dev/dm-{minor}"
