@@ -51,6 +51,8 @@ class DirectoryStore:
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[StoredFile]:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise _invalid(name, "it is outside of the directory")
         path = self._path / name
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

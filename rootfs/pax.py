@@ -34,8 +34,8 @@ class PaxRecords:
         #: sparse 0.0 gives a record for each number, under the same two keys
         self._pieces = tuple(pieces)
 
-    def __bool__(self) -> bool:
-        return bool(self._values)
+    def __len__(self) -> int:
+        return len(self._values)
 
     @classmethod
     def parse(cls, data: bytes, offset_bytes: int) -> "PaxRecords":

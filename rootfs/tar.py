@@ -25,6 +25,8 @@ _MAX_HEADER_DATA_BYTES = 1 << 20
 #: Of all of them together, as a listing may be kept in memory.
 _MAX_ALL_HEADER_BYTES = 256 << 20
 _MAX_MEMBERS = 4 << 20
+#: Each member pays for these; real archives have one or two.
+_MAX_GLOBAL_RECORDS = 256
 _MAX_SPARSE_EXTENTS = 1 << 20
 _MAX_SIZE_BYTES = (1 << 63) - 1
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
@@ -104,6 +106,8 @@ class TarReader:
                 records = PaxRecords.parse(self._header_data(block), header_at - self._start)
                 if kind == b"g":
                     self._global = self._global.merged(records)
+                    if len(self._global) > _MAX_GLOBAL_RECORDS:
+                        raise self._too_much(header_at, "global records", _MAX_GLOBAL_RECORDS)
                 else:
                     local = local.merged(records)
             elif kind == b"L":

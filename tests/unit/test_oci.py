@@ -227,6 +227,19 @@ def test_a_docker_archive_of_two_images_wants_a_name(tmp_path: Path) -> None:
         build_image(path, tmp_path / "image", reference="c")
 
 
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside"])
+def test_an_unpacked_docker_archive_does_not_lead_out(tmp_path: Path, name: str) -> None:
+    (tmp_path / "outside").write_bytes(make_tar(FILES))
+    config = json.dumps({"rootfs": {"diff_ids": [digest(make_tar(FILES))]}})
+    (tmp_path / "d/a").mkdir(parents=True)
+    (tmp_path / "d/config.json").write_text(config)
+    manifest = [{"Config": "config.json", "RepoTags": [], "Layers": [name]}]
+    (tmp_path / "d/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CallError, match="outside of the directory") as caught:
+        build_image(tmp_path / "d", tmp_path / "image", source_format="docker")
+    assert caught.value.code == "invalid"
+
+
 def test_equal_layers_of_old_docker_are_symlinks_in_the_archive(tmp_path: Path) -> None:
     import tarfile
 

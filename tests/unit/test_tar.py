@@ -413,6 +413,20 @@ def test_what_a_listing_keeps_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
         entries(data)
 
 
+def test_global_records_hold_for_all_that_follows_and_are_bounded() -> None:
+    def header(records: bytes) -> bytes:
+        block = _header(kind=b"g", size=b"%o" % len(records))
+        return block + records + bytes(-len(records) % 512)
+
+    data = header(b"12 uid=4321\n") + _header(name=b"a") + _header(name=b"b") + END
+    assert [each.uid for each in entries(data)] == [4321, 4321]
+    data = header(b"12 uid=4321\n") + header(b"7 uid=\n") + _header(name=b"a") + END
+    assert [each.uid for each in entries(data)] == [0]
+    many = b"".join(b"9 %03x=ab\n" % number for number in range(257))
+    with pytest.raises(CallError, match="global records"):
+        entries(header(many) + END)
+
+
 def test_the_count_of_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rootfs.tartree._MAX_NODES", 10)
     with pytest.raises(CallError, match="over 10 members") as caught:
