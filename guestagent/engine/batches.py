@@ -1,6 +1,5 @@
 """Many layers at once: brought up in parallel and taken down in parallel, all or nothing."""
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,6 +17,7 @@ from guestagent.engine.journal import Decision
 from guestagent.engine.layers import Layers
 from guestagent.engine.operation import Operation
 from guestagent.engine.overlays import Overlays
+from guestagent.engine.parallel import for_each
 from guestagent.engine.readback import layer_report
 from guestagent.engine.state import EngineState
 from guestagent.engine.takedown import nothing_to_unmount
@@ -202,38 +202,14 @@ class Batches:
         work: "Callable[[Item, Operation], Result]",
         op: Operation,
     ) -> "list[Result]":
-        """Do ``work`` for each item on a few threads; what it can undo becomes ``op``'s to undo.
-
-        After a failure nothing new is begun; the first error, in the order of items, is raised.
-        """
+        """Do ``work`` for each item on a few threads; what it can undo becomes ``op``'s to undo."""
         children = [op.child() for _ in items]
-        results: dict[int, Result] = {}
-        errors: dict[int, CallError] = {}
-        numbers = iter(range(len(items)))
-        numbers_lock = threading.Lock()
-
-        def run() -> None:
-            while not errors:
-                with numbers_lock:
-                    number = next(numbers, None)
-                if number is None:
-                    return
-                try:
-                    results[number] = work(items[number], children[number])
-                except CallError as error:
-                    errors[number] = error
-
-        threads = [
-            threading.Thread(target=run, name=f"batch-{number}")
-            for number in range(1, min(len(items), self._state.rules.parallel))
-        ]
-        for thread in threads:
-            thread.start()
-        run()
-        for thread in threads:
-            thread.join()
-        for child in children:
-            op.adopt(child)
-        if errors:
-            raise errors[min(errors)]
-        return [results[number] for number in range(len(items))]
+        try:
+            return for_each(
+                items,
+                lambda number, item: work(item, children[number]),
+                threads=self._state.rules.parallel,
+            )
+        finally:
+            for child in children:
+                op.adopt(child)

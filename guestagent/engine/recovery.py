@@ -5,12 +5,13 @@ adopted only if the kernel agrees with it; everything else that is the agent's, 
 uuid of its dm devices, is taken away. What cannot be taken away becomes a problem in the status.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from guestagent.engine.journal import WHOLE
 from guestagent.engine.operation import Operation
+from guestagent.engine.parallel import for_each
 from guestagent.engine.plan import LayerPlan
 from guestagent.engine.state import EngineState
 from guestagent.engine.takedown import (
@@ -25,7 +26,17 @@ from vsock.errors import CallError
 from vsock.log import log
 from vsock.record import Record
 
-__all__ = ("Recovered", "recover")
+__all__ = (
+    "UUID_PREFIX",
+    "KernelView",
+    "Recovered",
+    "layer_is_there",
+    "overlay_is_there",
+    "recover",
+    "undo_layer",
+    "undo_orphan",
+    "undo_overlay",
+)
 
 UUID_PREFIX = "guestagent-"
 
@@ -38,14 +49,14 @@ class Recovered(Record):
     undone: tuple[str, ...]
 
 
-class _Kernel(Record):
-    """What the kernel has at the start: mounts by target, dm devices by name as (dev, uuid)."""
+class KernelView(Record):
+    """What the kernel has now: mounts by target, dm devices by name as (dev, uuid)."""
 
     mounts: dict[str, Mount]
     devices: dict[str, tuple[str, str]]
 
     @classmethod
-    def look(cls, state: EngineState) -> "_Kernel":
+    def look(cls, state: EngineState) -> "KernelView":
         devices = {name: (dev, uuid) for name, dev, uuid in state.control.list_devices()}
         return cls(mounts=mounts_by_target(), devices=devices)
 
@@ -58,31 +69,24 @@ class _Kernel(Record):
 
 def recover(state: EngineState) -> Recovered:
     """Fill an empty inventory from the journal and the kernel. Nothing else may run meanwhile."""
-    kernel = _Kernel.look(state)
+    kernel = KernelView.look(state)
     state.journal.settle_all()
-    undone: list[str] = []
-    layer_entries = state.journal.read_layers()
-    whole_layers = {
+    layers = state.journal.read_layers()
+    whole = {
         entry.live.spec.layer_id
-        for entry in layer_entries
-        if entry.state == WHOLE and _layer_is_there(kernel, entry.live)
+        for entry in layers
+        if entry.state == WHOLE and layer_is_there(kernel, entry.live)
     }
-    for overlay_entry in state.journal.read_overlays():
-        overlay = overlay_entry.live
-        complete = whole_layers.issuperset(overlay.spec.layers)
-        if overlay_entry.state == WHOLE and complete and _overlay_is_there(kernel, overlay):
-            _adopt_overlay(state, overlay)
+    undone = _recover_overlays(state, kernel, whole)
+    half = []
+    for entry in layers:
+        if entry.live.spec.layer_id in whole:
+            _adopt_layer(state, entry.live)
         else:
-            undone.append(f"overlay {overlay.spec.overlay_id}")
-            _try(state, undone[-1], partial(_undo_overlay, state, kernel, overlay))
-    for entry in layer_entries:
-        layer = entry.live
-        if layer.spec.layer_id in whole_layers:
-            _adopt_layer(state, layer)
-        else:
-            undone.append(f"layer {layer.spec.layer_id}")
-            _try(state, undone[-1], partial(_undo_layer, state, kernel, layer))
-    undone += _undo_orphans(state)
+            undo = partial(undo_layer, state, kernel, entry.live)
+            half.append((f"layer {entry.live.spec.layer_id}", undo))
+    undone += _undo_all(state, half)
+    undone += _undo_orphans(state, "guestagent-verity-") + _undo_orphans(state, UUID_PREFIX)
     for path in state.journal.damaged():
         state.inventory.note_problem(path, f"journal entry {path!r} could not be read")
     return Recovered(
@@ -92,7 +96,20 @@ def recover(state: EngineState) -> Recovered:
     )
 
 
-def _layer_is_there(kernel: _Kernel, live: LiveLayer) -> bool:
+def _recover_overlays(state: EngineState, kernel: KernelView, whole_layers: set[str]) -> list[str]:
+    half = []
+    for entry in state.journal.read_overlays():
+        overlay = entry.live
+        complete = entry.state == WHOLE and whole_layers.issuperset(overlay.spec.layers)
+        if complete and overlay_is_there(kernel, overlay):
+            _adopt_overlay(state, overlay)
+        else:
+            undo = partial(undo_overlay, state, kernel, overlay)
+            half.append((f"overlay {overlay.spec.overlay_id}", undo))
+    return _undo_all(state, half)
+
+
+def layer_is_there(kernel: KernelView, live: LiveLayer) -> bool:
     """Return whether the kernel has the mount and every device of a layer, on top of each other."""
     mount = kernel.mounts.get(live.spec.mount_point)
     own = kernel.own_devices(live.plan)
@@ -101,7 +118,8 @@ def _layer_is_there(kernel: _Kernel, live: LiveLayer) -> bool:
     return live.dev == (own[0][1] if own else live.device.dev)
 
 
-def _overlay_is_there(kernel: _Kernel, live: LiveOverlay) -> bool:
+def overlay_is_there(kernel: KernelView, live: LiveOverlay) -> bool:
+    """Return whether the kernel has the mount of an overlay, and that of its scratch."""
     mount = kernel.mounts.get(live.spec.mount_point)
     scratch = live.scratch
     if mount is None or mount.dev != live.dev:
@@ -126,16 +144,26 @@ def _adopt_overlay(state: EngineState, live: LiveOverlay) -> None:
     state.inventory.add_overlay(live)
 
 
-def _try(state: EngineState, what: str, undo: Callable[[], None]) -> None:
-    """Undo something; what cannot be undone is told in the status and tried again next time."""
-    try:
-        undo()
-    except (OSError, CallError) as error:
-        log.error("cannot undo what was half-made", what=what, error=str(error))
-        state.inventory.note_problem(what, f"{what} is half-made and cannot be undone: {error}")
+def _undo_all(state: EngineState, undos: Sequence[tuple[str, Callable[[], None]]]) -> list[str]:
+    """Undo everything listed, side by side: each waits for the kernel, and somebody waits for us.
+
+    What cannot be undone is told in the status and tried again next time.
+    """
+
+    def attempt(_number: int, item: tuple[str, Callable[[], None]]) -> None:
+        what, undo = item
+        try:
+            undo()
+        except (OSError, CallError) as error:
+            log.error("cannot undo what was half-made", what=what, error=str(error))
+            state.inventory.note_problem(what, f"{what} is half-made and cannot be undone: {error}")
+
+    for_each(undos, attempt, threads=state.rules.parallel)
+    return [what for what, _ in undos]
 
 
-def _undo_overlay(state: EngineState, kernel: _Kernel, live: LiveOverlay) -> None:
+def undo_overlay(state: EngineState, kernel: KernelView, live: LiveOverlay) -> None:
+    """Take away what there is of an overlay, then its journal entry."""
     target = live.spec.mount_point
     with undo_deadline(state) as deadline, Operation(deadline) as op:
         mount = kernel.mounts.get(target)
@@ -149,7 +177,8 @@ def _undo_overlay(state: EngineState, kernel: _Kernel, live: LiveOverlay) -> Non
     state.journal.remove("overlay", live.spec.overlay_id)
 
 
-def _undo_layer(state: EngineState, kernel: _Kernel, live: LiveLayer) -> None:
+def undo_layer(state: EngineState, kernel: KernelView, live: LiveLayer) -> None:
+    """Take away what there is of a layer, then its journal entry."""
     target = live.spec.mount_point
     own = kernel.own_devices(live.plan)
     with undo_deadline(state) as deadline, Operation(deadline) as op:
@@ -161,25 +190,20 @@ def _undo_layer(state: EngineState, kernel: _Kernel, live: LiveLayer) -> None:
     state.journal.remove("layer", live.spec.layer_id)
 
 
-def _undo_orphans(state: EngineState) -> list[str]:
-    """Remove dm devices that carry our uuid but belong to no layer, with what is mounted on them.
-
-    Verity devices go before the linear ones that they stand on.
-    """
+def _undo_orphans(state: EngineState, prefix: str) -> list[str]:
+    """Remove dm devices whose uuid says that they are ours (``prefix``) but that belong to no
+    layer, with what is mounted on them. Verity devices stand on linear ones and must go first."""
     owned = {name for live in state.inventory.layers() for name in live.plan.dm_names}
     orphans = [
-        (uuid, name, dev)
+        (f"dm device {name}", partial(undo_orphan, state, name, dev))
         for name, dev, uuid in state.control.list_devices()
-        if uuid.startswith(UUID_PREFIX) and name not in owned
+        if uuid.startswith(prefix) and name not in owned
     ]
-    undone = []
-    for _uuid, name, dev in sorted(orphans, reverse=True):
-        undone.append(f"dm device {name}")
-        _try(state, undone[-1], partial(_undo_orphan, state, name, dev))
-    return undone
+    return _undo_all(state, orphans)
 
 
-def _undo_orphan(state: EngineState, name: str, dev: str) -> None:
+def undo_orphan(state: EngineState, name: str, dev: str) -> None:
+    """Remove a dm device, and first what is mounted on it."""
     with undo_deadline(state) as deadline, Operation(deadline) as op:
         for mount in mounts_of_dev(dev):
             unmount_target(mount.target, op)

@@ -1,0 +1,55 @@
+"""The same work for many items on a few threads: what waits for the kernel waits together."""
+
+import threading
+from collections.abc import Callable, Sequence
+
+from vsock.errors import CallError
+
+__all__ = ("for_each",)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    Item = TypeVar("Item")
+    Result = TypeVar("Result")
+
+
+def for_each(
+    items: "Sequence[Item]", work: "Callable[[int, Item], Result]", *, threads: int
+) -> "list[Result]":
+    """Return ``work(number, item)`` for each item, in order of items; the caller works too.
+
+    After a failure nothing new is begun; when all have ended the first error, in the order of
+    items, is raised.
+    """
+    results: dict[int, Result] = {}
+    errors: dict[int, CallError] = {}
+    numbers = iter(range(len(items)))
+    numbers_lock = threading.Lock()
+
+    def run() -> None:
+        while not errors:
+            with numbers_lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            try:
+                results[number] = work(number, items[number])
+            except CallError as error:
+                errors[number] = error
+
+    others = [
+        threading.Thread(target=run, name=f"parallel-{number}")
+        for number in range(1, min(len(items), threads))
+    ]
+    for thread in others:
+        thread.start()
+    try:
+        run()
+    finally:
+        for thread in others:
+            thread.join()
+    if errors:
+        raise errors[min(errors)]
+    return [results[number] for number in range(len(items))]
