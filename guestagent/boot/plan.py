@@ -10,6 +10,7 @@
 
 from guestagent.api import LayerSpec, OverlaySpec
 from guestagent.api.texts import device_from_text, layer_from_text, scratch_from_text
+from guestagent.storage.hashing import new_hash
 from vsock.errors import CallError
 from vsock.record import Record
 
@@ -139,9 +140,9 @@ def _load(path: str, digest: str | None) -> dict[str, object]:
     if len(raw) > _MAX_MANIFEST_BYTES:
         raise ValueError(f"manifest {path!r} is larger than {_MAX_MANIFEST_BYTES} bytes")
     if digest is not None:
-        from guestagent.storage.verity import sha256
-
-        found = sha256(raw).hex()
+        hasher = new_hash("sha256")
+        hasher.update(raw)
+        found = hasher.hexdigest()
         if found != digest.lower():
             text = f"manifest {path!r} has the digest {found}, expected {digest}"
             raise CallError("integrity", text, step="plan boot", object=path)

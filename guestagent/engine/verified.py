@@ -126,7 +126,9 @@ def _read_with(
         logical_block_size_bytes=device.logical_block_size,
     )
     separate = None if hashes is data else hashes.read_at
-    check_tree_spine(parameters, data.read_at, read_hash_at=separate)
+    # the first block proves that tree and data belong together, the last how many blocks there are
+    for data_block in sorted({0, parameters.data_blocks - 1}):
+        check_tree_spine(parameters, data.read_at, read_hash_at=separate, data_block=data_block)
     signature_key = signature_description(spec.layer_id) if verity.signature else None
     given = verity.salt is not None and verity.data_blocks is not None
     source = "request" if superblock is None else "both" if given else "superblock"

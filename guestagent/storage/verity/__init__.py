@@ -25,7 +25,6 @@ from guestagent.storage.verity.proof import (
     check_root,
     check_spare,
     check_tree_spine,
-    sha256,
 )
 from guestagent.storage.verity.superblock import (
     DIGEST_SIZES,
@@ -57,6 +56,5 @@ __all__ = (
     "check_spare",
     "check_tree_spine",
     "resolve",
-    "sha256",
     "superblock_offset",
 )

@@ -2,13 +2,10 @@
 
 from collections.abc import Callable
 
+from guestagent.storage.hashing import new_hash
 from guestagent.storage.verity.parameters import VerityParameters
 from guestagent.storage.verity.superblock import HASH_TYPE_NORMAL
 from vsock.errors import CallError
-
-TYPE_CHECKING = False  # as typing's, without its import
-if TYPE_CHECKING:
-    from typing import Any
 
 __all__ = (
     "ReadAt",
@@ -16,7 +13,6 @@ __all__ = (
     "check_root",
     "check_spare",
     "check_tree_spine",
-    "sha256",
 )
 
 #: Read ``size`` bytes at ``offset_bytes``; fewer only at the end of the device.
@@ -28,29 +24,9 @@ def block_digest(parameters: VerityParameters, block: bytes) -> bytes:
     salted = (block, parameters.salt)
     if parameters.hash_type == HASH_TYPE_NORMAL:
         salted = (parameters.salt, block)
-    digest: bytes = _hash_function(parameters.algorithm)(b"".join(salted)).digest()
-    return digest
-
-
-def sha256(data: bytes) -> bytes:
-    """Return a SHA-256 digest without the weight of hashlib."""
-    digest: bytes = _hash_function("sha256")(data).digest()
-    return digest
-
-
-def _hash_function(algorithm: str) -> "Callable[[bytes], Any]":
-    """Return the interpreter's own implementation of a hash, by the names it has had.
-
-    hashlib alone would bring libcrypto: 5 MiB of memory, and of every boot image, to hash a few
-    blocks.
-    """
-    for name in (f"_{algorithm}", "_sha2", "hashlib"):  # _sha2 since Python 3.12
-        try:
-            found: Callable[[bytes], Any] = getattr(__import__(name), algorithm)
-        except (ImportError, AttributeError):
-            continue
-        return found
-    raise CallError("unsupported", f"this interpreter has no {algorithm}", object=algorithm)
+    hasher = new_hash(parameters.algorithm)
+    hasher.update(b"".join(salted))
+    return hasher.digest()
 
 
 def check_root(
