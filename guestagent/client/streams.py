@@ -9,7 +9,7 @@ from typing import Generic, Self, TypeVar
 
 from guestagent.api.inspect import MoreRequest
 from vsock.client import MARGIN_SECONDS, Client, PendingCall
-from vsock.errors import CallError, ConnectionClosed
+from vsock.errors import CallError, ConnectionClosed, RpcError
 
 __all__ = ("WINDOW_CHUNKS", "FsStream", "ProgressCallback", "Streams")
 
@@ -49,7 +49,10 @@ class FsStream(Generic[T]):
         self._answered = False
         self._error: Exception | None = None
         self._reply: dict[str, object] | None = None
-        self._items: Iterator[T] = self._iterate()
+        self._closed = False
+        self._items: deque[T] = deque()
+        self._is_dealing = False
+        self._dealt_with = 0
         self._waiter = threading.Thread(target=self._await_answer, name="fs-answer", daemon=True)
         self._waiter.start()
 
@@ -70,7 +73,17 @@ class FsStream(Generic[T]):
             CallError: what the agent answered in the end.
             ConnectionClosed: the connection ended before the answer.
         """
-        return next(self._items)
+        # no generator: one that is left half-read would be ended by the garbage collector, on any
+        # thread, whatever locks that thread holds
+        try:
+            while not self._items:
+                if not self._refill():
+                    self.close()
+                    raise StopIteration
+        except (RpcError, OSError):
+            self.close()
+            raise
+        return self._items.popleft()
 
     def __enter__(self) -> Self:
         return self
@@ -92,6 +105,7 @@ class FsStream(Generic[T]):
             self._pending.forget()
         self._waiter.join()
         self._streams.drop(self._pending.msgid)
+        self._closed = True
         with self._ready:
             self._chunks.clear()
 
@@ -122,17 +136,20 @@ class FsStream(Generic[T]):
             self._answered = True
             self._ready.notify()
 
-    def _iterate(self) -> Iterator[T]:
-        try:
-            dealt_with = 0
-            while (chunk := self._next_chunk(dealt_with)) is not None:
-                yield from self._unpacked(chunk)
-                dealt_with += 1
-                if dealt_with - self._asked_at >= WINDOW_CHUNKS // 2 and not self._answered:
-                    self._asked_at = dealt_with
-                    self._streams.ask_for_more(self._pending.msgid, dealt_with)
-        finally:
-            self.close()
+    def _refill(self) -> bool:
+        """Take the next chunk; return False when there is none any more."""
+        if self._is_dealing:
+            self._is_dealing = False
+            self._dealt_with += 1
+            if self._dealt_with - self._asked_at >= WINDOW_CHUNKS // 2 and not self._answered:
+                self._asked_at = self._dealt_with
+                self._streams.ask_for_more(self._pending.msgid, self._dealt_with)
+        chunk = self._next_chunk(self._dealt_with)
+        if chunk is None:
+            return False
+        self._items.extend(self._unpacked(chunk))
+        self._is_dealing = True
+        return True
 
     def _unpacked(self, chunk: Mapping[str, object]) -> list[T]:
         try:
@@ -152,6 +169,8 @@ class FsStream(Generic[T]):
                 assert self._reply is not None
                 if self._reply.get("chunks", 0) == dealt_with:
                     return None
+                if self._closed:
+                    raise CallError("cancelled", "the stream was closed", step="take chunks")
                 self._ready.wait_for(lambda: self._chunks or self._lost, _HAND_OVER_SECONDS)
                 if self._chunks:
                     return self._chunks.popleft()

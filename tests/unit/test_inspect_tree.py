@@ -295,6 +295,20 @@ def test_any_header_is_what_tarfile_reads(
         assert os.fsencode(found.linkname) == link
 
 
+def test_a_record_counts_its_own_length() -> None:
+    """Around each power of ten the digits of the length count for one more."""
+    for size_bytes in range(1, 1200):
+        value = b"x" * size_bytes
+        member = pax.Member(
+            path=b"p", type="0", mode=0, uid=0, gid=0, size_bytes=0, mtime_ns=0,
+            records=((b"comment", value),),
+        )  # fmt: skip
+        blob = pax.header(member)
+        record = blob[512:].split(b"\n", 1)[0] + b"\n"
+        assert record.endswith(b" comment=" + value + b"\n")
+        assert int(record.split(b" ", 1)[0]) == len(record)
+
+
 @given(st.integers(0, 10**7))
 def test_an_archive_ends_on_a_whole_record(blocks: int) -> None:
     end = pax.end_of_archive(512 * blocks)
