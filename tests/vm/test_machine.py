@@ -114,6 +114,14 @@ def test_waiting_ends_at_the_deadline(machine: Machine) -> None:
     assert caught.value.code == "timeout"
 
 
+def test_a_guest_that_ignores_the_power_button_is_told_as_such(machine: Machine) -> None:
+    """The agent listens to no button: it is ended by its own shutdown call."""
+    with closing(Deadline(1.0)) as deadline, pytest.raises(CallError) as caught:
+        machine.powerdown(deadline)
+    assert caught.value.code == "timeout"
+    assert machine.poll() is None
+
+
 def test_a_machine_that_cannot_start_says_why(
     kernel: Kernel, tmp_path: Path, initramfs: Path
 ) -> None:
