@@ -49,11 +49,14 @@ from guestagent.config import Problem
 from guestagent.engine.engine import Engine
 from guestagent.engine.operation import Operation
 from guestagent.engine.subscribers import Subscribers
-from guestagent.service_inspect import InspectService
 from vsock.errors import CallError
 from vsock.log import log
 from vsock.record import Record
 from vsock.server import Call, Outcome, Server
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guestagent.service_inspect import InspectService
 
 __all__ = ("QUICK_METHODS", "Service")
 
@@ -88,6 +91,8 @@ class Service:
         self._started = time.monotonic()
         self._server: Server | None = None
         self._subscribers = Subscribers(engine.events)
+        self._loading = threading.Lock()
+        self._inspect: InspectService | None = None
         self._functions = self._function_table()
 
     def attach(self, server: Server) -> None:
@@ -147,11 +152,20 @@ class Service:
 
     def _function_table(self) -> dict[str, Function]:
         """Return the function of each method; a test holds it against the contract."""
-        table: dict[str, Function] = {**InspectService(self._engine).functions}
+        table: dict[str, Function] = {}
         for name in METHODS:
-            if name not in table:
-                table[name] = getattr(self, "_" + name.replace(".", "_"))
+            is_look = name.startswith("fs.") or name == "agent.more"
+            table[name] = self._look if is_look else getattr(self, "_" + name.replace(".", "_"))
         return table
+
+    def _look(self, request: Record, call: Call) -> Record:
+        """Look into something; the first such call loads what all of them need."""
+        with self._loading:
+            if self._inspect is None:
+                from guestagent.service_inspect import InspectService
+
+                self._inspect = InspectService(self._engine)
+        return self._inspect.functions[call.method](request, call)
 
     # --- agent
 
@@ -175,6 +189,10 @@ class Service:
         )
 
     def _agent_status(self, _request: Empty, _call: Call) -> StatusReply:
+        return self.status()
+
+    def status(self) -> StatusReply:
+        """Say how the agent is."""
         problems = (*self._problems, *self._engine.problems())
         counts = self._engine.counts()
         server = self._server

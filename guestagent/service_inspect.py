@@ -125,6 +125,7 @@ class InspectService:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._inspection = engine.inspection
         self._lock = threading.Lock()
         self._streams: dict[tuple[int, int], _Stream] = {}
         #: Method name -> function of the decoded request and the call.
@@ -138,7 +139,7 @@ class InspectService:
         }
 
     def _device_functions(self) -> dict[str, Function]:
-        devices = self._engine.inspection.devices
+        devices = self._inspection.devices
         return {
             "fs.list_devices": lambda request, call: devices.list_devices(),
             "fs.list_partitions": lambda request, call: devices.list_partitions(),
@@ -183,13 +184,13 @@ class InspectService:
 
     def _look(self, name: str) -> Function:
         def run(request: PlaceRequest, call: Call) -> Record:
-            return self._engine.inspection.look(name, request, self._operation(call))
+            return self._inspection.look(name, request, self._operation(call))
 
         return run
 
     def _stream(self, name: str) -> Function:
         def run(request: PlaceRequest, op: Operation, sink: Sink) -> Record:
-            return self._engine.inspection.stream(name, request, op, sink)
+            return self._inspection.stream(name, request, op, sink)
 
         return self._long(run)
 

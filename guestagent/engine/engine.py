@@ -8,7 +8,6 @@ from guestagent.engine.batches import Batches
 from guestagent.engine.dmview import DmView
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
-from guestagent.engine.inspection.inspection import Inspection
 from guestagent.engine.layers import Layers
 from guestagent.engine.monitor import Monitor
 from guestagent.engine.operation import Operation
@@ -19,6 +18,11 @@ from guestagent.storage import filesystems, overlayfs
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guestagent.engine.debugview import DebugView
+    from guestagent.engine.inspection.inspection import Inspection
 
 __all__ = ("Engine",)
 
@@ -36,12 +40,25 @@ class Engine:
         self.overlays = Overlays(self._state)
         self.batches = Batches(self._state, self.layers, self.overlays)
         self.dm = DmView(self._state.control)
-        self.inspection = Inspection(self._state)
         self._monitor = Monitor(self._state)
+
+    @property
+    def inspection(self) -> "Inspection":
+        """What looks into layers; loaded by who asks first, since most agents are never asked."""
+        from guestagent.engine.inspection.inspection import Inspection
+
+        return Inspection(self._state)
 
     @property
     def events(self) -> EventLog:
         return self._state.events
+
+    @property
+    def debug(self) -> "DebugView":
+        """What the console sees beyond what requests are told; nobody else pays for its import."""
+        from guestagent.engine.debugview import DebugView
+
+        return DebugView(self._state, self.layers, self.overlays)
 
     def start(self) -> Recovered:
         """Adopt what an earlier life left, then watch the kernel's events."""
@@ -80,6 +97,7 @@ class Engine:
             *(f"overlay-{way}" for way in _overlay_ways(known)),
             "batch",
             "events",
+            "inspect",
             "verify",
         )
 
