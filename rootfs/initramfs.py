@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -31,21 +31,25 @@ from rootfs.closure import Module, interpreter_path, module_closure, site_packag
 from rootfs.cpio import CpioEntry, device, directory, regular, write_cpio
 from rootfs.elf import library_closure, without_debug_information
 from rootfs.features import DEFAULT_FEATURES, FEATURES
-from rootfs.kernel import Kernel, module_bytes
+from rootfs.kernel import Kernel, ModuleIndex, module_bytes
 
 __all__ = (
     "COMPRESSIONS",
     "DEFAULT_COMPRESSION",
+    "PYTHON_DIR",
     "InitramfsReport",
     "InitramfsSpec",
+    "Item",
     "build_initramfs",
+    "feature_modules",
+    "userland",
 )
 
 PROJECT = Path(__file__).resolve().parent.parent
 MODULE_LIST = "etc/guestagent/modules"  # guestagent.init reads it
 #: Our packages that the guest may hold; a test keeps the guest's imports within them.
 _GUEST_PACKAGES = ("vsock", "guestagent")
-_PYTHON_DIR = f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
+PYTHON_DIR = f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
 #: hashlib does without OpenSSL: the interpreter has the same functions built in, and the library
 #: would be a quarter of the image.
 _ABSENT = ("_hashlib",)
@@ -130,8 +134,8 @@ def _mib(size_bytes: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Item:
-    """One file of the image before it is built: ``build`` makes its bytes from ``source``."""
+class Item:
+    """One file before it is built: ``build`` makes its bytes from ``source``. ``path`` has no /."""
 
     path: str
     part: str
@@ -156,9 +160,14 @@ def build_initramfs(
         subprocess.CalledProcessError: the compressor failed.
     """
     started = time.monotonic()
-    modules = _python_modules(spec)
-    items = [*_interpreter_items(modules), *_python_items(spec, modules), *_kernel_items(spec)]
-    items += _own_items(spec)
+    modules, items = userland(
+        spec.entry_module,
+        features=spec.features,
+        imports=spec.imports,
+        project=spec.project,
+        optimize=spec.optimize,
+    )
+    items += [*_kernel_items(spec), *_own_items(spec)]
     store = cache_dir / "initramfs"
     path = store / f"{_key(spec, items)}.cpio"
     report = _cached(path)
@@ -174,28 +183,41 @@ def build_initramfs(
     return report
 
 
-def _python_modules(spec: InitramfsSpec) -> tuple[Module, ...]:
-    packages = [name for feature in spec.features for name in FEATURES[feature].packages]
-    return module_closure(
-        [spec.entry_module],
-        project=spec.project,
-        packages=(*_GUEST_PACKAGES, spec.entry_module.partition(".")[0]),
-        late=packages,
-        extra=spec.imports,
+def userland(
+    entry_module: str,
+    *,
+    features: Iterable[str],
+    imports: tuple[str, ...] = (),
+    project: Path = PROJECT,
+    optimize: int = 2,
+) -> tuple[tuple[Module, ...], list[Item]]:
+    """Return the Python modules that running ``entry_module`` takes, and all files for them: the
+    interpreter, its libraries and the modules.
+
+    Raises:
+        ClosureError, ElfError: something needed is not there.
+    """
+    modules = module_closure(
+        [entry_module],
+        project=project,
+        packages=(*_GUEST_PACKAGES, entry_module.partition(".")[0]),
+        late=[name for feature in features for name in FEATURES[feature].packages],
+        extra=imports,
         search=[site_packages()],
         absent=_ABSENT,
     )
+    return modules, [*_interpreter_items(modules), *_python_items(modules, optimize)]
 
 
-def _interpreter_items(modules: tuple[Module, ...]) -> Iterator[_Item]:
+def _interpreter_items(modules: tuple[Module, ...]) -> Iterator[Item]:
     program = interpreter_path()
     extensions = tuple(module.path for module in modules if module.is_extension)
     strip = without_debug_information
-    yield _Item(
+    yield Item(
         path="usr/bin/python3", part="interpreter", source=program, build=strip, permissions=0o755
     )
     for library in library_closure((program, *extensions)):
-        yield _Item(
+        yield Item(
             path=_library_path(library),
             part="shared libraries",
             source=library,
@@ -207,11 +229,11 @@ def _interpreter_items(modules: tuple[Module, ...]) -> Iterator[_Item]:
 def _library_path(library: Path) -> str:
     """Return where a library goes: those bundled with a package keep their place beside it."""
     with contextlib.suppress(ValueError):
-        return f"{_PYTHON_DIR}/{library.relative_to(site_packages())}"
+        return f"{PYTHON_DIR}/{library.relative_to(site_packages())}"
     return str(library).lstrip("/")
 
 
-def _python_items(spec: InitramfsSpec, modules: tuple[Module, ...]) -> Iterator[_Item]:
+def _python_items(modules: tuple[Module, ...], optimize: int) -> Iterator[Item]:
     for module in modules:
         base = module.name.replace(".", "/")
         own = module.name.partition(".")[0] in _GUEST_PACKAGES
@@ -219,59 +241,65 @@ def _python_items(spec: InitramfsSpec, modules: tuple[Module, ...]) -> Iterator[
         standard = top in sys.stdlib_module_names
         part = "agent" if own else "standard library" if standard else f"package {top}"
         if module.is_extension:
-            path = f"{_PYTHON_DIR}/{base.rpartition('/')[0]}/{module.path.name}".replace("//", "/")
-            yield _Item(path=path, part=part, source=module.path, build=without_debug_information)
+            path = f"{PYTHON_DIR}/{base.rpartition('/')[0]}/{module.path.name}".replace("//", "/")
+            yield Item(path=path, part=part, source=module.path, build=without_debug_information)
             continue
         inner = f"{base}/__init__.py" if module.package else f"{base}.py"
-        yield _Item(
-            path=f"{_PYTHON_DIR}/{inner}c",
+        yield Item(
+            path=f"{PYTHON_DIR}/{inner}c",
             part=part,
             source=module.path,
-            build=lambda source, name=inner: compile_module(source, name, spec.optimize),  # type: ignore[misc]
+            build=lambda source, name=inner: compile_module(source, name, optimize),  # type: ignore[misc]
         )
 
 
-def _kernel_items(spec: InitramfsSpec) -> Iterator[_Item]:
+def _kernel_items(spec: InitramfsSpec) -> Iterator[Item]:
     index = spec.kernel.modules
-    wanted = list(spec.modules)
-    for name in spec.features:
-        wanted += [m for m in FEATURES[name].optional_modules if index.has(m)]
-        wanted += FEATURES[name].modules
+    wanted = [*spec.modules, *feature_modules(spec.features, index)]
     base = f"lib/modules/{spec.kernel.version}"
     order = []
     for file in index.closure(wanted):
         path = f"{base}/{file.name.partition('.ko')[0]}.ko"
         order.append(f"/{path}\n")
-        yield _Item(
+        yield Item(
             path=path,
             part="kernel modules",
             source=file,
             build=lambda _, file=file: module_bytes(file),  # type: ignore[misc]
         )
-    yield _Item(path=MODULE_LIST, part="kernel modules", source="".join(order).encode())
+    yield Item(path=MODULE_LIST, part="kernel modules", source="".join(order).encode())
 
 
-def _own_items(spec: InitramfsSpec) -> Iterator[_Item]:
+def feature_modules(features: Iterable[str], index: ModuleIndex) -> list[str]:
+    """Return the names of the modules to ask a kernel for, so that it can serve the features."""
+    wanted: list[str] = []
+    for name in features:
+        wanted += [m for m in FEATURES[name].optional_modules if index.has(m)]
+        wanted += FEATURES[name].modules
+    return wanted
+
+
+def _own_items(spec: InitramfsSpec) -> Iterator[Item]:
     module, _, function = spec.entry.partition(":")
     script = f"#!/usr/bin/python3 -IS\nfrom {module} import {function}\n{function}()\n"
-    yield _Item(path="init", part="agent", source=script.encode(), permissions=0o755)
+    yield Item(path="init", part="agent", source=script.encode(), permissions=0o755)
     for path, file in spec.files:
         permissions = stat.S_IMODE(file.stat().st_mode)
-        yield _Item(path=path, part="added files", source=file, permissions=permissions)
+        yield Item(path=path, part="added files", source=file, permissions=permissions)
 
 
 def _directories() -> list[CpioEntry]:
     entries = [directory(name) for name in ("dev", "etc", "mnt", "proc", "run", "sys", "tmp")]
     # the interpreter complains without this directory, though all extensions lie one above
-    entries.append(directory(f"{_PYTHON_DIR}/lib-dynload"))
+    entries.append(directory(f"{PYTHON_DIR}/lib-dynload"))
     # it knows its prefix by this file, and has the module itself built in (frozen)
-    entries.append(regular(f"{_PYTHON_DIR}/os.pyc", b""))
+    entries.append(regular(f"{PYTHON_DIR}/os.pyc", b""))
     # init's standard streams, before it mounts devtmpfs
     entries.append(device("dev/console", stat.S_IFCHR, 5, 1))
     return entries
 
 
-def _key(spec: InitramfsSpec, items: list[_Item]) -> str:
+def _key(spec: InitramfsSpec, items: list[Item]) -> str:
     """Digest all that decides the bytes of the image."""
     digest = hashlib.sha256()
     settings = (sys.version, spec.compression, spec.optimize, spec.kernel.version)
@@ -285,7 +313,7 @@ def _key(spec: InitramfsSpec, items: list[_Item]) -> str:
 
 
 def _build(
-    spec: InitramfsSpec, items: list[_Item], modules: tuple[Module, ...], path: Path
+    spec: InitramfsSpec, items: list[Item], modules: tuple[Module, ...], path: Path
 ) -> InitramfsReport:
     parts: dict[str, int] = {}
     entries = _directories()
