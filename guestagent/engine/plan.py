@@ -95,8 +95,8 @@ class VerityStep(Record):
             options=self.options,
         )
 
-    def describe(self) -> str:
-        return f"create {self.name}: {self.target(self.dev or 'LINEAR').line()}"
+    def describe(self, under: str) -> str:
+        return f"create {self.name}: {self.target(self.dev or under).line()}"
 
 
 class MountStep(Record):
@@ -119,8 +119,13 @@ class LayerPlan(Record):
 
     def describe(self) -> tuple[str, ...]:
         """Return one line for each step, in order: what a dry run prints."""
-        steps = (self.linear, self.verity, self.mount)
-        return tuple(step.describe() for step in steps if step is not None)
+        lines = [self.mount.describe()]
+        if self.verity is not None:
+            under = f"/dev/mapper/{self.linear.name}" if self.linear is not None else ""
+            lines.insert(0, self.verity.describe(under))
+        if self.linear is not None:
+            lines.insert(0, self.linear.describe())
+        return tuple(lines)
 
     @property
     def dm_names(self) -> tuple[str, ...]:

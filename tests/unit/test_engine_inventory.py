@@ -1,0 +1,114 @@
+"""Claims: what is spoken for is refused with the owner's name, and is free again after."""
+
+import pytest
+from test_engine_journal import layer
+
+from guestagent.api import ByteRange, OverlaySpec
+from guestagent.engine.inventory import Inventory, LiveOverlay
+from vsock.errors import CallError
+
+STATE = "/run/guestagent"
+
+
+@pytest.fixture
+def inventory():
+    return Inventory(reserved=STATE)
+
+
+@pytest.mark.parametrize(
+    "target", ["/run/a", "/run/a/b", "/run", STATE, f"{STATE}/x", "/run/guestagent/links/o"]
+)
+def test_targets_must_not_lie_on_in_or_above_each_other(inventory, target):
+    inventory.claim_target("/run/a", ("layer", "first"))
+    with pytest.raises(CallError) as caught:
+        inventory.claim_target(target, ("layer", "second"))
+    assert (caught.value.code, caught.value.object) == ("conflict", target)
+
+
+def test_names_that_only_begin_alike_are_apart(inventory):
+    inventory.claim_target("/run/a", ("layer", "first"))
+    inventory.claim_target("/run/ab", ("layer", "second"))
+    inventory.claim_target("/run/guestagent2", ("layer", "third"))
+    inventory.release_target("/run/a")
+    inventory.claim_target("/run/a/b", ("layer", "fourth"))
+
+
+@pytest.mark.parametrize("key", ["/run/s", "/run/s/upper", "/run", "/run/t/x", STATE])
+def test_scratches_must_not_overlap_each_other_or_targets(inventory, key):
+    inventory.claim_scratch("/run/s", "o")
+    inventory.claim_target("/run/t", ("layer", "first"))
+    with pytest.raises(CallError) as caught:
+        inventory.claim_scratch(key, "p")
+    assert caught.value.code == "conflict"
+
+
+def test_an_overlay_cannot_be_mounted_into_its_own_scratch(inventory):
+    inventory.claim_target("/run/s/merged", ("overlay", "o"))
+    with pytest.raises(CallError, match="overlay 'o'"):
+        inventory.claim_scratch("/run/s", "o")
+
+
+def test_a_target_cannot_lie_in_a_scratch(inventory):
+    inventory.claim_scratch("/run/s", "o")
+    with pytest.raises(CallError, match="scratch of overlay 'o'"):
+        inventory.claim_target("/run/s/upper/etc", ("layer", "first"))
+    inventory.release_scratch("/run/s")
+    inventory.claim_target("/run/s/upper/etc", ("layer", "first"))
+
+
+def test_directories_belong_to_all_that_share_them(inventory):
+    first, second = ("layer", "a"), ("layer", "b")
+    missing = ["/run/layers", "/run/layers/a"]
+    assert inventory.claim_directories(first, "/run/layers/a", missing) == missing
+    shared = inventory.claim_directories(second, "/run/layers/b", ["/run/layers/b"])
+    assert shared == ["/run/layers", "/run/layers/b"]
+    inventory.release_directories(first)
+    third = inventory.claim_directories(("layer", "c"), "/run/layers/c", ["/run/layers/c"])
+    assert third == ["/run/layers", "/run/layers/c"]
+
+
+def test_directories_that_were_there_belong_to_nobody(inventory):
+    assert inventory.claim_directories(("layer", "a"), "/run/there/a", ["/run/there/a"]) == [
+        "/run/there/a"
+    ]
+
+
+def test_dm_names_are_the_preferred_unless_taken(inventory):
+    assert inventory.claim_dm_names("a", ("l", "v"), ("l-a", "v-a")) == ("l", "v")
+    assert inventory.claim_dm_names("a", ("l", "v"), ("l-a", "v-a")) == ("l", "v")
+    assert inventory.claim_dm_names("b", ("x", "v"), ("l-b", "v-b")) == ("l-b", "v-b")
+    inventory.release_dm_names("a")
+    assert inventory.claim_dm_names("c", ("l", "v"), ("l-c", "v-c")) == ("l", "v")
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "overlaps"),
+    [(0, 4096, True), (4096, 512, False), (3584, 1024, True), (0, 512, True), (8192, 512, False)],
+)
+def test_overlapping_ranges(inventory, offset, size, overlaps):
+    inventory.add_layer(layer("a"))
+    place = ByteRange(offset_bytes=offset, size_bytes=size)
+    assert inventory.overlapping("b", "7:0", place) == (("a",) if overlaps else ())
+    assert inventory.overlapping("b", "7:1", place) == ()
+    assert inventory.overlapping("a", "7:0", place) == ()
+
+
+def test_users_and_holders_of_a_layer(inventory):
+    inventory.add_layer(layer("a"))
+    spec = OverlaySpec(overlay_id="o", layers=("a", "b"))
+    live = LiveOverlay(spec=spec, lowerdirs=(), method="", links=None, scratch=None, created=())
+    inventory.add_overlay(live)
+    assert inventory.users_of("a") == ("o",)
+    assert [holder.name for holder in inventory.holders_of_layer("b")] == ["o"]
+    inventory.drop_overlay("o")
+    assert inventory.users_of("a") == ()
+
+
+def test_a_state_is_news_once(inventory):
+    assert not inventory.set_layer_state("a", "corrupted")
+    inventory.add_layer(layer("a"))
+    assert inventory.set_layer_state("a", "corrupted")
+    assert not inventory.set_layer_state("a", "corrupted")
+    found = inventory.layer("a")
+    assert found is not None
+    assert found.state == "corrupted"

@@ -1,0 +1,180 @@
+"""Plans: pure decisions, refusals before anything exists, and lines that can be read."""
+
+import pytest
+from test_engine_journal import DEVICE
+
+from guestagent.api import ByteRange, LayerSpec, PathDevice, PmemDevice, ScsiDevice, VirtioBlkDevice
+from guestagent.api import Verity as VerityRequest
+from guestagent.engine.plan import (
+    check_range,
+    check_target,
+    device_tag,
+    dm_names,
+    plan_layer,
+    verity_options,
+)
+from guestagent.storage.verity import VerityParameters
+from vsock.errors import CallError
+
+ROOT = bytes(range(32))
+
+
+def spec(**changes):
+    base = LayerSpec(
+        layer_id="base",
+        device=PmemDevice(number=0),
+        mapping=ByteRange(offset_bytes=1 << 20, size_bytes=8192),
+        verity=VerityRequest(root_digest=ROOT),
+        filesystem="erofs",
+    )
+    return base.replace(**changes)
+
+
+PARAMETERS = VerityParameters(
+    root_digest=ROOT,
+    salt=b"\xab",
+    algorithm="sha256",
+    hash_type=1,
+    data_blocks=1,
+    data_block_size_bytes=4096,
+    hash_block_size_bytes=4096,
+    hash_offset_bytes=4096,
+    has_superblock=True,
+)
+
+
+def test_a_dry_run_prints_every_step():
+    plan = plan_layer(spec(), DEVICE, filesystem="erofs", names=("l", "v"), parameters=PARAMETERS)
+    assert plan.describe() == (
+        "create l: 0 16 linear 7:0 2048",
+        f"create v: 0 8 verity 1 /dev/mapper/l /dev/mapper/l 4096 4096 1 2 sha256 {ROOT.hex()} ab",
+        "mount erofs on /run/layers/base (ro,nodev,nosuid)",
+    )
+    assert plan.dm_names == ("v", "l")
+
+
+def test_without_mapping_and_without_verity():
+    plain = plan_layer(spec(mapping=None, verity=None), DEVICE, filesystem="ext4", names=("l", "v"))
+    assert plain.describe() == ("mount ext4 on /run/layers/base (ro,nodev,nosuid)",)
+    assert plain.dm_names == ()
+
+
+@pytest.mark.parametrize(
+    ("device", "tag"),
+    [
+        (PmemDevice(number=3), "pmem3"),
+        (ScsiDevice(controller=1, lun=2, partition=3), "scsi-contr1-lun2-p3"),
+        (VirtioBlkDevice(serial="disk.7"), "virtio-blk-disk.7"),
+        (PathDevice(path="/dev/mapper/a=b"), "mapper_a_b"),
+        (PathDevice(path="/dev/" + "x" * 100), "x" * 32),
+    ],
+)
+def test_device_tags_are_plain_words(device, tag):
+    assert device_tag(device) == tag
+
+
+def test_dm_names_are_those_of_hcsshim():
+    assert dm_names(spec(), unique=False) == (
+        "dm-linear-pmem0-1048576-8192",
+        f"dm-verity-pmem0-{ROOT.hex()}",
+    )
+    assert dm_names(spec(), unique=True) == (
+        "dm-linear-base",
+        f"dm-verity-base-{ROOT.hex()[:16]}",
+    )
+
+
+def test_the_longest_names_fit_the_kernel():
+    verity = VerityRequest(root_digest=bytes(64))
+    long = spec(layer_id="i" * 64, device=VirtioBlkDevice(serial="s" * 20), verity=verity)
+    for unique in (False, True):
+        assert max(map(len, dm_names(long, unique=unique))) <= 127
+
+
+def test_two_sha512_digests_do_not_become_one_name():
+    """Cut to 127 characters, names of one device and two digests that end differently would."""
+    names = {
+        dm_names(
+            spec(
+                device=VirtioBlkDevice(serial="s" * 20),
+                verity=VerityRequest(root_digest=bytes(63) + bytes([last])),
+            ),
+            unique=True,
+        )
+        for last in (1, 2)
+    }
+    layer_ids = {dm_names(spec(layer_id=name), unique=True) for name in ("a", "b")}
+    assert len(layer_ids) == 2
+    assert len(names) == 1, "unique names carry the layer id, not the whole digest"
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "fits"),
+    [
+        (0, 1 << 20, True),
+        (512, 1 << 20, False),
+        (1 << 20, 512, False),
+        ((1 << 20) - 512, 512, True),
+    ],
+)
+def test_a_mapping_must_lie_on_the_device(offset, size, fits):
+    mapping = ByteRange(offset_bytes=offset, size_bytes=size)
+    if fits:
+        assert check_range(mapping, DEVICE) == mapping
+    else:
+        with pytest.raises(CallError) as caught:
+            check_range(mapping, DEVICE)
+        assert caught.value.code == "invalid"
+
+
+def test_no_mapping_is_the_whole_device():
+    assert check_range(None, DEVICE) == ByteRange(offset_bytes=0, size_bytes=1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("target", "root", "fits"),
+    [
+        ("/run/a", "/run", True),
+        ("/run/a", "/run/", True),
+        ("/run", "/run", False),
+        ("/runa", "/run", False),
+        ("/a", "/", True),
+    ],
+)
+def test_targets_lie_below_the_root(target, root, fits):
+    if fits:
+        check_target(target, root)
+    else:
+        with pytest.raises(CallError):
+            check_target(target, root)
+
+
+@pytest.mark.parametrize(
+    ("preset", "version", "arguments", "dropped"),
+    [
+        ("default", (1, 0, 0), (), ()),
+        ("strict", (1, 6, 0), (), ("panic_on_corruption", "panic_on_error")),
+        ("strict", (1, 7, 0), ("panic_on_corruption",), ("panic_on_error",)),
+        ("strict", (1, 9, 0), ("panic_on_corruption",), ("panic_on_error",)),
+        ("strict", (1, 10, 0), ("panic_on_corruption", "panic_on_error"), ()),
+        ("fast", (1, 2, 0), (), ("try_verify_in_tasklet", "ignore_zero_blocks")),
+        ("fast", (1, 8, 0), ("ignore_zero_blocks",), ("try_verify_in_tasklet",)),
+        ("fast", (1, 9, 0), ("try_verify_in_tasklet", "ignore_zero_blocks"), ()),
+    ],
+)
+def test_presets_are_gated_by_the_target_version(preset, version, arguments, dropped):
+    options = verity_options(preset, version, None)
+    assert options.arguments == arguments
+    assert tuple(option.option for option in options.dropped) == dropped
+    for option in options.dropped:
+        assert ".".join(map(str, version)) in option.reason
+
+
+def test_a_signature_is_never_dropped():
+    assert verity_options("default", (1, 5, 0), "key").arguments == (
+        "root_hash_sig_key_desc",
+        "key",
+    )
+    with pytest.raises(CallError) as caught:
+        verity_options("default", (1, 4, 0), "key")
+    assert caught.value.code == "unsupported"
