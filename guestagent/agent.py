@@ -22,6 +22,10 @@ from vsock.log import log
 from vsock.server import Server
 from vsock.stream import dial, listen
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guestagent.console.service import Console
+
 __all__ = ("EXIT_FAILED", "MODES", "run")
 
 EXIT_FAILED = 1
@@ -57,15 +61,18 @@ def run(
     try:
         recovered = engine.start()
         life = _Life(is_machine=bool((boot or {}).get("pid1")))
+        boot = {
+            **(boot or {}),
+            "adopted_layers": len(recovered.layers),
+            "undone": len(recovered.undone),
+            "engine_ms": round((time.perf_counter() - begin) * 1000, 3),
+            "ready_uptime_ms": round(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000, 1),
+            "console": list(config.console),
+            "console_shell": config.console_shell,
+        }
         service = Service(
             engine,
-            boot={
-                **(boot or {}),
-                "adopted_layers": len(recovered.layers),
-                "undone": len(recovered.undone),
-                "engine_ms": round((time.perf_counter() - begin) * 1000, 3),
-                "ready_uptime_ms": round(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000, 1),
-            },
+            boot=boot,
             problems=problems,
             restarts=restarts,
             deadline_seconds=config.deadline_seconds,
@@ -75,6 +82,7 @@ def run(
         service.attach(server)
         life.attach(server)
         _listen(server, config.listen)
+        console = _start_console(config, engine, service, boot, life)
         dialers = [_Dialer(server, address) for address in config.dial]
         for dialer in dialers:
             dialer.start()
@@ -84,11 +92,30 @@ def run(
         server.serve_forever()
         for dialer in dialers:
             dialer.close()
+        if console is not None:
+            console.close()
         if life.mode != "exit":
             _leave_nothing(engine)
     finally:
         engine.close()
     return _STATUS_OF_MODE[life.mode]
+
+
+def _start_console(
+    config: Config, engine: Engine, service: Service, boot: dict[str, object], life: "_Life"
+) -> "Console | None":
+    """Start the debug console, where the configuration allows one."""
+    if not config.console:
+        return None
+    from guestagent.console.command import Guest
+    from guestagent.console.service import Console
+
+    guest = Guest(
+        engine, boot=boot, shell=config.console_shell, status=service.status, end=life.end
+    )
+    console = Console(guest, config.console)
+    console.start()
+    return console
 
 
 def _leave_nothing(engine: Engine) -> None:

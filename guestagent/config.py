@@ -25,6 +25,8 @@ class Config(Record):
 
     listen: tuple[str, ...] = (f"vsock://any:{AGENT_PORT}",)
     dial: tuple[str, ...] = ()
+    console: tuple[str, ...] = ()
+    console_shell: bool = False
     log: str = "info"
     target_root: str = TARGET_ROOT
     state_directory: str = "/run/guestagent"
@@ -92,6 +94,20 @@ def _peers(text: str) -> tuple[str, ...]:
     return _addresses(",".join(words))
 
 
+def _console(text: str) -> tuple[str, ...]:
+    """vsock:PORT and /dev/NAME for short, or whole addresses; ``off`` is none at all."""
+    if text == "off":
+        return ()
+    places = []
+    for word in _words(text):
+        if word.startswith("/"):
+            word = f"serial://{word}"
+        elif word.startswith("vsock:") and not word.startswith("vsock://"):
+            word = f"vsock://any:{word[len('vsock:') :]}"
+        places.append(word)
+    return _addresses(",".join(places))
+
+
 def _level(text: str) -> str:
     if text not in LEVELS:
         raise ValueError(f"expected one of {', '.join(LEVELS)}, got {text!r}")
@@ -153,6 +169,21 @@ KEYS: tuple[Key, ...] = (
         field="dial",
         read=_peers,
         summary="addresses (or CID:PORT) to connect to and serve, again and again",
+    ),
+    Key(
+        name="console",
+        field="console",
+        read=_console,
+        summary="where the debug console is: vsock:1025, /dev/hvc0, /dev/ttyS1, "
+        "/dev/virtio-ports/NAME, addresses, separated by commas; off",
+        guards_security=True,
+    ),
+    Key(
+        name="console_shell",
+        field="console_shell",
+        read=_flag,
+        summary="let who is at the console run programs of the guest, too",
+        guards_security=True,
     ),
     Key(name="log", field="log", read=_level, summary="least level that is printed"),
     Key(

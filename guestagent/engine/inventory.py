@@ -265,6 +265,11 @@ class Inventory:
         with self._lock:
             self._problems[key] = text
 
+    def settle_problem(self, key: str) -> None:
+        """Forget a problem that is none any more."""
+        with self._lock:
+            self._problems.pop(key, None)
+
     def problems(self) -> tuple[str, ...]:
         with self._lock:
             return tuple(self._problems.values())

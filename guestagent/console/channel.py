@@ -1,0 +1,285 @@
+"""One peer of the console: what it sends is kept within bounds, what it gets goes out at its pace.
+
+Two threads meet here. That of the console reads the stream and calls ``take``; that of the session
+waits for input and writes. So an interrupt gets through while a command works, and a peer that does
+not read holds up its own session alone, until it is cut off.
+"""
+
+import os
+import threading
+
+from guestagent.api.console import (
+    MAX_PAYLOAD_BYTES,
+    Data,
+    Decoder,
+    End,
+    Errors,
+    Exit,
+    Frame,
+    Hello,
+    Refusal,
+    Signal,
+    Size,
+    Welcome,
+    encode,
+)
+from vsock.deadline import Deadline
+from vsock.errors import ConnectionClosed, RemoteProtocolError
+from vsock.stream import Stream
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ("EDITING", "RAW", "RUNNING", "STALL_SECONDS", "Channel", "FramedChannel", "LineChannel")
+
+#: A peer that takes nothing for this long is cut off.
+STALL_SECONDS = 30.0
+#: Input that waits for the session. A shell is fed at its own pace; what is typed while a command
+#: runs is kept up to the second bound, and forgotten beyond it.
+MAX_INPUT_BYTES = 64 * 1024
+MAX_TYPED_AHEAD_BYTES = 4096
+_INTERRUPT = b"\x03"
+
+#: What input is for: the editor, nobody for now (an interrupt apart), a program.
+EDITING, RUNNING, RAW = "editing", "running", "raw"
+
+
+class Channel:
+    """``hello`` says what the peer is. ``life`` is cancelled when the peer has gone."""
+
+    #: Whether the peer is a bare line, without frames.
+    is_line = False
+
+    def __init__(self, stream: Stream, *, wake: "Callable[[], None]") -> None:
+        """``wake`` has the console's thread look whether it is to read again."""
+        self.stream = stream
+        self.hello = Hello()
+        self.size = Size()
+        self.life = Deadline()
+        #: Where a signal of the peer's goes; the session sets it.
+        self.on_signal: Callable[[str], None] = self._interrupt_on
+        self.on_size: Callable[[Size], None] = lambda size: None
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._mode = EDITING
+        self._running: Deadline | None = None
+        self._input = bytearray()
+        self._has_ended = False
+        self._size_changed = False
+        self._input_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._unsent = bytearray()
+
+    # --- for the console's thread
+
+    def take(self, data: bytes) -> None:
+        """Take bytes from the peer.
+
+        Raises:
+            RemoteProtocolError: it broke the rules.
+        """
+        raise NotImplementedError
+
+    @property
+    def wants_input(self) -> bool:
+        return len(self._input) < MAX_INPUT_BYTES or self._forgets
+
+    def hang_up(self) -> None:
+        """The peer has gone: end every wait of the session."""
+        with self._lock:
+            self._has_ended = True
+        self.life.cancel()
+
+    def close(self) -> None:
+        """Free everything. The session must be over."""
+        self.life.close()
+        os.close(self._input_fd)
+        self.stream.close()
+
+    @property
+    def _forgets(self) -> bool:
+        """Whether input beyond a bound is forgotten, not held back: a person's interrupt must get
+        through; what a script sends must be whole."""
+        return self._mode == RUNNING and self.hello.terminal
+
+    def _typed(self, data: bytes) -> None:
+        with self._lock:
+            if self._mode == RUNNING and self.hello.terminal and _INTERRUPT in data:
+                # what was typed before it is for a command that ends now
+                self._input.clear()
+                data = data[data.rindex(_INTERRUPT) + 1 :]
+                self._interrupt()
+            if self._forgets:
+                data = data[: max(0, MAX_TYPED_AHEAD_BYTES - len(self._input))]
+            self._input += data
+            os.eventfd_write(self._input_fd, 1)
+
+    def _ended(self) -> None:
+        with self._lock:
+            self._has_ended = True
+            os.eventfd_write(self._input_fd, 1)
+
+    def _resized(self, size: Size) -> None:
+        self.size = size
+        self.on_size(size)
+        with self._lock:
+            self._size_changed = True
+            if self._mode == EDITING:
+                os.eventfd_write(self._input_fd, 1)
+
+    def _interrupt_on(self, name: str) -> None:
+        if name in ("INT", "TERM", "HUP", "QUIT", "KILL"):
+            with self._lock:
+                self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._running is not None:
+            self._running.cancel()
+
+    # --- for the session's thread
+
+    def enter(self, mode: str, running: Deadline | None = None) -> None:
+        """Say what input is for from now on; ``running`` is what an interrupt cancels."""
+        with self._lock:
+            self._mode = mode
+            self._running = running
+        self._wake()
+
+    @property
+    def input_fd(self) -> int:
+        """Readable when there is input, an end of it, or a new size."""
+        return self._input_fd
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no more input is to come."""
+        return self._has_ended
+
+    def poll_input(self) -> bytes:
+        """Return the input that is there, b"" if none is."""
+        try:
+            os.eventfd_read(self._input_fd)
+        except BlockingIOError:
+            return b""
+        with self._lock:
+            data = bytes(self._input)
+            self._input.clear()
+        if len(data) >= MAX_INPUT_BYTES:
+            self._wake()
+        return data
+
+    def take_resize(self) -> bool:
+        """Say whether the size has changed since the last time."""
+        with self._lock:
+            changed, self._size_changed = self._size_changed, False
+        return changed
+
+    def write(self, data: bytes, deadline: Deadline) -> None:
+        """Send output, waiting while the peer is slow.
+
+        Raises:
+            ConnectionClosed: the peer has gone, or took nothing for too long.
+            CallError: ``cancelled`` or ``timeout``; the rest goes out with the next output.
+        """
+        self._send(self._wrap(data), deadline)
+
+    def write_error(self, data: bytes, deadline: Deadline) -> None:
+        """Send output about what went wrong."""
+        self.write(data, deadline)
+
+    def finish(self, frame: Exit | Refusal) -> None:
+        """Say how it ended, where the peer can be told."""
+
+    def _wrap(self, data: bytes) -> bytes:
+        return data
+
+    def _send(self, data: bytes, deadline: Deadline) -> None:
+        self._unsent += data
+        try:
+            while self._unsent:
+                try:
+                    del self._unsent[: self.stream.send(bytes(self._unsent))]
+                except BlockingIOError:
+                    self._wait_for_room(deadline)
+        except OSError as error:
+            raise ConnectionClosed(f"{self.stream.peer} has gone: {error}") from error
+
+    def _wait_for_room(self, deadline: Deadline) -> None:
+        if self.life.cancelled:
+            raise ConnectionClosed(f"{self.stream.peer} has gone")
+        fds = (self.stream.fileno(),)
+        if not deadline.wait((), "write to the console", writable=fds, at_most=STALL_SECONDS):
+            self.life.cancel()
+            raise ConnectionClosed(f"{self.stream.peer} took nothing for {STALL_SECONDS:.0f} s")
+
+
+class FramedChannel(Channel):
+    """A peer that speaks the protocol. ``is_open`` once it has said hello."""
+
+    def __init__(self, stream: Stream, *, wake: "Callable[[], None]") -> None:
+        super().__init__(stream, wake=wake)
+        self.is_open = False
+        self._decoder = Decoder(from_client=True)
+
+    def take(self, data: bytes) -> None:
+        self._decoder.feed(data)
+        for frame in self._decoder.frames():
+            self._take_frame(frame)
+
+    def _take_frame(self, frame: Frame) -> None:
+        if self.is_open == isinstance(frame, Hello):
+            text = "Hello comes once" if self.is_open else "Hello comes first"
+            raise RemoteProtocolError(f"{text}, not {type(frame).__name__}", fatal=True)
+        if isinstance(frame, Hello):
+            self.hello = frame
+            self.size = frame.size
+            self.is_open = True
+        elif isinstance(frame, Data):
+            self._typed(frame.data)
+        elif isinstance(frame, End):
+            self._ended()
+        elif isinstance(frame, Size):
+            self._resized(frame)
+        elif isinstance(frame, Signal):
+            self.on_signal(frame.name)
+
+    def welcome(self, frame: Welcome) -> None:
+        """Answer the hello."""
+        self._send(encode(frame), self.life)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Say why there is no session, as far as that goes without waiting."""
+        try:
+            self.stream.send(encode(refusal))
+        except OSError:
+            return
+
+    def write_error(self, data: bytes, deadline: Deadline) -> None:
+        if self.hello.terminal:
+            self.write(data, deadline)
+            return
+        for start in range(0, len(data), MAX_PAYLOAD_BYTES):
+            piece = Errors(data=data[start : start + MAX_PAYLOAD_BYTES])
+            self._send(encode(piece), deadline)
+
+    def finish(self, frame: Exit | Refusal) -> None:
+        self._send(encode(frame), self.life)
+
+    def _wrap(self, data: bytes) -> bytes:
+        pieces = range(0, len(data), MAX_PAYLOAD_BYTES)
+        return b"".join(
+            encode(Data(data=data[start : start + MAX_PAYLOAD_BYTES])) for start in pieces
+        )
+
+
+class LineChannel(Channel):
+    """A bare line: a terminal of unknown size, and no way to say anything but by bytes."""
+
+    is_line = True
+
+    def __init__(self, stream: Stream, *, wake: "Callable[[], None]", term: str) -> None:
+        super().__init__(stream, wake=wake)
+        self.hello = Hello(terminal=True, term=term)
+
+    def take(self, data: bytes) -> None:
+        self._typed(data)

@@ -1,0 +1,299 @@
+"""Commands about the guest as a machine: its processes, kernel, log and settings."""
+
+import errno
+import os
+import time
+
+from guestagent.api import Event
+from guestagent.console.command import Command, Run, number
+from guestagent.console.commands_layers import size_text
+from guestagent.console.follow import Queue
+from guestagent.console.processes import Process, open_files, read_processes
+from vsock.errors import CallError
+from vsock.log import Line, log, render
+
+__all__ = ("SYSTEM_COMMANDS",)
+
+_TOP_SECONDS = 2.0
+_KMSG_RECORD_BYTES = 8 * 1024
+_LEVELS = ("emerg", "alert", "crit", "err", "warn", "notice", "info", "debug")
+_SECRETS = ("PASSWORD", "SECRET", "TOKEN", "PASSPHRASE", "PRIVATE")
+
+
+def _status(run: Run) -> int | None:
+    status = run.guest.status()
+    run.screen.line(status.state)
+    for problem in status.problems:
+        run.screen.line(f"  problem: {problem}")
+    shown = {
+        name: value
+        for name, value in status.to_wire().items()
+        if name not in ("state", "problems") and value is not None
+    }
+    shown["rss_bytes"] = size_text(status.rss_bytes)
+    run.screen.fields([(name.removesuffix("_bytes"), value) for name, value in shown.items()])
+    return None
+
+
+# --- events and logs
+
+
+def _event_text(event: Event) -> str:
+    seconds, ms = divmod(event.unix_ms, 1000)
+    clock = time.strftime("%H:%M:%S", time.gmtime(seconds))
+    about = (
+        ("layer", event.layer_id),
+        ("overlay", event.overlay_id),
+        ("device", event.device),
+        ("block", event.block),
+    )
+    named = " ".join(f"{name}={value}" for name, value in about if value is not None)
+    return f"{event.sequence:6} {clock}.{ms:03} {event.kind} {named} {event.detail}".rstrip()
+
+
+def _events(run: Run) -> int | None:
+    queue: Queue[Event] = Queue()
+    is_followed = "f" in run.options
+    stop = run.engine.events.listen(queue.put) if is_followed else None
+    try:
+        events, _ = run.engine.events.since(0)
+        shown = events[-run.number("n", 20 if is_followed else 1000) :]
+        if is_followed:
+            run.screen.follow()
+        run.screen.lines([_event_text(event) for event in shown])
+        last = events[-1].sequence if events else 0
+        while is_followed:
+            run.screen.flush()
+            items, dropped = queue.take(run.deadline, "wait for events")
+            _tell_dropped(run, dropped)
+            run.screen.lines([_event_text(item) for item in items if item.sequence > last])
+    finally:
+        if stop is not None:
+            stop()
+        queue.close()
+    return None
+
+
+def _log(run: Run) -> int | None:
+    queue: Queue[Line] = Queue()
+    is_followed = "f" in run.options
+    stop = log.add_sink(queue.put) if is_followed else None
+    try:
+        lines = log.tail(run.number("n", 20 if is_followed else 2000, high=2000))
+        if is_followed:
+            run.screen.follow()
+        run.screen.lines([render(line) for line in lines])
+        last = lines[-1].number if lines else 0
+        while is_followed:
+            run.screen.flush()
+            items, dropped = queue.take(run.deadline, "wait for the log")
+            _tell_dropped(run, dropped)
+            run.screen.lines([render(item) for item in items if item.number > last])
+    finally:
+        if stop is not None:
+            stop()
+        queue.close()
+    return None
+
+
+def _tell_dropped(run: Run, dropped: int) -> None:
+    if dropped:
+        run.screen.line(f"... {dropped} more came too fast to show")
+
+
+def _dmesg(run: Run) -> int | None:
+    """Print the kernel's log (Documentation/ABI/testing/dev-kmsg)."""
+    fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        is_followed = "f" in run.options
+        if is_followed:
+            run.screen.follow()
+        while True:
+            try:
+                record = os.read(fd, _KMSG_RECORD_BYTES)
+            except BlockingIOError:
+                if not is_followed:
+                    return None
+                run.screen.flush()
+                run.deadline.wait((fd,), "wait for the kernel's log")
+                continue
+            except OSError as error:
+                if error.errno == errno.EPIPE:  # overwritten before it was read
+                    continue
+                raise
+            if not record:
+                return None
+            run.deadline.check("print the kernel's log")
+            run.screen.line(_kernel_line(record))
+    finally:
+        os.close(fd)
+
+
+def _kernel_line(record: bytes) -> str:
+    head, _, rest = record.partition(b";")
+    fields = head.split(b",")
+    text = rest.split(b"\n", 1)[0].decode("utf-8", "backslashreplace")
+    if len(fields) < 3 or not fields[0].isdigit() or not fields[2].isdigit():
+        return text
+    level = _LEVELS[int(fields[0]) & 7]
+    mark = f"{level}: " if level in _LEVELS[:5] else ""
+    return f"[{int(fields[2]) / 1e6:12.6f}] {mark}{text}"
+
+
+# --- processes
+
+
+def _ps(run: Run) -> int | None:
+    rows = [
+        (str(p.pid), str(p.ppid), p.state, str(p.threads), size_text(p.rss_bytes), p.command)
+        for p in read_processes()
+        if "a" in run.options or not p.is_kernel_thread
+    ]
+    run.screen.table(("PID", "PPID", "S", "THR", "RSS", "COMMAND"), rows)
+    return None
+
+
+def _top(run: Run) -> int | None:
+    count = run.number("n", 1 if not run.screen.is_terminal else 1 << 30)
+    screen = run.screen
+    screen.follow()
+    before, then = {p.pid: p for p in read_processes()}, time.monotonic()
+    while count:
+        count -= 1
+        run.deadline.wait((), "wait for the next look", at_most=_TOP_SECONDS)
+        now, processes = time.monotonic(), read_processes()
+        if count or screen.clears:
+            screen.clear()
+        _show_top(run, processes, before, now - then)
+        screen.flush()
+        before, then = {p.pid: p for p in processes}, now
+    return None
+
+
+def _show_top(
+    run: Run, processes: list[Process], before: dict[int, Process], seconds: float
+) -> None:
+    memory = _memory()
+    run.screen.line(
+        f"up {_duration(time.clock_gettime(time.CLOCK_BOOTTIME))}, "
+        f"load {' '.join(f'{value:.2f}' for value in os.getloadavg())}, "
+        f"memory {size_text(memory.get('MemAvailable', 0))} available of "
+        f"{size_text(memory.get('MemTotal', 0))}"
+    )
+    used = []
+    for process in processes:
+        old = before.get(process.pid)
+        spent = process.cpu_seconds - (old.cpu_seconds if old else 0.0)
+        used.append((100 * max(0.0, spent) / seconds, process))
+    used.sort(key=lambda item: (-item[0], -item[1].rss_bytes, item[1].pid))
+    room = max(3, run.screen.rows - 4) if run.screen.is_terminal else len(used)
+    rows = [
+        (str(p.pid), f"{share:.1f}", size_text(p.rss_bytes), str(p.threads), p.command)
+        for share, p in used[:room]
+    ]
+    run.screen.table(("PID", "CPU%", "RSS", "THR", "COMMAND"), rows)
+
+
+def _memory() -> dict[str, int]:
+    """Return /proc/meminfo in bytes."""
+    with open("/proc/meminfo", encoding="ascii") as stream:
+        pairs = (line.split(":") for line in stream)
+        return {name: int(value.split()[0]) * 1024 for name, value in pairs}
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    text = f"{hours:02}:{minutes:02}:{rest:02}"
+    return f"{days} d {text}" if days else text
+
+
+def _fds(run: Run) -> int | None:
+    pid = number(run.words[0], "PID", low=1) if run.words else os.getpid()
+    rows = [(str(fd), target) for fd, target in open_files(pid)]
+    run.screen.table(("FD", "FILE"), rows)
+    return None
+
+
+# --- settings
+
+
+def _env(run: Run) -> int | None:
+    for name, value in sorted(os.environ.items()):
+        hidden = any(word in name.upper() for word in _SECRETS)
+        run.screen.line(f"{name}={'(hidden)' if hidden else value}")
+    return None
+
+
+def _cmdline(run: Run) -> int | None:
+    with open("/proc/cmdline", encoding="utf-8", errors="surrogateescape") as stream:
+        run.screen.line(stream.read().strip())
+    return None
+
+
+def _modules(run: Run) -> int | None:
+    with open("/proc/modules", encoding="ascii", errors="replace") as stream:
+        words = [line.split() for line in stream]
+    rows = [
+        (name, size_text(int(size)), uses, used_by.strip("-,").replace(",", " "))
+        for name, size, uses, used_by, *_ in sorted(words)
+    ]
+    run.screen.table(("MODULE", "SIZE", "USES", "USED BY"), rows)
+    return None
+
+
+def _uptime(run: Run) -> int | None:
+    up = time.clock_gettime(time.CLOCK_BOOTTIME)
+    agent = time.monotonic() - run.guest.started
+    load = " ".join(f"{value:.2f}" for value in os.getloadavg())
+    run.screen.line(f"up {_duration(up)}, the agent {_duration(agent)}, load {load}")
+    return None
+
+
+def _metrics(run: Run) -> int | None:
+    if run.guest.metrics is None:
+        raise CallError("unsupported", "this agent keeps no metrics")
+    run.screen.write(run.guest.metrics())
+    return None
+
+
+def _command(name: str, summary: str, function: object, **fields: object) -> Command:
+    return Command(name=name, summary=summary, function=function, **fields)  # type: ignore[arg-type]
+
+
+SYSTEM_COMMANDS = (
+    _command("status", "say how the agent is", _status),
+    _command(
+        "events",
+        "list what has happened; -f goes on",
+        _events,
+        usage="[-f] [-n COUNT]",
+        options=("f", "n="),
+    ),
+    _command(
+        "log",
+        "print the agent's log; -f goes on",
+        _log,
+        usage="[-f] [-n COUNT]",
+        options=("f", "n="),
+    ),
+    _command("dmesg", "print the kernel's log; -f goes on", _dmesg, usage="[-f]", options=("f",)),
+    _command("ps", "list the processes; -a the kernel's too", _ps, usage="[-a]", options=("a",)),
+    _command(
+        "top",
+        "show the busiest processes, every two seconds",
+        _top,
+        usage="[-n COUNT]",
+        options=("n=",),
+        is_paged=False,
+    ),
+    _command("env", "print the agent's environment", _env),
+    _command("cmdline", "print the kernel's command line", _cmdline),
+    _command("modules", "list the kernel's modules", _modules),
+    _command("uptime", "say how long guest and agent have been up", _uptime),
+    _command(
+        "fds", "list the open files of the agent, or of a process", _fds, usage="[PID]", most=1
+    ),
+    _command("metrics", "print the agent's metrics", _metrics),
+)

@@ -1,0 +1,305 @@
+"""A program of the guest at the console: on a pseudo-terminal, or on pipes for a script.
+
+Nothing is forked in this process, which has threads: ``posix_spawn`` makes the child the leader of
+a new session, whose first opened terminal becomes its controlling one.
+"""
+
+import errno
+import fcntl
+import os
+import signal
+import struct
+import termios
+
+from guestagent.api.console import Size
+from guestagent.console.channel import RAW, RUNNING
+from guestagent.console.command import Run
+from guestagent.console.processes import session_members
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+from vsock.log import log
+
+__all__ = ("SHELLS", "find_shell", "run_shell")
+
+#: Program and the arguments that make it a shell; the first that is there.
+SHELLS = (
+    ("/bin/sh",),
+    ("/usr/bin/sh",),
+    ("/bin/bash",),
+    ("/usr/bin/bash",),
+    ("/bin/busybox", "sh"),
+    ("/usr/bin/busybox", "sh"),
+)
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_READ_BYTES = 16 * 1024
+_MAX_PENDING_BYTES = 64 * 1024
+_KILL_SECONDS = 5.0
+#: What the output of processes that outlive the shell gets to arrive in.
+_DRAIN_SECONDS = 0.2
+
+
+def find_shell() -> tuple[str, ...]:
+    """Return the first shell that can be executed, as arguments.
+
+    Raises:
+        CallError: ``not_found``, there is none.
+    """
+    for arguments in SHELLS:
+        if os.access(arguments[0], os.X_OK):
+            return arguments
+    raise CallError(
+        "not_found",
+        "there is no shell in this guest",
+        hint=f"looked for {', '.join(' '.join(arguments) for arguments in SHELLS)}",
+    )
+
+
+def run_shell(run: Run, command: str | None) -> int:
+    """Run a shell until it ends; return its exit status, 128 and the signal's number for one.
+
+    When the peer goes, or the agent ends, everything in the shell's session is killed.
+    """
+    arguments = find_shell()
+    if command is not None:
+        arguments += ("-c", command)
+    run.screen.flush()
+    child = _Terminal(run, arguments) if run.screen.is_terminal else _Pipes(run, arguments)
+    with child:
+        return child.serve()
+
+
+class _Child:
+    """A program and its descriptors. A context manager that leaves nothing of it."""
+
+    def __init__(self, run: Run, arguments: tuple[str, ...]) -> None:
+        self._run = run
+        self._channel = run.channel
+        #: Where its input goes, -1 once that is closed; where its output comes from.
+        self._input = -1
+        self._outputs: dict[int, bool] = {}
+        self._to_write = bytearray()
+        self._status: int | None = None
+        self._pid = self._spawn(arguments)
+        self._pid_fd = os.pidfd_open(self._pid)
+        log.info("shell", pid=self._pid, command=" ".join(arguments)[:200])
+
+    def __enter__(self) -> "_Child":
+        self._channel.on_signal = self.send_signal
+        self._channel.on_size = self.resize
+        self._channel.enter(RAW)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.on_signal = self._channel._interrupt_on
+        self._channel.on_size = lambda size: None
+        self._end()
+        for fd in (*self._outputs, self._input, self._pid_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._outputs.clear()
+        self._channel.enter(RUNNING, self._run.deadline)
+
+    def _spawn(self, arguments: tuple[str, ...]) -> int:
+        raise NotImplementedError
+
+    def send_signal(self, name: str) -> None:
+        """Signal what runs. Called by the console's thread."""
+        raise NotImplementedError
+
+    def resize(self, size: Size) -> None:
+        """Take note of the window's size. Called by the console's thread."""
+
+    def _end_input(self) -> None:
+        """The peer has no more input."""
+        raise NotImplementedError
+
+    def serve(self) -> int:
+        """Carry bytes both ways until the program ends; return its exit status."""
+        life = self._channel.life
+        self._to_write += self._run.early_input
+        self._run.early_input.clear()
+        while self._status is None:
+            self._turn(life)
+        with life.part(_DRAIN_SECONDS) as soon:
+            self._drain(soon)
+        return self._status
+
+    def _turn(self, life: Deadline) -> None:
+        readable = [self._pid_fd, *self._outputs]
+        if len(self._to_write) < _MAX_PENDING_BYTES and self._input >= 0:
+            readable.append(self._channel.input_fd)
+        writable = [self._input] if self._to_write and self._input >= 0 else []
+        ready = life.wait(readable, "run the shell", writable=writable)
+        if self._channel.input_fd in ready:
+            self._to_write += self._channel.poll_input()
+        if self._input >= 0 and self._input in ready and self._to_write:
+            self._write_some()
+        if self._channel.has_ended and not self._to_write and self._input >= 0:
+            self._end_input()
+        for fd in list(self._outputs):
+            if fd in ready:
+                self._carry(fd, life)
+        if self._pid_fd in ready:
+            self._reap()
+
+    def _write_some(self) -> None:
+        try:
+            del self._to_write[: os.write(self._input, bytes(self._to_write[:_READ_BYTES]))]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            self._to_write.clear()  # nobody reads it any more
+
+    def _carry(self, fd: int, deadline: Deadline) -> bool:
+        """Pass on what there is of the output; return whether there was any."""
+        try:
+            data = os.read(fd, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EIO:  # how a terminal says that its last user has gone
+                raise
+            data = b""
+        if not data:
+            self._close_output(fd)
+            return False
+        if self._outputs[fd]:
+            self._channel.write_error(data, deadline)
+        else:
+            self._channel.write(data, deadline)
+        return True
+
+    def _close_output(self, fd: int) -> None:
+        if fd in self._outputs:
+            del self._outputs[fd]
+            if fd != self._input:
+                os.close(fd)
+
+    def _drain(self, soon: Deadline) -> None:
+        """Pass on what the program wrote before it ended."""
+        try:
+            for fd in list(self._outputs):
+                while fd in self._outputs and self._carry(fd, soon):
+                    continue
+        except CallError as error:
+            if error.code != "timeout":
+                raise
+
+    def _reap(self) -> None:
+        _, status = os.waitpid(self._pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        self._status = code if code >= 0 else 128 - code
+
+    def _end(self) -> None:
+        """Kill what is left of the session, and reap the child."""
+        if self._status is None:
+            for number in (signal.SIGHUP, signal.SIGCONT):
+                _kill_group(self._pid, number)
+        with Deadline(_KILL_SECONDS) as deadline:
+            try:
+                while self._kill_session():
+                    deadline.wait((), "kill the shell's session", at_most=0.02)
+                if self._status is None:
+                    deadline.wait((self._pid_fd,), "reap the shell")
+                    self._reap()
+            except CallError as error:
+                log.error("processes of a shell do not die", pid=self._pid, error=str(error))
+
+    def _kill_session(self) -> bool:
+        members = session_members(self._pid)
+        for pid in members:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        return bool(members)
+
+    def _environment(self) -> dict[str, str]:
+        term = self._channel.hello.term or "dumb"
+        return {"PATH": _PATH, "HOME": "/", "TERM": term, "PS1": "guest# ", "LANG": "C.UTF-8"}
+
+    def _execute(
+        self, arguments: tuple[str, ...], actions: list[tuple[int, int, int] | tuple[object, ...]]
+    ) -> int:
+        return os.posix_spawn(
+            arguments[0],
+            arguments,
+            self._environment(),
+            file_actions=actions,
+            setsid=True,
+            setsigmask=(),
+            setsigdef=set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP},
+        )
+
+
+class _Terminal(_Child):
+    """On a pseudo-terminal of the size of the peer's."""
+
+    def _spawn(self, arguments: tuple[str, ...]) -> int:
+        master, slave = os.openpty()
+        try:
+            os.set_blocking(master, False)
+            self._input = master
+            self._outputs[master] = False
+            self.resize(self._channel.size)
+            # opened by the leader of a session without a terminal, it becomes the session's
+            first = (os.POSIX_SPAWN_OPEN, 0, os.ttyname(slave), os.O_RDWR, 0)
+            rest = [(os.POSIX_SPAWN_DUP2, 0, fd) for fd in (1, 2)]
+            return self._execute(arguments, [first, *rest])
+        except BaseException:
+            os.close(master)
+            raise
+        finally:
+            os.close(slave)
+
+    def resize(self, size: Size) -> None:
+        window = struct.pack("4H", size.rows, size.columns, 0, 0)
+        fcntl.ioctl(self._input, termios.TIOCSWINSZ, window)
+
+    def send_signal(self, name: str) -> None:
+        try:
+            foreground = os.tcgetpgrp(self._input)
+        except OSError:
+            foreground = 0
+        _kill_group(foreground or self._pid, signal.Signals[f"SIG{name}"])
+
+    def _end_input(self) -> None:
+        self._to_write += b"\x04"  # what a terminal takes for the end
+
+
+class _Pipes(_Child):
+    """On three pipes, for bytes as they are."""
+
+    def _spawn(self, arguments: tuple[str, ...]) -> int:
+        pipes = [os.pipe() for _ in range(3)]
+        (input_there, self._input), (output, output_there), (errors, errors_there) = pipes
+        self._outputs = {output: False, errors: True}
+        try:
+            for fd in (self._input, output, errors):
+                os.set_blocking(fd, False)
+            there = (input_there, output_there, errors_there)
+            actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(there)]
+            return self._execute(arguments, [*actions])
+        except BaseException:
+            for fd in (self._input, output, errors):
+                os.close(fd)
+            raise
+        finally:
+            for fd in (input_there, output_there, errors_there):
+                os.close(fd)
+
+    def send_signal(self, name: str) -> None:
+        _kill_group(self._pid, signal.Signals[f"SIG{name}"])
+
+    def _end_input(self) -> None:
+        os.close(self._input)
+        self._input = -1
+
+
+def _kill_group(group: int, number: int) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,278 @@
+"""Holding the books against the kernel while the agent runs: what no request accounts for.
+
+What recovery does once at the start, for a person who asks in between. Requests go on meanwhile:
+whatever looks unaccounted for is looked at again under the lock of its id, so that what a request
+is just making, or taking away, is left to it.
+"""
+
+from guestagent.engine.inventory import LiveLayer
+from guestagent.engine.journal import WHOLE, LayerEntry, OverlayEntry
+from guestagent.engine.layers import Layers
+from guestagent.engine.operation import Operation
+from guestagent.engine.overlays import Overlays
+from guestagent.engine.recovery import (
+    UUID_PREFIX,
+    KernelView,
+    layer_is_there,
+    overlay_is_there,
+    undo_layer,
+    undo_orphan,
+    undo_overlay,
+)
+from guestagent.engine.state import EngineState
+from vsock.errors import CallError
+from vsock.record import Record
+
+__all__ = ("Finding", "Outcome", "Reconciliation")
+
+#: A request that holds an id for longer accounts for it by that.
+_LOCK_SECONDS = 2.0
+_READS = 3
+
+
+class Finding(Record):
+    """Something that the books and the kernel do not agree on.
+
+    ``kind`` is ``dm device``, ``layer``, ``overlay`` or ``journal``; ``owner`` is whose lock guards
+    it. ``action`` says how it is undone, empty where nothing can be done about it.
+    """
+
+    kind: str
+    name: str
+    owner: tuple[str, ...]
+    problem: str
+    action: str
+
+
+class Outcome(Record):
+    """What became of a finding: ``undone``, ``left`` or ``failed``, and why."""
+
+    finding: Finding
+    result: str
+    detail: str = ""
+
+
+class _Books(Record):
+    """One look at the journal, the inventory and the kernel."""
+
+    kernel: KernelView
+    layer_entries: dict[str, LayerEntry]
+    overlay_entries: dict[str, OverlayEntry]
+    uuids: dict[str, str]
+
+
+class Reconciliation:
+    """``look`` changes nothing; ``settle`` undoes one finding."""
+
+    def __init__(self, state: EngineState, layers: Layers, overlays: Overlays) -> None:
+        self._state = state
+        self._layers = layers
+        self._overlays = overlays
+
+    def look(self, op: Operation) -> tuple[Finding, ...]:
+        """Return what nothing accounts for.
+
+        Raises:
+            CallError: ``cancelled``; ``mount`` or ``device``, the kernel could not be asked.
+        """
+        with op.step("look", "journal, inventory, kernel"):
+            suspects = self._scan()
+        return tuple(finding for finding in suspects if self._confirm(finding, op) is None)
+
+    def settle(self, finding: Finding, op: Operation) -> Outcome:
+        """Undo a finding, if it still holds."""
+        if not finding.action:
+            return Outcome(finding=finding, result="left", detail="nothing can be done about it")
+        try:
+            detail = self._undo(finding, op)
+        except (OSError, CallError) as error:
+            return Outcome(finding=finding, result="failed", detail=str(error))
+        if detail is not None:
+            return Outcome(finding=finding, result="left", detail=detail)
+        self._state.inventory.settle_problem(f"{finding.kind} {finding.name}")
+        return Outcome(finding=finding, result="undone")
+
+    # --- looking
+
+    def _read(self) -> _Books:
+        kernel = KernelView.look(self._state)
+        layers, overlays = self._read_journal()
+        return _Books(
+            kernel=kernel,
+            layer_entries={entry.live.spec.layer_id: entry for entry in layers},
+            overlay_entries={entry.live.spec.overlay_id: entry for entry in overlays},
+            uuids={name: uuid for name, (_, uuid) in kernel.devices.items()},
+        )
+
+    def _read_journal(self) -> tuple[tuple[LayerEntry, ...], tuple[OverlayEntry, ...]]:
+        """Read all entries; one may vanish between its listing and its reading."""
+        for attempt in range(_READS):
+            try:
+                return self._state.journal.read_layers(), self._state.journal.read_overlays()
+            except FileNotFoundError:
+                if attempt == _READS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _scan(self) -> tuple[Finding, ...]:
+        books = self._read()
+        return (
+            *self._orphan_devices(books),
+            *self._layer_findings(books),
+            *self._overlay_findings(books),
+            *(
+                Finding(
+                    kind="journal",
+                    name=path,
+                    owner=(),
+                    problem="could not be read and was put aside",
+                    action="",
+                )
+                for path in self._state.journal.damaged()
+            ),
+        )
+
+    def _orphan_devices(self, books: _Books) -> list[Finding]:
+        live = self._state.inventory.layers()
+        owned = {name for layer in live for name in layer.plan.dm_names}
+        # of one in the journal the entry is the finding, and takes its devices with it
+        owned |= {
+            name
+            for layer_id, entry in books.layer_entries.items()
+            if self._state.inventory.layer(layer_id) is None
+            for name, _ in books.kernel.own_devices(entry.live.plan)
+        }
+        # verity devices first, as they stand on the linear ones
+        orphans = sorted(
+            ((uuid, name) for name, uuid in books.uuids.items() if uuid.startswith(UUID_PREFIX)),
+            reverse=True,
+        )
+        return [
+            Finding(
+                kind="dm device",
+                name=name,
+                owner=("layer", uuid.split("-", 2)[-1]),
+                problem="is the agent's and belongs to no layer",
+                action="unmount what is on it and remove it",
+            )
+            for uuid, name in orphans
+            if name not in owned
+        ]
+
+    def _layer_findings(self, books: _Books) -> list[Finding]:
+        inventory = self._state.inventory
+        found = []
+        for layer_id, entry in books.layer_entries.items():
+            if inventory.layer(layer_id) is None:
+                problem = f"is in the journal ({entry.state}) and not in the inventory"
+                found.append(_finding("layer", layer_id, problem, "take down what there is of it"))
+        for live in inventory.layers():
+            layer_id = live.spec.layer_id
+            if not layer_is_there(books.kernel, live):
+                problem = f"is not whole in the kernel (at {live.spec.mount_point})"
+                found.append(_finding("layer", layer_id, problem, "unmount it by force"))
+            elif layer_id not in books.layer_entries:
+                problem = "is mounted and not in the journal"
+                found.append(_finding("layer", layer_id, problem, "write its journal entry"))
+        return found
+
+    def _overlay_findings(self, books: _Books) -> list[Finding]:
+        inventory = self._state.inventory
+        found = []
+        for overlay_id, entry in books.overlay_entries.items():
+            if inventory.overlay(overlay_id) is None:
+                problem = f"is in the journal ({entry.state}) and not in the inventory"
+                action = "take down what there is of it"
+                found.append(_finding("overlay", overlay_id, problem, action))
+        for live in inventory.overlays():
+            overlay_id = live.spec.overlay_id
+            if not overlay_is_there(books.kernel, live):
+                problem = f"is not whole in the kernel (at {live.spec.mount_point})"
+                found.append(_finding("overlay", overlay_id, problem, "unmount it by force"))
+            elif overlay_id not in books.overlay_entries:
+                problem = "is mounted and not in the journal"
+                found.append(_finding("overlay", overlay_id, problem, "write its journal entry"))
+        return found
+
+    def _confirm(self, finding: Finding, op: Operation) -> str | None:
+        """Look again while no request has the id; return why it is none after all."""
+        if not finding.owner:
+            return None
+        try:
+            with op.deadline.part(_LOCK_SECONDS) as limit:
+                kind, name = finding.owner
+                with self._state.locks.hold([(kind, name)], limit):
+                    return None if finding in self._scan() else "it is in order now"
+        except CallError as error:
+            if error.code != "timeout" or op.deadline.expired:
+                raise
+            return "a request is at it"
+
+    # --- undoing
+
+    def _undo(self, finding: Finding, op: Operation) -> str | None:
+        """Do it; return why it was left."""
+        if finding.action == "unmount it by force":
+            return self._unmount(finding, op)
+        with op.deadline.part(_LOCK_SECONDS) as limit:
+            kind, name = finding.owner
+            with self._state.locks.hold([(kind, name)], limit):
+                if finding not in self._scan():
+                    return "it is in order now"
+                self._undo_locked(finding, self._read())
+        return None
+
+    def _unmount(self, finding: Finding, op: Operation) -> str | None:
+        left = self._confirm(finding, op)
+        if left is not None:
+            return left
+        parts = self._layers if finding.kind == "layer" else self._overlays
+        parts.unmount(finding.name, op, force=True)
+        return None
+
+    def _undo_locked(self, finding: Finding, books: _Books) -> None:
+        name = finding.name
+        if finding.kind == "dm device":
+            undo_orphan(self._state, name, books.kernel.devices[name][0])
+        elif finding.kind == "layer":
+            self._settle_layer(name, books)
+        else:
+            self._settle_overlay(name, books)
+
+    def _settle_layer(self, layer_id: str, books: _Books) -> None:
+        live = self._state.inventory.layer(layer_id)
+        if live is not None:
+            self._state.journal.write_layer(live, WHOLE)
+            return
+        gone = books.layer_entries[layer_id].live
+        if self._is_taken(gone.spec.mount_point):
+            self._forget_layer(gone, books.kernel)
+        else:
+            undo_layer(self._state, books.kernel, gone)
+
+    def _forget_layer(self, gone: LiveLayer, kernel: KernelView) -> None:
+        """Undo a layer whose mount point is another's by now, which is to stay."""
+        for name, dev in kernel.own_devices(gone.plan):
+            undo_orphan(self._state, name, dev)
+        self._state.journal.remove("layer", gone.spec.layer_id)
+
+    def _settle_overlay(self, overlay_id: str, books: _Books) -> None:
+        live = self._state.inventory.overlay(overlay_id)
+        if live is not None:
+            self._state.journal.write_overlay(live, WHOLE)
+            return
+        gone = books.overlay_entries[overlay_id].live
+        if self._is_taken(gone.spec.mount_point):
+            self._state.journal.remove("overlay", overlay_id)
+        else:
+            undo_overlay(self._state, books.kernel, gone)
+
+    def _is_taken(self, target: str) -> bool:
+        inventory = self._state.inventory
+        targets = {live.spec.mount_point for live in inventory.layers()}
+        targets |= {live.spec.mount_point for live in inventory.overlays()}
+        return target in targets
+
+
+def _finding(kind: str, name: str, problem: str, action: str) -> Finding:
+    return Finding(kind=kind, name=name, owner=(kind, name), problem=problem, action=action)
