@@ -10,7 +10,7 @@ from guestagent.engine.state import EngineState
 from guestagent.engine.takedown import (
     busy,
     nothing_to_unmount,
-    refuse_shared_device,
+    refuse_shared_devices,
     remove_devices,
     remove_directories,
     undo_deadline,
@@ -143,7 +143,7 @@ class Layers:
         names = live.plan.dm_names
         if names:
             with op.step("look", target):
-                refuse_shared_device(self._state, names[0], target, op)
+                refuse_shared_devices(self._state, names, target, op)
         was_mounted = unmount_target(target, op, dev=live.dev)
         if was_mounted and not force:
             op.undo_by(f"unmount of {target}", lambda: self._restore(live))

@@ -18,7 +18,7 @@ __all__ = (
     "busy",
     "claim_directories",
     "nothing_to_unmount",
-    "refuse_shared_device",
+    "refuse_shared_devices",
     "remove_devices",
     "remove_directories",
     "undo_deadline",
@@ -74,18 +74,21 @@ def _foreign(mount: Mount, dev: str) -> CallError:
     )
 
 
-def refuse_shared_device(state: EngineState, name: str, target: str, op: Operation) -> None:
-    """See, before anything is unmounted, that the device ``name`` will go with its mount.
+def refuse_shared_devices(
+    state: EngineState, names: tuple[str, ...], target: str, op: Operation
+) -> None:
+    """See, before anything is unmounted, that the devices (topmost first) will go with the mount.
 
     Raises:
-        CallError: ``busy``, it has other users than the mount at ``target``; they are named.
+        CallError: ``busy``, one has other users than what is right above it; they are named.
     """
-    info = state.control.find(name=name)
-    if info is None:
-        return
-    others = info.open_count > 1 or any(m.target != target for m in mounts_of_dev(info.dev))
-    if others:
-        raise busy(target, info.dev, op)
+    for number, name in enumerate(names):
+        info = state.control.find(name=name)
+        if info is None:
+            continue
+        elsewhere = number == 0 and any(m.target != target for m in mounts_of_dev(info.dev))
+        if info.open_count > 1 or elsewhere:
+            raise busy(target, info.dev, op)
 
 
 def busy(target: str, dev: str, op: Operation, more: tuple[Holder, ...] = ()) -> CallError:

@@ -1,4 +1,4 @@
-"""Events: numbered without gaps across lives, kept within bounds, never waiting for a subscriber."""
+"""Events: numbered without gaps across lives, kept within bounds, never waiting for anybody."""
 
 import threading
 
