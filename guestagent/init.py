@@ -12,12 +12,15 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import guestagent.agent as agent
 from guestagent.boot.plan import BootPlan
 from guestagent.boot.root import enter_root, mount_root
 from guestagent.boot.switch import exec_init
 from guestagent.config import Config, Problem, parse_command_line, read_settings
+from guestagent.observe.crashes import note_death
+from guestagent.observe.sinks import open_sinks
 from guestagent.storage import syscalls
 from guestagent.supervisor import SIGNALS, Life, start, supervise
 from vsock.errors import CallError
@@ -58,10 +61,13 @@ def _boot_and_supervise() -> str:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     _mount_api_filesystems()
     _open_console()
-    log.add_sink(fd_sink(2), replay=True)
     steps["api_filesystems_ms"] = _ms_since(begin)
-    config, problems = _configuration()
-    log.set_level(config.log)
+    try:
+        config, problems = _configuration()
+    except OSError:  # nobody can say where the log goes: to the console
+        log.add_sink(fd_sink(2), replay=True)
+        raise
+    open_sinks(config, is_machine=True)
     begin = time.perf_counter()
     problems += _load_modules(config.modules)
     steps["modules_ms"] = _ms_since(begin)
@@ -86,7 +92,8 @@ def _boot_and_supervise() -> str:
         plan = None
     if plan is not None:
         _become_init(plan, config, problems, boot)
-    return supervise(_life_of(config, problems, boot))
+    on_death = partial(note_death, config.state_directory)
+    return supervise(_life_of(config, problems, boot), on_death)
 
 
 def _become_init(
@@ -141,9 +148,10 @@ def _configuration() -> tuple[Config, tuple[Problem, ...]]:
 def _load_modules(extra: tuple[str, ...]) -> tuple[Problem, ...]:
     """Load the modules that the initramfs lists, in its order, then those asked for by path."""
     problems: list[Problem] = []
+    parameters = _module_parameters()
     for path in (*_module_list(), *extra):
         try:
-            _load_module(path)
+            _load_module(path, parameters.get(_module_name(path), ""))
         except OSError as error:
             text = f"module {path}: {error.strerror or error}"
             problems.append(Problem(key="modules", text=text, fatal=False))
@@ -158,10 +166,28 @@ def _module_list() -> tuple[str, ...]:
         return ()
 
 
-def _load_module(path: str) -> None:
+def _module_parameters() -> dict[str, str]:
+    """Return what the kernel's command line says for each module, as MODULE.NAME=VALUE: the kernel
+    heeds that for what is built in and leaves the rest to whoever loads modules."""
+    with open("/proc/cmdline", encoding="utf-8", errors="replace") as stream:
+        words = stream.read().split()
+    found: dict[str, str] = {}
+    for word in words:
+        module, dot, parameter = word.partition(".")
+        if dot and parameter and "=" not in module:
+            name = module.replace("-", "_")
+            found[name] = f"{found.get(name, '')} {parameter}".lstrip()
+    return found
+
+
+def _module_name(path: str) -> str:
+    return path.rpartition("/")[2].partition(".ko")[0].replace("-", "_")
+
+
+def _load_module(path: str, parameters: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        syscalls.finit_module(fd, filename=path)
+        syscalls.finit_module(fd, parameters, filename=path)
     except FileExistsError:
         return
     finally:

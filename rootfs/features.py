@@ -44,7 +44,12 @@ FEATURES: Mapping[str, Feature] = {
     "console": Feature(
         summary="virtio serial ports and hvc0", modules=("virtio_pci", "virtio_console")
     ),
-    "signatures": Feature(summary="signed root digests", packages=("cryptography",)),
+    "signatures": Feature(
+        # the kernel checks them; what is not built in must be loaded before it is asked for
+        summary="root digests that the kernel checks by signature",
+        modules=("crypto-sha256",),
+        optional_modules=("crypto-rsa", "crypto-ecdsa-nist-p256", "crypto-sha512"),
+    ),
     "netlink": Feature(summary="uevents and addresses", packages=("pyroute2",)),
     "retries": Feature(summary="bounded retries", packages=("tenacity",)),
 }

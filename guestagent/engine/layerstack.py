@@ -279,4 +279,14 @@ def _signature(live: LiveLayer) -> Iterator[None]:
         yield
         return
     with signature_key(signature_description(live.spec.layer_id), verity.signature):
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EBADMSG:
+                raise
+            raise CallError(
+                "denied",
+                f"the signature of layer {live.spec.layer_id!r} is no PKCS#7 that the kernel reads",
+                errno=error.errno,
+                object="params.verity.signature",
+            ) from error

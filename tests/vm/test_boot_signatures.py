@@ -1,0 +1,114 @@
+"""Signed root digests: what the kernel says to them, with and without the key among its trusted."""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from trustbed import Signer, kernel_trusting
+
+from guestagent.api import LayerSpec, PmemDevice, Verity
+from guestagent.client import GuestAgent
+from rootfs.images import ImageResult, build_image
+from rootfs.initramfs import InitramfsSpec, build_initramfs
+from rootfs.kernel import Kernel
+from rootfs.pkcs7 import sign_root_digest, verify_root_digest
+from rootfs.qemu import Machine, MachineSpec, PmemSpec
+from vsock.deadline import Deadline
+from vsock.errors import CallError, errno_name
+
+CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"
+FEATURES = ("pmem", "verity", "erofs", "vsock", "signatures")
+DEVICE_BYTES = 2 << 20
+
+
+class Bed:
+    """A layer on /dev/pmem0, whose digest is signed, and a machine with some kernel."""
+
+    def __init__(self, directory: Path, kernel: Kernel) -> None:
+        tree = directory / "tree"
+        tree.mkdir()
+        (tree / "who").write_text("signed")
+        self._kernel = kernel
+        self.built: ImageResult = build_image(tree, directory / "layer.erofs", verity=True)
+        with open(self.built.path, "r+b") as file:
+            file.truncate(DEVICE_BYTES)
+        self.signer, self.stranger = Signer("layers"), Signer("a stranger")
+        self.root_digest = self._verity().root_digest
+        initramfs = InitramfsSpec(kernel=kernel, features=FEATURES)
+        self._initrd = build_initramfs(initramfs, cache_dir=CACHE_DIR).path
+
+    def _verity(self) -> Verity:
+        assert self.built.verity is not None
+        return Verity(root_digest=self.built.verity.root_digest)
+
+    def signature(self, signer: Signer, root_digest: bytes | None = None) -> bytes:
+        digest = root_digest or self.root_digest
+        signature = sign_root_digest(digest, signer.certificate, signer.key)
+        verify_root_digest(digest, signature, signer.certificate)
+        return signature
+
+    def spec(self, signature: bytes | None) -> LayerSpec:
+        return LayerSpec(
+            layer_id="signed",
+            device=PmemDevice(number=0),
+            filesystem="erofs",
+            verity=self._verity().replace(signature=signature),
+        )
+
+    @contextmanager
+    def guest(self, kernel_image: Path, *settings: str) -> Iterator[GuestAgent]:
+        spec = MachineSpec(
+            kernel=kernel_image,
+            initrd=self._initrd,
+            memory_mib=512,
+            pmem=(PmemSpec(path=self.built.path),),
+            cmdline=" ".join(settings),
+            accel="tcg",
+        )
+        with Machine(spec, cache_dir=CACHE_DIR) as machine:
+            with GuestAgent(machine.agent_address(), connect_seconds=90) as guest:
+                yield guest
+                assert guest.dm_list().devices == ()
+                guest.shutdown("poweroff")
+            with closing(Deadline(30)) as deadline:
+                assert machine.wait(deadline) == 0
+
+    def refused(self, guest: GuestAgent, signature: bytes | None) -> str | None:
+        """Return the errno with which the layer is denied."""
+        with pytest.raises(CallError) as caught:
+            guest.layer_mount(self.spec(signature))
+        assert caught.value.code == "denied", caught.value
+        assert caught.value.step == "verity"
+        assert guest.layer_list() == ()
+        return errno_name(caught.value.errno)
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory: pytest.TempPathFactory, kernel: Kernel) -> Bed:
+    return Bed(tmp_path_factory.mktemp("signatures"), kernel)
+
+
+def test_a_kernel_that_has_not_the_key_denies(bed: Bed, kernel: Kernel) -> None:
+    with bed.guest(kernel.image) as guest:
+        assert bed.refused(guest, bed.signature(bed.signer)) == "ENOKEY"
+        report = guest.layer_mount(bed.spec(None))  # without a signature nothing is asked
+        assert report.verity is not None
+        assert not report.verity.signed
+        guest.layer_unmount("signed")
+
+
+def test_a_kernel_that_has_the_key_decides(bed: Bed, kernel: Kernel, tmp_path: Path) -> None:
+    image = kernel_trusting(kernel.image, bed.signer, tmp_path / "vmlinux")
+    with bed.guest(image, "dm_verity.require_signatures=1") as guest:
+        report = guest.layer_mount(bed.spec(bed.signature(bed.signer)))
+        assert report.verity is not None
+        assert (report.verity.signed, report.verity.status) == (True, "V")
+        assert "root_hash_sig_key_desc guestagent-signature-signed" in report.dm[0].table
+        assert guest.fs_checksums(layer_id="signed")
+        guest.layer_unmount("signed")
+        assert bed.refused(guest, bed.signature(bed.stranger)) == "ENOKEY"
+        assert bed.refused(guest, bed.signature(bed.signer, bytes(32))) == "EKEYREJECTED"
+        # the rule of the kernel, which its command line set for a module that init loads
+        assert bed.refused(guest, None) == "ENOKEY"
+        assert bed.refused(guest, b"no PKCS#7 at all") == "EBADMSG"
