@@ -22,10 +22,14 @@ or died.
 """
 
 
+#: A terminal that is closed sends SIGHUP.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(argv)
-    former = signal.signal(signal.SIGTERM, _stop)
+    former = {signum: signal.signal(signum, _stop) for signum in _STOP_SIGNALS}
     try:
         spec = _spec(options)
         return run_spec(spec, stdout=1, stderr=2).returncode
@@ -41,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -33,10 +33,14 @@ _FAILURES = (
 )  # fmt: skip
 
 
+#: A terminal that is closed sends SIGHUP.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(argv)
-    former = signal.signal(signal.SIGTERM, _stop)
+    former = {signum: signal.signal(signum, _stop) for signum in _STOP_SIGNALS}
     try:
         return _run(options)
     except _FAILURES as problem:
@@ -45,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -192,7 +192,7 @@ def test_the_guest_ends_when_its_host_process_is_killed(tmp_path: Path) -> None:
     wait_until_gone(tmp_path)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_command_line_cleanly(signum: int, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [SCRIPT, "sh", "-c", "echo up; sleep 1000"],
