@@ -12,7 +12,7 @@ import sys
 from guestagent import __version__, agent
 from guestagent.config import KEYS, read_settings
 from guestagent.init import main as init_main
-from vsock.log import fd_sink, log
+from guestagent.observe.sinks import open_sinks
 
 __all__ = ("main",)
 
@@ -40,8 +40,7 @@ def _main(arguments: list[str]) -> int:
             _print(f"guestagent: {problem.text.removeprefix('guestagent.')}", 2)
         _print("guestagent: `guestagent --help` lists the settings", 2)
         return _USAGE_STATUS
-    log.set_level(config.log)
-    log.add_sink(fd_sink(2), replay=True)
+    open_sinks(config, is_machine=False)
     try:
         return agent.run(config, boot={"pid1": False})
     except OSError as error:

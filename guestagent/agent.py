@@ -9,11 +9,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from guestagent.config import Config, Problem
 from guestagent.engine.engine import Engine
 from guestagent.engine.faults import Faults
 from guestagent.engine.state import Rules
+from guestagent.observe.crashes import CrashReports
+from guestagent.observe.leftovers import left_behind
+from guestagent.observe.observers import Observers
 from guestagent.service import QUICK_METHODS, Service
 from vsock.address import parse_address
 from vsock.deadline import Deadline
@@ -50,15 +54,34 @@ def run(
 ) -> int:
     """Serve until shutdown or SIGTERM; return the exit status, which says how to go on.
 
-    ``on_ready`` is called once, when whoever connects is served.
+    ``on_ready`` is called once, when whoever connects is served. A life that does not get so far
+    as to return is reported by itself, if it can, or by the next one in the same state directory.
     """
+    directory = config.state_directory
+    left = partial(left_behind, directory)
+    with CrashReports(directory, restarts=restarts, left=left) as crashes:
+        return _live(config, crashes, problems, boot, restarts, on_ready)
+
+
+def _live(
+    config: Config,
+    crashes: CrashReports,
+    problems: tuple[Problem, ...],
+    boot: dict[str, object] | None,
+    restarts: int,
+    on_ready: Callable[[], None] | None,
+) -> int:
     begin = time.perf_counter()
     engine = Engine(
         state_directory=config.state_directory,
         rules=Rules(target_root=config.target_root, require_verity=config.require_verity),
         faults=Faults.parse(config.fault),
     )
+    observers = Observers(crashes)
     try:
+        observers.watch(engine)
+        boot_id = str((boot or {}).get("boot_id", ""))
+        observers.ship_log(config.log_dial, level=config.log, boot_id=boot_id)
         recovered = engine.start()
         life = _Life(is_machine=bool((boot or {}).get("pid1")))
         boot = {
@@ -77,6 +100,7 @@ def run(
             restarts=restarts,
             deadline_seconds=config.deadline_seconds,
             on_shutdown=life.end,
+            observers=observers,
         )
         server = Server(service.handle, quick=QUICK_METHODS, report=_report)
         service.attach(server)
@@ -97,6 +121,7 @@ def run(
         if life.mode != "exit":
             _leave_nothing(engine)
     finally:
+        observers.close()
         engine.close()
     return _STATUS_OF_MODE[life.mode]
 

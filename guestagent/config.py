@@ -8,7 +8,7 @@ unless the setting guards security, where a boot must not go on by guessing.
 from collections.abc import Callable, Mapping
 
 from guestagent.api import AGENT_PORT, TARGET_ROOT
-from vsock.log import LEVELS
+from vsock.log import FORMATS, LEVELS
 from vsock.record import Record
 
 TYPE_CHECKING = False
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ("KEYS", "Config", "Key", "Problem", "parse_command_line", "read_settings")
 
 PREFIX = "guestagent."
+_SINKS = ("console", "kmsg")
 
 
 class Config(Record):
@@ -28,6 +29,9 @@ class Config(Record):
     console: tuple[str, ...] = ()
     console_shell: bool = False
     log: str = "info"
+    log_format: str = "text"
+    log_to: tuple[str, ...] = ("console",)
+    log_dial: tuple[str, ...] = ()
     target_root: str = TARGET_ROOT
     state_directory: str = "/run/guestagent"
     require_verity: bool = False
@@ -114,6 +118,13 @@ def _level(text: str) -> str:
     return text
 
 
+def _sinks(text: str) -> tuple[str, ...]:
+    for word in _words(text):
+        if word not in _SINKS:
+            raise ValueError(f"expected some of {', '.join(_SINKS)}, got {word!r}")
+    return _words(text)
+
+
 def _directory(text: str) -> str:
     if not text.startswith("/") or "//" in text or "/.." in text or len(text) > 1024:
         raise ValueError(f"expected a plain absolute path, got {text!r}")
@@ -186,6 +197,24 @@ KEYS: tuple[Key, ...] = (
         guards_security=True,
     ),
     Key(name="log", field="log", read=_level, summary="least level that is printed"),
+    Key(
+        name="log_format",
+        field="log_format",
+        read=_choice(*FORMATS),
+        summary="how lines are printed: text (key=value) or json",
+    ),
+    Key(
+        name="log_to",
+        field="log_to",
+        read=_sinks,
+        summary="where lines are printed: console, kmsg (the kernel's log), both, or nowhere",
+    ),
+    Key(
+        name="log_dial",
+        field="log_dial",
+        read=_peers,
+        summary="addresses (or CID:PORT) of hosts that are sent the log as JSON, when they listen",
+    ),
     Key(
         name="target_root",
         field="target_root",

@@ -8,7 +8,7 @@ traceback here in the guest and leaves as ``internal`` without it.
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from guestagent import __version__
 from guestagent.api import (
@@ -49,6 +49,8 @@ from guestagent.config import Problem
 from guestagent.engine.engine import Engine
 from guestagent.engine.operation import Operation
 from guestagent.engine.subscribers import Subscribers
+from guestagent.observe.collector import Sample, one
+from guestagent.observe.observers import OBSERVE_METHODS, Observers
 from vsock.errors import CallError
 from vsock.log import log
 from vsock.record import Record
@@ -81,6 +83,7 @@ class Service:
         restarts: int = 0,
         deadline_seconds: float,
         on_shutdown: Callable[[str], None],
+        observers: Observers | None = None,
     ) -> None:
         self._engine = engine
         self._boot = boot
@@ -93,6 +96,8 @@ class Service:
         self._subscribers = Subscribers(engine.events)
         self._loading = threading.Lock()
         self._inspect: InspectService | None = None
+        self._observers = observers or Observers()
+        self._observers.collector.add(self._samples)
         self._functions = self._function_table()
 
     def attach(self, server: Server) -> None:
@@ -101,6 +106,12 @@ class Service:
 
     def handle(self, call: Call) -> Outcome:
         """Answer one call; never raises."""
+        begin = time.perf_counter()
+        outcome = self._outcome(call)
+        self._observers.answered(call.method, outcome.error, time.perf_counter() - begin)
+        return outcome
+
+    def _outcome(self, call: Call) -> Outcome:
         try:
             return Outcome(error=None, result=self._answer(call).to_wire())
         except CallError as error:
@@ -140,11 +151,15 @@ class Service:
         request = method.request.from_wire(call.params)
         if call.deadline.remaining() is None:
             call.deadline.limit(self._deadline_seconds)
+        if method.quick:
+            return self._functions[call.method](request, call)
         begin = time.perf_counter()
-        reply = self._functions[call.method](request, call)
-        if not method.quick:
-            spent_ms = (time.perf_counter() - begin) * 1000
-            log.info("request done", method=call.method, ms=spent_ms, **_trace(call))
+        with self._observers.request(call):
+            reply = self._functions[call.method](request, call)
+        spent_ms = (time.perf_counter() - begin) * 1000
+        # who looks at the agent every few seconds is no news
+        write = log.debug if call.method.startswith("agent.") else log.info
+        write("request done", method=call.method, ms=spent_ms, **_trace(call))
         return reply
 
     def _operation(self, call: Call) -> Operation:
@@ -155,7 +170,10 @@ class Service:
         table: dict[str, Function] = {}
         for name in METHODS:
             is_look = name.startswith("fs.") or name == "agent.more"
-            table[name] = self._look if is_look else getattr(self, "_" + name.replace(".", "_"))
+            if name in OBSERVE_METHODS:
+                table[name] = self._observers.functions[name]
+            else:
+                table[name] = self._look if is_look else getattr(self, "_" + name.replace(".", "_"))
         return table
 
     def _look(self, request: Record, call: Call) -> Record:
@@ -193,7 +211,7 @@ class Service:
 
     def status(self) -> StatusReply:
         """Say how the agent is."""
-        problems = (*self._problems, *self._engine.problems())
+        problems = (*self._problems, *self._engine.problems(), *self._observers.problems())
         counts = self._engine.counts()
         server = self._server
         return StatusReply(
@@ -284,6 +302,18 @@ class Service:
     def _dm_status(self, request: DmName, _call: Call) -> DmStatusReply:
         device, lines = self._engine.dm.status(request.name)
         return DmStatusReply(name=request.name, device=device, lines=lines)
+
+
+    # --- metrics
+
+    def _samples(self) -> "Mapping[str, Iterable[Sample]]":
+        server = self._server
+        return {
+            "guestagent_restarts_total": one(self._restarts),
+            "guestagent_requests_in_flight": one(server.requests_in_flight if server else 0),
+            "guestagent_connections": one(server.connection_count if server else 0),
+            "guestagent_events_dropped_total": one(self._subscribers.dropped),
+        }
 
 
 def _trace(call: Call) -> dict[str, str]:

@@ -31,15 +31,18 @@ _END_SECONDS = 25.0
 Life = Callable[[int, Callable[[], None]], int]
 
 
-def supervise(life: Life) -> str:
-    """Run one life after the other until one, or a signal, says how to end; returns the mode."""
+def supervise(life: Life, on_death: Callable[[int, int], None] | None = None) -> str:
+    """Run one life after the other until one, or a signal, says how to end; returns the mode.
+
+    ``on_death`` is told the pid and the exit status (negative: the signal) of each life that ends.
+    """
     restarts = 0
     short_lives = 0
     while True:
         began = time.monotonic()
         child, ready_fd = start(life, restarts)
         try:
-            mode = _wait_for(child)
+            mode = _wait_for(child, on_death)
             if mode is not None:
                 return mode
             served = os.read(ready_fd, 1) != b""
@@ -80,7 +83,7 @@ def _tell(fd: int) -> None:
         os.write(fd, b"1")
 
 
-def _wait_for(child: int) -> str | None:
+def _wait_for(child: int, on_death: Callable[[int, int], None] | None) -> str | None:
     """Reap until ``child`` ends or a signal ends the machine; None asks for another child."""
     while True:
         got = signal.sigwaitinfo(SIGNALS)
@@ -91,6 +94,8 @@ def _wait_for(child: int) -> str | None:
         ended = _reap(child)
         if ended is not None:
             log.info("the agent ended", status=ended)
+            if on_death is not None:
+                on_death(child, ended)
             return agent.MODES.get(ended)
 
 

@@ -1,22 +1,37 @@
-"""A structured log that costs nothing to import: lines of key=value, kept in a ring, sent to sinks.
+"""A structured log that costs nothing to import: lines with fields, kept in a ring, sent to sinks.
 
 The stdlib's logging takes 15 ms to import and knows no fields. Here a line is a value: sinks get
 it whole and render it as they like, and the last lines are kept from the first moment of boot for
 whoever asks later. Writing a line never raises and never blocks on a lock held by a slow sink for
 longer than that sink's own write.
+
+What must stay secret does not get into a line: bytes are told by their length, and a field whose
+name says that it is a secret is not told at all.
 """
 
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from vsock.record import Record
 
-__all__ = ("LEVELS", "Line", "Log", "log", "render")
+__all__ = (
+    "FORMATS",
+    "LEVELS",
+    "Line",
+    "Log",
+    "fd_sink",
+    "field_text",
+    "json_object",
+    "log",
+    "render",
+    "render_json",
+)
 
 LEVELS = ("debug", "info", "warning", "error")
+SECRETS = frozenset(("passphrase", "password", "private_key", "secret", "signature", "token"))
 
 
 class Line(Record):
@@ -39,25 +54,39 @@ class Log:
     def __init__(self, *, capacity: int = 2000, level: str = "info") -> None:
         self._lock = threading.Lock()
         self._ring: deque[Line] = deque(maxlen=capacity)
-        self._sinks: list[Sink] = []
+        self._sinks: list[tuple[Sink, int | None]] = []
         self._number = 0
         self._threshold = LEVELS.index(level)
+        #: Lines of each level so far, kept or not.
+        self.counts = dict.fromkeys(LEVELS, 0)
+
+    @property
+    def number(self) -> int:
+        """The number of the last line, 0 before the first."""
+        return self._number
 
     def set_level(self, level: str) -> None:
         self._threshold = LEVELS.index(level)
 
-    def add_sink(self, sink: Sink, *, replay: bool = False) -> Callable[[], None]:
-        """Send lines to ``sink`` from now on, first the kept ones if asked; returns what stops it."""
+    def add_sink(
+        self, sink: Sink, *, replay: bool = False, level: str | None = None
+    ) -> Callable[[], None]:
+        """Send lines to ``sink`` from now on, first the kept ones if asked; returns what stops it.
+
+        It gets lines of ``level`` and above; without one, as the log is set.
+        """
+        entry = (sink, None if level is None else LEVELS.index(level))
         with self._lock:
-            self._sinks.append(sink)
+            self._sinks.append(entry)
             kept = tuple(self._ring) if replay else ()
         for line in kept:
-            sink(line)
+            if LEVELS.index(line.level) >= self._threshold_of(entry):
+                sink(line)
 
         def stop() -> None:
             with self._lock:
-                if sink in self._sinks:
-                    self._sinks.remove(sink)
+                if entry in self._sinks:
+                    self._sinks.remove(entry)
 
         return stop
 
@@ -65,6 +94,31 @@ class Log:
         """Return the last ``count`` lines, oldest first."""
         with self._lock:
             return tuple(self._ring)[-count:]
+
+    def since(self, number: int) -> tuple[tuple[Line, ...], int]:
+        """Return the lines after ``number`` that are kept, and how many are no longer."""
+        with self._lock:
+            first = self._ring[0].number if self._ring else self._number + 1
+            kept = tuple(self._ring)[max(0, number + 1 - first) :]
+        return kept, max(0, first - 1 - max(number, 0))
+
+    def restore(self, lines: Iterable[Line]) -> None:
+        """Take lines of an earlier life before those of this one, whose numbers go on from theirs.
+
+        What is in both (this life was forked from one that has them) is kept once.
+        """
+        old = tuple(lines)
+        if not old:
+            return
+        known = {(line.uptime_seconds, line.text) for line in old}
+        with self._lock:
+            own = [line for line in self._ring if (line.uptime_seconds, line.text) not in known]
+            self._number = old[-1].number
+            self._ring.clear()
+            self._ring.extend(old)
+            for line in own:
+                self._number += 1
+                self._ring.append(line.replace(number=self._number))
 
     def debug(self, text: str, **fields: object) -> None:
         self._write(0, text, fields)
@@ -78,9 +132,13 @@ class Log:
     def error(self, text: str, **fields: object) -> None:
         self._write(3, text, fields)
 
+    def _threshold_of(self, entry: tuple[Sink, int | None]) -> int:
+        return self._threshold if entry[1] is None else entry[1]
+
     def _write(self, level: int, text: str, fields: dict[str, object]) -> None:
         with self._lock:
             self._number += 1
+            self.counts[LEVELS[level]] += 1
             line = Line(
                 number=self._number,
                 uptime_seconds=round(time.clock_gettime(time.CLOCK_BOOTTIME), 6),
@@ -90,33 +148,89 @@ class Log:
                 fields=fields,
             )
             self._ring.append(line)
-            sinks = tuple(self._sinks) if level >= self._threshold else ()
+            sinks = [entry[0] for entry in self._sinks if level >= self._threshold_of(entry)]
         for sink in sinks:
             sink(line)
 
 
+def field_text(name: str, value: object) -> str:
+    """Return a field's value as it may be shown."""
+    if name in SECRETS:
+        return "[secret]"
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"[{len(value)} bytes]"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
 def render(line: Line) -> str:
     """Return a line as text: uptime, level, words, then key=value with quotes where needed."""
-    fields = "".join(f" {name}={_value(value)}" for name, value in line.fields.items())
+    fields = "".join(f" {name}={_value(name, value)}" for name, value in line.fields.items())
     return f"[{line.uptime_seconds:12.6f}] {line.level}: {line.text}{fields}"
 
 
-def fd_sink(fd: int) -> Sink:
+def render_json(line: Line) -> str:
+    """Return a line as one JSON object of ASCII characters; its fields are in ``fields``.
+
+    The stdlib's encoder costs more to import than all of this module.
+    """
+    return (
+        f'{{"number":{line.number},"uptime_seconds":{line.uptime_seconds:.6f},'
+        f'"unix_ms":{line.unix_ms},"level":"{line.level}","text":{_quoted(line.text)},'
+        f'"fields":{json_object(line.fields)}}}'
+    )
+
+
+def json_object(fields: Mapping[str, object]) -> str:
+    """Return a flat map as a JSON object of ASCII characters; secrets are not told."""
+    pairs = (f"{_quoted(name)}:{_json(name, value)}" for name, value in fields.items())
+    return "{" + ",".join(pairs) + "}"
+
+
+#: ``guestagent.log_format`` -> how a line is rendered.
+FORMATS: dict[str, Callable[[Line], str]] = {"text": render, "json": render_json}
+
+
+def fd_sink(fd: int, rendered: Callable[[Line], str] = render) -> Sink:
     """Return a sink that writes rendered lines to a descriptor (borrowed); errors are ignored."""
 
     def sink(line: Line) -> None:
         try:
-            os.write(fd, (render(line) + "\n").encode("utf-8", "backslashreplace"))
+            os.write(fd, (rendered(line) + "\n").encode("utf-8", "backslashreplace"))
         except OSError:  # a console that went away must not take the agent with it
             return
 
     return sink
 
 
-def _value(value: object) -> str:
-    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+def _value(name: str, value: object) -> str:
+    text = field_text(name, value)
     plain = text.isprintable() and not any(c in ' "=' for c in text)
     return text if plain and text else repr(text)
+
+
+def _json(name: str, value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        # JSON has no word for what is not finite
+        return f"{value:.6g}" if abs(value) < float("inf") else "null"
+    return _quoted(field_text(name, value))
+
+
+def _quoted(text: str) -> str:
+    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
+        return f'"{text}"'
+    units = text.encode("utf-16-be", "surrogatepass")
+    codes = (int.from_bytes(units[at : at + 2], "big") for at in range(0, len(units), 2))
+    return '"' + "".join(map(_escaped, codes)) + '"'
+
+
+def _escaped(code: int) -> str:
+    if code in (0x22, 0x5C):
+        return "\\" + chr(code)
+    return chr(code) if 0x20 <= code < 0x7F else f"\\u{code:04x}"
 
 
 #: The log of this process.

@@ -67,6 +67,13 @@ from guestagent.api.layers import (
     VerifyReply,
     VerifyRequest,
 )
+from guestagent.api.observe import (
+    CrashesReply,
+    CrashesRequest,
+    LogReply,
+    LogRequest,
+    MetricsReply,
+)
 from guestagent.api.overlays import (
     LayersMountReply,
     LayersMountRequest,
@@ -99,6 +106,9 @@ def _methods() -> dict[str, Method]:
         ("agent.subscribe", Empty, SubscribeReply, True, "send events to this connection"),
         ("agent.events", EventsRequest, EventsReply, True, "list events since a sequence number"),
         ("agent.more", MoreRequest, MoreReply, True, "ask for more chunks of an answer"),
+        ("agent.log", LogRequest, LogReply, True, "list lines of the log, and follow it"),
+        ("agent.metrics", Empty, MetricsReply, False, "tell the metrics in Prometheus text"),
+        ("agent.crashes", CrashesRequest, CrashesReply, False, "tell how earlier lives ended"),
         ("layer.mount", LayerSpec, LayerReport, False, "mount a read-only layer"),
         ("layer.unmount", LayerUnmountRequest, UnmountReply, False, "unmount a layer"),
         ("layer.list", Empty, LayerListReply, False, "list the layers, read back from the kernel"),

@@ -10,7 +10,7 @@ from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
 from guestagent.engine.layers import Layers
 from guestagent.engine.monitor import Monitor
-from guestagent.engine.operation import Operation
+from guestagent.engine.operation import Operation, StepListener
 from guestagent.engine.overlays import Overlays
 from guestagent.engine.recovery import Recovered, recover
 from guestagent.engine.state import EngineState, Rules
@@ -41,6 +41,8 @@ class Engine:
         self.batches = Batches(self._state, self.layers, self.overlays)
         self.dm = DmView(self._state.control)
         self._monitor = Monitor(self._state)
+        #: Told of every step of every operation that begins from now on.
+        self.on_step: StepListener | None = None
 
     @property
     def inspection(self) -> "Inspection":
@@ -82,6 +84,7 @@ class Engine:
             kernel_log=self._state.kernel_log,
             traceparent=traceparent,
             on_left=self._note_left,
+            on_step=self.on_step,
         )
 
     def _note_left(self, failure: str) -> None:
@@ -110,6 +113,28 @@ class Engine:
             "layers": len(self._state.inventory.layers()),
             "overlays": len(self._state.inventory.overlays()),
             "dm_devices": len(self._state.control.list_devices()),
+        }
+
+    def layer_states(self) -> dict[str, int]:
+        """Return how many layers are in each state that any layer is in."""
+        states: dict[str, int] = {}
+        for live in self._state.inventory.layers():
+            states[live.state] = states.get(live.state, 0) + 1
+        return states
+
+    def live(self) -> dict[str, tuple[str, ...]]:
+        """Return what is live as texts, without asking the kernel: for a report of a crash."""
+        inventory = self._state.inventory
+        return {
+            "layers": tuple(
+                f"{live.spec.layer_id} at {live.spec.mount_point}: {live.state}"
+                for live in inventory.layers()
+            ),
+            "overlays": tuple(
+                f"{live.spec.overlay_id} at {live.spec.mount_point}"
+                for live in inventory.overlays()
+            ),
+            "problems": inventory.problems(),
         }
 
     def unmount_everything(self, op: Operation, *, force: bool) -> None:

@@ -28,6 +28,8 @@ _DENIED = (
 )  # fmt: skip
 
 Undo = Callable[[], None]
+#: Told of each step that ends: its name, the seconds it took, whether it failed.
+StepListener = Callable[[str, float, bool], None]
 
 
 class _Undo:
@@ -51,8 +53,9 @@ class Operation:
         traceparent: str | None = None,
         batch: str | None = None,
         on_left: Callable[[str], None] | None = None,
+        on_step: StepListener | None = None,
     ) -> None:
-        """``on_left`` is told of everything that could not be undone."""
+        """``on_left`` is told of everything that could not be undone, ``on_step`` of each step."""
         self.deadline = deadline
         self.traceparent = traceparent
         self.batch = batch
@@ -61,6 +64,7 @@ class Operation:
         self._kernel_log = kernel_log
         self._log_mark = kernel_log.mark() if kernel_log else None
         self._on_left = on_left
+        self._on_step = on_step
         self._undos: list[_Undo] = []
 
     def __enter__(self) -> "Operation":
@@ -85,6 +89,7 @@ class Operation:
             traceparent=self.traceparent,
             batch=self.batch,
             on_left=self._on_left,
+            on_step=self._on_step,
         )
 
     def adopt(self, child: "Operation") -> None:
@@ -124,11 +129,13 @@ class Operation:
         The milliseconds are added up under ``step``, so that a step may be entered again.
         """
         begin = time.perf_counter()
+        failed = True
         try:
             self.deadline.check(step)
             if self._faults is not None:
                 self._faults.reach(step, self.deadline)
             yield
+            failed = False
         except OSError as error:
             raise self._error_of(error, step, object, code) from error
         except CallError as error:
@@ -138,8 +145,10 @@ class Operation:
                 error.is_placed = True
             raise
         finally:
-            spent_ms = (time.perf_counter() - begin) * 1000
-            self.timings_ms[step] = round(self.timings_ms.get(step, 0.0) + spent_ms, 3)
+            spent = time.perf_counter() - begin
+            self.timings_ms[step] = round(self.timings_ms.get(step, 0.0) + spent * 1000, 3)
+            if self._on_step is not None:
+                self._on_step(step, spent, failed)
 
     def kernel_lines(self) -> tuple[str, ...]:
         """Return what the kernel has logged since the operation began."""

@@ -40,6 +40,7 @@ for name in (
     "supervisor",
     "service",
     "service_inspect",
+    "observe",
     "config",
     "__main__",
     "boot",

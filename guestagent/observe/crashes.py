@@ -1,0 +1,365 @@
+"""How a life of the agent ended: written down by the dying one, or by the next from what is left.
+
+In the state directory, which outlives the agent:
+
+- ``life``      who lives; an orderly end removes it, so that one found at a start tells of a death
+- ``fault``     the stacks of all threads, written by the interpreter on SIGSEGV and its kind
+- ``requests``  what is being worked on, in slots that are written in place
+- ``death``     what PID 1 saw: pid and exit status
+- ``log``       the last lines (``recorder``)
+- ``N.crash``   the reports, as many as are kept
+
+Nothing here can fail the agent: a report that cannot be written is a line of the log.
+"""
+
+import os
+import signal
+import threading
+import time
+
+import msgpack
+
+from guestagent import __version__
+from guestagent.api.observe import CrashesReply, CrashReport, LogLine
+from guestagent.observe.recorder import Recorder, read_recorded
+from vsock.errors import CallError
+from vsock.log import Line, field_text, log
+
+__all__ = ("KEPT_REPORTS", "CrashReports", "log_line", "note_death")
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    State = Callable[[], Mapping[str, tuple[str, ...]]]
+
+KEPT_REPORTS = 8
+LOG_LINES = 100
+_SUFFIX = ".crash"
+_TRACEBACK_BYTES = 32 * 1024
+_SLOTS, _SLOT_BYTES = 64, 256
+_LIST_ITEMS = 64
+
+
+def note_death(directory: str, pid: int, status: int) -> None:
+    """Leave word of how the agent ended, for its next life; called by PID 1."""
+    try:
+        with open(f"{directory}/crashes/death", "wb") as stream:
+            stream.write(msgpack.packb([pid, status]))
+    except OSError as error:
+        log.debug("no word is left of the agent's death", error=str(error))
+
+
+def log_line(line: Line) -> LogLine:
+    """Return a line of the log as the contract has it."""
+    return LogLine(
+        number=line.number,
+        uptime_seconds=line.uptime_seconds,
+        unix_ms=line.unix_ms,
+        level=line.level,
+        text=line.text,
+        fields={name: field_text(name, value) for name, value in line.fields.items()},
+    )
+
+
+class CrashReports:
+    """One for each life of the agent. A context manager around all of it."""
+
+    def __init__(self, directory: str, *, restarts: int, left: "State") -> None:
+        """Look for what an earlier life left, report it, and begin this one.
+
+        ``left`` says what the earlier life had live and unfinished, before that is recovered.
+        """
+        self._directory = f"{directory}/crashes"
+        self._restarts = restarts
+        self._lock = threading.Lock()
+        self._free = list(range(_SLOTS))
+        self._requests_fd = self._fault_fd = -1
+        self._recorder: Recorder | None = None
+        self._stop_recording: Callable[[], None] | None = None
+        self._former_hook = threading.excepthook
+        self._state: State = dict
+        self._threads_died: list[str] = []
+        self.total = 0
+        try:
+            self._begin(left)
+        except OSError as error:
+            log.warning("crash reports cannot be kept", error=str(error))
+
+    def _begin(self, left: "State") -> None:
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        numbers = self._numbers()
+        self.total = numbers[-1] if numbers else 0
+        before = read_recorded(f"{self._directory}/log")
+        log.restore(before)
+        self._report_death(before, left)
+        self._recorder = Recorder(f"{self._directory}/log")
+        self._stop_recording = log.add_sink(self._recorder, replay=True, level="debug")
+        self._requests_fd = self._open("requests")
+        self._fault_fd = self._open("fault")
+        self._write("life", msgpack.packb([os.getpid(), self._restarts, __version__]))
+        self._watch()
+
+    def _open(self, name: str) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(f"{self._directory}/{name}", flags, 0o600)
+
+    def _watch(self) -> None:
+        import faulthandler
+
+        faulthandler.enable(self._fault_fd, all_threads=True)
+        threading.excepthook = self._thread_died
+
+    def __enter__(self) -> "CrashReports":
+        return self
+
+    def __exit__(
+        self,
+        _type: object,
+        error: BaseException | None,
+        trace: "TracebackType | None",
+    ) -> None:
+        if error is not None and not isinstance(error, SystemExit):
+            self._report(
+                kind="exception",
+                reason=f"{type(error).__name__}: {error}",
+                traceback=_formatted(error),
+            )
+        self.close()
+
+    def attach(self, state: "State") -> None:
+        """``state`` says what is live and unfinished from now on."""
+        self._state = state
+
+    def close(self) -> None:
+        """End this life in order. Idempotent."""
+        import faulthandler
+
+        if self._fault_fd >= 0:
+            faulthandler.disable()
+        threading.excepthook = self._former_hook
+        if self._recorder is not None and self._stop_recording is not None:
+            self._stop_recording()
+            self._recorder.close()
+        for name in ("life", "death"):
+            self._unlink(name)
+        with self._lock:
+            for fd in (self._requests_fd, self._fault_fd):
+                if fd >= 0:
+                    os.close(fd)
+            self._requests_fd = self._fault_fd = -1
+
+    # --- requests in flight
+
+    def begin_request(self, text: str) -> int:
+        """Note a request that is being worked on; return what ends it, -1 when there is no room."""
+        with self._lock:
+            if self._requests_fd < 0 or not self._free:
+                return -1
+            slot = self._free.pop()
+            data = text.encode("utf-8", "backslashreplace")[:_SLOT_BYTES].ljust(_SLOT_BYTES, b"\0")
+            self._put_slot(slot, data)
+        return slot
+
+    def end_request(self, slot: int) -> None:
+        """Strike a request."""
+        if slot < 0:
+            return
+        with self._lock:
+            self._free.append(slot)
+            self._put_slot(slot, b"\0")
+
+    def _put_slot(self, slot: int, data: bytes) -> None:
+        if self._requests_fd < 0:
+            return
+        try:
+            os.pwrite(self._requests_fd, data, slot * _SLOT_BYTES)
+        except OSError:  # no space: the report will know less
+            return
+
+    def _requests(self) -> tuple[str, ...]:
+        try:
+            with open(f"{self._directory}/requests", "rb") as stream:
+                data = stream.read(_SLOTS * _SLOT_BYTES)
+        except OSError:
+            return ()
+        slots = (data[at : at + _SLOT_BYTES] for at in range(0, len(data), _SLOT_BYTES))
+        return tuple(slot.rstrip(b"\0").decode(errors="replace") for slot in slots if slot[0])
+
+    # --- reports
+
+    def since(self, number: int) -> CrashesReply:
+        """Return the reports after ``number`` that are kept and can be read."""
+        reports = []
+        for kept in self._numbers():
+            if kept <= number:
+                continue
+            try:
+                with open(f"{self._directory}/{kept}{_SUFFIX}", "rb") as stream:
+                    reports.append(CrashReport.from_wire(msgpack.unpackb(stream.read())))
+            except (OSError, ValueError, CallError, msgpack.UnpackException) as error:
+                log.warning("a crash report cannot be read", number=kept, error=str(error))
+        return CrashesReply(crashes=tuple(reports), total=self.total)
+
+    def problems(self) -> tuple[str, ...]:
+        """Return what the status has to say: threads that this life goes on without."""
+        return tuple(self._threads_died)
+
+    def _thread_died(self, args: "threading.ExceptHookArgs") -> None:
+        error = args.exc_value
+        if error is None or isinstance(error, SystemExit):
+            return
+        name = args.thread.name if args.thread is not None else "?"
+        reason = f"thread {name!r} ended by {type(error).__name__}: {error}"
+        # a worker is replaced by the next one; whoever has a name of its own is missed
+        if name != "rpc-worker":
+            self._threads_died.append(f"{reason} (see the crash reports)")
+        self._report(kind="thread", reason=reason, traceback=_formatted(error))
+
+    def _report_death(self, before: tuple[Line, ...], left: "State") -> None:
+        """Report the life before this, if it did not end in order."""
+        life = self._read("life")
+        if life is None:
+            return
+        pid, restarts, version = int(str(life[0])), int(str(life[1])), str(life[-1])
+        death = self._read("death")
+        status = int(str(death[1])) if death is not None and death[0] == pid else None
+        self._unlink("death")
+        trace = self._fault_text()
+        name = _signal_name(status, trace)
+        self._report(
+            kind="death",
+            reason=_reason(status, name),
+            traceback=trace,
+            lines=before,
+            pid=pid,
+            restarts=restarts,
+            agent=version,
+            signal_name=name,
+            status=status,
+            state=left,
+        )
+
+    def _report(
+        self,
+        *,
+        kind: str,
+        reason: str,
+        traceback: str,
+        lines: tuple[Line, ...] | None = None,
+        pid: int | None = None,
+        restarts: int | None = None,
+        agent: str = __version__,
+        signal_name: str | None = None,
+        status: int | None = None,
+        state: "State | None" = None,
+    ) -> None:
+        log.error("crash", kind=kind, reason=reason)
+        kept = log.tail(LOG_LINES) if lines is None else lines[-LOG_LINES:]
+        with self._lock:
+            self.total += 1
+            number = self.total
+        try:
+            report = CrashReport(
+                number=number,
+                kind=kind,
+                reason=reason[:1024],
+                unix_ms=time.time_ns() // 1_000_000,
+                agent=agent,
+                pid=os.getpid() if pid is None else pid,
+                restarts=self._restarts if restarts is None else restarts,
+                signal=signal_name,
+                status=status,
+                traceback=traceback[-_TRACEBACK_BYTES:],
+                log=tuple(map(log_line, kept)),
+                requests=self._requests(),
+                **_bounded(state or self._state),
+            )
+            self._keep(report)
+        except (OSError, ValueError) as problem:
+            log.warning("a crash report cannot be kept", error=str(problem))
+
+    def _keep(self, report: CrashReport) -> None:
+        packed = msgpack.packb(report.to_wire(), unicode_errors="backslashreplace")
+        self._write(f"{report.number}{_SUFFIX}", packed)
+        for number in self._numbers()[:-KEPT_REPORTS]:
+            self._unlink(f"{number}{_SUFFIX}")
+
+    def _numbers(self) -> list[int]:
+        try:
+            files = os.listdir(self._directory)
+        except OSError:
+            return []
+        stems = (file[: -len(_SUFFIX)] for file in files if file.endswith(_SUFFIX))
+        return sorted(int(stem) for stem in stems if stem.isdigit())
+
+    def _fault_text(self) -> str:
+        try:
+            with open(f"{self._directory}/fault", "rb") as stream:
+                return stream.read(_TRACEBACK_BYTES).decode(errors="replace")
+        except OSError:
+            return ""
+
+    def _read(self, name: str) -> "list[object] | None":
+        try:
+            with open(f"{self._directory}/{name}", "rb") as stream:
+                value = msgpack.unpackb(stream.read())
+        except (OSError, ValueError, msgpack.UnpackException):
+            return None
+        return value if isinstance(value, list) and len(value) >= 2 else None
+
+    def _write(self, name: str, content: bytes) -> None:
+        path = f"{self._directory}/{name}"
+        with open(f"{path}.new", "wb") as stream:
+            stream.write(content)
+        os.rename(f"{path}.new", path)
+
+    def _unlink(self, name: str) -> None:
+        try:
+            os.unlink(f"{self._directory}/{name}")
+        except OSError:
+            return
+
+
+def _bounded(state: "State") -> dict[str, tuple[str, ...]]:
+    try:
+        found = dict(state())
+    except (OSError, CallError) as error:
+        return {"problems": (f"the state cannot be told: {error}",)}
+    return {name: items[:_LIST_ITEMS] for name, items in found.items()}
+
+
+def _formatted(error: BaseException) -> str:
+    import traceback
+
+    return "".join(traceback.format_exception(error))
+
+
+def _reason(status: int | None, name: str | None) -> str:
+    if name is not None:
+        return f"killed by {name}"
+    if status is not None:
+        return f"ended with status {status}"
+    return "ended without a word: killed, or out of memory"
+
+
+def _signal_name(status: int | None, trace: str) -> str | None:
+    if status is not None:
+        return _name_of(-status) if status < 0 else None
+    faults = {
+        "Segmentation fault": "SIGSEGV",
+        "Aborted": "SIGABRT",
+        "Bus error": "SIGBUS",
+        "Floating point exception": "SIGFPE",
+        "Illegal instruction": "SIGILL",
+    }
+    head = trace.partition("\n")[0].rpartition(": ")[2]
+    return faults.get(head)
+
+
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,183 @@
+"""Everything that watches the agent, as one thing that the agent opens and the service asks.
+
+What most agents never need (followers of the log, a host that is sent it) is loaded when somebody
+does.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from guestagent import __version__
+from guestagent.api import METHODS, Empty, Event
+from guestagent.api.observe import (
+    CrashesReply,
+    CrashesRequest,
+    LogReply,
+    LogRequest,
+    MetricsReply,
+)
+from guestagent.observe.collector import Collector, one
+from guestagent.observe.metrics import Metrics, Sample
+from vsock.log import json_object, log
+from vsock.record import Record
+from vsock.server import Call
+
+__all__ = ("OBSERVE_METHODS", "Observers")
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guestagent.engine.engine import Engine
+    from guestagent.observe.crashes import CrashReports
+    from guestagent.observe.following import LogFollowers
+    from guestagent.observe.shipping import LogShipper
+
+OBSERVE_METHODS = ("agent.log", "agent.metrics", "agent.crashes")
+
+
+class Observers:
+    """From the start of a life to its end; ``crashes`` stays the caller's."""
+
+    def __init__(self, crashes: "CrashReports | None" = None) -> None:
+        self._crashes = crashes
+        self.metrics = Metrics()
+        self.collector = Collector(self.metrics)
+        self.collector.add(self._own)
+        self._lock = threading.Lock()
+        self._followers: LogFollowers | None = None
+        self._shippers: list[LogShipper] = []
+        self._stops: list[Callable[[], None]] = []
+        #: Method name -> function of the decoded request and the call.
+        self.functions: dict[str, Callable[..., Record]] = {
+            "agent.log": self._log,
+            "agent.metrics": self._tell_metrics,
+            "agent.crashes": self._tell_crashes,
+        }
+
+    def watch(self, engine: "Engine") -> None:
+        """Count the engine's steps and events, and tell its numbers."""
+        engine.on_step = self.metrics.step
+        self._stops.append(engine.events.listen(self._event))
+        self.collector.add(lambda: _of_engine(engine))
+        if self._crashes is not None:
+            self._crashes.attach(engine.live)
+
+    def ship_log(self, addresses: tuple[str, ...], *, level: str, boot_id: str) -> None:
+        """Send the log to hosts that listen, from its first kept line on."""
+        if not addresses:
+            return
+        from guestagent.observe.shipping import LogShipper
+
+        head = json_object(
+            {
+                "stream": "guestagent.log",
+                "version": 1,
+                "boot_id": boot_id,
+                "agent": __version__,
+                "pid": os.getpid(),
+            }
+        )
+        for address in addresses:
+            shipper = LogShipper(log, address, level=level, head=head)
+            self._shippers.append(shipper)
+            shipper.start()
+
+    def close(self) -> None:
+        """Idempotent."""
+        for stop in self._stops:
+            stop()
+        if self._followers is not None:
+            self._followers.close()
+        for shipper in self._shippers:
+            shipper.close()
+
+    # --- for the service
+
+    @contextmanager
+    def request(self, call: Call) -> Iterator[None]:
+        """Keep a request in mind while it is worked on, for the report if it is the last."""
+        if self._crashes is None:
+            yield
+            return
+        uptime_seconds = time.clock_gettime(time.CLOCK_BOOTTIME)
+        text = f"{call.method} msgid={call.msgid} connection={call.connection.id}"
+        for name in ("layer_id", "overlay_id"):
+            if name in call.params:
+                text += f" {name}={str(call.params[name])[:64]}"
+        if call.traceparent:
+            text += f" traceparent={call.traceparent}"
+        slot = self._crashes.begin_request(f"{text} since={uptime_seconds:.3f}")
+        try:
+            yield
+        finally:
+            self._crashes.end_request(slot)
+
+    def answered(self, method: str, error: Mapping[str, object] | None, seconds: float) -> None:
+        """Count an answer."""
+        known = METHODS.get(method)
+        code = "ok" if error is None else str(error["code"])
+        name = "unknown" if known is None else method
+        self.metrics.count("guestagent_requests_total", name, code)
+        if known is not None and not known.quick:
+            self.metrics.observe("guestagent_request_duration_seconds", seconds, name)
+
+    def problems(self) -> tuple[str, ...]:
+        """Return what the status has to say of this life."""
+        return () if self._crashes is None else self._crashes.problems()
+
+    def _log(self, request: LogRequest, call: Call) -> LogReply:
+        from guestagent.observe.following import read_log
+
+        reply = read_log(log, request.since, request.level)
+        if not request.follow:
+            return reply
+        self._following().add(call.connection, reply.next, request.level)
+        return reply.replace(more=False)
+
+    def _following(self) -> "LogFollowers":
+        from guestagent.observe.following import LogFollowers
+
+        with self._lock:
+            if self._followers is None:
+                self._followers = LogFollowers(log)
+            return self._followers
+
+    def _tell_metrics(self, _request: Empty, _call: Call) -> MetricsReply:
+        return MetricsReply(text=self.collector.text())
+
+    def _tell_crashes(self, request: CrashesRequest, _call: Call) -> CrashesReply:
+        if self._crashes is None:
+            return CrashesReply(crashes=(), total=0)
+        return self._crashes.since(request.since)
+
+    # --- for the metrics
+
+    def _event(self, event: Event) -> None:
+        self.metrics.count("guestagent_events_total", event.kind)
+        if event.kind == "layer_corrupted":
+            self.metrics.count("guestagent_corruptions_total")
+
+    def _own(self) -> Mapping[str, Iterable[Sample]]:
+        dropped: list[Sample] = []
+        if self._followers is not None:
+            dropped.append((("followers",), self._followers.dropped))
+        if self._shippers:
+            dropped.append((("host",), sum(shipper.dropped for shipper in self._shippers)))
+        return {
+            "guestagent_log_lines_total": [((name,), n) for name, n in log.counts.items()],
+            "guestagent_log_dropped_total": dropped,
+            "guestagent_crash_reports_total": one(self._crashes.total if self._crashes else 0),
+        }
+
+
+def _of_engine(engine: "Engine") -> Mapping[str, Iterable[Sample]]:
+    counts = engine.counts()
+    states = {"mounted": 0, **engine.layer_states()}
+    return {
+        "guestagent_problems": one(len(engine.problems())),
+        "guestagent_layers": [((state,), number) for state, number in states.items()],
+        "guestagent_overlays": one(counts["overlays"]),
+        "guestagent_dm_devices": one(counts["dm_devices"]),
+    }
