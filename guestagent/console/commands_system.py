@@ -185,6 +185,8 @@ def _show_top(
         old = before.get(process.pid)
         spent = process.cpu_seconds - (old.cpu_seconds if old else 0.0)
         used.append((100 * max(0.0, spent) / seconds, process))
+    # a script gets those that do something, or hold memory
+    used = [(share, p) for share, p in used if share or not p.is_kernel_thread]
     used.sort(key=lambda item: (-item[0], -item[1].rss_bytes, item[1].pid))
     room = max(3, run.screen.rows - 4) if run.screen.is_terminal else len(used)
     rows = [

@@ -122,6 +122,7 @@ class Session:
         """Return a line; None when the person left."""
         channel = self.channel
         channel.enter(EDITING)
+        channel.take_resize()  # what the size was before is of no interest
         screen = Screen(channel, channel.life)
         editor = LineEditor(
             _PROMPT,

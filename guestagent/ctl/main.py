@@ -6,6 +6,7 @@ import click
 
 from guestagent import __version__
 from guestagent.ctl.agent import AGENT_COMMANDS
+from guestagent.ctl.console import console
 from guestagent.ctl.dm import dm
 from guestagent.ctl.fs import fs
 from guestagent.ctl.layer import layer
@@ -71,7 +72,7 @@ def _collect() -> None:
     and ``LAYER_COMMANDS`` (for ``guestctl layer``): so the host's tools appear here although this
     package must not import them.
     """
-    for command in (*AGENT_COMMANDS, layer, overlay, dm, fs):
+    for command in (*AGENT_COMMANDS, layer, overlay, dm, fs, console):
         guestctl.add_command(command)
     for entry in sorted(entry_points(group="guestctl.commands"), key=lambda entry: entry.name):
         module = entry.load()
