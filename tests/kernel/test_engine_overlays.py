@@ -1,0 +1,273 @@
+"""Overlays: up to 500 layers in the right order, scratches of every kind, options, full disks."""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world, who
+from dmbed import loop_device
+
+from guestagent.api import (
+    DeviceScratch,
+    DirectoryScratch,
+    LayersMountRequest,
+    LayersUnmountRequest,
+    OverlayOptions,
+    OverlayReport,
+    OverlaySpec,
+    PathDevice,
+    TmpfsScratch,
+)
+from guestagent.storage.mountinfo import find_mount
+from vsock.errors import CallError
+
+MANY = 500
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
+    with attached_pack(tmp_path_factory.mktemp("pack"), 3) as pack:
+        yield pack
+
+
+@pytest.fixture
+def bed(tmp_path: Path, pack: Pack) -> Iterator[EngineBed]:
+    """An engine with three layers."""
+    with EngineBed(tmp_path / "state") as bed:
+        request = LayersMountRequest(layers=tuple(pack.spec(number) for number in range(3)))
+        with bed.operation() as op:
+            bed.engine.batches.mount(request, op)
+        yield bed
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[str]:
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    with loop_device(image, readonly=False) as node:
+        yield node
+
+
+def mount(bed: EngineBed, spec: OverlaySpec) -> OverlayReport:
+    with bed.operation() as op:
+        return bed.engine.overlays.mount(spec, op)
+
+
+def unmount(bed: EngineBed, name: str = "o") -> None:
+    with bed.operation() as op:
+        bed.engine.overlays.unmount(name, op)
+
+
+def refused(bed: EngineBed, spec: OverlaySpec) -> CallError:
+    before = World.now(), bed.books()
+    with pytest.raises(CallError) as caught:
+        mount(bed, spec)
+    assert (settled_world(before[0]), bed.books()) == before
+    assert caught.value.step
+    return caught.value
+
+
+def test_read_only_topmost_first(bed: EngineBed, pack: Pack) -> None:
+    report = mount(bed, overlay("o", "layer2", "layer0", "layer1"))
+    assert who(report.target) == pack.layers[2].marker
+    assert report.lowerdirs == tuple(f"/run/layers/layer{n}" for n in (2, 0, 1))
+    assert "ro" in report.options
+    with pytest.raises(OSError, match="Read-only"):
+        Path(report.target, "new").write_text("")
+    assert mount(bed, overlay("o", "layer2", "layer0", "layer1")).already
+    assert refused(bed, overlay("o", "layer0")).code == "conflict"
+
+
+def test_a_single_layer(bed: EngineBed, pack: Pack) -> None:
+    report = mount(bed, overlay("o", "layer1"))
+    assert who(report.target) == pack.layers[1].marker
+    assert report.lowerdirs == ("/run/layers/layer1",)
+
+
+def test_layers_are_shared_and_stay_until_the_last(bed: EngineBed) -> None:
+    mount(bed, overlay("o", "layer0", "layer1"))
+    mount(bed, overlay("p", "layer1", "layer2"))
+    assert bed.engine.layers.get("layer1").used_by == ("o", "p")
+    unmount(bed, "o")
+    with bed.operation() as op, pytest.raises(CallError) as caught:
+        bed.engine.layers.unmount("layer1", op, force=True)
+    assert caught.value.code == "busy"
+    unmount(bed, "p")
+    with bed.operation() as op:
+        assert bed.engine.layers.unmount("layer1", op).unmounted
+
+
+def test_tmpfs_scratch(bed: EngineBed) -> None:
+    report = mount(bed, overlay("o", "layer0", scratch=TmpfsScratch(size_bytes=65536)))
+    assert report.scratch is not None
+    assert (report.scratch.kind, report.scratch.size_bytes) == ("tmpfs", 65536)
+    assert find_mount(report.scratch.path) is not None
+    Path(report.target, "who").write_text("changed")
+    assert who("/run/layers/layer0") != b"changed"
+    with pytest.raises(OSError, match="No space left"):
+        Path(report.target, "large").write_bytes(bytes(1 << 20))
+    (told,) = bed.engine.overlays.list()
+    assert told.scratch is not None
+    assert told.scratch.free_bytes == 0
+    unmount(bed)
+    assert find_mount(report.scratch.path) is None
+    fresh = mount(bed, overlay("o", "layer0", scratch=TmpfsScratch(size_bytes=65536)))
+    assert Path(fresh.target, "who").read_bytes() != b"changed"
+
+
+@pytest.mark.parametrize("filesystem", ["ext4", "xfs"])
+def test_device_scratch_keeps_what_was_written(
+    bed: EngineBed, tmp_path: Path, filesystem: str
+) -> None:
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate((8 if filesystem == "ext4" else 320) << 20)
+    with loop_device(image, readonly=False) as node:
+        scratch = DeviceScratch(
+            device=PathDevice(path=node), filesystem=filesystem, ensure_filesystem=True
+        )
+        first = mount(bed, overlay("o", "layer0", scratch=scratch))
+        assert first.scratch is not None
+        assert (first.scratch.formatted, first.scratch.filesystem) == (True, filesystem)
+        Path(first.target, "kept").write_text("kept")
+        unmount(bed)
+        again = mount(bed, overlay("o", "layer0", scratch=scratch))
+        assert again.scratch is not None
+        assert not again.scratch.formatted
+        assert Path(again.target, "kept").read_text() == "kept"
+        unmount(bed)
+
+
+def test_directory_scratch(bed: EngineBed) -> None:
+    directory = Path("/run/changes")
+    directory.mkdir()
+    scratch = DirectoryScratch(path=str(directory))
+    report = mount(bed, overlay("o", "layer0", scratch=scratch))
+    Path(report.target, "new").write_text("new")
+    refusal = refused(bed, overlay("p", "layer1", scratch=scratch))
+    assert refusal.code == "conflict"
+    assert "'o'" in refusal.message
+    unmount(bed)
+    assert (directory / "upper/new").read_text() == "new"
+    for name in ("upper/new", "work/work", "work/index", "upper", "work", ""):
+        path = directory / name
+        if path.is_file():
+            path.unlink()
+        elif path.is_dir():
+            path.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"target": "/run/changes/merged"}, "conflict"),
+        ({"target": "/run/layers/layer1"}, "conflict"),
+        ({"target": "/run/layers/layer1/inside"}, "conflict"),
+        ({"scratch": DirectoryScratch(path="/run/no-such")}, "mount"),
+        ({"scratch": DirectoryScratch(path="/run/layers/layer0")}, "conflict"),
+        ({"scratch": DirectoryScratch(path="/etc")}, "invalid"),
+        ({"scratch": DeviceScratch(device=PathDevice(path="/dev/null"))}, "invalid"),
+    ],
+)
+def test_what_does_not_go_together(bed: EngineBed, fields: dict[str, object], code: str) -> None:
+    directory = Path("/run/changes")
+    directory.mkdir()
+    try:
+        base: dict[str, object] = {"scratch": DirectoryScratch(path=str(directory))}
+        assert refused(bed, overlay("o", "layer0", **{**base, **fields})).code == code
+    finally:
+        directory.rmdir()
+
+
+def test_a_link_in_a_scratch_is_not_followed(bed: EngineBed) -> None:
+    directory = Path("/run/changes")
+    directory.mkdir()
+    (directory / "upper").symlink_to("/etc")
+    scratch = DirectoryScratch(path=str(directory))
+    try:
+        assert refused(bed, overlay("o", "layer0", scratch=scratch)).code == "denied"
+    finally:
+        (directory / "upper").unlink()
+        directory.rmdir()
+
+
+def test_nobodys_data_is_formatted_away(bed: EngineBed, disk: str) -> None:
+    with open(disk, "r+b") as file:
+        file.write(b"data of somebody")
+    scratch = DeviceScratch(device=PathDevice(path=disk), ensure_filesystem=True)
+    assert refused(bed, overlay("o", "layer0", scratch=scratch)).code == "conflict"
+    with open(disk, "rb") as file:
+        assert file.read(16) == b"data of somebody"
+
+
+def test_a_read_only_disk_and_an_empty_one_are_no_scratch(
+    bed: EngineBed, pack: Pack, disk: str
+) -> None:
+    readonly = DeviceScratch(device=PathDevice(path=pack.node))
+    assert refused(bed, overlay("o", "layer0", scratch=readonly)).code == "invalid"
+    empty = DeviceScratch(device=PathDevice(path=disk))
+    assert refused(bed, overlay("o", "layer0", scratch=empty)).step in ("scratch", "format")
+
+
+def test_a_full_scratch_is_named(bed: EngineBed, tmp_path: Path) -> None:
+    """A scratch with no inode for its directories: the error says which file system is full."""
+    image = tmp_path / "full.img"
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-N", "12", image, "1M"], check=True)
+    with loop_device(image, readonly=False) as node:
+        subprocess.run(["mount", node, "/mnt"], check=True)
+        with contextlib.suppress(OSError):
+            for number in range(100):
+                Path(f"/mnt/{number}").touch()
+        subprocess.run(["umount", "/mnt"], check=True)
+        scratch = DeviceScratch(device=PathDevice(path=node))
+        error = refused(bed, overlay("o", "layer0", scratch=scratch))
+    assert (error.code, error.step) == ("resource", "scratch")
+    assert "ext4 at" in (error.hint or "")
+    assert " 0 of 16 inodes" in (error.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (OverlayOptions(metacopy="on", redirect_dir="on"), "metacopy=on"),
+        (OverlayOptions(redirect_dir="on"), "redirect_dir=on"),
+        (OverlayOptions(xino="off"), ""),
+        (OverlayOptions(xino="on"), "xino=on"),
+        (OverlayOptions(volatile=True), "volatile"),
+        (OverlayOptions(userxattr=True), "userxattr"),
+    ],
+)
+def test_options_reach_the_kernel(bed: EngineBed, options: OverlayOptions, shown: str) -> None:
+    report = mount(
+        bed, overlay("o", "layer0", scratch=TmpfsScratch(size_bytes=1 << 20), options=options)
+    )
+    assert not shown or shown in report.options
+
+
+@pytest.mark.timeout(120)
+def test_five_hundred_layers(tmp_path: Path, pack: Pack) -> None:
+    """As many as the kernel takes, past the 4095 bytes that mount(2) cuts at without a word."""
+    names = [f"many-{number:03d}-" + "x" * 20 for number in range(MANY)]
+    with EngineBed(tmp_path / "state") as bed:
+        layers = tuple(
+            pack.spec(number % 3, name, verity=None) for number, name in enumerate(names)
+        )
+        request = LayersMountRequest(layers=layers, overlay=overlay("o", *reversed(names)))
+        with bed.operation(100.0) as op:
+            reply = bed.engine.batches.mount(request, op)
+        assert reply.overlay is not None
+        expected = tuple(f"/run/layers/{name}" for name in reversed(names))
+        assert reply.overlay.lowerdirs == expected
+        assert sum(map(len, expected)) > 4095
+        assert who(reply.overlay.target) == pack.layers[(MANY - 1) % 3].marker
+        bed.reopen()
+        (adopted,) = bed.engine.overlays.list()
+        assert adopted.lowerdirs == expected
+        assert len(bed.engine.layers.list()) == MANY
+        with bed.operation(100.0) as op:
+            bed.engine.batches.unmount(LayersUnmountRequest(layers=tuple(names), overlay="o"), op)
+        assert not os.path.exists("/run/layers")
