@@ -17,6 +17,8 @@ __all__ = ("WINDOW_CHUNKS", "FsStream", "ProgressCallback", "Streams")
 WINDOW_CHUNKS = 64
 #: Once the answer is here, the chunks before it are here too, but for a hand-over between threads.
 _HAND_OVER_SECONDS = 10.0
+#: A request that was cancelled is answered at once, unless its disk hangs.
+_CANCEL_SECONDS = 5.0
 
 ProgressCallback = Callable[[int, int], None]
 T = TypeVar("T")
@@ -97,11 +99,12 @@ class FsStream(Generic[T]):
         self.close()
 
     def close(self) -> None:
-        """Cancel what is still to come. Idempotent."""
+        """Cancel what is still to come, and wait until the agent has let go. Idempotent."""
         if not self._pending.done:
             # where the peer cannot be asked, its answer will not come either
             with contextlib.suppress(ConnectionClosed):
                 self._pending.cancel()
+            self._waiter.join(_CANCEL_SECONDS)
             self._pending.forget()
         self._waiter.join()
         self._streams.drop(self._pending.msgid)

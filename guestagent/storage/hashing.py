@@ -6,6 +6,8 @@ written out, because what a boot image must hold is read from them.
 
 from collections.abc import Callable
 
+from vsock.errors import CallError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Protocol
@@ -53,7 +55,11 @@ def new_hash(algorithm: str) -> "Hash":
     """Return a new hash object for one of ``ALGORITHMS``.
 
     Raises:
-        ModuleNotFoundError: the interpreter was built without it.
+        CallError: ``unsupported``, the interpreter was built without it.
     """
-    made: Hash = _MAKERS[algorithm]()
+    try:
+        made: Hash = _MAKERS[algorithm]()
+    except ModuleNotFoundError as problem:
+        text = f"this interpreter has no {algorithm}"
+        raise CallError("unsupported", text, object=algorithm) from problem
     return made

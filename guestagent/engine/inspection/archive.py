@@ -2,6 +2,7 @@
 
 import os
 import stat
+from contextlib import closing
 
 from guestagent.api.inspect import TarOutReply, TarOutRequest
 from guestagent.engine.inspection import pax
@@ -37,9 +38,9 @@ def tar_out(place: Place, request: TarOutRequest, op: Operation, sink: Sink) -> 
     """Send a directory as a tar archive."""
     writer = _Writer(place, request, op, sink)
     path = request.path_bytes
-    with op.step("tar_out", place.name), place.errors(path):
+    with place.errors(path), closing(walk(place.root.open_directory(path))) as entries:
         writer.add(b".", place.root.resolve(path))
-        for found in walk(place.root.open_directory(path)):
+        for found in entries:
             op.deadline.check("write an archive")
             try:
                 path_fd = found.open_path()

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from contextlib import closing
 
 from guestagent.api.inspect import ChecksumsReply, ChecksumsRequest
 from guestagent.engine.inspection.place import Place
@@ -21,8 +22,9 @@ def checksum_tree(
     meter = Meter(sink)
     hasher = _TreeHasher(Reader(place.error_of, op, meter), request.algorithm)
     counts = dict.fromkeys("fdlbcpsu", 0)
-    with op.step("checksums", place.name), place.errors(request.path_bytes):
-        for found in walk(place.root.open_directory(request.path_bytes)):
+    path = request.path_bytes
+    with place.errors(path), closing(walk(place.root.open_directory(path))) as entries:
+        for found in entries:
             op.deadline.check("hash a tree")
             try:
                 letter, size_bytes, value = hasher.describe(found)

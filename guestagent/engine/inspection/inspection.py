@@ -1,29 +1,31 @@
 """The part of the engine that looks and changes nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from guestagent.api.inspect import PlaceRequest
 from guestagent.engine.inspection import archive, listing, metadata, reading
 from guestagent.engine.inspection.checksums import checksum_tree
 from guestagent.engine.inspection.devices import Devices
-from guestagent.engine.inspection.place import open_place
+from guestagent.engine.inspection.place import Place, open_place
 from guestagent.engine.inspection.sink import Sink
 from guestagent.engine.operation import Operation
 from guestagent.engine.state import EngineState
+from vsock.errors import CallError
 from vsock.record import Record
 
 __all__ = ("LOOKS", "STREAMS", "Inspection")
 
-#: Name -> function of a place, the request and the operation: answers at once.
+#: Name -> function of a place and the request: answers at once.
 LOOKS: dict[str, Callable[..., Record]] = {
-    "acl_get_file": lambda place, request, _op: metadata.acl(place, request),
-    "exists": lambda place, request, _op: metadata.exists(place, request),
-    "getxattrs": lambda place, request, _op: metadata.xattrs(place, request),
+    "acl_get_file": metadata.acl,
+    "exists": metadata.exists,
+    "getxattrs": metadata.xattrs,
     "head": reading.head,
-    "lstat": lambda place, request, _op: metadata.lstat(place, request),
+    "lstat": metadata.lstat,
     "pread": reading.pread,
-    "readlink": lambda place, request, _op: metadata.readlink(place, request),
-    "statvfs": lambda place, request, _op: metadata.statvfs(place, request),
+    "readlink": metadata.readlink,
+    "statvfs": metadata.statvfs,
 }
 #: Name -> function of a place, the request, the operation and a sink: takes its time.
 STREAMS: dict[str, Callable[..., Record]] = {
@@ -48,10 +50,20 @@ class Inspection:
 
     def look(self, name: str, request: PlaceRequest, op: Operation) -> Record:
         """Do one of ``LOOKS``."""
-        with open_place(self._state, request) as place:
-            return LOOKS[name](place, request, op)
+        with self._place(name, request, op) as place:
+            return LOOKS[name](place, request)
 
     def stream(self, name: str, request: PlaceRequest, op: Operation, sink: Sink) -> Record:
         """Do one of ``STREAMS``."""
-        with open_place(self._state, request) as place:
+        with self._place(name, request, op) as place:
             return STREAMS[name](place, request, op, sink)
+
+    @contextmanager
+    def _place(self, name: str, request: PlaceRequest, op: Operation) -> Iterator[Place]:
+        with open_place(self._state, request) as place, op.step(name, place.name):
+            try:
+                yield place
+            except CallError as error:
+                if error.code in ("integrity", "device"):
+                    error.kernel_log = op.kernel_lines()
+                raise

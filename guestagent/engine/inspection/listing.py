@@ -2,6 +2,8 @@
 
 import os
 import stat
+from collections.abc import Generator
+from contextlib import closing
 
 from guestagent.api.inspect import (
     DuReply,
@@ -26,11 +28,19 @@ _SECTOR_BYTES = 512
 _STAR, _ANY = b"*"[0], b"?"[0]
 
 
+def _directory(
+    place: Place, request: PathRequest, max_depth: int | None
+) -> "closing[Generator[Found, None, None]]":
+    """Walk a directory of a place; closed at once when the block ends, however it ends."""
+    top_fd = place.root.open_directory(request.path_bytes)
+    return closing(walk(top_fd, max_depth=max_depth))
+
+
 def ls(place: Place, request: StreamRequest, op: Operation, sink: Sink) -> ListReply:
     """Send the names in a directory."""
     count = 0
-    with op.step("ls", place.name), place.errors(request.path_bytes):
-        for found in walk(place.root.open_directory(request.path_bytes), max_depth=1):
+    with place.errors(request.path_bytes), _directory(place, request, 1) as entries:
+        for found in entries:
             op.deadline.check("list a directory")
             sink.entry(found.path)
             count += 1
@@ -41,8 +51,8 @@ def ls(place: Place, request: StreamRequest, op: Operation, sink: Sink) -> ListR
 def readdir(place: Place, request: StreamRequest, op: Operation, sink: Sink) -> ListReply:
     """Send the names in a directory, with what lstat says of each."""
     count = 0
-    with op.step("readdir", place.name), place.errors(request.path_bytes):
-        for found in walk(place.root.open_directory(request.path_bytes), max_depth=1):
+    with place.errors(request.path_bytes), _directory(place, request, 1) as entries:
+        for found in entries:
             op.deadline.check("list a directory")
             try:
                 fields = _fields(found)
@@ -76,9 +86,8 @@ def find(place: Place, request: FindRequest, op: Operation, sink: Sink) -> ListR
     """Send the paths below a directory that the request admits."""
     count = 0
     pattern, depth = request.name_bytes, request.max_depth
-    with op.step("find", place.name), place.errors(request.path_bytes):
-        top_fd = place.root.open_directory(request.path_bytes)
-        for found in walk(top_fd, max_depth=depth):
+    with place.errors(request.path_bytes), _directory(place, request, depth) as entries:
+        for found in entries:
             op.deadline.check("walk a tree")
             if pattern is not None and not matches(pattern, os.fsencode(found.name)):
                 continue
@@ -157,7 +166,7 @@ def du(place: Place, request: PathRequest, op: Operation, sink: Sink) -> DuReply
     """Add up what a tree takes, or a single file."""
     usage = _Usage()
     path = request.path_bytes
-    with op.step("du", place.name), place.errors(path):
+    with place.errors(path):
         path_fd = place.root.resolve(path, follow=False)
         status = os.fstat(path_fd)
         usage.add(status)
@@ -179,13 +188,14 @@ def du(place: Place, request: PathRequest, op: Operation, sink: Sink) -> DuReply
 
 
 def _add_all(usage: _Usage, top_fd: int, place: Place, op: Operation, sink: Sink) -> None:
-    for number, found in enumerate(walk(top_fd), 1):
-        op.deadline.check("walk a tree")
-        try:
-            usage.add(found.lstat())
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise place.error_of(error, found.path) from error
-        if number % _TELL_ENTRIES == 0:
-            sink.progress(usage.size_bytes, 0)
+    with closing(walk(top_fd)) as entries:
+        for number, found in enumerate(entries, 1):
+            op.deadline.check("walk a tree")
+            try:
+                usage.add(found.lstat())
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise place.error_of(error, found.path) from error
+            if number % _TELL_ENTRIES == 0:
+                sink.progress(usage.size_bytes, 0)

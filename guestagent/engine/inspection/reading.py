@@ -110,17 +110,17 @@ class _File:
         os.close(self.fd)
 
 
-def pread(place: Place, request: PreadRequest, op: Operation) -> DataReply:
+def pread(place: Place, request: PreadRequest) -> DataReply:
     """Return a range of a file, shorter at its end."""
     path = request.path_bytes
-    with op.step("pread", place.name), _File(place, path) as file:
+    with _File(place, path) as file:
         data = _read_range(place, file, request.offset_bytes, request.size_bytes)
         return DataReply(data=data, size_bytes=file.size_bytes, is_whole=True)
 
 
-def head(place: Place, request: HeadRequest, op: Operation) -> DataReply:
+def head(place: Place, request: HeadRequest) -> DataReply:
     """Return the first lines of a file, with their ends."""
-    with op.step("head", place.name), _File(place, request.path_bytes) as file:
+    with _File(place, request.path_bytes) as file:
         data = _read_range(place, file, 0, REPLY_DATA_BYTES)
         end = 0
         for _ in range(request.lines):
@@ -149,7 +149,7 @@ def _read_range(place: Place, file: _File, offset_bytes: int, size_bytes: int) -
 
 def download(place: Place, request: DownloadRequest, op: Operation, sink: Sink) -> DownloadReply:
     """Send a file, or a range of it."""
-    with op.step("download", place.name), _File(place, request.path_bytes) as file:
+    with _File(place, request.path_bytes) as file:
         start = min(request.offset_bytes, file.size_bytes)
         rest_bytes = file.size_bytes - start
         size_bytes = rest_bytes if request.size_bytes is None else request.size_bytes
@@ -159,7 +159,7 @@ def download(place: Place, request: DownloadRequest, op: Operation, sink: Sink) 
 
 def read_file(place: Place, request: ReadFileRequest, op: Operation, sink: Sink) -> DownloadReply:
     """Send a whole file, if it is not too long."""
-    with op.step("read_file", place.name), _File(place, request.path_bytes) as file:
+    with _File(place, request.path_bytes) as file:
         if file.size_bytes > request.max_bytes:
             raise CallError(
                 "resource",
@@ -190,7 +190,7 @@ def _send(
 
 def checksum(place: Place, request: ChecksumRequest, op: Operation, sink: Sink) -> ChecksumReply:
     """Hash a file."""
-    with op.step("checksum", place.name), _File(place, request.path_bytes) as file:
+    with _File(place, request.path_bytes) as file:
         reader = Reader(place.error_of, op, Meter(sink, file.size_bytes))
         size_bytes, digest = reader.digest(file.fd, file.path, request.algorithm)
     return ChecksumReply(digest=digest, size_bytes=size_bytes, timings_ms=op.timings_ms)

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from vsock.errors import CallError
 
@@ -61,7 +61,7 @@ class _Level:
         os.close(self.fd)
 
 
-def walk(top_fd: int, *, max_depth: int | None = None) -> Iterator[Found]:
+def walk(top_fd: int, *, max_depth: int | None = None) -> Generator[Found, None, None]:
     """Yield everything below a directory, a directory before what it holds, in the kernel's order.
 
     ``top_fd`` is taken over. What vanishes on the way is left out. ``max_depth`` is that of the
