@@ -1,8 +1,6 @@
 """A MessagePack-RPC client that this project did not write: pynvim's, without the editor."""
 
 import pytest
-
-
 from pynvim.msgpack_rpc.async_session import AsyncSession
 from pynvim.msgpack_rpc.event_loop import EventLoop
 from pynvim.msgpack_rpc.msgpack_stream import MsgpackStream
