@@ -132,7 +132,7 @@ def _build_layers(directory: Path) -> Layers:
     first, later = found["flipped-first"], found["flipped-later"]
     _flip_bit(pack_path, first.offset_bytes + 1024)  # of the EROFS superblock
     assert later.verity is not None
-    _flip_bit(pack_path, later.offset_bytes + later.verity.data_size_bytes - 100)
+    _flip_bit(pack_path, later.offset_bytes + later.verity.data_size_bytes // 2)
     return Layers(pack=pack_path, good=good, flipped_first=first, flipped_later=later)
 
 
