@@ -209,6 +209,8 @@ def _value(name: str, value: object) -> str:
 
 
 def _json(name: str, value: object) -> str:
+    if name in SECRETS:
+        return _quoted(field_text(name, value))
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, int):

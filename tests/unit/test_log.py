@@ -1,0 +1,361 @@
+"""The log: its ring, its forms, what it never tells, and the ways it goes."""
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guestagent.api.observe import LOG_LEVELS
+from guestagent.observe.following import read_log
+from guestagent.observe.kernellog import KernelLogSink
+from guestagent.observe.recorder import SLOTS, Recorder, read_recorded
+from guestagent.observe.shipping import LogShipper
+from vsock.log import LEVELS, Line, Log, json_object, render, render_json
+
+WAIT_SECONDS = 20.0
+
+
+def line(text: str = "text", number: int = 1, **fields: object) -> Line:
+    return Line(
+        number=number, uptime_seconds=1.5, unix_ms=7, level="info", text=text, fields=fields
+    )
+
+
+def test_the_contract_has_the_levels_of_the_log() -> None:
+    assert LOG_LEVELS == LEVELS
+
+
+# --- the ring
+
+
+def test_a_sink_gets_its_level_and_above() -> None:
+    log, usual, all_of_it = Log(level="warning"), [], []
+    log.add_sink(usual.append)
+    stop = log.add_sink(all_of_it.append, level="debug")
+    log.debug("one")
+    log.error("two")
+    stop()
+    log.error("three")
+    assert [entry.text for entry in usual] == ["two", "three"]
+    assert [entry.text for entry in all_of_it] == ["one", "two"]
+    assert log.counts == {"debug": 1, "info": 0, "warning": 0, "error": 2}
+
+
+def test_replay_heeds_the_level() -> None:
+    log, seen = Log(level="info"), []
+    log.debug("one")
+    log.info("two")
+    log.add_sink(seen.append, replay=True)
+    assert [entry.text for entry in seen] == ["two"]
+
+
+def test_since_says_what_is_no_longer_kept() -> None:
+    log = Log(capacity=3)
+    for number in range(1, 6):
+        log.info(str(number))
+    kept, dropped = log.since(1)
+    assert ([entry.text for entry in kept], dropped) == (["3", "4", "5"], 1)
+    assert log.since(5) == ((), 0)
+    assert log.since(4)[0][0].number == 5
+
+
+def test_an_earlier_life_is_restored_once() -> None:
+    first = Log()
+    first.info("by init")
+    inherited = first.tail(1)
+    first.info("by the first life")
+    second = Log()
+    second.restore(inherited)  # as a fork would have it
+    second.info("the first life ended")
+    second.restore(first.tail(10))
+    texts = ["by init", "by the first life", "the first life ended"]
+    assert [entry.text for entry in second.tail(10)] == texts
+    assert [entry.number for entry in second.tail(10)] == [1, 2, 3]
+    second.info("next")
+    assert second.number == 4
+
+
+# --- forms
+
+
+def test_text_quotes_where_needed() -> None:
+    shown = render(line("done", ms=1.23456, path="/a b", ok=True))
+    assert shown == "[    1.500000] info: done ms=1.235 path='/a b' ok=True"
+
+
+@given(
+    st.text(),
+    st.dictionaries(
+        st.text(max_size=8).filter(lambda name: name not in {"secret", "token"}),
+        st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False),
+        max_size=4,
+    ),
+)
+def test_json_is_json(text: str, fields: dict[str, object]) -> None:
+    shown = render_json(line(text).replace(fields=fields))
+    assert shown.isascii()
+    assert "\n" not in shown
+    parsed = json.loads(shown)
+    assert parsed["text"] == text
+    assert set(parsed["fields"]) == set(fields)
+    for name, value in fields.items():
+        if isinstance(value, float) and abs(value) < 1e300:
+            assert parsed["fields"][name] == pytest.approx(value, rel=1e-5)
+        elif not isinstance(value, float):
+            assert parsed["fields"][name] == value
+
+
+def test_what_has_no_number_in_json_is_null() -> None:
+    assert json_object({"a": float("nan"), "b": float("inf")}) == '{"a":null,"b":null}'
+
+
+@pytest.mark.parametrize("form", [render, render_json])
+def test_secrets_are_not_told(form: object) -> None:
+    shown = form(line("x", signature="ABBA", key_id=b"\xab\xba", token=1234))  # type: ignore[operator]
+    for trace in ("ABBA", "abba", "\\xab", "1234"):
+        assert trace not in shown
+    assert "[2 bytes]" in shown
+
+
+# --- the recorder
+
+
+def test_the_recorder_keeps_the_last_lines(tmp_path: Path) -> None:
+    path = str(tmp_path / "log")
+    recorder = Recorder(path)
+    for number in range(1, SLOTS + 11):
+        recorder(line(f"line {number}", number, ms=1.5))
+    recorder.close()
+    lines = read_recorded(path)
+    assert [entry.number for entry in lines] == list(range(11, SLOTS + 11))
+    assert (lines[-1].text, lines[-1].fields) == (f"line {SLOTS + 10}", {"ms": "1.500"})
+
+
+@given(
+    st.text(max_size=2000),
+    st.dictionaries(st.text(max_size=300), st.text(max_size=3000), max_size=20),
+)
+def test_every_line_fits_its_slot(tmp_path_factory: pytest.TempPathFactory, text, fields) -> None:
+    path = str(tmp_path_factory.mktemp("slots") / "log")
+    recorder = Recorder(path)
+    recorder(line(text, 1).replace(fields=fields))
+    recorder(line("the next", 2))
+    recorder.close()
+    assert [entry.number for entry in read_recorded(path)] == [1, 2]
+
+
+@given(st.binary(max_size=4096))
+def test_a_damaged_recording_is_no_failure(tmp_path_factory, data: bytes) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "log"
+    path.write_bytes(data)
+    read_recorded(str(path))
+
+
+def test_no_recording(tmp_path: Path) -> None:
+    assert read_recorded(str(tmp_path / "missing")) == ()
+
+
+# --- reading it by RPC
+
+
+def test_read_log_goes_on_where_it_stopped() -> None:
+    log = Log()
+    for number in range(10):
+        log.info(str(number))
+        log.debug("noise")
+    first = read_log(log, 0, "info", most=4)
+    assert ([entry.text for entry in first.lines], first.more) == (["0", "1", "2", "3"], True)
+    rest = read_log(log, first.next, "info")
+    assert [entry.text for entry in rest.lines] == ["4", "5", "6", "7", "8", "9"]
+    assert not rest.more
+    assert read_log(log, rest.next, "info").lines == ()
+
+
+def test_read_log_from_the_end_and_from_another_machine() -> None:
+    log = Log()
+    for number in range(10):
+        log.info(str(number))
+    assert [entry.text for entry in read_log(log, -2, "info").lines] == ["8", "9"]
+    assert len(read_log(log, 5000, "info").lines) == 10
+
+
+def test_read_log_of_an_empty_log() -> None:
+    reply = read_log(Log(), 0, "info")
+    assert (reply.lines, reply.dropped, reply.next, reply.more) == ((), 0, 0, False)
+
+
+# --- the kernel's log
+
+
+def _kmsg(tmp_path: Path, mode: str, *, may_set: bool = False) -> tuple[KernelLogSink, Path]:
+    device, setting = tmp_path / "kmsg", tmp_path / "printk_devkmsg"
+    device.write_bytes(b"")
+    setting.write_text(mode)
+    return KernelLogSink(str(device), setting=str(setting), may_set=may_set), device
+
+
+def test_kmsg_lines_have_the_kernels_priorities(tmp_path: Path) -> None:
+    sink, device = _kmsg(tmp_path, "on\n")
+    sink(line("hello\nworld", ms=1))
+    sink.close()
+    assert device.read_bytes() == b"<6>guestagent: hello world ms=1"
+
+
+def test_kmsg_keeps_below_the_kernels_rate(tmp_path: Path) -> None:
+    sink, _ = _kmsg(tmp_path, "ratelimit\n")
+    for number in range(30):
+        sink(line(str(number)))
+    sink.close()
+    assert 20 <= sink.dropped <= 21  # but for a refill on a slow machine
+
+
+def test_kmsg_is_unlimited_where_that_may_be_set(tmp_path: Path) -> None:
+    sink, _ = _kmsg(tmp_path, "ratelimit\n", may_set=True)
+    for number in range(30):
+        sink(line(str(number)))
+    sink.close()
+    assert sink.dropped == 0
+    assert (tmp_path / "printk_devkmsg").read_text() == "on"
+
+
+def test_a_long_line_is_cut_for_the_kernel(tmp_path: Path) -> None:
+    sink, device = _kmsg(tmp_path, "on")
+    sink(line("x" * 5000))
+    sink.close()
+    assert len(device.read_bytes()) < 1000
+
+
+# --- to a host that comes and goes
+
+
+class Host:
+    """Listens on a Unix socket and reads lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.address = f"unix://{path}"
+        self._path = path
+        self._listener: socket.socket | None = None
+
+    def listen(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.settimeout(WAIT_SECONDS)
+        self._listener.bind(str(self._path))
+        self._listener.listen()
+
+    def accept(self) -> "tuple[socket.socket, Generator[dict[str, object]]]":
+        assert self._listener is not None
+        sock, _ = self._listener.accept()
+        sock.settimeout(WAIT_SECONDS)
+        return sock, self._lines(sock)
+
+    def close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _lines(sock: socket.socket) -> "Generator[dict[str, object]]":
+        with sock.makefile("rb") as stream:
+            for text in stream:
+                yield json.loads(text)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    one = Host(tmp_path / "host")
+    yield one
+    one.close()
+
+
+def ship(log: Log, host: Host) -> LogShipper:
+    shipper = LogShipper(log, host.address, level="info", head='{"stream":"guestagent.log"}')
+    shipper.start()
+    return shipper
+
+
+def test_a_host_gets_what_was_logged_before_it_came(host: Host) -> None:
+    log = Log()
+    log.info("first", n=1)
+    log.debug("noise")
+    shipper = ship(log, host)
+    host.listen()
+    sock, lines = host.accept()
+    with sock:
+        assert next(lines) == {"stream": "guestagent.log"}
+        assert next(lines)["text"] == "first"
+        log.info("second")
+        assert next(lines)["text"] == "second"
+    shipper.close()
+
+
+def test_what_a_host_missed_is_sent_again_behind_what_it_has(host: Host) -> None:
+    log = Log()
+    host.listen()
+    shipper = ship(log, host)
+    sock, lines = host.accept()
+    for number in range(1, 4):
+        log.info(str(number))
+    next(lines)
+    assert [next(lines)["text"] for _ in range(3)] == ["1", "2", "3"]
+    sock.sendall(b"junk\n1\n")
+    log.info("4")
+    assert next(lines)["text"] == "4"  # by now the answer has been heard, or is with this line's
+    log.info("5")
+    next(lines)
+    lines.close()
+    sock.close()
+    log.info("6")
+    again, lines = host.accept()
+    with again:
+        assert next(lines) == {"stream": "guestagent.log"}
+        assert [next(lines)["text"] for _ in range(5)] == ["2", "3", "4", "5", "6"]
+    shipper.close()
+
+
+def test_lines_that_are_lost_are_counted(host: Host) -> None:
+    log = Log(capacity=5)
+    shipper = ship(log, host)
+    for number in range(20):
+        log.info(str(number))
+    host.listen()
+    sock, lines = host.accept()
+    with sock:
+        next(lines)
+        assert next(lines) == {"dropped": 15, "next": 16}
+        assert next(lines)["text"] == "15"
+    assert shipper.dropped == 15
+    shipper.close()
+
+
+def test_the_last_lines_reach_a_host_that_listens(host: Host) -> None:
+    log = Log()
+    host.listen()
+    shipper = ship(log, host)
+    sock, lines = host.accept()
+    with sock:
+        next(lines)
+        log.info("the last words")
+        shipper.close()
+        assert [entry["text"] for entry in lines] == ["the last words"]
+
+
+def test_a_host_that_never_comes_keeps_nobody_waiting(host: Host) -> None:
+    shipper = ship(Log(), host)
+    closing = threading.Thread(target=shipper.close)
+    closing.start()
+    closing.join(2.0)
+    assert not closing.is_alive()
+
+
+def test_nothing_is_left_open(host: Host) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    shipper = ship(Log(), host)
+    shipper.close()
+    assert len(os.listdir("/proc/self/fd")) == before
