@@ -142,7 +142,7 @@ class LayerStack:
 
     def _verity_version(self, op: Operation) -> Version:
         with op.step("version", "verity target"):
-            version = self._state.control.list_versions().get("verity")
+            version = self._state.verity_version()
         if version is None:
             raise CallError(
                 "unsupported",
@@ -175,10 +175,13 @@ class LayerStack:
     def _device(self, name: str, uuid: str, target: Target) -> DeviceInfo:
         """Create a device; one of ours that is still there from an unmount half done will do."""
         control = self._state.control
-        there = control.find(name=name)
-        if there is not None and there.uuid == uuid:
+        try:
+            return devices.create_device(control, name=name, uuid=uuid, targets=[target])
+        except OSError as error:
+            there = control.find(name=name) if error.errno == errno.EBUSY else None
+            if there is None or there.uuid != uuid:
+                raise
             return there
-        return devices.create_device(control, name=name, uuid=uuid, targets=[target])
 
     def _undo_device(self, name: str, op: Operation) -> None:
         def undo() -> None:

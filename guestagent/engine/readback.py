@@ -7,10 +7,8 @@ from guestagent.api import DmDevice, LayerReport, VerityReport
 from guestagent.engine.inventory import LiveLayer
 from guestagent.engine.plan import VerityStep
 from guestagent.engine.state import EngineState
-from guestagent.storage.devicemapper.control import Control, DeviceInfo
+from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import (
-    Target,
-    TargetStatus,
     parse_line,
     parse_verity,
     parse_verity_status,
@@ -27,12 +25,7 @@ def dm_device(control: Control, name: str) -> DmDevice:
     Raises:
         OSError: ENXIO, there is none.
     """
-    return _describe(control.info(name), control.table(name), control.status(name))
-
-
-def _describe(
-    info: DeviceInfo, table: tuple[Target, ...], status: tuple[TargetStatus, ...]
-) -> DmDevice:
+    info, table, status = control.describe(name)
     return DmDevice(
         name=info.name,
         uuid=info.uuid,

@@ -5,6 +5,7 @@ from guestagent.engine.faults import Faults
 from guestagent.engine.inventory import Inventory
 from guestagent.engine.journal import Journal
 from guestagent.engine.locks import KeyLocks
+from guestagent.engine.plan import Version
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.kmsg import KernelLog
 from vsock.record import Record
@@ -39,6 +40,13 @@ class EngineState:
         self.locks = KeyLocks()
         self.kernel_log = KernelLog()
         self.control = Control()
+        self._verity_version: Version | None = None
+
+    def verity_version(self) -> Version | None:
+        """Return the version of the kernel's verity target; asked for until there is one."""
+        if self._verity_version is None:
+            self._verity_version = self.control.list_versions().get("verity")
+        return self._verity_version
 
     def tidy(self, what: str, action: "Callable[..., None]", *arguments: object) -> None:
         """Do the last of a clean-up, which is past failing; a failure shows in the status."""

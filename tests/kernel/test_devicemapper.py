@@ -619,3 +619,9 @@ def test_the_interpreter_runs_while_the_kernel_works(
     assert len([tick for tick in ticks if started < tick < ended]) > 10
     devices.remove_device(control, "t-above", within(5))
     devices.remove_device(control, "t-slow", within(5))
+
+
+def test_describe_says_what_info_table_and_status_say(control: Control, disk: str) -> None:
+    make(control, "t", linear_target(length_bytes=1 << 20, device=disk, offset_bytes=0))
+    assert control.describe("t") == (control.info("t"), control.table("t"), control.status("t"))
+    control.remove("t")

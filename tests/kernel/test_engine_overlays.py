@@ -216,7 +216,9 @@ def test_a_read_only_disk_and_an_empty_one_are_no_scratch(
 def test_a_full_scratch_is_named(bed: EngineBed, tmp_path: Path) -> None:
     """A scratch with no inode for its directories: the error says which file system is full."""
     image = tmp_path / "full.img"
-    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-N", "12", image, "1M"], check=True)
+    subprocess.run(
+        ["mke2fs", "-q", "-t", "ext4", "-N", "16", "-O", "^has_journal", image, "1M"], check=True
+    )
     with loop_device(image, readonly=False) as node:
         subprocess.run(["mount", node, "/mnt"], check=True)
         with contextlib.suppress(OSError):

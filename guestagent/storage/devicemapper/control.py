@@ -154,24 +154,27 @@ class Control:
                 return None
             raise
 
+    def describe(
+        self, name: str
+    ) -> tuple[DeviceInfo, tuple[Target, ...], tuple[TargetStatus, ...]]:
+        """Return what ``info``, ``table`` and ``status`` do, by two calls instead of three."""
+        table = self._table_status(name, dmioctl.DM_STATUS_TABLE_FLAG)
+        status = self._table_status(name)
+        return status.info, _targets(table), _statuses(status)
+
     def status(self, name: str) -> tuple[TargetStatus, ...]:
         """Return what each target of the live table says of itself."""
-        flags = dmioctl.DM_NOFLUSH_FLAG
-        reply = self._call(dmioctl.DM_TABLE_STATUS, name, flags=flags, room=_ROOM_BYTES)
-        return tuple(
-            TargetStatus(start_sectors=start, length_sectors=length, target_type=kind, status=text)
-            for start, length, kind, text in dmioctl.unpack_targets(reply)
-        )
+        return _statuses(self._table_status(name))
 
     def table(self, name: str, *, inactive: bool = False) -> tuple[Target, ...]:
         """Return the targets of the live table, or of the inactive one."""
-        flags = dmioctl.DM_STATUS_TABLE_FLAG | dmioctl.DM_NOFLUSH_FLAG
+        flags = dmioctl.DM_STATUS_TABLE_FLAG
         flags |= dmioctl.DM_QUERY_INACTIVE_TABLE_FLAG if inactive else 0
-        reply = self._call(dmioctl.DM_TABLE_STATUS, name, flags=flags, room=_ROOM_BYTES)
-        return tuple(
-            Target(start_sectors=start, length_sectors=length, target_type=kind, params=text)
-            for start, length, kind, text in dmioctl.unpack_targets(reply)
-        )
+        return _targets(self._table_status(name, flags))
+
+    def _table_status(self, name: str, flags: int = 0) -> dmioctl.Reply:
+        flags |= dmioctl.DM_NOFLUSH_FLAG
+        return self._call(dmioctl.DM_TABLE_STATUS, name, flags=flags, room=_ROOM_BYTES)
 
     def deps(self, name: str) -> tuple[str, ...]:
         """Return the devices (MAJOR:MINOR) that the live table stands on."""
@@ -264,6 +267,20 @@ class Control:
             if size > _LARGEST_BUFFER_BYTES:
                 text = f"{dmioctl.CALL_NAMES[number]}: the answer exceeds {size // 4} bytes"
                 raise OSError(errno.EOVERFLOW, text, name)
+
+
+def _targets(reply: dmioctl.Reply) -> tuple[Target, ...]:
+    return tuple(
+        Target(start_sectors=start, length_sectors=length, target_type=kind, params=text)
+        for start, length, kind, text in dmioctl.unpack_targets(reply)
+    )
+
+
+def _statuses(reply: dmioctl.Reply) -> tuple[TargetStatus, ...]:
+    return tuple(
+        TargetStatus(start_sectors=start, length_sectors=length, target_type=kind, status=text)
+        for start, length, kind, text in dmioctl.unpack_targets(reply)
+    )
 
 
 def _open_control(path: str) -> int:
