@@ -25,6 +25,9 @@ FEATURES: Mapping[str, Feature] = {
         modules=("nd_pmem",),
         optional_modules=("nfit", "virtio_pci", "virtio_pmem"),
     ),
+    "virtio-mmio": Feature(
+        summary="virtio devices of machines without PCI", modules=("virtio_mmio",)
+    ),
     "virtio-blk": Feature(summary="virtio disks", modules=("virtio_pci", "virtio_blk")),
     "scsi": Feature(summary="SCSI disks", modules=("virtio_pci", "virtio_scsi", "sd_mod")),
     "verity": Feature(

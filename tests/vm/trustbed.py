@@ -4,12 +4,11 @@ Debian's kernel has one certificate in its built-in trusted keyring, of a key th
 after the build, and no other way to trust one but firmware. The code that checks signatures is the
 same; only the anchor differs. The image is unpacked, which QEMU boots as an ELF file (PVH).
 
-Source: Documentation/arch/x86/boot.rst (payload_offset, payload_length); certs/system_keyring.c.
+Source: certs/system_keyring.c (load_certificate_list).
 """
 
 import datetime
 import struct
-import subprocess
 from pathlib import Path
 
 from cryptography import x509
@@ -17,8 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
-_SETUP_SECTORS, _PAYLOAD = 0x1F1, 0x248
-_LZ4_LEGACY = bytes.fromhex("02214c18")
+from rootfs.vmlinux import unpack_kernel
 
 
 class Signer:
@@ -51,25 +49,15 @@ def kernel_trusting(image: Path, signer: Signer, output: Path) -> Path:
     """Write the kernel ``image`` unpacked to ``output``, with ``signer`` in place of what it has.
 
     Raises:
-        ValueError: the image is not packed with lz4, or holds no certificate to replace.
+        ValueError: the image does not hold exactly one certificate that is large enough.
     """
-    elf = bytearray(_unpack(image.read_bytes()))
+    elf = bytearray(unpack_kernel(image.read_bytes()))
     offset, size_bytes = _find_certificate(elf)
     if len(signer.der) > size_bytes:
         raise ValueError(f"{len(signer.der)} bytes of certificate for {size_bytes}")
     elf[offset : offset + size_bytes] = signer.der.ljust(size_bytes, b"\0")
     output.write_bytes(elf)
     return output
-
-
-def _unpack(image: bytes) -> bytes:
-    setup_bytes = (image[_SETUP_SECTORS] + 1) * 512
-    offset, size_bytes = struct.unpack_from("<II", image, _PAYLOAD)
-    # the last four bytes are the unpacked size, not part of the lz4 frame
-    payload = image[setup_bytes + offset : setup_bytes + offset + size_bytes - 4]
-    if not payload.startswith(_LZ4_LEGACY):
-        raise ValueError(f"the kernel is not packed with lz4 but begins {payload[:6].hex()}")
-    return subprocess.run(["lz4", "-dc"], input=payload, capture_output=True, check=True).stdout
 
 
 def _find_certificate(elf: bytearray) -> tuple[int, int]:

@@ -1,0 +1,174 @@
+"""``guestctl run`` for monitors that are not started here, and ``guestctl initramfs``."""
+
+import json
+import lzma
+import shlex
+import struct
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from imagebed import Layout, Member, directory
+
+from rootfs import run_cli
+from rootfs.kernel import cached_kernel
+from rootfs.manifest import Manifest
+from rootfs.run import mount_request
+from rootfs.vmlinux import unpack_kernel
+from vsock.errors import CallError
+
+CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"
+ELF = b"\x7fELF" + b"kernel" * 100
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image of two layers; the upper one replaces a file of the lower one."""
+    image = Layout(tmp_path_factory.mktemp("image") / "oci")
+    image.layer([directory("etc"), Member("etc/motd", b"from below\n"), Member("below", b"b")])
+    image.layer([directory("etc"), Member("etc/motd", b"from above\n")], "+gzip")
+    return image.finish()
+
+
+def invoke(*arguments: object) -> Result:
+    name, *rest = map(str, arguments)
+    command = next(command for command in run_cli.COMMANDS if command.name == name)
+    return CliRunner().invoke(command, rest)
+
+
+def bzimage(payload: bytes) -> bytes:
+    """Wrap a payload as the boot protocol has it, two setup sectors before it."""
+    image = bytearray(3 * 512)
+    image[0x1F1] = 2
+    image[0x202:0x206] = b"HdrS"
+    struct.pack_into("<II", image, 0x248, 16, len(payload) + 4)
+    return bytes(image) + bytes(16) + payload + struct.pack("<I", len(ELF))
+
+
+def needs_kernel() -> None:
+    if not list((CACHE_DIR / "kernel").glob("*/boot")):
+        pytest.skip("no kernel in .cache/kernel")
+
+
+def test_a_kernel_is_unpacked() -> None:
+    assert unpack_kernel(bzimage(lzma.compress(ELF))) == ELF
+    assert unpack_kernel(ELF) == ELF
+
+
+def test_the_kernel_at_hand_is_unpacked() -> None:
+    needs_kernel()
+    elf = unpack_kernel(cached_kernel(CACHE_DIR).image.read_bytes())
+    assert elf[:4] == b"\x7fELF"
+    assert b"Linux version" in elf
+
+
+@pytest.mark.parametrize(
+    ("image", "code"),
+    [
+        (b"", "invalid"),
+        (bytes(4096), "invalid"),
+        (bzimage(b"BZh9 nothing"), "unsupported"),
+        (bzimage(lzma.compress(ELF)[:40]), "invalid"),
+        (bzimage(lzma.compress(b"no ELF")), "invalid"),
+    ],
+)
+def test_what_is_no_kernel(image: bytes, code: str) -> None:
+    with pytest.raises(CallError) as caught:
+        unpack_kernel(image)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("vmm", ["firecracker", "cloud-hypervisor"])
+def test_other_monitors_get_an_exact_configuration(layout: Path, tmp_path: Path, vmm: str) -> None:
+    needs_kernel()
+    done = invoke("run", layout, "--vmm", vmm, "--directory", tmp_path, "--json")
+    assert done.exit_code == 0, done.stderr
+    shown = json.loads(done.stdout)
+    pack = tmp_path / "pack.img"
+    layers = Manifest.load(tmp_path / "pack.img.json").layers
+    assert len(layers) == 2
+    assert all(layer.verity is not None for layer in layers)
+    assert shlex.split(shown["command"])[0] == vmm
+    assert shlex.split(shown["mount"])[-1] == str(pack)
+    config = shown["config"]
+    if vmm == "firecracker":
+        assert json.loads((tmp_path / "firecracker.json").read_text()) == config
+        assert config["drives"][0]["path_on_host"] == str(pack)
+        kernel, initrd = (
+            config["boot-source"][f"{key}_path"] for key in ("kernel_image", "initrd")
+        )
+    else:
+        assert config["pmem"] == [{"file": str(pack), "discard_writes": True}]
+        kernel, initrd = (config["payload"][key] for key in ("kernel", "initramfs"))
+    assert Path(kernel).read_bytes()[:4] == b"\x7fELF"
+    assert Path(initrd).is_file()
+
+
+def test_the_upper_layer_is_named_first(layout: Path, tmp_path: Path) -> None:
+    needs_kernel()
+    done = invoke("run", layout, "--vmm", "firecracker", "--directory", tmp_path)
+    assert done.exit_code == 0, done.stderr
+    manifest = Manifest.load(tmp_path / "pack.img.json")
+    request = mount_request(manifest, {"kind": "path", "path": "/dev/vda"}, scratch_bytes=8192)
+    assert request.overlay is not None
+    assert request.overlay.layers == tuple(layer.layer_id for layer in manifest.layers)
+    lowest = json.loads((layout / "blobs/sha256" / _config_digest(layout)).read_bytes())["rootfs"][
+        "diff_ids"
+    ][0]
+    assert manifest.layers[-1].source_digest == lowest
+
+
+def _config_digest(layout: Path) -> str:
+    index = json.loads((layout / "index.json").read_bytes())
+    blobs = layout / "blobs/sha256"
+    manifest = json.loads((blobs / index["manifests"][0]["digest"][7:]).read_bytes())
+    return str(manifest["config"]["digest"][7:])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--vmm", "firecracker"),
+        ("--vmm", "firecracker", "--directory", "x", "--shell"),
+        ("--vmm", "cloud-hypervisor", "--directory", "x", "--keep"),
+        ("--vmm", "xen"),
+        ("--memory", "1"),
+    ],
+)
+def test_usage(layout: Path, arguments: tuple[str, ...]) -> None:
+    assert invoke("run", layout, *arguments).exit_code == 2
+
+
+def test_what_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("nothing of the kind")
+    done = invoke("run", tmp_path / "text", "--vmm", "firecracker", "--directory", tmp_path / "to")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("guestctl: ")
+    assert not (tmp_path / "to/pack.img").exists()
+
+
+def test_no_kernel(layout: Path, tmp_path: Path) -> None:
+    done = invoke("run", layout, "--kernel", tmp_path, "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["error"]["code"] == "not_found"
+
+
+def test_the_boot_image_tells_what_takes_the_space(tmp_path: Path) -> None:
+    needs_kernel()
+    output = tmp_path / "initrd"
+    arguments = ("build", "--with", "erofs", "--compression", "none")
+    done = invoke("initramfs", *arguments, "--output", output, "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["size_bytes"] == output.stat().st_size
+    assert sum(report["parts"].values()) <= report["unpacked_bytes"]
+    assert list(report["parts"].values()) == sorted(report["parts"].values(), reverse=True)
+    assert output.read_bytes()[:6] == b"070701"
+    assert "interpreter" in invoke("initramfs", *arguments, "--output", output).stdout
+
+
+def test_features_are_chosen_by_name() -> None:
+    assert invoke("initramfs", "build", "--with", "pmem,teleport").exit_code == 2
+    listed = json.loads(invoke("initramfs", "features", "--json").stdout)
+    assert {"pmem", "virtio-blk", "scsi", "verity", "erofs", "overlay", "console"} <= set(listed)
+    assert "signatures" in listed
