@@ -68,7 +68,8 @@ class TarReader:
     """The members of an archive in ``size_bytes`` bytes at ``start_bytes`` of ``fd`` (borrowed).
 
     ``needs_end`` refuses an archive without end marker or with something behind it; without it such
-    an archive is taken as it is, for where a digest already says that it is whole.
+    an archive is taken as it is, for where a digest already says that it is whole (umoci 0.4
+    leaves out the padding of the last member, too).
     """
 
     def __init__(
@@ -335,9 +336,9 @@ class TarReader:
         return data
 
     def _skip(self, size: int, at: int) -> None:
-        if self._at + size > self._end:
+        if self._at + size > self._end and self._needs_end:
             raise self._damaged(at, "ends before the padding of a member")
-        self._at += size
+        self._at = min(self._at + size, self._end)
 
     def _too_much(self, at: int, what: str, limit: int) -> CallError:
         return CallError(

@@ -16,7 +16,7 @@ Source: OCI image layer specification ("Whiteouts"); Documentation/filesystems/o
 import enum
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rootfs.tar import TarEntry
 from rootfs.tree import FdContent, Node
@@ -78,7 +78,7 @@ class TarTree:
         """
         if self._whiteouts is Whiteouts.APPLY:
             entries = self._apply_whiteouts(entries)
-        hidden: list[tuple[Node, bytes]] = []
+        markers: list[tuple[tuple[bytes, ...], TarEntry]] = []
         for entry in entries:
             if cancel is not None:
                 cancel.check("read the tar")
@@ -91,11 +91,13 @@ class TarTree:
                 )
             path = _path_of(entry.name, entry, "name")
             if path and path[-1].startswith(_PREFIX) and self._whiteouts is not Whiteouts.KEEP:
-                self._note_whiteout(path, entry, hidden)
+                markers.append((path, entry))
             else:
                 self._add(path, entry, fd)
-        for parent, name in hidden:
-            self._hide(parent, name)
+        if self._whiteouts is not Whiteouts.APPLY:
+            # now that all of the layer is known: what a marker is in may come after it
+            for path, entry in markers:
+                self._convert(path, entry)
 
     def _add(self, path: tuple[bytes, ...], entry: TarEntry, fd: int) -> None:
         if self._whiteouts is not Whiteouts.KEEP:
@@ -134,7 +136,7 @@ class TarTree:
             node.target = entry.target
         return node
 
-    def _directory(self, path: tuple[bytes, ...], entry: TarEntry) -> Node:
+    def _directory(self, path: Sequence[bytes], entry: TarEntry) -> Node:
         """Return the directory at ``path``, made where it is missing."""
         node, below = self.root, self._below
         for part in path:
@@ -163,20 +165,33 @@ class TarTree:
             raise _refused(entry, "a hard link to a directory")
         return node
 
-    def _note_whiteout(
-        self, path: tuple[bytes, ...], entry: TarEntry, hidden: list[tuple[Node, bytes]]
-    ) -> None:
-        """Turn a marker into overlayfs form; a name is hidden when all of the layer is known."""
-        name = path[-1]
-        if self._whiteouts is Whiteouts.APPLY:
+    def _convert(self, path: tuple[bytes, ...], entry: TarEntry) -> None:
+        """Turn a marker into overlayfs form."""
+        *parents, name = path
+        if not self._may_hide(parents):
             return
         if name == _OPAQUE:
-            self._make_opaque(self._directory(path[:-1], entry))
+            self._make_opaque(self._directory(parents, entry))
         elif not name.startswith(_AUFS_PREFIX):
-            hidden_name = name.removeprefix(_PREFIX)
-            if hidden_name in (b"", b".", b".."):
+            hidden = name.removeprefix(_PREFIX)
+            if hidden in (b"", b".", b".."):
                 raise _refused(entry, "a whiteout of no name")
-            hidden.append((self._directory(path[:-1], entry), hidden_name))
+            self._hide(self._directory(parents, entry), hidden)
+
+    def _may_hide(self, path: Sequence[bytes]) -> bool:
+        """Say whether markers in ``path`` can hide anything: not below what is no directory.
+
+        umoci lists what was in a directory that the layer has made a symlink.
+        """
+        node: Node | None = self.root
+        below = self._below
+        for part in path:
+            node = None if node is None else node.children.get(part)
+            below = None if below is None else below.children.get(part)
+            own = node or below
+            if own is not None and not own.is_directory:
+                return False
+        return True
 
     def _hide(self, parent: Node, name: bytes) -> None:
         """Hide a name of lower layers. What this layer has itself stays, and hides by being there;

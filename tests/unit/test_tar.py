@@ -223,6 +223,16 @@ def test_what_follows_the_end_marker_is_not_silently_lost() -> None:
     assert [each.name for each in entries(first + second, needs_end=False)] == [b"a"]
 
 
+def test_a_tar_that_ends_with_its_data_is_whole_only_where_a_digest_says_so() -> None:
+    data = make_tar([Member("a", b"x" * 700)])[: 512 + 700]
+    with pytest.raises(CallError, match="ends before the padding"):
+        entries(data)
+    (only,) = entries(data, needs_end=False)
+    assert only.extents == ((0, 700, 512),)
+    with pytest.raises(CallError, match="ends before the 700 bytes"):
+        entries(data[:-1], needs_end=False)
+
+
 def _header(**fields: bytes) -> bytes:
     places = {"name": 0, "mode": 100, "uid": 108, "size": 124, "mtime": 136, "kind": 156,
               "target": 157, "magic": 257}  # fmt: skip
@@ -376,6 +386,23 @@ def test_whiteouts_become_overlay_form() -> None:
     user = tree(make_tar(members), Whiteouts.OVERLAY_USER)
     assert user["etc"][6] == {b"user.overlay.opaque": b"y"}  # type: ignore[index]
     assert "etc/.wh.passwd" in tree(make_tar(members), Whiteouts.KEEP)
+
+
+@pytest.mark.parametrize("again", [[], [Member("d", b"a file, for a moment"), directory("d")]])
+def test_a_directory_that_comes_after_its_marker_is_opaque(again: list[Member]) -> None:
+    members = [Member("d/.wh..wh..opq"), Member("d/.wh.x"), *again, directory("d", mode=0o700)]
+    read = tree(make_tar(members), Whiteouts.OVERLAY)
+    assert (read["d"][0], read["d"][6]) == ("0o40700", {b"trusted.overlay.opaque": b"y"})  # type: ignore[index]
+    assert read["d/x"][0] == "0o20000"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("marker", ["link/.wh.x", "link/below/.wh..wh..opq"])
+def test_a_marker_below_what_is_no_directory_hides_nothing(marker: str) -> None:
+    members = [symlink("link", "/elsewhere"), Member("elsewhere/x", b"stays")]
+    for each in ([*members, Member(marker)], [Member(marker), *members]):
+        read = tree(make_tar(each), Whiteouts.OVERLAY)
+        assert sorted(read) == ["", "elsewhere", "elsewhere/x", "link"]
+        assert read["elsewhere/x"][5] == b"stays"  # type: ignore[index]
 
 
 @pytest.mark.parametrize("name", [".wh.", ".wh..", "a/.wh..."])

@@ -1,0 +1,83 @@
+"""Container images that other programs wrote: we must show what those programs unpack."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from containerbed import ContainerImage, make_container_image
+from test_images import assert_same, facts, mounted
+
+from rootfs.images import build_image, build_layers
+from tests.kernel import dmbed
+
+pytestmark = pytest.mark.kernel
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ContainerImage]:
+    dmbed.isolate_mounts()
+    memory = tmp_path_factory.mktemp("container")
+    dmbed.run("mount", "-t", "tmpfs", "tmpfs", memory)
+    try:
+        yield make_container_image(memory)
+    finally:
+        dmbed.run("umount", memory)
+
+
+@pytest.fixture(scope="module")
+def unpacked(image: ContainerImage) -> dict[str, dict[str, object]]:
+    return facts(image.unpacked)
+
+
+@pytest.mark.parametrize("filesystem", ["erofs", "ext4"])
+def test_what_umoci_writes_is_what_umoci_unpacks(
+    tmp_path: Path,
+    image: ContainerImage,
+    unpacked: dict[str, dict[str, object]],
+    filesystem: str,
+) -> None:
+    built = build_image(image.layout, tmp_path / "image", filesystem=filesystem)
+    with mounted(built.path, filesystem, tmp_path / "mnt") as target:
+        assert_same(facts(target), unpacked)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        ("docker-archive",),
+        ("oci-archive",),
+        ("oci", "--dest-compress-format=zstd", "--dest-compress"),
+    ],
+    ids=["docker-archive", "oci-archive", "oci-zstd"],
+)
+def test_skopeo_changes_the_form_and_not_the_image(
+    tmp_path: Path, image: ContainerImage, form: tuple[str, ...]
+) -> None:
+    first = build_image(image.layout, tmp_path / "first")
+    second = build_image(image.converted(*form), tmp_path / "second")
+    assert second.source_digest == first.source_digest
+    assert second.path.read_bytes() == first.path.read_bytes()
+
+
+def test_an_overlay_of_the_layers_shows_what_umoci_unpacks(
+    tmp_path: Path, image: ContainerImage, unpacked: dict[str, dict[str, object]]
+) -> None:
+    layers = build_layers(image.layout, tmp_path)
+    assert len(layers) == image.layers
+    with contextlib.ExitStack() as stack:
+        places = [
+            stack.enter_context(mounted(each.path, "erofs", tmp_path / f"layer{number}"))
+            for number, each in enumerate(layers)
+        ]
+        (tmp_path / "overlay").mkdir()
+        lowerdirs = ":".join(str(place) for place in reversed(places))
+        options = f"xino=on,lowerdir={lowerdirs}"  # numbers of inodes that differ
+        dmbed.run("mount", "-t", "overlay", "-o", options, "overlay", tmp_path / "overlay")
+        stack.callback(dmbed.run, "umount", tmp_path / "overlay")
+        assert_same(_seen(facts(tmp_path / "overlay")), _seen(unpacked))
+
+
+def _seen(found: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+    """Leave out what an overlay counts in its own way: the links of merged directories."""
+    return {path: {k: v for k, v in each.items() if k != "links"} for path, each in found.items()}
