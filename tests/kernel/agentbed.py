@@ -14,8 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmbed import loop_device
-
 from guestagent.api import ByteRange, LayerSpec, OverlaySpec, PathDevice, Verity
 from guestagent.client import GuestAgent
 from guestagent.engine.engine import Engine
@@ -25,6 +23,7 @@ from guestagent.engine.state import Rules
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.mountinfo import read_mounts
 from rootfs.verity import format_image
+from tests.kernel.dmbed import loop_device
 from vsock.deadline import Deadline
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from agentbed import Pack, World, overlay, settled_world
-
 from guestagent.api import (
     LayersMountRequest,
     LayersUnmountRequest,
@@ -21,6 +19,7 @@ from guestagent.api import (
     Verity,
 )
 from guestagent.client import GuestAgent
+from tests.kernel.agentbed import Pack, World, overlay, settled_world
 from vsock.errors import CallError, ConnectionClosed
 
 __all__ = ("Gate", "Soak", "Tally", "Worker")

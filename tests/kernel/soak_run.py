@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import msgpack
-from agentbed import AgentProcess, attached_pack
-from soak import Soak, answered_within
 
+from tests.kernel.agentbed import AgentProcess, attached_pack
+from tests.kernel.soak import Soak, answered_within
 from vsock.errors import ConnectionClosed
 
 _PACKED = 64

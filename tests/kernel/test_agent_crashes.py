@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agentbed import PROJECT, SITE, AgentProcess, Pack, attached_pack
-from soak import Soak, answered_within
+
+from tests.kernel.agentbed import PROJECT, SITE, AgentProcess, Pack, attached_pack
+from tests.kernel.soak import Soak, answered_within
 
 KILLS = int(os.environ.get("KILLS", "200"))
 _SUPERVISED = """

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import msgpack
 import pytest
-from agentbed import AgentProcess
+
+from tests.kernel.agentbed import AgentProcess
 
 WAIT_SECONDS = 20.0
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agentbed import AgentProcess, Pack, World, attached_pack, settled_world, who
-from dmbed import loop_device
 
 from guestagent.api import (
     METHODS,
@@ -22,6 +20,8 @@ from guestagent.api import (
     Verity,
 )
 from guestagent.client import GuestAgent
+from tests.kernel.agentbed import AgentProcess, Pack, World, attached_pack, settled_world, who
+from tests.kernel.dmbed import loop_device
 from vsock.client import Client
 from vsock.errors import CallError
 

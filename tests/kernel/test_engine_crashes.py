@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 
 from guestagent.api import LayersMountRequest, LayersUnmountRequest, TmpfsScratch
 from guestagent.engine.operation import Operation
+from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 
 Request = Callable[[EngineBed, Operation], object]
 MAX_STEPS = 200

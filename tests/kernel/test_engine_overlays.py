@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world, who
-from dmbed import loop_device
 
 from guestagent.api import (
     DeviceScratch,
@@ -22,6 +20,8 @@ from guestagent.api import (
     TmpfsScratch,
 )
 from guestagent.storage.mountinfo import find_mount
+from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world, who
+from tests.kernel.dmbed import loop_device
 from vsock.errors import CallError
 
 MANY = 500

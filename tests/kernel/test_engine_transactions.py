@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
-from dmbed import loop_device
 
 from guestagent.api import (
     DeviceScratch,
@@ -20,6 +18,8 @@ from guestagent.api import (
     TmpfsScratch,
 )
 from guestagent.engine.operation import Operation
+from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from tests.kernel.dmbed import loop_device
 from vsock.errors import CallError
 
 Request = Callable[[EngineBed, Operation], Any]

@@ -1,0 +1,249 @@
+"""The service: every method has its function, every error its form, every subscriber its bounds."""
+
+import inspect
+import socket
+import threading
+import time
+
+import msgpack
+import pytest
+
+from guestagent.api import METHODS, Event, LayerId
+from guestagent.config import Problem
+from guestagent.engine.events import EventLog
+from guestagent.engine.journal import Journal
+from guestagent.service import QUICK_METHODS, Service
+from vsock.address import UnixAddress
+from vsock.errors import CallError
+from vsock.rpc import Limits
+from vsock.server import Server
+from vsock.stream import listen
+
+WAIT_SECONDS = 20.0
+
+
+class Layers:
+    """Answers as the test says."""
+
+    def __init__(self):
+        self.answer = lambda layer_id: None
+
+    def get(self, layer_id):
+        return self.answer(layer_id)
+
+
+class Engine:
+    """As much of an engine as these tests ask."""
+
+    def __init__(self, events):
+        self.events = events
+        self.layers = Layers()
+        self.trouble: tuple[str, ...] = ()
+
+    def operation(self, deadline, *, traceparent=None):
+        return deadline
+
+    def features(self):
+        return ("fs-erofs",)
+
+    def problems(self):
+        return self.trouble
+
+    def counts(self):
+        return {"layers": 1, "overlays": 2, "dm_devices": 3}
+
+
+class Peer:
+    def __init__(self, path):
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(WAIT_SECONDS)
+        self._socket.connect(path)
+        self._unpacker = msgpack.Unpacker()
+        self._msgid = 0
+
+    def send(self, method, params):
+        self._msgid += 1
+        self._socket.sendall(msgpack.packb([0, self._msgid, method, [params]]))
+
+    def next(self):
+        while True:
+            for message in self._unpacker:
+                return message
+            data = self._socket.recv(65536)
+            assert data, "the connection ended"
+            self._unpacker.feed(data)
+
+    def ask(self, method, **params):
+        """Return (error, result)."""
+        self.send(method, params)
+        while True:
+            message = self.next()
+            if message[0] == 1:
+                assert message[1] == self._msgid
+                return message[2], message[3]
+
+    def close(self):
+        self._socket.close()
+
+
+class Bed:
+    def __init__(self, tmp_path, **options):
+        self.path = str(tmp_path / "socket")
+        self.events = EventLog(Journal(str(tmp_path / "state")))
+        self.engine = Engine(self.events)
+        self.modes: list[str] = []
+        self.service = Service(
+            self.engine,
+            boot={"pid1": False},
+            problems=(Problem(key="a", text="a is odd", fatal=False),),
+            restarts=3,
+            deadline_seconds=60,
+            on_shutdown=self.modes.append,
+        )
+        limits = options.pop("limits", None)
+        self.server = Server(self.service.handle, quick=QUICK_METHODS, limits=limits)
+        self.service.attach(self.server)
+        self.server.add_listener(listen(UnixAddress(path=self.path)))
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+        self.peers: list[Peer] = []
+
+    def peer(self, *, hello=True):
+        peer = Peer(self.path)
+        self.peers.append(peer)
+        if hello:
+            assert peer.ask("agent.hello", versions=[1])[0] is None
+        return peer
+
+    def close(self):
+        for peer in self.peers:
+            peer.close()
+        self.server.stop(1.0)
+        self.thread.join(WAIT_SECONDS)
+        self.events.close()
+
+
+@pytest.fixture
+def bed(tmp_path):
+    bed = Bed(tmp_path)
+    yield bed
+    bed.close()
+
+
+def test_every_method_has_its_function():
+    for name in METHODS:
+        function = getattr(Service, "_" + name.replace(".", "_"), None)
+        if function is not None:
+            assert len(inspect.signature(function).parameters) == 3
+
+
+def test_hello_agrees_on_a_version_and_status_tells_all(bed):
+    peer = bed.peer(hello=False)
+    error, _ = peer.ask("agent.hello", versions=[7, 8])
+    assert error["code"] == "unsupported"
+    error, hello = peer.ask("agent.hello", versions=[9, 1], client="test")
+    assert error is None
+    assert (hello["version"], hello["features"], hello["boot"]) == (
+        1,
+        ["fs-erofs"],
+        {"pid1": False},
+    )
+    assert hello["limits"]["max_request_bytes"] == 1 << 20
+    _, status = peer.ask("agent.status")
+    assert (status["state"], status["problems"]) == ("degraded", ["a is odd"])
+    assert (status["layers"], status["overlays"], status["dm_devices"]) == (1, 2, 3)
+    assert (status["restarts"], status["connections"]) == (3, 1)
+    assert status["rss_bytes"] > 1 << 20
+
+
+def test_an_error_of_the_engine_arrives_as_it_is(bed):
+    def refuse(layer_id):
+        raise CallError("busy", "no", errno=16, step="unmount", object=layer_id, hint="wait")
+
+    bed.engine.layers.answer = refuse
+    error, result = bed.peer().ask("layer.get", layer_id="a")
+    assert result is None
+    assert error == {
+        "code": "busy",
+        "message": "no",
+        "errno": "EBUSY",
+        "step": "unmount",
+        "object": "a",
+        "hint": "wait",
+        "kernel_log": [],
+    }
+
+
+def test_a_bug_is_internal_and_tells_no_secrets(bed):
+    def fail(layer_id):
+        raise ZeroDivisionError("secret")
+
+    bed.engine.layers.answer = fail
+    peer = bed.peer()
+    error, _ = peer.ask("layer.get", layer_id="a")
+    assert error["code"] == "internal"
+    assert "secret" not in str(error)
+    assert "Traceback" not in str(error)
+    bed.engine.layers.answer = lambda layer_id: LayerId(layer_id=layer_id)
+    assert peer.ask("layer.get", layer_id="a") == (None, {"layer_id": "a"})
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "code"),
+    [
+        ("layer.get", {}, "invalid"),
+        ("layer.get", {"layer_id": "a", "more": 1}, "invalid"),
+        ("layer.get", {"layer_id": "a b"}, "invalid"),
+        ("layer.fetch", {"layer_id": "a"}, "unsupported"),
+        ("_answer", {}, "unsupported"),
+    ],
+)
+def test_bad_requests(bed, method, params, code):
+    peer = bed.peer()
+    error, _ = peer.ask(method, **params)
+    assert error["code"] == code
+    assert peer.ask("agent.status")[0] is None
+
+
+def test_nothing_before_hello(bed):
+    error, _ = bed.peer(hello=False).ask("agent.status")
+    assert error["code"] == "denied"
+
+
+def test_a_subscriber_hears_and_stops_with_its_connection(bed):
+    peer = bed.peer()
+    bed.events.publish("agent_started")
+    _, subscribed = peer.ask("agent.subscribe")
+    assert subscribed == {"sequence": 1}
+    assert peer.ask("agent.subscribe")[0] is None
+    bed.events.publish("layer_mounted", layer_id="a")
+    kind, method, (event,) = peer.next()
+    assert (kind, method) == (2, "agent.event")
+    assert Event.from_wire(event).layer_id == "a"
+    _, caught_up = peer.ask("agent.events", since=0)
+    assert [item["sequence"] for item in caught_up["events"]] == [1, 2]
+    peer.close()
+    end = time.monotonic() + WAIT_SECONDS
+    while bed.events._listeners and time.monotonic() < end:
+        bed.peer()
+    assert not bed.events._listeners
+
+
+def test_a_subscriber_that_does_not_read_holds_nobody_up(tmp_path):
+    """Its queue is bounded; what it missed is counted, for it and in the status."""
+    bed = Bed(tmp_path, limits=Limits(max_reply_bytes=65536))
+    try:
+        deaf, other = bed.peer(), bed.peer()
+        deaf.ask("agent.subscribe")
+        for _ in range(2000):
+            bed.events.publish("layer_failed", detail="x" * 1000)
+        _, status = other.ask("agent.status")
+        assert status["events_dropped"] > 0
+        got = [deaf.next()[2][0] for _ in range(2000 - status["events_dropped"])]
+        assert [event["dropped"] for event in got] == [0] * len(got)
+        bed.events.publish("layer_mounted")
+        last = deaf.next()[2][0]
+        assert last["kind"] == "layer_mounted"
+        assert last["dropped"] == status["events_dropped"]
+    finally:
+        bed.close()
