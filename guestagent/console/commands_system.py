@@ -235,8 +235,12 @@ def _cmdline(run: Run) -> int | None:
 
 
 def _modules(run: Run) -> int | None:
-    with open("/proc/modules", encoding="ascii", errors="replace") as stream:
-        words = [line.split() for line in stream]
+    try:
+        with open("/proc/modules", encoding="ascii", errors="replace") as stream:
+            words = [line.split() for line in stream]
+    except FileNotFoundError:
+        run.screen.line("this kernel has everything built in")
+        return None
     rows = [
         (name, size_text(int(size)), uses, used_by.strip("-,").replace(",", " "))
         for name, size, uses, used_by, *_ in sorted(words)

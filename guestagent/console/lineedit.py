@@ -66,6 +66,7 @@ class LineEditor:
         self._history = history
         self._complete = complete
         self._clears = clears
+        self._is_full = False
         self._killed = ""
         self._key = ""
         self._last_key = ""
@@ -144,7 +145,10 @@ class LineEditor:
 
     def _insert(self, text: str) -> str:
         if len(self.text) + len(text) > MAX_LINE_CHARACTERS:
-            return BELL
+            # one for all: whoever pours in a file gets no flood back
+            was_full, self._is_full = self._is_full, True
+            return "" if was_full else BELL
+        self._is_full = False
         self.text = self.text[: self.cursor] + text + self.text[self.cursor :]
         self.cursor += len(text)
         return self._refresh()

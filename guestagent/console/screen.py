@@ -203,8 +203,8 @@ class Screen:
 
 
 def _narrow(widths: list[int], room: int, header: Sequence[str]) -> None:
-    """Cut the widest columns until they fit, none below its title and some characters."""
-    least = [min(width, max(len(title), 8)) for width, title in zip(widths, header, strict=True)]
+    """Cut the widest columns until they fit, none below its title."""
+    least = [min(width, max(len(title), 4)) for width, title in zip(widths, header, strict=True)]
     while sum(widths) > room:
         slack = [width - low for width, low in zip(widths, least, strict=True)]
         widest = max(range(len(widths)), key=lambda i: (slack[i] > 0, widths[i]))

@@ -44,6 +44,7 @@ class Session:
         self._history = History()
         self._pending = bytearray()
         self._after_return = False
+        self._echo = Screen(channel, channel.life)
         self._status = OK
 
     def run(self) -> None:
@@ -123,7 +124,7 @@ class Session:
         channel = self.channel
         channel.enter(EDITING)
         channel.take_resize()  # what the size was before is of no interest
-        screen = Screen(channel, channel.life)
+        self._echo = screen = Screen(channel, channel.life)
         editor = LineEditor(
             _PROMPT,
             columns=channel.size.columns,
@@ -135,8 +136,6 @@ class Session:
         while editor.outcome is None:
             if channel.take_resize():
                 _print(screen, editor.resize(channel.size.columns))
-            if not self._pending:
-                screen.flush()
             key = self._key_or_resize()
             if key is None:
                 if channel.has_ended:
@@ -174,7 +173,8 @@ class Session:
             channel.enter(EDITING)
 
     def _more_input(self) -> None:
-        """Wait for input, an end of it or a new size."""
+        """Wait for input, an end of it or a new size; what was typed is on the screen by then."""
+        self._echo.flush()
         self.channel.life.wait((self.channel.input_fd,), "wait for input")
         self._pending += self.channel.poll_input()
 

@@ -93,9 +93,9 @@ class _Child:
         self._channel.on_signal = self._channel._interrupt_on
         self._channel.on_size = lambda size: None
         self._end()
-        for fd in (*self._outputs, self._input, self._pid_fd):
-            if fd >= 0:
-                os.close(fd)
+        # a terminal's input and output are one descriptor
+        for fd in {*self._outputs, self._input, self._pid_fd} - {-1}:
+            os.close(fd)
         self._outputs.clear()
         self._channel.enter(RUNNING, self._run.deadline)
 

@@ -1,0 +1,618 @@
+"""Sessions on a real socket: people who type, scripts, and peers that mean no good."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from consolebed import (
+    DATA,
+    END,
+    HELLO,
+    SIGNAL,
+    SIZE,
+    Bed,
+    Client,
+    fd_count,
+    frame,
+    serving,
+    thread_count,
+    wait_until,
+)
+
+from guestagent.console import channel as channel_module
+from guestagent.console import service as service_module
+from guestagent.console.commands import COMMANDS, GROUPS
+from guestagent.console.service import MAX_SESSIONS
+from guestagent.engine.reconciliation import Finding
+
+PERSON = {"terminal": True, "term": "xterm"}
+
+
+@pytest.fixture(scope="module")
+def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("layer")
+    (root / "etc").mkdir()
+    (root / "etc/motd").write_text("hello from the layer\n")
+    (root / "bytes").write_bytes(bytes(range(256)))
+    (root / b"odd\xff name".decode("utf-8", "surrogateescape")).write_text("odd\n")
+    (root / "escape").symlink_to("../../../../../../etc/passwd")
+    os.mkfifo(root / "fifo")
+    with (root / "huge").open("wb") as stream:
+        stream.truncate(100 << 30)
+    return root
+
+
+@pytest.fixture
+def bed(tmp_path: Path, layer: Path) -> Iterator[Bed]:
+    with serving(tmp_path / "console", {"base": layer, "basement": layer}, shell=True) as bed:
+        yield bed
+
+
+@pytest.fixture
+def person(bed: Bed) -> Iterator[Client]:
+    with bed.client(**PERSON) as client:
+        client.expect("help lists the commands\r\n")
+        client.expect("guest> ")
+        yield client
+
+
+# --- a person
+
+
+def test_a_person_types_a_command(person: Client) -> None:
+    person.type("layers\r")
+    assert "base" in person.expect("guest> ")
+    person.type("\x04")
+    assert person.finish()[0] == 0
+    assert person.welcome is not None
+    assert person.welcome["version"] == 1
+    assert person.welcome["shell"] is True
+
+
+def test_the_status_of_leaving_is_that_of_the_last_command(person: Client) -> None:
+    person.type("layers nonesuch\r")
+    assert "there is no layer 'nonesuch'" in person.expect("guest> ")
+    person.type("exit\r")
+    assert person.finish()[0] == 1
+
+
+def test_the_echo_is_all_that_the_editor_prints(person: Client) -> None:
+    person.type("upti")
+    person.expect("upti")
+    person.type("me\x01\x05\r")
+    assert person.expect("\r\n") == "me\b\b\b\b\b\buptime"
+    assert "the agent" in person.expect("guest> ")
+
+
+def test_crlf_is_one_enter(person: Client) -> None:
+    person.type("uptime\r\nuptime\r\n")
+    person.expect("the agent")
+    person.expect("the agent")
+    person.expect("guest> ")
+    person.type("exit\r")
+    assert "guest>" not in person.finish()[1].rpartition("exit")[2]
+
+
+def test_completion_of_commands_layers_and_paths(person: Client) -> None:
+    person.type("hol\t")
+    person.expect("holders ")
+    person.type("basem\t")
+    person.expect("basement ")
+    person.type("\x15cat base:/e\t")
+    person.expect("cat base:/")
+    person.type("\x15cat base:/etc/m\t")
+    person.expect("motd ")
+    person.type("\r")
+    person.expect("hello from the layer")
+    person.type("cat base:/odd\t")
+    person.expect("\\xff\\ name ")
+    person.type("\r")
+    person.expect("\r\nodd\r\n")
+
+
+def test_history(person: Client) -> None:
+    person.type("plan base\r")
+    person.expect("guest> ")
+    person.type("uptime\r")
+    person.expect("guest> ")
+    person.type("pl\x1b[A\r")
+    person.expect("plan base\r\n")
+    person.expect("mount erofs")
+
+
+def test_paging(bed: Bed) -> None:
+    with bed.client(**PERSON, size={"rows": 10, "columns": 120}) as person:
+        person.expect("guest> ")
+        person.type("help\r")
+        page = person.expect("--more--")
+        assert page.count("\r\n") == 10  # the echo's, and nine lines
+        person.type("\r")
+        assert person.expect("--more--").count("\r\n") == 1
+        person.type(" ")
+        assert person.expect("--more--").count("\r\n") == 9
+        person.type("q")
+        person.expect("guest> ")
+        person.type("help\r")
+        person.expect("--more--")
+        person.type("G")
+        # the only one left is in the text of the help
+        assert person.expect("guest> ").count("--more--") == 1
+
+
+def test_an_interrupt_ends_a_command(person: Client) -> None:
+    began = time.monotonic()
+    person.type("sleep 1000\r")
+    person.expect("sleep 1000\r\n")
+    person.type("\x03")
+    person.expect("^C\r\n")
+    person.expect("guest> ")
+    assert time.monotonic() - began < 10
+    person.type("uptime\r")
+    person.expect("the agent")
+
+
+def test_an_interrupt_ends_the_reading_of_a_huge_file(person: Client) -> None:
+    person.type("checksum base:/huge\r")
+    person.expect("\r\n")
+    person.type("\x03")
+    person.expect("^C\r\n")
+
+
+def test_what_is_typed_ahead_is_taken_later(person: Client) -> None:
+    person.type("sleep 0\ruptime\rexit\r")
+    status, output = person.finish()
+    assert status == 0
+    assert "the agent" in output
+
+
+def test_following_events(bed: Bed, person: Client) -> None:
+    person.type("events -f\r")
+    person.expect("layer_mounted layer=base")
+    wait_until(lambda: bed.engine.events.listeners, "nobody listens")
+    bed.engine.events.publish(3, "pmem1")
+    person.expect("device_appeared")
+    for number in range(4, 3000):
+        bed.engine.events.publish(number, f"event {number}")
+    person.expect("event 2999")
+    person.type("\x03")
+    person.expect("guest> ")
+    assert bed.engine.events.listeners == []
+
+
+def test_following_the_log(person: Client) -> None:
+    from vsock.log import log
+
+    person.type("log -f\r")
+    person.expect("console session")
+    log.info("something for the log", tag="4711")
+    person.expect("tag=4711")
+    person.type("\x03")
+    person.expect("guest> ")
+
+
+def test_another_size(bed: Bed, person: Client) -> None:
+    person.send(SIZE, {"rows": 5, "columns": 40})
+    person.expect("\rguest> ")
+    person.type("help\r")
+    assert person.expect("--more--").count("\r\n") <= 5
+    person.type("q")
+
+
+def test_tables_fit_the_window(bed: Bed) -> None:
+    with bed.client(**PERSON, size={"rows": 24, "columns": 60}) as person:
+        person.expect("guest> ")
+        person.type("layers\r")
+        person.expect("\r\n")
+        rows = person.expect("guest> ").split("\r\n")
+        assert max(map(len, rows)) <= 60
+        assert ".." in "".join(rows)
+
+
+def test_a_dumb_terminal_gets_no_escape_codes(bed: Bed) -> None:
+    with bed.client(terminal=True, term="dumb") as person:
+        person.expect("guest> ")
+        person.type("lay\t bas\t\t\x1b[D\x0c\x05\x15help\r")
+        person.expect("--more--")
+        person.type("q")
+        person.expect("guest> ")
+        person.type("top -n 1\r")
+        person.expect("COMMAND")
+        person.expect("guest> ")
+        person.type("exit\r")
+        person.finish()
+        assert b"\x1b" not in person.output
+
+
+# --- scripts
+
+
+def test_commands_from_standard_input(bed: Bed) -> None:
+    with bed.client() as script:
+        script.type("plan base\nnonsense\n# a comment\nuptime")
+        script.send(END)
+        status, output = script.finish()
+    assert status == 0
+    assert b"mount erofs" in script.output
+    assert b"the agent" in script.output
+    assert b"there is no command 'nonsense'" in script.errors
+    assert "guest>" not in output
+    assert b"\r" not in script.output
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "text"),
+    [
+        ("layers", 0, "erofs"),
+        ("layers base", 0, "state       mounted"),
+        ("layers nonesuch", 1, "there is no layer 'nonesuch'"),
+        ("overlays root", 0, "1 base  /run/layers/base"),
+        ("overlays nonesuch", 1, "there is no overlay"),
+        ("tables", 0, "none"),
+        ("tables nonesuch", 1, "there is no dm device"),
+        ("plan base", 0, "mount erofs on /run/layers/base"),
+        ("plan nonesuch", 1, "DEVICE,root=HEX"),
+        ("plan pmem:x,root=00", 2, "usage: plan LAYER..."),
+        ("plan", 2, "something is missing; usage: plan LAYER..."),
+        ("holders nonesuch", 1, "there is no device"),
+        ("holders", 2, "something is missing"),
+        ("status", 0, "ready"),
+        ("events -n 1", 0, "layer_mounted"),
+        ("events -n x", 2, "takes a number"),
+        ("events -n", 2, "needs a value"),
+        ("events --all", 2, "there is no option --all"),
+        ("uptime now", 2, "'now' is too much"),
+        ("timings", 0, "modules"),
+        ("timings base", 0, "layer base: 1.750 ms"),
+        ("metrics", 1, "keeps no metrics"),
+        ("mounts", 0, "none"),
+        ("devices", 0, "none"),
+        ("env", 0, "PATH="),
+        ("cmdline", 0, "\n"),
+        ("modules", 0, ""),
+        ("ps", 0, "COMMAND"),
+        ("fds", 0, "eventfd"),
+        ("fds 999999999", 1, "there is no process"),
+        ("ls", 0, "etc/"),
+        ("ls base:/", 0, "etc/\nfifo|\nhuge\nodd\\xff name\n"),
+        ("ls -l base:/etc", 0, "-rw-r--r--"),
+        ("ls base:/nonesuch", 1, "No such file"),
+        ("ls nonesuch:/", 1, "there is no layer or overlay 'nonesuch'"),
+        ("ls nonesuch", 2, "is no path"),
+        ("cat base:/etc/motd", 0, "hello from the layer\n"),
+        ("cat base:etc/motd", 0, "hello from the layer\n"),
+        ("cat layer:base:/etc/motd", 0, "hello from the layer\n"),
+        ("cat base:/escape", 1, "No such file"),
+        ("cat base:/../../etc/passwd", 1, "No such file"),
+        ("cat base:/fifo", 1, "not a regular file"),
+        ("cat base:/etc", 1, "Is a directory"),
+        ("cat base:/bytes", 0, "\\x00\\x01"),
+        ("cat -n 5 base:/etc/motd", 0, "hello\n... cut after 5 bytes"),
+        ("cat base:/odd\\xff\\ name", 0, "odd\n"),
+        ("cat /proc/self/comm", 0, "\n"),
+        ("hexdump base:/etc/motd 6 4", 0, "00000006  66 72 6f 6d "),
+        ("hexdump base:/huge 0x1900000000", 0, ""),
+        ("hexdump base:/etc/motd -1", 2, "OFFSET must be in"),
+        ("stat base:/escape", 0, "target    ../../"),
+        ("stat base:/fifo", 0, "FIFO"),
+        ("checksum base:/etc/motd", 0, "base:/etc/motd"),
+        ("checksum -a md5 base:/etc/motd", 2, "-a takes one of"),
+        ("find base:/ motd", 0, "base:/etc/motd\n"),
+        ("find --type d base:/", 0, "base:/etc/\n"),
+        ("find --type q base:/", 2, "kind"),
+        ("find --depth 1 base:/ motd", 0, ""),
+        ("df base:/", 0, "USE%"),
+        ("df", 0, "none"),
+        ("reconcile", 0, "agree"),
+        ("help", 0, "reconcile"),
+        ("help plan", 0, "plan LAYER..."),
+        ("help nonesuch", 2, "there is no command"),
+        ("term", 0, "dumb 80x24"),
+        ("nonsense", 127, "there is no command 'nonsense'"),
+        ("lay", 127, "did you mean layers"),
+        ("'open", 2, "not closed"),
+        ("", 0, ""),
+        ("exit", 0, ""),
+    ],
+)
+def test_commands(bed: Bed, command: str, status: int, text: str) -> None:
+    got, output = bed.run(command)
+    assert got == status, output
+    assert text in output
+    assert "Traceback" not in output
+
+
+def test_a_checksum_is_the_right_one(bed: Bed) -> None:
+    import hashlib
+
+    expected = hashlib.sha512(bytes(range(256))).hexdigest()
+    assert bed.run("checksum -a sha512 base:/bytes")[1] == f"{expected}  base:/bytes\n"
+
+
+def test_output_is_bounded(bed: Bed) -> None:
+    with bed.client(command="cat base:/huge") as script:
+        assert script.finish()[0] == 0
+    assert len(script.output) < 5 << 20
+    assert b"cut after 1048576 bytes" in script.output
+
+
+def test_every_command_is_documented_and_none_reads_only_by_name() -> None:
+    wanted = (
+        "help layers overlays devices tables status mounts plan events log dmesg ps top env "
+        "cmdline modules uptime fds holders timings metrics ls stat cat hexdump checksum find df "
+        "reconcile sh reboot poweroff"
+    )
+    assert set(wanted.split()) <= set(COMMANDS)
+    for command in COMMANDS.values():
+        assert command.summary
+        assert command.group in GROUPS
+        assert len(f"  {command.name:10} {command.summary}") <= 100
+
+
+def test_reconcile_tells_and_undoes(bed: Bed) -> None:
+    finding = Finding(
+        kind="dm device",
+        name="dm-orphan",
+        owner=("layer", "gone"),
+        problem="belongs to no layer",
+        action="remove it",
+    )
+    bed.engine.debug.findings = [finding]
+    status, output = bed.run("reconcile --dry-run")
+    assert (status, bed.engine.debug.settled) == (0, [])
+    assert output == "dm device dm-orphan belongs to no layer\n  would remove it\n"
+    assert bed.run("reconcile")[1].endswith("remove it: undone\n")
+    assert bed.engine.debug.settled == [finding]
+
+
+def test_poweroff_unmounts_first_and_tells(bed: Bed) -> None:
+    status, output = bed.run("poweroff --force")
+    assert (status, output) == (0, "everything is unmounted; poweroff\n")
+    assert (bed.engine.unmounted, bed.modes) == ([True], ["poweroff"])
+    bed.run("reboot")
+    assert (bed.engine.unmounted, bed.modes) == ([True, False], ["poweroff", "reboot"])
+
+
+def test_an_agent_that_is_no_init_does_not_power_off(tmp_path: Path, layer: Path) -> None:
+    with serving(tmp_path / "c", {"base": layer}, pid1=False) as bed:
+        assert "not the init" in bed.run("poweroff")[1]
+        assert (bed.engine.unmounted, bed.modes) == ([], [])
+
+
+# --- the shell
+
+
+def test_the_shell_needs_its_own_permission(tmp_path: Path, layer: Path) -> None:
+    with serving(tmp_path / "c", {"base": layer}, shell=False) as bed:
+        status, output = bed.run("sh -c true")
+        assert status == 1
+        assert "the shell is disabled: guestagent.console_shell=" in output
+
+
+def test_the_shell_s_exit_status_and_both_its_outputs(bed: Bed) -> None:
+    with bed.client(command="sh -c 'echo out; echo err >&2; exit 7'") as script:
+        assert script.finish()[0] == 7
+    assert (script.output, script.errors) == (b"out\n", b"err\n")
+    assert bed.run("sh -c 'kill -9 $$'")[0] == 128 + signal.SIGKILL
+
+
+def test_a_script_s_bytes_go_through_unchanged(bed: Bed) -> None:
+    data = bytes(range(256)) * 4096
+    with bed.client(command="sh -c cat") as script:
+        feeder = threading.Thread(target=lambda: [
+            script.type(data[at : at + 30_000]) for at in range(0, len(data), 30_000)
+        ] and script.send(END))  # fmt: skip
+        feeder.start()
+        status, _ = script.finish()
+        feeder.join()
+    assert status == 0
+    assert script.output == data
+
+
+def test_a_shell_on_a_terminal(person: Client) -> None:
+    person.type("sh\r")
+    person.expect("guest# ")
+    person.type("stty size; tty; echo $TERM\r")
+    person.expect("24 80\r\n/dev/pts/")
+    person.expect("xterm")
+    person.send(SIZE, {"rows": 50, "columns": 132})
+    person.type("stty size\r")
+    person.expect("50 132")
+    person.type("sleep 1000\r")
+    person.expect("sleep 1000\r\n")
+    person.type("\x03")
+    person.expect("guest# ")
+    person.type("exit 5\r")
+    person.expect("guest> ")
+    person.type("exit\r")
+    assert person.finish()[0] == 5
+
+
+def test_signals_reach_the_shell(bed: Bed) -> None:
+    command = "trap 'exit 9' USR1; echo ready; while :; do sleep 0.05; done"
+    with bed.client(command=f'sh -c "{command}"') as script:
+        script.expect("ready")
+        script.send(SIGNAL, {"name": "USR1"})
+        assert script.finish()[0] == 9
+
+
+def test_an_interrupt_by_signal_ends_a_command(bed: Bed) -> None:
+    with bed.client(command="sleep 1000") as script:
+        wait_until(lambda: script.welcome or script._receive(time.monotonic() + 5), "no welcome")
+        wait_until(lambda: bed.console.session_count == 1, "no session")
+        script.send(SIGNAL, {"name": "INT"})
+        wait_until(lambda: _interrupted(script), "not interrupted")
+        assert script.status == 130
+
+
+def _interrupted(script: Client) -> bool:
+    """Signal again: the first may have come before the command did."""
+    if script.status is None:
+        script.sock.settimeout(0.2)
+        try:
+            script._receive(time.monotonic() + 1)
+        except TimeoutError:
+            script.send(SIGNAL, {"name": "INT"})
+    return script.status is not None
+
+
+def test_who_leaves_takes_the_whole_session_along(bed: Bed, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    script = (
+        f"echo $$ >{pids}; sleep 1000 & echo $! >>{pids}; "
+        f"(trap '' HUP TERM; sleep 1000) & echo $! >>{pids}; echo up; wait"
+    )
+    with bed.client(**PERSON, command=f'sh -c "{script}"') as client:
+        client.expect("up")
+        running = [int(pid) for pid in pids.read_text().split()]
+        assert len(running) == 3
+        assert all(_runs(pid) for pid in running)
+    wait_until(lambda: not any(_runs(pid) for pid in running), "it lives on")
+    wait_until(lambda: bed.console.session_count == 0, "the session lives on")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"\x94\x00\x01\x02", "unknown"),
+        (b"hello?\r\n", "unknown"),
+        (b"\xff" * 100_000, "unknown"),
+        (frame(DATA, b"x"), "Hello comes first"),
+        (frame(HELLO, {"versions": [99]}), "no common version"),
+        (frame(HELLO, {"size": {"rows": 0}}), "rows"),
+        (b"\x03\xff\xff\xff", "16777215"),
+    ],
+)
+def test_strangers_are_told(bed: Bed, data: bytes, text: str) -> None:
+    with bed.client(hello=False) as stranger:
+        stranger.sock.sendall(data)
+        wait_until(lambda: not stranger._receive(time.monotonic() + 5), "still open")
+        assert stranger.refusal is not None
+        assert text in str(stranger.refusal["message"])
+
+
+def test_a_second_hello_ends_it(bed: Bed, person: Client) -> None:
+    person.send(HELLO, {})
+    wait_until(lambda: bed.console.session_count == 0, "the session lives on")
+
+
+def test_endless_lines_and_junk_at_the_editor(person: Client) -> None:
+    for _ in range(20):
+        person.type(b"x" * 30_000)
+    person.type(bytes(range(0x0B, 0x100)) * 8)
+    person.type("\x03")
+    person.expect("^C")
+    person.type("\r\x15uptime\r")
+    person.expect("the agent")
+
+
+def test_an_endless_line_of_a_script(bed: Bed) -> None:
+    with bed.client() as script:
+        script.type(b"x" * 30_000)
+        wait_until(lambda: not script._receive(time.monotonic() + 5), "still open")
+        assert script.refusal is not None
+        assert "a line of over" in str(script.refusal["message"])
+
+
+def test_resize_storms(person: Client) -> None:
+    for number in range(20_000):
+        person.send(SIZE, {"rows": 10 + number % 40, "columns": 40 + number % 80})
+        if number % 100 == 0:
+            person.output = b""
+            person._seen = 0
+            person.sock.setblocking(False)
+            try:
+                while person.sock.recv(1 << 16):
+                    continue
+            except BlockingIOError:
+                person.sock.settimeout(20)
+            person._buffer = b""
+
+
+def test_who_never_reads_is_cut_off_and_nobody_else_waits(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "STALL_SECONDS", 0.5)
+    with bed.client(command="sh -c 'cat /dev/zero'") as sleeper:
+        wait_until(lambda: bed.console.session_count == 1, "no session")
+        assert bed.run("plan base")[0] == 0
+        wait_until(lambda: bed.console.session_count == 0, "not cut off")
+        assert sleeper.status is None
+
+
+def test_sessions_are_counted(bed: Bed) -> None:
+    clients = [bed.client(**PERSON) for _ in range(MAX_SESSIONS)]
+    for client in clients:
+        client.expect("guest> ")
+    with bed.client(**PERSON) as one_more:
+        wait_until(lambda: not one_more._receive(time.monotonic() + 5), "still open")
+        assert one_more.refusal is not None
+        assert one_more.refusal["code"] == "resource"
+        assert "8 console sessions are open" in str(one_more.refusal["message"])
+    clients.pop().sock.close()
+    wait_until(lambda: bed.console.session_count == MAX_SESSIONS - 1, "not let go")
+    assert bed.run("plan base")[0] == 0
+    for client in clients:
+        client.sock.close()
+
+
+def test_who_says_nothing_is_let_go(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "_HELLO_SECONDS", 0.2)
+    with bed.client(hello=False) as silent:
+        wait_until(lambda: not silent._receive(time.monotonic() + 5), "still open")
+        assert silent.refusal is not None
+        assert silent.refusal["code"] == "timeout"
+
+
+def test_connects_and_disconnects_leave_nothing(bed: Bed) -> None:
+    bed.run("plan base")
+    wait_until(lambda: not bed.console._peers, "peers stay")
+    threads, fds, rss = thread_count(), fd_count(), _rss_bytes()
+    greeting = frame(HELLO, {"terminal": True})
+    for number in range(2000):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(bed.path)
+            if number % 4 == 1:
+                sock.sendall(greeting)
+            elif number % 4 == 2:
+                sock.sendall(greeting[: number % 20])
+            elif number % 4 == 3:
+                sock.sendall(b"\xff junk")
+    wait_until(lambda: not bed.console._peers, "peers stay")
+    wait_until(lambda: thread_count() == threads, "threads stay")
+    assert fd_count() == fds
+    assert _rss_bytes() - rss < 8 << 20
+    assert bed.run("plan base")[0] == 0
+
+
+def _rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_closing_ends_every_session(tmp_path: Path, layer: Path) -> None:
+    threads, fds = thread_count(), fd_count()
+    with serving(tmp_path / "c", {"base": layer}, shell=True) as bed:
+        idle, busy = bed.client(**PERSON), bed.client(**PERSON)
+        idle.expect("guest> ")
+        busy.expect("guest> ")
+        busy.type("sh\r")
+        busy.expect("guest# ")
+    assert not busy._receive(time.monotonic() + 5) or busy.status is None
+    idle.sock.close()
+    busy.sock.close()
+    assert (thread_count(), fd_count()) == (threads, fds)
+    assert not os.path.exists(bed.path)
