@@ -252,14 +252,21 @@ def mount_command(
     device = _device(pmem, virtio_blk, path)
     if target is not None and overlay is None:
         raise click.UsageError("--target is where the overlay goes: name it with --overlay ID")
+    _show_mounted(_ask_agent(connect, _mount_request(manifest, device, overlay, target)), as_json)
+
+
+def _ask_agent(connect: str | None, request: LayersMountRequest) -> LayersMountReply:
+    """Have the agent mount it: ``connect``, or else the one of the command line's start."""
     session = click.get_current_context().obj
     address = connect or getattr(session, "address", None)
     if address is None:
         raise click.UsageError("which agent? say --connect ADDRESS")
-    request = _mount_request(manifest, device, overlay, target)
+    # --wait and --deadline stand before the command, on a guestctl that has them
+    names = ("connect_seconds", "deadline_ms")
+    options = {name: getattr(session, name) for name in names if hasattr(session, name)}
     try:
-        with GuestAgent(address) as guest:
-            reply = guest.layers_mount(request)
+        with GuestAgent(address, **options) as guest:
+            return guest.layers_mount(request)
     except ValueError as problem:
         raise click.UsageError(str(problem)) from None
     except CallError:
@@ -267,7 +274,6 @@ def mount_command(
     except (RpcError, OSError) as problem:
         text = f"cannot mount the pack: {problem}"
         raise CallError("internal", text, step="talk to the agent", object=address) from problem
-    _show_mounted(reply, as_json)
 
 
 def _device(pmem: int | None, virtio_blk: str | None, path: str | None) -> dict[str, object]:
