@@ -1,4 +1,4 @@
-"""PID 1 of a utility VM: mounts the API file systems, loads modules, supervises the agent, ends.
+"""PID 1 of a utility VM: boots what ``guestagent.boot.early`` began, supervises the agent, ends.
 
 PID 1 itself does little, so that it cannot fail: it starts the agent in a child, reaps whatever
 is orphaned, starts the agent again when it dies, and powers the machine off when the agent says
@@ -15,6 +15,8 @@ from collections.abc import Callable
 from functools import partial
 
 import guestagent.agent as agent
+from guestagent.boot.early import begin
+from guestagent.boot.modules import Loading, load_module
 from guestagent.boot.plan import BootPlan
 from guestagent.boot.root import enter_root, mount_root
 from guestagent.boot.switch import exec_init
@@ -28,26 +30,16 @@ from vsock.log import fd_sink, log
 
 __all__ = ("main",)
 
-MODULE_LIST = "/etc/guestagent/modules"
-
-_MOUNTS = (
-    # source, target, type, flags, options; what is there already (an outer init's) stays
-    ("proc", "/proc", "proc", syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC, ""),
-    ("sysfs", "/sys", "sysfs", syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC, ""),
-    ("devtmpfs", "/dev", "devtmpfs", syscalls.MS_NOSUID, "mode=0755"),
-    ("tmpfs", "/run", "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=0755"),
-    ("tmpfs", "/tmp", "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=1777"),
-    ("devpts", "/dev/pts", "devpts", syscalls.MS_NOSUID | syscalls.MS_NOEXEC, "ptmxmode=0666"),
-)
-
 # linux/sockios.h, linux/if.h
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 
+_MODULES_SECONDS = 60.0
 
-def main() -> None:
-    """Run as PID 1. Never returns."""
+
+def main(loading: Loading | None = None) -> None:
+    """Run as PID 1, with what ``guestagent.boot.early`` has begun. Never returns."""
     try:
-        _end(_boot_and_supervise())
+        _end(_boot_and_supervise(loading))
     except BaseException as error:  # PID 1 must never end: the kernel would panic
         import traceback
 
@@ -55,22 +47,22 @@ def main() -> None:
         _end("poweroff")
 
 
-def _boot_and_supervise() -> str:
-    begin = time.perf_counter()
-    steps: dict[str, float] = {}
+def _boot_and_supervise(loading: Loading | None) -> str:
+    steps = {"imported_uptime_ms": _uptime_ms()}
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    _mount_api_filesystems()
+    loading = loading or begin()
     _open_console()
-    steps["api_filesystems_ms"] = _ms_since(begin)
     try:
         config, problems = _configuration()
     except OSError:  # nobody can say where the log goes: to the console
         log.add_sink(fd_sink(2), replay=True)
         raise
     open_sinks(config, is_machine=True)
-    begin = time.perf_counter()
+    since = time.perf_counter()
+    told, steps["modules_ms"] = loading.finish(_MODULES_SECONDS)
+    steps["modules_wait_ms"] = round((time.perf_counter() - since) * 1000, 3)
+    problems += tuple(Problem(key="modules", text=text, fatal=False) for text in told)
     problems += _load_modules(config.modules)
-    steps["modules_ms"] = _ms_since(begin)
     _bring_up_loopback()
     if config.rcu_expedited:
         _expedite_rcu()
@@ -80,7 +72,7 @@ def _boot_and_supervise() -> str:
         log.error("a setting that guards security is wrong: powering off")
         return "poweroff"
     boot: dict[str, object] = {"pid1": True, "boot_id": _boot_id(), **steps}
-    boot["init_uptime_ms"] = round(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000, 1)
+    boot["init_uptime_ms"] = _uptime_ms()
     try:
         plan = mount_root(config, boot)
     except (CallError, OSError) as error:
@@ -117,16 +109,6 @@ def _life_of(config: Config, problems: tuple[Problem, ...], boot: dict[str, obje
     return life
 
 
-def _mount_api_filesystems() -> None:
-    for source, target, kind, flags, options in _MOUNTS:
-        os.makedirs(target, mode=0o755, exist_ok=True)
-        try:
-            syscalls.mount(source, target, kind, flags, options)
-        except OSError as error:
-            # EBUSY: the kernel has mounted devtmpfs by itself
-            log.debug("not mounted", target=target, error=str(error))
-
-
 def _open_console() -> None:
     """Put the console on the standard descriptors, where the kernel could not."""
     try:
@@ -145,53 +127,16 @@ def _configuration() -> tuple[Config, tuple[Problem, ...]]:
         return read_settings(parse_command_line(stream.read()))
 
 
-def _load_modules(extra: tuple[str, ...]) -> tuple[Problem, ...]:
-    """Load the modules that the initramfs lists, in its order, then those asked for by path."""
+def _load_modules(paths: tuple[str, ...]) -> tuple[Problem, ...]:
+    """Load the modules that a setting names, beside those of the boot image."""
     problems: list[Problem] = []
-    parameters = _module_parameters()
-    for path in (*_module_list(), *extra):
+    for path in paths:
         try:
-            _load_module(path, parameters.get(_module_name(path), ""))
+            load_module(path, {})
         except OSError as error:
             text = f"module {path}: {error.strerror or error}"
             problems.append(Problem(key="modules", text=text, fatal=False))
     return tuple(problems)
-
-
-def _module_list() -> tuple[str, ...]:
-    try:
-        with open(MODULE_LIST, encoding="utf-8") as stream:
-            return tuple(line.strip() for line in stream if line.strip())
-    except FileNotFoundError:
-        return ()
-
-
-def _module_parameters() -> dict[str, str]:
-    """Return what the kernel's command line says for each module, as MODULE.NAME=VALUE: the kernel
-    heeds that for what is built in and leaves the rest to whoever loads modules."""
-    with open("/proc/cmdline", encoding="utf-8", errors="replace") as stream:
-        words = stream.read().split()
-    found: dict[str, str] = {}
-    for word in words:
-        module, dot, parameter = word.partition(".")
-        if dot and parameter and "=" not in module:
-            name = module.replace("-", "_")
-            found[name] = f"{found.get(name, '')} {parameter}".lstrip()
-    return found
-
-
-def _module_name(path: str) -> str:
-    return path.rpartition("/")[2].partition(".ko")[0].replace("-", "_")
-
-
-def _load_module(path: str, parameters: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        syscalls.finit_module(fd, parameters, filename=path)
-    except FileExistsError:
-        return
-    finally:
-        os.close(fd)
 
 
 def _bring_up_loopback() -> None:
@@ -222,8 +167,8 @@ def _boot_id() -> str:
         return stream.read().strip()
 
 
-def _ms_since(begin: float) -> float:
-    return round((time.perf_counter() - begin) * 1000, 3)
+def _uptime_ms() -> float:
+    return round(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000, 1)
 
 
 def _end(mode: str) -> None:

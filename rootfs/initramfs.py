@@ -46,7 +46,7 @@ __all__ = (
 )
 
 PROJECT = Path(__file__).resolve().parent.parent
-MODULE_LIST = "etc/guestagent/modules"  # guestagent.init reads it
+MODULE_LIST = "etc/guestagent/modules"  # guestagent.boot.modules reads it
 #: Our packages that the guest may hold; a test keeps the guest's imports within them.
 _GUEST_PACKAGES = ("vsock", "guestagent")
 PYTHON_DIR = f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
@@ -79,7 +79,7 @@ class InitramfsSpec:
 
     kernel: Kernel
     features: tuple[str, ...] = DEFAULT_FEATURES
-    entry: str = "guestagent.init:main"
+    entry: str = "guestagent.boot.early:main"
     imports: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     files: tuple[tuple[str, Path], ...] = ()

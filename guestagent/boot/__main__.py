@@ -2,10 +2,11 @@
 
     python3 -I -S -m guestagent.boot --target DIRECTORY
 
-(there as the command ``guestagent-mount-root``). The settings are those of the kernel command line. When this returns with status 0, the root is
-mounted at DIRECTORY, layers and journal are below /run, and an agent that is started in the new
-system adopts them. On a failure the machine ends here, as ``guestagent.on_failure`` says; only with
-``serve`` does the distribution get to decide, by status 1.
+(there as the command ``guestagent-mount-root``). The settings are those of the kernel command
+line. When this returns with status 0, the root is mounted at DIRECTORY, layers and journal are
+below /run, and an agent that is started in the new system adopts them. On a failure the machine
+ends here, as ``guestagent.on_failure`` says; only with ``serve`` does the distribution get to
+decide, by status 1.
 """
 
 import contextlib
