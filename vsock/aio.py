@@ -5,7 +5,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Self
 
 from vsock.address import Address, parse_address
@@ -93,6 +93,7 @@ class AsyncClient:
         *,
         limits: Limits | None = None,
         on_notification: NotificationCallback | None = None,
+        on_end: Callable[[ConnectionClosed], None] | None = None,
         cancel_method: str = "agent.cancel",
     ) -> None:
         """Take over ``stream``, which is connected and non-blocking. Needs a running loop."""
@@ -100,6 +101,7 @@ class AsyncClient:
         self._stream = stream
         self._limits = limits or Limits()
         self._on_notification = on_notification
+        self._on_end = on_end
         self._cancel_method = cancel_method
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(self._limits, max_message_bytes=self._limits.max_reply_bytes)
@@ -120,11 +122,13 @@ class AsyncClient:
         connect_seconds: float = 10.0,
         limits: Limits | None = None,
         on_notification: NotificationCallback | None = None,
+        on_end: Callable[[ConnectionClosed], None] | None = None,
         cancel_method: str = "agent.cancel",
     ) -> Self:
         """Connect, trying again for ``connect_seconds`` while nobody is there yet.
 
-        ``on_notification`` is called by the event loop, in the order of arrival.
+        ``on_notification`` is called by the event loop, in the order of arrival, and ``on_end``
+        once when the connection has ended.
 
         Raises:
             ValueError: the address is not one.
@@ -145,6 +149,7 @@ class AsyncClient:
             where,
             limits=limits,
             on_notification=on_notification,
+            on_end=on_end,
             cancel_method=cancel_method,
         )
 
@@ -312,6 +317,8 @@ class AsyncClient:
             if not answer.done():
                 answer.set_exception(type(over)(str(over)))
                 answer.exception()  # a call that nobody awaits is no error of the loop
+        if self._on_end is not None:
+            self._on_end(over)
 
     def _take(self, message: Message) -> None:
         if isinstance(message, Response):

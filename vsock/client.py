@@ -111,12 +111,14 @@ class Client:
         connect_seconds: float = 10.0,
         limits: Limits | None = None,
         on_notification: NotificationCallback | None = None,
+        on_end: "Callable[[ConnectionClosed], None] | None" = None,
         cancel_method: str = "agent.cancel",
     ) -> None:
         """Connect, trying again for ``connect_seconds`` while nobody is there yet.
 
         ``on_notification`` runs on a thread of its own, one notification at a time; if it raises,
-        ``threading.excepthook`` hears of it and no more are delivered.
+        ``threading.excepthook`` hears of it and no more are delivered. ``on_end`` is told once that
+        the connection has ended, and why; it must not wait.
 
         Raises:
             ValueError: the address is not one.
@@ -125,6 +127,7 @@ class Client:
         self.address = parse_address(address) if isinstance(address, str) else address
         self._limits = limits or Limits()
         self._on_notification = on_notification
+        self._on_end = on_end
         self._cancel_method = cancel_method
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
@@ -220,6 +223,15 @@ class Client:
         with self._lock:
             self._check_open()
         self._send(encode_notification(method, params))
+
+    def wait_for_callbacks(self, seconds: float) -> bool:
+        """Wait until the callbacks have had every notification that is here now.
+
+        At once from a callback, and where there are none. False if it takes longer.
+        """
+        if self._dispatcher is None or self._dispatcher is threading.current_thread():
+            return True
+        return self._inbox.wait_handled(seconds)
 
     def close(self) -> None:
         """End the connection; every pending call fails. Idempotent."""
@@ -320,6 +332,8 @@ class Client:
         for call in pending:
             call._settle(kind(f"{over} (before the answer to {call.method})"), None)
         self._inbox.close()
+        if self._on_end is not None:
+            self._on_end(over)
 
     def _receive(self) -> bytes:
         while True:

@@ -3,69 +3,55 @@
     with GuestAgent("hybrid:///run/vm.vsock:1024") as guest:
         guest.layer_mount(LayerSpec(layer_id="base", device=PmemDevice(number=0), ...))
 
-Requests and replies are the records of ``guestagent.api``. A call that fails raises ``CallError``
-with the agent's code, errno, step, object and hint; a connection that ends raises
-``ConnectionClosed``; a handle that was closed raises ``ClosedHandleError``. Thread-safe: calls from
-several threads are in flight at once. Nothing reconnects by itself.
+Requests and replies are the records of ``guestagent.api``. ``guestagent.client.aio`` has the twin
+for asyncio.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from guestagent import __version__
-from guestagent.api import (
-    PROTOCOL_VERSIONS,
-    CancelReply,
-    CancelRequest,
-    DmListReply,
-    DmName,
-    DmStatusReply,
-    DmTableReply,
-    Empty,
-    Event,
-    EventsReply,
-    EventsRequest,
-    HelloReply,
-    HelloRequest,
-    LayerId,
-    LayerListReply,
-    LayerReport,
-    LayersMountReply,
-    LayersMountRequest,
-    LayerSpec,
-    LayersUnmountReply,
-    LayersUnmountRequest,
-    LayerUnmountRequest,
-    OverlayListReply,
-    OverlayReport,
-    OverlaySpec,
-    OverlayUnmountRequest,
-    ShutdownRequest,
-    StatusReply,
-    SubscribeReply,
-    UnmountReply,
-    VerifyReply,
-    VerifyRequest,
-)
+from guestagent.api import Empty, Event, EventsReply, EventsRequest, SubscribeReply
+from guestagent.api.observe import LogLine, LogReply, LogRequest
+from guestagent.client.events import ALL_EVENTS, EventCallback, EventHub
 from guestagent.client.inspect import InspectMethods
 from guestagent.client.inspect_devices import DeviceMethods
+from guestagent.client.link import HELLO_MS, Link, Traceparent
+from guestagent.client.methods import AgentMethods
 from guestagent.client.streams import Streams
 from vsock.address import Address
 from vsock.client import Client
 from vsock.record import Record
 
-__all__ = ("GuestAgent",)
+__all__ = ("GuestAgent", "LogCallback")
 
-EventCallback = Callable[[Event], None]
-ProgressCallback = Callable[[int, int], None]
+LogCallback = Callable[[LogLine], None]
 
 
-class GuestAgent(InspectMethods, DeviceMethods):
+class GuestAgent(AgentMethods, InspectMethods, DeviceMethods):
     """A connection to an agent that has said hello. A context manager.
 
-    Args:
-        address: text as ``vsock.address.parse_address`` reads it, or an ``Address``.
-        connect_seconds: how long to try while the machine boots.
-        deadline_ms: the deadline of each request that names none itself; the agent holds it.
+    Every method may be called from any thread; calls from several threads are in flight at once.
+    Each RPC has a method of its name: ``layer.mount`` is ``layer_mount``, ``agent.status`` is
+    ``status``. All of them raise:
+
+        CallError         the agent's answer: ``code`` (decide by it), ``message`` (for a person),
+                          ``errno`` (this machine's number, or None), ``step``, ``object``, ``hint``
+                          and ``kernel_log``; code ``timeout`` also when no answer came in time
+        ConnectionClosed  the connection ended before the answer; what was asked may have been done
+        ClosedHandleError (a ConnectionClosed) the handle was closed; nothing was sent
+
+    Callbacks run on a thread of the handle's, one at a time, and may call its methods. One that
+    raises ends all callbacks of this connection, and ``threading.excepthook`` hears of it.
+
+        number = guest.set_event_callback(print, event_mask("layer_corrupted", "layer_device_lost"))
+        guest.delete_event_callback(number)
+        guest.layer_verify("base", progress=lambda done, total: print(done, "of", total))
+
+    Nothing reconnects unless ``reconnect=True`` asks for it: then a lost connection is made again
+    in the background, calls wait for it for up to ``connect_seconds``, event callbacks get what
+    they missed, each event once and in order, and followers of the log the lines they missed. A
+    call that was in flight still raises ``ConnectionClosed``: whether to ask again is for the
+    caller to know.
     """
 
     def __init__(
@@ -74,21 +60,43 @@ class GuestAgent(InspectMethods, DeviceMethods):
         *,
         connect_seconds: float = 10.0,
         deadline_ms: int = 60_000,
+        reconnect: bool = False,
+        traceparent: Traceparent = None,
         name: str = f"guestctl/{__version__}",
     ) -> None:
+        """Connect and say hello.
+
+        Args:
+            address: text as ``vsock.address.parse_address`` reads it, or an ``Address``.
+            connect_seconds: how long to try while the machine boots.
+            deadline_ms: the deadline of each request that names none itself; the agent holds it.
+            reconnect: make a lost connection again.
+            traceparent: W3C trace context for every request, or what returns it for each; the
+                agent's log and events carry it.
+            name: what the agent may log of who is there.
+
+        Raises:
+            ValueError: the address is none.
+            ConnectionClosed: nobody answered in time.
+        """
         self._deadline_ms = deadline_ms
-        self._on_event: list[EventCallback] = []
-        self._on_progress: dict[int, ProgressCallback] = {}
-        self._client = Client(
-            address, connect_seconds=connect_seconds, on_notification=self._notified
+        self._hub = EventHub()
+        self._is_subscribed = False
+        self._on_log: LogCallback | None = None
+        self._log_level = "info"
+        self._log_place = 0
+        self._link = Link(
+            address,
+            name=name,
+            connect_seconds=connect_seconds,
+            reconnect=reconnect,
+            traceparent=traceparent,
+            on_notification=self._notified,
+            on_reconnect=self._catch_up,
         )
-        self._streams = Streams(self._client)
-        try:
-            #: What the agent answered to hello: version, features, limits, boot.
-            self.hello = self._hello(name)
-        except BaseException:
-            self._client.close()
-            raise
+        self._streams = Streams(self._link)
+        #: What the agent answered to the first hello: version, features, limits, boot.
+        self.hello = self._link.hello
 
     def __enter__(self) -> "GuestAgent":
         return self
@@ -97,144 +105,125 @@ class GuestAgent(InspectMethods, DeviceMethods):
         self.close()
 
     def close(self) -> None:
-        """End the connection; calls in flight raise ``ConnectionClosed``. Idempotent."""
-        self._client.close()
+        """End the connection; calls in flight raise ``ClosedHandleError``. Idempotent."""
+        self._link.close()
+
+    @property
+    def closed(self) -> bool:
+        """True once no call can succeed any more; with ``reconnect``, while nobody is there."""
+        return self._link.client.closed
+
+    @property
+    def reconnects(self) -> int:
+        """How often a lost connection was made again."""
+        return self._link.reconnects
+
+    @property
+    def _client(self) -> Client:
+        return self._link.client
 
     def call(
         self, method: str, request: Record, *, deadline_ms: int | None = None
     ) -> dict[str, object]:
         """Send any request of the contract and return the reply as a plain map."""
-        reply = self._client.call(
+        reply = self._link.call(
             method, request.to_wire(), deadline_ms=deadline_ms or self._deadline_ms
         )
         assert isinstance(reply, dict)
         return reply
 
-    # --- agent
+    # --- events
 
-    def status(self) -> StatusReply:
-        """Say how the agent is: problems, counts, memory."""
-        return StatusReply.from_wire(self.call("agent.status", Empty()), "reply")
+    def subscribe(self, callback: EventCallback, mask: int = ALL_EVENTS) -> SubscribeReply:
+        """Call ``callback`` with each event from now on whose bit is in ``mask``.
 
-    def cancel(self, msgid: int) -> CancelReply:
-        """Stop a request of this connection that is still waiting."""
-        return CancelReply.from_wire(self.call("agent.cancel", CancelRequest(msgid=msgid)), "reply")
-
-    def shutdown(self, mode: str = "poweroff", *, force: bool = False) -> None:
-        """Unmount everything, then power off, reboot, or exit the agent alone."""
-        self.call("agent.shutdown", ShutdownRequest(mode=mode, force=force))
-
-    def subscribe(self, callback: EventCallback) -> SubscribeReply:
-        """Call ``callback`` with each event from now on, on a thread of the client's own."""
-        self._on_event.append(callback)
-        return SubscribeReply.from_wire(self.call("agent.subscribe", Empty()), "reply")
-
-    def events(self, since: int = 0) -> EventsReply:
-        """Return the kept events after a sequence number."""
-        request = EventsRequest(since=since)
-        return EventsReply.from_wire(self.call("agent.events", request), "reply")
-
-    # --- layers
-
-    def layer_mount(self, spec: LayerSpec, *, deadline_ms: int | None = None) -> LayerReport:
-        """Mount a layer. The same request again answers the same, with ``already``."""
-        reply = self.call("layer.mount", spec, deadline_ms=deadline_ms)
-        return LayerReport.from_wire(reply, "reply")
-
-    def layer_unmount(self, layer_id: str, *, force: bool = False) -> UnmountReply:
-        """Unmount a layer and wait until its devices are gone; ``busy`` names the holders."""
-        request = LayerUnmountRequest(layer_id=layer_id, force=force)
-        return UnmountReply.from_wire(self.call("layer.unmount", request), "reply")
-
-    def layer_list(self) -> tuple[LayerReport, ...]:
-        """Return every layer as the kernel has it now."""
-        return LayerListReply.from_wire(self.call("layer.list", Empty()), "reply").layers
-
-    def layer_get(self, layer_id: str) -> LayerReport:
-        """Return one layer as the kernel has it now."""
-        reply = self.call("layer.get", LayerId(layer_id=layer_id))
-        return LayerReport.from_wire(reply, "reply")
-
-    def layer_verify(
-        self,
-        layer_id: str,
-        *,
-        progress: ProgressCallback | None = None,
-        deadline_ms: int | None = None,
-    ) -> VerifyReply:
-        """Read a whole layer through its verity device.
-
-        ``progress`` gets (done_bytes, total_bytes).
+        The reply has the number of the last event before.
         """
-        params = VerifyRequest(layer_id=layer_id).to_wire()
-        pending = self._client.start_call(
-            "layer.verify", params, deadline_ms=deadline_ms or self._deadline_ms
-        )
-        if progress is not None:
-            self._on_progress[pending.msgid] = progress
-        try:
-            return VerifyReply.from_wire(pending.result(), "reply")
-        finally:
-            self._on_progress.pop(pending.msgid, None)
+        self._hub.add(callback, mask)
+        return self._subscribe()
 
-    def layers_mount(
-        self, request: LayersMountRequest, *, deadline_ms: int | None = None
-    ) -> LayersMountReply:
-        """Mount many layers in parallel and an overlay of them: all or nothing."""
-        reply = self.call("layers.mount", request, deadline_ms=deadline_ms)
-        return LayersMountReply.from_wire(reply, "reply")
+    def set_event_callback(self, callback: EventCallback, mask: int = ALL_EVENTS) -> int:
+        """As ``subscribe``; return what ``delete_event_callback`` takes.
 
-    def layers_unmount(self, request: LayersUnmountRequest) -> LayersUnmountReply:
-        """Unmount an overlay and layers in parallel."""
-        return LayersUnmountReply.from_wire(self.call("layers.unmount", request), "reply")
+        ``event_mask("layer_corrupted", ...)`` makes a mask.
 
-    # --- overlays
+        Raises:
+            ValueError: the mask holds no bits of events, or others.
+        """
+        number = self._hub.add(callback, mask)
+        if not self._is_subscribed:
+            self._subscribe()
+        return number
 
-    def overlay_mount(self, spec: OverlaySpec, *, deadline_ms: int | None = None) -> OverlayReport:
-        """Overlay mounted layers, topmost first."""
-        reply = self.call("overlay.mount", spec, deadline_ms=deadline_ms)
-        return OverlayReport.from_wire(reply, "reply")
+    def delete_event_callback(self, number: int) -> bool:
+        """Call it no more; return False when there is no such callback."""
+        return self._hub.remove(number)
 
-    def overlay_unmount(self, overlay_id: str, *, force: bool = False) -> UnmountReply:
-        """Unmount an overlay and its scratch; its layers stay."""
-        request = OverlayUnmountRequest(overlay_id=overlay_id, force=force)
-        return UnmountReply.from_wire(self.call("overlay.unmount", request), "reply")
+    def follow_log(
+        self, callback: LogCallback, *, since: int | None = None, level: str = "info"
+    ) -> LogReply:
+        """Call ``callback`` with each line of the log from now on, of ``level`` and above.
 
-    def overlay_list(self) -> tuple[OverlayReport, ...]:
-        """Return every overlay as the kernel has it now."""
-        return OverlayListReply.from_wire(self.call("overlay.list", Empty()), "reply").overlays
-
-    # --- device-mapper
-
-    def dm_list(self) -> DmListReply:
-        """Return every device-mapper device of the guest, the agent's and others."""
-        return DmListReply.from_wire(self.call("dm.list", Empty()), "reply")
-
-    def dm_table(self, name: str) -> DmTableReply:
-        """Return the table lines of a device."""
-        return DmTableReply.from_wire(self.call("dm.table", DmName(name=name)), "reply")
-
-    def dm_status(self, name: str) -> DmStatusReply:
-        """Return the status lines of a device, and the device."""
-        return DmStatusReply.from_wire(self.call("dm.status", DmName(name=name)), "reply")
+        With ``since``, first those after that number; negative, so many from the end. The reply
+        holds none of them. A second call replaces the callback.
+        """
+        start = self.log(-1, level="error").next if since is None else since
+        self._on_log, self._log_level = callback, level
+        request = LogRequest(since=start, level=level, follow=True)
+        reply = LogReply.from_wire(self.call("agent.log", request), "reply")
+        self._take_log(reply)
+        return reply.replace(lines=())
 
     # --- inside
 
-    def _hello(self, name: str) -> HelloReply:
-        request = HelloRequest(versions=PROTOCOL_VERSIONS, client=name)
-        return HelloReply.from_wire(self.call("agent.hello", request), "reply")
+    def _subscribe(self) -> SubscribeReply:
+        self._is_subscribed = True
+        reply = SubscribeReply.from_wire(self.call("agent.subscribe", Empty()), "reply")
+        self._hub.begin(reply.sequence)
+        return reply
 
-    def _notified(self, method: str, params: object) -> None:
-        if not isinstance(params, dict):
-            return
+    def _notified(self, method: str, params: Mapping[str, object]) -> None:
         if method == "agent.event":
-            event = Event.from_wire(params, "event")
-            for callback in list(self._on_event):
-                callback(event)
+            self._hub.deliver(Event.from_wire(params, "event"))
         elif method == "agent.chunk":
             self._streams.chunk(params)
         elif method == "agent.progress":
             self._streams.progress(params)
-            progress = self._on_progress.get(params["msgid"])
-            if progress is not None:
-                progress(params["done_bytes"], params["total_bytes"])
+        elif method == "agent.log":
+            self._take_log(LogReply.from_wire(params, "log"))
+
+    def _take_log(self, reply: LogReply) -> None:
+        callback = self._on_log
+        with self._hub.order:
+            for line in reply.lines:
+                if callback is not None and line.number > self._log_place:
+                    callback(line)
+            self._log_place = max(self._log_place, reply.next)
+
+    def _catch_up(self, client: Client) -> None:
+        """Follow events and log on a new connection, and hand on what was missed before it."""
+        with self._hub.order:
+            if self._is_subscribed:
+                client.call("agent.subscribe", {}, deadline_ms=HELLO_MS)
+                for event in self._missed(client):
+                    self._hub.deliver(event)
+        if self._on_log is not None:
+            request = LogRequest(since=self._log_place, level=self._log_level, follow=True)
+            answer = client.call("agent.log", request.to_wire(), deadline_ms=HELLO_MS)
+            reply = LogReply.from_wire(answer, "reply")
+            if reply.next < self._log_place:  # of another boot
+                self._log_place = 0
+            self._take_log(reply)
+
+    def _missed(self, client: Client) -> tuple[Event, ...]:
+        since = EventsRequest(since=self._hub.sequence).to_wire()
+        reply = client.call("agent.events", since, deadline_ms=HELLO_MS)
+        missed = EventsReply.from_wire(reply, "reply")
+        if missed.sequence < self._hub.sequence:  # another boot counts from 1 again
+            self._hub.sequence = 0
+            again = client.call("agent.events", {"since": 0}, deadline_ms=HELLO_MS)
+            missed = EventsReply.from_wire(again, "reply")
+        if missed.events and missed.dropped:
+            first = missed.events[0].replace(dropped=missed.dropped)
+            return (first, *missed.events[1:])
+        return missed.events

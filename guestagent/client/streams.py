@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from guestagent.api.inspect import MoreRequest
+from guestagent.client.link import Link
 from vsock.client import MARGIN_SECONDS, Client, PendingCall
 from vsock.errors import CallError, ConnectionClosed, RpcError
 
@@ -107,7 +108,7 @@ class FsStream(Generic[T]):
             self._waiter.join(_CANCEL_SECONDS)
             self._pending.forget()
         self._waiter.join()
-        self._streams.drop(self._pending.msgid)
+        self._streams.drop(self._pending.msgid, self)
         self._closed = True
         with self._ready:
             self._chunks.clear()
@@ -149,6 +150,8 @@ class FsStream(Generic[T]):
                 self._streams.ask_for_more(self._pending.msgid, self._dealt_with)
         chunk = self._next_chunk(self._dealt_with)
         if chunk is None:
+            # what it told of its progress came before the answer, and is told before it
+            self._streams.settle_progress(self._pending.msgid)
             return False
         self._items.extend(self._unpacked(chunk))
         self._is_dealing = True
@@ -184,7 +187,7 @@ class FsStream(Generic[T]):
 class Streams:
     """The streams of one client by msgid."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: "Client | Link") -> None:
         self._client = client
         self._lock = threading.Lock()
         self._streams: dict[int, FsStream[object]] = {}
@@ -224,16 +227,24 @@ class Streams:
         if callback is not None and isinstance(done_bytes, int) and isinstance(total_bytes, int):
             callback(done_bytes, total_bytes)
 
+    def settle_progress(self, msgid: int) -> None:
+        """Wait until a callback for progress, if there is one, has heard of all there was."""
+        with self._lock:
+            has_callback = msgid in self._progress
+        if has_callback:
+            self._client.wait_for_callbacks(_HAND_OVER_SECONDS)
+
     def ask_for_more(self, msgid: int, sequence: int) -> None:
         """Tell the agent what was dealt with; its answer says nothing of use."""
         request = MoreRequest(msgid=msgid, sequence=sequence)
         self._client.start_call("agent.more", request.to_wire())
 
-    def drop(self, msgid: int) -> None:
-        """Hand on no more of a stream."""
+    def drop(self, msgid: int, stream: "FsStream[T]") -> None:
+        """Hand on no more of a stream. On a later connection its msgid may be another's."""
         with self._lock:
-            self._streams.pop(msgid, None)
-            self._progress.pop(msgid, None)
+            if self._streams.get(msgid) is stream:
+                del self._streams[msgid]
+                self._progress.pop(msgid, None)
 
 
 def _with_window(params: Mapping[str, object]) -> dict[str, object]:

@@ -1,0 +1,493 @@
+"""The handle and its asyncio twin: same methods, events by mask, closed handles, reconnecting."""
+
+import asyncio
+import inspect
+import pydoc
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from guestagent.api import METHODS, Empty, Event
+from guestagent.client import ALL_EVENTS, ClosedHandleError, GuestAgent, event_mask
+from guestagent.client.aio import AsyncGuestAgent
+from vsock.address import UnixAddress
+from vsock.client import ClosedHandleError as LowerClosedHandleError
+from vsock.errors import CallError, ConnectionClosed
+from vsock.server import Call, Connection, Outcome, Server
+from vsock.stream import listen
+
+PROJECT = Path(__file__).parents[2]
+WAIT_SECONDS = 20.0
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+class Agent:
+    """An agent that says hello, numbers events and lines, and can be restarted."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.address = f"unix://{path}"
+        self.events: list[Event] = []
+        self.lines = 0
+        self.traces: list[str | None] = []
+        self.subscribers: list[Connection] = []
+        self.followers: list[Connection] = []
+        self.start()
+
+    def start(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self.server = Server(self._handle, quick=frozenset(METHODS), hello_seconds=None)
+        self.server.add_listener(listen(UnixAddress(path=str(self._path))))
+        self._thread = threading.Thread(target=self.server.serve_forever)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.server.stop(0.0)
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive()
+        self.subscribers.clear()
+        self.followers.clear()
+
+    def publish(self, kind: str) -> None:
+        number = self.events[-1].sequence + 1 if self.events else 1
+        event = Event(sequence=number, kind=kind, unix_ms=number)
+        self.events.append(event)
+        for connection in self.subscribers:
+            connection.notify("agent.event", event.to_wire())
+
+    def log(self) -> None:
+        self.lines += 1
+        for connection in self.followers:
+            connection.notify("agent.log", self._log_reply(self.lines - 1))
+
+    def _log_reply(self, since: int) -> dict[str, object]:
+        numbers = range(since + 1, self.lines + 1)
+        lines = [
+            {
+                "number": number,
+                "uptime_seconds": 1.0,
+                "unix_ms": 1,
+                "level": "info",
+                "text": f"line {number}",
+                "fields": {},
+            }
+            for number in numbers
+        ]
+        return {"lines": lines, "dropped": 0, "next": self.lines, "more": False}
+
+    def _handle(self, call: Call) -> Outcome:
+        self.traces.append(call.traceparent)
+        try:
+            return Outcome(None, getattr(self, call.method.replace(".", "_"))(call))
+        except CallError as error:
+            return Outcome(error.to_wire(), None)
+
+    def agent_hello(self, call: Call) -> object:
+        call.connection.said_hello = True
+        return {
+            "version": 1,
+            "agent": "0",
+            "kernel": "6",
+            "features": [],
+            "limits": {},
+            "boot": {},
+        }
+
+    def agent_subscribe(self, call: Call) -> object:
+        self.subscribers.append(call.connection)
+        return {"sequence": self.events[-1].sequence if self.events else 0}
+
+    def agent_events(self, call: Call) -> object:
+        since = call.params["since"]
+        assert isinstance(since, int)
+        return {
+            "events": [e.to_wire() for e in self.events if e.sequence > since],
+            "dropped": 0,
+            "sequence": self.events[-1].sequence if self.events else 0,
+        }
+
+    def agent_log(self, call: Call) -> object:
+        since = call.params["since"]
+        assert isinstance(since, int)
+        if call.params.get("follow"):
+            self.followers.append(call.connection)
+        if since < 0:
+            since = max(0, self.lines + since)
+        return self._log_reply(since if since <= self.lines else 0)
+
+    def agent_metrics(self, call: Call) -> object:
+        return {"text": "guestagent_up 1\n"}
+
+    def layer_verify(self, call: Call) -> object:
+        for done in (1, 2):
+            place = {"msgid": call.msgid, "done_bytes": done, "total_bytes": 2}
+            call.connection.notify("agent.progress", place)
+        return {
+            "layer_id": "x",
+            "read_bytes": 2,
+            "corrupt_blocks": [],
+            "status": "V",
+            "timings_ms": {},
+        }
+
+    def layer_get(self, call: Call) -> object:
+        raise CallError("not_found", "no such layer", errno=2, step="look", object="x", hint="list")
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Agent]:
+    one = Agent(tmp_path / "agent")
+    yield one
+    one.stop()
+
+
+@pytest.fixture
+def guest(agent: Agent) -> Iterator[GuestAgent]:
+    with GuestAgent(agent.address) as guest:
+        yield guest
+
+
+def run(
+    agent: Agent, scenario: Callable[[AsyncGuestAgent], Awaitable[None]], **how: object
+) -> None:
+    async def main() -> None:
+        async with AsyncGuestAgent(agent.address, **how) as guest:  # type: ignore[arg-type]
+            await asyncio.wait_for(scenario(guest), WAIT_SECONDS)
+
+    asyncio.run(main())
+
+
+# --- the same methods
+
+
+def public(kind: type) -> dict[str, object]:
+    return {
+        name: member
+        for name, member in inspect.getmembers(kind)
+        if not name.startswith("_") and name not in ("open", "hello")
+    }
+
+
+def test_the_twin_is_current() -> None:
+    done = subprocess.run([sys.executable, PROJECT / "scripts/twin", "--check"], check=False)
+    assert done.returncode == 0, "run scripts/twin"
+
+
+def test_both_handles_have_the_same_methods() -> None:
+    threaded, twin = public(GuestAgent), public(AsyncGuestAgent)
+    assert set(threaded) == set(twin)
+    for name, member in threaded.items():
+        if isinstance(member, property):
+            assert isinstance(twin[name], property)
+            continue
+        assert inspect.iscoroutinefunction(twin[name]), name
+        ours, theirs = (inspect.signature(one) for one in (member, twin[name]))  # type: ignore[arg-type]
+        assert ours.parameters == theirs.parameters, name
+        same = str(ours.return_annotation).replace("FsStream", "AsyncFsStream")
+        assert name == "open" or str(theirs.return_annotation).replace("aio_", "") == same, name
+        assert inspect.getdoc(member) is not None, name
+        if name not in ("close", "closed"):
+            assert inspect.getdoc(member) == inspect.getdoc(twin[name]), name
+
+
+def test_every_method_of_the_contract_has_one() -> None:
+    inside = {"agent.hello", "agent.more"}
+    for method in set(METHODS) - inside:
+        name = method.removeprefix("agent.").replace(".", "_")
+        assert callable(getattr(GuestAgent, name, None)), method
+
+
+def test_help_is_a_manual() -> None:
+    text = pydoc.plain(pydoc.render_doc(GuestAgent))
+    for word in ("CallError", "ConnectionClosed", "ClosedHandleError", "reconnect", "layer_mount"):
+        assert word in text
+
+
+# --- errors
+
+
+def test_an_error_keeps_all_it_says(guest: GuestAgent) -> None:
+    with pytest.raises(CallError) as caught:
+        guest.layer_get("x")
+    error = caught.value
+    assert (error.code, error.errno, error.step) == ("not_found", 2, "look")
+    assert (error.object, error.hint) == ("x", "list")
+
+
+def test_a_closed_handle_says_so(agent: Agent) -> None:
+    with GuestAgent(agent.address) as guest:
+        assert not guest.closed
+    assert guest.closed
+    guest.close()
+    with pytest.raises(ClosedHandleError):
+        guest.metrics()
+    with pytest.raises(ClosedHandleError):
+        guest.layer_verify("x")
+    assert ClosedHandleError is LowerClosedHandleError
+    assert issubclass(ClosedHandleError, ConnectionClosed)
+
+
+def test_a_closed_twin_says_so(agent: Agent) -> None:
+    async def main() -> None:
+        guest = AsyncGuestAgent(agent.address)
+        for _ in range(2):
+            with pytest.raises(ClosedHandleError):
+                await guest.metrics()
+            with pytest.raises(ClosedHandleError):
+                assert guest.hello
+            await guest.close()
+        with pytest.raises(ClosedHandleError):
+            await guest.open()
+
+    asyncio.run(main())
+
+
+def test_a_lost_connection_is_not_made_again_unasked(agent: Agent, guest: GuestAgent) -> None:
+    agent.stop()
+    agent.start()
+    for _ in range(2):
+        with pytest.raises(ConnectionClosed) as caught:
+            guest.metrics()
+        assert not isinstance(caught.value, ClosedHandleError)
+    assert guest.reconnects == 0
+
+
+# --- events
+
+
+def test_callbacks_get_what_their_mask_says(agent: Agent, guest: GuestAgent) -> None:
+    seen: queue.Queue[tuple[str, str]] = queue.Queue()
+    corrupted = event_mask("layer_corrupted")
+    guest.set_event_callback(lambda event: seen.put(("all", event.kind)))
+    guest.set_event_callback(lambda event: seen.put(("some", event.kind)), corrupted)
+    agent.publish("layer_mounted")
+    agent.publish("layer_corrupted")
+    got = [seen.get(timeout=WAIT_SECONDS) for _ in range(3)]
+    assert got == [
+        ("all", "layer_mounted"),
+        ("all", "layer_corrupted"),
+        ("some", "layer_corrupted"),
+    ]
+    assert len(agent.subscribers) == 1
+
+
+def test_a_deleted_callback_is_called_no_more(agent: Agent, guest: GuestAgent) -> None:
+    seen: queue.Queue[str] = queue.Queue()
+    first = guest.set_event_callback(lambda event: seen.put("first"))
+    guest.set_event_callback(lambda event: seen.put("second"))
+    assert guest.delete_event_callback(first)
+    assert not guest.delete_event_callback(first)
+    agent.publish("layer_mounted")
+    assert seen.get(timeout=WAIT_SECONDS) == "second"
+    assert seen.empty()
+
+
+def test_a_callback_may_call_and_delete_itself(agent: Agent, guest: GuestAgent) -> None:
+    seen: queue.Queue[str] = queue.Queue()
+
+    def callback(_event: Event) -> None:
+        guest.delete_event_callback(number)
+        seen.put(guest.metrics())
+
+    number = guest.set_event_callback(callback)
+    agent.publish("layer_mounted")
+    agent.publish("layer_mounted")
+    assert seen.get(timeout=WAIT_SECONDS) == "guestagent_up 1\n"
+    guest.metrics()
+    assert seen.empty()
+
+
+@pytest.mark.parametrize("mask", [0, -1, ALL_EVENTS + 1])
+def test_a_mask_of_no_events_is_refused(guest: GuestAgent, mask: int) -> None:
+    with pytest.raises(ValueError, match="mask"):
+        guest.set_event_callback(print, mask)
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="layer_mounted"):
+        event_mask("layer_munted")
+
+
+def test_the_twin_has_masks_too(agent: Agent) -> None:
+    async def scenario(guest: AsyncGuestAgent) -> None:
+        seen: asyncio.Queue[str] = asyncio.Queue()
+        number = await guest.set_event_callback(lambda event: seen.put_nowait("all"))
+        await guest.set_event_callback(
+            lambda event: seen.put_nowait(event.kind), event_mask("layer_failed")
+        )
+        assert await guest.delete_event_callback(number)
+        agent.publish("layer_mounted")
+        agent.publish("layer_failed")
+        assert await seen.get() == "layer_failed"
+        assert seen.empty()
+
+    run(agent, scenario)
+
+
+# --- progress, traces
+
+
+def test_progress_is_told(agent: Agent, guest: GuestAgent) -> None:
+    places: list[tuple[int, int]] = []
+    guest.layer_verify("x", progress=lambda *place: places.append(place))
+    assert places == [(1, 2), (2, 2)]
+
+    async def scenario(twin: AsyncGuestAgent) -> None:
+        again: list[tuple[int, int]] = []
+        await twin.layer_verify("x", progress=lambda *place: again.append(place))
+        assert again == [(1, 2), (2, 2)]
+
+    run(agent, scenario)
+
+
+def test_a_trace_is_on_every_request(agent: Agent) -> None:
+    with GuestAgent(agent.address, traceparent=TRACE) as guest:
+        guest.metrics()
+        guest.layer_verify("x")
+    assert agent.traces[-2:] == [TRACE, TRACE]
+    traces = iter((None, TRACE))
+    with GuestAgent(agent.address, traceparent=lambda: next(traces)) as guest:
+        guest.metrics()
+        guest.metrics()
+    assert agent.traces[-2:] == [None, TRACE]
+
+    async def scenario(twin: AsyncGuestAgent) -> None:
+        await twin.metrics()
+
+    run(agent, scenario, traceparent=TRACE)
+    assert agent.traces[-1] == TRACE
+
+
+# --- reconnecting
+
+
+def test_it_reconnects_where_asked(agent: Agent) -> None:
+    with GuestAgent(agent.address, reconnect=True, connect_seconds=10) as guest:
+        guest.metrics()
+        agent.stop()
+        agent.start()
+        assert guest.metrics() == "guestagent_up 1\n"
+        assert guest.reconnects == 1
+    with pytest.raises(ClosedHandleError):
+        guest.metrics()
+
+
+def test_missed_events_come_once_and_in_order(agent: Agent) -> None:
+    seen: queue.Queue[int] = queue.Queue()
+    agent.publish("agent_started")
+    with GuestAgent(agent.address, reconnect=True, connect_seconds=10) as guest:
+        guest.set_event_callback(lambda event: seen.put(event.sequence))
+        agent.publish("layer_mounted")
+        assert seen.get(timeout=WAIT_SECONDS) == 2
+        agent.stop()
+        agent.publish("layer_mounted")
+        agent.publish("layer_corrupted")
+        agent.start()
+        assert [seen.get(timeout=WAIT_SECONDS) for _ in range(2)] == [3, 4]
+        agent.publish("layer_mounted")
+        assert seen.get(timeout=WAIT_SECONDS) == 5
+        assert seen.empty()
+
+
+def test_another_boot_counts_anew(agent: Agent) -> None:
+    seen: queue.Queue[tuple[int, str]] = queue.Queue()
+    for _ in range(5):
+        agent.publish("agent_started")
+    with GuestAgent(agent.address, reconnect=True, connect_seconds=10) as guest:
+        guest.set_event_callback(lambda event: seen.put((event.sequence, event.kind)))
+        agent.stop()
+        agent.events.clear()
+        agent.publish("agent_started")
+        agent.start()
+        assert seen.get(timeout=WAIT_SECONDS) == (1, "agent_started")
+        agent.publish("layer_mounted")
+        assert seen.get(timeout=WAIT_SECONDS) == (2, "layer_mounted")
+
+
+def test_the_log_goes_on_over_a_lost_connection(agent: Agent) -> None:
+    seen: queue.Queue[int] = queue.Queue()
+    agent.log()
+    with GuestAgent(agent.address, reconnect=True, connect_seconds=10) as guest:
+        guest.follow_log(lambda line: seen.put(line.number))
+        agent.log()
+        assert seen.get(timeout=WAIT_SECONDS) == 2
+        agent.stop()
+        agent.log()
+        agent.start()
+        assert seen.get(timeout=WAIT_SECONDS) == 3
+        agent.log()
+        assert seen.get(timeout=WAIT_SECONDS) == 4
+        assert seen.empty()
+
+
+def test_nobody_there_is_told_and_closing_does_not_wait(agent: Agent) -> None:
+    guest = GuestAgent(agent.address, reconnect=True, connect_seconds=0.3)
+    with guest:
+        agent.stop()
+        with pytest.raises(ConnectionClosed):
+            guest.metrics()
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 5
+    agent.start()
+
+
+def test_threads_share_a_handle_over_a_lost_connection(agent: Agent) -> None:
+    answers: list[str] = []
+    with GuestAgent(agent.address, reconnect=True, connect_seconds=10) as guest:
+
+        def work() -> None:
+            for _ in range(20):
+                try:
+                    answers.append(guest.metrics())
+                except ConnectionClosed:
+                    continue  # in flight when it was lost
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        agent.stop()
+        agent.start()
+        for thread in threads:
+            thread.join(WAIT_SECONDS)
+        assert guest.metrics()
+    assert len(answers) >= 8 * 18
+
+
+def test_the_twin_reconnects_and_catches_up(agent: Agent) -> None:
+    async def scenario(guest: AsyncGuestAgent) -> None:
+        events: asyncio.Queue[int] = asyncio.Queue()
+        lines: asyncio.Queue[int] = asyncio.Queue()
+        await guest.set_event_callback(lambda event: events.put_nowait(event.sequence))
+        await guest.follow_log(lambda line: lines.put_nowait(line.number))
+        await asyncio.to_thread(agent.stop)
+        agent.publish("layer_mounted")
+        agent.log()
+        agent.start()
+        assert await events.get() == 1
+        assert await lines.get() == 1
+        agent.publish("layer_mounted")
+        assert await events.get() == 2
+        assert await guest.metrics()
+        assert guest.reconnects == 1
+
+    run(agent, scenario, reconnect=True)
+
+
+def test_the_twin_waits_no_longer_than_asked(agent: Agent) -> None:
+    async def scenario(guest: AsyncGuestAgent) -> None:
+        await asyncio.to_thread(agent.stop)
+        with pytest.raises(ConnectionClosed):
+            await guest.metrics()
+
+    run(agent, scenario, reconnect=True, connect_seconds=0.3)
+    agent.start()
+
+
+def test_any_request_can_be_sent(guest: GuestAgent) -> None:
+    assert guest.call("agent.metrics", Empty()) == {"text": "guestagent_up 1\n"}
