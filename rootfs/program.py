@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def run(
 
     Raises:
         CallError: ``unsupported``, there is no such program; ``device``, it failed; ``resource``,
-            it says that the disk is full.
+            it says that the disk is full, or a limit on files ended it.
     """
     with _started(command, subprocess.DEVNULL, environment) as (program, said):
         return _finish(program, said, command, cancel, accept)
@@ -101,9 +102,11 @@ def _finish(
     text = said.read(_MAX_SAID_BYTES).decode(errors="replace").strip()
     if status in accept:
         return text
+    full = status == -signal.SIGXFSZ or "No space left" in text or "File too large" in text
+    how = f"status {status}" if status >= 0 else f"signal {-status}"
     raise CallError(
-        "resource" if "No space left" in text else "device",
-        f"cannot make the image: {command[0]} ended with status {status}: {text[-2000:]}",
+        "resource" if full else "device",
+        f"cannot make the image: {command[0]} ended with {how}: {text[-2000:]}",
         step=f"run {command[0]}",
         object=command[0],
     )
