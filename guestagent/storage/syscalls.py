@@ -139,6 +139,19 @@ def _load_libc() -> ctypes.CDLL:
 _libc = _load_libc()
 
 
+_M_ARENA_MAX = -8  # glibc's malloc.h
+
+
+def limit_malloc_arenas(count: int) -> bool:
+    """Keep malloc to ``count`` heaps; False where the libc has no such thing.
+
+    glibc gives threads heaps of their own, none of which ever shrinks below what it once held.
+    Threads that share one interpreter lock gain nothing by that. Call it before there are threads.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    return mallopt is not None and mallopt(_M_ARENA_MAX, count) == 1
+
+
 def _oserror(call: str, number: int, filename: object) -> OSError:
     """Make the one kind of error that this module raises. OSError picks its own subclass."""
     return OSError(number, f"{call}: {os.strerror(number)}", filename)

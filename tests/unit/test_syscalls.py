@@ -4,6 +4,8 @@ import ctypes
 import errno
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,3 +165,10 @@ def test_ioctl_writes_into_the_buffer(tmp_path: Path) -> None:
 def test_key_descriptions_stay_one_word(description: str) -> None:
     with pytest.raises(ValueError, match="one visible word"):
         signature_key(description, b"signature")
+
+
+def test_arenas_can_be_limited_where_the_libc_is_glibc() -> None:
+    """In a child: the limit holds for the whole process."""
+    code = "from guestagent.storage.syscalls import limit_malloc_arenas as f; print(f(1))"
+    output = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert output.strip() == str(os.confstr("CS_GNU_LIBC_VERSION") is not None)
