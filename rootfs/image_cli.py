@@ -107,10 +107,7 @@ def build_command(
 
 def _write_sidecar(result: ImageResult) -> None:
     assert result.verity is not None
-    sidecar = Sidecar(
-        root_digest=result.verity.root_digest, hash_offset_bytes=result.verity.hash_offset_bytes
-    )
-    sidecar.save(Sidecar.path_of(result.path))
+    Sidecar.of(result.verity).save(Sidecar.path_of(result.path))
 
 
 def _facts(result: ImageResult) -> dict[str, object]:

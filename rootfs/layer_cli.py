@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 from uuid import UUID
 
@@ -16,9 +16,10 @@ import click
 
 from guestagent.storage.verity import DIGEST_SIZES, VerityParameters
 from rootfs.failure import from_os_error
-from rootfs.hashtree import Progress
+from rootfs.meter import meter
 from rootfs.reporting import emit, hex_bytes, reports_errors
 from rootfs.runs import Run
+from rootfs.sidecar import Sidecar
 from rootfs.sign_cli import COMMANDS
 from rootfs.verify import Layer, Terms, VerifyResult, read_layer, verify_image
 from rootfs.verity import Geometry, derive_identity, format_image
@@ -27,7 +28,6 @@ from vsock.errors import CallError
 __all__ = ("COMMANDS", "LAYER_COMMANDS")
 
 Command = TypeVar("Command", bound=Callable[..., None])
-_PROGRESS_STEP = 0.005
 _SHOWN_RUNS = 100
 
 
@@ -77,31 +77,6 @@ def _terms(root_digest: bytes | None, options: dict[str, object]) -> Terms:
     return Terms(root_digest=root_digest, **fields)  # type: ignore[arg-type]  # click has checked
 
 
-@contextlib.contextmanager
-def _progress(title: str, as_json: bool) -> Iterator[Progress | None]:
-    """Yield what shows a bar, if a person is looking."""
-    if as_json or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    # without a thread that refreshes it, so that workers may be processes
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
-    shown = -1.0
-    with bar:
-        task = bar.add_task(title, total=None)
-
-        def report(done_bytes: int, total_bytes: int) -> None:
-            nonlocal shown
-            if done_bytes / total_bytes - shown >= _PROGRESS_STEP or done_bytes == total_bytes:
-                shown = done_bytes / total_bytes
-                bar.update(task, completed=done_bytes, total=total_bytes, refresh=True)
-
-        yield report
-
-
 @click.command("format")
 @click.argument("image", type=click.Path())
 @click.option("--salt", type=hex_bytes, metavar="HEX", help="Salt; - is none. Default: random.")
@@ -117,6 +92,7 @@ def _progress(title: str, as_json: bool) -> Iterator[Progress | None]:
 @click.option("--hash-offset", type=int, metavar="BYTES", help="Default: behind the data.")
 @click.option("--hash-file", type=click.Path(), help="Put the hash area there, not behind.")
 @click.option("--no-superblock", is_flag=True, help="Write the tree alone.")
+@click.option("--sidecar", is_flag=True, help="Write IMAGE.dmverity, as containerd does.")
 @click.option("--force", is_flag=True, help="Replace a hash area, or a hash file.")
 @click.option("--workers", type=click.IntRange(min=1), help="Default: one for each core.")
 @_json_option
@@ -135,6 +111,7 @@ def format_command(
     hash_offset: int | None,
     hash_file: str | None,
     no_superblock: bool,
+    sidecar: bool,
     force: bool,
     workers: int | None,
     as_json: bool,
@@ -144,7 +121,9 @@ def format_command(
         if salt is not None or uuid is not None:
             raise click.UsageError("--reproducible makes --salt and --uuid itself")
         salt, uuid = _identity(image, data_blocks, data_block_size)
-    with _progress("hashing", as_json) as progress:
+    if sidecar and (no_superblock or hash_file is not None):
+        raise click.UsageError("a sidecar tells where the superblock is in IMAGE")
+    with meter("hashing", as_json) as progress:
         result = format_image(
             image,
             salt=salt,
@@ -164,6 +143,8 @@ def format_command(
             workers=workers,
             progress=progress,
         )
+    if sidecar:
+        Sidecar.of(result.parameters).save(Sidecar.path_of(image))
     uuid_text = None if result.uuid is None else str(result.uuid)
     _show(_facts(result.parameters, uuid_text), as_json)
 
@@ -193,7 +174,8 @@ def _identity(image: str, data_blocks: int | None, block_size_bytes: int) -> tup
 def dump_command(*, image: str, hash_file: str | None, as_json: bool, **options: object) -> None:
     """Print what the hash area of IMAGE says. Checks nothing but that it is there."""
     layer = read_layer(image, terms=_terms(None, options), hash_file=hash_file)
-    _show(_facts(layer.parameters, _uuid(layer)), as_json)
+    vhd = {} if layer.footer is None else {"vhd_uuid": str(layer.footer.uuid)}
+    _show({**vhd, **_facts(layer.parameters, _uuid(layer))}, as_json)
 
 
 def _uuid(layer: Layer) -> str | None:
@@ -230,6 +212,9 @@ def _show(facts: dict[str, object], as_json: bool) -> None:
     help="Without it, data and tree vouch for each other.",
 )
 @click.option(
+    "--sidecar", is_flag=True, help="Root digest and offset are in IMAGE.dmverity, of containerd."
+)
+@click.option(
     "--range",
     "block_range",
     type=_block_range,
@@ -244,6 +229,7 @@ def verify_command(
     *,
     image: str,
     root_digest: bytes | None,
+    sidecar: bool,
     block_range: tuple[int, int | None] | None,
     workers: int | None,
     hash_file: str | None,
@@ -251,8 +237,13 @@ def verify_command(
     **options: object,
 ) -> None:
     """Check IMAGE against its hash tree and name every corrupt block (exit status 1)."""
+    if sidecar:
+        if root_digest is not None or options["hash_offset"] is not None or hash_file is not None:
+            raise click.UsageError("--sidecar says the root digest, and where the hash area is")
+        known = Sidecar.load(Sidecar.path_of(image))
+        root_digest, options["hash_offset"] = known.root_digest, known.hash_offset_bytes
     first, end = block_range or (0, None)
-    with _progress("verifying", as_json) as progress:
+    with meter("verifying", as_json) as progress:
         result = verify_image(
             image,
             terms=_terms(root_digest, options),

@@ -1,6 +1,5 @@
 """``guestctl pack``: many layers in one image, and mounting them in a guest."""
 
-import contextlib
 import dataclasses
 import sys
 import tempfile
@@ -18,9 +17,9 @@ from rootfs.manifest import Manifest, ManifestLayer, layer_spec
 from rootfs.meter import meter
 from rootfs.pack import DAX_ALIGNMENT_BYTES, PAGE_ALIGNMENT_BYTES, Pack, manifest_path_of
 from rootfs.reporting import emit, hex_bytes, reports_errors
+from rootfs.sidecar import Sidecar
 from rootfs.source import FORMATS
 from rootfs.verify import Terms, read_layer
-from rootfs.vhd import read_layer_layout
 from vsock.errors import CallError, RpcError
 
 __all__ = ("pack",)
@@ -111,6 +110,7 @@ def build_command(
 @click.argument("layer", type=click.Path(path_type=Path))
 @click.option("--id", "layer_id", metavar="ID", help="Default: the file's name.")
 @click.option("--root-digest", type=hex_bytes, metavar="HEX", help="What its tree must hash to.")
+@click.option("--sidecar", is_flag=True, help="What its tree must hash to is in LAYER.dmverity.")
 @click.option("--no-verity", is_flag=True, help="Take it without a hash tree.")
 @click.option("--source-digest", metavar="sha256:HEX", help="What it was built from.")
 @click.option(
@@ -124,13 +124,14 @@ def add_command(
     layer: Path,
     layer_id: str | None,
     root_digest: bytes | None,
+    sidecar: bool,
     no_verity: bool,
     source_digest: str | None,
     position: int,
     as_json: bool,
 ) -> None:
     """Copy the image LAYER into the pack, on top of the others."""
-    verity = None if no_verity else _verity_of(layer, root_digest)
+    verity = None if no_verity else _verity_of(layer, root_digest, sidecar)
     with (
         Pack.open(_image_of(image), writable=True) as opened,
         meter("copying", as_json) as progress,
@@ -150,12 +151,15 @@ def add_command(
         click.echo(_line(added))
 
 
-def _verity_of(layer: Path, root_digest: bytes | None) -> VerityParameters:
-    """Return what the layer's own hash area says; it may end at the file's end or a VHD footer."""
-    hash_offset_bytes = None
-    with contextlib.suppress(CallError):  # most layers are no VHD
-        hash_offset_bytes = read_layer_layout(layer).hash_offset_bytes
-    terms = Terms(root_digest=root_digest, hash_offset_bytes=hash_offset_bytes)
+def _verity_of(layer: Path, root_digest: bytes | None, sidecar: bool) -> VerityParameters:
+    """Return what the layer's own hash area says, which has to hash to ``root_digest``, if given,
+    or be where the sidecar says and hash to what it says."""
+    terms = Terms(root_digest=root_digest)
+    if sidecar:
+        if root_digest is not None:
+            raise click.UsageError("--sidecar has a root digest: leave out --root-digest")
+        known = Sidecar.load(Sidecar.path_of(layer))
+        terms = Terms(root_digest=known.root_digest, hash_offset_bytes=known.hash_offset_bytes)
     try:
         return read_layer(layer, terms=terms).parameters
     except CallError as problem:

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from guestagent.storage.verity import VerityParameters
 from rootfs.failure import from_os_error
 from rootfs.output import new_file
 from vsock.errors import CallError
@@ -30,6 +31,13 @@ class Sidecar:
             raise ValueError(f"roothash: {len(self.root_digest)} bytes are no digest")
         if self.hash_offset_bytes <= 0 or self.hash_offset_bytes % 512:
             raise ValueError(f"hashoffset: {self.hash_offset_bytes} is no place for a superblock")
+
+    @classmethod
+    def of(cls, parameters: VerityParameters) -> "Sidecar":
+        """Return the sidecar of an image with this hash area in it, superblock included."""
+        return cls(
+            root_digest=parameters.root_digest, hash_offset_bytes=parameters.hash_offset_bytes
+        )
 
     @staticmethod
     def path_of(image: str | os.PathLike[str]) -> Path:

@@ -27,6 +27,7 @@ from rootfs.hasharea import find_hash_area, read_superblock
 from rootfs.hashtree import Level, Progress, levels_of, run_level, spans
 from rootfs.runs import Run, covers, joined, outside, pairs
 from rootfs.verity import opened
+from rootfs.vhd import VhdFooter, find_footer
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -57,7 +58,7 @@ class Layer:
     """An open image and its hash area. Descriptors are borrowed.
 
     ``parameters.root_digest`` is the one that was asked for, or else the one computed from the top
-    of the tree; ``computed_root`` is always the latter.
+    of the tree; ``computed_root`` is always the latter. ``footer`` is that of a VHD.
     """
 
     fd: int
@@ -65,6 +66,7 @@ class Layer:
     superblock: Superblock | None
     parameters: VerityParameters
     computed_root: bytes
+    footer: VhdFooter | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,8 @@ def open_layer(
     terms: Terms | None = None,
     hash_file: str | os.PathLike[str] | None = None,
 ) -> Iterator[Layer]:
-    """Open an image with its hash area, found by the superblock unless ``terms`` say more.
+    """Open an image with its hash area, found by the superblock unless ``terms`` say more: at the
+    end of the file, or before the footer of a VHD.
 
     Raises:
         CallError: ``integrity``, superblock and ``terms`` differ, or something is cut off;
@@ -111,7 +114,9 @@ def open_layer(
             fd if hash_file is None else cleanup.enter_context(opened(hash_path, writable=False))
         )
         try:
-            superblock, parameters = _parameters(hash_fd, hash_path, terms, hash_file is None)
+            footer = find_footer(fd)
+            end_bytes = None if hash_file is not None else _disk_bytes(fd, footer)
+            superblock, parameters = _parameters(hash_fd, hash_path, terms, end_bytes)
             _refuse_short(fd, path, parameters.data_size_bytes, "the data")
             _refuse_short(hash_fd, hash_path, _needed_bytes(parameters), "the hash tree")
             computed_root = block_digest(parameters, _top_block(parameters, fd, hash_fd))
@@ -125,7 +130,12 @@ def open_layer(
             superblock=superblock,
             parameters=parameters,
             computed_root=computed_root,
+            footer=footer,
         )
+
+
+def _disk_bytes(fd: int, footer: VhdFooter | None) -> int:
+    return os.lseek(fd, 0, os.SEEK_END) if footer is None else footer.size_bytes
 
 
 def read_layer(
@@ -192,13 +202,14 @@ def verify_image(
 
 
 def _parameters(
-    fd: int, path: str, terms: Terms, appended: bool
+    fd: int, path: str, terms: Terms, end_bytes: int | None
 ) -> tuple[Superblock | None, VerityParameters]:
+    """Read them from ``fd``; ``end_bytes`` is where the tree ends if it is behind the data."""
     offset_bytes = terms.hash_offset_bytes
     superblock = None
     if terms.superblock:
         if offset_bytes is None:
-            offset_bytes = find_hash_area(fd, os.lseek(fd, 0, os.SEEK_END)) if appended else 0
+            offset_bytes = 0 if end_bytes is None else find_hash_area(fd, end_bytes)
         if offset_bytes is None:
             raise CallError(
                 "not_found",
@@ -208,7 +219,7 @@ def _parameters(
                 hint="say hash_offset_bytes if something follows the hash tree",
             )
         superblock = read_superblock(fd, offset_bytes, path)
-    elif offset_bytes is None and not appended:
+    elif offset_bytes is None and end_bytes is None:
         offset_bytes = 0
     algorithm = terms.algorithm or (superblock.algorithm if superblock else "sha256")
     parameters = resolve(

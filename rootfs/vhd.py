@@ -18,7 +18,14 @@ from rootfs.hasharea import find_hash_area, read_superblock
 from rootfs.imagelock import open_locked
 from vsock.errors import CallError
 
-__all__ = ("FOOTER_BYTES", "VhdFooter", "VhdLayer", "append_footer", "read_layer_layout")
+__all__ = (
+    "FOOTER_BYTES",
+    "VhdFooter",
+    "VhdLayer",
+    "append_footer",
+    "find_footer",
+    "read_layer_layout",
+)
 
 FOOTER_BYTES = 512
 _FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sB427x")
@@ -120,20 +127,36 @@ def append_footer(fd: int, uuid: uuid_module.UUID) -> VhdFooter:
     return footer
 
 
+def find_footer(fd: int) -> VhdFooter | None:
+    """Return the footer that ``fd`` (borrowed) ends with, None if it is no VHD.
+
+    Raises:
+        CallError: as ``VhdFooter.parse``; ``integrity``, the file does not end with the footer's
+            disk.
+        OSError: as read(2).
+    """
+    disk_bytes = os.lseek(fd, 0, os.SEEK_END) - FOOTER_BYTES
+    raw = os.pread(fd, FOOTER_BYTES, max(disk_bytes, 0))
+    if not raw.startswith(_COOKIE):
+        return None
+    footer = VhdFooter.parse(raw)
+    if footer.size_bytes != disk_bytes:
+        raise _refused("integrity", f"{disk_bytes} bytes, not {footer.size_bytes}")
+    return footer
+
+
 def read_layer_layout(path: str | os.PathLike[str]) -> VhdLayer:
     """Read what a layer file of hcsshim says of itself.
 
     Raises:
-        CallError: as ``VhdFooter.parse``; ``integrity``, the file does not end with the footer's
-            disk; by errno.
+        CallError: as ``find_footer``; ``not_found``, there is no footer; by errno.
     """
     fd = open_locked(Path(path), writable=False)
     try:
-        disk_bytes = os.fstat(fd).st_size - FOOTER_BYTES
-        footer = VhdFooter.parse(os.pread(fd, FOOTER_BYTES, max(disk_bytes, 0)))
-        if footer.size_bytes != disk_bytes:
-            raise _refused("integrity", f"{disk_bytes} bytes, not {footer.size_bytes}")
-        offset = find_hash_area(fd, disk_bytes)
+        footer = find_footer(fd)
+        if footer is None:
+            raise _refused("not_found", "there is no VHD footer")
+        offset = find_hash_area(fd, footer.size_bytes)
         superblock = None if offset is None else read_superblock(fd, offset, os.fspath(path))
     except OSError as problem:
         raise from_os_error(problem, step="read", object=path) from problem
