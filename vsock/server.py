@@ -11,6 +11,7 @@ What a peer may count on:
   bytes that are not MessagePack at all end it. Where no msgid can be read, the answer is the
   notification ``rpc.error`` with the error map.
 - The connection above ``max_connections`` gets ``rpc.error`` with code ``resource`` and is closed.
+  A serial line has a place of its own.
 - Who sends no whole message for ``hello_seconds``, has said no hello and waits for no answer is
   closed. That does not hold on a serial line or a stream that we dialled: nobody else wants those.
 - Half-close is honoured: what is in flight is answered, then the connection is closed.
@@ -104,19 +105,21 @@ class Server:
         self._wake_lock = threading.RLock()
 
     def add_listener(self, listener: Listener) -> None:
-        """Serve who connects to ``listener``, which the server takes over. From any thread."""
-        self._new.append(listener)
-        self._wake()
+        """Serve who connects to ``listener``, which the server takes over. From any thread.
+
+        A server that has been closed closes it at once.
+        """
+        self._add(listener)
 
     def add_stream(self, stream: Stream, on_close: Callable[[], None] | None = None) -> None:
         """Serve a connected stream, which the server takes over. From any thread.
 
-        ``on_close`` is called when the connection has ended, as of ``Connection.on_close``.
+        ``on_close`` is called when the connection has ended, as of ``Connection.on_close``; that is
+        here and now where the server has been closed.
         """
         if on_close is not None:
             self._on_close[id(stream)] = on_close
-        self._new.append(stream)
-        self._wake()
+        self._add(stream)
 
     def stop(self, grace_seconds: float = 5.0) -> None:
         """Have ``serve_forever`` return.
@@ -175,13 +178,12 @@ class Server:
         self._acceptor.close()
         for connection in list(self._connections.values()):
             self._drop(connection, "the server ends")
-        while self._new:
-            self._new.popleft().close()
         self._calls.close()
         self._epoll.close()
         with self._wake_lock:
             os.close(self._wake_fd)
             self._wake_fd = -1
+        self._refuse_new()
 
     def _finish(self) -> None:
         """Let what is in flight come to an end, then make it."""
@@ -215,10 +217,28 @@ class Server:
         if times and time.monotonic() >= min(times):
             self._look_around()
 
-    def _wake(self) -> None:
+    def _wake(self) -> bool:
+        """Have the thread of the server look around; False when there is none any more."""
         with self._wake_lock:
             if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
+            return self._wake_fd >= 0
+
+    def _add(self, new: Listener | Stream) -> None:
+        self._new.append(new)
+        if not self._wake():
+            self._refuse_new()
+
+    def _refuse_new(self) -> None:
+        while True:
+            try:
+                new = self._new.popleft()
+            except IndexError:  # perhaps another thread was as quick
+                return
+            new.close()
+            on_close = self._on_close.pop(id(new), None)
+            if on_close is not None:
+                on_close()
 
     def _attend(self, connection: Connection) -> None:
         self._attention.append(connection)
@@ -226,11 +246,11 @@ class Server:
 
     def _woken(self) -> None:
         os.eventfd_read(self._wake_fd)
+        if self._stop_at is not None:
+            self._refuse_new()
         while self._new:
             new = self._new.popleft()
-            if self._stop_at is not None:
-                new.close()
-            elif isinstance(new, Listener):
+            if isinstance(new, Listener):
                 self._acceptor.add(new)
             else:
                 self._connect(new, must_introduce=False)
@@ -238,7 +258,8 @@ class Server:
             self._settle(self._attention.popleft())
 
     def _accepted(self, stream: Stream) -> None:
-        if len(self._connections) < self._max_connections:
+        # a wired stream that is refused would be accepted anew at once, and so on for ever
+        if stream.point_to_point or len(self._connections) < self._max_connections:
             self._connect(stream, must_introduce=not stream.point_to_point)
             return
         text = f"{self._max_connections} connections are open"
@@ -330,9 +351,12 @@ class Server:
         fd = connection.stream.fileno()
         self._watch(fd, 0)
         self._events.pop(fd, None)
-        del self._connections[fd]
         self._report(f"connection {connection.id} with {connection.peer} ended: {why}")
-        connection.end()
+        try:
+            connection.end()
+        finally:
+            # last, so that who sees the count fall can rely on the descriptor being closed
+            del self._connections[fd]
 
     def _look_by(self, at: float) -> None:
         self._look_at = at if self._look_at is None else min(at, self._look_at)

@@ -16,7 +16,7 @@ import vsock.server
 from vsock.address import UnixAddress, parse_address
 from vsock.rpc import Limits
 from vsock.server import Outcome, Server
-from vsock.stream import Stream, listen
+from vsock.stream import Listener, Stream, listen
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -358,6 +358,82 @@ def test_a_stream_that_was_dialled_owes_no_hello(serve):
     running.server.add_stream(stream_of(theirs))
     assert running.peer().at_end()
     assert peer.ask(1, "echo") == {}
+
+
+def test_a_stream_that_comes_too_late_is_closed_and_its_end_is_told(serve):
+    running = serve()
+    running.stop()
+    peer, theirs = running.pair()
+    ended = threading.Event()
+    running.server.add_stream(stream_of(theirs), ended.set)
+    assert ended.is_set()
+    assert peer.at_end()
+    late = listen(UnixAddress(path=running.address.path + "-late"))
+    running.server.add_listener(late)
+    assert late.fileno() == -1
+
+
+def test_a_stream_that_comes_while_the_server_stops_has_its_end_told(serve):
+    running = serve()
+    first = running.peer()
+    first.request(1, "gate")
+    running.handler.passed(running.handler.at_gate)
+    running.server.stop()
+    peer, theirs = running.pair()
+    ended = threading.Event()
+    running.server.add_stream(stream_of(theirs), ended.set)
+    assert peer.at_end()
+    assert ended.wait(20)
+    running.handler.gate.set()
+    assert first.next() == [1, 1, None, "through"]
+
+
+def test_a_wired_stream_has_a_place_of_its_own(serve):
+    running = serve(max_connections=1)
+    peer, theirs = running.pair()
+    stream = stream_of(theirs)
+    stream.point_to_point = True
+    listener = OneStream(running.address, stream)
+    other = running.peer()
+    assert other.ask(1, "echo") == {}
+    running.server.add_listener(listener)
+    assert peer.ask(1, "echo") == {}
+    assert running.peer().complaint() == "resource"
+
+
+class OneStream(Listener):
+    """Yields a stream that is there already, as a serial line does."""
+
+    def __init__(self, address, stream):
+        self.address = address
+        self._streams = [stream]
+        self._fd = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def fileno(self):
+        return self._fd
+
+    def accept(self):
+        os.eventfd_read(self._fd)
+        return self._streams.pop()
+
+    def close(self):
+        os.close(self._fd)
+
+
+def test_a_connection_counts_until_it_is_closed(serve):
+    running = serve()
+    peer = running.peer()
+    peer.ask(1, "echo")
+    connection = running.handler.calls[0].connection
+    seen = []
+    closed = threading.Event()
+    connection.on_close(
+        lambda: seen.append((running.server.connection_count, connection.stream.fileno()))
+    )
+    connection.on_close(closed.set)
+    peer.sock.close()
+    assert closed.wait(20)
+    assert seen == [(1, -1)]
 
 
 def stream_of(sock):
