@@ -36,6 +36,8 @@ CODES = (
 )
 
 _MAX_TEXT_BYTES = 64 * 1024
+#: A lone surrogate travels as six letters, everything else in less.
+_MAX_CHARACTER_BYTES = 6
 
 
 class RpcError(Exception):
@@ -105,11 +107,11 @@ class CallError(RpcError):
         """Return the error map of the contract, each text cut to 64 KiB."""
         return {
             "code": self.code,
-            "message": self.message[:_MAX_TEXT_BYTES],
+            "message": _cut(self.message),
             "errno": errno_name(self.errno),
-            "step": self.step,
-            "object": self.object,
-            "hint": self.hint,
+            "step": _cut(self.step),
+            "object": _cut(self.object),
+            "hint": _cut(self.hint),
             "kernel_log": [line[:1024] for line in self.kernel_log[-32:]],
         }
 
@@ -124,7 +126,7 @@ class CallError(RpcError):
         return cls(
             code if isinstance(code, str) and code in CODES else "internal",
             str(value.get("message", "")),
-            errno=getattr(errno_module, name, None) if isinstance(name, str) else None,
+            errno=_errno_number(name),
             step=_text(value.get("step")),
             object=_text(value.get("object")),
             hint=_text(value.get("hint")),
@@ -137,6 +139,18 @@ def errno_name(number: int | None) -> str | None:
     if number is None:
         return None
     return errno_module.errorcode.get(number, f"E{number}")
+
+
+def _errno_number(name: object) -> int | None:
+    # the module holds more than numbers, and the name is a peer's
+    number = vars(errno_module).get(name) if isinstance(name, str) else None
+    return number if isinstance(number, int) else None
+
+
+def _cut(text: str | None) -> str | None:
+    if text is None or len(text) * _MAX_CHARACTER_BYTES <= _MAX_TEXT_BYTES:
+        return text
+    return text.encode("utf-8", "backslashreplace")[:_MAX_TEXT_BYTES].decode("utf-8", "ignore")
 
 
 def _text(value: object) -> str | None:

@@ -1,0 +1,56 @@
+import errno
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsock.errors import CODES, CallError
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def test_what_goes_out_comes_back():
+    error = CallError(
+        "busy", "in use", errno=errno.EBUSY, step="unmount", object="/run/a", hint="wait",
+        kernel_log=("one", "two"),
+    )  # fmt: skip
+    again = CallError.from_wire(error.to_wire())
+    assert again.to_wire() == error.to_wire()
+    assert again.errno == errno.EBUSY
+
+
+@pytest.mark.parametrize("name", ["errorcode", "__name__", "__doc__", "__dict__", "ENONSENSE", ""])
+def test_an_errno_is_the_name_of_a_number_and_nothing_else(name):
+    error = CallError.from_wire({"code": "device", "message": "", "errno": name})
+    assert error.errno is None
+    assert error.to_wire()["errno"] is None
+
+
+@pytest.mark.parametrize("field", ["message", "step", "object", "hint"])
+def test_each_text_is_cut(field):
+    texts = {"message": "m", field: "\u20ac" * (1 << 20)}
+    wire = CallError("invalid", **texts).to_wire()
+    assert len(msgpack.packb(wire)) < (64 << 10) + 1024
+    assert str(wire[field]).startswith("\u20ac" * 21000)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            name: _JSON
+            for name in ("code", "message", "errno", "step", "object", "hint", "kernel_log")
+        },
+    )
+    | _JSON
+)
+def test_any_map_of_a_peer_becomes_an_error_that_can_be_told_again(value):
+    error = CallError.from_wire(value)
+    assert error.code in CODES
+    assert isinstance(error.errno, int | None)
+    msgpack.packb(error.to_wire(), unicode_errors="backslashreplace")
