@@ -42,10 +42,9 @@ def test_each_text_is_cut(field):
 @given(
     st.fixed_dictionaries(
         {},
-        optional={
-            name: _JSON
-            for name in ("code", "message", "errno", "step", "object", "hint", "kernel_log")
-        },
+        optional=dict.fromkeys(
+            ("code", "message", "errno", "step", "object", "hint", "kernel_log"), _JSON
+        ),
     )
     | _JSON
 )
