@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from vsock.errors import CODES, CallError
 
+_FIELDS = ("code", "message", "errno", "step", "object", "hint", "kernel_log")
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text() | st.binary(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
