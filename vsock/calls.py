@@ -14,7 +14,7 @@ __all__ = ("Calls", "Handler")
 
 Handler = Callable[[Call], Outcome]
 
-_LOST = CallError("internal", "the handler failed", step="handle request")
+_LOST = Outcome(CallError("internal", "the handler failed", step="handle request").to_wire(), None)
 
 
 class Calls:
@@ -90,6 +90,7 @@ class Calls:
             error = CallError("resource", f"no thread can be started: {problem}", step="start")
             if call.take():
                 call.connection.answer(call, Outcome(error.to_wire(), None))
+            self._waiting.discard(call)
             self._strike(call)
             return None
         return None if begun or seconds is None else time.monotonic() + seconds
@@ -131,7 +132,7 @@ class Calls:
             self._strike(call)
 
     def _handle(self, call: Call) -> None:
-        outcome = Outcome(_LOST.to_wire(), None)
+        outcome = _LOST
         try:
             call.deadline.check(f"wait for a thread to run {call.method}")
             outcome = self._handler(call)

@@ -229,6 +229,7 @@ class Connection:
         Raises:
             CallError: ``invalid`` or ``resource``; it was not entered.
         """
+        call = Call(request, self)
         with self._lock:
             if request.msgid in self._calls:
                 raise CallError(
@@ -241,8 +242,6 @@ class Connection:
                     step="accept request",
                     hint="wait for an answer before the next request",
                 )
-        call = Call(request, self)
-        with self._lock:
             self._calls[request.msgid] = call
             self._unanswered += 1
         return call

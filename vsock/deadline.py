@@ -80,7 +80,7 @@ class Deadline:
         """Raise CallError ``cancelled`` or ``timeout``, naming ``step``, if it is over."""
         if self._cancelled:
             raise CallError("cancelled", f"cancelled while: {step}", step=step)
-        if self.expired:
+        if self._at is not None and self.expired:
             raise CallError("timeout", f"deadline passed while: {step}", step=step)
 
     def wait(

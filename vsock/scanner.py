@@ -63,10 +63,14 @@ class Scanner:
         open_values, at = self._open, self.at
         end = len(buffer)
         while open_values and at < end:
-            size = _FIXED_SIZES[buffer[at]]
+            first = buffer[at]
+            size = _FIXED_SIZES[first]
             if size:
                 at += size
                 open_values[-1] -= 1
+            elif first < 0xA0:  # fixmap, fixarray
+                at += 1
+                self._descend((first & 0x0F) * (2 if first < 0x90 else 1))
             else:
                 after = self._walk_header(buffer, at)
                 if after is None:
@@ -80,9 +84,6 @@ class Scanner:
     def _walk_header(self, buffer: bytearray, at: int) -> int | None:
         """Return the offset after a header of variable size; None if it is not whole."""
         first = buffer[at]
-        if first < 0xA0:  # fixmap, fixarray
-            self._descend((first & 0x0F) * (2 if first < 0x90 else 1))
-            return at + 1
         if first == _NEVER_USED:
             self.lost = True
             return None
