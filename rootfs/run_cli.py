@@ -245,6 +245,9 @@ def initramfs() -> None:
 @click.option(
     "--compression", type=click.Choice(COMPRESSIONS), default=DEFAULT_COMPRESSION, show_default=True
 )
+@click.option(
+    "--module-signatures", is_flag=True, help="Keep them, for a kernel that loads no other modules."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Default: it stays in the cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @reports_errors
@@ -253,6 +256,7 @@ def initramfs_build_command(
     features: str | None,
     kernel_root: str | None,
     compression: str,
+    module_signatures: bool,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -265,7 +269,12 @@ def initramfs_build_command(
             known = ", ".join(FEATURES)
             raise click.BadParameter(f"unknown feature {unknown[0]!r}; known: {known}")
     with _failures():
-        spec = InitramfsSpec(kernel=_kernel(kernel_root), features=names, compression=compression)
+        spec = InitramfsSpec(
+            kernel=_kernel(kernel_root),
+            features=names,
+            compression=compression,
+            module_signatures=module_signatures,
+        )
         report = build_initramfs(spec, cache_dir=_CACHE_DIR, output=output)
     if as_json:
         emit(_facts(report))
