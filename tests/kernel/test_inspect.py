@@ -165,7 +165,7 @@ def test_attributes_and_lists_of_a_layer(guest: GuestAgent, tmp_path: Path) -> N
         os.setxattr(source / "file", "trusted.key", b"\0\xff")
         os.setxattr(source / "file", "system.posix_acl_access", value)
     except OSError as error:
-        pytest.skip(f"no attributes on {source}: {error}")
+        pytest.skip(f"this file system has no attributes: {source}: {error}")
     with mounted(guest, make_image(source, tmp_path / "image")):
         found = guest.fs_getxattrs("file", layer_id="base")
         assert found[b"trusted.key"] == b"\0\xff"

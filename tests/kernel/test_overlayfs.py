@@ -64,7 +64,7 @@ def layers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 def way(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
     if name not in overlayfs.available_ways():
-        pytest.skip(f"overlayfs of Linux {os.uname().release} cannot {name}")
+        pytest.skip(f"this kernel (Linux {os.uname().release}) cannot mount an overlay by {name}")
     return name
 
 

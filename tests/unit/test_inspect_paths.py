@@ -78,7 +78,7 @@ def test_a_symlink_to_proc_finds_no_proc(guest: GuestAgent) -> None:
     assert code_of(refused) == "not_found"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="hiding mounts takes the privilege to clone one")
+@pytest.mark.skipif(os.geteuid() != 0, reason="this user may not clone mounts")
 def test_what_is_mounted_below_is_no_part_of_it(guest: GuestAgent) -> None:
     assert Path("/proc/self/status").exists()
     assert not guest.fs_exists("/proc/self/status", overlay_id="host")
@@ -126,12 +126,12 @@ def test_a_fifo_is_not_opened_not_even_for_a_moment(guest: GuestAgent, tree: Pat
         os.close(kept[0])
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="device nodes take a privilege")
+@pytest.mark.skipif(os.geteuid() != 0, reason="this user may make no device nodes")
 def test_device_nodes_are_described_and_not_opened(guest: GuestAgent, tree: Path) -> None:
     try:
         os.mknod(tree / "zero", 0o666 | stat.S_IFCHR, os.makedev(1, 5))
     except PermissionError:
-        pytest.skip("device nodes take a privilege")
+        pytest.skip("this user may make no device nodes")
     found = guest.fs_lstat("zero", layer_id="base")
     assert (found.kind, found.rdev) == ("c", "1:5")
     assert guest.fs_checksums(layer_id="base")[b"zero"].device == "1:5"

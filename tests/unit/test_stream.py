@@ -227,7 +227,7 @@ def test_the_connect_timeout_reaches_a_vsock_socket():
     try:
         sock = _socket.socket(_AF_VSOCK, _socket.SOCK_STREAM, 0)
     except OSError as error:
-        pytest.skip(f"no AF_VSOCK here: {error}")
+        pytest.skip(f"this kernel has no AF_VSOCK: {error}")
     _set_timeout(sock, _AF_VSOCK, _SO_VM_SOCKETS_CONNECT_TIMEOUT, 7.25)
     value, size = (ctypes.c_long * 2)(), ctypes.c_uint(16)
     status = libc.getsockopt(
