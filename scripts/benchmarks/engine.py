@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from guestagent.api import LayersMountRequest, LayerSpec, LayersUnmountRequest
 from guestagent.client import GuestAgent
@@ -87,7 +88,7 @@ def _single_layers(guest: GuestAgent, pack: Pack, rounds: int) -> Iterator[Row]:
 
 
 def _spec_of(parts: str, pack: Pack) -> LayerSpec:
-    changes: dict[str, object] = {}
+    changes: dict[str, Any] = {}
     if "verity" not in parts:
         changes["verity"] = None
     if "linear" not in parts:

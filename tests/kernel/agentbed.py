@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from guestagent.api import ByteRange, LayerSpec, OverlaySpec, PathDevice, Verity
 from guestagent.client import GuestAgent
@@ -50,7 +51,7 @@ class Pack:
     node: str
     layers: tuple[Packed, ...]
 
-    def spec(self, number: int, layer_id: str | None = None, **changes: object) -> LayerSpec:
+    def spec(self, number: int, layer_id: str | None = None, **changes: Any) -> LayerSpec:
         """Return a request for linear and verity; ``changes`` replace its fields."""
         layer = self.layers[number]
         return LayerSpec(
@@ -287,5 +288,5 @@ def settled_world(expected: World, *, seconds: float = 3.0, **where: object) -> 
         time.sleep(0.01)
 
 
-def overlay(overlay_id: str, *layers: str, **fields: object) -> OverlaySpec:
+def overlay(overlay_id: str, *layers: str, **fields: Any) -> OverlaySpec:
     return OverlaySpec(overlay_id=overlay_id, layers=layers, **fields)
