@@ -5,7 +5,6 @@ whatever looks unaccounted for is looked at again under the lock of its id, so t
 is just making, or taking away, is left to it.
 """
 
-from guestagent.engine.inventory import LiveLayer
 from guestagent.engine.journal import WHOLE, LayerEntry, OverlayEntry
 from guestagent.engine.layers import Layers
 from guestagent.engine.operation import Operation
@@ -133,8 +132,7 @@ class Reconciliation:
         )
 
     def _orphan_devices(self, books: _Books) -> list[Finding]:
-        live = self._state.inventory.layers()
-        owned = {name for layer in live for name in layer.plan.dm_names}
+        owned = self._dm_names_in_use()
         # of one in the journal the entry is the finding, and takes its devices with it
         owned |= {
             name
@@ -245,16 +243,20 @@ class Reconciliation:
             self._state.journal.write_layer(live, WHOLE)
             return
         gone = books.layer_entries[layer_id].live
-        if self._is_taken(gone.spec.mount_point):
-            self._forget_layer(gone, books.kernel)
-        else:
+        own = books.kernel.own_devices(gone.plan)
+        in_use = self._dm_names_in_use()
+        if not self._is_taken(gone.spec.mount_point) and in_use.isdisjoint(name for name, _ in own):
             undo_layer(self._state, books.kernel, gone)
+            return
+        # what it had is another's by now, and stays
+        for name, dev in own:
+            if name not in in_use:
+                undo_orphan(self._state, name, dev)
+        self._state.journal.remove("layer", layer_id)
 
-    def _forget_layer(self, gone: LiveLayer, kernel: KernelView) -> None:
-        """Undo a layer whose mount point is another's by now, which is to stay."""
-        for name, dev in kernel.own_devices(gone.plan):
-            undo_orphan(self._state, name, dev)
-        self._state.journal.remove("layer", gone.spec.layer_id)
+    def _dm_names_in_use(self) -> set[str]:
+        layers = self._state.inventory.layers()
+        return {name for layer in layers for name in layer.plan.dm_names}
 
     def _settle_overlay(self, overlay_id: str, books: _Books) -> None:
         live = self._state.inventory.overlay(overlay_id)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from consolebed import Bed, serving, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from inspectbed import serving as agent_serving
 
 from guestagent.ctl.console import console_address
 from guestagent.ctl.terminal import HELP, LEAVE, Escapes
+from tests.unit.consolebed import Bed, serving, wait_until
 from vsock.address import parse_address
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from consolebed import (
+
+from guestagent.console import channel as channel_module
+from guestagent.console import service as service_module
+from guestagent.console.commands import COMMANDS, GROUPS
+from guestagent.console.service import MAX_SESSIONS
+from guestagent.engine.reconciliation import Finding
+from tests.unit.consolebed import (
     DATA,
     END,
     HELLO,
@@ -23,12 +29,6 @@ from consolebed import (
     thread_count,
     wait_until,
 )
-
-from guestagent.console import channel as channel_module
-from guestagent.console import service as service_module
-from guestagent.console.commands import COMMANDS, GROUPS
-from guestagent.console.service import MAX_SESSIONS
-from guestagent.engine.reconciliation import Finding
 
 PERSON = {"terminal": True, "term": "xterm"}
 

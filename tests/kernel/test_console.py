@@ -1,0 +1,424 @@
+"""The console of a real agent, over real layers: what it says is what the kernel has."""
+
+import contextlib
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgpack
+import pexpect
+import pytest
+
+from guestagent.api import LayersMountRequest, LayersUnmountRequest, OverlaySpec
+from guestagent.client import GuestAgent
+from guestagent.storage import syscalls
+from tests.kernel.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
+from tests.unit.consolebed import END, Client
+
+PROJECT = Path(__file__).resolve().parents[2]
+GUESTCTL = [sys.executable, "-c", "from guestagent.ctl import main; main()"]
+CONNECTS = 10_000
+MAX_GROWTH_BYTES = 2 << 20
+
+
+class ConsoleAgent(AgentProcess):
+    """An agent with a console on a socket of its own."""
+
+    def __init__(self, *settings: str) -> None:
+        super().__init__(*settings)
+        self.console = f"{self.directory}.console"
+        self.settings = (*settings, f"console=unix://{self.console}")
+
+    def run(self, command: str, *, stdin: bytes = b"") -> tuple[int, str]:
+        """Run one command of the console; return its status and all its output."""
+        with Client(self.console, command=command) as client:
+            if stdin:
+                client.type(stdin)
+            with contextlib.suppress(BrokenPipeError):  # it may be through already
+                client.send(END)
+            return client.finish()
+
+    def ok(self, command: str) -> str:
+        status, output = self.run(command)
+        assert status == 0, output
+        return output
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def footprint(self) -> tuple[int, int, int]:
+        """Return (threads, descriptors, resident bytes)."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        threads = len(os.listdir(f"/proc/{self.pid}/task"))
+        fds = len(os.listdir(f"/proc/{self.pid}/fd"))
+        return threads, fds, pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
+    with attached_pack(tmp_path_factory.mktemp("pack"), 6) as pack:
+        yield pack
+
+
+@pytest.fixture(scope="module")
+def agent() -> Iterator[ConsoleAgent]:
+    with ConsoleAgent("console_shell=1") as agent, agent.client():
+        yield agent
+
+
+@pytest.fixture
+def guest(agent: ConsoleAgent) -> Iterator[GuestAgent]:
+    with agent.client() as guest:
+        yield guest
+        if guest.overlay_list():
+            guest.overlay_unmount("root")
+        ids = tuple(layer.layer_id for layer in guest.layer_list())
+        if ids:
+            guest.layers_unmount(LayersUnmountRequest(layers=ids))
+
+
+@pytest.fixture
+def mounted(guest: GuestAgent, pack: Pack) -> GuestAgent:
+    """Two layers and an overlay of them."""
+    guest.layers_mount(
+        LayersMountRequest(
+            layers=(pack.spec(0), pack.spec(1)),
+            overlay=OverlaySpec(overlay_id="root", layers=("layer1", "layer0")),
+        )
+    )
+    return guest
+
+
+# --- looking
+
+
+def test_layers_and_what_they_stand_on(
+    agent: ConsoleAgent, mounted: GuestAgent, pack: Pack
+) -> None:
+    report = mounted.layer_get("layer0")
+    listed = agent.ok("layers")
+    assert "layer0" in listed
+    assert pack.node in listed
+    described = agent.ok("layers layer0")
+    assert pack.layers[0].root_digest.hex() in described
+    assert all(device.table in described for device in report.dm)
+    tables = agent.ok("tables")
+    assert all(f"{device.name}  {device.dev} ro" in tables for device in report.dm)
+    dmsetup = subprocess.run(["dmsetup", "table"], capture_output=True, text=True, check=True)
+    for line in dmsetup.stdout.splitlines():
+        assert line.partition(": ")[2] in tables
+    assert "layer1  /run/layers/layer1" in agent.ok("overlays root")
+    assert "/run/overlays/root" in agent.ok("mounts")
+    assert "squashfs" not in agent.ok("devices")
+    assert pack.node in agent.ok("devices")
+    assert "  mount " in agent.ok("timings layer0")
+
+
+def test_a_plan_is_what_was_done(agent: ConsoleAgent, mounted: GuestAgent) -> None:
+    linear, verity, mount = agent.ok("plan layer0").splitlines()
+    report = mounted.layer_get("layer0")
+    assert linear == f"  create {report.dm[1].name}: {report.dm[1].table}"
+    assert verity.replace(f"/dev/mapper/{report.dm[1].name}", report.dm[1].dev) == (
+        f"  create {report.dm[0].name}: {report.dm[0].table}"
+    )
+    assert mount == "  mount erofs on /run/layers/layer0 (ro,nodev,nosuid)"
+
+
+def test_a_dry_run_is_what_will_be_done(agent: ConsoleAgent, guest: GuestAgent, pack: Pack) -> None:
+    layer = pack.layers[3]
+    own = str(agent.directory)
+    before = World.now(skip=(own,))
+    word = (
+        f"{pack.node},id=later,fs=erofs,root={layer.root_digest.hex()},"
+        f"offset={layer.mapping.offset_bytes},size={layer.mapping.size_bytes}"
+    )
+    planned = agent.ok(f"plan {word}").splitlines()
+    assert settled_world(before, skip=(own,)) == before
+    guest.layer_mount(pack.spec(3, "later"))
+    assert agent.ok("plan later").splitlines() == planned
+    status, output = agent.run(f"plan {word}")
+    assert status == 1
+    assert "is mounted" in output
+    # the refused dry run took no claim of the mounted layer with it
+    assert guest.layer_mount(pack.spec(3, "later")).already
+    guest.layer_unmount("later")
+
+
+def test_files_of_layers(agent: ConsoleAgent, mounted: GuestAgent, pack: Pack) -> None:
+    content = Path("/run/layers/layer0/who").read_bytes()
+    assert agent.ok("ls layer0:/") == "same\nwho\n"
+    assert agent.ok("cat layer0:/who").encode() == content
+    digest = hashlib.sha256(content).hexdigest()
+    assert agent.ok("checksum layer0:/who") == f"{digest}  layer0:/who\n"
+    assert pack.layers[1].marker.decode() in agent.ok("cat root:/who")
+    assert agent.ok("find root:/ wh?") == "root:/who\n"
+    assert agent.ok("hexdump layer0:/who 0 4").startswith("00000000  6c 61 79 65 ")
+    with open(pack.node, "rb") as device:
+        device.seek(1024)
+        magic = device.read(4).hex(" ")
+    assert magic in agent.ok(f"hexdump {pack.node} 1024 4")
+    status, output = agent.run("cat layer0:/../../../etc/passwd")
+    assert (status, "No such file" in output) == (1, True)
+    assert "/run/layers/layer0" in agent.ok("df /run/layers/layer0")
+
+
+def test_holders(agent: ConsoleAgent, mounted: GuestAgent) -> None:
+    with open("/run/layers/layer0/who", "rb"):
+        said = agent.ok("holders layer0")
+        assert f"[{os.getpid()}]" in said
+        assert "/run/layers/layer0/who" in said
+    verity, linear = mounted.layer_get("layer0").dm
+    assert verity.name in agent.ok(f"holders {linear.name}")
+
+
+def test_the_guest_itself(agent: ConsoleAgent, mounted: GuestAgent) -> None:
+    assert "layers              2" in agent.ok("status")
+    assert "layer_mounted layer=layer0" in agent.ok("events")
+    assert "console command" in agent.ok("log")
+    assert "device-mapper" in agent.ok("dmesg")
+    assert f"\n{agent.pid} " in agent.ok("ps")
+    assert agent.console in agent.ok("ps")
+    assert Path("/proc/cmdline").read_text().strip() in agent.ok("cmdline")
+    assert "eventpoll" in agent.ok(f"fds {agent.pid}")
+    assert "the agent" in agent.ok("uptime")
+    assert "COMMAND" in agent.ok("top -n 1")
+    assert agent.run("modules")[0] == 0
+    assert "PATH=" in agent.ok("env")
+
+
+def test_no_command_but_sh_starts_a_program(agent: ConsoleAgent, mounted: GuestAgent) -> None:
+    trace = Path(f"{agent.directory}.strace")
+    strace = subprocess.Popen(
+        ["strace", "-f", "-qq", "-e", "trace=execve,fork,vfork", "-o", str(trace), "-p",
+         str(agent.pid)],
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        time.sleep(1)
+        if strace.poll() is not None:
+            pytest.skip("strace cannot attach here")
+        for command in ("layers", "tables", "holders layer0", "cat layer0:/who", "ps", "dmesg"):
+            agent.ok(command)
+    finally:
+        strace.terminate()
+        strace.wait(20)
+        assert strace.stderr is not None
+        strace.stderr.close()
+    assert "execve" not in trace.read_text()
+    trace.unlink()
+
+
+# --- reconcile
+
+
+def test_books_and_kernel_agree(agent: ConsoleAgent, mounted: GuestAgent) -> None:
+    assert agent.ok("reconcile") == "journal, inventory and kernel agree\n"
+    assert len(mounted.layer_list()) == 2
+
+
+def test_an_orphan_device_is_removed(agent: ConsoleAgent, guest: GuestAgent, pack: Pack) -> None:
+    subprocess.run(
+        ["dmsetup", "create", "orphan", "--uuid", "guestagent-linear-ghost",
+         "--table", f"0 8 linear {pack.node} 0"],
+        check=True,
+    )  # fmt: skip
+    dry = agent.ok("reconcile --dry-run")
+    assert dry.startswith("dm device orphan is the agent's and belongs to no layer\n  would ")
+    assert "orphan" in agent.ok("tables")
+    assert agent.ok("reconcile").endswith(": undone\n")
+    assert guest.dm_list().devices == ()
+    assert "agree" in agent.ok("reconcile")
+
+
+def test_a_layer_that_somebody_unmounted(
+    agent: ConsoleAgent, guest: GuestAgent, pack: Pack
+) -> None:
+    own = str(agent.directory)
+    before = World.now(skip=(own,))
+    guest.layer_mount(pack.spec(2))
+    syscalls.umount2("/run/layers/layer2")
+    assert "layer layer2 is not whole in the kernel" in agent.ok("reconcile --dry-run")
+    assert "undone" in agent.ok("reconcile")
+    assert settled_world(before, skip=(own,)) == before
+    assert not guest.layer_mount(pack.spec(2)).already
+
+
+def test_a_journal_entry_that_is_gone(agent: ConsoleAgent, mounted: GuestAgent, pack: Pack) -> None:
+    entry = Path(agent.state, "layer-layer0.entry")
+    content = msgpack.unpackb(entry.read_bytes())
+    entry.unlink()
+    assert "layer layer0 is mounted and not in the journal" in agent.ok("reconcile --dry-run")
+    assert not entry.exists()
+    assert "undone" in agent.ok("reconcile")
+    assert msgpack.unpackb(entry.read_bytes()) == content
+
+
+def test_an_entry_whose_layer_is_another_s(
+    agent: ConsoleAgent, mounted: GuestAgent, pack: Pack
+) -> None:
+    """An old entry for the target of a live layer goes, and the layer stays."""
+    entry = Path(agent.state, "layer-layer0.entry")
+    content = msgpack.unpackb(entry.read_bytes())
+    content["live"]["spec"].update(layer_id="ghost", target="/run/layers/layer0")
+    content["live"]["plan"]["layer_id"] = "ghost"
+    ghost = Path(agent.state, "layer-ghost.entry")
+    ghost.write_bytes(msgpack.packb(content))
+    assert "layer ghost is in the journal (whole) and not in the inventory" in agent.ok(
+        "reconcile --dry-run"
+    )
+    assert "undone" in agent.ok("reconcile")
+    assert not ghost.exists()
+    assert os.path.ismount("/run/layers/layer0")
+    assert "agree" in agent.ok("reconcile")
+
+
+def test_reconciling_under_load_touches_nothing_in_flight(
+    agent: ConsoleAgent, guest: GuestAgent, pack: Pack
+) -> None:
+    failures: list[BaseException] = []
+
+    def churn(number: int) -> None:
+        try:
+            with agent.client() as own:
+                for _ in range(10):
+                    own.layer_mount(pack.spec(number))
+                    own.layer_unmount(f"layer{number}")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=churn, args=(number,)) for number in (3, 4, 5)]
+    for thread in threads:
+        thread.start()
+    said = ""
+    while any(thread.is_alive() for thread in threads):
+        said += agent.run("reconcile")[1]
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert "undone" not in said
+    assert "failed" not in said
+    assert guest.status().problems == ()
+
+
+# --- life and death
+
+
+def test_a_console_that_is_off() -> None:
+    with AgentProcess() as agent:
+        done = subprocess.run(
+            [*GUESTCTL, "--connect", agent.address, "console", "-c", "layers"],
+            capture_output=True,
+            timeout=60,
+            cwd=PROJECT,
+        )
+        assert done.returncode == 1
+        assert b"console is disabled: guestagent.console=" in done.stderr
+
+
+def test_the_shell_is_a_permission_of_its_own() -> None:
+    with ConsoleAgent() as agent:
+        with agent.client():
+            status, output = agent.run("sh -c id")
+        assert (status, "the shell is disabled: guestagent.console_shell=" in output) == (1, True)
+
+
+def test_the_shell(agent: ConsoleAgent, guest: GuestAgent) -> None:
+    assert agent.run("sh -c 'echo $0; exit 3'") == (3, "/bin/sh\n")
+    data = bytes(range(256)) * 2000
+    done = subprocess.run(
+        [*GUESTCTL, "console", f"unix://{agent.console}", "-c", "sh -c 'cat | cat'"],
+        input=data,
+        stdout=subprocess.PIPE,
+        timeout=60,
+        cwd=PROJECT,
+    )
+    assert (done.returncode, done.stdout) == (0, data)
+
+
+def test_a_person_stays_while_the_agent_dies_and_comes_back(pack: Pack) -> None:
+    with ConsoleAgent() as agent:
+        with agent.client() as guest:
+            guest.layer_mount(pack.spec(0))
+        child = pexpect.spawn(
+            GUESTCTL[0],
+            [*GUESTCTL[1:], "--connect", agent.address, "console"],
+            dimensions=(24, 80),
+            timeout=60,
+            cwd=str(PROJECT),
+        )
+        child.expect_exact("guest> ")
+        child.send("layers layer0\r")
+        child.expect_exact("mounted")
+        agent.kill()
+        child.expect_exact("the console was lost")
+        agent.start()
+        child.expect_exact("connected again: this is a new session")
+        child.expect_exact("guest> ")
+        child.send("layers layer0\r")
+        child.expect_exact("mounted")
+        child.expect_exact("guest> ")
+        child.send("~.")
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == 0
+        with agent.client() as guest:
+            guest.layer_unmount("layer0")
+
+
+def test_ten_thousand_peers_leave_nothing(agent: ConsoleAgent, guest: GuestAgent) -> None:
+    greeting = b"\x01" + len(msgpack.packb({})).to_bytes(3, "big") + msgpack.packb({})
+    openings = (b"", greeting[:3], b"\xffjunk" * 100, greeting + b"\x03\x00\x00\x08uptime\n\xff")
+    _connect(agent, openings, 500)  # what is loaded and allocated once
+    before = _settled_footprint(agent)
+    _connect(agent, openings, CONNECTS)
+    after = _settled_footprint(agent)
+    # fewer they may be: workers of the agent's server end when there is nothing to do
+    assert after[0] <= before[0]
+    assert after[1] <= before[1]
+    assert after[2] - before[2] < MAX_GROWTH_BYTES, (before, after)
+    assert agent.ok("uptime")
+
+
+def _connect(agent: ConsoleAgent, openings: tuple[bytes, ...], count: int) -> None:
+    for number in range(count):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(agent.console)
+            sock.sendall(openings[number % len(openings)])
+
+
+def _settled_footprint(agent: ConsoleAgent) -> tuple[int, int, int]:
+    """Return the footprint once it has stopped changing."""
+    last = agent.footprint()
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        time.sleep(0.3)
+        now = agent.footprint()
+        if now[:2] == last[:2]:
+            return now
+        last = now
+    return last
+
+
+def test_who_never_reads_does_not_hold_up_the_agent(
+    agent: ConsoleAgent, guest: GuestAgent, pack: Pack
+) -> None:
+    hello = msgpack.packb({"command": "sh -c 'yes'"})
+    before = agent.footprint()
+    with socket.socket(socket.AF_UNIX) as sleeper:
+        sleeper.connect(agent.console)
+        sleeper.sendall(b"\x01" + len(hello).to_bytes(3, "big") + hello)
+        for _ in range(5):
+            guest.layer_mount(pack.spec(0))
+            guest.layer_unmount("layer0")
+        assert "agree" in agent.ok("reconcile")
+        assert agent.footprint()[2] - before[2] < MAX_GROWTH_BYTES
+    after = _settled_footprint(agent)
+    assert after[1] <= before[1]
