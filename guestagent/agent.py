@@ -108,7 +108,7 @@ def _live(
         service.attach(server)
         life.attach(server)
         _listen(server, config.listen)
-        console = _start_console(config, engine, service, boot, life)
+        console = _start_console(config, engine, service, observers, boot, life)
         dialers = [_Dialer(server, address) for address in config.dial]
         for dialer in dialers:
             dialer.start()
@@ -129,7 +129,12 @@ def _live(
 
 
 def _start_console(
-    config: Config, engine: Engine, service: Service, boot: dict[str, object], life: "_Life"
+    config: Config,
+    engine: Engine,
+    service: Service,
+    observers: Observers,
+    boot: dict[str, object],
+    life: "_Life",
 ) -> "Console | None":
     """Start the debug console, where the configuration allows one."""
     if not config.console:
@@ -138,7 +143,12 @@ def _start_console(
     from guestagent.console.service import Console
 
     guest = Guest(
-        engine, boot=boot, shell=config.console_shell, status=service.status, end=life.end
+        engine,
+        boot=boot,
+        shell=config.console_shell,
+        status=service.status,
+        end=life.end,
+        metrics=observers.collector.text,
     )
     console = Console(guest, config.console)
     console.start()

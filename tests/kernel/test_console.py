@@ -192,6 +192,7 @@ def test_the_guest_itself(agent: ConsoleAgent, mounted: GuestAgent) -> None:
     assert "COMMAND" in agent.ok("top -n 1")
     assert agent.run("modules")[0] == 0
     assert "PATH=" in agent.ok("env")
+    assert "process_resident_memory_bytes" in agent.ok("metrics")
 
 
 def test_no_command_but_sh_starts_a_program(agent: ConsoleAgent, mounted: GuestAgent) -> None:
