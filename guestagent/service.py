@@ -66,6 +66,8 @@ __all__ = ("QUICK_METHODS", "Service")
 QUICK_METHODS = frozenset(name for name, method in METHODS.items() if method.quick)
 
 Function = Callable[[Record, Call], Record]
+#: A longer name is none, and has no place in the log.
+_NAME_MAX = 64
 
 
 class Service:
@@ -157,8 +159,8 @@ class Service:
         with self._observers.request(call):
             reply = self._functions[call.method](request, call)
         spent_ms = (time.perf_counter() - begin) * 1000
-        # who looks at the agent every few seconds is no news
-        write = log.debug if call.method.startswith("agent.") else log.info
+        # what changes nothing is no news: somebody may be looking every second
+        write = log.info if call.method.endswith("mount") else log.debug
         write("request done", method=call.method, ms=spent_ms, **_trace(call))
         return reply
 
@@ -317,7 +319,15 @@ class Service:
 
 
 def _trace(call: Call) -> dict[str, str]:
-    return {"traceparent": call.traceparent} if call.traceparent else {}
+    """Return what a line of the log says of a call: what it is about, and its trace."""
+    fields = {}
+    for name in ("layer_id", "overlay_id"):
+        value = call.params.get(name)
+        if isinstance(value, str) and len(value) <= _NAME_MAX:
+            fields[name.removesuffix("_id")] = value
+    if call.traceparent:
+        fields["traceparent"] = call.traceparent
+    return fields
 
 
 def _rss_bytes() -> int:

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 
 from guestagent.api import PROTOCOL_VERSIONS, HelloReply, HelloRequest
-from guestagent.client.link import HELLO_MS, Traceparent, common_params
+from guestagent.client.link import Traceparent, common_params, hello_seconds
 from vsock.address import Address, parse_address
 from vsock.aio import AsyncClient, AsyncPendingCall
 from vsock.client import ClosedHandleError, NotificationCallback
@@ -92,7 +92,8 @@ class AsyncLink:
         )
         try:
             request = HelloRequest(versions=PROTOCOL_VERSIONS, client=self._name).to_wire()
-            reply = await client.call("agent.hello", request, deadline_ms=HELLO_MS)
+            seconds = hello_seconds(self._connect_seconds)
+            reply = await client.call("agent.hello", request, timeout_seconds=seconds)
             return client, HelloReply.from_wire(reply, "reply")
         except BaseException:
             await client.close()

@@ -9,14 +9,20 @@ from vsock.address import Address, parse_address
 from vsock.client import Client, ClosedHandleError, NotificationCallback, PendingCall
 from vsock.errors import ConnectionClosed, RpcError
 
-__all__ = ("HELLO_MS", "Link", "Traceparent", "common_params")
+__all__ = ("HELLO_MS", "Link", "Traceparent", "common_params", "hello_seconds")
 
 #: W3C text that every request carries, or what returns it for each.
 Traceparent = str | Callable[[], str | None] | None
 
 HELLO_MS = 10_000
+_HELLO_SECONDS = (5.0, 60.0)
 #: Pauses between attempts to make the connection again; each attempt dials again and again itself.
 _PAUSES_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0)
+
+
+def hello_seconds(connect_seconds: float) -> float:
+    """Return what an agent that is connected to gets to say hello in."""
+    return max(_HELLO_SECONDS[0], min(_HELLO_SECONDS[1], connect_seconds))
 
 
 def common_params(traceparent: Traceparent) -> dict[str, object]:
@@ -97,7 +103,8 @@ class Link:
         )
         try:
             request = HelloRequest(versions=PROTOCOL_VERSIONS, client=self._name).to_wire()
-            reply = client.call("agent.hello", request, deadline_ms=HELLO_MS)
+            seconds = hello_seconds(self._connect_seconds)
+            reply = client.call("agent.hello", request, timeout_seconds=seconds)
             return client, HelloReply.from_wire(reply, "reply")
         except BaseException:
             client.close()

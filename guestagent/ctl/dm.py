@@ -2,6 +2,7 @@
 
 import click
 
+from guestagent.ctl.complete import complete_devices
 from guestagent.ctl.session import Session, pass_session
 from guestagent.ctl.table import table
 
@@ -35,7 +36,7 @@ def list_devices(session: Session) -> None:
 
 
 @dm.command("table")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_devices)
 @pass_session
 def print_table(session: Session, name: str) -> None:
     """Print a device's table, as dmsetup does."""
@@ -45,7 +46,7 @@ def print_table(session: Session, name: str) -> None:
 
 
 @dm.command("status")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_devices)
 @pass_session
 def status(session: Session, name: str) -> None:
     """Print a device's status, as dmsetup does."""

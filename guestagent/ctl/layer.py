@@ -1,5 +1,7 @@
 """``guestctl layer``: mount, unmount, list, show and read layers."""
 
+import sys
+
 import click
 
 from guestagent.api import (
@@ -13,10 +15,17 @@ from guestagent.api import (
     Verity,
 )
 from guestagent.api.texts import device_from_text
+from guestagent.ctl.complete import complete_layers
+from guestagent.ctl.progress import progress_bar
 from guestagent.ctl.session import Session, pass_session
+from guestagent.ctl.style import human_bytes, paint, tint
 from guestagent.ctl.table import table
 
 __all__ = ("describe_layer", "layer", "parse_device")
+
+#: Reading a whole layer takes longer than other requests.
+_CHECK_MS = 3_600_000
+_SHOWN_BLOCKS = 100
 
 
 @click.group()
@@ -92,7 +101,7 @@ def mount(
 
 
 @layer.command("unmount")
-@click.argument("layer_id")
+@click.argument("layer_id", shell_complete=complete_layers)
 @click.option("--force", is_flag=True, help="Also clean up a layer whose parts are half gone.")
 @pass_session
 def unmount(session: Session, layer_id: str, force: bool) -> None:
@@ -115,7 +124,7 @@ def list_layers(session: Session) -> None:
             report.layer_id,
             report.state,
             report.filesystem,
-            str(report.size_bytes),
+            human_bytes(report.size_bytes),
             report.verity.status if report.verity else "-",
             report.device_node,
             report.target,
@@ -126,7 +135,7 @@ def list_layers(session: Session) -> None:
 
 
 @layer.command("get")
-@click.argument("layer_id")
+@click.argument("layer_id", shell_complete=complete_layers)
 @pass_session
 def get(session: Session, layer_id: str) -> None:
     """Describe a layer: devices, tables, options, timings."""
@@ -135,14 +144,37 @@ def get(session: Session, layer_id: str) -> None:
     session.show(report, lambda: describe_layer(report))
 
 
+@layer.command("check")
+@click.argument("layer_id", shell_complete=complete_layers)
+@pass_session
+def check(session: Session, layer_id: str) -> None:
+    """Read a whole layer in the guest, through verity, and name every corrupt block.
+
+    Exits with status 1 when there is one. `layer verify` does it for an image on this host.
+    """
+    with session.agent() as guest, progress_bar(session, f"reading {layer_id}") as progress:
+        deadline_ms = max(session.deadline_ms, _CHECK_MS)
+        reply = guest.layer_verify(layer_id, progress=progress, deadline_ms=deadline_ms)
+    blocks = ", ".join(map(str, reply.corrupt_blocks[:_SHOWN_BLOCKS]))
+    more = len(reply.corrupt_blocks) - _SHOWN_BLOCKS
+    if reply.corrupt_blocks:
+        text = f"{paint('corrupt', 'red')}: blocks {blocks}" + (f" and {more} more" * (more > 0))
+    else:
+        text = f"{paint('intact', 'green')}: {human_bytes(reply.read_bytes)} read"
+    session.show(reply, lambda: f"layer {layer_id}: {text}")
+    if reply.corrupt_blocks:
+        sys.exit(1)
+
+
 def describe_layer(report: LayerReport) -> str:
     """Return what a person wants to know of a mounted layer."""
-    state = f"{report.state}, was mounted already" if report.already else report.state
+    state = paint(report.state, tint(report.state))
+    state = f"{state}, was mounted already" if report.already else state
     lines = [
         f"layer {report.layer_id}: {state}",
         f"  target      {report.target} (mount {report.mount_id}, {','.join(report.options)})",
         f"  filesystem  {report.filesystem} on {report.device_node} ({report.dev}), "
-        f"{report.size_bytes} bytes",
+        f"{report.size_bytes} bytes ({human_bytes(report.size_bytes)})",
     ]
     if report.verity is not None:
         verity = report.verity

@@ -4,6 +4,7 @@ import click
 
 from guestagent.api import OverlayListReply, OverlayReport, OverlaySpec
 from guestagent.api.texts import scratch_from_text
+from guestagent.ctl.complete import complete_layers, complete_overlays
 from guestagent.ctl.session import Session, pass_session
 from guestagent.ctl.table import table
 
@@ -17,7 +18,7 @@ def overlay() -> None:
 
 @overlay.command("mount")
 @click.argument("overlay_id")
-@click.argument("layers", nargs=-1, required=True)
+@click.argument("layers", nargs=-1, required=True, shell_complete=complete_layers)
 @click.option("--target", metavar="PATH", help="Default: /run/overlays/OVERLAY_ID.")
 @click.option("--scratch", metavar="SCRATCH", help="tmpfs:BYTES, dir:PATH, device:DEVICE[,FS].")
 @pass_session
@@ -44,7 +45,7 @@ def mount(
 
 
 @overlay.command("unmount")
-@click.argument("overlay_id")
+@click.argument("overlay_id", shell_complete=complete_overlays)
 @click.option("--force", is_flag=True, help="Also clean up an overlay that is half gone.")
 @pass_session
 def unmount(session: Session, overlay_id: str, force: bool) -> None:

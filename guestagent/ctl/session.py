@@ -11,10 +11,11 @@ from typing import Concatenate, NoReturn, ParamSpec, TypeVar
 import click
 
 from guestagent.client import GuestAgent
-from vsock.errors import CallError, RpcError, errno_name
+from guestagent.ctl.advice import advice, unreachable
+from vsock.errors import CallError, ConnectionClosed, RpcError, errno_name
 from vsock.record import Record
 
-__all__ = ("Session", "fail", "pass_session")
+__all__ = ("Session", "fail", "pass_session", "uses_session")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,18 +29,23 @@ class Session:
     as_json: bool
     connect_seconds: float
     deadline_ms: int
+    traceparent: str | None = None
 
     @contextmanager
-    def agent(self) -> Iterator[GuestAgent]:
+    def agent(self, *, reconnect: bool = False) -> Iterator[GuestAgent]:
         """Connect to the agent that ``--connect`` names."""
         if self.address is None:
             raise click.UsageError(
-                "which agent? say --connect ADDRESS or set GUESTCTL_CONNECT, "
-                "e.g. --connect hybrid:///run/vm.vsock:1024"
+                "which agent? say --connect ADDRESS, e.g. --connect hybrid:///run/vm.vsock:1024, "
+                "set GUESTCTL_CONNECT, or keep it: guestctl connect NAME ADDRESS"
             )
         try:
             handle = GuestAgent(
-                self.address, connect_seconds=self.connect_seconds, deadline_ms=self.deadline_ms
+                self.address,
+                connect_seconds=self.connect_seconds,
+                deadline_ms=self.deadline_ms,
+                reconnect=reconnect,
+                traceparent=self.traceparent,
             )
         except ValueError as error:
             raise click.UsageError(str(error)) from None
@@ -49,9 +55,22 @@ class Session:
     def show(self, value: Record, text: Callable[[], str]) -> None:
         """Print a reply: as JSON where asked, else what ``text`` makes of it."""
         if self.as_json:
-            click.echo(json.dumps(value.to_wire(), default=_json, indent=2))
+            self.emit(value.to_wire())
         else:
             click.echo(text())
+
+    def say(self, value: object, text: str) -> None:
+        """Print a plain value as JSON where asked, else ``text``."""
+        if self.as_json:
+            self.emit(value)
+        else:
+            click.echo(text)
+
+    def emit(self, value: object, *, is_line: bool = False) -> None:
+        """Print a value as JSON; ``is_line`` for one of many, each on a line of its own."""
+        click.echo(json.dumps(value, default=_json, indent=None if is_line else 2))
+        if is_line:
+            sys.stdout.flush()
 
 
 def pass_session(function: Callable[Concatenate[Session, P], R]) -> Callable[P, R]:
@@ -64,19 +83,30 @@ def pass_session(function: Callable[Concatenate[Session, P], R]) -> Callable[P, 
             return function(session, *args, **kwargs)
         except CallError as error:
             fail(session, error)
+        except ConnectionClosed as error:
+            hint = unreachable(session.address)
+            fail(session, CallError("device", str(error), step="talk to the agent", hint=hint))
         except (RpcError, OSError) as error:
             fail(session, CallError("internal", f"cannot talk to the agent: {error}"))
 
     update_wrapper(wrapper, function)
+    wrapper.uses_session = True  # type: ignore[attr-defined]
     return wrapper
+
+
+def uses_session(command: click.Command) -> bool:
+    """Say whether a command is one that ``pass_session`` hands the session to."""
+    return getattr(command.callback, "uses_session", False) is True
 
 
 def fail(session: Session, error: CallError) -> NoReturn:
     """Print an error for a person, or as JSON, and exit with status 1."""
     if session.as_json:
-        click.echo(json.dumps({"error": error.to_wire()}, default=_json, indent=2))
+        session.emit({"error": error.to_wire()})
         sys.exit(1)
     click.echo(f"guestctl: {error}", err=True)
+    context = click.get_current_context(silent=True)
+    command = context.command_path.partition(" ")[2] if context is not None else ""
     details = (
         ("step", error.step),
         ("object", error.object),
@@ -88,6 +118,9 @@ def fail(session: Session, error: CallError) -> NoReturn:
             click.echo(f"  {name}: {value}", err=True)
     for line in error.kernel_log:
         click.echo(f"  kernel: {line}", err=True)
+    next_step = advice(error, command) if error.hint is None else None
+    if next_step is not None:
+        click.echo(f"  next: {next_step}", err=True)
     sys.exit(1)
 
 

@@ -12,132 +12,16 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from handlebed import WAIT_SECONDS, Agent
 
 from guestagent.api import METHODS, Empty, Event
 from guestagent.client import ALL_EVENTS, ClosedHandleError, GuestAgent, event_mask
 from guestagent.client.aio import AsyncGuestAgent
-from vsock.address import UnixAddress
 from vsock.client import ClosedHandleError as LowerClosedHandleError
 from vsock.errors import CallError, ConnectionClosed
-from vsock.server import Call, Connection, Outcome, Server
-from vsock.stream import listen
 
 PROJECT = Path(__file__).parents[2]
-WAIT_SECONDS = 20.0
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-class Agent:
-    """An agent that says hello, numbers events and lines, and can be restarted."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.address = f"unix://{path}"
-        self.events: list[Event] = []
-        self.lines = 0
-        self.traces: list[str | None] = []
-        self.subscribers: list[Connection] = []
-        self.followers: list[Connection] = []
-        self.start()
-
-    def start(self) -> None:
-        self._path.unlink(missing_ok=True)
-        self.server = Server(self._handle, quick=frozenset(METHODS), hello_seconds=None)
-        self.server.add_listener(listen(UnixAddress(path=str(self._path))))
-        self._thread = threading.Thread(target=self.server.serve_forever)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self.server.stop(0.0)
-        self._thread.join(WAIT_SECONDS)
-        assert not self._thread.is_alive()
-        self.subscribers.clear()
-        self.followers.clear()
-
-    def publish(self, kind: str) -> None:
-        number = self.events[-1].sequence + 1 if self.events else 1
-        event = Event(sequence=number, kind=kind, unix_ms=number)
-        self.events.append(event)
-        for connection in self.subscribers:
-            connection.notify("agent.event", event.to_wire())
-
-    def log(self) -> None:
-        self.lines += 1
-        for connection in self.followers:
-            connection.notify("agent.log", self._log_reply(self.lines - 1))
-
-    def _log_reply(self, since: int) -> dict[str, object]:
-        numbers = range(since + 1, self.lines + 1)
-        lines = [
-            {
-                "number": number,
-                "uptime_seconds": 1.0,
-                "unix_ms": 1,
-                "level": "info",
-                "text": f"line {number}",
-                "fields": {},
-            }
-            for number in numbers
-        ]
-        return {"lines": lines, "dropped": 0, "next": self.lines, "more": False}
-
-    def _handle(self, call: Call) -> Outcome:
-        self.traces.append(call.traceparent)
-        try:
-            return Outcome(None, getattr(self, call.method.replace(".", "_"))(call))
-        except CallError as error:
-            return Outcome(error.to_wire(), None)
-
-    def agent_hello(self, call: Call) -> object:
-        call.connection.said_hello = True
-        return {
-            "version": 1,
-            "agent": "0",
-            "kernel": "6",
-            "features": [],
-            "limits": {},
-            "boot": {},
-        }
-
-    def agent_subscribe(self, call: Call) -> object:
-        self.subscribers.append(call.connection)
-        return {"sequence": self.events[-1].sequence if self.events else 0}
-
-    def agent_events(self, call: Call) -> object:
-        since = call.params["since"]
-        assert isinstance(since, int)
-        return {
-            "events": [e.to_wire() for e in self.events if e.sequence > since],
-            "dropped": 0,
-            "sequence": self.events[-1].sequence if self.events else 0,
-        }
-
-    def agent_log(self, call: Call) -> object:
-        since = call.params["since"]
-        assert isinstance(since, int)
-        if call.params.get("follow"):
-            self.followers.append(call.connection)
-        if since < 0:
-            since = max(0, self.lines + since)
-        return self._log_reply(since if since <= self.lines else 0)
-
-    def agent_metrics(self, call: Call) -> object:
-        return {"text": "guestagent_up 1\n"}
-
-    def layer_verify(self, call: Call) -> object:
-        for done in (1, 2):
-            place = {"msgid": call.msgid, "done_bytes": done, "total_bytes": 2}
-            call.connection.notify("agent.progress", place)
-        return {
-            "layer_id": "x",
-            "read_bytes": 2,
-            "corrupt_blocks": [],
-            "status": "V",
-            "timings_ms": {},
-        }
-
-    def layer_get(self, call: Call) -> object:
-        raise CallError("not_found", "no such layer", errno=2, step="look", object="x", hint="list")
 
 
 @pytest.fixture

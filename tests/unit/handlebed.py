@@ -1,0 +1,218 @@
+"""An agent that answers what a test tells it to, over the real wire; it can be restarted."""
+
+import threading
+from pathlib import Path
+
+from guestagent.api import METHODS, Event, OverlayReport
+from guestagent.api.observe import CrashReport
+from vsock.address import UnixAddress
+from vsock.errors import CallError
+from vsock.server import Call, Connection, Outcome, Server
+from vsock.stream import listen
+
+WAIT_SECONDS = 20.0
+
+
+class Agent:
+    """An agent that says hello, numbers events and lines, and can be restarted."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.address = f"unix://{path}"
+        self.events: list[Event] = []
+        self.lines = 0
+        self.traces: list[str | None] = []
+        self.subscribers: list[Connection] = []
+        self.followers: list[Connection] = []
+        self.layers: dict[str, str] = {}
+        self.overlays: dict[str, tuple[str, ...]] = {}
+        self.problems: list[str] = []
+        self.crashes: list[CrashReport] = []
+        self.metrics = "guestagent_up 1\n"
+        self.start()
+
+    def start(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self.server = Server(self._handle, quick=frozenset(METHODS), hello_seconds=None)
+        self.server.add_listener(listen(UnixAddress(path=str(self._path))))
+        self._thread = threading.Thread(target=self.server.serve_forever)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.server.stop(0.0)
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive()
+        self.subscribers.clear()
+        self.followers.clear()
+
+    def publish(self, kind: str) -> None:
+        number = self.events[-1].sequence + 1 if self.events else 1
+        event = Event(sequence=number, kind=kind, unix_ms=number)
+        self.events.append(event)
+        for connection in self.subscribers:
+            connection.notify("agent.event", event.to_wire())
+
+    def log(self) -> None:
+        self.lines += 1
+        for connection in self.followers:
+            connection.notify("agent.log", self._log_reply(self.lines - 1))
+
+    def _log_reply(self, since: int) -> dict[str, object]:
+        numbers = range(since + 1, self.lines + 1)
+        lines = [
+            {
+                "number": number,
+                "uptime_seconds": 1.0,
+                "unix_ms": 1,
+                "level": "info",
+                "text": f"line {number}",
+                "fields": {},
+            }
+            for number in numbers
+        ]
+        return {"lines": lines, "dropped": 0, "next": self.lines, "more": False}
+
+    def _handle(self, call: Call) -> Outcome:
+        self.traces.append(call.traceparent)
+        try:
+            return Outcome(None, getattr(self, call.method.replace(".", "_"))(call))
+        except CallError as error:
+            return Outcome(error.to_wire(), None)
+
+    def agent_hello(self, call: Call) -> object:
+        call.connection.said_hello = True
+        return {
+            "version": 1,
+            "agent": "0",
+            "kernel": "6",
+            "features": [],
+            "limits": {},
+            "boot": {},
+        }
+
+    def agent_subscribe(self, call: Call) -> object:
+        self.subscribers.append(call.connection)
+        return {"sequence": self.events[-1].sequence if self.events else 0}
+
+    def agent_events(self, call: Call) -> object:
+        since = call.params["since"]
+        assert isinstance(since, int)
+        return {
+            "events": [e.to_wire() for e in self.events if e.sequence > since],
+            "dropped": 0,
+            "sequence": self.events[-1].sequence if self.events else 0,
+        }
+
+    def agent_log(self, call: Call) -> object:
+        since = call.params["since"]
+        assert isinstance(since, int)
+        if call.params.get("follow"):
+            self.followers.append(call.connection)
+        if since < 0:
+            since = max(0, self.lines + since)
+        return self._log_reply(since if since <= self.lines else 0)
+
+    def agent_metrics(self, call: Call) -> object:
+        return {"text": self.metrics}
+
+    def layer_verify(self, call: Call) -> object:
+        for done in (1, 2):
+            place = {"msgid": call.msgid, "done_bytes": done, "total_bytes": 2}
+            call.connection.notify("agent.progress", place)
+        return {
+            "layer_id": "x",
+            "read_bytes": 2,
+            "corrupt_blocks": [],
+            "status": "V",
+            "timings_ms": {},
+        }
+
+    def layer_get(self, call: Call) -> object:
+        raise CallError("not_found", "no such layer", errno=2, step="look", object="x", hint="list")
+
+    # --- what guestctl asks besides
+
+    def agent_status(self, call: Call) -> object:
+        return {
+            "state": "degraded" if self.problems else "ready",
+            "problems": self.problems,
+            "uptime_seconds": 3723.0,
+            "pid": 7,
+            "restarts": 0,
+            "layers": len(self.layers),
+            "overlays": len(self.overlays),
+            "dm_devices": 2 * len(self.layers),
+            "requests_in_flight": 1,
+            "connections": 1,
+            "rss_bytes": 13 << 20,
+            "threads": 4,
+            "event_sequence": self.events[-1].sequence if self.events else 0,
+            "events_dropped": 0,
+        }
+
+    def layer_list(self, call: Call) -> object:
+        return {"layers": [layer_report(name, state) for name, state in self.layers.items()]}
+
+    def overlay_list(self, call: Call) -> object:
+        return {"overlays": [overlay_report(name, *ids) for name, ids in self.overlays.items()]}
+
+    def dm_list(self, call: Call) -> object:
+        devices = [dm_device(f"dm-verity-{name}-{'ab' * 32}") for name in self.layers]
+        return {"devices": devices}
+
+    def agent_crashes(self, call: Call) -> object:
+        return {"crashes": [crash.to_wire() for crash in self.crashes], "total": len(self.crashes)}
+
+
+def dm_device(name: str) -> dict[str, object]:
+    return {
+        "name": name,
+        "uuid": f"guestagent-verity-{name}",
+        "dev": "254:1",
+        "node": "/dev/dm-1",
+        "target_type": "verity",
+        "table": "0 8 verity 1",
+        "status": "V",
+        "readonly": True,
+        "deferred_remove": True,
+        "open_count": 1,
+    }
+
+
+def layer_report(layer_id: str, state: str = "mounted") -> dict[str, object]:
+    return {
+        "layer_id": layer_id,
+        "state": state,
+        "target": f"/run/layers/{layer_id}",
+        "device": {"kind": "pmem", "number": 0},
+        "device_node": "/dev/pmem0",
+        "dev": "254:1",
+        "mapping": None,
+        "dm": [],
+        "verity": None,
+        "filesystem": "erofs",
+        "mount_id": 30,
+        "options": ["ro"],
+        "size_bytes": 55_574_528,
+        "used_by": [],
+        "overlaps": [],
+        "timings_ms": {},
+        "already": False,
+    }
+
+
+def overlay_report(overlay_id: str, *layers: str) -> dict[str, object]:
+    known = {
+        "overlay_id": overlay_id,
+        "state": "mounted",
+        "target": f"/run/overlays/{overlay_id}",
+        "layers": list(layers),
+        "lowerdirs": [f"/run/layers/{layer}" for layer in layers],
+        "method": "mount",
+        "scratch": None,
+        "mount_id": 31,
+        "options": ["ro"],
+        "timings_ms": {},
+        "already": False,
+    }
+    return {name: known[name] for name in OverlayReport._fields if name in known}

@@ -1,0 +1,221 @@
+"""The metrics of many guests as one, and serving them within bounds."""
+
+import http.client
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from handlebed import WAIT_SECONDS, Agent
+from hypothesis import given
+from hypothesis import strategies as st
+from test_metrics import check, full, samples
+
+from guestagent.ctl.exporter import Exporter, MetricsServer
+from guestagent.ctl.exposition import merged, parsed
+from guestagent.ctl.timings import quantile, step_timings
+
+ONE = "# HELP a_total a\n# TYPE a_total counter\na_total 1\n"
+
+
+# --- putting them together
+
+
+def test_each_sample_says_whose_it_is() -> None:
+    text, refused = merged({"one": ONE, 'two"\n': ONE})
+    assert text.splitlines() == [
+        "# HELP a_total a",
+        "# TYPE a_total counter",
+        'a_total{guest="one"} 1',
+        'a_total{guest="two\\"\\n"} 1',
+    ]
+    assert refused == {"one": 0, 'two"\n': 0}
+
+
+def test_the_linter_has_no_complaint_of_many() -> None:
+    text = full().render({})
+    together, refused = merged({"one": text, "two": text})
+    assert set(refused.values()) == {0}
+    check(together)
+    assert len(samples(together)) == 2 * len(samples(text))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "junk",
+        "a_total",
+        'a_total{x="1} 1',
+        "a_total one",
+        "a_total 1 2 3",
+        'b_total{guest="other"} 1',
+        "a_total{} 1}",
+        "unknown 1",
+        "a_total_bucket 1",
+    ],
+)
+def test_what_is_not_of_the_format_is_left_out(line: str) -> None:
+    text, refused = merged({"one": f"{ONE}{line}\n"})
+    assert refused == {"one": 1}
+    assert text == merged({"one": ONE})[0]
+
+
+def test_a_guest_cannot_speak_for_another() -> None:
+    text, _ = merged({"one": f'{ONE}a_total{{guest="two"}} 9\n'})
+    assert 'guest="two"' not in text
+
+
+def test_a_guest_cannot_change_what_a_metric_is() -> None:
+    lie = ONE.replace("counter", "gauge").replace(" 1\n", " 99\n")
+    text, refused = merged({"one": ONE, "two": lie})
+    assert "99" not in text
+    assert refused == {"one": 0, "two": 1}
+    check(text)
+
+
+@given(st.text(max_size=300))
+def test_whatever_a_guest_sends_is_no_failure(text: str) -> None:
+    together, _ = merged({"one": ONE, "junk": text})
+    assert 'a_total{guest="one"} 1' in together
+
+
+def test_samples_are_read() -> None:
+    (sample,) = parsed('a{x="1\\"2",y="z"} 1.5e3')
+    assert (sample.name, sample.value, sample.label("y")) == ("a", 1500.0, "z")
+
+
+# --- timings
+
+
+def test_quantiles_are_those_of_prometheus() -> None:
+    buckets = ((0.1, 10), (0.2, 20), (float("inf"), 20))
+    assert quantile(buckets, 0.5) == pytest.approx(0.1)
+    assert quantile(buckets, 0.75) == pytest.approx(0.15)
+    assert quantile(((0.1, 0), (float("inf"), 5)), 0.5) == 0.1
+    assert quantile((), 0.5) == 0.0
+
+
+def test_steps_are_read_from_the_metrics() -> None:
+    from guestagent.observe.metrics import Metrics
+
+    metrics = Metrics()
+    for _ in range(10):
+        metrics.step("verity", 0.02, failed=False)
+    metrics.step("device", 1.0, failed=True)
+    first, second = step_timings(metrics.render({}))
+    assert (first.step, first.count, first.failures) == ("device", 1, 1)
+    assert (second.step, second.count, second.failures) == ("verity", 10, 0)
+    assert second.mean_ms == pytest.approx(20)
+    assert 10 < second.quantile_ms(0.5) <= 25
+
+
+# --- serving
+
+
+@pytest.fixture
+def agents(tmp_path: Path) -> Iterator[list[Agent]]:
+    found = [Agent(tmp_path / f"agent{number}") for number in range(2)]
+    for agent in found:
+        agent.metrics = ONE
+    yield found
+    for agent in found:
+        agent.stop()
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[str]:
+    """The address of one that takes connections and never answers."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "silent"))
+        listener.listen()
+        yield f"unix://{tmp_path / 'silent'}"
+
+
+def test_guests_are_asked_at_once_each_within_its_time(agents: list[Agent], silent: str) -> None:
+    guests = {"one": agents[0].address, "two": agents[1].address, "silent": silent}
+    guests["missing"] = silent + "-not"
+    with Exporter(guests, seconds=0.5) as exporter:
+        for _ in range(2):
+            begin = time.monotonic()
+            text = exporter.text()
+            assert time.monotonic() - begin < 5
+            found = samples(text)
+            assert found['a_total{guest="one"}'] == found['a_total{guest="two"}'] == 1
+            up = {name: found[f'guestagent_up{{guest="{name}"}}'] for name in guests}
+            assert up == {"one": 1, "two": 1, "silent": 0, "missing": 0}
+            check(text)
+
+
+def test_a_guest_that_comes_back_is_up_again(agents: list[Agent]) -> None:
+    with Exporter({"one": agents[0].address}, seconds=2.0) as exporter:
+        assert samples(exporter.text())['guestagent_up{guest="one"}'] == 1
+        agents[0].stop()
+        assert samples(exporter.text())['guestagent_up{guest="one"}'] == 0
+        agents[0].start()
+        assert samples(exporter.text())['guestagent_up{guest="one"}'] == 1
+
+
+def test_connections_are_kept_between_scrapes(agents: list[Agent]) -> None:
+    with Exporter({"one": agents[0].address}, seconds=2.0) as exporter:
+        for _ in range(5):
+            exporter.text()
+        assert agents[0].server.connection_count == 1
+
+
+@pytest.fixture
+def server(agents: list[Agent]) -> Iterator[MetricsServer]:
+    guests = {f"guest{number}": agent.address for number, agent in enumerate(agents)}
+    with (
+        Exporter(guests, seconds=2.0) as exporter,
+        MetricsServer(("127.0.0.1", 0), exporter) as server,
+    ):
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join(WAIT_SECONDS)
+
+
+def get(server: MetricsServer, path: str, **headers: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=WAIT_SECONDS)  # type: ignore[arg-type]
+    try:
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def test_a_scrape(server: MetricsServer) -> None:
+    status, text = get(server, "/metrics")
+    assert status == 200
+    assert samples(text)['a_total{guest="guest1"}'] == 1
+    assert get(server, "/")[0] == 404
+
+
+def test_the_scrapes_own_timeout_counts(agents: list[Agent], silent: str) -> None:
+    with Exporter({"silent": silent}, seconds=60.0) as exporter:
+        begin = time.monotonic()
+        exporter.text(0.2)
+        assert time.monotonic() - begin < 10
+
+
+def test_idle_connections_do_not_use_up_the_server(server: MetricsServer) -> None:
+    """Beyond the bound a connection is closed at once; those that go make room again."""
+    host, port = server.server_address[:2]
+    idle = [socket.create_connection((host, port), WAIT_SECONDS) for _ in range(30)]
+    gone = 0
+    for sock in idle[8:]:
+        gone += sock.recv(1) == b""
+    assert gone == 22
+    for sock in idle:
+        sock.close()
+    end = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < end:
+        try:
+            assert get(server, "/metrics")[0] == 200
+            break
+        except (ConnectionError, http.client.HTTPException):
+            continue
