@@ -162,22 +162,41 @@ class _FileContent:
                     for found in data_extents(fd, facts.st_size)
                 )
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator[int]:
-        text = os.fsdecode(self._path)
+    def open(self) -> "_OpenFile":
+        return _OpenFile(self)
+
+    def open_unchanged(self) -> int:
+        """Return a descriptor of the file, proven to be the one that was seen before."""
         try:
             fd = os.open(self._path, _OPEN_FILE, dir_fd=self._root_fd)
         except OSError as problem:
+            text = os.fsdecode(self._path)
             raise from_os_error(problem, step="open the source file", object=text) from problem
-        try:
-            now = os.fstat(fd)
-            if (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) != self._facts:
-                raise CallError(
-                    "conflict",
-                    f"cannot read {text!r}: it changed while the tree was read",
-                    step="open the source file",
-                    object=text,
-                )
-            yield fd
-        finally:
+        now = os.fstat(fd)
+        if (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) != self._facts:
             os.close(fd)
+            text = os.fsdecode(self._path)
+            raise CallError(
+                "conflict",
+                f"cannot read {text!r}: it changed while the tree was read",
+                step="open the source file",
+                object=text,
+            )
+        return fd
+
+
+class _OpenFile:
+    """The file for the time of a ``with`` block; a class, as a tree may hold a million of them."""
+
+    __slots__ = ("_content", "_fd")
+
+    def __init__(self, content: _FileContent) -> None:
+        self._content = content
+        self._fd = -1
+
+    def __enter__(self) -> int:
+        self._fd = self._content.open_unchanged()
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)

@@ -16,10 +16,12 @@ import os
 import struct
 import uuid as uuid_module
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 
 from rootfs.crc32c import crc32c
-from rootfs.erofs_inode import BLOCK_BYTES, SLOT_BYTES, Inode, unsupported
-from rootfs.tree import Node, Progress, link_counts, walk
+from rootfs.erofs_inode import BLOCK_BYTES, SLOT_BYTES, Inode, write_at
+from rootfs.erofs_xattr import unsupported
+from rootfs.tree import Node, Progress, TreeDigest, link_counts, walk
 from vsock.deadline import Deadline
 
 __all__ = ("ErofsImage",)
@@ -47,7 +49,8 @@ class ErofsImage:
     """
 
     def __init__(self, root: Node, *, inline_tails: bool = True) -> None:
-        self._common_mtime_ns = _most_common_mtime(root)
+        self._names = list(walk(root))
+        self._common_mtime_ns = _most_common_mtime(self._names)
         self._inodes = self._plan(root, inline_tails)
         self._blocks = self._place_metadata()
         self._place_data()
@@ -75,7 +78,7 @@ class ErofsImage:
     def _plan(self, root: Node, inline_tails: bool) -> list[Inode]:
         """Return the inodes in the order of the image: a directory's names stay together."""
         inodes: dict[int, Inode] = {}
-        for path, node in walk(root):
+        for path, node in self._names:
             if id(node) not in inodes:
                 inodes[id(node)] = Inode(node, path, len(inodes) + 1)
         links = link_counts(root)
@@ -129,12 +132,16 @@ class ErofsImage:
     def write(
         self,
         fd: int,
-        uuid: uuid_module.UUID,
+        make_uuid: Callable[[], uuid_module.UUID],
         *,
+        digest: TreeDigest | None = None,
         progress: Progress | None = None,
         cancel: Deadline | None = None,
     ) -> None:
         """Write the image to the empty file ``fd`` (borrowed). Holes are left where zeros are due.
+
+        ``make_uuid`` is called last, when ``digest`` has taken the whole tree: so every file is
+        read once for both.
 
         Raises:
             CallError: ``conflict``, a source changed; ``cancelled``, ``timeout`` by ``cancel``.
@@ -143,15 +150,24 @@ class ErofsImage:
         os.ftruncate(fd, self.size_bytes)
         total = self.data_size_bytes
         done = 0
-        for inode in self._inodes:
-            _pwrite_all(fd, inode.pack(), inode.slot * SLOT_BYTES)
-            for count in inode.write_data(fd):
+        for inode in self._in_order(digest):
+            for count in inode.write(fd, None if digest is None else digest.update):
                 done += count
                 if progress is not None:
                     progress(done, total)
                 if cancel is not None:
                     cancel.check("write the image")
-        self._write_superblock(fd, uuid)
+        self._write_superblock(fd, make_uuid())
+
+    def _in_order(self, digest: TreeDigest | None) -> Iterator[Inode]:
+        """Yield the inodes in the order of their first names, which ``digest`` takes with all."""
+        inodes = iter(self._inodes)
+        if digest is None:
+            yield from inodes
+            return
+        for path, node in self._names:
+            if digest.add(path, node):
+                yield next(inodes)
 
     def _write_superblock(self, fd: int, uuid: uuid_module.UUID) -> None:
         seconds, nanoseconds = divmod(self._common_mtime_ns, 10**9)
@@ -184,24 +200,16 @@ class ErofsImage:
                 bytes(24),
             )
 
-        _pwrite_all(fd, pack(0), _SUPERBLOCK_OFFSET_BYTES)
+        write_at(fd, pack(0), _SUPERBLOCK_OFFSET_BYTES)
         covered = os.pread(fd, BLOCK_BYTES - _SUPERBLOCK_OFFSET_BYTES, _SUPERBLOCK_OFFSET_BYTES)
-        _pwrite_all(fd, pack(crc32c(covered)), _SUPERBLOCK_OFFSET_BYTES)
+        write_at(fd, pack(crc32c(covered)), _SUPERBLOCK_OFFSET_BYTES)
 
 
-def _most_common_mtime(root: Node) -> int:
+def _most_common_mtime(names: Iterable[tuple[object, Node]]) -> int:
     """Return the time that most inodes have, the earliest of equals: those inodes are compact."""
-    counts = Counter(node.mtime_ns for _, node in walk(root))
+    counts = Counter(node.mtime_ns for _, node in names)
     return min(counts, key=lambda mtime_ns: (-counts[mtime_ns], mtime_ns))
 
 
 def _round_slot(size_bytes: int) -> int:
     return -(-size_bytes // SLOT_BYTES) * SLOT_BYTES
-
-
-def _pwrite_all(fd: int, data: bytes, offset_bytes: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, offset_bytes)
-        view = view[count:]
-        offset_bytes += count

@@ -4,18 +4,20 @@ Forms: *compact* (32 bytes) where owner, size and time allow, else *extended* (6
 (whole blocks), *inline* (the last partial block beside the inode) and *chunk-based* (a block number
 for each chunk, so that holes take no room).
 
-Source: fs/erofs/erofs_fs.h, inode.c, data.c, dir.c, xattr.h (Linux 6.1).
+Source: fs/erofs/erofs_fs.h, inode.c, data.c, dir.c (Linux 6.1).
 """
 
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from rootfs.tree import CHUNK_BYTES, Extent, Node, shrunk
-from vsock.errors import CallError
+from rootfs.erofs_xattr import XATTR_HEADER_BYTES, pack_xattrs, unsupported
+from rootfs.tree import CHUNK_BYTES, Extent, Node, shrunk, zeros
 
-__all__ = ("BLOCK_BYTES", "SLOT_BYTES", "Inode", "unsupported")
+__all__ = ("BLOCK_BYTES", "SLOT_BYTES", "Inode", "write_at")
+
+Absorb = Callable[[bytes], object]
 
 BLOCK_BYTES = 4096
 SLOT_BYTES = 32
@@ -23,8 +25,6 @@ SLOT_BYTES = 32
 _COMPACT = struct.Struct("<HHHHIIIIHHI")
 _EXTENDED = struct.Struct("<HHHHQIIIIQII16x")
 _DIRENT = struct.Struct("<QHBx")
-_XATTR_HEADER = struct.Struct("<IB7x")
-_XATTR_ENTRY = struct.Struct("<BBH")
 
 _PLAIN, _INLINE, _CHUNKED = 0, 2, 4
 _HOLE = 0xFFFFFFFF
@@ -42,19 +42,11 @@ _FILE_TYPES = {
     stat.S_IFSOCK: 6,
     stat.S_IFLNK: 7,
 }
-#: Name prefixes with their numbers; the two ACL names stand for themselves.
-_XATTR_PREFIXES = (
-    (b"system.posix_acl_access", 2),
-    (b"system.posix_acl_default", 3),
-    (b"user.", 1),
-    (b"trusted.", 4),
-    (b"security.", 6),
-)
 
 
 class Inode:
     """An inode being laid out: ``settle`` decides its form, the image gives it ``slot`` and
-    ``first_block``, then ``pack`` and ``write_data`` make its bytes."""
+    ``first_block``, then ``write`` puts it into the image."""
 
     __slots__ = (
         "_chunk_bytes",
@@ -101,7 +93,7 @@ class Inode:
         """
         node = self.node
         self._links = links
-        self._xattrs = self._pack_xattrs()
+        self._xattrs = pack_xattrs(self.path, node.xattrs)
         self._size_bytes = self._measure()
         self._extended = (
             node.mtime_ns != common_mtime_ns
@@ -211,7 +203,7 @@ class Inode:
     @property
     def _xattr_count(self) -> int:
         """The header counts as one, each four bytes after it as one more."""
-        return (len(self._xattrs) - _XATTR_HEADER.size) // 4 + 1 if self._xattrs else 0
+        return (len(self._xattrs) - XATTR_HEADER_BYTES) // 4 + 1 if self._xattrs else 0
 
     @property
     def _union(self) -> int:
@@ -255,30 +247,6 @@ class Inode:
             self._links,
         )
 
-    def _pack_xattrs(self) -> bytes:
-        if not self.node.xattrs:
-            return b""
-        parts = [_XATTR_HEADER.pack(0, 0)]
-        for name in sorted(self.node.xattrs):
-            value = self.node.xattrs[name]
-            prefix, index = self._xattr_prefix(name)
-            suffix = name[len(prefix) :]
-            if len(suffix) > _MAX_NAME_BYTES or len(value) > 0xFFFF:
-                raise unsupported(self.path, f"the attribute {name!r}: name or value is too long")
-            entry = _XATTR_ENTRY.pack(len(suffix), index, len(value)) + suffix + value
-            parts.append(entry + bytes(-len(entry) % 4))
-        packed = b"".join(parts)
-        if len(packed) // 4 > 0xFFFF:
-            raise unsupported(self.path, f"{len(packed)} bytes of attributes, limit 256 KiB")
-        return packed
-
-    def _xattr_prefix(self, name: bytes) -> tuple[bytes, int]:
-        for prefix, index in _XATTR_PREFIXES:
-            whole = index in (2, 3)
-            if name == prefix if whole else name.startswith(prefix) and name != prefix:
-                return prefix, index
-        raise unsupported(self.path, f"the attribute {name!r}, of no name space it knows")
-
     def _pack_block_map(self) -> bytes:
         blocks = [_HOLE] * -(-self._size_bytes // self._chunk_bytes)
         block = self.first_block
@@ -287,23 +255,63 @@ class Inode:
             block += self._blocks_of_chunk(index)
         return struct.pack(f"<{len(blocks)}I", *blocks)
 
-    def write_data(self, fd: int) -> Iterator[int]:
-        """Write what lies outside the metadata, and a file's tail; yield the bytes just copied."""
-        start = self.first_block * BLOCK_BYTES
-        if self.node.is_directory:
-            whole = self._directory_blocks[: self.data_blocks]
-            for index, entries in enumerate(whole):
-                os.pwrite(fd, _pack_directory_block(entries), start + index * BLOCK_BYTES)
-        elif self.node.is_symlink:
-            os.pwrite(fd, self.node.target[: self.data_blocks * BLOCK_BYTES], start)
-        elif self.node.is_regular:
-            yield from self._copy_content(fd)
+    def write(self, fd: int, absorb: Absorb | None) -> Iterator[int]:
+        """Write the inode and what belongs to it; yield the bytes of content just copied.
 
-    def _copy_content(self, fd: int) -> Iterator[int]:
+        ``absorb`` takes the content of a regular file, holes as zeros.
+
+        Raises:
+            CallError: ``conflict``, a source changed.
+            OSError: as read(2) and write(2).
+        """
+        start = self.first_block * BLOCK_BYTES
+        place = self.slot * SLOT_BYTES
+        if self.node.is_regular and self._is_small:
+            yield self._copy_small(fd, place, absorb)
+            return
+        write_at(fd, self.pack(), place)
+        if self.node.is_directory:
+            for index, entries in enumerate(self._directory_blocks[: self.data_blocks]):
+                write_at(fd, _pack_directory_block(entries), start + index * BLOCK_BYTES)
+        elif self.node.is_symlink and self.data_blocks:
+            write_at(fd, self.node.target[: self.data_blocks * BLOCK_BYTES], start)
+        elif self.node.is_regular:
+            yield from self._copy_content(fd, absorb)
+
+    @property
+    def _is_small(self) -> bool:
+        """One read gets it, and it has no holes."""
+        extents = self.node.content.extents
+        size = self._size_bytes
+        return 0 < size <= CHUNK_BYTES and len(extents) == 1 and extents[0][1] == size
+
+    def _copy_small(self, fd: int, place: int, absorb: Absorb | None) -> int:
+        """Write inode and content with as few calls as there can be: most files are small."""
+        size = self._size_bytes
+        with self.node.content.open() as source:
+            data = os.pread(source, size, self.node.content.extents[0][2])
+        if len(data) != size:
+            raise shrunk(b"/".join(self.path))
+        if absorb is not None:
+            absorb(data)
+        whole = self.data_blocks * BLOCK_BYTES if self._layout == _INLINE else size
+        write_at(fd, self.pack() + data[whole:], place)
+        if whole:
+            write_at(fd, data[:whole], self.first_block * BLOCK_BYTES)
+        return size
+
+    def _copy_content(self, fd: int, absorb: Absorb | None) -> Iterator[int]:
+        end = 0
         with self.node.content.open() as source:
             for offset, length, source_offset in self.node.content.extents:
+                if absorb is not None:
+                    _absorb_zeros(absorb, offset - end)
+                end = offset + length
                 for at, size, place in self._places(offset, length):
-                    yield from self._copy(source, source_offset + at - offset, fd, place, size)
+                    source_at = source_offset + at - offset
+                    yield from self._copy(source, source_at, fd, place, size, absorb)
+        if absorb is not None:
+            _absorb_zeros(absorb, self._size_bytes - end)
 
     def _places(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
         """Yield (offset in the file, length, offset in the image) of the parts of an extent."""
@@ -333,14 +341,35 @@ class Inode:
             yield at, size, block_start + within
             at += size
 
-    def _copy(self, source: int, at: int, fd: int, place: int, size: int) -> Iterator[int]:
+    def _copy(
+        self, source: int, at: int, fd: int, place: int, size: int, absorb: Absorb | None
+    ) -> Iterator[int]:
         while size:
             piece = os.pread(source, min(CHUNK_BYTES, size), at)
             if not piece:
                 raise shrunk(b"/".join(self.path))
-            count = os.pwrite(fd, piece, place)
+            if absorb is not None:
+                absorb(piece)
+            write_at(fd, piece, place)
+            count = len(piece)
             at, place, size = at + count, place + count, size - count
             yield count
+
+
+def _absorb_zeros(absorb: Absorb, count: int) -> None:
+    for piece in zeros(count):
+        absorb(piece)
+
+
+def write_at(fd: int, data: bytes, offset_bytes: int) -> None:
+    """Write all of ``data``.
+
+    Raises:
+        OSError: as write(2).
+    """
+    count = os.pwrite(fd, data, offset_bytes)
+    while count < len(data):
+        count += os.pwrite(fd, memoryview(data)[count:], offset_bytes + count)
 
 
 def _covered_chunks(extents: tuple[Extent, ...], chunk_bytes: int) -> set[int]:
@@ -367,14 +396,3 @@ def _device_number(path: tuple[bytes, ...], rdev: int) -> int:
     if major >= 1 << 12 or minor >= 1 << 20:
         raise unsupported(path, f"the device number {major}:{minor}")
     return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
-
-
-def unsupported(path: tuple[bytes, ...], what: str) -> CallError:
-    """Return the error for what an EROFS image cannot hold."""
-    text = os.fsdecode(b"/".join(path)) or "/"
-    return CallError(
-        "unsupported",
-        f"cannot put {text!r} into an EROFS image: it has {what}",
-        step="lay out the image",
-        object=text,
-    )

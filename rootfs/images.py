@@ -4,11 +4,15 @@ The same source gives the same bytes: the UUID of the file system, and salt and 
 over it, derive from the source's digest. Nothing is seen under a final name before it is whole.
 """
 
+import contextlib
+import gc
 import hashlib
 import os
 import uuid as uuid_module
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from guestagent.storage.verity import VerityParameters
 from rootfs import mkfs
@@ -19,13 +23,20 @@ from rootfs.output import new_file
 from rootfs.source import SourceLayer, SourceOptions, open_source
 from rootfs.spool import DEFAULT_MAX_BYTES
 from rootfs.tartree import Whiteouts
-from rootfs.tree import Progress
+from rootfs.tree import Progress, TreeDigest
 from rootfs.verity import derive_identity, format_image
 from rootfs.vhd import append_footer
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("FILESYSTEMS", "ImageResult", "build_image", "build_layers", "derive_uuid")
+__all__ = (
+    "FILESYSTEMS",
+    "BuildOptions",
+    "ImageResult",
+    "build_image",
+    "build_layers",
+    "derive_uuid",
+)
 
 FILESYSTEMS = ("erofs", "squashfs", "ext4")
 #: Images are whole blocks of a hash tree and whole pages.
@@ -95,82 +106,65 @@ def derive_uuid(source_digest: str, purpose: str) -> uuid_module.UUID:
     return uuid_module.UUID(bytes=bytes(raw))
 
 
+class BuildOptions(TypedDict, total=False):
+    """What ``build_image`` and ``build_layers`` can be told.
+
+    filesystem: one of ``FILESYSTEMS``; erofs unless said otherwise.
+    compression: as the file system has it (``lz4hc``, ``zstd``...); None is uncompressed.
+    inline_tails: False starts every file of an EROFS image at a block (for DAX).
+    verity: put a dm-verity hash area behind it, with salt and UUID from the source's digest.
+    vhd_footer: end the file as a fixed VHD; with ext4 and ``verity`` it is a layer of hcsshim.
+    source_format: one of ``rootfs.source.FORMATS``; ``auto`` unless said otherwise.
+    whiteouts: what markers in a tar become.
+    platform: which image of an index, ``linux/amd64``; this machine's when there are several.
+    reference: which image of a layout or archive, by its name there.
+    max_bytes: what the source may grow to when it is decompressed.
+    progress: called with bytes done and in all, from the start for each phase of the work.
+    cancel: ends the work, by its time or from outside.
+    """
+
+    filesystem: str
+    compression: str | None
+    inline_tails: bool
+    verity: bool
+    vhd_footer: bool
+    source_format: str
+    whiteouts: Whiteouts
+    platform: str | None
+    reference: str | None
+    max_bytes: int
+    progress: Progress | None
+    cancel: Deadline | None
+
+
 def build_image(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    *,
-    filesystem: str = "erofs",
-    compression: str | None = None,
-    inline_tails: bool = True,
-    verity: bool = False,
-    vhd_footer: bool = False,
-    source_format: str = "auto",
-    whiteouts: Whiteouts = Whiteouts.OVERLAY,
-    platform: str | None = None,
-    reference: str | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
-    progress: Progress | None = None,
-    cancel: Deadline | None = None,
+    **options: Unpack[BuildOptions],
 ) -> ImageResult:
     """Build one file system image from a directory, a tar or a container image.
 
-    Args:
-        source: a path, or ``-`` for a tar on the standard input. A container image of several
-            layers becomes one image of them all; see ``build_layers`` for the other way.
-        compression: as the file system has it (``lz4hc``, ``zstd``...); None is uncompressed.
-        inline_tails: False starts every file of an EROFS image at a block (for DAX).
-        verity: put a dm-verity hash area behind it, with salt and UUID from the source's digest.
-        vhd_footer: end the file as a fixed VHD; with ext4 and ``verity`` it is a layer of hcsshim.
-        whiteouts: what markers in a tar become.
-        platform: which image of an index, ``linux/amd64``; this machine's when there are several.
-        reference: which image of a layout or archive, by its name there.
-        max_bytes: what the source may grow to when it is decompressed.
-        progress: called with bytes done and in all; first for reading, then for writing.
+    ``source`` is a path, or ``-`` for a tar on the standard input. A container image of several
+    layers becomes one image of them all; see ``build_layers`` for the other way.
 
     Raises:
         CallError: ``invalid``, a wrong argument or source; ``integrity``, a damaged source;
             ``unsupported``, what the format cannot hold; ``resource``, a full disk or a limit;
             ``denied``; ``conflict``, the source changed; ``cancelled``, ``timeout`` by ``cancel``.
     """
-    recipe = _Recipe(
-        filesystem=filesystem,
-        compression=compression,
-        inline_tails=inline_tails,
-        verity=verity,
-        vhd_footer=vhd_footer,
-        progress=progress,
-        cancel=cancel,
-    )
-    options = SourceOptions(
-        format=source_format,
-        whiteouts=whiteouts,
-        platform=platform,
-        reference=reference,
-        max_bytes=max_bytes,
-        spool_directory=Path(output).parent,
-        progress=progress,
-        cancel=cancel,
-    )
-    with open_source(source, options) as opened, opened.tree() as layer:
+    recipe = _recipe(options)
+    with (
+        _collector_paused(),
+        open_source(source, _source_options(Path(output).parent, options)) as opened,
+        opened.tree() as layer,
+    ):
         return _write(layer, Path(output), recipe)
 
 
 def build_layers(
     source: str | os.PathLike[str],
     output_directory: str | os.PathLike[str],
-    *,
-    filesystem: str = "erofs",
-    compression: str | None = None,
-    inline_tails: bool = True,
-    verity: bool = False,
-    vhd_footer: bool = False,
-    source_format: str = "auto",
-    whiteouts: Whiteouts = Whiteouts.OVERLAY,
-    platform: str | None = None,
-    reference: str | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
-    progress: Progress | None = None,
-    cancel: Deadline | None = None,
+    **options: Unpack[BuildOptions],
 ) -> tuple[ImageResult, ...]:
     """Build one image for each layer of a container image, the lowest first.
 
@@ -181,76 +175,116 @@ def build_layers(
     Raises:
         CallError: as ``build_image``.
     """
-    recipe = _Recipe(
-        filesystem=filesystem,
-        compression=compression,
-        inline_tails=inline_tails,
-        verity=verity,
-        vhd_footer=vhd_footer,
-        progress=progress,
-        cancel=cancel,
-    )
-    options = SourceOptions(
-        format=source_format,
-        whiteouts=whiteouts,
-        platform=platform,
-        reference=reference,
-        max_bytes=max_bytes,
-        spool_directory=output_directory,
-        progress=progress,
-        cancel=cancel,
-    )
+    recipe = _recipe(options)
+    directory = Path(output_directory)
     results = []
-    with open_source(source, options) as opened:
-        for layer in opened.layers():
-            name = f"{layer.digest.removeprefix('sha256:')}.{filesystem}"
-            results.append(_write(layer, Path(output_directory) / name, recipe))
+    with _collector_paused(), open_source(source, _source_options(directory, options)) as opened:
+        for each in opened.layers():
+            layer = each.digested(progress=recipe.progress, cancel=recipe.cancel)
+            assert layer.digest is not None
+            name = f"{layer.digest.removeprefix('sha256:')}.{recipe.filesystem}"
+            results.append(_write(layer, directory / name, recipe))
     return tuple(results)
 
 
-def _write(layer: SourceLayer, output: Path, recipe: _Recipe) -> ImageResult:
-    uuid = recipe.uuid(layer.digest)
-    result = ImageResult(
-        path=output,
-        filesystem=recipe.filesystem,
-        compression=recipe.compression,
-        size_bytes=0,
-        inode_count=0,
-        source_digest=layer.digest,
-        uuid=uuid,
+def _recipe(options: BuildOptions) -> _Recipe:
+    return _Recipe(
+        filesystem=options.get("filesystem", "erofs"),
+        compression=options.get("compression"),
+        inline_tails=options.get("inline_tails", True),
+        verity=options.get("verity", False),
+        vhd_footer=options.get("vhd_footer", False),
+        progress=options.get("progress"),
+        cancel=options.get("cancel"),
     )
+
+
+def _source_options(spool_directory: Path, options: BuildOptions) -> SourceOptions:
+    return SourceOptions(
+        format=options.get("source_format", "auto"),
+        whiteouts=options.get("whiteouts", Whiteouts.OVERLAY),
+        platform=options.get("platform"),
+        reference=options.get("reference"),
+        max_bytes=options.get("max_bytes", DEFAULT_MAX_BYTES),
+        spool_directory=spool_directory,
+        progress=options.get("progress"),
+        cancel=options.get("cancel"),
+    )
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A tree of many inodes is all alive until the end; looking for garbage in it, again and again
+    as it grows, costs an eighth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _write(layer: SourceLayer, output: Path, recipe: _Recipe) -> ImageResult:
     try:
         with new_file(output) as (fd, temporary):
-            inodes = _make_filesystem(layer, fd, temporary, recipe, uuid)
+            result = _make_filesystem(layer, fd, temporary, recipe)
             parameters = _add_hash_area(temporary, result, recipe) if recipe.verity else None
             if recipe.vhd_footer:
                 with temporary.open("r+b") as image:
-                    append_footer(image.fileno(), derive_uuid(layer.digest, "vhd"))
+                    append_footer(image.fileno(), derive_uuid(result.source_digest, "vhd"))
             size_bytes = temporary.stat().st_size
     except OSError as problem:
         raise from_os_error(problem, step="write", object=output) from problem
-    return replace(result, size_bytes=size_bytes, inode_count=inodes, verity=parameters)
+    return replace(result, path=output, size_bytes=size_bytes, verity=parameters)
 
 
-def _make_filesystem(
-    layer: SourceLayer, fd: int, path: Path, recipe: _Recipe, uuid: uuid_module.UUID
-) -> int:
-    """Write the file system to ``fd``, which is ``path``; return how many inodes it has."""
+def _make_filesystem(layer: SourceLayer, fd: int, path: Path, recipe: _Recipe) -> ImageResult:
+    """Write the file system to ``fd``, which is ``path``."""
     if recipe.filesystem == "erofs" and recipe.compression is None:
-        image = ErofsImage(layer.root, inline_tails=recipe.inline_tails)
-        image.write(fd, uuid, progress=recipe.progress, cancel=recipe.cancel)
-        return image.inode_count
+        return _make_erofs(layer, fd, path, recipe)
+    layer = layer.digested(progress=recipe.progress, cancel=recipe.cancel)
+    assert layer.digest is not None
     inodes = mkfs.make_image(
         layer.root,
         path,
         filesystem=recipe.filesystem,
         compression=recipe.compression,
-        uuid=uuid,
+        uuid=recipe.uuid(layer.digest),
         cancel=recipe.cancel,
     )
     size_bytes = path.stat().st_size
     os.truncate(path, round_up(size_bytes, _BLOCK_BYTES))
-    return inodes
+    return _result(path, recipe, layer.digest, inodes)
+
+
+def _make_erofs(layer: SourceLayer, fd: int, path: Path, recipe: _Recipe) -> ImageResult:
+    image = ErofsImage(layer.root, inline_tails=recipe.inline_tails)
+    digest = TreeDigest()  # taken of what has none yet
+
+    def source_digest() -> str:
+        return layer.digest or "sha256:" + digest.digest().hex()
+
+    image.write(
+        fd,
+        lambda: recipe.uuid(source_digest()),
+        digest=None if layer.digest else digest,
+        progress=recipe.progress,
+        cancel=recipe.cancel,
+    )
+    return _result(path, recipe, source_digest(), image.inode_count)
+
+
+def _result(path: Path, recipe: _Recipe, source_digest: str, inodes: int) -> ImageResult:
+    return ImageResult(
+        path=path,
+        filesystem=recipe.filesystem,
+        compression=recipe.compression,
+        size_bytes=0,
+        inode_count=inodes,
+        source_digest=source_digest,
+        uuid=recipe.uuid(source_digest),
+    )
 
 
 def _add_hash_area(path: Path, result: ImageResult, recipe: _Recipe) -> VerityParameters:

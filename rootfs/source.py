@@ -47,10 +47,23 @@ class SourceOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceLayer:
     """One tree, readable until the next is asked for. ``digest`` (``sha256:HEX``) tells its
-    content: of the uncompressed tar, or of the tree itself."""
+    content: of the uncompressed tar, or of the tree itself. None: nobody has read it yet."""
 
     root: Node
-    digest: str
+    digest: str | None
+
+    def digested(
+        self, *, progress: Progress | None = None, cancel: Deadline | None = None
+    ) -> "SourceLayer":
+        """Return it with its digest, reading the tree if that is not known.
+
+        Raises:
+            CallError: as ``digest_tree``.
+        """
+        if self.digest is not None:
+            return self
+        found = digest_tree(self.root, progress=progress, cancel=cancel)
+        return SourceLayer(root=self.root, digest="sha256:" + found.hex())
 
 
 class Source:
@@ -119,10 +132,7 @@ class Source:
 
     def _read_directory(self) -> SourceLayer:
         assert self._directory is not None
-        cancel = self._options.cancel
-        root = self._directory.read_tree(cancel=cancel)
-        digest = digest_tree(root, progress=self._options.progress, cancel=cancel)
-        return SourceLayer(root=root, digest="sha256:" + digest.hex())
+        return SourceLayer(root=self._directory.read_tree(cancel=self._options.cancel), digest=None)
 
     def _read_tar(self) -> SourceLayer:
         assert self._tar is not None

@@ -24,6 +24,7 @@ __all__ = (
     "FdContent",
     "Node",
     "Progress",
+    "TreeDigest",
     "digest_tree",
     "link_counts",
     "walk",
@@ -157,33 +158,52 @@ def link_counts(root: Node) -> dict[int, int]:
     return counts
 
 
+class TreeDigest:
+    """The SHA-256 of everything in a tree, whatever it was read from.
+
+    Covers names, types, modes, owners, times, device numbers, targets, attributes, which names are
+    links of one inode, and content; a hole counts as zeros. To be given every name in the order of
+    ``walk``, and the content of a regular file right after the first of its names.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256(b"tree-digest-v1\0")
+        self._numbers: dict[int, int] = {}
+        #: Takes the next piece of a file's content.
+        self.update = self._hash.update
+
+    def add(self, path: tuple[bytes, ...], node: Node) -> bool:
+        """Take a name; say whether it is the first of its inode."""
+        known = len(self._numbers)
+        number = self._numbers.setdefault(id(node), known)
+        self._hash.update(_record(path, node, number))
+        return number == known
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+
 def digest_tree(
     root: Node, *, progress: Progress | None = None, cancel: Deadline | None = None
 ) -> bytes:
-    """Return the SHA-256 of everything in the tree, whatever it was read from.
-
-    Covers names, types, modes, owners, times, device numbers, targets, attributes, which names are
-    links of one inode, and content; a hole counts as zeros.
+    """Return the ``TreeDigest`` of a tree, reading all of its content.
 
     Raises:
         CallError: ``cancelled`` or ``timeout`` by ``cancel``; ``conflict``, a file changed.
     """
     total = sum(node.content.size_bytes for _, node in _inodes(root))
-    digest = hashlib.sha256(b"tree-digest-v1\0")
-    numbers: dict[int, int] = {}
+    digest = TreeDigest()
     done = 0
     for path, node in walk(root):
-        first = id(node) not in numbers
-        number = numbers.setdefault(id(node), len(numbers))
-        digest.update(_record(path, node, number))
-        if first and node.is_regular:
-            for piece in read_content(node.content, b"/".join(path)):
-                digest.update(piece)
-                done += len(piece)
-                if cancel is not None:
-                    cancel.check("hash the source tree")
-                if progress is not None:
-                    progress(done, total)
+        if not digest.add(path, node) or not node.is_regular:
+            continue
+        for piece in read_content(node.content, b"/".join(path)):
+            digest.update(piece)
+            done += len(piece)
+            if cancel is not None:
+                cancel.check("hash the source tree")
+            if progress is not None:
+                progress(done, total)
     return digest.digest()
 
 
@@ -209,9 +229,6 @@ def _inodes(root: Node) -> Iterator[tuple[tuple[bytes, ...], Node]]:
             yield path, node
 
 
-_ZEROS = bytes(CHUNK_BYTES)
-
-
 def read_content(content: Content, name: bytes) -> Iterator[bytes]:
     """Yield the bytes of a file in pieces of at most ``CHUNK_BYTES``, holes as zeros.
 
@@ -221,7 +238,7 @@ def read_content(content: Content, name: bytes) -> Iterator[bytes]:
     at = 0
     with content.open() as fd:
         for offset, length, source_offset in content.extents:
-            yield from _zeros(offset - at)
+            yield from zeros(offset - at)
             at = offset
             while at < offset + length:
                 want = min(CHUNK_BYTES, offset + length - at)
@@ -230,10 +247,14 @@ def read_content(content: Content, name: bytes) -> Iterator[bytes]:
                     raise shrunk(name)
                 yield piece
                 at += len(piece)
-        yield from _zeros(content.size_bytes - at)
+        yield from zeros(content.size_bytes - at)
 
 
-def _zeros(count: int) -> Iterator[bytes]:
+_ZEROS = bytes(CHUNK_BYTES)
+
+
+def zeros(count: int) -> Iterator[bytes]:
+    """Yield ``count`` zeros in pieces; none if it is negative."""
     while count > 0:
         yield _ZEROS[: min(count, CHUNK_BYTES)]
         count -= CHUNK_BYTES

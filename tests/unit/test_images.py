@@ -102,6 +102,24 @@ def test_a_directory_comes_out_as_it_went_in(tmp_path: Path, sample: Path) -> No
     assert dump(tmp_path / "image", "/")["Links"] == "4"
 
 
+def test_the_digest_of_a_source_does_not_depend_on_what_is_made_of_it(
+    tmp_path: Path, sample: Path
+) -> None:
+    """One is taken while the image is written, the other before."""
+    with (sample / "sparse").open("wb") as file:
+        file.truncate(3 << 20)
+        file.seek(1 << 20)
+        file.write(b"in the middle")
+    with (sample / "holes").open("wb") as file:
+        file.truncate(70_000)
+    while_written = build_image(sample, tmp_path / "image")
+    before = build_image(sample, tmp_path / "other", filesystem="squashfs", compression="gzip")
+    assert while_written.source_digest == before.source_digest
+    again = build_layers(sample, tmp_path)[0]
+    assert again.source_digest == while_written.source_digest
+    assert again.path.read_bytes() == (tmp_path / "image").read_bytes()
+
+
 def test_without_inline_tails_every_file_has_blocks_of_its_own(
     tmp_path: Path, sample: Path
 ) -> None:
@@ -444,7 +462,7 @@ def test_a_file_that_changes_meanwhile(tmp_path: Path, sample: Path) -> None:
         fd = os.memfd_create("image")
         try:
             with pytest.raises(CallError, match="changed") as caught:
-                image.write(fd, UUID(int=1))
+                image.write(fd, lambda: UUID(int=1))
         finally:
             os.close(fd)
     assert caught.value.code == "conflict"
