@@ -2,17 +2,15 @@
 
 import hashlib
 import os
-from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from guestagent.storage.verity import check_root
 from rootfs.allocator import ByteRange, free_ranges
 from rootfs.crew import available_cores
-from rootfs.hashtree import Level, levels_of, run_level, spans
 from rootfs.manifest import Manifest, ManifestLayer
-from rootfs.runs import Run
 from rootfs.tree import CHUNK_BYTES, Progress
+from rootfs.treecompare import compare_tree
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -123,57 +121,24 @@ def _check_tree(fd: int, layer: ManifestLayer, cancel: Deadline | None) -> None:
         return os.pread(fd, size_bytes, base + offset_bytes)
 
     check_root(layer.verity, read_at)
-    if not layer.verity.levels:
-        return
-    tree_at = base + layer.verity.tree_offset_bytes
-    for number, level in enumerate(levels_of(layer.verity, fd, fd, tree_at)):
-        start = base if number == 0 else level.offset_bytes
-        # the image is not sparse where the layer is, so nothing is known of its blocks
-        moved = replace(level, offset_bytes=start, uniform=())
-        differing = array("Q")
-        run_level(
-            moved,
-            spans(moved),
-            _comparer(moved),
-            differing.frombytes,
-            workers=available_cores(),
-            deadline=cancel or Deadline(),
-            step="check a layer",
-        )
+    mismatches = compare_tree(
+        layer.verity,
+        fd,
+        fd,
+        base_offset_bytes=base,
+        workers=available_cores(),
+        deadline=cancel or Deadline(),
+    )
+    for number, differing in enumerate(mismatches):
         if differing:
             what = "data" if number == 0 else f"tree level {number - 1}"
             raise CallError(
                 "integrity",
-                f"its {what} does not match its hash tree: {len(differing)} blocks, "
-                f"first {min(differing)}",
+                f"its {what} does not match its hash tree: {sum(differing[1::2])} blocks, "
+                f"first {min(differing[::2])}",
                 step="check a layer",
                 object=layer.layer_id,
             )
-
-
-def _comparer(level: Level) -> Callable[[], Callable[[Run], bytes]]:
-    """Return what makes a worker; a worker returns the blocks of a run that differ."""
-    slot = level.block_hash.slot_size_bytes
-    size = level.block_hash.digest_size_bytes
-
-    def make_worker() -> Callable[[Run], bytes]:
-        batches = level.batches()
-
-        def work(run: Run) -> bytes:
-            differing = array("Q")
-            for first, slots in batches(run):
-                stored = os.pread(level.slots_fd, len(slots), level.slot_offset(first))
-                if stored != slots:
-                    differing.extend(
-                        first + at // slot
-                        for at in range(0, len(slots), slot)
-                        if stored[at : at + size] != slots[at : at + size]
-                    )
-            return differing.tobytes()
-
-        return work
-
-    return make_worker
 
 
 def digest_range(

@@ -10,8 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from guestagent.storage.verity import (
     DIGEST_SIZES,
@@ -24,8 +23,9 @@ from guestagent.storage.verity import (
 from rootfs import crew
 from rootfs.failure import from_os_error
 from rootfs.hasharea import find_hash_area, read_superblock
-from rootfs.hashtree import Level, Progress, levels_of, run_level, spans
-from rootfs.runs import Run, covers, joined, outside, pairs
+from rootfs.hashtree import Progress
+from rootfs.runs import Run, covers, joined, outside
+from rootfs.treecompare import compare_tree
 from rootfs.verity import opened
 from rootfs.vhd import VhdFooter, find_footer
 from vsock.deadline import Deadline
@@ -35,7 +35,6 @@ __all__ = ("Layer", "Terms", "VerifyResult", "open_layer", "read_layer", "verify
 
 #: A list of faults ends here; the counts are always of all.
 _MAX_NAMED_RUNS = 65536
-_RUN = struct.Struct("<QQ")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,10 +183,12 @@ def verify_image(
                 object="range",
             )
         try:
-            mismatches = _compare(
-                layer,
-                first_block,
-                end_block,
+            mismatches = compare_tree(
+                parameters,
+                layer.fd,
+                layer.hash_fd,
+                first_block=first_block,
+                end_block=end_block,
                 workers=crew.available_cores() if workers is None else workers,
                 accelerate=accelerate,
                 deadline=deadline or Deadline(),
@@ -258,42 +259,6 @@ def _top_block(parameters: VerityParameters, fd: int, hash_fd: int) -> bytes:
     return os.pread(fd, parameters.data_block_size_bytes, 0)
 
 
-def _compare(
-    layer: Layer,
-    first_block: int,
-    end_block: int,
-    *,
-    workers: int,
-    accelerate: bool,
-    deadline: Deadline,
-    progress: Progress | None,
-) -> list["array.array[int]"]:
-    """Return for each level of hashing, data first, pairs (first block, count) that differ."""
-    parameters = layer.parameters
-    found: list[array.array[int]] = []
-    if not parameters.levels:
-        return found
-    levels = levels_of(parameters, layer.fd, layer.hash_fd, parameters.tree_offset_bytes)
-    for number, level in enumerate(levels):
-        if number:
-            # what a hole must lead to is known, but not that it is what is there
-            level = dataclasses.replace(level, uniform=())
-        bits = number * parameters.hashes_per_block_bits
-        differing: array.array[int] = array.array("Q")
-        run_level(
-            level,
-            spans(level, first_block >> bits, ((end_block - 1) >> bits) + 1),
-            _comparer(level, accelerate),
-            differing.frombytes,
-            workers=workers,
-            deadline=deadline,
-            step="compare blocks",
-            progress=None if number else progress,
-        )
-        found.append(differing)
-    return found
-
-
 def _check_last_blocks(layer: Layer, corrupt_hash: tuple[tuple[int, int], ...]) -> None:
     """See, down the right edge as far as it is intact, that the tree is over so many blocks."""
     parameters = layer.parameters
@@ -304,34 +269,6 @@ def _check_last_blocks(layer: Layer, corrupt_hash: tuple[tuple[int, int], ...]) 
             return
         offset_bytes = parameters.level_offsets_bytes[level] + last * size_bytes
         check_spare(parameters, level, os.pread(layer.hash_fd, size_bytes, offset_bytes))
-
-
-def _comparer(level: Level, accelerate: bool) -> Callable[[], Callable[[Run], bytes]]:
-    slot_size_bytes = level.block_hash.slot_size_bytes
-    digest_size_bytes = level.block_hash.digest_size_bytes
-
-    def make_worker() -> Callable[[Run], bytes]:
-        batches = level.batches(accelerate)
-
-        def work(run: Run) -> bytes:
-            differing: list[int] = []
-            for first, slots in batches(run):
-                stored = os.pread(level.slots_fd, len(slots), level.slot_offset(first))
-                if stored == slots:
-                    continue
-                # the kernel does not look at what pads a slot; the hash above does
-                starts = range(0, len(slots), slot_size_bytes)
-                differing += [
-                    first + start // slot_size_bytes
-                    for start in starts
-                    if stored[start : start + digest_size_bytes]
-                    != slots[start : start + digest_size_bytes]
-                ]
-            return b"".join(_RUN.pack(*pair) for pair in pairs(differing))
-
-        return work
-
-    return make_worker
 
 
 def _blame(
