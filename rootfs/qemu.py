@@ -24,6 +24,8 @@ from rootfs.qemu_command import (
     Runtime,
     blockdev,
     disk_device,
+    pmem_backend,
+    pmem_device,
     qemu_command,
 )
 from rootfs.qmp import QmpClient, QmpClosedError
@@ -172,6 +174,20 @@ class Machine:
         bus = None if disk.bus == "scsi" else f"port{root_port}"
         self.qmp.execute("device_add", disk_device(disk, node, bus=bus), deadline=deadline)
         return node
+
+    def plug_pmem(self, pmem: PmemSpec, deadline: Deadline) -> str:
+        """Plug in an NVDIMM while the machine runs, into one of its ``pmem_slots``.
+
+        Returns its name in QEMU. The guest numbers its pmem devices itself: this is the next one.
+
+        Raises:
+            QmpError: QEMU refused.
+        """
+        name = f"plugged{self._plugged}"
+        self._plugged += 1
+        self.qmp.execute("object-add", pmem_backend(pmem, name), deadline=deadline)
+        self.qmp.execute("device_add", pmem_device(pmem, name), deadline=deadline)
+        return name
 
     def unplug(self, node: str, deadline: Deadline) -> None:
         """Take a disk out again, and wait until the guest has let go of it.

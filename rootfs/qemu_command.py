@@ -20,6 +20,8 @@ __all__ = (
 )
 
 PMEM_ALIGN_BYTES = 2 << 20  # the kernel wants whole sections of a namespace; see ND_MIN_PMEM
+#: Room for each NVDIMM that is plugged in later.
+_PLUGGED_PMEM_MIB = 1024
 _SPARE_MEMORY_MIB = 4096
 #: Self-tests of the kernel's ciphers are 0.4 s of an emulated boot; a panic ends the machine.
 _CMDLINE = "console=ttyS0 quiet panic=-1 cryptomgr.notests"
@@ -57,7 +59,7 @@ class MachineSpec:
     """A virtual machine.
 
     ``accel`` is auto, kvm or tcg. ``vsock_cid`` None means no vsock. ``pcie_root_ports`` is how
-    many devices can be plugged in later. ``serial_ports`` are names of virtio-serial ports.
+    many devices can be plugged in later, ``pmem_slots`` how many NVDIMMs. ``serial_ports`` are names of virtio-serial ports.
     ``console_path`` is where the console is written to, by default in the machine's own directory;
     with ``console_stdio`` it is also on the standard streams, where Ctrl-a x ends the machine.
     """
@@ -75,6 +77,7 @@ class MachineSpec:
     console_stdio: bool = False
     qmp: bool = True
     pcie_root_ports: int = 0
+    pmem_slots: int = 0
     serial_ports: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -129,7 +132,7 @@ def qemu_command(spec: MachineSpec, runtime: Runtime) -> list[str]:
 
 def _base(spec: MachineSpec, runtime: Runtime) -> Iterator[str]:
     kvm = runtime.accel == "kvm"
-    nvdimm = ",nvdimm=on" if spec.pmem else ""
+    nvdimm = ",nvdimm=on" if spec.pmem or spec.pmem_slots else ""
     yield from ("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot")
     yield from ("-machine", f"q35,memory-backend=ram{nvdimm}")
     yield from ("-accel", "kvm" if kvm else "tcg,thread=multi")
@@ -149,12 +152,14 @@ def _base(spec: MachineSpec, runtime: Runtime) -> Iterator[str]:
 
 
 def _memory(spec: MachineSpec) -> str:
-    if not spec.pmem:
+    slots = len(spec.pmem) + spec.pmem_slots
+    if not slots:
         return f"{spec.memory_mib}M"
     # each NVDIMM is placed on a boundary of 1 GiB at worst
     pmem_mib = sum((_pmem_size(pmem) >> 20) + 1024 for pmem in spec.pmem)
+    pmem_mib += spec.pmem_slots * (_PLUGGED_PMEM_MIB + 1024)
     maximum_mib = spec.memory_mib + pmem_mib + _SPARE_MEMORY_MIB
-    return f"{spec.memory_mib}M,slots={len(spec.pmem)},maxmem={maximum_mib}M"
+    return f"{spec.memory_mib}M,slots={slots},maxmem={maximum_mib}M"
 
 
 def _console(spec: MachineSpec, runtime: Runtime) -> Iterator[str]:
@@ -165,20 +170,25 @@ def _console(spec: MachineSpec, runtime: Runtime) -> Iterator[str]:
 
 def _pmem(spec: MachineSpec) -> Iterator[str]:
     for number, pmem in enumerate(spec.pmem):
-        yield from _json("-object", {
-            "qom-type": "memory-backend-file",
-            "id": f"pmem{number}-file",
-            "mem-path": str(pmem.path),
-            "size": _pmem_size(pmem),
-            "share": not pmem.readonly,
-            "readonly": pmem.readonly,
-        })  # fmt: skip
-        yield from _json("-device", {
-            "driver": "nvdimm",
-            "id": f"pmem{number}",
-            "memdev": f"pmem{number}-file",
-            "unarmed": pmem.readonly,
-        })  # fmt: skip
+        yield from _json("-object", pmem_backend(pmem, f"pmem{number}"))
+        yield from _json("-device", pmem_device(pmem, f"pmem{number}"))
+
+
+def pmem_backend(pmem: PmemSpec, name: str) -> dict[str, object]:
+    """Return the memory of an NVDIMM as QEMU's object, on the command line or by QMP."""
+    return {
+        "qom-type": "memory-backend-file",
+        "id": f"{name}-file",
+        "mem-path": str(pmem.path),
+        "size": _pmem_size(pmem),
+        "share": not pmem.readonly,
+        "readonly": pmem.readonly,
+    }
+
+
+def pmem_device(pmem: PmemSpec, name: str) -> dict[str, object]:
+    """Return an NVDIMM over the memory of the same name."""
+    return {"driver": "nvdimm", "id": name, "memdev": f"{name}-file", "unarmed": pmem.readonly}
 
 
 def _pmem_size(pmem: PmemSpec) -> int:

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import (
+    Device,
     Event,
     LayerReport,
     LayersMountRequest,
     LayerSpec,
     LayersUnmountRequest,
     OverlaySpec,
+    PmemDevice,
     ScsiDevice,
     TmpfsScratch,
     Verity,
@@ -64,7 +66,7 @@ class Bed:
     def spec(self, layer_id: str) -> LayerSpec:
         return LayerSpec.from_wire(layer_spec(self.layers[layer_id], {"kind": "pmem", "number": 0}))
 
-    def disk_spec(self, layer_id: str, device: VirtioBlkDevice | ScsiDevice) -> LayerSpec:
+    def disk_spec(self, layer_id: str, device: Device) -> LayerSpec:
         digest = self.disk[1].parameters.root_digest
         return LayerSpec(
             layer_id=layer_id,
@@ -98,6 +100,7 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
             DiskSpec(path=disk[0], serial="scsi-layer", bus="scsi", lun=3),
         ),
         pcie_root_ports=2,
+        pmem_slots=1,
     )
     with Machine(spec) as machine:
         with GuestAgent(machine.agent_address(), connect_seconds=120) as guest:
@@ -199,6 +202,24 @@ def test_a_request_waits_for_a_disk_that_is_plugged_in(bed: Bed) -> None:
             assert reports[0].state == "mounted"
             bed.guest.layer_unmount("late")
             bed.machine.unplug(name, deadline)
+
+
+def test_a_request_waits_for_an_nvdimm_that_is_plugged_in(bed: Bed, tmp_path: Path) -> None:
+    image = tmp_path / "nvdimm.img"
+    data = bed.disk[0].read_bytes()
+    image.write_bytes(data.ljust(-(-len(data) // (2 << 20)) * (2 << 20), b"\0"))
+    spec = bed.disk_spec("late-pmem", PmemDevice(number=1))
+    with GuestAgent(bed.machine.agent_address()) as second:
+        reports: list[LayerReport] = []
+        waiting = threading.Thread(target=lambda: reports.append(second.layer_mount(spec)))
+        waiting.start()
+        with contextlib.closing(Deadline(30)) as deadline:
+            bed.machine.plug_pmem(PmemSpec(path=image), deadline)
+        waiting.join(60)
+    assert reports
+    assert reports[0].device_node == "/dev/pmem1"
+    assert reports[0].state == "mounted"
+    bed.guest.layer_unmount("late-pmem")
 
 
 def test_a_disk_that_is_pulled_out_under_its_layer(bed: Bed) -> None:
