@@ -334,7 +334,7 @@ LAYER_COMMANDS = (
     ),
     _command(
         "reconcile",
-        "hold journal, inventory and kernel against each other; undo what none accounts for",
+        "compare journal, inventory, kernel; undo what none accounts for",
         _reconcile,
         usage="[--dry-run]",
         options=("dry-run",),

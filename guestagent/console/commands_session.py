@@ -8,8 +8,9 @@ __all__ = ("SESSION_COMMANDS",)
 
 _END_SECONDS = 60.0
 _KEYS = (
-    "Keys: left right home end ^A ^E ^K ^U ^W ^Y ^L, up and down for lines that begin alike,",
-    "tab to complete, ^C to interrupt, ^D to leave. --more-- takes space, enter, G and q.",
+    "Keys: left right home end ^A ^E ^K ^U ^W ^Y ^L, up and down for lines that",
+    "begin alike, tab to complete, ^C to interrupt, ^D to leave.",
+    "At --more--: space for a page, enter for a line, G for the rest, q for no more.",
 )
 
 
@@ -120,14 +121,14 @@ SESSION_COMMANDS = (
     _command("sleep", "wait", _seconds, usage="SECONDS", least=1, most=1),
     _command(
         "reboot",
-        "unmount everything and reboot; --force although something is busy",
+        "unmount everything, reboot; --force though something is busy",
         _end("reboot"),
         usage="[--force]",
         options=("force",),
     ),
     _command(
         "poweroff",
-        "unmount everything and power off; --force although something is busy",
+        "unmount everything, power off; --force though something is busy",
         _end("poweroff"),
         usage="[--force]",
         options=("force",),

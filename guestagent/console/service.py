@@ -4,6 +4,7 @@ Each session has a thread of its own, and there are at most ``MAX_SESSIONS`` of 
 and does not say hello costs a descriptor, for ten seconds.
 """
 
+import errno
 import os
 import select
 import threading
@@ -31,8 +32,27 @@ _READ_BYTES = 16 * 1024
 #: its other end, and would keep the machine busy.
 _SHORT_SECONDS = 1.0
 _REST_SECONDS = 5.0
+#: A driver finds its devices, and the host tells their names, some time after it was loaded.
+_NOT_YET = (errno.ENOENT, errno.ENXIO, errno.ENODEV)
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS, _ABSENT_SECONDS = 0.05, 5.0, 120.0
 #: What sessions get to end in when the agent does.
 _STOP_SECONDS = 2.0
+
+
+class _Absent:
+    """An address that cannot be listened on yet: ``again_at`` is when to try again."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.again_at = 0.0
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
+        self._until = time.monotonic() + _ABSENT_SECONDS
+
+    def put_off(self) -> bool:
+        """Wait for longer each time; return whether there is any use in it."""
+        self.again_at = time.monotonic() + self._pause_seconds
+        self._pause_seconds = min(2 * self._pause_seconds, _LAST_PAUSE_SECONDS)
+        return self.again_at < self._until
 
 
 class _Peer:
@@ -64,8 +84,9 @@ class Console:
         self._sessions = 0
         self._is_closing = False
         self._thread = threading.Thread(target=self._serve, name="console", daemon=True)
+        self._absent: list[_Absent] = []
         for text in addresses:
-            self._listen(text)
+            self._listen(_Absent(text))
 
     def start(self) -> None:
         self._thread.start()
@@ -80,14 +101,19 @@ class Console:
     def session_count(self) -> int:
         return sum(peer.session is not None for peer in list(self._peers.values()))
 
-    def _listen(self, text: str) -> None:
-        address = parse_address(text)
+    def _listen(self, wanted: "_Absent") -> None:
+        """Listen; on a line whose device the kernel has not found yet, later."""
+        address = parse_address(wanted.text)
+        is_line = isinstance(address, SerialAddress)
         try:
             if isinstance(address, SerialAddress):
                 address = SerialAddress(path=find_device(address.path))
             self._acceptor.add(listen(address))
         except OSError as error:
-            log.error("the console cannot listen", address=text, error=str(error))
+            if is_line and error.errno in _NOT_YET and wanted.put_off():
+                self._absent.append(wanted)
+            else:
+                log.error("the console cannot listen", address=wanted.text, error=str(error))
             return
         log.info("console", listen=str(address), shell=self._guest.shell)
 
@@ -134,7 +160,7 @@ class Console:
 
     def _times(self) -> list[float]:
         """Return when something is due that time alone brings about."""
-        times = []
+        times = [wanted.again_at for wanted in self._absent]
         for peer in self._peers.values():
             if peer.free_at is not None:
                 times.append(peer.free_at)
@@ -146,6 +172,10 @@ class Console:
         now = time.monotonic()
         if self._acceptor.resume_at is not None and now >= self._acceptor.resume_at:
             self._acceptor.resume()
+        due = [wanted for wanted in self._absent if now >= wanted.again_at]
+        self._absent = [wanted for wanted in self._absent if now < wanted.again_at]
+        for wanted in due:
+            self._listen(wanted)
         for peer in list(self._peers.values()):
             if peer.free_at is not None:
                 if now >= peer.free_at:

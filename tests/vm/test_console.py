@@ -1,0 +1,241 @@
+"""The console of a real machine: over vsock, over a serial line, and a shell in it.
+
+``guestctl console`` runs in a pseudo-terminal; nobody but pexpect types.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from guestagent.api import LayersMountRequest, LayerSpec, OverlaySpec, TmpfsScratch
+from guestagent.client import GuestAgent
+from rootfs.initramfs import InitramfsSpec, build_initramfs
+from rootfs.kernel import Kernel
+from rootfs.manifest import layer_spec
+from rootfs.qemu import Machine, PmemSpec
+from tests.vm.conftest import CACHE_DIR, PackedLayers
+from vsock.deadline import Deadline
+
+PROJECT = Path(__file__).resolve().parents[2]
+GUESTCTL = [sys.executable, "-c", "from guestagent.ctl import main; main()"]
+BUSYBOX = Path("/usr/bin/busybox")
+WAIT_SECONDS = 60
+PORT = "console"
+
+
+@pytest.fixture(scope="module")
+def machine(
+    start_machine: Callable[..., Machine], kernel: Kernel, pack: PackedLayers
+) -> Iterator[Machine]:
+    """A machine with a console on vsock and on a virtio-serial port, with layers and a shell."""
+    spec = InitramfsSpec(kernel=kernel, files=(("bin/busybox", BUSYBOX),))
+    machine = start_machine(
+        initrd=build_initramfs(spec, cache_dir=CACHE_DIR).path,
+        cmdline=f"guestagent.console=vsock:1025,/dev/virtio-ports/{PORT} "
+        "guestagent.console_shell=1 TERM=dumb",
+        pmem=(PmemSpec(path=pack.path),),
+        serial_ports=(PORT,),
+    )
+    device = {"kind": "pmem", "number": 0}
+    specs = [LayerSpec.from_wire(layer_spec(pack.layers[name], device)) for name in ("top", "base")]
+    overlay = OverlaySpec(
+        overlay_id="root", layers=("top", "base"), scratch=TmpfsScratch(size_bytes=1 << 20)
+    )
+    with GuestAgent(machine.agent_address(), connect_seconds=WAIT_SECONDS) as guest:
+        guest.layers_mount(LayersMountRequest(layers=tuple(specs), overlay=overlay))
+    return machine
+
+
+def spawn(*arguments: str, term: str = "xterm") -> pexpect.spawn:
+    return pexpect.spawn(
+        GUESTCTL[0],
+        [*GUESTCTL[1:], *arguments],
+        dimensions=(24, 80),
+        timeout=WAIT_SECONDS,
+        cwd=str(PROJECT),
+        env={**os.environ, "TERM": term},
+    )
+
+
+@pytest.fixture
+def terminal(machine: Machine) -> Iterator[pexpect.spawn]:
+    child = spawn("--connect", machine.agent_address(), "console")
+    child.expect_exact("guest> ")
+    yield child
+    child.close(force=True)
+
+
+@pytest.fixture
+def line(machine: Machine) -> Iterator[pexpect.spawn]:
+    child = spawn("console", "--line", f"unix://{machine.port_path(PORT)}")
+    child.expect_exact("Press Enter for the guest's console.")
+    child.send("\r")
+    child.expect_exact("guest> ")
+    yield child
+    child.close(force=True)
+
+
+def ended(child: pexpect.spawn) -> int:
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus is not None
+    return int(child.exitstatus)
+
+
+def look_around(child: pexpect.spawn) -> None:
+    """Use the console as a person does, with nothing but what is in the guest."""
+    child.send("lay\tba\t\r")
+    child.expect_exact("layers base")
+    child.expect(r"root digest +[0-9a-f]{64}")
+    child.expect_exact("linear 259:0")
+    child.expect_exact("guest> ")
+    child.send("cat root:/etc/mo\t\r")
+    child.expect_exact("from the top\r\n")
+    child.expect_exact("guest> ")
+    child.send("help\r")
+    child.expect_exact("--more--")
+    child.send("q")
+    child.expect_exact("guest> ")
+    child.send("sleep 1000\r")
+    child.expect_exact("sleep 1000\r\n")
+    child.send("\x03")
+    child.expect_exact("^C")
+    child.expect_exact("guest> ")
+    child.send("uptime\r")
+    child.expect_exact("the agent")
+    child.expect_exact("guest> ")
+    child.send("la\x1b[A\x1b[A\x15mod\t\r")
+    child.expect_exact("MODULE")
+    child.expect_exact("--more--")
+    child.send("q")
+    child.expect_exact("guest> ")
+
+
+def test_a_person_over_vsock(terminal: pexpect.spawn) -> None:
+    look_around(terminal)
+    terminal.send("\x04")
+    assert ended(terminal) == 0
+
+
+def test_a_person_over_a_serial_line(line: pexpect.spawn) -> None:
+    look_around(line)
+    line.send("term 132x50\r")
+    line.expect_exact("dumb 132x50")
+    line.expect_exact("guest> ")
+    line.send("exit\r")
+    line.expect_exact("Press Enter for the guest's console.")
+    line.send("\r")
+    line.expect_exact("guest> ")
+    line.send("~.")
+    assert ended(line) == 0
+
+
+def test_a_serial_line_of_a_dumb_terminal_has_no_escape_codes(machine: Machine) -> None:
+    child = spawn("console", "--line", f"unix://{machine.port_path(PORT)}")
+    child.logfile_read = log = _Log()
+    child.expect_exact("Press Enter")
+    child.send("\r")
+    child.expect_exact("guest> ")
+    look_around(child)
+    child.send("top -n 1\r")
+    child.expect_exact("COMMAND")
+    child.expect_exact("guest> ")
+    child.send("~.")
+    ended(child)
+    assert b"\x1b" not in log.data
+    rows = [row.rstrip(b"\r").rpartition(b"\r")[2] for row in log.data.split(b"\n")]
+    wide = [row for row in rows if len(row) > 80 and b"\b" not in row]
+    # what is no table may be as long as it is: a digest, a table of device-mapper
+    assert not [row for row in wide if b"linear" not in row and b"verity" not in row]
+
+
+class _Log:
+    """Keeps what was read."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+
+    def flush(self) -> None:
+        return
+
+
+def test_two_people_at_once(terminal: pexpect.spawn, line: pexpect.spawn) -> None:
+    terminal.send("sleep 1000\r")
+    terminal.expect_exact("sleep 1000\r\n")
+    line.send("events\r")
+    line.expect_exact("overlay_mounted overlay=root")
+    line.expect_exact("guest> ")
+    terminal.send("\x03")
+    terminal.expect_exact("guest> ")
+    terminal.send("~.")
+    line.send("~.")
+    assert (ended(terminal), ended(line)) == (0, 0)
+
+
+def test_a_shell(terminal: pexpect.spawn, machine: Machine) -> None:
+    terminal.send("sh\r")
+    terminal.expect_exact("guest# ")
+    terminal.send("busybox stty size; busybox tty\r")
+    terminal.expect_exact("24 80")
+    terminal.expect_exact("/dev/pts/0")
+    terminal.setwinsize(40, 120)
+    terminal.send("until busybox stty size | busybox grep '40 120'; do busybox sleep 0.1; done\r")
+    terminal.expect_exact("\n40 120")
+    terminal.send("busybox cat\r")
+    terminal.send("ping\r")
+    terminal.expect_exact("ping\r\nping\r\n")
+    terminal.send("\x03")
+    terminal.expect_exact("guest# ")
+    terminal.send("exit 9\r")
+    terminal.expect_exact("guest> ")
+    terminal.send("exit\r")
+    assert ended(terminal) == 9
+
+
+def guestctl(machine: Machine, *arguments: str) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(
+        [*GUESTCTL, "--connect", machine.agent_address(), "console", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=WAIT_SECONDS,
+        cwd=PROJECT,
+    )
+
+
+def test_scripts(machine: Machine) -> None:
+    layers = guestctl(machine, "-c", "layers")
+    assert (layers.returncode, layers.stderr) == (0, b"")
+    assert [row.split()[0] for row in layers.stdout.splitlines()] == [b"LAYER", b"top", b"base"]
+    shell = guestctl(machine, "-c", "sh -c 'echo out; echo err >&2; exit 42'")
+    assert (shell.returncode, shell.stdout, shell.stderr) == (42, b"out\n", b"err\n")
+    assert guestctl(machine, "-c", "reconcile").stdout.startswith(b"journal, inventory and kernel")
+    size = guestctl(machine, "-c", "sh -c 'busybox head -c 1000000 /dev/zero'")
+    assert (size.returncode, size.stdout) == (0, bytes(1_000_000))
+
+
+def test_memory_of_an_agent_with_a_console(machine: Machine) -> None:
+    with GuestAgent(machine.agent_address()) as guest:
+        before = guest.status()
+        for _ in range(20):
+            guestctl(machine, "-c", "layers")
+        after = guest.status()
+    assert after.rss_bytes - before.rss_bytes < 1 << 20
+    assert after.threads <= before.threads + 1
+
+
+def test_poweroff_is_the_last(terminal: pexpect.spawn, machine: Machine) -> None:
+    """The last test of the machine: it ends it."""
+    terminal.send("poweroff\r")
+    terminal.expect_exact("everything is unmounted; poweroff")
+    assert ended(terminal) == 0
+    with Deadline(WAIT_SECONDS) as deadline:
+        assert machine.wait(deadline) == 0
+    assert "Kernel panic" not in machine.console.read()
