@@ -59,7 +59,8 @@ class MachineSpec:
     """A virtual machine.
 
     ``accel`` is auto, kvm or tcg. ``vsock_cid`` None means no vsock. ``pcie_root_ports`` is how
-    many devices can be plugged in later, ``pmem_slots`` how many NVDIMMs. ``serial_ports`` are names of virtio-serial ports.
+    many devices can be plugged in later, ``pmem_slots`` how many NVDIMMs. ``serial_ports`` are
+    names of virtio-serial ports.
     ``console_path`` is where the console is written to, by default in the machine's own directory;
     with ``console_stdio`` it is also on the standard streams, where Ctrl-a x ends the machine.
     """
