@@ -9,13 +9,14 @@ from guestagent.api import Event, EventsReply, HelloReply, LayerReport, OverlayR
 from guestagent.ctl.events import describe_event
 from guestagent.ctl.session import Session, pass_session
 from guestagent.ctl.style import ago, human_bytes, human_seconds, paint, plain, tint
-from guestagent.ctl.table import table, terminal_columns, width_of
+from guestagent.ctl.table import elided, table, terminal_columns, width_of
 
 __all__ = ("count_of", "layer_rows", "status")
 
-#: What stands above and below the tables.
-_FIXED_LINES = 11
+#: What stands around the rows of the tables, and the prompt behind it all.
+_FIXED_LINES = 13
 _EVENTS = 4
+_OVERLAYS = 3
 LAYER_HEADER = ("LAYER", "STATE", "FS", "SIZE", "VERITY", "USED BY", "TARGET")
 
 
@@ -52,17 +53,20 @@ def _screen(
             "",
             *_numbers(reply, events.events),
             *(f"  problem      {paint(plain(problem), 'yellow')}" for problem in reply.problems),
-            *_layers(layers, _room(len(overlays))),
+            *_layers(layers, _room(len(overlays), len(reply.problems))),
             *_overlays(overlays),
             *_events(events.events),
         )
     )
 
 
-def _room(overlays: int) -> int:
+def _room(overlays: int, problems: int) -> int:
     """Return how many layers fit on the screen, with everything else."""
     lines = shutil.get_terminal_size(fallback=(80, 24)).lines if sys.stdout.isatty() else 1000
-    return max(3, lines - _FIXED_LINES - _EVENTS - min(overlays, 3) - 2)
+    others = _EVENTS + problems
+    if overlays:
+        others += 2 + min(overlays, _OVERLAYS) + (overlays > _OVERLAYS)
+    return max(3, lines - _FIXED_LINES - others)
 
 
 def _head(session: Session, hello: HelloReply, reply: StatusReply) -> list[str]:
@@ -71,8 +75,13 @@ def _head(session: Session, hello: HelloReply, reply: StatusReply) -> list[str]:
     return [
         f"{state}  agent {plain(hello.agent)} on Linux {plain(hello.kernel)}, "
         f"up {human_seconds(reply.uptime_seconds)}{again}",
-        f"       {session.address}",
+        f"       {_shortened(str(session.address))}",
     ]
+
+
+def _shortened(text: str) -> str:
+    columns = terminal_columns()
+    return text if columns is None else elided(text, columns - 7)
 
 
 def _numbers(reply: StatusReply, events: tuple[Event, ...]) -> list[str]:
@@ -135,12 +144,12 @@ def _overlays(overlays: tuple[OverlayReport, ...]) -> list[str]:
             overlay.scratch.kind if overlay.scratch else "-",
             overlay.target,
         )
-        for overlay in overlays[:3]
+        for overlay in overlays[:_OVERLAYS]
     ]
     header = ("OVERLAY", "STATE", "LAYERS", "SCRATCH", "TARGET")
     lines = ["", *_indented(table(header, rows, columns=_edge()))]
-    if len(overlays) > 3:
-        lines.append(f"  and {len(overlays) - 3} more: guestctl overlay list")
+    if len(overlays) > _OVERLAYS:
+        lines.append(f"  and {len(overlays) - _OVERLAYS} more: guestctl overlay list")
     return lines
 
 

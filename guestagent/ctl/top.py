@@ -108,13 +108,15 @@ def _watch(session: Session, interval: float) -> None:
         guest.set_event_callback(lambda _event: changed.set())
         try:
             while True:
+                lost = f"{paint('no connection', 'yellow')}: trying again\n"
                 try:
-                    picture = look(guest, str(session.address))
-                    shown = _fitting(console, picture, before)
-                    before = picture
+                    if not guest.closed:  # else it would wait for the next connection
+                        picture = look(guest, str(session.address))
+                        shown, lost = _fitting(console, picture, before), ""
+                        before = picture
                 except ConnectionClosed:
-                    shown = f"{paint('no connection', 'yellow')}: trying again\n{shown}"
-                live.update(Text.from_ansi(shown), refresh=True)
+                    pass
+                live.update(Text.from_ansi(lost + shown), refresh=True)
                 # something happened: do not wait for the next turn, but let more of it gather
                 if changed.wait(interval):
                     threading.Event().wait(min(0.2, interval))

@@ -1,0 +1,461 @@
+"""guestctl as a person and a script meet it: output, JSON, errors, exit status, pages, profiles."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+from click.testing import CliRunner, Result
+from handlebed import WAIT_SECONDS, Agent
+
+from guestagent.api.observe import CrashReport, LogLine
+from guestagent.ctl import main
+from guestagent.ctl.main import collect
+from guestagent.ctl.man import pages
+
+GUESTCTL = Path(sys.executable).parent / "guestctl"
+COMMAND = [sys.executable, "-c", "from guestagent.ctl import main; main()"]
+METRICS = """# HELP guestagent_step_duration_seconds time
+# TYPE guestagent_step_duration_seconds histogram
+guestagent_step_duration_seconds_bucket{step="verity",le="0.01"} 3
+guestagent_step_duration_seconds_bucket{step="verity",le="+Inf"} 3
+guestagent_step_duration_seconds_sum{step="verity"} 0.015
+guestagent_step_duration_seconds_count{step="verity"} 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("GUESTCTL_CONNECT", "TRACEPARENT", "COLUMNS", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Agent]:
+    one = Agent(tmp_path / "agent")
+    one.metrics = METRICS
+    yield one
+    one.stop()
+
+
+@pytest.fixture
+def ctl(agent: Agent) -> Callable[..., Result]:
+    def run(*words: str) -> Result:
+        return CliRunner().invoke(collect(), ["--connect", agent.address, *words])
+
+    return run
+
+
+def test_the_entry_point_is_there() -> None:
+    assert main is not None
+    assert GUESTCTL.exists()
+
+
+# --- status
+
+
+def fill(agent: Agent, layers: int) -> None:
+    agent.layers = {f"layer{number}": "mounted" for number in range(layers)}
+    agent.overlays = {"root": tuple(agent.layers)}
+    for _ in range(6):
+        agent.publish("layer_mounted")
+
+
+def test_status_says_it_all(agent: Agent, ctl: Callable[..., Result]) -> None:
+    fill(agent, 3)
+    done = ctl("status")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("ready  agent 0 on Linux 6, up 1 h 2 min\n")
+    for text in ("3 layers, 1 overlay, 6 dm devices", "13.0 MiB", "layer2", "53.0 MiB", "root"):
+        assert text in done.stdout
+    assert "problem" not in done.stdout
+
+
+def test_status_of_a_sick_agent(agent: Agent, ctl: Callable[..., Result]) -> None:
+    agent.problems = ["the thread 'uevents' is gone"]
+    agent.layers = {"a": "mounted", "b": "corrupted"}
+    done = ctl("status", "--check")
+    assert done.exit_code == 1
+    assert done.stdout.startswith("degraded")
+    assert "the thread 'uevents' is gone" in done.stdout
+    rows = [line.split()[:2] for line in done.stdout.splitlines() if " /run/layers/" in line]
+    assert rows == [["b", "corrupted"], ["a", "mounted"]]
+    assert ctl("status").exit_code == 0
+
+
+@pytest.mark.parametrize("layers", [3, 100])
+def test_status_fits_one_screen(agent: Agent, layers: int) -> None:
+    fill(agent, layers)
+    terminal = pexpect.spawn(
+        COMMAND[0],
+        [*COMMAND[1:], "--connect", agent.address, "status"],
+        dimensions=(24, 80),
+        encoding="utf-8",
+        env={**os.environ, "TERM": "xterm-256color"},
+        timeout=WAIT_SECONDS,
+    )
+    shown = terminal.read().replace("\r\n", "\n")
+    terminal.close()
+    assert terminal.exitstatus == 0
+    assert "\x1b[32m" in shown  # in colour: somebody looks
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).rstrip("\n").split("\n")
+    assert len(lines) < 24
+    assert max(map(len, lines)) <= 80
+    assert ("more: guestctl layer list" in shown) == (layers == 100)
+
+
+# --- top
+
+
+def test_top_without_a_terminal_looks_once(agent: Agent, ctl: Callable[..., Result]) -> None:
+    fill(agent, 3)
+    done = ctl("top")
+    assert done.exit_code == 0
+    for text in ("LAYER", "OVERLAY", "DEVICE", "STEP", "EVENTS", "verity"):
+        assert text in done.stdout
+    timings = json.loads(ctl("--json", "top").stdout)["timings"]
+    assert timings[0]["count"] == 3
+    assert timings[0]["mean_ms"] == 5.0
+
+
+def test_top_on_a_terminal_is_alive(agent: Agent) -> None:
+    fill(agent, 2)
+    terminal = pexpect.spawn(
+        COMMAND[0],
+        [*COMMAND[1:], "--connect", agent.address, "top", "--interval", "0.2"],
+        dimensions=(24, 80),
+        encoding="utf-8",
+        env={**os.environ, "TERM": "xterm-256color"},
+        timeout=WAIT_SECONDS,
+    )
+    terminal.expect("layer1")
+    agent.layers["appears"] = "mounted"
+    terminal.expect("appears")
+    agent.stop()
+    terminal.expect("no connection")
+    agent.start()
+    agent.layers["again"] = "mounted"
+    terminal.expect("again")
+    terminal.sendintr()
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+
+
+# --- events and log
+
+
+@pytest.fixture
+def following(agent: Agent) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    processes = []
+
+    def start(*words: str) -> subprocess.Popen[str]:
+        command = [*COMMAND, "--connect", agent.address, *words]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait(WAIT_SECONDS)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def interrupted(process: subprocess.Popen[str]) -> int:
+    process.send_signal(signal.SIGINT)
+    return process.wait(WAIT_SECONDS)
+
+
+def test_events_are_listed(agent: Agent, ctl: Callable[..., Result]) -> None:
+    agent.publish("layer_mounted")
+    agent.publish("layer_failed")
+    assert [line.split()[1:3] for line in ctl("events").stdout.splitlines()] == [
+        ["1", "layer_mounted"],
+        ["2", "layer_failed"],
+    ]
+    assert ctl("events", "--since", "2").stdout == "none\n"
+    chosen = json.loads(ctl("events", "--kind", "layer_failed", "--json").stdout)
+    assert [event["sequence"] for event in chosen["events"]] == [2]
+
+
+def test_events_are_followed_over_a_restart(
+    agent: Agent, following: Callable[..., subprocess.Popen[str]]
+) -> None:
+    agent.publish("agent_started")
+    process = following("events", "--follow", "--json")
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["sequence"] == 1
+    agent.publish("layer_mounted")
+    assert json.loads(process.stdout.readline())["sequence"] == 2
+    agent.stop()
+    agent.publish("layer_failed")
+    agent.start()
+    assert json.loads(process.stdout.readline())["sequence"] == 3
+    assert interrupted(process) == 0
+
+
+def test_the_log_is_followed_over_a_restart(
+    agent: Agent, following: Callable[..., subprocess.Popen[str]]
+) -> None:
+    agent.log()
+    agent.log()
+    process = following("log", "-f", "-n", "1")
+    assert process.stdout is not None
+    assert "line 2" in process.stdout.readline()
+    agent.stop()
+    agent.log()
+    agent.start()
+    assert "line 3" in process.stdout.readline()
+    assert interrupted(process) == 0
+
+
+def test_the_log_is_printed(agent: Agent, ctl: Callable[..., Result]) -> None:
+    for _ in range(5):
+        agent.log()
+    assert ctl("log").stdout.count("\n") == 5
+    assert [line["number"] for line in json.loads(ctl("log", "-n", "2", "--json").stdout)] == [4, 5]
+    assert ctl("log", "-n", "0").stdout == ""
+    assert ctl("log", "-n", "1", "--since", "1").exit_code == 2
+
+
+def test_crashes(agent: Agent, ctl: Callable[..., Result]) -> None:
+    assert ctl("crashes").stdout == "none\n"
+    line = LogLine(
+        number=1, uptime_seconds=1.0, unix_ms=1, level="error", text="the end", fields={"a": "b c"}
+    )
+    agent.crashes.append(
+        CrashReport(
+            number=3,
+            kind="death",
+            reason="killed by SIGSEGV",
+            unix_ms=1,
+            agent="0",
+            pid=7,
+            restarts=0,
+            signal="SIGSEGV",
+            traceback="Fatal\x1b[31m",
+            log=(line,),
+            requests=("layer.mount msgid=1",),
+        )
+    )
+    assert "SIGSEGV" in ctl("crashes").stdout
+    told = ctl("crashes", "3").stdout
+    for text in ("killed by SIGSEGV", "layer.mount msgid=1", "Fatal\\x1b", "the end a='b c'"):
+        assert text in told
+    assert ctl("crashes", "4").exit_code == 1
+
+
+# --- errors
+
+
+def test_an_error_says_what_to_do_next(ctl: Callable[..., Result]) -> None:
+    done = ctl("layer", "get", "x")
+    assert done.exit_code == 1
+    assert "guestctl: not_found: no such layer" in done.stderr
+    assert "errno: ENOENT" in done.stderr
+    assert "hint: list" in done.stderr
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    where = f"unix://{tmp_path}/missing"
+    done = CliRunner().invoke(collect(), ["--connect", where, "--wait", "0", "status"])
+    assert done.exit_code == 1
+    assert "is the machine running?" in done.stderr
+    done = CliRunner().invoke(collect(), ["--json", "--connect", where, "--wait", "0", "status"])
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["error"]["code"] == "device"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status"],
+        ["no-such-command"],
+        ["events", "--kind", "nothing"],
+        ["metrics", "--guest", "a=b"],
+        ["metrics", "--serve", "127.0.0.1"],
+        ["--connect", "nonsense://x", "status"],
+    ],
+)
+def test_wrong_usage_exits_with_two(words: list[str]) -> None:
+    done = CliRunner().invoke(collect(), words)
+    assert done.exit_code == 2, done.stderr
+
+
+def test_options_may_stand_behind_the_command(agent: Agent) -> None:
+    done = CliRunner().invoke(collect(), ["status", "--json", "--connect", agent.address])
+    assert json.loads(done.stdout)["state"] == "ready"
+
+
+def test_a_trace_goes_with_the_request(agent: Agent, ctl: Callable[..., Result]) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    assert ctl("--traceparent", trace, "status").exit_code == 0
+    assert agent.traces[-1] == trace
+    assert ctl("--traceparent", "junk", "status").exit_code == 1
+
+
+def test_every_command_speaks_json(tmp_path: Path) -> None:
+    """--json before any command is heeded: by the session, or by the command's own option."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(8192))
+    done = CliRunner().invoke(collect(), ["--json", "layer", "format", str(image)])
+    assert done.exit_code == 0, done.stderr
+    assert len(json.loads(done.stdout)["root_digest"]) == 64
+
+
+# --- metrics
+
+
+def test_metrics_are_printed(agent: Agent, ctl: Callable[..., Result]) -> None:
+    assert ctl("metrics").stdout == METRICS
+    first = json.loads(ctl("metrics", "--json").stdout)[0]
+    assert first == {
+        "name": "guestagent_step_duration_seconds_bucket",
+        "labels": {"step": "verity", "le": "0.01"},
+        "value": 3,
+    }
+
+
+# --- profiles
+
+
+def test_profiles(agent: Agent, tmp_path: Path) -> None:
+    def run(*words: str) -> Result:
+        return CliRunner().invoke(collect(), words)
+
+    assert run("connect").stdout == "none\n"
+    assert run("connect", "vm", agent.address).exit_code == 0
+    assert run("status").stdout.startswith("ready")
+    assert run("connect", "other", "unix:///run/other", "--no-check").exit_code == 0
+    assert run("--connect", "vm", "status").stdout.startswith("ready")
+    listed = json.loads(run("connect", "--json").stdout)
+    assert listed == {
+        "default": "other",
+        "profiles": {"vm": agent.address, "other": "unix:///run/other"},
+    }
+    assert run("connect", "vm").exit_code == 0
+    assert run("status").stdout.startswith("ready")
+    assert run("connect", "--delete", "vm").exit_code == 0
+    assert run("status").exit_code == 2
+    missing = run("--connect", "vm", "status")
+    assert missing.exit_code == 1
+    assert "guestctl connect vm ADDRESS" in missing.stderr
+    assert not list((tmp_path / "config/guestctl").glob("*.part"))
+
+
+def test_a_profile_is_not_kept_when_nobody_is_there(tmp_path: Path) -> None:
+    words = ["--wait", "0", "connect", "vm", f"unix://{tmp_path}/missing"]
+    assert CliRunner().invoke(collect(), words).exit_code == 1
+    assert CliRunner().invoke(collect(), ["connect"]).stdout == "none\n"
+
+
+@pytest.mark.parametrize(
+    "text", ["junk", "[]", '{"version": 2, "profiles": {}}', '{"profiles": 1}']
+)
+def test_damaged_profiles_are_told(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config/guestctl/profiles.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    done = CliRunner().invoke(collect(), ["status"])
+    assert done.exit_code == 1
+    assert str(path) in done.stderr
+    # who says the address needs no profiles
+    done = CliRunner().invoke(collect(), ["--connect", "unix:///x", "--wait", "0", "status"])
+    assert "profiles" not in done.stderr
+
+
+# --- manual pages and completion
+
+
+def test_manual_pages_are_clean(tmp_path: Path) -> None:
+    done = CliRunner().invoke(collect(), ["man", "--output", str(tmp_path / "man")])
+    assert done.exit_code == 0
+    made = sorted((tmp_path / "man").iterdir())
+    assert len(made) > 15
+    judged = subprocess.run(
+        ["mandoc", "-Tlint", *made], capture_output=True, text=True, check=False
+    )
+    assert (judged.stdout, judged.stderr) == ("", "")
+
+
+def test_a_page_says_what_help_says(tmp_path: Path) -> None:
+    root = collect()
+    text = "".join(pages(root).values())
+    for name, command in root.commands.items():
+        assert f"guestctl\\-{name}".replace("-", "\\-").replace("\\\\-", "\\-") in text
+        assert command.help, name
+    shown = subprocess.run(
+        ["mandoc", "-Tascii"],
+        input=pages(root)["guestctl-layer.1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    plain = re.sub(r".\x08", "", shown)
+    for words in ("layer mount", "--root-digest HEX", "Verify against this digest."):
+        assert words in plain
+
+
+def test_the_date_of_pages_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    assert "1970-01-01" in pages(collect())["guestctl.1"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_take_the_completion(tmp_path: Path, shell: str) -> None:
+    done = CliRunner().invoke(collect(), ["completion", shell], prog_name="guestctl")
+    script = tmp_path / "script"
+    script.write_text(done.stdout)
+    judged = subprocess.run([shell, "-n", script], capture_output=True, text=True, check=False)
+    assert (judged.returncode, judged.stderr) == (0, "")
+
+
+def test_bash_completes_commands_layers_and_profiles(agent: Agent, tmp_path: Path) -> None:
+    agent.layers = {"alpha": "mounted", "beta": "mounted"}
+
+    def complete(*words: str) -> list[str]:
+        """Let bash ask as it does when Tab is pressed behind the last word."""
+        script = f"""
+            PATH={GUESTCTL.parent}:$PATH
+            eval "$(guestctl completion bash)"
+            COMP_WORDS=({" ".join(words)!s} {'""' if words[-1] != words[-1].strip() else ""})
+            COMP_CWORD={len(words) - 1}
+            _guestctl_completion guestctl
+            printf '%s\\n' "${{COMPREPLY[@]}}"
+        """
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert "status" in complete("guestctl", "sta")
+    found = complete("guestctl", "--connect", agent.address, "layer", "get", "a")
+    assert found == ["alpha"]
+    assert complete("guestctl", "events", "--kind", "layer_c") == ["layer_corrupted"]
+
+
+def test_completion_of_nobody_is_quick(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    words = f"guestctl --connect unix://{tmp_path}/missing layer get "
+    done = subprocess.run(
+        [GUESTCTL],
+        env={
+            **os.environ,
+            "_GUESTCTL_COMPLETE": "bash_complete",
+            "COMP_WORDS": words,
+            "COMP_CWORD": "5",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout.strip(), done.stderr) == ("", "")
+    assert time.monotonic() - begin < 10
