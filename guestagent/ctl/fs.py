@@ -14,7 +14,8 @@ from typing import BinaryIO, TypedDict
 import click
 
 from guestagent.api.inspect import CHECKSUM_ALGORITHMS, ENTRY_TYPES
-from guestagent.client.entries import DirectoryEntry
+from guestagent.client.entries import Checksum, DirectoryEntry
+from guestagent.ctl.progress import progress_bar
 from guestagent.ctl.session import Session, pass_session
 from guestagent.ctl.table import table
 from vsock.record import Record
@@ -188,12 +189,17 @@ def df(session: Session, place: Where, path: bytes) -> None:
 @pass_session
 def checksum(session: Session, place: Where, path: bytes, algorithm: str) -> None:
     """Hash a file, or every file below a directory, in the form of sha256sum."""
-    with session.agent() as guest:
+    reply = None
+    entries: dict[bytes, Checksum] = {}
+    with session.agent() as guest, progress_bar(session, "hashing") as progress:
         if guest.fs_lstat(path, **place).kind != "d":
-            reply = guest.fs_checksum(path, algorithm=algorithm, **place)
-            session.show(reply, lambda: f"{reply.digest}  {printable(path)}")
-            return
-        entries = guest.fs_checksums(path, algorithm=algorithm, **place)
+            reply = guest.fs_checksum(path, algorithm=algorithm, progress=progress, **place)
+        else:
+            entries = guest.fs_checksums(path, algorithm=algorithm, progress=progress, **place)
+    if reply is not None:
+        digest = reply.digest
+        session.show(reply, lambda: f"{digest}  {printable(path)}")
+        return
     ordered = [entries[name] for name in sorted(entries)]
     lines = (f"{e.digest}  {printable(e.path)}" for e in ordered if e.digest is not None)
     _emit(session, [_plain(entry) for entry in ordered], lines)
@@ -207,8 +213,9 @@ def checksum(session: Session, place: Where, path: bytes, algorithm: str) -> Non
 @pass_session
 def tar(session: Session, place: Where, path: bytes, output: str, xattrs: bool) -> None:
     """Write a directory as a tar archive."""
-    with session.agent() as guest, _writing(output) as target:
-        reply = guest.fs_tar_out(path, target, xattrs=xattrs, **place)
+    bar = progress_bar(session, "reading")
+    with session.agent() as guest, _writing(output) as target, bar as progress:
+        reply = guest.fs_tar_out(path, target, xattrs=xattrs, progress=progress, **place)
     _done(session, output, reply, f"{reply.entries} entries, {reply.size_bytes} bytes")
 
 
@@ -219,8 +226,9 @@ def tar(session: Session, place: Where, path: bytes, output: str, xattrs: bool) 
 @pass_session
 def download(session: Session, place: Where, path: bytes, output: str) -> None:
     """Copy a file to OUTPUT, or to standard output."""
-    with session.agent() as guest, _writing(output) as target:
-        reply = guest.fs_download(path, target, **place)
+    bar = progress_bar(session, "reading")
+    with session.agent() as guest, _writing(output) as target, bar as progress:
+        reply = guest.fs_download(path, target, progress=progress, **place)
     _done(session, output, reply, f"{reply.size_bytes} bytes")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from guestagent.api import METHODS
 from guestagent.config import KEYS, PREFIX, Config
+from guestagent.observe.metrics import FAMILIES
 from vsock.errors import CODES
 from vsock.record import Record, RecordType
 
@@ -67,11 +68,21 @@ def settings() -> str:
     return "\n".join(lines)
 
 
+def metrics() -> str:
+    """Return the table of metrics, as an agent tells them."""
+    lines = ["| metric | type | labels | |", "|---|---|---|---|"]
+    for family in FAMILIES.values():
+        labels = ", ".join(f"`{label}`" for label in family.labels)
+        lines.append(f"| `{family.name}` | {family.kind} | {labels} | {family.summary} |")
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "methods": methods,
     "records": records,
     "error-codes": error_codes,
     "settings": settings,
+    "metrics": metrics,
 }
 
 

@@ -425,11 +425,12 @@ def test_bash_completes_commands_layers_and_profiles(agent: Agent, tmp_path: Pat
 
     def complete(*words: str) -> list[str]:
         """Let bash ask as it does when Tab is pressed behind the last word."""
+        line = " ".join(words)
         script = f"""
             PATH={GUESTCTL.parent}:$PATH
             eval "$(guestctl completion bash)"
-            COMP_WORDS=({" ".join(words)!s} {'""' if words[-1] != words[-1].strip() else ""})
-            COMP_CWORD={len(words) - 1}
+            COMP_LINE='{line}'
+            COMP_POINT={len(line)}
             _guestctl_completion guestctl
             printf '%s\\n' "${{COMPREPLY[@]}}"
         """
@@ -439,6 +440,8 @@ def test_bash_completes_commands_layers_and_profiles(agent: Agent, tmp_path: Pat
     assert "status" in complete("guestctl", "sta")
     found = complete("guestctl", "--connect", agent.address, "layer", "get", "a")
     assert found == ["alpha"]
+    every = complete("guestctl", "--connect", agent.address, "layer", "get", "")
+    assert every == ["alpha", "beta"]
     assert complete("guestctl", "events", "--kind", "layer_c") == ["layer_corrupted"]
 
 
