@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from scripts.benchmarks.format import format_rows
+from scripts.benchmarks.images import images_rows
 from scripts.benchmarks.machine import machine_rows
 from scripts.benchmarks.rows import Row, print_rows, write_rows
 
@@ -32,7 +33,12 @@ def _engine_rows() -> list[Row]:
         return rows
 
 
-SUITES = {"format": format_rows, "engine": _engine_rows, "machine": machine_rows}
+SUITES = {
+    "format": format_rows,
+    "images": images_rows,
+    "engine": _engine_rows,
+    "machine": machine_rows,
+}
 
 
 def main() -> int:

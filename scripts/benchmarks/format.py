@@ -1,30 +1,23 @@
-"""Hash trees side by side with veritysetup, in one run, on this machine.
-
-Every round runs each contender once on the same warm file, so that what else the machine does hits
-all alike; a run that others disturbed is made again, up to two times. Rows give the median and
-the 99th percentile of the rounds. ``ratio`` is how many times faster than ``versus`` (by medians).
-veritysetup is timed as it is used: as a program.
-"""
+"""Hash trees side by side with veritysetup, which is timed as it is used: as a program."""
 
 import contextlib
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import UUID
 
 from rootfs import crew, multibuffer
 from rootfs.verify import Terms, verify_image
 from rootfs.verity import format_image
+from scripts.benchmarks.contest import BED, Contender, contest
+from scripts.benchmarks.rows import Row, row
 
 __all__ = ("format_rows",)
 
-BED = "host"
 PEER = "veritysetup"
 MIB = 1 << 20
 SALT = bytes(range(32))
@@ -33,15 +26,10 @@ DENSE_BYTES = 512 * MIB
 SPARSE_BYTES = 1024 * MIB
 HUGE_BYTES = 16384 * MIB
 LAYERS = 64
-_ATTEMPTS = 3
-_TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 LAYER_BYTES = MIB
 
-Row = dict[str, object]
-Contender = Callable[[], object]
 
-
-def format_rows(rounds: int = 9) -> list[Row]:
+def format_rows() -> list[Row]:
     """Return one row for each contender and task.
 
     Raises:
@@ -52,10 +40,10 @@ def format_rows(rounds: int = 9) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="bench-format-", dir=_memory_directory()) as name:
         directory = Path(name)
         return [
-            *_dense(directory, rounds),
-            *_sparse(directory, rounds),
-            *_small_layers(directory, rounds),
-            *_memory(directory),
+            *_dense(directory),
+            *_sparse(directory),
+            *_small_layers(directory),
+            *_huge(directory),
         ]
 
 
@@ -69,7 +57,7 @@ def _memory_directory() -> str | None:
     return None
 
 
-def _dense(directory: Path, rounds: int) -> list[Row]:
+def _dense(directory: Path) -> list[Row]:
     image = directory / "dense"
     _fill(image, DENSE_BYTES)
     cores = crew.available_cores()
@@ -82,11 +70,13 @@ def _dense(directory: Path, rounds: int) -> list[Row]:
             contenders[name] = _formatter(image, DENSE_BYTES, workers, accelerate)
     contenders["guestctl layer format"] = lambda: _command_line(image, DENSE_BYTES)
     _same_root(image, DENSE_BYTES)
-    rows = _rows("format 512 MiB", contenders, rounds, scale=DENSE_BYTES / MIB)
-    return rows + _verify(image, rounds)
+    rows = contest("format 512 MiB", contenders, amount=DENSE_BYTES / MIB, unit="MiB")
+    rows += _memory("format 512 MiB", image)
+    os.truncate(image, DENSE_BYTES)
+    return rows + _verify(image)
 
 
-def _verify(image: Path, rounds: int) -> list[Row]:
+def _verify(image: Path) -> list[Row]:
     result = format_image(image, salt=SALT, uuid=IDENTITY)
     command = [PEER, "verify", str(image), str(image), result.root_digest.hex()]
     command.append(f"--hash-offset={DENSE_BYTES}")
@@ -100,12 +90,12 @@ def _verify(image: Path, rounds: int) -> list[Row]:
         PEER: lambda: subprocess.run(command, check=True),
         f"{crew.available_cores()} workers": verify,
     }
-    rows = _rows("verify 512 MiB", contenders, rounds, scale=DENSE_BYTES / MIB)
+    rows = contest("verify 512 MiB", contenders, amount=DENSE_BYTES / MIB, unit="MiB")
     image.unlink()
     return rows
 
 
-def _sparse(directory: Path, rounds: int) -> list[Row]:
+def _sparse(directory: Path) -> list[Row]:
     image = directory / "sparse"
     with image.open("wb") as file:
         file.truncate(SPARSE_BYTES)
@@ -113,19 +103,20 @@ def _sparse(directory: Path, rounds: int) -> list[Row]:
             file.seek(extent)
             file.write(os.urandom(MIB))
     _same_root(image, SPARSE_BYTES)
-    rows = _rows(
+    rows = contest(
         "format 1 GiB, a tenth of it data",
         {
             PEER: lambda: _veritysetup(image, SPARSE_BYTES),
             "all cores": _formatter(image, SPARSE_BYTES, None, True),
         },
-        rounds,
+        amount=SPARSE_BYTES / MIB,
+        unit="MiB",
     )
     image.unlink()
     return rows
 
 
-def _small_layers(directory: Path, rounds: int) -> list[Row]:
+def _small_layers(directory: Path) -> list[Row]:
     images = [directory / f"layer-{number}" for number in range(LAYERS)]
     for image in images:
         _fill(image, LAYER_BYTES)
@@ -139,13 +130,21 @@ def _small_layers(directory: Path, rounds: int) -> list[Row]:
         for image in images:
             _formatter(image, LAYER_BYTES, None, True)()
 
-    return _rows("format 64 layers of 1 MiB", {PEER: peer, "in process": own}, rounds)
+    contenders = {PEER: peer, "in process": own}
+    return contest("format 64 layers of 1 MiB", contenders, amount=LAYERS, unit="layers")
 
 
-def _memory(directory: Path) -> Iterator[Row]:
+def _huge(directory: Path) -> list[Row]:
     image = directory / "huge"
     with image.open("wb") as file:
         file.truncate(HUGE_BYTES)
+    rows = _memory("format 16 GiB of nothing", image)
+    image.unlink()
+    return rows
+
+
+def _memory(task: str, image: Path) -> list[Row]:
+    """Format once in a process of its own; return what it took at most, the largest worker too."""
     script = (
         "import sys, resource\n"
         "from rootfs.verity import format_image\n"
@@ -159,66 +158,10 @@ def _memory(directory: Path) -> Iterator[Row]:
     ).stdout
     seconds = time.perf_counter() - begin
     peak_mib = max(map(int, output.split())) / 1024
-    for name, unit, value in (("time", "s", seconds), ("peak memory", "MiB", peak_mib)):
-        yield _row(f"format 16 GiB of nothing: {name}", unit, [value], None, None)
-
-
-def _rows(
-    task: str, contenders: dict[str, Contender], rounds: int, *, scale: float | None = None
-) -> list[Row]:
-    """Time all contenders, round by round; in MiB/s if ``scale`` says how many MiB it is."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, contender in contenders.items():
-            seconds[name].append(_quiet_seconds(contender))
-    peer = statistics.median(seconds[PEER])
-    rows = []
-    for name, samples in seconds.items():
-        ratio = None if name == PEER else peer / statistics.median(samples)
-        values = samples if scale is None else [scale / sample for sample in samples]
-        unit = "s" if scale is None else "MiB/s"
-        rows.append(_row(f"{task}: {name}", unit, values, None if ratio is None else PEER, ratio))
-    return rows
-
-
-def _quiet_seconds(contender: Contender) -> float:
-    """Time it; again, a few times, while others take more than a tenth of a core from it."""
-    seconds = 0.0
-    for _ in range(_ATTEMPTS):
-        busy, own, begin = _busy_seconds(), _own_seconds(), time.perf_counter()
-        contender()
-        seconds = time.perf_counter() - begin
-        others = _busy_seconds() - busy - (_own_seconds() - own)
-        if others < 0.1 * seconds + 2 * _TICK_SECONDS:
-            break
-    return seconds
-
-
-def _busy_seconds() -> float:
-    """Return the seconds that all cores have worked since boot."""
-    with open("/proc/stat") as stat:
-        user, nice, system, _, _, irq, softirq, steal = map(int, stat.readline().split()[1:9])
-    return (user + nice + system + irq + softirq + steal) * _TICK_SECONDS
-
-
-def _own_seconds() -> float:
-    """Return the seconds of this process and of its finished children."""
-    return sum(os.times()[:4])
-
-
-def _row(name: str, unit: str, values: list[float], versus: str | None, ratio: float | None) -> Row:
-    # the bad end of a rate is its low one
-    ordered = sorted(values, reverse=unit.endswith("/s"))
-    return {
-        "bed": BED,
-        "name": name,
-        "unit": unit,
-        "median": statistics.median(values),
-        "p99": ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))],
-        "n": len(values),
-        "versus": versus,
-        "ratio": ratio,
-    }
+    return [
+        row(BED, f"{task}: time", "s", [seconds]),
+        row(BED, f"{task}: peak memory", "MiB", [peak_mib]),
+    ]
 
 
 def _engine(accelerate: bool) -> str:
@@ -262,10 +205,3 @@ def _fill(path: Path, size_bytes: int) -> None:
             file.write(os.urandom(MIB))
         file.flush()
         os.fsync(file.fileno())
-
-
-if __name__ == "__main__":
-    for row in format_rows():
-        ratio = row["ratio"]
-        times = f"{ratio:6.2f}x" if isinstance(ratio, float) else ""
-        print(f"{row['name']:55} {row['median']:10.3f} {row['unit']:6} {times}")

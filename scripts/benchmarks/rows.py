@@ -21,7 +21,10 @@ def row(
     versus: str | None = None,
     floor: Sequence[float] | None = None,
 ) -> Row:
-    """Make a row from samples; ``ratio`` is the median over that of ``floor``, if there is one."""
+    """Make a row from samples; ``ratio`` is the median over that of ``floor``, if there is one.
+
+    ``p99`` is towards the bad end: high, but low for what is counted per second.
+    """
     median = statistics.median(samples)
     ratio = None if floor is None else round(median / statistics.median(floor), 3)
     return {
@@ -29,15 +32,15 @@ def row(
         "name": name,
         "unit": unit,
         "median": round(median, 3),
-        "p99": round(_percentile(samples, 99), 3),
+        "p99": round(_percentile(samples, 99, falling=unit.endswith("/s")), 3),
         "n": len(samples),
         "versus": versus,
         "ratio": ratio,
     }
 
 
-def _percentile(samples: Sequence[float], percent: int) -> float:
-    ordered = sorted(samples)
+def _percentile(samples: Sequence[float], percent: int, *, falling: bool) -> float:
+    ordered = sorted(samples, reverse=falling)
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
 
