@@ -20,6 +20,9 @@ __all__ = (
     "CONSOLE_PORT",
     "CONSOLE_VERSIONS",
     "DISABLED",
+    "FRAME_TYPES",
+    "FROM_AGENT",
+    "FROM_CLIENT",
     "MAX_PAYLOAD_BYTES",
     "SIGNALS",
     "Data",
@@ -67,7 +70,7 @@ class Hello(Record):
     is a terminal in raw mode: lines end in CR LF, there are prompts, an editor and paging; without,
     output is as it is and what goes wrong is told in ``Errors``. ``term`` is the client's TERM."""
 
-    versions: tuple[int, ...] = CONSOLE_VERSIONS
+    versions: tuple[int, ...]
     terminal: bool = False
     term: str = "dumb"
     size: Size = Size()
@@ -146,7 +149,8 @@ class Refusal(Record):
 
 Frame = Hello | Welcome | Data | Errors | End | Size | Signal | Exit | Refusal
 
-_TYPES: dict[int, type[Frame]] = {
+#: Number -> frame, and which frames each side may send.
+FRAME_TYPES: dict[int, type[Frame]] = {
     0x01: Hello,
     0x02: Welcome,
     0x03: Data,
@@ -157,9 +161,9 @@ _TYPES: dict[int, type[Frame]] = {
     0x08: Exit,
     0x09: Refusal,
 }
-_NUMBERS = {frame: number for number, frame in _TYPES.items()}
-_FROM_CLIENT = frozenset((Hello, Data, End, Size, Signal))
-_FROM_AGENT = frozenset((Welcome, Data, Errors, Exit, Refusal))
+_NUMBERS = {frame: number for number, frame in FRAME_TYPES.items()}
+FROM_CLIENT = frozenset((Hello, Data, End, Size, Signal))
+FROM_AGENT = frozenset((Welcome, Data, Errors, Exit, Refusal))
 
 
 def encode(frame: Frame) -> bytes:
@@ -192,7 +196,7 @@ class Decoder:
 
     def __init__(self, *, from_client: bool) -> None:
         """``from_client`` says who the peer is, and so which frames it may send."""
-        self._allowed = _FROM_CLIENT if from_client else _FROM_AGENT
+        self._allowed = FROM_CLIENT if from_client else FROM_AGENT
         self._buffer = bytearray()
         self._error: RemoteProtocolError | None = None
 
@@ -221,7 +225,7 @@ class Decoder:
     def _next(self) -> Frame | None:
         if not self._buffer:
             return None
-        kind = _TYPES.get(self._buffer[0])
+        kind = FRAME_TYPES.get(self._buffer[0])
         # told from the first byte, so that a peer of another protocol is answered at once
         if kind is None:
             raise self._broken(f"frame type {self._buffer[0]:#04x} is unknown: no console client?")

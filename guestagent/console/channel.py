@@ -9,6 +9,7 @@ import os
 import threading
 
 from guestagent.api.console import (
+    CONSOLE_VERSIONS,
     MAX_PAYLOAD_BYTES,
     Data,
     Decoder,
@@ -54,7 +55,7 @@ class Channel:
     def __init__(self, stream: Stream, *, wake: "Callable[[], None]") -> None:
         """``wake`` has the console's thread look whether it is to read again."""
         self.stream = stream
-        self.hello = Hello()
+        self.hello = Hello(versions=CONSOLE_VERSIONS)
         self.size = Size()
         self.life = Deadline()
         #: Where a signal of the peer's goes; the session sets it.
@@ -279,7 +280,7 @@ class LineChannel(Channel):
 
     def __init__(self, stream: Stream, *, wake: "Callable[[], None]", term: str) -> None:
         super().__init__(stream, wake=wake)
-        self.hello = Hello(terminal=True, term=term)
+        self.hello = Hello(versions=CONSOLE_VERSIONS, terminal=True, term=term)
 
     def take(self, data: bytes) -> None:
         self._typed(data)

@@ -66,6 +66,8 @@ class Run:
         self.words = words
         self.options = options
         self.early_input = early_input
+        #: Name of the signal that ended the program which was run, if one did.
+        self.signal: str | None = None
 
     def operation(self) -> Operation:
         """Begin a request to the engine, which an interrupt cancels."""

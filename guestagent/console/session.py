@@ -46,13 +46,14 @@ class Session:
         self._after_return = False
         self._echo = Screen(channel, channel.life)
         self._status = OK
+        self._signal: str | None = None
 
     def run(self) -> None:
         """Never raises but for a bug, of which the thread's hook tells; the peer is let go then."""
         try:
             self._welcome()
             self._converse()
-            self.channel.finish(Exit(status=self._status))
+            self.channel.finish(Exit(status=self._status, signal=self._signal))
         except CallError as error:
             self._refuse(error)
         except ConnectionClosed as error:
@@ -244,6 +245,7 @@ class Session:
         paged = command.is_paged and self.channel.hello.command is None
         terminal = self.channel.hello.terminal
         screen = Screen(self.channel, deadline, next_key=self._key if paged and terminal else None)
+        self._signal = None
         try:
             plain, options = command.parse(arguments)
             run = Run(
@@ -256,6 +258,7 @@ class Session:
                 early_input=self._pending,
             )
             status = command.function(run)
+            self._signal = run.signal
             screen.flush()
             return status or OK
         except Quit:

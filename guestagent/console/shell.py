@@ -191,6 +191,8 @@ class _Child:
         _, status = os.waitpid(self._pid, 0)
         code = os.waitstatus_to_exitcode(status)
         self._status = code if code >= 0 else 128 - code
+        if code < 0:
+            self._run.signal = _signal_name(-code)
 
     def _end(self) -> None:
         """Kill what is left of the session, and reap the child."""
@@ -296,6 +298,13 @@ class _Pipes(_Child):
     def _end_input(self) -> None:
         os.close(self._input)
         self._input = -1
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name.removeprefix("SIG")
+    except ValueError:  # most of the real-time ones have none
+        return str(number)
 
 
 def _kill_group(group: int, number: int) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from guestagent.api.console import (
+    CONSOLE_VERSIONS,
     Data,
     Decoder,
     End,
@@ -278,6 +279,7 @@ class ConsoleClient:
 
     def _pump(self, stream: Stream, signals: _Signals, escapes: Escapes | None) -> int:
         hello = Hello(
+            versions=CONSOLE_VERSIONS,
             terminal=self._is_terminal,
             term=os.environ.get("TERM", "dumb")[:64] if self._is_terminal else "dumb",
             size=_window(),

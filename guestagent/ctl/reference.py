@@ -68,6 +68,52 @@ def settings() -> str:
     return "\n".join(lines)
 
 
+def console_commands() -> str:
+    """Return a table of the console's commands for each group of them."""
+    from guestagent.console.commands import COMMANDS, GROUPS
+
+    tables = []
+    for group, title in GROUPS.items():
+        rows = [
+            f"| `{command.synopsis.replace('|', chr(92) + '|')}` | {command.summary} |"
+            for command in COMMANDS.values()
+            if command.group == group
+        ]
+        tables.append("\n".join([f"| {title} | |", "|---|---|", *rows]))
+    return "\n\n".join(tables).replace("\\xNN", "`\\xNN`").replace("* and ?", "`*` and `?`")
+
+
+def console_frames() -> str:
+    """Return the table of the console's frames."""
+    from guestagent.api.console import FRAME_TYPES, FROM_AGENT, FROM_CLIENT
+
+    lines = ["| type | frame | from | payload | |", "|---|---|---|---|---|"]
+    for number, frame in FRAME_TYPES.items():
+        sides = [
+            name
+            for name, frames in (("client", FROM_CLIENT), ("agent", FROM_AGENT))
+            if frame in frames
+        ]
+        lines.append(
+            f"| {number:#04x} | {frame.__name__} | {', '.join(sides)} | {_payload(frame)} "
+            f"| {_prose(frame)} |"
+        )
+    return "\n".join(lines)
+
+
+def _payload(frame: type[Record]) -> str:
+    if not frame._fields:
+        return "none"
+    if tuple(frame._fields) == ("data",):
+        return "bytes"
+    fields = (
+        f"`{name}` {kind.__name__ if isinstance(kind, RecordType) else _type(kind)}"
+        + ("" if type(default) is object else f" = {_default(default)}")
+        for name, (kind, default) in frame._fields.items()
+    )
+    return "; ".join(fields)
+
+
 def metrics() -> str:
     """Return the table of metrics, as an agent tells them."""
     lines = ["| metric | type | labels | |", "|---|---|---|---|"]
@@ -83,6 +129,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "error-codes": error_codes,
     "settings": settings,
     "metrics": metrics,
+    "console-commands": console_commands,
+    "console-frames": console_frames,
 }
 
 

@@ -19,7 +19,7 @@ from guestagent.api import LayersMountRequest, LayersUnmountRequest, OverlaySpec
 from guestagent.client import GuestAgent
 from guestagent.storage import syscalls
 from tests.kernel.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
-from tests.unit.consolebed import END, Client
+from tests.unit.consolebed import END, HELLO, Client, frame
 
 PROJECT = Path(__file__).resolve().parents[2]
 GUESTCTL = [sys.executable, "-c", "from guestagent.ctl import main; main()"]
@@ -375,7 +375,7 @@ def test_a_person_stays_while_the_agent_dies_and_comes_back(pack: Pack) -> None:
 
 
 def test_ten_thousand_peers_leave_nothing(agent: ConsoleAgent, guest: GuestAgent) -> None:
-    greeting = b"\x01" + len(msgpack.packb({})).to_bytes(3, "big") + msgpack.packb({})
+    greeting = frame(HELLO, {"versions": [1]})
     openings = (b"", greeting[:3], b"\xffjunk" * 100, greeting + b"\x03\x00\x00\x08uptime\n\xff")
     _connect(agent, openings, 500)  # what is loaded and allocated once
     before = _settled_footprint(agent)
@@ -411,11 +411,11 @@ def _settled_footprint(agent: ConsoleAgent) -> tuple[int, int, int]:
 def test_who_never_reads_does_not_hold_up_the_agent(
     agent: ConsoleAgent, guest: GuestAgent, pack: Pack
 ) -> None:
-    hello = msgpack.packb({"command": "sh -c 'yes'"})
+    hello = frame(HELLO, {"versions": [1], "command": "sh -c 'yes'"})
     before = agent.footprint()
     with socket.socket(socket.AF_UNIX) as sleeper:
         sleeper.connect(agent.console)
-        sleeper.sendall(b"\x01" + len(hello).to_bytes(3, "big") + hello)
+        sleeper.sendall(hello)
         for _ in range(5):
             guest.layer_mount(pack.spec(0))
             guest.layer_unmount("layer0")

@@ -224,12 +224,13 @@ class Client:
         self.output = b""
         self.errors = b""
         self.status: int | None = None
+        self.signal: str | None = None
         self.refusal: dict[str, object] | None = None
         self.welcome: dict[str, object] | None = None
         self._buffer = b""
         self._seen = 0
         if hello:
-            self.sock.sendall(frame(HELLO, fields))
+            self.sock.sendall(frame(HELLO, {"versions": [1], **fields}))
 
     def __enter__(self) -> "Client":
         return self
@@ -286,7 +287,8 @@ class Client:
         elif kind == ERRORS:
             self.errors += payload
         elif kind == EXIT:
-            self.status = msgpack.unpackb(payload)["status"]
+            end = msgpack.unpackb(payload)
+            self.status, self.signal = end["status"], end["signal"]
         elif kind == REFUSAL:
             self.refusal = msgpack.unpackb(payload)
         elif kind == WELCOME:

@@ -1,6 +1,9 @@
 """The frames of the console: exact bytes, every cut, and whatever a stranger may send."""
 
 import contextlib
+import itertools
+import re
+from pathlib import Path
 
 import msgpack
 import pytest
@@ -25,7 +28,13 @@ from guestagent.api.console import (
 from vsock.errors import RemoteProtocolError
 
 FRAMES: list[Frame] = [
-    Hello(terminal=True, term="xterm", size=Size(rows=50, columns=132), command="layers"),
+    Hello(
+        versions=(1,),
+        terminal=True,
+        term="xterm",
+        size=Size(rows=50, columns=132),
+        command="layers",
+    ),
     Welcome(version=1, agent="0.1.0", session=7, shell=False),
     Data(data=b"\x00\xffbytes"),
     Data(data=b""),
@@ -97,10 +106,11 @@ def test_broken_frames(data: bytes, text: str) -> None:
         (0x06, {"rows": "24"}, "expected int"),
         (0x07, {"name": "STOP9"}, "none of"),
         (0x01, {"versions": []}, "versions is empty"),
-        (0x01, {"term": "\x1b[0m"}, "no name of a terminal"),
-        (0x01, {"term": "x" * 65}, "term length"),
-        (0x01, {"command": "x" * 4097}, "command length"),
-        (0x01, {"size": {"rows": -1}}, "rows must be in"),
+        (0x01, {}, "versions: missing"),
+        (0x01, {"versions": [1], "term": "\x1b[0m"}, "no name of a terminal"),
+        (0x01, {"versions": [1], "term": "x" * 65}, "term length"),
+        (0x01, {"versions": [1], "command": "x" * 4097}, "command length"),
+        (0x01, {"versions": [1], "size": {"rows": -1}}, "rows must be in"),
     ],
 )
 def test_fields_are_checked(kind: int, fields: dict[str, object], text: str) -> None:
@@ -165,3 +175,22 @@ def test_any_sequence_cut_anywhere(frames: list[Frame], data: st.DataObject) -> 
     found = list(decoder.frames())
     decoder.feed(stream[cut:])
     assert found + list(decoder.frames()) == frames
+
+
+def test_the_worked_example_of_the_documentation() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/console.md").read_text()
+    example = text.partition("Worked example")[2].split("```")[1]
+    streams: dict[str, bytes] = {"client": b"", "agent": b""}
+    side = ""
+    for row in example.strip().splitlines():
+        words = row.split()
+        if words[0] in streams:
+            side = words.pop(0)
+        codes = itertools.takewhile(lambda word: re.fullmatch("([0-9a-f]{2})+", word), words)
+        streams[side] += bytes.fromhex("".join(codes))
+    assert decode(streams["client"]) == [Hello(versions=(1,), command="uptime")]
+    assert decode(streams["agent"], from_client=False) == [
+        Welcome(version=1, agent="0.1.0", session=1, shell=False),
+        Data(data=b"up\n"),
+        Exit(status=0),
+    ]

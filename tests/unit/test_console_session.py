@@ -397,7 +397,12 @@ def test_the_shell_s_exit_status_and_both_its_outputs(bed: Bed) -> None:
     with bed.client(command="sh -c 'echo out; echo err >&2; exit 7'") as script:
         assert script.finish()[0] == 7
     assert (script.output, script.errors) == (b"out\n", b"err\n")
-    assert bed.run("sh -c 'kill -9 $$'")[0] == 128 + signal.SIGKILL
+    with bed.client(command="sh -c 'kill -9 $$'") as script:
+        assert script.finish()[0] == 128 + signal.SIGKILL
+    assert script.signal == "KILL"
+    with bed.client(command="sh -c 'exit 137'") as script:
+        assert script.finish()[0] == 137
+    assert script.signal is None
 
 
 def test_a_script_s_bytes_go_through_unchanged(bed: Bed) -> None:
@@ -494,7 +499,7 @@ def _runs(pid: int) -> bool:
         (b"\xff" * 100_000, "unknown"),
         (frame(DATA, b"x"), "Hello comes first"),
         (frame(HELLO, {"versions": [99]}), "no common version"),
-        (frame(HELLO, {"size": {"rows": 0}}), "rows"),
+        (frame(HELLO, {"versions": [1], "size": {"rows": 0}}), "rows"),
         (b"\x03\xff\xff\xff", "16777215"),
     ],
 )
@@ -507,7 +512,7 @@ def test_strangers_are_told(bed: Bed, data: bytes, text: str) -> None:
 
 
 def test_a_second_hello_ends_it(bed: Bed, person: Client) -> None:
-    person.send(HELLO, {})
+    person.send(HELLO, {"versions": [1]})
     wait_until(lambda: bed.console.session_count == 0, "the session lives on")
 
 
@@ -583,7 +588,7 @@ def test_connects_and_disconnects_leave_nothing(bed: Bed) -> None:
     bed.run("plan base")
     wait_until(lambda: not bed.console._peers, "peers stay")
     threads, fds, rss = thread_count(), fd_count(), _rss_bytes()
-    greeting = frame(HELLO, {"terminal": True})
+    greeting = frame(HELLO, {"versions": [1], "terminal": True})
     for number in range(2000):
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(bed.path)
