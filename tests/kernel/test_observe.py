@@ -1,5 +1,6 @@
 """Seeing into the real agent: metrics after mounts, its log, traces, and reports of its crashes."""
 
+import contextlib
 import json
 import os
 import queue
@@ -322,3 +323,84 @@ def test_under_pid_one(pack: Pack) -> None:
         assert report.layers == ("layer0 at /run/layers/layer0",)
         agent.end()
         assert agent.wait() == 0
+
+
+# --- guestctl, on a real agent
+
+
+def guestctl(agent: AgentProcess, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [Path(sys.executable).parent / "guestctl", "--connect", agent.address, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_a_layer_is_checked_through_verity(agent: AgentProcess, pack: Pack) -> None:
+    with agent.client() as guest:
+        guest.layer_mount(pack.spec(3))
+    done = guestctl(agent, "layer", "check", "layer3")
+    assert (done.returncode, done.stdout[:20]) == (0, "layer layer3: intact"), done.stderr
+    with flipped_bit(pack, 3):
+        done = guestctl(agent, "layer", "check", "layer3")
+        assert done.returncode == 1
+        assert done.stdout.startswith("layer layer3: corrupt: blocks "), done.stderr
+        assert guestctl(agent, "status", "--json").returncode == 0
+        with agent.client() as guest:
+            end = time.monotonic() + WAIT_SECONDS
+            while time.monotonic() < end:
+                found = samples(guest.metrics())
+                if found.get('guestagent_layers{state="corrupted"}') == 1:
+                    break
+            assert found["guestagent_corruptions_total"] >= 1
+            assert "corrupted" in guestctl(agent, "status").stdout
+            guest.layer_unmount("layer3")
+
+
+@contextlib.contextmanager
+def flipped_bit(pack: Pack, number: int) -> Iterator[None]:
+    """Change a byte that nothing reads when the layer is mounted."""
+    marker = pack.layers[number].marker * 3
+    image = pack.image.read_bytes()
+    start = pack.layers[number].mapping.offset_bytes
+    place = image.index(marker, start)
+    for byte in (image[place] ^ 1, image[place]):
+        with pack.image.open("r+b") as file:
+            file.seek(place)
+            file.write(bytes([byte]))
+            file.flush()
+            os.fsync(file.fileno())
+        if byte != image[place]:
+            yield
+
+
+def test_guestctl_receives_the_log_once(tmp_path: Path, pack: Pack) -> None:
+    """It may come late and go in between; every line comes, and comes once."""
+    path = tmp_path / "host"
+    with AgentProcess(f"log_dial=unix://{path}") as agent, agent.client() as guest:
+        numbers: list[int] = []
+        for _ in range(3):
+            guest.layer_mount(pack.spec(0))
+            guest.layer_unmount("layer0")
+            numbers += _received(path, "request done")
+        last = guest.log(-1, level="debug").next
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) >= 2 + 6
+    assert numbers[-1] <= last
+
+
+def _received(path: Path, until: str) -> list[int]:
+    """Listen with guestctl until two more such lines have come; return the numbers of all."""
+    words = ["log", "--listen", f"unix://{path}", "--json"]
+    command = [Path(sys.executable).parent / "guestctl", *words]
+    numbers, seen = [], 0
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        while seen < 2:
+            line = json.loads(process.stdout.readline())
+            numbers.append(line["number"])
+            seen += line["text"] == until
+        time.sleep(0.1)  # for its last answer to arrive
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WAIT_SECONDS) == 0
+    assert not path.exists()
+    return numbers
