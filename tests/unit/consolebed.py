@@ -193,7 +193,9 @@ class Bed:
             status=plain_status,
             end=self.modes.append,
         )
-        self.console = Console(self.guest, (f"unix://{path}",))
+        line = options.get("line")
+        lines = (f"serial://{line}",) if line else ()
+        self.console = Console(self.guest, (f"unix://{path}", *lines))
         self.console.start()
 
     def client(self, **hello: object) -> "Client":

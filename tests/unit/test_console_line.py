@@ -1,0 +1,157 @@
+"""The console on a bare line: a pseudo-terminal stands for hvc0 and ttyS1."""
+
+import os
+import select
+import time
+import tty
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guestagent.console import service as service_module
+from guestagent.console.serial import find_device
+from guestagent.console.service import Console
+from tests.unit.consolebed import WAIT_SECONDS, Bed, fd_count, serving, thread_count, wait_until
+
+ENTER = "Press Enter for the guest's console."
+
+
+class Line:
+    """The far side of a line: what came, and typing."""
+
+    def __init__(self) -> None:
+        self.fd, far = os.openpty()
+        tty.setraw(far)
+        self.path = os.ttyname(far)
+        self.output = b""
+        self._seen = 0
+        os.close(far)
+
+    def type(self, text: str | bytes) -> None:
+        os.write(self.fd, text.encode() if isinstance(text, str) else text)
+
+    def expect(self, text: str) -> str:
+        until = time.monotonic() + WAIT_SECONDS
+        while (at := self.output.find(text.encode(), self._seen)) < 0:
+            assert time.monotonic() < until, (text, self.output[self._seen :])
+            self.read(1.0)
+        between = self.output[self._seen : at]
+        self._seen = at + len(text)
+        return between.decode(errors="replace")
+
+    def read(self, seconds: float) -> None:
+        if select.select([self.fd], [], [], seconds)[0]:
+            try:
+                self.output += os.read(self.fd, 65536)
+            except OSError:  # nobody has the other end open
+                time.sleep(0.01)
+
+
+@pytest.fixture
+def line() -> Iterator[Line]:
+    line = Line()
+    yield line
+    if line.fd >= 0:
+        os.close(line.fd)
+
+
+@pytest.fixture
+def bed(tmp_path: Path, line: Line, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bed]:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(service_module, "_REST_SECONDS", 0.3)
+    (tmp_path / "motd").write_text("hello\n")
+    with serving(tmp_path / "socket", {"base": tmp_path}, line=line.path, shell=True) as bed:
+        yield bed
+
+
+def test_a_session_and_the_next(bed: Bed, line: Line) -> None:
+    for _ in range(2):
+        line.expect(ENTER)
+        line.type("\r")
+        line.expect("guest> ")
+        line.type("cat base:/mo\t\r")
+        line.expect("hello\r\n")
+        line.expect("guest> ")
+        line.type("term vt100 132x50\rterm\r")
+        line.expect("vt100 132x50\r\n")
+        line.expect("vt100 132x50\r\n")
+        line.type("exit\r")
+    line.expect(ENTER)
+    assert b"\x1b" not in line.output
+
+
+def test_a_shell_on_a_line(bed: Bed, line: Line) -> None:
+    line.expect(ENTER)
+    line.type("\rterm 132x50\rsh\r")
+    line.expect("guest# ")
+    line.type("stty size\r")
+    line.expect("50 132")
+    line.type("exit\r")
+    line.expect("guest> ")
+
+
+def test_junk_on_a_line(bed: Bed, line: Line) -> None:
+    line.expect(ENTER)
+    line.type(bytes(range(0x0E, 0x100)) * 4)
+    line.type("\r")
+    line.expect("guest> ")
+    for _ in range(200):
+        line.type(b"\xff\x00noise\x1b[999" * 20)
+        line.read(0.0)
+    line.type("\x03\x15")
+    line.expect("^C")
+    line.type("\ruptime\r")
+    line.expect("the agent")
+
+
+def test_a_line_that_is_cut_costs_nothing(bed: Bed, line: Line) -> None:
+    line.expect(ENTER)
+    line.type("\r")
+    line.expect("guest> ")
+    os.close(line.fd)
+    line.fd = -1
+    wait_until(lambda: bed.console.session_count == 0, "the session lives on")
+    began = time.process_time()
+    select.select([], [], [], 1.5)
+    assert time.process_time() - began < 0.3
+    assert bed.run("plan base")[0] == 0
+
+
+def test_a_line_whose_device_comes_late(tmp_path: Path, line: Line) -> None:
+    path = tmp_path / "ttyLATE"
+    with serving(tmp_path / "socket", {}, line=str(path)) as bed:
+        assert bed.run("uptime")[0] == 0
+        path.symlink_to(line.path)
+        line.expect(ENTER)
+
+
+def test_an_address_that_cannot_be_had_is_told_and_the_others_serve(tmp_path: Path) -> None:
+    from vsock.log import log
+
+    threads, fds = thread_count(), fd_count()
+    with serving(tmp_path / "socket", {}, line=str(tmp_path)) as bed:
+        assert bed.run("uptime")[0] == 0
+        assert "cannot listen" in str([entry.text for entry in log.tail(50)])
+    assert (thread_count(), fd_count()) == (threads, fds)
+
+
+def test_a_port_is_found_by_its_name(tmp_path: Path) -> None:
+    for number, name in enumerate(("agent", "console")):
+        port = tmp_path / f"class/virtio-ports/vport0p{number + 1}"
+        port.mkdir(parents=True)
+        (port / "name").write_text(f"{name}\n")
+    (tmp_path / "class/virtio-ports/vport1p1").mkdir()
+    root = str(tmp_path)
+    assert find_device("/dev/virtio-ports/console", sys_root=root) == "/dev/vport0p2"
+    assert find_device("/dev/virtio-ports/none", sys_root=root) == "/dev/virtio-ports/none"
+    assert find_device("/dev/hvc0", sys_root=root) == "/dev/hvc0"
+    assert find_device("/dev/virtio-ports/x", sys_root=f"{root}/no") == "/dev/virtio-ports/x"
+
+
+def test_a_console_that_never_ran_is_closed(tmp_path: Path) -> None:
+    fds = fd_count()
+    console = Console(None, ())  # type: ignore[arg-type]
+    console.start()
+    console.close()
+    assert fd_count() == fds
