@@ -6,11 +6,9 @@ with Machine(MachineSpec(kernel=..., initrd=...)) as machine:
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,6 +27,7 @@ from rootfs.qemu_command import (
     qemu_command,
 )
 from rootfs.qmp import QmpClient, QmpClosedError
+from rootfs.rundir import run_directory
 from vsock.deadline import Deadline
 from vsock.device.process import DeviceProcess, start_device
 from vsock.errors import CallError
@@ -207,8 +206,8 @@ class Machine:
         return self._process
 
     def _start(self) -> None:
-        self.run_dir = Path(tempfile.mkdtemp(prefix="guestagent-vm-"))
-        self._stack.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
+        run = self._stack.enter_context(run_directory("guestagent-vm-"))
+        self.run_dir = run.path
         console_path = self.spec.console_path or self.run_dir / "console"
         console_path.write_bytes(b"")
         self.console = ConsoleFile(console_path)
@@ -221,7 +220,7 @@ class Machine:
             qmp_fd=None if listener is None else listener.fileno(),
             vhost_socket=self._vhost_socket(),
         )
-        self._spawn(qemu_command(self.spec, runtime), listener)
+        self._spawn(qemu_command(self.spec, runtime), listener, run.lock_fd)
         if listener is not None:
             self._qmp = self._connect_qmp()
             self._stack.callback(self._qmp.close)
@@ -245,7 +244,7 @@ class Machine:
         self._stack.callback(self._device.close)
         return path
 
-    def _spawn(self, argv: list[str], listener: socket.socket | None) -> None:
+    def _spawn(self, argv: list[str], listener: socket.socket | None, lock_fd: int) -> None:
         interactive = self.spec.console_stdio
         errors = open(self.run_dir / "qemu-errors", "wb")  # noqa: SIM115 (closed two lines below)
         with errors:
@@ -255,7 +254,7 @@ class Machine:
                 stdout=None if interactive else errors,
                 stderr=errors,
                 start_new_session=not interactive,
-                pass_fds=() if listener is None else (listener.fileno(),),
+                pass_fds=(lock_fd,) if listener is None else (lock_fd, listener.fileno()),
             )
         if listener is not None:
             listener.close()  # now it goes away with QEMU, and with it our connection

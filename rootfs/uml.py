@@ -15,12 +15,12 @@ import select
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rootfs.rundir import RunDirectory, run_directory
 from rootfs.uml_boot import UmlSpec, kernel_arguments, memory_dir, write_config
 
 __all__ = (
@@ -114,11 +114,10 @@ def run_uml(
 def run_spec(spec: UmlSpec, *, stdout: int | None = None, stderr: int | None = None) -> UmlResult:
     """As ``run_uml``; with descriptors given, output is passed on to them as it comes."""
     with contextlib.ExitStack() as stack:
-        run_dir = Path(tempfile.mkdtemp(prefix="guestagent-uml-"))
-        stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
+        run = stack.enter_context(run_directory("guestagent-uml-"))
         pipes = _Pipes(stack, {1: stdout, 2: stderr})
         started = time.monotonic()
-        process = _start(spec, run_dir, pipes, stack)
+        process = _start(spec, run, pipes, stack)
         return pipes.follow(spec, process, started)
 
 
@@ -211,19 +210,19 @@ class _Pipes:
 
 
 def _start(
-    spec: UmlSpec, run_dir: Path, pipes: _Pipes, stack: contextlib.ExitStack
+    spec: UmlSpec, run: RunDirectory, pipes: _Pipes, stack: contextlib.ExitStack
 ) -> "subprocess.Popen[bytes]":
     program = shutil.which("linux.uml")
     if program is None:
         raise FileNotFoundError("linux.uml is not installed (package user-mode-linux)")
-    config = write_config(spec, run_dir)
+    config = write_config(spec, run.path)
     terminal = None
     if spec.terminal:
         # opened anew: the kernel makes its descriptor non-blocking, and ours is the shell's too
         terminal = os.open(os.ttyname(0), os.O_RDWR)
         pipes.inherited.callback(os.close, terminal)
-    arguments = kernel_arguments(spec, run_dir, config, pipes.write, pipes.life_read, terminal)
-    inherited = [*pipes.write.values(), pipes.life_read]
+    arguments = kernel_arguments(spec, run.path, config, pipes.write, pipes.life_read, terminal)
+    inherited = [*pipes.write.values(), pipes.life_read, run.lock_fd]
     process = subprocess.Popen(
         [program, *arguments],
         stdin=subprocess.DEVNULL,
@@ -231,7 +230,7 @@ def _start(
         stderr=pipes.write[0],
         pass_fds=inherited if terminal is None else [*inherited, terminal],
         start_new_session=True,
-        env={"TMPDIR": str(memory_dir(spec.memory_mib)), "HOME": str(run_dir), "PATH": os.defpath},
+        env={"TMPDIR": str(memory_dir(spec.memory_mib)), "HOME": str(run.path), "PATH": os.defpath},
     )
     stack.callback(_end_group, process)
     resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))

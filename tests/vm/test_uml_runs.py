@@ -178,11 +178,9 @@ def test_a_kernel_that_cannot_boot_is_an_error_with_its_console() -> None:
 
 
 def test_the_guest_ends_when_its_host_process_is_killed(tmp_path: Path) -> None:
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
-        [SCRIPT, "sh", "-c", "echo up; sleep 1000"],
-        stdin=subprocess.DEVNULL,
-        stdout=-1,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        [SCRIPT, "sh", "-c", "echo up; sleep 1000"], stdin=subprocess.DEVNULL, stdout=-1, env=env
     )
     with process:
         assert process.stdout is not None
@@ -190,6 +188,10 @@ def test_the_guest_ends_when_its_host_process_is_killed(tmp_path: Path) -> None:
         assert processes(tmp_path)
         process.kill()
     wait_until_gone(tmp_path)
+    # nobody was left to remove its directory, so that the next run does
+    assert len(os.listdir(tmp_path)) == 1
+    subprocess.run([SCRIPT, "true"], stdin=subprocess.DEVNULL, env=env, check=True)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
