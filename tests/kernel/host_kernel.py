@@ -1,11 +1,13 @@
-"""Whether mounts can be tested on the kernel of this machine: ``python -m tests.kernel.host_kernel``
-prints why not, and nothing where they can.
+"""Whether mounts can be tested on the kernel of this machine.
+
+``python -m tests.kernel.host_kernel`` prints why not, and nothing where they can.
 
 User Mode Linux has a kernel from before the interfaces that take an overlay's layers one by one;
 a newer kernel outside of it is where those are tried.
 """
 
 import os
+import sys
 
 from guestagent.storage.fscontext import FsContext
 from guestagent.storage.overlayfs import BY_MOUNT, available_ways
@@ -28,4 +30,4 @@ def why_not() -> str:
 
 
 if __name__ == "__main__":
-    print(why_not())
+    sys.stdout.write(why_not())
