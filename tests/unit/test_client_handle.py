@@ -17,6 +17,7 @@ from handlebed import WAIT_SECONDS, Agent
 from guestagent.api import METHODS, Empty, Event
 from guestagent.client import ALL_EVENTS, ClosedHandleError, GuestAgent, event_mask
 from guestagent.client.aio import AsyncGuestAgent
+from guestagent.client.events import EventHub
 from vsock.client import ClosedHandleError as LowerClosedHandleError
 from vsock.errors import CallError, ConnectionClosed
 
@@ -277,6 +278,27 @@ def test_missed_events_come_once_and_in_order(agent: Agent) -> None:
         agent.publish("layer_mounted")
         assert seen.get(timeout=WAIT_SECONDS) == 5
         assert seen.empty()
+
+
+def test_what_was_before_the_callback_is_not_missed(agent: Agent) -> None:
+    seen: queue.Queue[int] = queue.Queue()
+    for _ in range(5):
+        agent.publish("layer_mounted")
+    with GuestAgent(agent.address, reconnect=True, connect_seconds=10) as guest:
+        guest.set_event_callback(lambda event: seen.put(event.sequence))
+        agent.stop()
+        agent.publish("layer_mounted")
+        agent.start()
+        assert seen.get(timeout=WAIT_SECONDS) == 6
+        assert seen.empty()
+
+
+def test_an_event_that_is_both_caught_up_on_and_sent_comes_once() -> None:
+    hub, seen = EventHub(), []
+    hub.add(lambda event: seen.append(event.sequence), ALL_EVENTS)
+    for sequence in (1, 2, 2, 1, 3):
+        hub.deliver(Event(sequence=sequence, kind="layer_mounted", unix_ms=0))
+    assert seen == [1, 2, 3]
 
 
 def test_another_boot_counts_anew(agent: Agent) -> None:

@@ -1,5 +1,6 @@
 """The metrics of many guests as one, and serving them within bounds."""
 
+import contextlib
 import http.client
 import socket
 import threading
@@ -213,9 +214,8 @@ def test_idle_connections_do_not_use_up_the_server(server: MetricsServer) -> Non
     for sock in idle:
         sock.close()
     end = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < end:
-        try:
-            assert get(server, "/metrics")[0] == 200
-            break
-        except (ConnectionError, http.client.HTTPException):
-            continue
+    status = None
+    while status is None and time.monotonic() < end:
+        with contextlib.suppress(ConnectionError, http.client.HTTPException):
+            status = get(server, "/metrics")[0]
+    assert status == 200
