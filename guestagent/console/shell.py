@@ -10,6 +10,7 @@ import os
 import signal
 import struct
 import termios
+import threading
 
 from guestagent.api.console import Size
 from guestagent.console.channel import RAW, RUNNING
@@ -79,6 +80,9 @@ class _Child:
         self._outputs: dict[int, bool] = {}
         self._to_write = bytearray()
         self._status: int | None = None
+        # the console's thread signals and resizes, and must not do so to what a number means later
+        self._lock = threading.Lock()
+        self._is_over = False
         self._pid = self._spawn(arguments)
         self._pid_fd = os.pidfd_open(self._pid)
         log.info("shell", pid=self._pid, command=" ".join(arguments)[:200])
@@ -92,6 +96,8 @@ class _Child:
     def __exit__(self, *_: object) -> None:
         self._channel.on_signal = self._channel._interrupt_on
         self._channel.on_size = lambda size: None
+        with self._lock:
+            self._is_over = True
         self._end()
         # a terminal's input and output are one descriptor
         for fd in {*self._outputs, self._input, self._pid_fd} - {-1}:
@@ -104,10 +110,22 @@ class _Child:
 
     def send_signal(self, name: str) -> None:
         """Signal what runs. Called by the console's thread."""
-        raise NotImplementedError
+        with self._lock:
+            if not self._is_over:
+                _kill_group(self._foreground(), signal.Signals[f"SIG{name}"])
 
     def resize(self, size: Size) -> None:
         """Take note of the window's size. Called by the console's thread."""
+        with self._lock:
+            if not self._is_over:
+                self._set_size(size)
+
+    def _foreground(self) -> int:
+        """Return the process group that a signal is for."""
+        return self._pid
+
+    def _set_size(self, size: Size) -> None:
+        """Pass on the window's size."""
 
     def _end_input(self) -> None:
         """The peer has no more input."""
@@ -140,7 +158,7 @@ class _Child:
             if fd in ready:
                 self._carry(fd, life)
         if self._pid_fd in ready:
-            self._reap()
+            self._note_end()
 
     def _write_some(self) -> None:
         try:
@@ -187,15 +205,17 @@ class _Child:
             if error.code != "timeout":
                 raise
 
-    def _reap(self) -> None:
-        _, status = os.waitpid(self._pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        self._status = code if code >= 0 else 128 - code
-        if code < 0:
-            self._run.signal = _signal_name(-code)
+    def _note_end(self) -> None:
+        """Learn how the child ended. It is not reaped yet, so that its session keeps its number."""
+        end = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
+        assert end is not None
+        self._status = end.si_status
+        if end.si_code != os.CLD_EXITED:
+            self._status += 128
+            self._run.signal = _signal_name(end.si_status)
 
     def _end(self) -> None:
-        """Kill what is left of the session, and reap the child."""
+        """Kill what is left of the session, then reap the child."""
         if self._status is None:
             for number in (signal.SIGHUP, signal.SIGCONT):
                 _kill_group(self._pid, number)
@@ -203,9 +223,8 @@ class _Child:
             try:
                 while self._kill_session():
                     deadline.wait((), "kill the shell's session", at_most=0.02)
-                if self._status is None:
-                    deadline.wait((self._pid_fd,), "reap the shell")
-                    self._reap()
+                deadline.wait((self._pid_fd,), "reap the shell")
+                os.waitpid(self._pid, 0)
             except CallError as error:
                 log.error("processes of a shell do not die", pid=self._pid, error=str(error))
 
@@ -245,7 +264,7 @@ class _Terminal(_Child):
             os.set_blocking(master, False)
             self._input = master
             self._outputs[master] = False
-            self.resize(self._channel.size)
+            self._set_size(self._channel.size)
             # opened by the leader of a session without a terminal, it becomes the session's
             first = (os.POSIX_SPAWN_OPEN, 0, os.ttyname(slave), os.O_RDWR, 0)
             rest = [(os.POSIX_SPAWN_DUP2, 0, fd) for fd in (1, 2)]
@@ -256,16 +275,15 @@ class _Terminal(_Child):
         finally:
             os.close(slave)
 
-    def resize(self, size: Size) -> None:
+    def _set_size(self, size: Size) -> None:
         window = struct.pack("4H", size.rows, size.columns, 0, 0)
         fcntl.ioctl(self._input, termios.TIOCSWINSZ, window)
 
-    def send_signal(self, name: str) -> None:
+    def _foreground(self) -> int:
         try:
-            foreground = os.tcgetpgrp(self._input)
-        except OSError:
-            foreground = 0
-        _kill_group(foreground or self._pid, signal.Signals[f"SIG{name}"])
+            return os.tcgetpgrp(self._input) or self._pid
+        except OSError:  # nobody has the terminal any more
+            return self._pid
 
     def _end_input(self) -> None:
         self._to_write += b"\x04"  # what a terminal takes for the end
@@ -291,9 +309,6 @@ class _Pipes(_Child):
         finally:
             for fd in (input_there, output_there, errors_there):
                 os.close(fd)
-
-    def send_signal(self, name: str) -> None:
-        _kill_group(self._pid, signal.Signals[f"SIG{name}"])
 
     def _end_input(self) -> None:
         os.close(self._input)

@@ -2,17 +2,24 @@
 
 import os
 import select
+import socket
 import time
 import tty
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from guestagent.console import service as service_module
+from guestagent.console.command import Guest
 from guestagent.console.serial import find_device
 from guestagent.console.service import Console
 from tests.unit.consolebed import WAIT_SECONDS, Bed, fd_count, serving, thread_count, wait_until
+from vsock.address import SerialAddress
+from vsock.serial import SerialStream
+from vsock.stream import Listener, Stream
 
 ENTER = "Press Enter for the guest's console."
 
@@ -116,6 +123,48 @@ def test_a_line_that_is_cut_costs_nothing(bed: Bed, line: Line) -> None:
     select.select([], [], [], 1.5)
     assert time.process_time() - began < 0.3
     assert bed.run("plan base")[0] == 0
+
+
+class _DeadLine(Listener):
+    """A device that can be opened and ends at once, as a port without hardware does."""
+
+    def __init__(self) -> None:
+        super().__init__(SerialAddress(path="/dev/dead"), None)  # type: ignore[arg-type]
+        self._ready = os.eventfd(1, os.EFD_CLOEXEC)
+        self.count = 0
+
+    def fileno(self) -> int:
+        return self._ready
+
+    def accept(self) -> Stream:
+        if self._busy:
+            raise BlockingIOError
+        self.count += 1
+        near, far = socket.socketpair()
+        far.close()
+        fd = near.detach()
+        self._busy = True
+        return SerialStream(fd, "dead", self._ended)
+
+    _busy = False
+
+    def _ended(self) -> None:
+        self._busy = False
+
+    def close(self) -> None:
+        os.close(self._ready)
+
+
+def test_a_line_that_ends_at_once_is_left_alone_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service_module, "_REST_SECONDS", 0.4)
+    console, dead = Console(cast(Guest, SimpleNamespace(shell=False)), ()), _DeadLine()
+    console._acceptor.add(dead)
+    console.start()
+    select.select([], [], [], 1.0)
+    console.close()
+    assert 2 <= dead.count <= 4
 
 
 def test_a_line_whose_device_comes_late(tmp_path: Path, line: Line) -> None:
