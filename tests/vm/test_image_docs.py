@@ -1,0 +1,42 @@
+"""The commands that docs/images.md shows, run as they stand there, each a process of its own.
+
+The one that needs a guest has a test of its own beside this one.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from imagebed import Layout, Member, directory, make_tar
+
+PROJECT = Path(__file__).resolve().parents[2]
+GUESTCTL = f"{sys.executable} -c 'from guestagent.ctl import main; main()'"
+DOCUMENT = PROJECT / "docs/images.md"
+
+
+def test_the_commands_work(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    (place / "rootfs/etc").mkdir(parents=True)
+    (place / "rootfs/etc/motd").write_text("hello\n")
+    files = [directory("etc"), Member("etc/hosts", b"127.0.0.1")]
+    (tmp_path / "app.tar").write_bytes(make_tar(files))
+    subprocess.run(["gzip", tmp_path / "app.tar"], check=True)
+    (tmp_path / "app.tar.gz").rename(place / "app.tar.gz")
+    Layout(place / "layout").layer(files).layer([Member("etc/.wh.hosts")], "+gzip").finish()
+    commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", DOCUMENT.read_text(), re.M | re.S))
+    assert commands.count("guestctl") > 20
+    script = f'set -eux\nguestctl() {{ {GUESTCTL} "$@"; }}\n{commands}'
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sound: " in done.stdout
+    assert done.stdout.count("good signature") == 2
