@@ -175,7 +175,9 @@ class LineEditor:
 
     def _interrupt(self) -> str:
         self.outcome = "interrupt"
-        return self._go(len(self.text)) + "^C\n"
+        out = self._go(len(self.text))
+        room = self._columns - width_of(self._prompt + self._shown)
+        return out + ("^C\n" if room > len("^C") else "\n")
 
     def _end_or_delete(self) -> str:
         if self.text:

@@ -134,6 +134,11 @@ def test_interrupt_and_end() -> None:
     assert Typist().type(b"abc\x04").editor.outcome is None
 
 
+def test_a_mark_that_does_not_fit_is_left_out() -> None:
+    typist = Typist(columns=12).type(b"123456789\x03")
+    assert ["".join(row) for row in typist.terminal.rows] == ["> 123456789", ""]
+
+
 def test_history() -> None:
     typist = Typist("layers", "ls /", "layers", "status")
     assert typist.type(UP).editor.text == "status"
