@@ -2,10 +2,16 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from guestagent.api import PROTOCOL_VERSIONS, HelloReply, HelloRequest
-from guestagent.client.link import Traceparent, common_params, hello_seconds
+from guestagent.client.link import (
+    HELLO_PAUSE_SECONDS,
+    Traceparent,
+    common_params,
+    hello_seconds,
+)
 from vsock.address import Address, parse_address
 from vsock.aio import AsyncClient, AsyncPendingCall
 from vsock.client import ClosedHandleError, NotificationCallback
@@ -83,10 +89,22 @@ class AsyncLink:
         return {**params, **common_params(self._traceparent)}
 
     async def _connect(self) -> tuple[AsyncClient, HelloReply]:
+        """Connect and say hello; again where the connection ends before that is answered."""
+        ends_at = time.monotonic() + self._connect_seconds
+        while True:
+            left = max(0.0, ends_at - time.monotonic())
+            try:
+                return await self._connect_once(left)
+            except ConnectionClosed:
+                if self._closed or time.monotonic() + HELLO_PAUSE_SECONDS >= ends_at:
+                    raise
+            await asyncio.sleep(HELLO_PAUSE_SECONDS)
+
+    async def _connect_once(self, connect_seconds: float) -> tuple[AsyncClient, HelloReply]:
         self._lost.clear()
         client = await AsyncClient.connect(
             self.address,
-            connect_seconds=self._connect_seconds,
+            connect_seconds=connect_seconds,
             on_notification=self._on_notification,
             on_end=self._ended,
         )

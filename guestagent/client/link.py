@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 from guestagent.api import PROTOCOL_VERSIONS, HelloReply, HelloRequest
@@ -9,13 +10,22 @@ from vsock.address import Address, parse_address
 from vsock.client import Client, ClosedHandleError, NotificationCallback, PendingCall
 from vsock.errors import ConnectionClosed, RpcError
 
-__all__ = ("HELLO_MS", "Link", "Traceparent", "common_params", "hello_seconds")
+__all__ = (
+    "HELLO_MS",
+    "HELLO_PAUSE_SECONDS",
+    "Link",
+    "Traceparent",
+    "common_params",
+    "hello_seconds",
+)
 
 #: W3C text that every request carries, or what returns it for each.
 Traceparent = str | Callable[[], str | None] | None
 
 HELLO_MS = 10_000
 _HELLO_SECONDS = (5.0, 60.0)
+#: Before the next attempt, when a connection ended before hello was answered.
+HELLO_PAUSE_SECONDS = 0.1
 #: Pauses between attempts to make the connection again; each attempt dials again and again itself.
 _PAUSES_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0)
 
@@ -95,9 +105,26 @@ class Link:
         return {**params, **common_params(self._traceparent)}
 
     def _connect(self) -> tuple[Client, HelloReply]:
+        """Connect and say hello; again where the connection ends before that is answered.
+
+        An agent that is about to die, or about to be there, still or already takes connections.
+        Nothing was asked of it yet, so that asking again does no harm.
+        """
+        ends_at = time.monotonic() + self._connect_seconds
+        while True:
+            left = max(0.0, ends_at - time.monotonic())
+            try:
+                return self._connect_once(left)
+            except ConnectionClosed:
+                if self._closed or time.monotonic() + HELLO_PAUSE_SECONDS >= ends_at:
+                    raise
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed, HELLO_PAUSE_SECONDS)
+
+    def _connect_once(self, connect_seconds: float) -> tuple[Client, HelloReply]:
         client = Client(
             self.address,
-            connect_seconds=self._connect_seconds,
+            connect_seconds=connect_seconds,
             on_notification=self._on_notification,
             on_end=self._ended,
         )

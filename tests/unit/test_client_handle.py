@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import pydoc
 import queue
+import socket
 import subprocess
 import sys
 import threading
@@ -247,6 +248,51 @@ def test_a_trace_is_on_every_request(agent: Agent) -> None:
 
     run(agent, scenario, traceparent=TRACE)
     assert agent.traces[-1] == TRACE
+
+
+# --- connecting
+
+
+@pytest.fixture
+def hanging_up(tmp_path: Path) -> Iterator[tuple[str, list[int]]]:
+    """Takes two connections and ends them unheard; then an agent is there."""
+    path = tmp_path / "agent"
+    taken: list[int] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        agents: list[Agent] = []
+
+        def work() -> None:
+            for number in range(2):
+                sock, _ = listener.accept()
+                taken.append(number)
+                sock.close()
+            agents.append(Agent(path))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        yield f"unix://{path}", taken
+        thread.join(WAIT_SECONDS)
+        agents[0].stop()
+
+
+def test_who_hangs_up_before_hello_is_tried_again(hanging_up: tuple[str, list[int]]) -> None:
+    address, taken = hanging_up
+    with GuestAgent(address, connect_seconds=WAIT_SECONDS) as guest:
+        assert guest.metrics()
+    assert taken == [0, 1]
+
+
+def test_the_twin_tries_again_too(hanging_up: tuple[str, list[int]]) -> None:
+    address, taken = hanging_up
+
+    async def main() -> None:
+        async with AsyncGuestAgent(address, connect_seconds=WAIT_SECONDS) as guest:
+            assert await guest.metrics()
+
+    asyncio.run(main())
+    assert taken == [0, 1]
 
 
 # --- reconnecting

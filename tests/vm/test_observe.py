@@ -16,6 +16,7 @@ import pytest
 from guestagent.api import LayerSpec, VirtioBlkDevice
 from guestagent.client import GuestAgent
 from rootfs.qemu import DiskSpec, Machine
+from vsock.errors import ConnectionClosed
 
 PROJECT = Path(__file__).resolve().parents[2]
 TOOLS = PROJECT / ".cache/tools/prometheus/usr/bin"
@@ -167,3 +168,43 @@ def test_a_person_sees_into_a_machine(machines: dict[str, Machine]) -> None:
     assert lines[0]["number"] == 1
     assert texts.index("engine ready") < texts.index("serving")
     assert guestctl(machine, "crashes") == "none\n"
+
+
+def test_a_crash_under_pid_one_and_the_log_of_a_boot(
+    start_machine: Callable[..., Machine], layer_images: dict[str, Path]
+) -> None:
+    """The host hears the log from the first line of boot, over a crash of the agent, and its
+    next life says what killed it."""
+    disk = DiskSpec(path=layer_images["plain"], serial="plain")
+    machine = start_machine(
+        disks=(disk,),
+        memory_mib=256,
+        cmdline="guestagent.fault=mount:KILL guestagent.log_dial=2:1026 guestagent.log=debug",
+    )
+    where = machine.agent_address().removeprefix("hybrid://").rpartition(":")[0] + "_1026"
+    spec = LayerSpec(layer_id="plain", device=VirtioBlkDevice(serial="plain"), filesystem="erofs")
+    with running(
+        GUESTCTL, "log", "--listen", f"unix://{where}", "--json", stdout=subprocess.PIPE
+    ) as host:
+        first = GuestAgent(machine.agent_address(), connect_seconds=BOOT_SECONDS)
+        with first, pytest.raises(ConnectionClosed):
+            first.layer_mount(spec)
+        with GuestAgent(machine.agent_address(), connect_seconds=BOOT_SECONDS) as guest:
+            (report,) = guest.crashes().crashes
+            assert guest.status().restarts == 1
+            last = guest.log(-1, level="debug").next
+        assert host.stdout is not None
+        with host.stdout:
+            heard = []
+            for text in host.stdout:
+                heard.append(json.loads(text))
+                if heard[-1]["number"] >= last:
+                    break
+    assert (report.kind, report.signal, report.status) == ("death", "SIGKILL", -9)
+    assert report.requests[0].startswith("layer.mount ")
+    assert report.unfinished == ("plain at /run/layers/plain",)
+    assert [line["number"] for line in heard] == list(range(1, heard[-1]["number"] + 1))
+    assert len({line["boot_id"] for line in heard}) == 1
+    texts = [line["text"] for line in heard]
+    assert texts.count("engine ready") == 2
+    assert "the agent died and is started again" in texts
