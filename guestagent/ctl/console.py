@@ -8,6 +8,7 @@ from guestagent.api import AGENT_PORT
 from guestagent.api.console import CONSOLE_PORT, DISABLED
 from guestagent.client import GuestAgent
 from guestagent.ctl.console_client import ConsoleClient, LineClient
+from guestagent.ctl.profiles import resolve
 from guestagent.ctl.session import Session, pass_session
 from vsock.address import (
     Address,
@@ -49,9 +50,9 @@ def console(
     the shell. At a terminal ~. at the start of a line leaves and ~? lists what else there is. What
     is not a terminal sends commands, one a line.
     """
-    text = address or session.address
+    text = resolve(address) if address else session.address
     if text is None:
-        raise click.UsageError("which guest? say ADDRESS or --connect ADDRESS")
+        raise click.UsageError("which guest? say ADDRESS, a profile, or --connect ADDRESS")
     try:
         place = parse_address(text)
     except ValueError as error:
