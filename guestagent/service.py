@@ -305,7 +305,6 @@ class Service:
         device, lines = self._engine.dm.status(request.name)
         return DmStatusReply(name=request.name, device=device, lines=lines)
 
-
     # --- metrics
 
     def _samples(self) -> "Mapping[str, Iterable[Sample]]":
