@@ -62,7 +62,9 @@ def inspect(name_or_dev: str, *, sys_root: str = "/sys") -> BlockDevice:
         FileNotFoundError: there is none.
     """
     link = "dev/block" if ":" in name_or_dev else "class/block"
-    path = os.path.realpath(f"{sys_root}/{link}/{name_or_dev}")
+    directory = f"{sys_root}/{link}"
+    # one link leads there; realpath would look at each part of the path
+    path = os.path.join(directory, os.readlink(f"{directory}/{name_or_dev}"))
     name = os.path.basename(path)
     is_partition = os.path.exists(f"{path}/partition")
     disk = os.path.dirname(path) if is_partition else path

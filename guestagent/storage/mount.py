@@ -18,7 +18,6 @@ from guestagent.storage.fscontext import (
     flag_bits,
     is_supported,
 )
-from guestagent.storage.mountinfo import mount_id_of
 from vsock.errors import CallError
 
 __all__ = (
@@ -132,19 +131,11 @@ class TargetDirectory:
             path = f"{path}/{name}"
             child = self._enter(name, path, create)
             parent_fd, self._fd = self._fd, child
-            parent_mount = mount_id_of(parent_fd) if path == self.path else None
             os.close(parent_fd)
-        if mount_id_of(self._fd) != parent_mount:
-            raise CallError(
-                "conflict",
-                f"target {self.path!r} is a mount point already",
-                step="target",
-                object=self.path,
-            )
 
     def _enter(self, name: str, path: str, create: bool) -> int:
         try:
-            return _open_child(self._fd, name, path)
+            return self._open_child(name, path)
         except FileNotFoundError:
             if not create:
                 raise
@@ -154,7 +145,36 @@ class TargetDirectory:
                 self.created += (path,)
         except FileExistsError:  # another request made it meanwhile: it is not ours
             pass
-        return _open_child(self._fd, name, path)
+        return self._open_child(name, path)
+
+    def _open_child(self, name: str, path: str) -> int:
+        # only the target itself must not be a mount point; what leads there may be one
+        is_target = path == self.path
+        resolve = _RESOLVE | syscalls.RESOLVE_NO_XDEV if is_target else _RESOLVE
+        try:
+            return syscalls.openat2(self._fd, name, _OPEN_DIRECTORY, resolve=resolve)
+        except OSError as error:
+            problem = _problem_of(error, path, is_target)
+            if problem is None:
+                raise
+            raise problem from error
+
+
+def _problem_of(error: OSError, path: str, is_target: bool) -> CallError | None:
+    """Return what an error of openat2 means for a component of a target; None if nothing special.
+
+    A single name that is no link leads to another mount (EXDEV) only by a mount on top of it.
+    """
+    if error.errno == errno.EXDEV and is_target:
+        text = f"target {path!r} is a mount point already"
+        return CallError("conflict", text, step="target", object=path)
+    if error.errno in (errno.ELOOP, errno.EXDEV):
+        code, text = "denied", f"target component {path!r} is a link, which is not followed"
+    elif error.errno == errno.ENOTDIR:
+        code, text = "conflict", f"target component {path!r} is not a directory"
+    else:
+        return None
+    return CallError(code, text, errno=error.errno, step="target", object=path)
 
 
 def _names_below(target: str, root: str) -> list[str]:
@@ -167,23 +187,6 @@ def _names_below(target: str, root: str) -> list[str]:
             object=target,
         )
     return names
-
-
-def _open_child(parent_fd: int, name: str, path: str) -> int:
-    try:
-        return syscalls.openat2(parent_fd, name, _OPEN_DIRECTORY, resolve=_RESOLVE)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EXDEV):
-            text = f"target component {path!r} is a link, which is not followed"
-            raise CallError(
-                "denied", text, errno=error.errno, step="target", object=path
-            ) from error
-        if error.errno == errno.ENOTDIR:
-            text = f"target component {path!r} is not a directory"
-            raise CallError(
-                "conflict", text, errno=error.errno, step="target", object=path
-            ) from error
-        raise
 
 
 def _open_parent(path: str) -> int:

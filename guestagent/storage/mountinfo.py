@@ -14,7 +14,6 @@ __all__ = (
     "Mount",
     "find_mount",
     "lowerdirs_of",
-    "mount_id_of",
     "mounts_of_dev",
     "parse",
     "read_mounts",
@@ -135,19 +134,13 @@ def mounts_of_dev(dev: str, path: str = MOUNTINFO_PATH) -> tuple[Mount, ...]:
     return tuple(mount for mount in map(parse_line, lines) if mount.dev == dev)
 
 
-def mount_id_of(fd: int) -> int:
-    """Return the id of the mount that an open file (O_PATH will do) is on."""
-    for line in _read_text(f"/proc/self/fdinfo/{fd}").split("\n"):
-        if line.startswith("mnt_id:"):
-            return int(line[7:])
-    raise ValueError(f"the kernel tells no mount id for descriptor {fd}")
-
-
 def split_lowerdir(value: str) -> tuple[str, ...]:
     r"""Split ``lowerdir=`` at its colons, and resolve the backslashes that overlayfs reads.
 
     ``::`` parts data-only layers, which are listed too.
     """
+    if "\\" not in value:
+        return tuple(path for path in value.split(":") if path)
     paths = [""]
     letters = iter(value)
     for letter in letters:

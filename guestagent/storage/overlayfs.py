@@ -167,9 +167,10 @@ def mount_overlay(
             kernel shows others than were asked for (the overlay is unmounted again).
     """
     plan = _plan(name, lowerdirs, upperdir, workdir, options, flags, runtime_directory)
-    for _, path in _directories(plan):
-        os.close(_open_directory(path))
     chosen = way or _choose(plan)
+    if chosen != BY_FD:  # which opens each of them in any case
+        for _, path in _directories(plan):
+            os.close(_open_directory(path))
     if chosen == BY_MOUNT:
         links = _mount_by_mount2(plan, target)
     elif chosen in (BY_FD, BY_PATH):

@@ -8,9 +8,9 @@ are dropped. When the kernel could not queue all events, ``receive`` puts one ``
 action ``lost`` in place: whoever waits for a state must then look at the state itself.
 """
 
+import _socket
 import errno
 import os
-import socket
 from collections.abc import Mapping
 
 from vsock.record import Record
@@ -64,8 +64,8 @@ class UeventSocket:
     """A subscription; events count from its making on. Use as a context manager."""
 
     def __init__(self) -> None:
-        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        self._socket = socket.socket(socket.AF_NETLINK, kind, _NETLINK_KOBJECT_UEVENT)
+        kind = _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK
+        self._socket = _socket.socket(_socket.AF_NETLINK, kind, _NETLINK_KOBJECT_UEVENT)
         try:
             self._grow_queue()
             self._socket.bind((0, _KERNEL_GROUP))
@@ -75,9 +75,9 @@ class UeventSocket:
 
     def _grow_queue(self) -> None:
         try:
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE_BYTES)
+            self._socket.setsockopt(_socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE_BYTES)
         except PermissionError:  # without CAP_NET_ADMIN the default size has to do
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _QUEUE_BYTES)
+            self._socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVBUF, _QUEUE_BYTES)
 
     def fileno(self) -> int:
         """Return the descriptor to wait on; it stays ours."""

@@ -450,7 +450,8 @@ def test_rename_uuid_suspend_reload(control: Control, disk: str) -> None:
 
 
 def test_minor_number_and_version(control: Control) -> None:
-    info = control.create("t-minor", "u-minor", 300)
+    control.create("t-minor", "u-minor", 300)
+    info = control.info("t-minor")
     assert (info.dev, info.node) == (f"{info.dev.split(':')[0]}:300", "/dev/dm-300")
     control.remove("t-minor")
     assert control.version()[0] == 4

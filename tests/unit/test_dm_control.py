@@ -157,11 +157,38 @@ def test_target_versions(kernel: Callable[[Ioctl], Control]) -> None:
     assert control.list_versions() == {"verity": (1, 9, 0), "linear": (1, 4, 0)}
 
 
+def test_each_field_of_a_device_is_read_from_its_place() -> None:
+    """struct dm_ioctl, written out by offsets."""
+    buffer = bytearray(dmioctl.HEADER.size)
+    struct.pack_into("=5I", buffer, 0, 4, 47, 1, 312, 312)
+    struct.pack_into("=IiII", buffer, 20, 3, 5, dmioctl.DM_READONLY_FLAG, 7)
+    struct.pack_into("=Q", buffer, 40, dmioctl.encode_dev(253, 300))
+    buffer[48:52], buffer[176:180] = b"name", b"uuid"
+    reply = dmioctl.Reply(buffer)
+    assert (reply.version, reply.flags, reply.data) == ((4, 47, 1), 1, b"")
+    assert reply.info.as_dict() == {
+        "name": "name",
+        "uuid": "uuid",
+        "dev": "253:300",
+        "node": "/dev/dm-300",
+        "readonly": True,
+        "suspended": False,
+        "live_table": False,
+        "inactive_table": False,
+        "open_count": 5,
+        "event_number": 7,
+        "target_count": 3,
+        "deferred_remove": False,
+    }
+
+
 @given(data=st.binary(max_size=300), count=st.integers(0, 4))
 def test_garbage_in_an_answer_is_no_crash(data: bytes, count: int) -> None:
     """The kernel is trusted, the parser is bounded all the same: a value or one of its errors."""
-    info = dmioctl.parse_reply(bytearray(dmioctl.HEADER.size)).info.replace(target_count=count)
-    reply = dmioctl.Reply(version=(4, 0, 0), info=info, flags=0, data=data)
+    buffer = bytearray(dmioctl.HEADER.size) + data
+    struct.pack_into("=III", buffer, 12, len(buffer), dmioctl.HEADER.size, count)
+    reply = dmioctl.Reply(buffer)
+    assert (reply.data, reply.info.target_count) == (data, count)
     for parse in (dmioctl.unpack_targets, lambda reply: dmioctl.unpack_names(reply, True)):
         try:
             parse(reply)

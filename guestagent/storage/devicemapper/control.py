@@ -66,11 +66,10 @@ class Control:
     def version(self) -> tuple[int, int, int]:
         """Return the interface version of the kernel, as (4, 47, 0)."""
         if self._version is None:
-            major, minor, patch = self._call(dmioctl.DM_VERSION, what="version").version
-            self._version = (major, minor, patch)
+            self._version = self._call(dmioctl.DM_VERSION, what="version").version
         return self._version
 
-    def create(self, name: str, uuid: str, minor: int | None = None) -> DeviceInfo:
+    def create(self, name: str, uuid: str, minor: int | None = None) -> None:
         """Create a device with no table yet.
 
         Raises:
@@ -81,9 +80,9 @@ class Control:
         dmioctl.check_new_word("uuid", uuid, dmioctl.UUID_MAX_BYTES)
         flags = 0 if minor is None else dmioctl.DM_PERSISTENT_DEV_FLAG
         dev = 0 if minor is None else dmioctl.encode_dev(0, minor)
-        return self._call(dmioctl.DM_DEV_CREATE, name, uuid, flags=flags, dev=dev).info
+        self._call(dmioctl.DM_DEV_CREATE, name, uuid, flags=flags, dev=dev)
 
-    def load_table(self, name: str, targets: Sequence[Target], *, readonly: bool) -> DeviceInfo:
+    def load_table(self, name: str, targets: Sequence[Target], *, readonly: bool) -> None:
         """Load targets into the inactive slot; sector ranges must be contiguous from 0.
 
         Raises:
@@ -94,13 +93,11 @@ class Control:
             raise ValueError(f"the table for {name!r} is empty")
         data = b"".join(dmioctl.pack_target(target) for target in targets)
         flags = dmioctl.DM_READONLY_FLAG if readonly else 0
-        return self._call(
-            dmioctl.DM_TABLE_LOAD, name, flags=flags, data=data, target_count=len(targets)
-        ).info
+        self._call(dmioctl.DM_TABLE_LOAD, name, flags=flags, data=data, target_count=len(targets))
 
-    def clear_table(self, name: str) -> DeviceInfo:
+    def clear_table(self, name: str) -> None:
         """Drop the table in the inactive slot."""
-        return self._call(dmioctl.DM_TABLE_CLEAR, name).info
+        self._call(dmioctl.DM_TABLE_CLEAR, name)
 
     def resume(self, name: str) -> DeviceInfo:
         """Make the inactive table live, if there is one, and let input and output go on."""
@@ -145,10 +142,18 @@ class Control:
 
     def find(self, *, name: str = "", uuid: str = "") -> DeviceInfo | None:
         """Describe the device of that name or of that uuid; None if there is none."""
+        reply = self._look_up(name, uuid)
+        return None if reply is None else reply.info
+
+    def exists(self, *, name: str = "", uuid: str = "") -> bool:
+        """Say whether there is a device of that name or of that uuid."""
+        return self._look_up(name, uuid) is not None
+
+    def _look_up(self, name: str, uuid: str) -> Reply | None:
         if bool(name) == bool(uuid):
-            raise ValueError("find takes either a name or a uuid")
+            raise ValueError("a device is found by either a name or a uuid")
         try:
-            return self._call(dmioctl.DM_DEV_STATUS, name, uuid).info
+            return self._call(dmioctl.DM_DEV_STATUS, name, uuid)
         except OSError as error:
             if error.errno == errno.ENXIO:
                 return None
@@ -172,7 +177,7 @@ class Control:
         flags |= dmioctl.DM_QUERY_INACTIVE_TABLE_FLAG if inactive else 0
         return _targets(self._table_status(name, flags))
 
-    def _table_status(self, name: str, flags: int = 0) -> dmioctl.Reply:
+    def _table_status(self, name: str, flags: int = 0) -> Reply:
         flags |= dmioctl.DM_NOFLUSH_FLAG
         return self._call(dmioctl.DM_TABLE_STATUS, name, flags=flags, room=_ROOM_BYTES)
 
@@ -260,7 +265,7 @@ class Control:
             buffer[dmioctl.HEADER.size : dmioctl.HEADER.size + len(data)] = data
             object_name = name or uuid or what or self._path
             syscalls.ioctl(self._fd, request, buffer, object_name, dmioctl.CALL_NAMES[number])
-            reply = dmioctl.parse_reply(buffer)
+            reply = Reply(buffer)
             if not reply.flags & dmioctl.DM_BUFFER_FULL_FLAG:
                 return reply
             size *= 4
@@ -269,14 +274,14 @@ class Control:
                 raise OSError(errno.EOVERFLOW, text, name)
 
 
-def _targets(reply: dmioctl.Reply) -> tuple[Target, ...]:
+def _targets(reply: Reply) -> tuple[Target, ...]:
     return tuple(
         Target(start_sectors=start, length_sectors=length, target_type=kind, params=text)
         for start, length, kind, text in dmioctl.unpack_targets(reply)
     )
 
 
-def _statuses(reply: dmioctl.Reply) -> tuple[TargetStatus, ...]:
+def _statuses(reply: Reply) -> tuple[TargetStatus, ...]:
     return tuple(
         TargetStatus(start_sectors=start, length_sectors=length, target_type=kind, status=text)
         for start, length, kind, text in dmioctl.unpack_targets(reply)

@@ -223,11 +223,7 @@ def wait_gone(
 
 
 def _still_there(control: Control, wanted: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [
-        (kind, word)
-        for kind, word in wanted
-        if control.find(**({"name": word} if kind == "name" else {"uuid": word})) is not None
-    ]
+    return [(kind, word) for kind, word in wanted if control.exists(**{kind: word})]
 
 
 def _dying(control: Control) -> set[str]:

@@ -89,11 +89,36 @@ class DeviceInfo(Record):
     deferred_remove: bool
 
 
-class Reply(Record):
-    version: tuple[int, ...]
-    info: DeviceInfo
-    flags: int
-    data: bytes
+class Reply:
+    """What the kernel answered: ``version`` and ``flags``, and the data behind the header."""
+
+    __slots__ = ("_fields", "data", "flags", "target_count", "version")
+
+    def __init__(self, buffer: bytearray) -> None:
+        self._fields = fields = HEADER.unpack_from(buffer)
+        self.version: tuple[int, int, int] = fields[:3]
+        data_size, data_start, self.target_count, _, self.flags = fields[3:8]
+        self.data = bytes(buffer[data_start:data_size]) if data_start < data_size else b""
+
+    @property
+    def info(self) -> DeviceInfo:
+        """The device as the header has it; made when asked for, since most calls do not ask."""
+        open_count, flags, event_number, _, dev, name, uuid = self._fields[6:]
+        dev_text = format_dev(dev)
+        return DeviceInfo(
+            name=until_nul(name),
+            uuid=until_nul(uuid),
+            dev=dev_text,
+            node=f"/dev/dm-{dev_text.partition(':')[2]}",
+            readonly=bool(flags & DM_READONLY_FLAG),
+            suspended=bool(flags & DM_SUSPEND_FLAG),
+            live_table=bool(flags & _DM_ACTIVE_PRESENT_FLAG),
+            inactive_table=bool(flags & _DM_INACTIVE_PRESENT_FLAG),
+            open_count=open_count,
+            event_number=event_number,
+            target_count=self.target_count,
+            deferred_remove=bool(flags & DM_DEFERRED_REMOVE),
+        )
 
 
 def encode_word(kind: str, word: str, longest: int) -> bytes:
@@ -124,29 +149,6 @@ def until_nul(data: bytes) -> str:
     return os.fsdecode(data.split(b"\0", 1)[0])
 
 
-def parse_reply(buffer: bytearray) -> Reply:
-    fields = HEADER.unpack_from(buffer)
-    data_size, data_start, target_count, open_count, flags, event_number = fields[3:9]
-    dev, name, uuid = fields[10:13]
-    dev_text = format_dev(dev)
-    info = DeviceInfo(
-        name=until_nul(name),
-        uuid=until_nul(uuid),
-        dev=dev_text,
-        node=f"/dev/dm-{dev_text.partition(':')[2]}",
-        readonly=bool(flags & DM_READONLY_FLAG),
-        suspended=bool(flags & DM_SUSPEND_FLAG),
-        live_table=bool(flags & _DM_ACTIVE_PRESENT_FLAG),
-        inactive_table=bool(flags & _DM_INACTIVE_PRESENT_FLAG),
-        open_count=open_count,
-        event_number=event_number,
-        target_count=target_count,
-        deferred_remove=bool(flags & DM_DEFERRED_REMOVE),
-    )
-    data = bytes(buffer[data_start:data_size]) if data_start < data_size else b""
-    return Reply(version=fields[:3], info=info, flags=flags, data=data)
-
-
 def pack_target(target: Target) -> bytes:
     params = target.params.encode("ascii") + b"\0"
     size = (_SPEC.size + len(params) + 7) & ~7
@@ -159,7 +161,7 @@ def unpack_targets(reply: Reply) -> list[tuple[int, int, str, str]]:
     """Here ``next`` counts from the start of the data, where on loading it counts from the spec."""
     found = []
     at = 0
-    for _ in range(reply.info.target_count):
+    for _ in range(reply.target_count):
         start, length, _, next_at, kind = _SPEC.unpack_from(reply.data, at)
         text = until_nul(reply.data[at + _SPEC.size : next_at])
         found.append((start, length, until_nul(kind), text))
