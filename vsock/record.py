@@ -40,6 +40,7 @@ __all__ = ("Record", "decode")
 _REQUIRED = object()
 #: No field of the contract is an integer outside the signed and unsigned 64-bit ranges.
 _INT_MIN, _INT_MAX = -(1 << 63), (1 << 64) - 1
+_HEX = frozenset("0123456789abcdefABCDEF")
 #: What is plain already, and most of what there is.
 _SCALARS = frozenset((str, int, bool, float, bytes, types.NoneType))
 
@@ -225,7 +226,7 @@ def _decode_scalar(kind: object, value: object, where: str) -> object:
 
 def _bytes_from_hex(text: str, where: str) -> bytes:
     # bytes.fromhex skips white space, which has no place in a digest
-    if not all(c in "0123456789abcdefABCDEF" for c in text):
+    if not _HEX.issuperset(text):
         raise _invalid(where, "expected binary or hexadecimal text")
     if len(text) % 2:
         raise _invalid(where, f"hexadecimal text of odd length {len(text)}")
