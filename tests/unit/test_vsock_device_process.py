@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from vsock.device import process as process_module
 from vsock.device.device import Settings
-from vsock.device.hybrid import ListenerInUse, listen
+from vsock.device.hybrid import HostStream, ListenerInUse, listen
 from vsock.device.loop import Loop
 from vsock.device.process import DeviceError, start_device
 
@@ -51,6 +52,24 @@ class TestProcess:
                     start_device(*(tmp_path / name for name in paths), 3, log=subprocess.DEVNULL)
             assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "u"]
             connect(tmp_path / "u").close()
+
+    def test_no_process_is_left_when_the_start_is_interrupted(self, tmp_path, monkeypatch):
+        class Interrupted:
+            def register(self, *_):
+                pass
+
+            def poll(self, _):
+                raise KeyboardInterrupt
+
+        started = []
+        spawn = process_module._spawn
+        monkeypatch.setattr(process_module.select, "poll", Interrupted)
+        monkeypatch.setattr(
+            process_module, "_spawn", lambda *rest: started.append(spawn(*rest)) or started[0]
+        )
+        with pytest.raises(KeyboardInterrupt):
+            start_device(tmp_path / "s", tmp_path / "u", 3, log=subprocess.DEVNULL)
+        assert started[0].returncode == -signal.SIGKILL
 
     def test_a_signal_ends_it_in_order(self, tmp_path):
         with (
@@ -98,6 +117,40 @@ class TestListen:
     def test_both_sockets_at_one_path(self):
         with pytest.raises(ValueError, match="both"):
             Settings(socket_path="/a", uds_path="/a", cid=3)
+
+
+class TestHostStream:
+    """A guest may scatter a packet over more buffers than one system call takes."""
+
+    PIECES = 3000
+
+    def test_data_for_the_host_in_many_pieces(self):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            stream = HostStream(ours)
+            data = os.urandom(self.PIECES)
+            views = [memoryview(data)[at : at + 1] for at in range(self.PIECES)]
+            assert stream.send(views, self.PIECES) == self.PIECES
+            assert not stream.gone
+            assert theirs.recv(2 * self.PIECES) == data
+            stream.close()
+
+    def test_data_for_the_guest_in_many_pieces(self):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            stream = HostStream(ours)
+            data = os.urandom(self.PIECES)
+            theirs.sendall(data)
+            buffer = bytearray(self.PIECES)
+            views = [memoryview(buffer)[at : at + 1] for at in range(self.PIECES)]
+            got = 0
+            while got < self.PIECES:
+                count = stream.receive_into(views[got:])
+                assert count
+                got += count
+            assert buffer == data
+            assert not stream.eof
+            stream.close()
 
 
 class TestLoop:

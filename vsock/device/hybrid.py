@@ -21,6 +21,8 @@ __all__ = ("MAX_LINE_BYTES", "HostStream", "ListenerInUse", "dial", "listen", "p
 MAX_LINE_BYTES = 32
 #: What one sendmsg takes of the backlog.
 _FLUSH_BYTES = 64 * 1024
+#: What one call takes of a scattered buffer; the guest decides how much it is scattered.
+_IOV_MAX = os.sysconf("SC_IOV_MAX")
 _GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 
 
@@ -153,7 +155,7 @@ class HostStream:
     def receive_into(self, views: Sequence[memoryview]) -> int | None:
         """Read what is there; 0 is the end of the stream, None means nothing now."""
         try:
-            count = self._sock.recvmsg_into(views)[0]
+            count = self._sock.recvmsg_into(views[:_IOV_MAX])[0]
         except BlockingIOError:
             self.readable = False
             return None
@@ -210,6 +212,9 @@ class HostStream:
         self._sock.close()
 
     def _write(self, views: Sequence[memoryview]) -> int:
+        if len(views) > _IOV_MAX:
+            # In one piece, since what a part leaves over must mean that the socket is full.
+            views = (memoryview(b"".join(views)),)
         try:
             return self._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
         except BlockingIOError:

@@ -85,16 +85,25 @@ def start_device(
                 *paths, cid, (*options, *(("--once",) if once else ())), child_ready, log
             )
         device = DeviceProcess(process, *paths)
-        poller = select.poll()
-        poller.register(ready, select.POLLIN)
-        if poller.poll(_START_SECONDS * 1000) and os.read(ready, 1) == b"\n":
-            return device
+        try:
+            if _is_up(ready):
+                return device
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
         process.kill()
         status = process.wait()
         # Its paths are left alone: it may have failed because they are those of another device.
         raise DeviceError(f"the vsock device on {paths[0]!r} did not start, exit status {status}")
     finally:
         os.close(ready)
+
+
+def _is_up(ready: int) -> bool:
+    poller = select.poll()
+    poller.register(ready, select.POLLIN)
+    return bool(poller.poll(_START_SECONDS * 1000)) and os.read(ready, 1) == b"\n"
 
 
 def _spawn(
