@@ -47,18 +47,24 @@ class Session:
         self._echo = Screen(channel, channel.life)
         self._status = OK
         self._signal: str | None = None
+        self._is_told = False
 
     def run(self) -> None:
         """Never raises but for a bug, of which the thread's hook tells; the peer is let go then."""
         try:
             self._welcome()
             self._converse()
+            self._is_told = True
             self.channel.finish(Exit(status=self._status, signal=self._signal))
         except CallError as error:
             self._refuse(error)
         except ConnectionClosed as error:
+            self._is_told = True
             log.debug("console session cut off", session=self.number, why=str(error))
         finally:
+            if not self._is_told:
+                text = "the console failed"
+                self._refuse(CallError("internal", text, hint="this is a bug; the log has more"))
             self._on_end(self)
 
     def _welcome(self) -> None:
@@ -83,6 +89,7 @@ class Session:
 
     def _refuse(self, error: CallError) -> None:
         """Tell the peer why it ends, unless it ends because the peer has gone."""
+        self._is_told = True
         if self.channel.life.cancelled:
             return
         try:

@@ -27,6 +27,7 @@ __all__ = ("Finding", "Outcome", "Reconciliation")
 #: A request that holds an id for longer accounts for it by that.
 _LOCK_SECONDS = 2.0
 _READS = 3
+_IN_ORDER = "it is in order now"
 
 
 class Finding(Record):
@@ -75,7 +76,7 @@ class Reconciliation:
             CallError: ``cancelled``; ``mount`` or ``device``, the kernel could not be asked.
         """
         with op.step("look", "journal, inventory, kernel"):
-            suspects = self._scan()
+            suspects = self._scan(self._read())
         return tuple(finding for finding in suspects if self._confirm(finding, op) is None)
 
     def settle(self, finding: Finding, op: Operation) -> Outcome:
@@ -113,8 +114,7 @@ class Reconciliation:
                     raise
         raise AssertionError("unreachable")
 
-    def _scan(self) -> tuple[Finding, ...]:
-        books = self._read()
+    def _scan(self, books: _Books) -> tuple[Finding, ...]:
         return (
             *self._orphan_devices(books),
             *self._layer_findings(books),
@@ -200,7 +200,7 @@ class Reconciliation:
             with op.deadline.part(_LOCK_SECONDS) as limit:
                 kind, name = finding.owner
                 with self._state.locks.hold([(kind, name)], limit):
-                    return None if finding in self._scan() else "it is in order now"
+                    return None if finding in self._scan(self._read()) else _IN_ORDER
         except CallError as error:
             if error.code != "timeout" or op.deadline.expired:
                 raise
@@ -215,9 +215,10 @@ class Reconciliation:
         with op.deadline.part(_LOCK_SECONDS) as limit:
             kind, name = finding.owner
             with self._state.locks.hold([(kind, name)], limit):
-                if finding not in self._scan():
-                    return "it is in order now"
-                self._undo_locked(finding, self._read())
+                books = self._read()
+                if finding not in self._scan(books):
+                    return _IN_ORDER
+                self._undo_locked(finding, books)
         return None
 
     def _unmount(self, finding: Finding, op: Operation) -> str | None:

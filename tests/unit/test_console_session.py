@@ -520,7 +520,7 @@ def test_endless_lines_and_junk_at_the_editor(person: Client) -> None:
         person.type(b"x" * 30_000)
     person.type(bytes(range(0x0B, 0x100)) * 8)
     person.type("\x03")
-    person.expect("^C")
+    person.expect("\r\nguest> ")
     person.type("\r\x15uptime\r")
     person.expect("the agent")
 
@@ -606,6 +606,19 @@ def test_connects_and_disconnects_leave_nothing(bed: Bed) -> None:
 
 def _rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_bug_ends_one_session_and_says_so(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    caught: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: caught.append(args.exc_value))
+    monkeypatch.setattr(bed.engine.debug, "plan_of", lambda layer_id: 1 // 0)
+    with bed.client(command="plan base") as script:
+        wait_until(lambda: not script._receive(time.monotonic() + 5), "still open")
+        assert script.refusal is not None
+        assert script.refusal["code"] == "internal"
+    wait_until(lambda: bed.console.session_count == 0, "the session lives on")
+    assert isinstance(caught.pop(), ZeroDivisionError)
+    assert bed.run("uptime")[0] == 0
 
 
 def test_closing_ends_every_session(tmp_path: Path, layer: Path) -> None:
