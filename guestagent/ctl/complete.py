@@ -25,7 +25,7 @@ def _completer(names: Callable[[GuestAgent], Iterable[str]]) -> Complete:
                 return []
             with GuestAgent(text, connect_seconds=_SECONDS, deadline_ms=1000) as guest:
                 return sorted(name for name in names(guest) if name.startswith(incomplete))
-        except (RpcError, OSError, ValueError):
+        except (RpcError, OSError, ValueError, click.UsageError):
             return []
 
     return complete

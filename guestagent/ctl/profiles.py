@@ -82,7 +82,8 @@ def resolve(text: str | None) -> str | None:
     """Return the address that is meant by an address, a profile's name, or nothing at all.
 
     Raises:
-        CallError: ``not_found``, there is no profile of that name.
+        UsageError: there is no profile of that name.
+        CallError: the profiles cannot be read.
     """
     if text is not None and "://" in text:
         return text
@@ -92,11 +93,9 @@ def resolve(text: str | None) -> str | None:
     if text in profiles.addresses:
         return profiles.addresses[text]
     known = ", ".join(sorted(profiles.addresses)) or "none"
-    raise CallError(
-        "not_found",
-        f"{text!r} is neither an address nor a profile (profiles: {known})",
-        object=text,
-        hint=f"`guestctl connect {text} ADDRESS` makes one",
+    raise click.UsageError(
+        f"address {text!r} is none, and no profile's name either (profiles: {known}); "
+        f"`guestctl connect {text} ADDRESS` makes one"
     )
 
 

@@ -348,7 +348,7 @@ def test_profiles(agent: Agent, tmp_path: Path) -> None:
     assert run("connect", "--delete", "vm").exit_code == 0
     assert run("status").exit_code == 2
     missing = run("--connect", "vm", "status")
-    assert missing.exit_code == 1
+    assert missing.exit_code == 2
     assert "guestctl connect vm ADDRESS" in missing.stderr
     assert not list((tmp_path / "config/guestctl").glob("*.part"))
 
