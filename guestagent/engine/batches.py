@@ -84,6 +84,8 @@ class Batches:
             return self._layers.bring_up(spec, op)
         except CallError as error:
             self._layers.announce_failure(spec, error, op)
+            if repr(spec.layer_id) not in error.message:
+                error.message = f"layer {spec.layer_id!r}: {error.message}"
             raise
 
     def _bring_overlay_up(

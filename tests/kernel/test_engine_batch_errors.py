@@ -1,0 +1,20 @@
+"""An error of a batch says which of its layers it is about."""
+
+from pathlib import Path
+
+import pytest
+
+from guestagent.api import LayersMountRequest, Verity
+from tests.kernel.agentbed import AgentProcess, attached_pack
+from vsock.errors import CallError
+
+
+def test_the_layer_is_named(tmp_path: Path) -> None:
+    with attached_pack(tmp_path, 3) as pack, AgentProcess() as agent, agent.client() as guest:
+        specs = [pack.spec(number) for number in range(3)]
+        specs[1] = specs[1].replace(verity=Verity(root_digest=bytes(32)))
+        with pytest.raises(CallError) as caught:
+            guest.layers_mount(LayersMountRequest(layers=tuple(specs)))
+        assert caught.value.code == "integrity"
+        assert "layer 'layer1'" in caught.value.message
+        assert guest.layer_list() == ()
