@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 
 from vsock.errors import CallError
+from vsock.owner import Owner
 
 __all__ = ("Deadline",)
 
@@ -19,7 +20,7 @@ __all__ = ("Deadline",)
 _MAX_POLL_MS = 2**31 - 1
 
 
-class Deadline:
+class Deadline(Owner):
     """A point in monotonic time, and a flag that ends the wait early.
 
     Usable from several threads. ``close()`` frees the descriptor that a blocked ``wait`` needs;
@@ -130,12 +131,6 @@ class Deadline:
             if self._event_fd is not None:
                 os.close(self._event_fd)
                 self._event_fd = None
-
-    def __enter__(self) -> "Deadline":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _forget(self, part: "Deadline") -> None:
         with self._lock:

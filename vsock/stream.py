@@ -28,10 +28,7 @@ from vsock.address import (
 )
 from vsock.deadline import Deadline
 from vsock.errors import ConnectionClosed
-
-TYPE_CHECKING = False  # as typing's, without its import
-if TYPE_CHECKING:
-    from typing import Self
+from vsock.owner import Owner
 
 __all__ = ("MAX_WRITE_BYTES", "Listener", "Stream", "dial", "listen")
 
@@ -46,7 +43,7 @@ _MAX_HANDSHAKE_BYTES = 32
 _CONNECT_SLICE_SECONDS = 0.25
 
 
-class Stream:
+class Stream(Owner):
     """A connected byte stream. Not locked: one reader and one writer at a time."""
 
     #: True where the other end is wired, not one of many that may connect.
@@ -107,14 +104,8 @@ class Stream:
         """Close both directions. Idempotent."""
         self._sock.close()
 
-    def __enter__(self) -> "Self":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Listener:
+class Listener(Owner):
     """Where streams come from. ``fileno`` is readable when ``accept`` would not block."""
 
     def __init__(self, address: Address, sock: "_socket.socket") -> None:
@@ -142,12 +133,6 @@ class Listener:
     def close(self) -> None:
         """Stop listening. Idempotent."""
         self._sock.close()
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class UnixListener(Listener):

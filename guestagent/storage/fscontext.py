@@ -9,14 +9,14 @@ import os
 from collections.abc import Collection
 
 from guestagent.storage import syscalls
+from vsock.owner import FdOwner
 
 __all__ = ("FsContext", "FsContextError", "attach", "flag_bits", "is_supported")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
-    from typing import Self, TypeVar
+    from typing import TypeVar
 
     Result = TypeVar("Result")
 
@@ -48,7 +48,7 @@ class FsContextError(OSError):
         return error
 
 
-class FsContext:
+class FsContext(FdOwner):
     """An open context for one file-system type. Use as a context manager."""
 
     def __init__(self, filesystem: str) -> None:
@@ -62,23 +62,6 @@ class FsContext:
         except OSError as error:
             raise FsContextError.of("mount-open", error) from error
         self.filesystem = filesystem
-
-    def close(self) -> None:
-        """Close it. Idempotent; mounts made from it live on."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(
-        self,
-        kind: "type[BaseException] | None",
-        error: "BaseException | None",
-        trace: "TracebackType | None",
-    ) -> None:
-        self.close()
 
     def set(self, key: str, value: "str | None" = None) -> None:
         """Set an option to a text, or a flag where ``value`` is None."""

@@ -11,10 +11,6 @@ from guestagent.storage import syscalls
 
 __all__ = ("SignatureKey", "signature_key")
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import TracebackType
-
 
 class SignatureKey:
     """A key in the calling thread's keyring; enter and leave it in one thread.
@@ -40,12 +36,7 @@ class SignatureKey:
         )
         return self._description
 
-    def __exit__(
-        self,
-        kind: "type[BaseException] | None",
-        error: "BaseException | None",
-        trace: "TracebackType | None",
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         key, self._key = self._key, None
         if key is not None:
             syscalls.keyctl(

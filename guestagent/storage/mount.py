@@ -19,6 +19,7 @@ from guestagent.storage.fscontext import (
     is_supported,
 )
 from vsock.errors import CallError
+from vsock.owner import FdOwner
 
 __all__ = (
     "READONLY_FLAGS",
@@ -28,11 +29,6 @@ __all__ = (
     "unmount",
 )
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
 #: What a layer is mounted with unless it is asked for otherwise.
 READONLY_FLAGS = ("ro", "nodev", "nosuid")
 _RESOLVE = syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS | syscalls.RESOLVE_BENEATH
@@ -41,7 +37,7 @@ _OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _RESOLVE_ATTEMPTS = 8
 
 
-class TargetDirectory:
+class TargetDirectory(FdOwner):
     """A directory below ``root`` to mount on, made if it is not there, held by a descriptor.
 
     ``created`` lists the directories that were made, outermost first; ``remove_created`` undoes
@@ -78,23 +74,6 @@ class TargetDirectory:
     def fd(self) -> int:
         """The O_PATH descriptor; it stays ours."""
         return self._fd
-
-    def close(self) -> None:
-        """Close the descriptor. Idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(
-        self,
-        kind: "type[BaseException] | None",
-        error: "BaseException | None",
-        trace: "TracebackType | None",
-    ) -> None:
-        self.close()
 
     def is_empty(self) -> bool:
         """Say whether the directory has no entries, which a mount would hide."""

@@ -15,10 +15,7 @@ import os
 import stat
 
 from guestagent.storage import syscalls
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Self
+from vsock.owner import Owner
 
 __all__ = ("Root", "reopen")
 
@@ -28,7 +25,7 @@ _RESOLVE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
-class Root:
+class Root(Owner):
     """The top of a tree. A context manager. ``is_clone`` tells whether mounts below are hidden."""
 
     def __init__(self, directory: str) -> None:
@@ -84,12 +81,6 @@ class Root:
             if fd >= 0:
                 os.close(fd)
         self.fd = self._directory_fd = -1
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def reopen(path_fd: int, kind: int, path: bytes) -> int:

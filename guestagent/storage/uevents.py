@@ -13,14 +13,10 @@ import errno
 import os
 from collections.abc import Mapping
 
+from vsock.owner import Owner
 from vsock.record import Record
 
 __all__ = ("LOST", "Uevent", "UeventSocket", "parse")
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
 
 #: The action of the marker that stands for events the kernel dropped.
 LOST = "lost"
@@ -60,7 +56,7 @@ def parse(message: bytes) -> Uevent | None:
     )
 
 
-class UeventSocket:
+class UeventSocket(Owner):
     """A subscription; events count from its making on. Use as a context manager."""
 
     def __init__(self) -> None:
@@ -86,17 +82,6 @@ class UeventSocket:
     def close(self) -> None:
         """End the subscription. Idempotent."""
         self._socket.close()
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(
-        self,
-        kind: "type[BaseException] | None",
-        error: "BaseException | None",
-        trace: "TracebackType | None",
-    ) -> None:
-        self.close()
 
     def receive(self) -> list[Uevent]:
         """Return the events queued now, oldest first; does not wait."""

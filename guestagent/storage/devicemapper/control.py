@@ -20,20 +20,16 @@ from guestagent.storage.devicemapper import dmioctl
 from guestagent.storage.devicemapper.dmioctl import DeviceInfo, Reply
 from guestagent.storage.devicemapper.targets import Target, TargetStatus
 from vsock.deadline import Deadline
+from vsock.owner import FdOwner
 
 __all__ = ("CONTROL_PATH", "Control", "DeviceInfo")
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
 
 CONTROL_PATH = "/dev/mapper/control"
 _ROOM_BYTES = 16 * 1024
 _LARGEST_BUFFER_BYTES = 16 * 1024 * 1024
 
 
-class Control:
+class Control(FdOwner):
     """An open control device. Use as a context manager, or ``close()`` it."""
 
     def __init__(self, path: str = CONTROL_PATH) -> None:
@@ -45,23 +41,6 @@ class Control:
         self._fd = _open_control(path)
         self._path = path
         self._version: tuple[int, int, int] | None = None
-
-    def close(self) -> None:
-        """Close the descriptor. Idempotent; no other thread may still be using it."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(
-        self,
-        kind: "type[BaseException] | None",
-        error: "BaseException | None",
-        trace: "TracebackType | None",
-    ) -> None:
-        self.close()
 
     def version(self) -> tuple[int, int, int]:
         """Return the interface version of the kernel, as (4, 47, 0)."""
