@@ -11,7 +11,7 @@ import pytest
 
 from tests.kernel.agentbed import AgentProcess
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 
 class Host:

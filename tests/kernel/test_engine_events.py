@@ -15,7 +15,7 @@ from tests.kernel.agentbed import AgentProcess, EngineBed, Pack, attached_pack, 
 from vsock.errors import CallError
 
 LOOP_CLR_FD = 0x4C01  # linux/loop.h
-WAIT_SECONDS = 10.0
+WAIT_SECONDS = 60.0
 
 
 class Heard:

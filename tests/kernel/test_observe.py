@@ -24,7 +24,7 @@ from vsock.errors import CallError
 
 PROMTOOL = PROJECT / ".cache/tools/prometheus/usr/bin/promtool"
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from guestagent.engine.state import EngineState
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 HELLO, WELCOME, DATA, ERRORS, END, SIZE, SIGNAL, EXIT, REFUSAL = range(1, 10)
 
 

@@ -10,7 +10,7 @@ from vsock.errors import CallError
 from vsock.server import Call, Connection, Outcome, Server
 from vsock.stream import listen
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 
 class Agent:

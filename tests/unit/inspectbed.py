@@ -22,7 +22,7 @@ from vsock.deadline import Deadline
 from vsock.server import Connection, Server
 from vsock.stream import listen
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 
 class _Books:

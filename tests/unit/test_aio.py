@@ -13,7 +13,7 @@ from vsock.connect import connect
 from vsock.errors import CallError, ConnectionClosed, LocalProtocolError
 from vsock.rpc import Limits
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 
 @pytest.fixture

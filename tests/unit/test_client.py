@@ -16,7 +16,7 @@ from vsock.inbox import Inbox
 from vsock.rpc import MAX_MSGID, Limits, Notification
 from vsock.stream import listen
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 
 @pytest.fixture

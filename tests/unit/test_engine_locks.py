@@ -9,7 +9,7 @@ from guestagent.engine.locks import KeyLocks
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-WAIT_SECONDS = 10.0
+WAIT_SECONDS = 60.0
 A, B, C = ("layer", "a"), ("layer", "b"), ("layer", "c")
 
 

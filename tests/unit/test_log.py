@@ -18,7 +18,7 @@ from guestagent.observe.recorder import SLOTS, Recorder, read_recorded
 from guestagent.observe.shipping import LogShipper
 from vsock.log import LEVELS, Line, Log, json_object, render, render_json
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 
 def line(text: str = "text", number: int = 1, **fields: object) -> Line:

@@ -19,7 +19,7 @@ from vsock.rpc import Limits
 from vsock.server import Server
 from vsock.stream import listen
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 
 class Layers:
