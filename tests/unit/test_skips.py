@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import _judge
+
 ROOT = Path(__file__).resolve().parents[2]
 
 _TESTS = """
@@ -26,30 +28,25 @@ def test_known(): raise AssertionError
 """
 
 
-def outcomes(directory: Path, tests: dict[str, str], ci: str) -> str:
-    for name, text in tests.items():
-        (directory / name).write_text(text)
-    tally = directory / "tally"
+def test_a_run_where_nothing_may_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(_TESTS)
+    (tmp_path / "test_whole.py").write_text("import pytest; pytest.importorskip('no_such_module')")
+    tally = tmp_path / "tally"
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", os.devnull]
+    command += ["--continue-on-collection-errors", "-p", "no:cacheprovider"]
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-q", "-c", os.devnull,
-         "-p", "no:cacheprovider", "--rootdir", directory, *(directory / name for name in tests)],
-        env={**os.environ, "CI": ci, "TEST_TALLY": str(tally)},
+        [*command, "--rootdir", str(tmp_path), str(tmp_path)],
+        env={**os.environ, "CI": "true", "TEST_TALLY": str(tally)},
         cwd=ROOT, capture_output=True, check=False,
     )  # fmt: skip
-    return tally.read_text()
+    # in the middle; marked, and the module
+    assert tally.read_text() == "1 passed, 1 failed, 2 error, 1 skipped, 1 xfailed"
 
 
-@pytest.mark.parametrize(
-    ("ci", "expected"),
-    [
-        ("true", "1 passed, 1 failed, 1 error, 1 skipped, 1 xfailed"),
-        ("", "1 passed, 3 skipped, 1 xfailed"),
-    ],
-)
-def test_tests(tmp_path: Path, ci: str, expected: str) -> None:
-    assert outcomes(tmp_path, {"test_some.py": _TESTS}, ci) == expected
-
-
-def test_a_module_that_is_skipped_whole(tmp_path: Path) -> None:
-    whole = {"test_whole.py": "import pytest\npytest.importorskip('no_such_module')\n"}
-    assert outcomes(tmp_path, whole, "true") == "1 error"
+@pytest.mark.parametrize(("ci", "outcome"), [("", "skipped"), ("true", "failed")])
+def test_elsewhere_a_skip_is_a_skip(monkeypatch: pytest.MonkeyPatch, ci: str, outcome: str) -> None:
+    monkeypatch.setenv("CI", ci)
+    reason = ("file", 1, "Skipped: a tool is not installed")
+    report = pytest.TestReport("id", ("file", 1, "test"), {}, "skipped", reason, "call")
+    _judge(report)
+    assert report.outcome == outcome
