@@ -197,7 +197,7 @@ def test_a_console_that_is_off(tmp_path: Path, layer: Path) -> None:
     ("arguments", "text"),
     [
         (["console"], b"which guest?"),
-        (["console", "nonsense"], b"address 'nonsense'"),
+        (["console", "nonsense://1"], b"address 'nonsense://1'"),
         (["console", "--line", "unix:///x", "-c", "ls"], b"takes no -c"),
     ],
 )

@@ -426,6 +426,7 @@ def test_a_shell_on_a_terminal(person: Client) -> None:
     person.send(SIZE, {"rows": 50, "columns": 132})
     person.type("stty size\r")
     person.expect("50 132")
+    person.expect("guest# ")
     person.type("cat\r")
     person.type("ping\r")
     person.expect("ping\r\nping\r\n")  # a shell that starts a program may swallow an interrupt

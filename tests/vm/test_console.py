@@ -189,6 +189,7 @@ def test_a_shell(terminal: pexpect.spawn, machine: Machine) -> None:
     terminal.setwinsize(40, 120)
     terminal.send("until busybox stty size | busybox grep '40 120'; do busybox sleep 0.1; done\r")
     terminal.expect_exact("\n40 120")
+    terminal.expect_exact("guest# ")
     terminal.send("busybox cat\r")
     terminal.send("ping\r")
     terminal.expect_exact("ping\r\nping\r\n")
