@@ -13,11 +13,8 @@ from pathlib import Path
 
 import pytest
 
-# linux/loop.h
-LOOP_SET_FD, LOOP_CLR_FD, LOOP_CONFIGURE, LOOP_CTL_GET_FREE = 0x4C00, 0x4C01, 0x4C0A, 0x4C82
-LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR = 1, 4
-_LOOP_CONFIG_BYTES = 304
-_INFO_OFFSET, _INFO_FLAGS = 8, 60  # offsets of lo_info and of its lo_flags in struct loop_config
+from tests.kernel import loopbed
+
 # linux/dm-ioctl.h: _IOWR(0xfd, 2, struct dm_ioctl), asked for without the code under test
 DM_LIST_DEVICES = 0xC138FD02
 _DM_HEADER_BYTES = 312
@@ -127,46 +124,14 @@ def loop_device() -> Iterator[Callable[..., str]]:
     with contextlib.ExitStack() as stack:
 
         def attach(image: Path | str, *, readonly: bool = True, block_size_bytes: int = 512) -> str:
-            path, fd = attach_loop(Path(image), readonly, block_size_bytes)
-            stack.callback(_detach_loop, fd)
+            path, fd = loopbed.attach(
+                Path(image), readonly=readonly, block_size_bytes=block_size_bytes, autoclear=True
+            )
+            # autoclear alone would wait for the last user; this makes one that stays show as a leak
+            stack.callback(loopbed.detach, fd)
             return path
 
         yield attach
-
-
-def attach_loop(image: Path, readonly: bool, block_size_bytes: int = 512) -> tuple[str, int]:
-    """Attach ``image``; return the path of the device and a descriptor that keeps it attached."""
-    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-    backing = os.open(image, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
-    try:
-        while True:
-            path = f"/dev/loop{fcntl.ioctl(control, LOOP_CTL_GET_FREE)}"
-            device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            config = bytearray(_LOOP_CONFIG_BYTES)
-            struct.pack_into("<II", config, 0, backing, block_size_bytes)
-            flags = LO_FLAGS_AUTOCLEAR | (LO_FLAGS_READ_ONLY if readonly else 0)
-            struct.pack_into("<I", config, _INFO_FLAGS, flags)
-            try:
-                fcntl.ioctl(device, LOOP_CONFIGURE, bytes(config))
-            except BlockingIOError:
-                os.close(device)
-                continue  # someone else took it between the two calls
-            except OSError as problem:
-                os.close(device)
-                if problem.errno != 16:  # EBUSY: taken, too
-                    raise
-                continue
-            return path, device
-    finally:
-        os.close(backing)
-        os.close(control)
-
-
-def _detach_loop(fd: int) -> None:
-    # autoclear alone would wait for the last user; this makes a user that stays show as a leak
-    with contextlib.suppress(OSError):
-        fcntl.ioctl(fd, LOOP_CLR_FD)
-    os.close(fd)
 
 
 @pytest.fixture

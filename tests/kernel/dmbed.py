@@ -5,9 +5,7 @@ leaves a device, a mount, a loop device, a descriptor or a thread behind.
 """
 
 import contextlib
-import fcntl
 import os
-import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -16,11 +14,7 @@ from pathlib import Path
 from guestagent.storage import syscalls
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.mountinfo import read_mounts
-
-_LOOP_CTL_GET_FREE = 0x4C82  # include/uapi/linux/loop.h
-_LOOP_CONFIGURE = 0x4C0A
-_LOOP_CLR_FD = 0x4C01
-_LO_FLAGS_READ_ONLY = 1
+from tests.kernel import loopbed
 
 
 def run(*command: object) -> str:
@@ -33,28 +27,12 @@ def run(*command: object) -> str:
 @contextlib.contextmanager
 def loop_device(image: Path, *, readonly: bool = True) -> Iterator[str]:
     """A loop device over ``image``; yields its node."""
-    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-    backing = os.open(image, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
-    try:
-        node = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
-        device = os.open(node, os.O_RDWR | os.O_CLOEXEC)
-    finally:
-        os.close(control)
-    try:
-        flags = _LO_FLAGS_READ_ONLY if readonly else 0
-        info = struct.pack("=5Q4I64s64s32s2Q", *[0] * 8, flags, b"", b"", b"", 0, 0)
-        fcntl.ioctl(
-            device, _LOOP_CONFIGURE, bytearray(struct.pack("=II", backing, 0) + info + bytes(64))
-        )
-    finally:
-        os.close(backing)
-        os.close(device)
+    node, fd = loopbed.attach(image, readonly=readonly)
+    os.close(fd)  # so that none of the device's users is us
     try:
         yield node
     finally:
-        device = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.ioctl(device, _LOOP_CLR_FD)
-        os.close(device)
+        loopbed.detach(os.open(node, os.O_RDONLY | os.O_CLOEXEC))
 
 
 def dev_of(node: str) -> str:

@@ -114,7 +114,10 @@ def test_leaks_are_found(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(bed.replace(patience, "_SETTLE_SECONDS = 0.05"))
     (tmp_path / "test_leaky.py").write_text(_LEAKY)
     argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", "/dev/null", "."]
-    result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(
+        argv, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert "left behind: device leak" in result.stdout
     assert "left behind: mount at" in result.stdout
     assert "3 passed, 2 errors" in result.stdout
