@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from guestagent import api
 from guestagent.storage import syscalls
+from guestagent.storage.node import ensure_node
 from guestagent.storage.uevents import UeventSocket
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -23,7 +24,6 @@ from vsock.record import Record
 __all__ = (
     "BlockDevice",
     "describe",
-    "ensure_node",
     "find",
     "flush",
     "holders",
@@ -138,7 +138,7 @@ def wait_for(
     found = find(device, sys_root=sys_root)
     if found is None:
         found = _wait(device, deadline, rescan, sys_root, log)
-    ensure_node(found)
+    ensure_node(found.node, found.dev)
     return found
 
 
@@ -250,20 +250,6 @@ def _rescan(device: api.Device, sys_root: str, log: "Callable[[str], None] | Non
         if log is not None:
             log(f"{describe(device)} stays away: writing {text!r} to {path!r}")
         _write(path, text)
-
-
-def ensure_node(device: BlockDevice) -> None:
-    """Make the device's node if devtmpfs did not, and replace one of another device."""
-    major, _, minor = device.dev.partition(":")
-    number = os.makedev(int(major), int(minor))
-    try:
-        found = os.stat(device.node, follow_symlinks=False)
-        if stat.S_ISBLK(found.st_mode) and found.st_rdev == number:
-            return
-        os.unlink(device.node)
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(device.node), 0o755, exist_ok=True)
-    os.mknod(device.node, 0o600 | stat.S_IFBLK, number)
 
 
 def holders(dev: str, *, sys_root: str = "/sys") -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from guestagent.storage.devicemapper.targets import Target, linear_target
 from guestagent.storage.holders import find_holders
 from guestagent.storage.keyring import signature_key
 from guestagent.storage.kmsg import KernelLog
+from guestagent.storage.node import ensure_node
 from guestagent.storage.uevents import LOST, UeventSocket
 from tests.kernel import dmbed
 from vsock.deadline import Deadline
@@ -124,10 +125,29 @@ def test_a_missing_node_is_made(disk: str, within: Within) -> None:
     found = blockdev.inspect(os.path.basename(disk))
     os.rename(disk, f"{disk}-away")
     try:
-        blockdev.ensure_node(found)
+        ensure_node(found.node, found.dev)
         assert dmbed.dev_of(disk) == found.dev
     finally:
         os.rename(f"{disk}-away", disk)
+
+
+@pytest.mark.parametrize("theirs", ["the same", "another"])
+def test_a_node_that_somebody_else_makes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: str
+) -> None:
+    node, number = str(tmp_path / "dir/node"), os.makedev(7, 1)
+    mknod = os.mknod
+    made: list[int] = []
+
+    def late(path: str, mode: int, device: int) -> None:
+        if not made:
+            made.append(device)
+            mknod(path, mode, device if theirs == "the same" else device + 1)
+        mknod(path, mode, device)
+
+    monkeypatch.setattr(os, "mknod", late)
+    ensure_node(node, "7:1")
+    assert os.stat(node).st_rdev == number == made[0]
 
 
 def test_holders_of_a_device(control: Control, disk: str, within: Within) -> None:

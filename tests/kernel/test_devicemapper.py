@@ -21,6 +21,7 @@ from guestagent.storage.devicemapper.targets import (
     verity_target,
 )
 from guestagent.storage.mount import mount_filesystem, unmount
+from guestagent.storage.node import ensure_node
 from guestagent.storage.uevents import Uevent, UeventSocket
 from tests.kernel import dmbed
 from vsock.deadline import Deadline
@@ -415,11 +416,11 @@ def test_a_lost_node_is_made_again(control: Control, disk: str, within: Within) 
     info = make(control, "t-node", linear_target(length_bytes=4096, device=disk), make_node=True)
     assert os.path.realpath("/dev/mapper/t-node") == info.node
     os.unlink(info.node)
-    devices.ensure_node(info)
+    ensure_node(info.node, info.dev)
     assert read_file(info.node) == read_file(disk, 0, 4096)
     os.unlink(info.node)
     os.mknod(info.node, 0o600 | 0o060000, os.makedev(7, 200))
-    devices.ensure_node(info)
+    ensure_node(info.node, info.dev)
     assert dmbed.dev_of(info.node) == info.dev
     devices.remove_device(control, "t-node", within(5))
     assert not os.path.lexists("/dev/mapper/t-node")

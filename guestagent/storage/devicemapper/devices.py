@@ -6,12 +6,12 @@ No cookies and no udev: the kernel's devtmpfs makes /dev/dm-N, and where it does
 import contextlib
 import errno
 import os
-import stat
 import sys
 from collections.abc import Sequence
 
 from guestagent.storage.devicemapper.control import Control, DeviceInfo
 from guestagent.storage.devicemapper.targets import Target
+from guestagent.storage.node import ensure_node
 from guestagent.storage.uevents import UeventSocket
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -19,7 +19,6 @@ from vsock.errors import CallError
 __all__ = (
     "DmStepError",
     "create_device",
-    "ensure_node",
     "remove_device",
     "set_deferred_remove",
     "wait_gone",
@@ -74,7 +73,7 @@ def create_device(
             step, detail = "dm-resume", ""
             info = control.resume(name)
             step = "dm-node"
-            ensure_node(info)
+            ensure_node(info.node, info.dev)
             if make_node:
                 _make_link(info)
         except OSError as error:
@@ -95,20 +94,6 @@ def _undo_create(control: Control, name: str) -> None:
     except OSError as error:
         if error.errno != errno.ENXIO and passing is not None:
             passing.add_note(f"the half-made device {name!r} stays behind: {error}")
-
-
-def ensure_node(info: DeviceInfo) -> None:
-    """Make /dev/dm-N if devtmpfs did not, and replace a node that stands for another device."""
-    major, _, minor = info.dev.partition(":")
-    number = os.makedev(int(major), int(minor))
-    try:
-        found = os.stat(info.node, follow_symlinks=False)
-        if stat.S_ISBLK(found.st_mode) and found.st_rdev == number:
-            return
-        os.unlink(info.node)
-    except FileNotFoundError:
-        pass
-    os.mknod(info.node, 0o600 | stat.S_IFBLK, number)
 
 
 def _make_link(info: DeviceInfo) -> None:
