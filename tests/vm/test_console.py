@@ -190,7 +190,9 @@ def test_a_shell(terminal: pexpect.spawn, machine: Machine) -> None:
     terminal.send("until busybox stty size | busybox grep '40 120'; do busybox sleep 0.1; done\r")
     terminal.expect_exact("\n40 120")
     terminal.expect_exact("guest# ")
-    terminal.send("busybox cat\r")
+    # the shell takes what is typed for its own editor until it has run the line
+    terminal.send("echo ready; busybox cat\r")
+    terminal.expect_exact("\nready")
     terminal.send("ping\r")
     terminal.expect_exact("ping\r\nping\r\n")
     terminal.send("\x03")
