@@ -114,7 +114,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--layers", type=int, default=1000, help="ids that are mounted, in all")
-    parser.add_argument("--connections", type=int, default=48, help="that only follow events")
+    parser.add_argument("--connections", type=int, default=55, help="that only follow events")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
     parser.add_argument("--no-kills", dest="kills", action="store_false", help="load alone")
     options = parser.parse_args()
