@@ -53,6 +53,8 @@ def machine_rows(boots: int = 3, rounds: int = 20) -> list[Row]:
                         measured = _measure(guest, layers, rounds)
         rows.append(row(BED, f"QEMU ({machine.accel}) started to first reply", "ms", replies))
         rows.append(row(BED, "guest uptime when the agent serves", "ms", uptimes))
+        switches = [_switch_root(kernel.image, initramfs.path, directory) for _ in range(boots)]
+        rows.append(row(BED, "guest uptime at switch_root to a verified root", "ms", switches))
         return [*rows, *measured]
     finally:
         shutil.rmtree(directory)
@@ -69,6 +71,41 @@ def _pack(directory: Path) -> tuple[ManifestLayer, ...]:
             formatted = format_image(image, salt=built.verity_salt, uuid=built.verity_uuid)
             pack.add(image, f"layer{number}", verity=formatted.parameters, position=number)
         return pack.layers
+
+
+def _switch_root(kernel: Path, initrd: Path, directory: Path) -> float:
+    """Boot into a verified root of one program; return the guest's uptime at the switch."""
+    pack = directory / "root.img"
+    if not pack.exists():
+        _root_pack(directory / "root", pack)
+    with Pack.open(pack) as opened:
+        layer = opened.layers[0]
+    assert layer.verity is not None
+    words = [f"pmem:0,offset={layer.offset_bytes},size={layer.size_bytes}", "id=root"]
+    words.append(f"root={layer.verity.root_digest.hex()}")
+    cmdline = f"guestagent.layer={','.join(words)} guestagent.agent=stay"
+    spec = MachineSpec(
+        kernel=kernel, initrd=initrd, memory_mib=512, pmem=(PmemSpec(path=pack),), cmdline=cmdline
+    )
+    with (
+        Machine(spec) as machine,
+        GuestAgent(machine.agent_address(), connect_seconds=_BOOT_SECONDS) as guest,
+    ):
+        return _number(guest.hello.boot["switch_root_uptime_ms"])
+
+
+def _root_pack(tree: Path, pack: Path) -> None:
+    for name in ("proc", "sys", "dev", "run", "bin", "sbin"):
+        (tree / name).mkdir(parents=True)
+    shutil.copy("/bin/busybox", tree / "bin/busybox")
+    init = tree / "sbin/init"
+    init.write_text("#!/bin/busybox sh\nexec /bin/busybox sleep 600\n")
+    init.chmod(0o755)
+    image = tree.with_suffix(".erofs")
+    built = build_image(tree, image)
+    formatted = format_image(image, salt=built.verity_salt, uuid=built.verity_uuid)
+    with Pack.create(pack) as opened:
+        opened.add(image, "root", verity=formatted.parameters)
 
 
 def _measure(guest: GuestAgent, layers: tuple[ManifestLayer, ...], rounds: int) -> list[Row]:
