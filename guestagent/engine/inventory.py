@@ -13,7 +13,7 @@ from guestagent.storage.blockdev import BlockDevice
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("Inventory", "LiveLayer", "LiveOverlay", "LiveScratch", "Owner")
+__all__ = ("Inventory", "LiveLayer", "LiveOverlay", "LiveScratch", "Owner", "refuse_other_spec")
 
 
 #: Who a claim belongs to: (kind, id).
@@ -78,6 +78,24 @@ class LiveOverlay(Record):
     @property
     def scratch_path(self) -> str | None:
         return None if self.scratch is None else self.scratch.path
+
+
+def refuse_other_spec(kind: str, name: str, wanted: Record, has: Record) -> None:
+    """See that what is there under an id is what is asked for.
+
+    Raises:
+        CallError: ``conflict``, naming the fields that differ.
+    """
+    asked, there = wanted.as_dict(), has.as_dict()
+    differing = [field for field in asked if asked[field] != there[field]]
+    if differing:
+        raise CallError(
+            "conflict",
+            f"{kind} {name!r} is mounted with another {', '.join(differing)}",
+            step="claim",
+            object=name,
+            hint=f"unmount it first, or use another {kind}_id",
+        )
 
 
 class Inventory:

@@ -1,7 +1,7 @@
 """Layers come and go: each request under its lock, as a transaction, with the books kept."""
 
 from guestagent.api import LayerReport, LayerSpec, UnmountReply, VerifyReply
-from guestagent.engine.inventory import LiveLayer
+from guestagent.engine.inventory import LiveLayer, refuse_other_spec
 from guestagent.engine.journal import WHOLE
 from guestagent.engine.layerstack import LayerStack
 from guestagent.engine.operation import Operation
@@ -64,16 +64,7 @@ class Layers:
         live = self._state.inventory.layer(spec.layer_id)
         if live is None:
             return False
-        wanted, has = spec.as_dict(), live.spec.as_dict()
-        differing = [name for name in wanted if wanted[name] != has[name]]
-        if differing:
-            raise CallError(
-                "conflict",
-                f"layer {spec.layer_id!r} is mounted with another {', '.join(differing)}",
-                step="claim",
-                object=spec.layer_id,
-                hint="unmount it first, or use another layer_id",
-            )
+        refuse_other_spec("layer", spec.layer_id, spec, live.spec)
         return True
 
     def bring_up(self, spec: LayerSpec, op: Operation) -> LiveLayer:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from guestagent.api import OverlayReport, OverlaySpec, ScratchReport, UnmountReply
-from guestagent.engine.inventory import LiveOverlay, LiveScratch
+from guestagent.engine.inventory import LiveOverlay, LiveScratch, refuse_other_spec
 from guestagent.engine.journal import BEGUN, WHOLE
 from guestagent.engine.operation import Operation
 from guestagent.engine.plan import check_target
@@ -68,16 +68,7 @@ class Overlays:
         live = self._state.inventory.overlay(spec.overlay_id)
         if live is None:
             return False
-        wanted, has = spec.as_dict(), live.spec.as_dict()
-        differing = [name for name in wanted if wanted[name] != has[name]]
-        if differing:
-            raise CallError(
-                "conflict",
-                f"overlay {spec.overlay_id!r} is mounted with another {', '.join(differing)}",
-                step="claim",
-                object=spec.overlay_id,
-                hint="unmount it first, or use another overlay_id",
-            )
+        refuse_other_spec("overlay", spec.overlay_id, spec, live.spec)
         return True
 
     def bring_up(
