@@ -3,6 +3,7 @@ scripts/test prints.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,10 @@ _OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
 # a slow machine is no defect of the code under test
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
+
+# a job in the background of a script is started with Ctrl-C ignored, and programs that a test
+# starts and interrupts would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
