@@ -26,6 +26,7 @@ from vsock.errors import CallError, RpcError
 from vsock.log import log
 from vsock.server import Server
 from vsock.stream import dial, listen
+from vsock.threads import start_thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ class _Dialer:
         self._thread = threading.Thread(target=self._run, name=f"dial {address}", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        start_thread(self._thread)
 
     def close(self) -> None:
         """End the thread and wait for it."""

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from vsock.deadline import Deadline
 from vsock.errors import CallError
+from vsock.threads import start_thread
 
 __all__ = ("available_cores", "run")
 
@@ -211,7 +212,7 @@ def _run_threads(
     threads = [threading.Thread(target=loop, daemon=True) for _ in range(workers)]
     try:
         for thread in threads:
-            thread.start()
+            start_thread(thread)
         for taken in range(len(tasks)):
             deadline.wait((wake,), step)
             os.eventfd_read(wake)

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from rootfs.failure import from_os_error
 from rootfs.tree import CHUNK_BYTES
 from vsock.errors import CallError
+from vsock.threads import start_thread
 
 __all__ = ("ZSTD_MAGIC", "decompress_zstd")
 
@@ -47,7 +48,7 @@ def decompress_zstd(source: Iterator[bytes]) -> Generator[bytes, None, None]:
         raise from_os_error(problem, step="start", object="zstd") from problem
     with program:
         feeder = _Feeder(program, source)
-        feeder.start()
+        start_thread(feeder)
         try:
             assert program.stdout is not None
             while piece := os.read(program.stdout.fileno(), CHUNK_BYTES):

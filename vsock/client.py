@@ -30,6 +30,7 @@ from vsock.rpc import (
     encode_request,
     encode_response,
 )
+from vsock.threads import start_thread
 
 __all__ = ("Client", "ClosedHandleError", "NotificationCallback", "PendingCall")
 
@@ -141,13 +142,17 @@ class Client:
         self._inbox = Inbox()
         self._stream = connect(self.address, connect_seconds)
         self._reader = threading.Thread(target=self._read, name="rpc-reader", daemon=True)
-        self._reader.start()
         self._dispatcher: threading.Thread | None = None
-        if on_notification is not None:
-            self._dispatcher = threading.Thread(
-                target=self._dispatch, args=(on_notification,), name="rpc-events", daemon=True
-            )
-            self._dispatcher.start()
+        try:
+            start_thread(self._reader)
+            if on_notification is not None:
+                self._dispatcher = threading.Thread(
+                    target=self._dispatch, args=(on_notification,), name="rpc-events", daemon=True
+                )
+                start_thread(self._dispatcher)
+        except RuntimeError:
+            self.close()
+            raise
 
     @property
     def closed(self) -> bool:
@@ -243,7 +248,9 @@ class Client:
             sending.cancel()
         self._inbox.close()
         for thread in (self._reader, self._dispatcher):
-            if thread is not None and thread is not threading.current_thread():
+            if thread is None or thread.ident is None:  # never asked for, or not to be had
+                continue
+            if thread is not threading.current_thread():
                 thread.join()
         with self._send_lock:
             self._stream.close()

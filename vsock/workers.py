@@ -4,6 +4,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from vsock.threads import start_thread
+
 __all__ = ("Workers",)
 
 _IDLE_SECONDS = 20.0
@@ -71,7 +73,7 @@ class Workers:
         with _stack_size_lock:
             before = threading.stack_size(_STACK_BYTES)
             try:
-                thread.start()
+                start_thread(thread)
             except RuntimeError:
                 self._threads.discard(thread)
                 raise

@@ -9,6 +9,7 @@ from guestagent.api import PROTOCOL_VERSIONS, HelloReply, HelloRequest
 from vsock.address import Address, parse_address
 from vsock.client import Client, ClosedHandleError, NotificationCallback, PendingCall
 from vsock.errors import ConnectionClosed, RpcError
+from vsock.threads import start_thread
 
 __all__ = (
     "HELLO_MS",
@@ -73,7 +74,7 @@ class Link:
         self.client, self.hello = self._connect()
         if reconnect:
             self._reviver = threading.Thread(target=self._revive, name="reconnect", daemon=True)
-            self._reviver.start()
+            start_thread(self._reviver)
 
     def call(self, method: str, params: Mapping[str, object], *, deadline_ms: int) -> object:
         """Call a method; see ``Client.call``."""

@@ -11,6 +11,7 @@ from guestagent.api.inspect import MoreRequest
 from guestagent.client.link import Link
 from vsock.client import MARGIN_SECONDS, Client, PendingCall
 from vsock.errors import CallError, ConnectionClosed, RpcError
+from vsock.threads import start_thread
 
 __all__ = ("WINDOW_CHUNKS", "FsStream", "ProgressCallback", "Streams")
 
@@ -57,7 +58,7 @@ class FsStream(Generic[T]):
         self._is_dealing = False
         self._dealt_with = 0
         self._waiter = threading.Thread(target=self._await_answer, name="fs-answer", daemon=True)
-        self._waiter.start()
+        start_thread(self._waiter)
 
     @property
     def reply(self) -> dict[str, object]:

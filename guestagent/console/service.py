@@ -21,6 +21,7 @@ from vsock.address import SerialAddress, parse_address
 from vsock.errors import CallError, RemoteProtocolError
 from vsock.log import log
 from vsock.stream import Stream, listen
+from vsock.threads import start_thread
 
 __all__ = ("MAX_SESSIONS", "Console")
 
@@ -89,7 +90,7 @@ class Console:
             self._listen(_Absent(text))
 
     def start(self) -> None:
-        self._thread.start()
+        start_thread(self._thread)
 
     def close(self) -> None:
         """End every session and stop listening. For the end of the agent."""
@@ -255,7 +256,7 @@ class Console:
         name = f"console {self._sessions}"
         peer.thread = threading.Thread(target=peer.session.run, name=name, daemon=True)
         log.info("console session", session=self._sessions, peer=peer.channel.stream.peer)
-        peer.thread.start()
+        start_thread(peer.thread)
 
     def _refuse(self, peer: _Peer, error: CallError) -> None:
         if isinstance(peer.channel, FramedChannel):

@@ -8,6 +8,7 @@ from guestagent.storage.uevents import Uevent, UeventSocket
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
+from vsock.threads import start_thread
 
 __all__ = ("Monitor",)
 
@@ -25,7 +26,7 @@ class Monitor:
         self._thread = threading.Thread(target=self._run, name="uevents", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        start_thread(self._thread)
 
     def close(self) -> None:
         """End the thread and wait for it. Idempotent."""

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from vsock.errors import CallError
+from vsock.threads import start_thread
 
 __all__ = ("for_each",)
 
@@ -44,7 +45,7 @@ def for_each(
         for number in range(1, min(len(items), threads))
     ]
     for thread in others:
-        thread.start()
+        start_thread(thread)
     try:
         run()
     finally:

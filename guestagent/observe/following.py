@@ -13,6 +13,7 @@ from guestagent.observe.crashes import log_line
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import LEVELS, Line, Log
+from vsock.threads import start_thread
 
 __all__ = ("LogFollowers", "read_log")
 
@@ -86,7 +87,7 @@ class LogFollowers:
             self._followers[connection.id] = follower
             if not self._thread.is_alive() and self._thread.ident is None:
                 self._stop_sink = self._log.add_sink(self._wake, level="debug")
-                self._thread.start()
+                start_thread(self._thread)
         if is_new:
             connection.on_close(lambda: self._forget(connection.id))
         self._wake(None)

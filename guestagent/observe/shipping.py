@@ -17,6 +17,7 @@ from vsock.deadline import Deadline
 from vsock.errors import CallError, RpcError
 from vsock.log import LEVELS, Line, Log, render_json
 from vsock.stream import Stream, dial
+from vsock.threads import start_thread
 
 __all__ = ("LogShipper",)
 
@@ -51,7 +52,7 @@ class LogShipper:
 
     def start(self) -> None:
         self._stop_sink = self._log.add_sink(self._wake, level=self._level)
-        self._thread.start()
+        start_thread(self._thread)
 
     def close(self, flush_seconds: float = 1.0) -> None:
         """End; a host that listens gets the last lines first. Idempotent."""

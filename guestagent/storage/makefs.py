@@ -23,7 +23,7 @@ def make_filesystem(filesystem: str, node: str, deadline: Deadline) -> None:
         CallError: ``unsupported``, the guest lacks the program; ``device``, it failed;
             ``timeout`` or ``cancelled``, it was ended.
     """
-    program, *arguments = _COMMANDS[filesystem]
+    program, *options = _COMMANDS[filesystem]
     path = next((f"{d}/{program}" for d in _SEARCH if os.access(f"{d}/{program}", os.X_OK)), None)
     if path is None:
         raise CallError(
@@ -33,7 +33,8 @@ def make_filesystem(filesystem: str, node: str, deadline: Deadline) -> None:
             object=node,
             hint=f"build the guest with {program}, or hand in a formatted device",
         )
-    child = os.posix_spawn(path, [program, *arguments, node], {"PATH": ":".join(_SEARCH)})
+    arguments = (program, *options, node)
+    child = os.posix_spawn(path, arguments, {"PATH": ":".join(_SEARCH)}, setsigmask=())
     pid_fd = os.pidfd_open(child)
     try:
         deadline.wait([pid_fd], f"{program} {node}")

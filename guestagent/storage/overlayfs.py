@@ -32,6 +32,7 @@ from guestagent.storage.fscontext import (
 from guestagent.storage.mountinfo import find_mount, lowerdirs_of
 from vsock.errors import CallError
 from vsock.record import Record
+from vsock.threads import start_thread
 
 __all__ = (
     "MAX_LAYERS",
@@ -358,7 +359,7 @@ def _run_in(directory: str, action: "Callable[[], None]") -> None:
             failures.append(error)
 
     thread = threading.Thread(target=run, name="overlay-mount")
-    thread.start()
+    start_thread(thread)
     thread.join()
     if failures:
         raise failures[0]

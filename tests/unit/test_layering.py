@@ -169,6 +169,17 @@ def test_storage_modules_do_not_import_their_siblings() -> None:
             assert other[2] == parts[2] or other[2] in shared, f"{module} imports {name}"
 
 
+def _calls(tree: ast.AST) -> set[str]:
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "vsock.threads"])
+def test_threads_are_started_in_one_way(module: str) -> None:
+    """One that does not leave signals to the main thread could swallow them."""
+    calls = _calls(ast.parse(MODULES[module].read_text()))
+    assert "threading.Thread" not in calls or "start_thread" in calls
+
+
 def test_this_test_sees_what_it_must() -> None:
     """The checks above would notice: a planted import is reported."""
     tree = ast.parse("def f():\n    from rootfs.pack import Pack\nimport json\n")
