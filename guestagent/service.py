@@ -115,7 +115,7 @@ class Service:
 
     def _outcome(self, call: Call) -> Outcome:
         try:
-            return Outcome(error=None, result=self._answer(call).to_wire())
+            return Outcome(error=None, result=self._answer(call))
         except CallError as error:
             log.info(
                 "request refused",

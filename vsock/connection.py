@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.outbox import Outbox, OutboxFull
+from vsock.record import Record
 from vsock.rpc import (
     ERROR_METHOD,
     Decoder,
@@ -145,7 +146,7 @@ class Connection:
             self.answer_over(call)
         return True
 
-    def notify(self, method: str, params: Mapping[str, object] | None = None) -> bool:
+    def notify(self, method: str, params: Mapping[str, object] | Record | None = None) -> bool:
         """Send a notification if the peer keeps up; False if it was dropped.
 
         Raises:

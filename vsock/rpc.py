@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import msgpack
 
 from vsock.errors import CallError, LocalProtocolError
-from vsock.record import Record
+from vsock.record import Record, wire_fields
 from vsock.scanner import Scanner
 
 __all__ = (
@@ -321,7 +321,7 @@ def encode_request(msgid: int, method: str, params: Mapping[str, object] | None 
     return _encode([_REQUEST, msgid, method, [params or {}]])
 
 
-def encode_notification(method: str, params: Mapping[str, object] | None = None) -> bytes:
+def encode_notification(method: str, params: Mapping[str, object] | Record | None = None) -> bytes:
     """Return the bytes of a notification.
 
     Raises:
@@ -355,7 +355,7 @@ def encode_response(
 
 def _encode(message: list[object], unicode_errors: str = "strict") -> bytes:
     try:
-        data: bytes = msgpack.packb(message, unicode_errors=unicode_errors)
+        data: bytes = msgpack.packb(message, default=wire_fields, unicode_errors=unicode_errors)
     except (TypeError, ValueError, OverflowError) as problem:
         raise LocalProtocolError(f"not MessagePack: {problem}") from None
     return data

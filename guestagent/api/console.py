@@ -14,7 +14,7 @@ import msgpack
 
 from guestagent.api.checks import check_range
 from vsock.errors import CallError, RemoteProtocolError
-from vsock.record import Record
+from vsock.record import Record, wire_fields
 
 __all__ = (
     "CONSOLE_PORT",
@@ -183,7 +183,7 @@ def _payload(frame: Frame) -> bytes:
         return frame.data
     if isinstance(frame, End):
         return b""
-    packed: bytes = msgpack.packb(frame.to_wire())
+    packed: bytes = msgpack.packb(frame, default=wire_fields)
     return packed
 
 

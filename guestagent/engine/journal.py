@@ -13,7 +13,7 @@ import msgpack
 
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from vsock.errors import CallError
-from vsock.record import Record
+from vsock.record import Record, wire_fields
 
 __all__ = ("BEGUN", "WHOLE", "Counter", "Decision", "Journal", "LayerEntry", "OverlayEntry")
 
@@ -64,12 +64,12 @@ class Journal:
     def write_layer(self, live: LiveLayer, state: str, *, batch: str | None = None) -> None:
         """Replace a layer's entry; the old one stays whole until the new one is."""
         entry = LayerEntry(state=state, batch=batch, live=live)
-        self._replace(f"layer-{live.spec.layer_id}{_SUFFIX}", msgpack.packb(entry.to_wire()))
+        self._replace(f"layer-{live.spec.layer_id}{_SUFFIX}", entry)
 
     def write_overlay(self, live: LiveOverlay, state: str, *, batch: str | None = None) -> None:
         """Replace an overlay's entry."""
         entry = OverlayEntry(state=state, batch=batch, live=live)
-        self._replace(f"overlay-{live.spec.overlay_id}{_SUFFIX}", msgpack.packb(entry.to_wire()))
+        self._replace(f"overlay-{live.spec.overlay_id}{_SUFFIX}", entry)
 
     def remove(self, kind: str, name: str) -> None:
         """Forget the entry. Idempotent."""
@@ -107,7 +107,7 @@ class Journal:
 
     def commit_batch(self, batch: str, decision: Decision) -> None:
         """Decide that everything the batch made is whole from now on, whatever its entries say."""
-        self._replace(f"{batch}{_COMMIT}", msgpack.packb(decision.to_wire()))
+        self._replace(f"{batch}{_COMMIT}", decision)
 
     def settle_batch(self, batch: str, decision: Decision) -> None:
         """Let each entry of a decided batch say so by itself, then drop the decision."""
@@ -141,7 +141,8 @@ class Journal:
         """Open a number that outlives the agent; the caller closes it."""
         return Counter(f"{self._directory}/{name}.counter")
 
-    def _replace(self, file: str, content: bytes) -> None:
+    def _replace(self, file: str, record: Record) -> None:
+        content = msgpack.packb(record, default=wire_fields)
         path = f"{self._directory}/{file}"
         draft = path + _DRAFT
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

@@ -46,7 +46,7 @@ class Subscribers:
             # the log calls its listeners one at a time, so that the counts need no lock
             nonlocal missed
             told = event.replace(dropped=missed) if missed else event
-            if connection.notify("agent.event", told.to_wire()):
+            if connection.notify("agent.event", told):
                 missed = 0
             else:
                 missed += 1

@@ -24,6 +24,7 @@ from guestagent.api.observe import CrashesReply, CrashReport, LogLine
 from guestagent.observe.recorder import Recorder, read_recorded
 from vsock.errors import CallError
 from vsock.log import Line, field_text, log
+from vsock.record import wire_fields
 
 __all__ = ("KEPT_REPORTS", "CrashReports", "log_line", "note_death")
 
@@ -281,7 +282,7 @@ class CrashReports:
             log.warning("a crash report cannot be kept", error=str(problem))
 
     def _keep(self, report: CrashReport) -> None:
-        packed = msgpack.packb(report.to_wire(), unicode_errors="backslashreplace")
+        packed = msgpack.packb(report, default=wire_fields, unicode_errors="backslashreplace")
         self._write(f"{report.number}{_SUFFIX}", packed)
         for number in self._numbers()[:-KEPT_REPORTS]:
             self._unlink(f"{number}{_SUFFIX}")

@@ -132,7 +132,7 @@ class LogFollowers:
         while True:
             reply = read_log(self._log, follower.since, follower.level, _BATCH_LINES)
             if reply.lines or reply.dropped:
-                if not follower.connection.notify("agent.log", reply.to_wire()):
+                if not follower.connection.notify("agent.log", reply):
                     return follower.connection.closed
                 self.dropped += reply.dropped
             follower.since = max(follower.since, reply.next)

@@ -91,7 +91,7 @@ def test_a_subscriber_that_lags_learns_what_it_missed(events):
     peer.full = False
     events.publish("layer_unmounted")
     events.publish("layer_mounted")
-    assert [(got["sequence"], got["dropped"]) for got in peer.got] == [(1, 0), (4, 2), (5, 0)]
+    assert [(got.sequence, got.dropped) for got in peer.got] == [(1, 0), (4, 2), (5, 0)]
     assert subscribers.dropped == 2
     for closer in peer.closers:
         closer()

@@ -1,11 +1,13 @@
 from collections.abc import Mapping
+from types import MappingProxyType
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vsock.errors import CallError
-from vsock.record import Record
+from vsock.record import Record, wire_fields
 
 
 class Inner(Record):
@@ -165,3 +167,21 @@ def test_any_value_is_a_record_or_a_call_error(wire):
     else:
         assert problem.code == "invalid"
         assert problem.object.startswith("params")
+
+
+def test_packing_by_fields_gives_the_bytes_of_the_wire_form():
+    layer = Outer(
+        digest=b"\0\xff",
+        many=(Inner(name="a"),),
+        by_name=MappingProxyType({"x": 1}),
+        shape=Circle(),
+    )
+    packed = msgpack.packb(layer, default=wire_fields)
+    assert packed == msgpack.packb(layer.to_wire())
+    with pytest.raises(TypeError, match="a set does not travel"):
+        msgpack.packb({"a": set()}, default=wire_fields)
+
+
+def test_a_missing_field_is_not_made_up_for_by_an_unknown_one():
+    with pytest.raises(TypeError, match="missing field 'name'"):
+        Inner(names="a")
