@@ -81,7 +81,7 @@ class Deadline(Owner):
         """Raise CallError ``cancelled`` or ``timeout``, naming ``step``, if it is over."""
         if self._cancelled:
             raise CallError("cancelled", f"cancelled while: {step}", step=step)
-        if self._at is not None and self.expired:
+        if self._at is not None and time.monotonic() >= self._at:
             raise CallError("timeout", f"deadline passed while: {step}", step=step)
 
     def wait(

@@ -8,16 +8,13 @@ import threading
 from collections.abc import Container
 
 from guestagent.api import ByteRange, Holder, LayerSpec, OverlaySpec
+from guestagent.engine.claims import Owner, PathClaims
 from guestagent.engine.plan import LayerPlan, VerityOptions
 from guestagent.storage.blockdev import BlockDevice
 from vsock.errors import CallError
 from vsock.record import Record
 
 __all__ = ("Inventory", "LiveLayer", "LiveOverlay", "LiveScratch", "Owner", "refuse_other_spec")
-
-
-#: Who a claim belongs to: (kind, id).
-Owner = tuple[str, str]
 
 
 class LiveLayer(Record):
@@ -106,10 +103,13 @@ class Inventory:
         self._lock = threading.Lock()
         self._layers: dict[str, LiveLayer] = {}
         self._overlays: dict[str, LiveOverlay] = {}
-        self._targets: dict[str, Owner] = {reserved: ("agent", "state")}
+        self._targets = PathClaims()
+        self._targets.add(reserved, ("agent", "state"))
         self._directories: dict[Owner, tuple[str, ...]] = {}
+        #: How many owners need a directory that the agent made.
+        self._made: dict[str, int] = {}
         self._dm_names: dict[str, str] = {}
-        self._scratch: dict[str, str] = {}
+        self._scratch = PathClaims()
         self._problems: dict[str, str] = {}
 
     # --- layers and overlays
@@ -186,6 +186,13 @@ class Inventory:
 
     # --- claims
 
+    def _refuse_taken(self, what: str, path: str) -> None:
+        for claims, use in ((self._targets, "target"), (self._scratch, "scratch")):
+            taken = claims.in_the_way_of(path)
+            if taken is not None:
+                other, (kind, name) = taken
+                raise _taken(what, path, other, f"the {use} of {kind} {name!r}")
+
     def claim_target(self, target: str, owner: Owner) -> None:
         """Reserve a mount point; it may lie neither on, in nor above another's, nor a scratch.
 
@@ -193,17 +200,12 @@ class Inventory:
             CallError: ``conflict``, naming the other.
         """
         with self._lock:
-            for other, (kind, name) in self._targets.items():
-                if _overlap(target, other):
-                    raise _taken("target", target, other, f"the target of {kind} {name!r}")
-            for other, name in self._scratch.items():
-                if _overlap(target, other):
-                    raise _taken("target", target, other, f"the scratch of overlay {name!r}")
-            self._targets[target] = owner
+            self._refuse_taken("target", target)
+            self._targets.add(target, owner)
 
     def release_target(self, target: str) -> None:
         with self._lock:
-            self._targets.pop(target, None)
+            self._targets.drop(target)
 
     def claim_directories(self, owner: Owner, target: str, missing: Container[str]) -> list[str]:
         """Note which directories on the way to ``target`` go when nobody needs them any more.
@@ -212,21 +214,32 @@ class Inventory:
         for others: whoever of them is the last takes the directory away.
         """
         with self._lock:
-            made = {path for paths in self._directories.values() for path in paths}
             parts = target.split("/")
             way = ("/".join(parts[:end]) for end in range(2, len(parts) + 1))
-            claimed = [path for path in way if path in missing or path in made]
-            self._directories[owner] = tuple(claimed)
+            claimed = [path for path in way if path in missing or path in self._made]
+            self._hold_directories(owner, tuple(claimed))
             return claimed
 
     def hold_directories(self, owner: Owner, paths: tuple[str, ...]) -> None:
         """Note the directories that an adopted layer or overlay has."""
         with self._lock:
-            self._directories[owner] = paths
+            self._hold_directories(owner, paths)
+
+    def _hold_directories(self, owner: Owner, paths: tuple[str, ...]) -> None:
+        self._drop_directories(owner)
+        self._directories[owner] = paths
+        for path in paths:
+            self._made[path] = self._made.get(path, 0) + 1
+
+    def _drop_directories(self, owner: Owner) -> None:
+        for path in self._directories.pop(owner, ()):
+            self._made[path] -= 1
+            if not self._made[path]:
+                del self._made[path]
 
     def release_directories(self, owner: Owner) -> None:
         with self._lock:
-            self._directories.pop(owner, None)
+            self._drop_directories(owner)
 
     def claim_dm_names(
         self, layer_id: str, preferred: tuple[str, str], unique: tuple[str, str]
@@ -259,22 +272,18 @@ class Inventory:
             CallError: ``conflict``, naming the other.
         """
         with self._lock:
-            for other, owner in self._scratch.items():
-                if _overlap(key, other):
-                    raise _taken("scratch", key, other, f"the scratch of overlay {owner!r}")
-            for other, (kind, name) in self._targets.items():
-                if _overlap(key, other):
-                    raise _taken("scratch", key, other, f"the target of {kind} {name!r}")
-            self._scratch[key] = overlay_id
+            self._refuse_taken("scratch", key)
+            self._scratch.add(key, ("overlay", overlay_id))
 
     def release_scratch(self, key: str) -> None:
         with self._lock:
-            self._scratch.pop(key, None)
+            self._scratch.drop(key)
 
     def scratch_owner(self, key: str) -> str | None:
         """Return the overlay whose scratch a device (MAJOR:MINOR) or directory is."""
         with self._lock:
-            return self._scratch.get(key)
+            owner = self._scratch.get(key)
+            return None if owner is None else owner[1]
 
     # --- problems
 
@@ -298,10 +307,6 @@ class Inventory:
             Holder(kind="overlay", name=overlay_id, detail="uses the layer")
             for overlay_id in self.users_of(layer_id)
         )
-
-
-def _overlap(path: str, other: str) -> bool:
-    return path == other or path.startswith(other + "/") or other.startswith(path + "/")
 
 
 def _taken(what: str, path: str, other: str, whose: str) -> CallError:

@@ -22,7 +22,7 @@ class Monitor:
     def __init__(self, state: EngineState) -> None:
         self._state = state
         self._until = Deadline()
-        self._socket = UeventSocket()
+        self._socket = UeventSocket(is_about_disks=True)
         self._thread = threading.Thread(target=self._run, name="uevents", daemon=True)
 
     def start(self) -> None:

@@ -11,6 +11,7 @@ borrowed; returned ones belong to the caller and are close-on-exec.
 
 import ctypes
 import errno as errno_module
+import fcntl
 import os
 from collections.abc import Callable
 
@@ -76,6 +77,9 @@ MODULE_INIT_COMPRESSED_FILE = 4
 #: mount(2) copies one page of options, and cuts what is longer without an error.
 MOUNT_DATA_MAX_BYTES = 4095
 
+#: What fcntl.ioctl copies, to run without the interpreter lock.
+_FCNTL_MAX_BYTES = 1024
+
 _NUMBERS_BY_MACHINE = {
     "x86_64": {
         "pivot_root": 155,
@@ -121,7 +125,7 @@ _SIGNATURES: dict[str, tuple[type, ...] | None] = {
     "sethostname": (_c_str, ctypes.c_size_t),
     "reboot": (_c_int,),
     "ioctl": (_c_int, _c_ulong, ctypes.c_void_p),
-    "syscall": None,  # variadic: every argument is wrapped by _call_number
+    "syscall": None,  # variadic: see _syscall_taking
 }
 
 
@@ -171,19 +175,41 @@ def _checked(
 
 def _call_number(call: str, filename: object, *arguments: "int | bytes | None") -> int:
     """Make a call by number. Integers pass as long, bytes as a pointer, None as a null pointer."""
-    wrapped = [
-        ctypes.c_char_p(value) if isinstance(value, bytes) else ctypes.c_long(value or 0)
-        for value in arguments
-    ]
-    return _checked(call, filename, _libc.syscall, ctypes.c_long(_NR[call]), *wrapped)
+    kinds = tuple(map(type, arguments))
+    function = _typed.get(kinds)
+    if function is None:
+        function = _typed[kinds] = _syscall_taking(kinds)
+    return _checked(call, filename, function, _NR[call], *arguments)
+
+
+#: syscall(2) as a function of arguments of these types: converted in C, not one by one here.
+_typed: "dict[tuple[type, ...], Callable[..., int]]" = {}
+
+
+def _syscall_taking(kinds: tuple[type, ...]) -> "Callable[..., int]":
+    passed = {int: ctypes.c_long, bytes: _c_str, type(None): ctypes.c_void_p}
+    types = [passed[kind] for kind in kinds]
+    prototype = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, *types, use_errno=True)
+    return prototype(("syscall", _libc))
 
 
 def _text(value: str | bytes) -> bytes:
     """Encode as a path; a NUL inside would silently cut the text short in C."""
-    encoded = os.fsencode(value)
+    encoded = value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
     if b"\0" in encoded:
         raise ValueError(f"embedded null byte in {value!r}")
     return encoded
+
+
+def _ioctl_small(fd: int, request: int, buffer: bytearray, filename: object, call: str) -> int:
+    while True:
+        try:
+            result: int = fcntl.ioctl(fd, request, buffer)
+            return result
+        except InterruptedError:
+            continue
+        except OSError as error:
+            raise _oserror(call, error.errno or 0, filename) from None
 
 
 def _optional_text(value: str | bytes | None) -> bytes | None:
@@ -323,10 +349,12 @@ def reboot(command: int) -> None:
 def ioctl(fd: int, request: int, argument: bytearray | int, filename: object, call: str) -> int:
     """ioctl(2) on a buffer that the kernel may write to, or on an integer.
 
-    ``fcntl.ioctl`` keeps the interpreter lock with buffers over 1024 bytes, and a device-mapper
-    call may sleep for 40 ms: other threads must be able to run meanwhile.
+    ``fcntl.ioctl`` is the cheap way, but keeps the interpreter lock with buffers over 1024 bytes,
+    and a device-mapper call may sleep for 40 ms: other threads must be able to run meanwhile.
     """
     if isinstance(argument, int):
         return _checked(call, filename, _libc.ioctl, fd, request, argument)
+    if len(argument) <= _FCNTL_MAX_BYTES:
+        return _ioctl_small(fd, request, argument, filename, call)
     buffer = (ctypes.c_char * len(argument)).from_buffer(argument)
     return _checked(call, filename, _libc.ioctl, fd, request, ctypes.addressof(buffer))

@@ -9,8 +9,9 @@ action ``lost`` in place: whoever waits for a state must then look at the state 
 """
 
 import _socket
+import ctypes
 import errno
-import os
+import struct
 from collections.abc import Mapping
 
 from vsock.owner import Owner
@@ -26,6 +27,12 @@ _KERNEL_GROUP = 1  # group 2 carries what udev has processed
 _SO_RCVBUFFORCE = 33  # include/uapi/asm-generic/socket.h
 _QUEUE_BYTES = 4 * 1024 * 1024
 _MESSAGE_MAX_BYTES = 8 * 1024  # the kernel's UEVENT_BUFFER_SIZE is 2048
+_SO_ATTACH_FILTER = 26
+#: include/uapi/linux/filter.h: struct sock_filter (code, jump if true, if false, k); load a
+#: big-endian word of the message, compare it, end. A message is kept whole or not at all.
+_INSTRUCTION = struct.Struct("=HBBI")
+_LOAD, _COMPARE, _RETURN = 0x20, 0x15, 0x06
+_KEEP, _DROP = 0xFFFFFFFF, 0
 
 
 class Uevent(Record):
@@ -42,15 +49,11 @@ class Uevent(Record):
 
 def parse(message: bytes) -> Uevent | None:
     """Parse ``ACTION@DEVPATH`` and its NUL-parted fields; None if it is not such a message."""
-    parts = message.split(b"\0")
-    action, at, devpath = os.fsdecode(parts[0]).partition("@")
+    head, *parts = message.decode("utf-8", "surrogateescape").split("\0")
+    action, at, devpath = head.partition("@")
     if not at or not action or not devpath.startswith("/"):
         return None
-    fields: dict[str, str] = {}
-    for part in parts[1:]:
-        key, equals, value = os.fsdecode(part).partition("=")
-        if equals:
-            fields[key] = value
+    fields = dict(part.split("=", 1) for part in parts if "=" in part)
     return Uevent(
         action=action, devpath=devpath, subsystem=fields.get("SUBSYSTEM", ""), fields=fields
     )
@@ -59,11 +62,16 @@ def parse(message: bytes) -> Uevent | None:
 class UeventSocket(Owner):
     """A subscription; events count from its making on. Use as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_about_disks: bool = False) -> None:
+        """Subscribe; ``is_about_disks`` leaves out the coming and going of device-mapper's devices
+        (not their changes), and of what is no device: a mount alone makes eight of these, each of
+        which would wake the reader."""
         kind = _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK
         self._socket = _socket.socket(_socket.AF_NETLINK, kind, _NETLINK_KOBJECT_UEVENT)
         try:
             self._grow_queue()
+            if is_about_disks:
+                attach_disk_filter(self._socket)
             self._socket.bind((0, _KERNEL_GROUP))
         except OSError:
             self._socket.close()
@@ -99,3 +107,48 @@ class UeventSocket(Owner):
             event = parse(message) if port == 0 else None
             if event is not None:
                 events.append(event)
+
+
+def attach_disk_filter(socket: _socket.socket) -> None:
+    """Have the kernel leave out what is not about disks; see ``UeventSocket``."""
+    program = _disk_filter()
+    code = ctypes.create_string_buffer(program, len(program))
+    # struct sock_fprog; the kernel copies what it points to
+    fprog = struct.pack("@HP", len(program) // _INSTRUCTION.size, ctypes.addressof(code))
+    socket.setsockopt(_socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
+
+
+def _disk_filter() -> bytes:
+    """Return a socket filter that drops ``add`` and ``remove`` of /devices/virtual/{bdi/,block/dm}
+    and of what is not below /devices, and keeps the rest."""
+    added, removed = _lifecycle_filter(len("add@")), _lifecycle_filter(len("remove@"))
+    return b"".join((
+        _INSTRUCTION.pack(_LOAD, 0, 0, 0),
+        _INSTRUCTION.pack(_COMPARE, 2, 0, _word("add@")),
+        _INSTRUCTION.pack(_COMPARE, 1 + len(added) // _INSTRUCTION.size, 0, _word("remo")),
+        _INSTRUCTION.pack(_RETURN, 0, 0, _KEEP),
+        added,
+        removed,
+    ))  # fmt: skip
+
+
+def _lifecycle_filter(path_at: int) -> bytes:
+    """Return the part for one action, whose path begins at byte ``path_at``."""
+    below = path_at + len("/devices/virtual/")
+    return b"".join((
+        _INSTRUCTION.pack(_LOAD, 0, 0, path_at),
+        _INSTRUCTION.pack(_COMPARE, 0, 8, _word("/dev")),
+        _INSTRUCTION.pack(_LOAD, 0, 0, path_at + len("/devices")),
+        _INSTRUCTION.pack(_COMPARE, 0, 5, _word("/vir")),
+        _INSTRUCTION.pack(_LOAD, 0, 0, below),
+        _INSTRUCTION.pack(_COMPARE, 4, 0, _word("bdi/")),
+        _INSTRUCTION.pack(_COMPARE, 0, 2, _word("bloc")),
+        _INSTRUCTION.pack(_LOAD, 0, 0, below + len("bloc")),
+        _INSTRUCTION.pack(_COMPARE, 1, 0, _word("k/dm")),
+        _INSTRUCTION.pack(_RETURN, 0, 0, _KEEP),
+        _INSTRUCTION.pack(_RETURN, 0, 0, _DROP),
+    ))  # fmt: skip
+
+
+def _word(text: str) -> int:
+    return int.from_bytes(text.encode("ascii"), "big")

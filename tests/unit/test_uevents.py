@@ -1,10 +1,12 @@
 """Device events: the kernel's message format."""
 
+import socket
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guestagent.storage.uevents import Uevent, UeventSocket, parse
+from guestagent.storage.uevents import Uevent, UeventSocket, attach_disk_filter, parse
 
 MESSAGE = (
     b"add@/devices/virtual/block/dm-0\0ACTION=add\0DEVPATH=/devices/virtual/block/dm-0\0"
@@ -48,3 +50,40 @@ def test_a_socket_that_has_heard_nothing() -> None:
         assert events.fileno() >= 0
         events.receive()
     events.close()
+
+
+def test_the_filter_leaves_out_what_dm_does_and_nothing_of_disks() -> None:
+    """The kernel runs the same filter on any kind of socket."""
+    kept = (
+        "add@/devices/virtual/block/loop0",
+        "remove@/devices/virtual/block/loop0",
+        "add@/devices/pci0000:00/0000:00:03.0/virtio1/block/vda",
+        "remove@/devices/pci0000:00/0000:00:03.0/virtio1/block/vda/vda1",
+        "add@/devices/LNXSYSTM:00/ACPI0012:00/ndbus0/region0/namespace0.0/block/pmem0",
+        "change@/devices/virtual/block/dm-3",
+        "change@/devices/virtual/bdi/254:0",
+        "move@/devices/virtual/block/dm-3",
+    )
+    dropped = (
+        "add@/devices/virtual/block/dm-3",
+        "remove@/devices/virtual/block/dm-12",
+        "add@/devices/virtual/bdi/254:3",
+        "remove@/devices/virtual/bdi/254:3",
+        "add@/kernel/slab/:0000192",
+        "remove@/kernel/slab/:0000192",
+        "add@/module/dm_verity",
+        "add@/fs/erofs/dm-1",
+    )
+    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with reader, writer:
+        reader.setblocking(False)
+        attach_disk_filter(reader)
+        for text in (*dropped, *kept, *dropped):
+            writer.send(text.encode() + b"\0SUBSYSTEM=block\0")
+        came = []
+        while len(came) < len(kept) + 1:
+            try:
+                came.append(reader.recv(4096).split(b"\0")[0].decode())
+            except BlockingIOError:
+                break
+    assert came == list(kept)

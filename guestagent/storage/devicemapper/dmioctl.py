@@ -3,7 +3,6 @@
 Source: include/uapi/linux/dm-ioctl.h (Linux 6.1, interface 4.47).
 """
 
-import os
 import struct
 
 from guestagent.storage.devicemapper.targets import Target
@@ -123,7 +122,7 @@ class Reply:
 
 def encode_word(kind: str, word: str, longest: int) -> bytes:
     """Encode a name that somebody else may have chosen: anything but NUL, within the field."""
-    encoded = os.fsencode(word)
+    encoded = word.encode("utf-8", "surrogateescape")
     if len(encoded) > longest or b"\0" in encoded:
         raise ValueError(f"device-mapper {kind} must be at most {longest} bytes, got {word!r}")
     return encoded
@@ -146,7 +145,7 @@ def format_dev(dev: int) -> str:
 
 
 def until_nul(data: bytes) -> str:
-    return os.fsdecode(data.split(b"\0", 1)[0])
+    return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def pack_target(target: Target) -> bytes:
@@ -187,7 +186,7 @@ def unpack_names(reply: Reply, uuids_told: bool) -> list[tuple[str, str, str | N
                 uuid = until_nul(reply.data[extra_at + 8 : extra_at + 8 + UUID_MAX_BYTES + 1])
             elif flags & _DM_NAME_LIST_FLAG_DOESNT_HAVE_UUID:
                 uuid = ""
-        name = os.fsdecode(reply.data[name_at:name_end])
+        name = until_nul(reply.data[name_at:name_end])
         found.append((name, format_dev(dev), uuid))
         if not next_by:
             break

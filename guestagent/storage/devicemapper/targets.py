@@ -55,7 +55,8 @@ def _check_number(name: str, value: int, low: int, high: int = _U64_MAX) -> None
 
 def _check_word(name: str, word: str) -> None:
     """One word of visible ASCII: white space would make two of it, a backslash would quote."""
-    if not word or not all("!" <= char <= "~" and char != "\\" for char in word):
+    is_visible = word.isascii() and word.isprintable() and " " not in word and "\\" not in word
+    if not word or not is_visible:
         raise ValueError(f"{name} must be one word of visible ASCII, got {word!r}")
 
 
