@@ -15,7 +15,7 @@ import stat
 from pathlib import Path
 from types import TracebackType
 
-from guestagent.storage.verity import FieldError, VerityParameters, check_tree_spine
+from guestagent.storage.verity import FieldError, VerityParameters, check_tree_spines
 from rootfs.allocator import ByteRange, first_fit, round_up
 from rootfs.busy import refuse_attached
 from rootfs.failure import from_os_error
@@ -208,7 +208,7 @@ class Pack:
                 padding_bytes=size_bytes - file_bytes,
             )
         else:
-            check_tree_spine(verity, lambda at, size: os.pread(source, size, at))
+            check_tree_spines(verity, lambda at, size: os.pread(source, size, at))
         try:
             return ManifestLayer(
                 layer_id=layer_id,

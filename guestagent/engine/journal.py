@@ -110,13 +110,14 @@ class Journal:
         self._replace(f"{batch}{_COMMIT}", decision)
 
     def settle_batch(self, batch: str, decision: Decision) -> None:
-        """Let each entry of a decided batch say so by itself, then drop the decision."""
+        """Let each entry of a decided batch say so by itself, then drop the decision.
+
+        For the request that decided, and still keeps others from what it made.
+        """
         for layer in decision.layers:
-            if self._is_begun_by(batch, "layer", layer.spec.layer_id):
-                self.write_layer(layer, WHOLE)
-        overlay = decision.overlay
-        if overlay is not None and self._is_begun_by(batch, "overlay", overlay.spec.overlay_id):
-            self.write_overlay(overlay, WHOLE)
+            self.write_layer(layer, WHOLE)
+        if decision.overlay is not None:
+            self.write_overlay(decision.overlay, WHOLE)
         self._unlink(f"{batch}{_COMMIT}")
 
     def settle_all(self) -> None:
@@ -126,7 +127,20 @@ class Journal:
                 continue
             decision = self._load(f"{self._directory}/{file}", Decision)
             if decision is not None:
-                self.settle_batch(file[: -len(_COMMIT)], decision)
+                batch = file[: -len(_COMMIT)]
+                self.settle_batch(batch, self._still_of(batch, decision))
+
+    def _still_of(self, batch: str, decision: Decision) -> Decision:
+        """Leave out of a decision what has changed hands since."""
+        layers = (
+            layer
+            for layer in decision.layers
+            if self._is_begun_by(batch, "layer", layer.spec.layer_id)
+        )
+        overlay = decision.overlay
+        if overlay and not self._is_begun_by(batch, "overlay", overlay.spec.overlay_id):
+            overlay = None
+        return Decision(layers=tuple(layers), overlay=overlay)
 
     def _is_begun_by(self, batch: str, kind: str, name: str) -> bool:
         """Say whether the entry is this batch's still: it may be gone, or another request's."""

@@ -8,7 +8,7 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-from guestagent.api import ByteRange, LayerSpec
+from guestagent.api import ByteRange, Device, LayerSpec
 from guestagent.engine.inventory import LiveLayer
 from guestagent.engine.journal import BEGUN
 from guestagent.engine.operation import Operation
@@ -30,7 +30,7 @@ from guestagent.engine.takedown import (
     undo_deadline,
     unmount_target,
 )
-from guestagent.engine.verified import Reader, prove_first_block, read_parameters
+from guestagent.engine.verified import Reader, open_proved, read_parameters
 from guestagent.storage import blockdev
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import devices
@@ -54,8 +54,7 @@ class LayerStack:
         """Find the device, claim names and target, and decide everything that can be decided."""
         self._check_rules(spec)
         self._claim(spec, op)
-        with op.step("device", blockdev.describe(spec.device)):
-            device = blockdev.wait_for(spec.device, op.deadline)
+        device = self._find(spec.device, op)
         self._refuse_scratch(device)
         return self._plan(spec, device, op)
 
@@ -71,9 +70,22 @@ class LayerStack:
     def make(self, live: LiveLayer, op: Operation) -> LiveLayer:
         """Make the devices and the mount; return the layer as it became."""
         dev, node = self._make_devices(live, op)
-        live = self._mount(live.replace(dev=dev), node, op)
+        # open until it is mounted, so that what was read and verified stays cached
+        with self._open(live, node, op) as reader:
+            live = self._mount(live.replace(dev=dev), reader, op)
         self._defer_removal(live.plan, op)
         return live
+
+    def _find(self, wanted: Device, op: Operation) -> BlockDevice:
+        """Look a device up, or wait for it; once for all layers of a batch that are on it.
+
+        One that changes meanwhile is noticed by what is made on it.
+        """
+        with op.step("device", blockdev.describe(wanted)):
+            found = op.found.get(wanted)
+            if found is None:
+                found = op.found[wanted] = blockdev.wait_for(wanted, op.deadline)
+            return found
 
     def _check_rules(self, spec: LayerSpec) -> None:
         check_target(spec.mount_point, self._state.rules.target_root)
@@ -106,8 +118,7 @@ class LayerStack:
         area = check_range(spec.mapping, device)
         hash_device = None
         if spec.verity is not None and spec.verity.hash_device is not None:
-            with op.step("device", "hash device"):
-                hash_device = blockdev.wait_for(spec.verity.hash_device, op.deadline)
+            hash_device = self._find(spec.verity.hash_device, op)
         verified = None
         if spec.verity is not None:
             version = self._verity_version(op)
@@ -168,9 +179,18 @@ class LayerStack:
                 info = self._device(plan.verity.name, plan.verity.uuid, plan.verity.target(dev))
             self._undo_device(plan.verity.name, op)
             dev, node = info.dev, info.node
-            with op.step("prove", plan.verity.name, code="integrity"):
-                prove_first_block(node)
         return dev, node
+
+    def _open(self, live: LiveLayer, node: str, op: Operation) -> Reader:
+        """Open what is to be mounted; where that is a verity device, see that it lets a block
+        through."""
+        verity = live.plan.verity
+        if verity is None:
+            with op.step("filesystem", node, code="mount"):
+                return Reader(node, ByteRange(offset_bytes=0, size_bytes=live.range.size_bytes))
+        with op.step("prove", verity.name, code="integrity"):
+            size_bytes = verity.parameters.data_size_bytes
+            return open_proved(node, ByteRange(offset_bytes=0, size_bytes=size_bytes))
 
     def _device(self, name: str, uuid: str, target: Target) -> DeviceInfo:
         """Create a device; one of ours that is still there from an unmount half done will do."""
@@ -190,14 +210,14 @@ class LayerStack:
 
         op.undo_by(f"dm device {name}", undo)
 
-    def _mount(self, planned: LiveLayer, node: str, op: Operation) -> LiveLayer:
-        live, spec = planned, planned.spec
+    def _mount(self, planned: LiveLayer, reader: Reader, op: Operation) -> LiveLayer:
+        live, spec, node = planned, planned.spec, reader.node
         with op.step("target", spec.mount_point, code="mount"):
             target = TargetDirectory(spec.mount_point, root=self._state.rules.target_root)
         with target:
             op.undo_by("target directory", lambda: remove_directories(planned.created))
             with op.step("filesystem", node, code="mount"):
-                live = self._with_filesystem(live, node)
+                live = self._with_filesystem(live, reader)
             with op.step("mount", spec.mount_point, code="mount"):
                 self._mount_at(live, node, target, op)
             op.undo_by("mount", lambda: self._undo_mount(spec.mount_point))
@@ -221,16 +241,13 @@ class LayerStack:
                 object=live.device.node,
             )
 
-    def _with_filesystem(self, live: LiveLayer, node: str) -> LiveLayer:
+    def _with_filesystem(self, live: LiveLayer, reader: Reader) -> LiveLayer:
         """Look at the file system through the device that will be mounted: what verity does not
         let through is never parsed, here or in the kernel."""
-        verity = live.plan.verity
-        size_bytes = verity.parameters.data_size_bytes if verity else live.range.size_bytes
-        with Reader(node, ByteRange(offset_bytes=0, size_bytes=size_bytes)) as reader:
-            filesystem = live.spec.filesystem
-            if filesystem == "auto":
-                filesystem = detect(reader.read_padded) or "unknown"
-            check_size(filesystem, reader.read_padded, size_bytes)
+        filesystem = live.spec.filesystem
+        if filesystem == "auto":
+            filesystem = detect(reader.read_padded) or "unknown"
+        check_size(filesystem, reader.read_padded, reader.size_bytes)
         mount = live.plan.mount.replace(filesystem=filesystem)
         return live.replace(plan=live.plan.replace(mount=mount))
 

@@ -10,8 +10,10 @@ import errno
 import time
 from collections.abc import Callable
 
+from guestagent.api import Device
 from guestagent.engine.faults import Faults
 from guestagent.engine.space import describe_space
+from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.kmsg import KernelLog
 from vsock.deadline import Deadline
 from vsock.errors import CallError, errno_name
@@ -53,15 +55,22 @@ class Operation:
         batch: str | None = None,
         on_left: Callable[[str], None] | None = None,
         on_step: StepListener | None = None,
+        parent: "Operation | None" = None,
     ) -> None:
         """``on_left`` is told of everything that could not be undone, ``on_step`` of each step."""
         self.deadline = deadline
+        #: Devices that were found for this request: many layers of one are on the same.
+        self.found: dict[Device, BlockDevice] = parent.found if parent else {}
         self.traceparent = traceparent
         self.batch = batch
         self.timings_ms: dict[str, float] = {}
         self._faults = faults
         self._kernel_log = kernel_log
-        self._log_mark = kernel_log.mark() if kernel_log else None
+        self._log_mark: int | None = None
+        if parent is not None:
+            self._log_mark = parent._log_mark
+        elif kernel_log is not None:
+            self._log_mark = kernel_log.mark()
         self._on_left = on_left
         self._on_step = on_step
         self._undos: list[_Undo] = []
@@ -89,6 +98,7 @@ class Operation:
             batch=self.batch,
             on_left=self._on_left,
             on_step=self._on_step,
+            parent=self,
         )
 
     def adopt(self, child: "Operation") -> None:

@@ -9,7 +9,7 @@ from guestagent.engine.plan import VerityStep
 from guestagent.engine.state import EngineState
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import (
-    parse_line,
+    Target,
     parse_verity,
     parse_verity_status,
 )
@@ -25,8 +25,12 @@ def dm_device(control: Control, name: str) -> DmDevice:
     Raises:
         OSError: ENXIO, there is none.
     """
+    return _described(control, name)[0]
+
+
+def _described(control: Control, name: str) -> tuple[DmDevice, tuple[Target, ...]]:
     info, table, status = control.describe(name)
-    return DmDevice(
+    device = DmDevice(
         name=info.name,
         uuid=info.uuid,
         dev=info.dev,
@@ -38,6 +42,7 @@ def dm_device(control: Control, name: str) -> DmDevice:
         deferred_remove=info.deferred_remove,
         open_count=info.open_count,
     )
+    return device, table
 
 
 def verity_status(control: Control, name: str) -> str:
@@ -65,12 +70,12 @@ def layer_report(
     if mount is None or mount.dev != live.dev:
         raise _gone(live, f"no longer mounted at {spec.mount_point!r}")
     try:
-        dm = tuple(dm_device(state.control, name) for name in live.plan.dm_names)
+        found = [_described(state.control, name) for name in live.plan.dm_names]
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
         raise _gone(live, f"without its device {error.filename!r}") from error
-    verity = _verity_report(live, live.plan.verity, dm[0]) if live.plan.verity else None
+    verity = _verity_report(live, live.plan.verity, *found[0]) if live.plan.verity else None
     corrupted = verity is not None and verity.status == "C"
     return LayerReport(
         layer_id=spec.layer_id,
@@ -80,7 +85,7 @@ def layer_report(
         device_node=live.device.node,
         dev=mount.dev,
         mapping=spec.mapping,
-        dm=dm,
+        dm=tuple(device for device, _ in found),
         verity=verity,
         filesystem=mount.filesystem,
         mount_id=mount.mount_id,
@@ -111,9 +116,11 @@ def _options(mount: Mount) -> tuple[str, ...]:
     )
 
 
-def _verity_report(live: LiveLayer, step: VerityStep, device: DmDevice) -> VerityReport:
+def _verity_report(
+    live: LiveLayer, step: VerityStep, device: DmDevice, targets: tuple[Target, ...]
+) -> VerityReport:
     """Report the table that the kernel has, in the words of the contract."""
-    table = parse_verity(parse_line(device.table))
+    table = parse_verity(targets[0])
     assert live.spec.verity is not None
     return VerityReport(
         root_digest=table.root_digest.hex(),

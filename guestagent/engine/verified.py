@@ -5,6 +5,7 @@ top of the hash tree is checked against the digest before any device exists, one
 through the verity device before it is mounted, and the status is read back after.
 """
 
+import contextlib
 import os
 
 from guestagent.api import ByteRange, LayerSpec, Verity
@@ -22,13 +23,13 @@ from guestagent.storage.verity import (
     Superblock,
     VerityParameters,
     check_kernel_limits,
-    check_tree_spine,
+    check_tree_spines,
     resolve,
 )
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("Reader", "VerifiedParameters", "prove_first_block", "read_parameters")
+__all__ = ("Reader", "VerifiedParameters", "open_proved", "read_parameters")
 
 _PROOF_BYTES = 4096
 
@@ -55,6 +56,10 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
+
+    def fileno(self) -> int:
+        """Return the descriptor; it stays ours."""
+        return self._fd
 
     def read_at(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Return what is there, fewer bytes than asked at the end of the range."""
@@ -127,8 +132,8 @@ def _read_with(
     )
     separate = None if hashes is data else hashes.read_at
     # the first block proves that tree and data belong together, the last how many blocks there are
-    for data_block in sorted({0, parameters.data_blocks - 1}):
-        check_tree_spine(parameters, data.read_at, read_hash_at=separate, data_block=data_block)
+    ends = sorted({0, parameters.data_blocks - 1})
+    check_tree_spines(parameters, data.read_at, read_hash_at=separate, data_blocks=ends)
     signature_key = signature_description(spec.layer_id) if verity.signature else None
     given = verity.salt is not None and verity.data_blocks is not None
     source = "request" if superblock is None else "both" if given else "superblock"
@@ -184,14 +189,16 @@ def _superblock(verity: Verity, hashes: Reader, offset_bytes: int) -> Superblock
         ) from None
 
 
-def prove_first_block(node: str) -> None:
-    """Read the start of a layer through its verity device.
+def open_proved(node: str, area: ByteRange) -> Reader:
+    """Open a verity device and read the start of it; the caller closes it.
 
     Raises:
         OSError: EIO, the block did not verify.
     """
-    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.pread(fd, _PROOF_BYTES, 0)
-    finally:
-        os.close(fd)
+    with contextlib.ExitStack() as undo:
+        reader = undo.enter_context(Reader(node, area))
+        # every block is hashed by the kernel: none is to be read but those asked for
+        os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        reader.read_at(0, _PROOF_BYTES)
+        undo.pop_all()
+    return reader

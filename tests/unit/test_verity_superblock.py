@@ -19,7 +19,7 @@ from guestagent.storage.verity import (
     block_digest,
     check_kernel_limits,
     check_root,
-    check_tree_spine,
+    check_tree_spines,
     resolve,
     superblock_offset,
 )
@@ -364,14 +364,14 @@ def test_a_whole_tree_passes(hash_type: int) -> None:
     device = Device(hash_type)
     check_root(device.parameters, device.read_at)
     for block in (0, 127, 128, 299):
-        check_tree_spine(device.parameters, device.read_at, data_block=block)
+        check_tree_spines(device.parameters, device.read_at, data_blocks=(block,))
 
 
 def test_one_data_block_is_its_own_root() -> None:
     device = Device(blocks=1)
     assert device.parameters.levels == 0
     check_root(device.parameters, device.read_at)
-    check_tree_spine(device.parameters, device.read_at)
+    check_tree_spines(device.parameters, device.read_at)
     device.content[7] ^= 1
     with pytest.raises(CallError, match="data block 0, which is the root"):
         check_root(device.parameters, device.read_at)
@@ -433,16 +433,36 @@ def test_the_spine_finds_damage_on_its_path(
     device = Device()
     device.content[position if isinstance(position, int) else position(device)] ^= 1
     with pytest.raises(CallError) as caught:
-        check_tree_spine(device.parameters, device.read_at)
+        check_tree_spines(device.parameters, device.read_at)
     assert (caught.value.code, caught.value.object) == ("integrity", named)
 
 
 def test_the_spine_of_another_block_does_not_read_this_one() -> None:
     device = Device()
     device.content[0] ^= 1
-    check_tree_spine(device.parameters, device.read_at, data_block=299)
+    check_tree_spines(device.parameters, device.read_at, data_blocks=(299,))
     with pytest.raises(ValueError, match="data block 300 of 300"):
-        check_tree_spine(device.parameters, device.read_at, data_block=300)
+        check_tree_spines(device.parameters, device.read_at, data_blocks=(300,))
+
+
+def test_what_paths_share_is_read_once() -> None:
+    device = Device()
+    reads: list[int] = []
+
+    def read_at(offset: int, size: int) -> bytes:
+        reads.append(offset)
+        return device.read_at(offset, size)
+
+    check_tree_spines(device.parameters, read_at, data_blocks=(0, 1, 299))
+    parameters = device.parameters
+    last_hash_block = parameters.end_bytes - parameters.hash_block_size_bytes
+    reads.remove(last_hash_block)  # once to see that it is there, once on the way
+    assert len(reads) == len(set(reads))
+    last = 299 * parameters.data_block_size_bytes
+    assert {0, last, last_hash_block, *parameters.level_offsets_bytes} <= set(reads)
+    device.content[last] ^= 1
+    with pytest.raises(CallError, match="data block 299 has the digest"):
+        check_tree_spines(device.parameters, device.read_at, data_blocks=(0, 1, 299))
 
 
 @pytest.mark.parametrize("hash_type", [0, 1])
@@ -457,7 +477,7 @@ def test_fewer_data_blocks_than_the_tree_has_are_noticed(hash_type: int, blocks:
         return device.read_at(offset + (end if offset > fewer.tree_offset_bytes else 0), size)
 
     with pytest.raises(CallError, match=f"the hash tree is not over {blocks} blocks") as caught:
-        check_tree_spine(fewer, device.read_at, read_hash_at=shifted, data_block=blocks - 1)
+        check_tree_spines(fewer, device.read_at, read_hash_at=shifted, data_blocks=(blocks - 1,))
     assert (caught.value.code, caught.value.object) == ("integrity", "data_blocks")
 
 

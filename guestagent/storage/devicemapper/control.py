@@ -26,6 +26,8 @@ __all__ = ("CONTROL_PATH", "Control", "DeviceInfo")
 
 CONTROL_PATH = "/dev/mapper/control"
 _ROOM_BYTES = 16 * 1024
+#: Enough for a table of ours, and small enough for the cheap kind of ioctl.
+_TABLE_ROOM_BYTES = 1024
 _LARGEST_BUFFER_BYTES = 16 * 1024 * 1024
 
 
@@ -158,7 +160,7 @@ class Control(FdOwner):
 
     def _table_status(self, name: str, flags: int = 0) -> Reply:
         flags |= dmioctl.DM_NOFLUSH_FLAG
-        return self._call(dmioctl.DM_TABLE_STATUS, name, flags=flags, room=_ROOM_BYTES)
+        return self._call(dmioctl.DM_TABLE_STATUS, name, flags=flags, room=_TABLE_ROOM_BYTES)
 
     def deps(self, name: str) -> tuple[str, ...]:
         """Return the devices (MAJOR:MINOR) that the live table stands on."""

@@ -24,7 +24,7 @@ from guestagent.storage.verity.proof import (
     block_digest,
     check_root,
     check_spare,
-    check_tree_spine,
+    check_tree_spines,
 )
 from guestagent.storage.verity.superblock import (
     DIGEST_SIZES,
@@ -54,7 +54,7 @@ __all__ = (
     "check_kernel_limits",
     "check_root",
     "check_spare",
-    "check_tree_spine",
+    "check_tree_spines",
     "resolve",
     "superblock_offset",
 )

@@ -3,6 +3,8 @@
 Source: drivers/md/dm-verity-target.c (Linux 6.1).
 """
 
+import functools
+
 from guestagent.storage.verity.superblock import (
     DIGEST_SIZES,
     HASH_TYPE_CHROMEOS,
@@ -89,13 +91,7 @@ class VerityParameters(Record):
     @property
     def level_blocks(self) -> tuple[int, ...]:
         """Hash blocks of each level, level 0 (over the data) first; the last is always 1."""
-        per_block = 1 << self.hashes_per_block_bits
-        counts = []
-        count = self.data_blocks
-        while count > 1:
-            count = -(-count // per_block)
-            counts.append(count)
-        return tuple(counts)
+        return _level_blocks(self.data_blocks, self.hashes_per_block_bits)
 
     @property
     def levels(self) -> int:
@@ -134,6 +130,17 @@ class VerityParameters(Record):
     def end_bytes(self) -> int:
         """Where the hash area ends."""
         return self.tree_offset_bytes + self.hash_blocks * self.hash_block_size_bytes
+
+
+@functools.lru_cache(maxsize=64)
+def _level_blocks(data_blocks: int, hashes_per_block_bits: int) -> tuple[int, ...]:
+    per_block = 1 << hashes_per_block_bits
+    counts = []
+    count = data_blocks
+    while count > 1:
+        count = -(-count // per_block)
+        counts.append(count)
+    return tuple(counts)
 
 
 def superblock_offset(

@@ -1,6 +1,6 @@
 """That a tree belongs to a root digest, and to its data: checked block by block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from guestagent.storage.hashing import new_hash
 from guestagent.storage.verity.parameters import VerityParameters
@@ -12,7 +12,7 @@ __all__ = (
     "block_digest",
     "check_root",
     "check_spare",
-    "check_tree_spine",
+    "check_tree_spines",
 )
 
 #: Read ``size`` bytes at ``offset_bytes``; fewer only at the end of the device.
@@ -45,43 +45,74 @@ def check_root(
     _top_block(parameters, read_at, read_hash_at)
 
 
-def check_tree_spine(
+def check_tree_spines(
     parameters: VerityParameters,
     read_at: ReadAt,
     *,
     read_hash_at: ReadAt | None = None,
-    data_block: int = 0,
+    data_blocks: Iterable[int] = (0,),
 ) -> None:
-    """Verify one path of the tree, from the root digest down to a data block.
+    """Verify the path of the tree to each of a few data blocks, from the root digest down.
 
     Reads one block of each level and the data block: a cheap proof that this tree belongs to this
     data, which the root alone is not. The path to the last data block proves ``data_blocks`` too.
+    What paths have in common is read and hashed once.
 
     Raises:
         CallError: as ``check_root``; ``object`` is the part that does not match.
         OSError: as raised by the readers.
     """
-    if not 0 <= data_block < parameters.data_blocks:
-        raise ValueError(f"data block {data_block} of {parameters.data_blocks}")
-    block = _top_block(parameters, read_at, read_hash_at)
+    top = _top_block(parameters, read_at, read_hash_at)
+    verified = {(parameters.levels - 1, 0): top}
+    for data_block in data_blocks:
+        if not 0 <= data_block < parameters.data_blocks:
+            raise ValueError(f"data block {data_block} of {parameters.data_blocks}")
+        for level in reversed(range(parameters.levels - 1)):
+            _verify_hash_block(parameters, verified, level, data_block, read_hash_at or read_at)
+        if parameters.levels:  # without a tree the one data block was the top
+            _verify_data_block(parameters, verified, data_block, read_at)
+
+
+def _verify_hash_block(
+    parameters: VerityParameters,
+    verified: dict[tuple[int, int], bytes],
+    level: int,
+    data_block: int,
+    read_hash_at: ReadAt,
+) -> None:
+    """Verify the block of ``level`` on the way to ``data_block`` by the block above it."""
+    index = data_block >> (parameters.hashes_per_block_bits * (level + 1))
+    if (level, index) in verified:
+        return
+    size = parameters.hash_block_size_bytes
+    offset_bytes = parameters.level_offsets_bytes[level] + index * size
+    what = f"hash block {index} of level {level}"
+    block = _read(read_hash_at, offset_bytes, size, what)
+    _expect(parameters, block, _digest_above(parameters, verified, level, index), what)
+    if index == parameters.level_blocks[level] - 1:
+        check_spare(parameters, level, block)
+    verified[level, index] = block
+
+
+def _verify_data_block(
+    parameters: VerityParameters,
+    verified: dict[tuple[int, int], bytes],
+    data_block: int,
+    read_at: ReadAt,
+) -> None:
+    size = parameters.data_block_size_bytes
+    what = f"data block {data_block}"
+    block = _read(read_at, data_block * size, size, what)
+    _expect(parameters, block, _digest_above(parameters, verified, -1, data_block), what)
+
+
+def _digest_above(
+    parameters: VerityParameters, verified: dict[tuple[int, int], bytes], level: int, index: int
+) -> bytes:
+    """Return the digest of a block as the verified block above it has it; level -1 is the data."""
     bits = parameters.hashes_per_block_bits
-    for level in reversed(range(parameters.levels)):
-        slot = (data_block >> (bits * level)) & ((1 << bits) - 1)
-        start = slot * parameters.slot_size_bytes
-        expected = block[start : start + parameters.digest_size_bytes]
-        if level:
-            index = data_block >> (bits * level)
-            size = parameters.hash_block_size_bytes
-            offset_bytes = parameters.level_offsets_bytes[level - 1] + index * size
-            what = f"hash block {index} of level {level - 1}"
-            block = _read(read_hash_at or read_at, offset_bytes, size, what)
-        else:
-            size = parameters.data_block_size_bytes
-            what = f"data block {data_block}"
-            block = _read(read_at, data_block * size, size, what)
-        _expect(parameters, block, expected, what)
-        if level and index == parameters.level_blocks[level - 1] - 1:
-            check_spare(parameters, level - 1, block)
+    start = (index & ((1 << bits) - 1)) * parameters.slot_size_bytes
+    return verified[level + 1, index >> bits][start : start + parameters.digest_size_bytes]
 
 
 def check_spare(parameters: VerityParameters, level: int, last_block: bytes) -> None:
