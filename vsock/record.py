@@ -50,9 +50,9 @@ class RecordType(type):
     """Turns annotations into a table of fields: name -> (type, default)."""
 
     _fields: dict[str, tuple[object, object]]
-    #: What a new record starts from, in the order of the fields; and which of them must be given.
-    _blank: dict[str, object]
-    _required: frozenset[str]
+    #: For the constructor: what a record starts from, in the order of the fields; how many there
+    #: are; which of them must be given; whether there is more to check.
+    _plan: tuple[dict[str, object], int, frozenset[str], bool]
 
     def __new__(
         mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object]
@@ -67,8 +67,10 @@ class RecordType(type):
         namespace["__match_args__"] = ()
         cls = super().__new__(mcs, name, bases, namespace)
         cls._fields = fields
-        cls._blank = {field: default for field, (_, default) in fields.items()}
-        cls._required = frozenset(field for field, kind in cls._blank.items() if kind is _REQUIRED)
+        blank = {field: default for field, (_, default) in fields.items()}
+        required = frozenset(field for field, default in blank.items() if default is _REQUIRED)
+        has_check = any("check" in vars(base) for base in cls.__mro__[:-2])  # but for Record's own
+        cls._plan = blank, len(blank), required, has_check
         return cls
 
 
@@ -80,17 +82,14 @@ class Record(metaclass=RecordType):
     """
 
     def __init__(self, **values: object) -> None:
-        cls = type(self)
+        blank, count, required, has_check = type(self)._plan
         fields = self.__dict__
-        fields.update(cls._blank)
+        fields.update(blank)
         fields.update(values)
-        if not values.keys() >= cls._required:
-            missing = next(name for name in cls._fields if fields[name] is _REQUIRED)
-            raise TypeError(f"{cls.__name__}: missing field {missing!r}")
-        if len(fields) > len(cls._fields):
-            unknown = next(name for name in values if name not in cls._fields)
-            raise TypeError(f"{cls.__name__}: unknown field {unknown!r}")
-        self.check()
+        if len(fields) > count or not values.keys() >= required:
+            raise _not_the_fields(type(self), fields)
+        if has_check:
+            self.check()
 
     def check(self) -> None:
         """Raise ValueError if the fields do not make sense together; the text reaches the peer."""
@@ -150,6 +149,14 @@ def wire_fields(value: object) -> object:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"a {type(value).__name__} does not travel")
+
+
+def _not_the_fields(cls: RecordType, given: Mapping[str, object]) -> TypeError:
+    for name in cls._fields:
+        if given[name] is _REQUIRED:
+            return TypeError(f"{cls.__name__}: missing field {name!r}")
+    unknown = next(name for name in given if name not in cls._fields)
+    return TypeError(f"{cls.__name__}: unknown field {unknown!r}")
 
 
 def decode(kind: object, value: object, where: str) -> object:

@@ -33,15 +33,6 @@ Undo = Callable[[], None]
 StepListener = Callable[[str, float, bool], None]
 
 
-class _Undo:
-    __slots__ = ("is_record", "run", "what")
-
-    def __init__(self, what: str, run: Undo, is_record: bool) -> None:
-        self.what = what
-        self.run = run
-        self.is_record = is_record
-
-
 class Operation:
     """Not thread-safe: an operation that works in parallel makes one ``child`` for each thread."""
 
@@ -73,7 +64,8 @@ class Operation:
             self._log_mark = kernel_log.mark()
         self._on_left = on_left
         self._on_step = on_step
-        self._undos: list[_Undo] = []
+        #: What it is, how to undo it, whether it is a record of something only.
+        self._undos: list[tuple[str, Undo, bool]] = []
 
     def __enter__(self) -> "Operation":
         return self
@@ -112,7 +104,7 @@ class Operation:
         ``is_record`` is for what is written down about a thing, not the thing itself: it stays
         when something that was made after it could not be undone, so that a restart tries again.
         """
-        self._undos.append(_Undo(what, undo, is_record))
+        self._undos.append((what, undo, is_record))
 
     def commit(self) -> None:
         """Keep everything that was made."""
@@ -122,13 +114,13 @@ class Operation:
         """Undo in reverse order; return what could not be undone, with why."""
         failures: list[str] = []
         while self._undos:
-            undo = self._undos.pop()
-            if undo.is_record and failures:
+            what, undo, is_record = self._undos.pop()
+            if is_record and failures:
                 continue
             try:
-                undo.run()
+                undo()
             except (OSError, CallError) as error:
-                failures.append(f"{undo.what}: {error}")
+                failures.append(f"{what}: {error}")
         return tuple(failures)
 
     def step(self, step: str, object: str, *, code: str = "device") -> "_Step":
@@ -194,6 +186,8 @@ class _Step:
 
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
         self._op._end(self._step, time.perf_counter() - self._begin, error is not None)
+        if error is None:
+            return
         if isinstance(error, OSError):
             raise self._op._error_of(error, self._step, self._object, self._code) from error
         if isinstance(error, CallError) and not error.is_placed:

@@ -7,6 +7,7 @@ and what a peer makes up counts as "other".
 Source: https://prometheus.io/docs/instrumenting/exposition_formats/ (text format 0.0.4).
 """
 
+import bisect
 import threading
 from collections.abc import Iterable, Mapping
 
@@ -108,7 +109,7 @@ class Metrics:
 
     def observe(self, name: str, seconds: float, *labels: str) -> None:
         """Add one observation to a histogram."""
-        place = next((i for i, le in enumerate(BUCKETS_SECONDS) if seconds <= le), -1)
+        place = bisect.bisect_left(BUCKETS_SECONDS, seconds)  # the first that holds it, or the rest
         with self._lock:
             series = self._histograms.setdefault(name, {})
             key = _bounded(series, labels)

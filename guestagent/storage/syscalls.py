@@ -13,6 +13,7 @@ import ctypes
 import errno as errno_module
 import fcntl
 import os
+import struct
 from collections.abc import Callable
 
 # include/uapi/linux/mount.h: mount(2) flags
@@ -291,7 +292,7 @@ def open_tree(dirfd: int, path: str, flags: int) -> int:
 
 def openat2(dirfd: int, path: str, flags: int, *, mode: int = 0, resolve: int = 0) -> int:
     """Open below ``dirfd`` under the ``RESOLVE_`` rules. struct open_how is three u64."""
-    how = b"".join(value.to_bytes(8, "little") for value in (flags | os.O_CLOEXEC, mode, resolve))
+    how = struct.pack("=3Q", flags | os.O_CLOEXEC, mode, resolve)
     return _call_number("openat2", path, dirfd, _text(path), how, len(how))
 
 

@@ -83,7 +83,7 @@ def test_the_buffer_grows_until_the_answer_fits(kernel: Callable[[Ioctl], Contro
         answer_with(buffer, spec(0, 8, "huge", params, 100_048), count=1)
 
     assert kernel(answer).table("x")[0].params == params
-    assert sizes == [16 << 10, 64 << 10, 256 << 10]
+    assert sizes == [1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10]
 
 
 def test_a_kernel_that_never_has_enough_is_an_error(kernel: Callable[[Ioctl], Control]) -> None:

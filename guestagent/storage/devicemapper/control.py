@@ -143,10 +143,13 @@ class Control(FdOwner):
     def describe(
         self, name: str
     ) -> tuple[DeviceInfo, tuple[Target, ...], tuple[TargetStatus, ...]]:
-        """Return what ``info``, ``table`` and ``status`` do, by two calls instead of three."""
-        table = self._table_status(name, dmioctl.DM_STATUS_TABLE_FLAG)
-        status = self._table_status(name)
-        return status.info, _targets(table), _statuses(status)
+        """Return what ``info``, ``table`` and ``status`` do, by fewer calls."""
+        reply = self._table_status(name, dmioctl.DM_STATUS_TABLE_FLAG)
+        table = _targets(reply)
+        if all(target.target_type == "linear" for target in table):  # these have nothing to say
+            return reply.info, table, tuple(_silent(target) for target in table)
+        reply = self._table_status(name)
+        return reply.info, table, _statuses(reply)
 
     def status(self, name: str) -> tuple[TargetStatus, ...]:
         """Return what each target of the live table says of itself."""
@@ -237,13 +240,14 @@ class Control(FdOwner):
         """
         request = 3 << 30 | dmioctl.HEADER.size << 16 | 0xFD << 8 | number
         name_bytes = dmioctl.encode_word("name", name, dmioctl.NAME_MAX_BYTES)
-        uuid_bytes = dmioctl.encode_word("uuid", uuid, dmioctl.UUID_MAX_BYTES)
+        uuid_bytes = dmioctl.encode_word("uuid", uuid, dmioctl.UUID_MAX_BYTES) if uuid else b""
         size = max(room, dmioctl.HEADER.size + len(data))
         while True:
             header = (4, 0, 0, size, dmioctl.HEADER.size, target_count, 0, flags, 0, 0, dev)
             buffer = bytearray(size)
             dmioctl.HEADER.pack_into(buffer, 0, *header, name_bytes, uuid_bytes)
-            buffer[dmioctl.HEADER.size : dmioctl.HEADER.size + len(data)] = data
+            if data:
+                buffer[dmioctl.HEADER.size : dmioctl.HEADER.size + len(data)] = data
             object_name = name or uuid or what or self._path
             syscalls.ioctl(self._fd, request, buffer, object_name, dmioctl.CALL_NAMES[number])
             reply = Reply(buffer)
@@ -266,6 +270,15 @@ def _statuses(reply: Reply) -> tuple[TargetStatus, ...]:
     return tuple(
         TargetStatus(start_sectors=start, length_sectors=length, target_type=kind, status=text)
         for start, length, kind, text in dmioctl.unpack_targets(reply)
+    )
+
+
+def _silent(target: Target) -> TargetStatus:
+    return TargetStatus(
+        start_sectors=target.start_sectors,
+        length_sectors=target.length_sectors,
+        target_type=target.target_type,
+        status="",
     )
 
 
