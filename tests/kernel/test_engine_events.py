@@ -119,6 +119,30 @@ def test_verify_reads_all_tells_progress_and_can_be_cancelled(bed: EngineBed, pa
     assert caught.value.code == "cancelled"
 
 
+def test_a_verify_under_way_is_cancelled_at_its_next_chunk(
+    bed: EngineBed, pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guestagent.engine.verifying._CHUNK_BYTES", 512)
+    with bed.operation() as op:
+        bed.engine.layers.mount(pack.spec(0), op)
+    before = sorted(os.listdir("/proc/self/fd"))
+    places: list[int] = []
+    with bed.operation() as op:
+
+        def cancel_at_the_second(done: int, total: int) -> None:
+            assert total > 3 * 512
+            places.append(done)
+            if len(places) == 2:
+                op.deadline.cancel()
+
+        with pytest.raises(CallError) as caught:
+            bed.engine.layers.verify("layer0", op, cancel_at_the_second)
+    assert (caught.value.code, caught.value.step) == ("cancelled", "verify")
+    assert places == [512, 1024]
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert bed.engine.layers.get("layer0").state == "mounted"
+
+
 def test_verify_of_a_plain_layer_is_unsupported(bed: EngineBed, pack: Pack) -> None:
     with bed.operation() as op:
         bed.engine.layers.mount(pack.spec(0, verity=None), op)
