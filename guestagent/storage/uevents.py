@@ -32,7 +32,9 @@ _SO_ATTACH_FILTER = 26
 #: big-endian word of the message, compare it, end. A message is kept whole or not at all.
 _INSTRUCTION = struct.Struct("=HBBI")
 _LOAD, _COMPARE, _RETURN = 0x20, 0x15, 0x06
-_KEEP, _DROP = 0xFFFFFFFF, 0
+_KEPT, _DROPPED = (_INSTRUCTION.pack(_RETURN, 0, 0, length) for length in (0xFFFFFFFF, 0))
+#: Of a minor number, which has 20 bits.
+_DM_DIGITS = 7
 
 
 class Uevent(Record):
@@ -63,9 +65,9 @@ class UeventSocket(Owner):
     """A subscription; events count from its making on. Use as a context manager."""
 
     def __init__(self, *, is_about_disks: bool = False) -> None:
-        """Subscribe; ``is_about_disks`` leaves out the coming and going of device-mapper's devices
-        (not their changes), and of what is no device: a mount alone makes eight of these, each of
-        which would wake the reader."""
+        """Subscribe; ``is_about_disks`` leaves out what a mount and an unmount make: the coming and
+        going of dm devices and of what is no device, and that a dm device has a table. A dozen for
+        each layer, each of which would wake the reader."""
         kind = _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK
         self._socket = _socket.socket(_socket.AF_NETLINK, kind, _NETLINK_KOBJECT_UEVENT)
         try:
@@ -119,35 +121,59 @@ def attach_disk_filter(socket: _socket.socket) -> None:
 
 
 def _disk_filter() -> bytes:
-    """Return a socket filter that drops ``add`` and ``remove`` of /devices/virtual/{bdi/,block/dm}
-    and of what is not below /devices, and keeps the rest."""
-    added, removed = _lifecycle_filter(len("add@")), _lifecycle_filter(len("remove@"))
+    """Return a socket filter that drops ``add`` and ``remove`` of what is not below /devices, of
+    /devices/virtual/bdi/ and of dm devices, and the two kinds of ``change`` that each load of a dm
+    table makes. Whatever else there is, or comes to be, is kept."""
+    added, removed = _path_filter(len("add@"), _DROPPED), _path_filter(len("remove@"), _DROPPED)
+    changed = _path_filter(len("change@"), _plain_change_filter())
+    count = _INSTRUCTION.size
     return b"".join((
         _INSTRUCTION.pack(_LOAD, 0, 0, 0),
-        _INSTRUCTION.pack(_COMPARE, 2, 0, _word("add@")),
-        _INSTRUCTION.pack(_COMPARE, 1 + len(added) // _INSTRUCTION.size, 0, _word("remo")),
-        _INSTRUCTION.pack(_RETURN, 0, 0, _KEEP),
+        _INSTRUCTION.pack(_COMPARE, 3, 0, _word("add@")),
+        _INSTRUCTION.pack(_COMPARE, 2 + len(added) // count, 0, _word("remo")),
+        _INSTRUCTION.pack(_COMPARE, 1 + (len(added) + len(removed)) // count, 0, _word("chan")),
+        _KEPT,
         added,
         removed,
+        changed,
     ))  # fmt: skip
 
 
-def _lifecycle_filter(path_at: int) -> bytes:
-    """Return the part for one action, whose path begins at byte ``path_at``."""
+def _path_filter(path_at: int, of_dm: bytes) -> bytes:
+    """Return the part for one action, whose path begins at byte ``path_at``; it goes on with
+    ``of_dm`` for dm devices."""
     below = path_at + len("/devices/virtual/")
     return b"".join((
         _INSTRUCTION.pack(_LOAD, 0, 0, path_at),
-        _INSTRUCTION.pack(_COMPARE, 0, 8, _word("/dev")),
+        _INSTRUCTION.pack(_COMPARE, 0, 7, _word("/dev")),
         _INSTRUCTION.pack(_LOAD, 0, 0, path_at + len("/devices")),
-        _INSTRUCTION.pack(_COMPARE, 0, 5, _word("/vir")),
+        _INSTRUCTION.pack(_COMPARE, 0, 6, _word("/vir")),
         _INSTRUCTION.pack(_LOAD, 0, 0, below),
-        _INSTRUCTION.pack(_COMPARE, 4, 0, _word("bdi/")),
-        _INSTRUCTION.pack(_COMPARE, 0, 2, _word("bloc")),
+        _INSTRUCTION.pack(_COMPARE, 3, 0, _word("bdi/")),
+        _INSTRUCTION.pack(_COMPARE, 0, 3, _word("bloc")),
         _INSTRUCTION.pack(_LOAD, 0, 0, below + len("bloc")),
-        _INSTRUCTION.pack(_COMPARE, 1, 0, _word("k/dm")),
-        _INSTRUCTION.pack(_RETURN, 0, 0, _KEEP),
-        _INSTRUCTION.pack(_RETURN, 0, 0, _DROP),
+        _INSTRUCTION.pack(_COMPARE, 2, 1, _word("k/dm")),
+        _DROPPED,
+        _KEPT,
+        of_dm,
     ))  # fmt: skip
+
+
+def _plain_change_filter() -> bytes:
+    """Return the part for a change of a dm device: dropped if it says no more than that.
+
+    What an event is about stands behind ``SUBSYSTEM=block``: nothing, so that ``MAJOR=`` comes
+    next, RESIZE=1, or DM_VERITY_ERR_BLOCK_NR. Where that is depends on the digits of the device.
+    """
+    program = b""
+    for digits in range(_DM_DIGITS, 0, -1):
+        path = "/devices/virtual/block/dm-" + digits * "0"
+        at = len(f"change@{path} ACTION=change DEVPATH={path} SUBSYSTEM=block ")
+        end = 3 * digits - 1  # instructions from the comparison that follows to the last but one
+        program += _INSTRUCTION.pack(_LOAD, 0, 0, at)
+        program += _INSTRUCTION.pack(_COMPARE, end, 0, _word("MAJO"))
+        program += _INSTRUCTION.pack(_COMPARE, end - 1, 0, _word("RESI"))
+    return program + _KEPT + _DROPPED
 
 
 def _word(text: str) -> int:

@@ -52,6 +52,13 @@ def test_a_socket_that_has_heard_nothing() -> None:
     events.close()
 
 
+def change(number: int, what: str) -> str:
+    """Return a change event of a dm device as the kernel words it."""
+    path = f"/devices/virtual/block/dm-{number}"
+    rest = ("ACTION=change", f"DEVPATH={path}", "SUBSYSTEM=block", what, "MINOR=3", "SEQNUM=9")
+    return "\0".join((f"change@{path}", *rest))
+
+
 def test_the_filter_leaves_out_what_dm_does_and_nothing_of_disks() -> None:
     """The kernel runs the same filter on any kind of socket."""
     kept = (
@@ -60,13 +67,18 @@ def test_the_filter_leaves_out_what_dm_does_and_nothing_of_disks() -> None:
         "add@/devices/pci0000:00/0000:00:03.0/virtio1/block/vda",
         "remove@/devices/pci0000:00/0000:00:03.0/virtio1/block/vda/vda1",
         "add@/devices/LNXSYSTM:00/ACPI0012:00/ndbus0/region0/namespace0.0/block/pmem0",
-        "change@/devices/virtual/block/dm-3",
-        "change@/devices/virtual/bdi/254:0",
+        *(change(number, "DM_VERITY_ERR_BLOCK_NR=0,17") for number in (3, 12, 345, 1048575)),
+        change(3, "DM_VERITY_ERR_BLOCK_NR=1,9"),
+        change(3, "DISK_RO=1"),
+        "change@/devices/pci0000:00/0000:00:03.0/virtio1/block/vda",
         "move@/devices/virtual/block/dm-3",
     )
     dropped = (
         "add@/devices/virtual/block/dm-3",
         "remove@/devices/virtual/block/dm-12",
+        *(change(number, "MAJOR=254") for number in (3, 12, 345, 6789, 12345, 678901, 1048575)),
+        *(change(number, "RESIZE=1") for number in (3, 12, 345, 1048575)),
+        "change@/devices/virtual/bdi/254:3",
         "add@/devices/virtual/bdi/254:3",
         "remove@/devices/virtual/bdi/254:3",
         "add@/kernel/slab/:0000192",
@@ -79,11 +91,12 @@ def test_the_filter_leaves_out_what_dm_does_and_nothing_of_disks() -> None:
         reader.setblocking(False)
         attach_disk_filter(reader)
         for text in (*dropped, *kept, *dropped):
-            writer.send(text.encode() + b"\0SUBSYSTEM=block\0")
+            writer.send(text.encode() + b"\0SUBSYSTEM=block\0" + bytes(80))
         came = []
         while len(came) < len(kept) + 1:
             try:
-                came.append(reader.recv(4096).split(b"\0")[0].decode())
+                message, _, _ = reader.recv(4096).rpartition(b"\0SUBSYSTEM")
+                came.append(message.decode())
             except BlockingIOError:
                 break
     assert came == list(kept)
