@@ -368,6 +368,7 @@ def test_whiteouts_become_overlay_form() -> None:
         directory("etc"),
         Member("etc/.wh.passwd"),
         Member("etc/.wh..wh..opq"),
+        Member("usr/.wh.passwd"),
         Member(".wh.both"),
         directory("both"),
         Member("both/new"),
@@ -376,8 +377,9 @@ def test_whiteouts_become_overlay_form() -> None:
         directory(".wh..wh.plnk"),
     ]
     read = tree(make_tar(members), Whiteouts.OVERLAY)
-    assert read["etc/passwd"][0] == "0o20000"  # type: ignore[index]
-    assert read["etc/passwd"][4] == 0  # type: ignore[index]
+    assert read["usr/passwd"][0] == "0o20000"  # type: ignore[index]
+    assert read["usr/passwd"][4] == 0  # type: ignore[index]
+    assert "etc/passwd" not in read  # overlayfs would list it: it merges nothing here
     assert read["etc"][6] == {b"trusted.overlay.opaque": b"y"}  # type: ignore[index]
     # hidden and made anew in one layer: the new one must not merge with the old
     assert read["both"][6] == {b"trusted.overlay.opaque": b"y"}  # type: ignore[index]
@@ -393,7 +395,7 @@ def test_a_directory_that_comes_after_its_marker_is_opaque(again: list[Member]) 
     members = [Member("d/.wh..wh..opq"), Member("d/.wh.x"), *again, directory("d", mode=0o700)]
     read = tree(make_tar(members), Whiteouts.OVERLAY)
     assert (read["d"][0], read["d"][6]) == ("0o40700", {b"trusted.overlay.opaque": b"y"})  # type: ignore[index]
-    assert read["d/x"][0] == "0o20000"  # type: ignore[index]
+    assert "d/x" not in read
 
 
 @pytest.mark.parametrize("marker", ["link/.wh.x", "link/below/.wh..wh..opq"])
@@ -459,3 +461,16 @@ def test_the_count_of_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CallError, match="over 10 members") as caught:
         tree(make_tar([Member(f"{number}") for number in range(11)]))
     assert caught.value.code == "resource"
+
+
+def test_the_root_of_a_tar_by_itself_cannot_hide_what_is_below() -> None:
+    """overlayfs takes no root as opaque; which names to hide is known in an image of layers."""
+    with pytest.raises(CallError, match="all of the root"):
+        tree(make_tar([Member(".wh..wh..opq")]), Whiteouts.OVERLAY)
+    assert ".wh..wh..opq" in tree(make_tar([Member(".wh..wh..opq")]), Whiteouts.KEEP)
+
+
+@pytest.mark.parametrize("name", [".wh.", ".wh..", "a/.wh..."])
+def test_a_whiteout_of_no_name_is_refused_in_an_image_of_all_layers_too(name: str) -> None:
+    with pytest.raises(CallError, match="whiteout"):
+        tree(make_tar([directory("a"), Member(name)]), Whiteouts.APPLY)
