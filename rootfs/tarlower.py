@@ -49,6 +49,8 @@ class LowerTree(TarTree):
         super().__init__(Whiteouts.APPLY)
 
     def _content(self, entry: TarEntry, fd: int) -> Content:
+        if not entry.extents:
+            return FdContent(-1, entry.size_bytes, ())
         assert self._layer is not None
         return _LayerContent(self._layer, entry.size_bytes, entry.extents)
 

@@ -115,7 +115,7 @@ class TarTree:
             else:
                 self._add(path, entry, fd)
         if self._whiteouts is not Whiteouts.APPLY:
-            # now that all of the layer is known: what a marker is in may come after it
+            # now that all of the layer is known: what a marker is in may come after it; and
             # what hides a directory, or all that is in it, comes before single names in it
             for path, entry in sorted(
                 markers, key=lambda each: (len(each[0]), each[0][-1] != _OPAQUE)
@@ -192,9 +192,9 @@ class TarTree:
         node, below = self._look_up(path)
         found = node or below
         if found is None:
-            raise _refused(entry, self._no_target(path, entry))
+            raise _refused(entry, self._no_target(path, entry.target))
         if found.is_directory:
-            raise _refused(entry, self._in_layer("a hard link to a directory", entry))
+            raise _refused(entry, self._in_layer("a hard link to a directory"))
         if node is None:
             node = self._borrow(found)
             self._directory(path[:-1], entry).children[path[-1]] = node
@@ -222,19 +222,19 @@ class TarTree:
             self._count += 1
         return copy
 
-    def _no_target(self, path: Sequence[bytes], entry: TarEntry) -> str:
-        link = f"a hard link to {os.fsdecode(entry.target)!r}, "
+    def _no_target(self, path: Sequence[bytes], target: bytes) -> str:
+        link = f"a hard link to {os.fsdecode(target)!r}, "
         for length in range(1, len(path)):
             node, below = self._look_up(path[:length])
             found = node or below
             if found is not None and not found.is_directory:
                 way = os.fsdecode(b"/".join(path[:length]))
-                return self._in_layer(f"{link}but {way!r} is no directory", entry)
+                return self._in_layer(f"{link}but {way!r} is no directory")
         if self._layer is None:
             return f"{link}which is not in the archive"
         return f"{link}which is neither in the layer {self._layer} nor left of those below it"
 
-    def _in_layer(self, why: str, entry: TarEntry) -> str:
+    def _in_layer(self, why: str) -> str:
         return why if self._layer is None else f"{why}, in the layer {self._layer}"
 
     def _convert(self, path: tuple[bytes, ...], entry: TarEntry) -> None:
