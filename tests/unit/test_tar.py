@@ -6,6 +6,7 @@ import random
 import stat
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -474,3 +475,51 @@ def test_the_root_of_a_tar_by_itself_cannot_hide_what_is_below() -> None:
 def test_a_whiteout_of_no_name_is_refused_in_an_image_of_all_layers_too(name: str) -> None:
     with pytest.raises(CallError, match="whiteout"):
         tree(make_tar([directory("a"), Member(name)]), Whiteouts.APPLY)
+
+
+def _base256(value: int, size: int) -> bytes:
+    return (value % (1 << 8 * size) | 1 << (8 * size - 1)).to_bytes(size, "big")
+
+
+def _with(block: bytes, at: int, value: bytes) -> bytes:
+    """Return a header with a field changed, and its checksum with it."""
+    changed = bytearray(block)
+    changed[at : at + len(value)] = value
+    changed[148:156] = b"        "
+    changed[148:156] = b"%06o\0 " % sum(changed)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("size", [-5, 1 << 63, 1 << 80])
+def test_a_sparse_size_that_no_file_has_is_refused(size: int) -> None:
+    with pytest.raises(CallError, match=f"sparse member of {size} bytes"):
+        entries(_with(_header(kind=b"S"), 483, _base256(size, 12)) + END)
+    if 0 < size < 10**20:
+        record = b"39 GNU.sparse.size=%d\n" % size
+        with pytest.raises(CallError, match=f"sparse member of {size} bytes"):
+            entries(_pax(record) + _header() + END)
+
+
+@pytest.mark.parametrize("number", [1 << 31, (1 << 32) - 1, -1])
+def test_a_device_number_that_no_device_has_is_refused(number: int) -> None:
+    with pytest.raises(CallError, match="has a device") as caught:
+        entries(_with(_header(kind=b"3"), 329, _base256(number, 8)) + END)
+    assert caught.value.code == "integrity"
+
+
+def test_a_long_name_ends_at_its_nul() -> None:
+    def long(kind: bytes, text: bytes) -> bytes:
+        return _header(kind=kind, size=b"%o" % len(text)) + text.ljust(512, b"\0")
+
+    data = long(b"L", b"name\0more") + long(b"K", b"target\0more") + _header(kind=b"2") + END
+    (entry,) = entries(data)
+    assert (entry.name, entry.target) == (b"name", b"target")
+
+
+def test_a_sparse_map_without_lines_is_refused_before_it_is_read_whole() -> None:
+    records = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n25 GNU.sparse.realsize=1\n"
+    data = b"1" * (64 << 20)
+    start = time.process_time()
+    with pytest.raises(CallError, match="no list of numbers"):
+        entries(_pax(records) + _header(size=b"%o" % len(data)) + data + END)
+    assert time.process_time() - start < 5  # by the square of its size, it would be an hour
