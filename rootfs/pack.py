@@ -163,8 +163,9 @@ class Pack:
         With ``verity`` the layer's tree must be in the file, at ``verity.hash_offset_bytes``.
 
         Raises:
-            CallError: ``conflict``, the id is taken; ``invalid``, an argument; ``integrity``, the
-                tree does not match; ``resource``, the disk is full; by errno.
+            CallError: ``conflict``, the id is taken, or the layer is being changed; ``invalid``, an
+                argument; ``integrity``, the tree does not match; ``resource``, the disk is full; by
+                errno.
         """
         self._require_writable("add to the pack")
         if self._manifest.find(layer_id) is not None:
@@ -233,13 +234,21 @@ class Pack:
         cancel: Deadline | None,
     ) -> None:
         """Copy before the manifest tells of it; on failure the image has its old size again."""
+        total = os.fstat(source).st_size
+        if round_up(total, PAGE_ALIGNMENT_BYTES) != layer.size_bytes:
+            # more of it would go over the layer behind
+            raise CallError(
+                "conflict",
+                f"cannot copy layer {layer.layer_id!r}: its size changed while it was read",
+                step="copy the layer",
+                object=layer.layer_id,
+            )
         old_bytes = os.fstat(self._fd).st_size
         new_bytes = max(old_bytes, self._end_with(layer))
         done = 0
         try:
             os.ftruncate(self._fd, new_bytes)
             punch_hole(self._fd, layer.range)
-            total = os.fstat(source).st_size
             for extent in data_extents(source, total):
                 place = layer.offset_bytes + extent.offset_bytes
                 for count in copy_range(source, extent, self._fd, place):
