@@ -9,9 +9,11 @@ Whoever attaches the image to a machine holds a shared flock(2) on it, whoever c
 exclusive one; neither ever waits.
 """
 
+import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -28,7 +30,7 @@ from rootfs.tree import Progress
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("DAX_ALIGNMENT_BYTES", "PAGE_ALIGNMENT_BYTES", "Pack", "manifest_path_of")
+__all__ = ("DAX_ALIGNMENT_BYTES", "PAGE_ALIGNMENT_BYTES", "Pack", "manifest_path_of", "new_pack")
 
 #: Enough to map a layer; what dm-linear and dm-verity need.
 PAGE_ALIGNMENT_BYTES = 4096
@@ -321,6 +323,25 @@ class Pack:
         if self._fd < 0 or not self._writable:
             state = "closed" if self._fd < 0 else "open for reading only"
             raise CallError("invalid", f"cannot {step}: it is {state}", step=step)
+
+
+@contextlib.contextmanager
+def new_pack(
+    path: str | os.PathLike[str], *, alignment_bytes: int = PAGE_ALIGNMENT_BYTES
+) -> Iterator[Pack]:
+    """Make a pack and fill it in a ``with`` block; when that ends by an error, nothing is left.
+
+    Raises:
+        CallError: as ``Pack.create``.
+    """
+    with Pack.create(path, alignment_bytes=alignment_bytes) as pack:
+        try:
+            yield pack
+        except BaseException:
+            # the manifest first: without it the image is no pack
+            for made in (manifest_path_of(path), Path(path)):
+                made.unlink(missing_ok=True)
+            raise
 
 
 def _beside(path: Path | str | os.PathLike[str], manifest: str | os.PathLike[str] | None) -> Path:
