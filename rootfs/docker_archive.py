@@ -43,7 +43,7 @@ def find_layers(store: FileStore, *, reference: str | None = None) -> tuple[Laye
         raise _refused("invalid", "it is no list")
     images = [each for each in value if isinstance(each, Mapping)]
     if reference is not None:
-        images = [each for each in images if reference in (each.get("RepoTags") or ())]
+        images = [each for each in images if reference in _tags(each)]
     if not images:
         raise _refused("not_found", f"it has no image {reference or ''}".rstrip())
     if len(images) > 1:
@@ -63,6 +63,11 @@ def find_layers(store: FileStore, *, reference: str | None = None) -> tuple[Laye
         if not store.has(name):
             raise _refused("not_found", f"the layer {name!r} is not in the archive")
     return pair_layers([(name, None, None) for name in names], config, _MANIFEST, config_name)
+
+
+def _tags(image: Mapping[str, object]) -> list[object]:
+    tags = image.get("RepoTags")
+    return tags if isinstance(tags, list) else []
 
 
 def _refused(code: str, what: str) -> CallError:

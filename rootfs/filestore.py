@@ -58,6 +58,8 @@ class DirectoryStore:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as problem:
             raise from_os_error(problem, step="open", object=path) from problem
+        except ValueError as problem:  # a NUL, or half of a surrogate pair
+            raise _invalid(name, "it is no name of a file") from problem
         try:
             facts = os.fstat(fd)
             if not stat.S_ISREG(facts.st_mode):

@@ -10,7 +10,6 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from guestagent.storage.verity import FieldError, VerityParameters
 from rootfs.allocator import ByteRange, overlapping
@@ -339,14 +338,18 @@ def _check_number(name: str, value: int, least: int, most: int, step: int) -> No
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise FieldError(twice, "given twice in one object")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise FieldError(name, "given twice in one object")
+            seen.add(name)
     return result
 
 
 def _read_file(path: str | os.PathLike[str]) -> bytes:
-    with Path(path).open("rb") as file:
+    # a pipe must not keep us waiting for a writer
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(fd, "rb") as file:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
             raise OSError(22, "not a regular file", os.fspath(path))

@@ -9,9 +9,11 @@ Whoever attaches the image to a machine holds a shared flock(2) on it, whoever c
 exclusive one; neither ever waits.
 """
 
+import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -28,7 +30,7 @@ from rootfs.tree import Progress
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("DAX_ALIGNMENT_BYTES", "PAGE_ALIGNMENT_BYTES", "Pack", "manifest_path_of")
+__all__ = ("DAX_ALIGNMENT_BYTES", "PAGE_ALIGNMENT_BYTES", "Pack", "manifest_path_of", "new_pack")
 
 #: Enough to map a layer; what dm-linear and dm-verity need.
 PAGE_ALIGNMENT_BYTES = 4096
@@ -163,8 +165,9 @@ class Pack:
         With ``verity`` the layer's tree must be in the file, at ``verity.hash_offset_bytes``.
 
         Raises:
-            CallError: ``conflict``, the id is taken; ``invalid``, an argument; ``integrity``, the
-                tree does not match; ``resource``, the disk is full; by errno.
+            CallError: ``conflict``, the id is taken, or the layer is being changed; ``invalid``, an
+                argument; ``integrity``, the tree does not match; ``resource``, the disk is full; by
+                errno.
         """
         self._require_writable("add to the pack")
         if self._manifest.find(layer_id) is not None:
@@ -233,13 +236,21 @@ class Pack:
         cancel: Deadline | None,
     ) -> None:
         """Copy before the manifest tells of it; on failure the image has its old size again."""
+        total = os.fstat(source).st_size
+        if round_up(total, PAGE_ALIGNMENT_BYTES) != layer.size_bytes:
+            # more of it would go over the layer behind
+            raise CallError(
+                "conflict",
+                f"cannot copy layer {layer.layer_id!r}: its size changed while it was read",
+                step="copy the layer",
+                object=layer.layer_id,
+            )
         old_bytes = os.fstat(self._fd).st_size
         new_bytes = max(old_bytes, self._end_with(layer))
         done = 0
         try:
             os.ftruncate(self._fd, new_bytes)
             punch_hole(self._fd, layer.range)
-            total = os.fstat(source).st_size
             for extent in data_extents(source, total):
                 place = layer.offset_bytes + extent.offset_bytes
                 for count in copy_range(source, extent, self._fd, place):
@@ -312,6 +323,25 @@ class Pack:
         if self._fd < 0 or not self._writable:
             state = "closed" if self._fd < 0 else "open for reading only"
             raise CallError("invalid", f"cannot {step}: it is {state}", step=step)
+
+
+@contextlib.contextmanager
+def new_pack(
+    path: str | os.PathLike[str], *, alignment_bytes: int = PAGE_ALIGNMENT_BYTES
+) -> Iterator[Pack]:
+    """Make a pack and fill it in a ``with`` block; when that ends by an error, nothing is left.
+
+    Raises:
+        CallError: as ``Pack.create``.
+    """
+    with Pack.create(path, alignment_bytes=alignment_bytes) as pack:
+        try:
+            yield pack
+        except BaseException:
+            # the manifest first: without it the image is no pack
+            for made in (manifest_path_of(path), Path(path)):
+                made.unlink(missing_ok=True)
+            raise
 
 
 def _beside(path: Path | str | os.PathLike[str], manifest: str | os.PathLike[str] | None) -> Path:

@@ -15,7 +15,13 @@ from rootfs.images import build_layers
 from rootfs.magic import detect_filesystem
 from rootfs.manifest import Manifest, ManifestLayer, layer_spec
 from rootfs.meter import meter
-from rootfs.pack import DAX_ALIGNMENT_BYTES, PAGE_ALIGNMENT_BYTES, Pack, manifest_path_of
+from rootfs.pack import (
+    DAX_ALIGNMENT_BYTES,
+    PAGE_ALIGNMENT_BYTES,
+    Pack,
+    manifest_path_of,
+    new_pack,
+)
 from rootfs.reporting import emit, hex_bytes, reports_errors
 from rootfs.sidecar import Sidecar
 from rootfs.source import FORMATS
@@ -93,7 +99,7 @@ def build_command(
             reference=reference,
             progress=progress,
         )
-        with Pack.create(image, alignment_bytes=alignment) as made:
+        with new_pack(image, alignment_bytes=alignment) as made:
             for result in results:
                 made.add(
                     result.path,
@@ -102,7 +108,7 @@ def build_command(
                     source_digest=result.source_digest,
                 )
                 result.path.unlink()
-            _show(made.manifest, as_json)
+        _show(made.manifest, as_json)
 
 
 @pack.command("add")

@@ -10,7 +10,7 @@ from rootfs.images import build_layers
 from rootfs.initramfs import InitramfsSpec, build_initramfs
 from rootfs.kernel import Kernel
 from rootfs.manifest import Manifest, layer_spec
-from rootfs.pack import Pack
+from rootfs.pack import new_pack
 from vsock.errors import CallError
 
 __all__ = ("OVERLAY_ID", "Prepared", "mount_request", "prepare")
@@ -61,7 +61,7 @@ def prepare(
         source_format=source_format,
         progress=progress,
     )
-    with Pack.create(directory / "pack.img") as pack:
+    with new_pack(directory / "pack.img") as pack:
         for result in results:  # the lowest first; each is added above those before it
             pack.add(
                 result.path,

@@ -19,6 +19,7 @@ from rootfs.filestore import ArchiveStore, DirectoryStore, FileStore
 from rootfs.oci import LayerBlob
 from rootfs.spool import DEFAULT_MAX_BYTES, Spool, spooled
 from rootfs.tar import TarEntry, TarReader
+from rootfs.tarlower import Lender, LowerTree
 from rootfs.tartree import TarTree, Whiteouts
 from rootfs.tree import Node, Progress, digest_tree
 from vsock.deadline import Deadline
@@ -104,7 +105,9 @@ class Source:
                 tree = TarTree(Whiteouts.APPLY)
                 for blob in self._blobs:
                     spool = stack.enter_context(self._spool(blob))
-                    tree.add_layer(_members(spool), spool.fd, cancel=self._options.cancel)
+                    tree.add_layer(
+                        _members(spool), spool.fd, layer=blob.diff_id, cancel=self._options.cancel
+                    )
                 yield SourceLayer(root=tree.root, digest=_chain_digest(self._blobs))
 
     def layers(self) -> Iterator[SourceLayer]:
@@ -118,17 +121,32 @@ class Source:
             with self.tree() as only:
                 yield only
             return
-        merged = TarTree(Whiteouts.APPLY)
+        merged = LowerTree()
+        lender = self._lender()
         last = {blob.diff_id: index for index, blob in enumerate(self._blobs)}
         for index, blob in enumerate(self._blobs):
-            if last[blob.diff_id] != index:
-                continue
             with self._spool(blob) as spool:
-                members = list(_members(spool))
+                members = list(_cancellable(_members(spool), self._options.cancel))
                 tree = TarTree(self._options.whiteouts, below=merged.root)
-                tree.add_layer(members, spool.fd, cancel=self._options.cancel)
-                yield SourceLayer(root=tree.root, digest=blob.diff_id)
-                merged.add_layer(members, spool.fd, cancel=self._options.cancel)
+                if last[blob.diff_id] == index:
+                    merged.apply_whiteouts(members)
+                    tree.add_layer(
+                        members, spool.fd, layer=blob.diff_id, cancel=self._options.cancel
+                    )
+                # before it is built: what is refused in an image of all layers leaves none of this
+                merged.add_layer(members, spool.fd, layer=blob.diff_id, cancel=self._options.cancel)
+                if last[blob.diff_id] == index:
+                    with lender.lent(tree.borrowed.values()):
+                        yield SourceLayer(root=tree.root, digest=blob.diff_id)
+
+    def _lender(self) -> Lender:
+        blobs = {blob.diff_id: blob for blob in self._blobs}
+        return Lender(
+            lambda diff_id: self._spool(blobs[diff_id]),
+            directory=self._options.spool_directory,
+            max_bytes=self._options.max_bytes,
+            cancel=self._options.cancel,
+        )
 
     def _read_directory(self) -> SourceLayer:
         assert self._directory is not None

@@ -9,7 +9,7 @@ import hashlib
 import os
 import stat
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 from rootfs.failure import from_os_error
@@ -24,6 +24,10 @@ __all__ = ("DEFAULT_MAX_BYTES", "Spool", "spooled")
 #: What a layer may grow to when it is decompressed, unless said otherwise.
 DEFAULT_MAX_BYTES = 64 << 30
 _GZIP_MAGIC = b"\x1f\x8b"
+#: What an inflater is given at once: at the end of each gzip member the rest of it is copied, and
+#: a member may be as short as 20 bytes.
+_SLICE_BYTES = 16 << 10
+_FOREVER_SECONDS = float(1 << 40)
 _OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x04\x22\x4d\x18": "lz4"}
 
 
@@ -60,8 +64,9 @@ def spooled(
         CallError: ``integrity``, a damaged or cut compressed stream; ``resource``, over
             ``max_bytes``, or a full disk; ``unsupported``, a compression; by errno; by ``cancel``.
     """
-    source = _Source(fd, start_bytes, size_bytes, progress, cancel)
     with contextlib.ExitStack() as stack:
+        ending = stack.enter_context((cancel or Deadline()).part(_FOREVER_SECONDS))
+        source = _Source(fd, start_bytes, size_bytes, progress, ending)
         try:
             spool = _spool(source, stack, directory, max_bytes)
         except OSError as problem:
@@ -105,7 +110,7 @@ class _Source:
         start_bytes: int | None,
         size_bytes: int | None,
         progress: Progress | None,
-        cancel: Deadline | None,
+        cancel: Deadline,
     ) -> None:
         facts = os.fstat(fd)
         self.is_regular = stat.S_ISREG(facts.st_mode)
@@ -132,8 +137,7 @@ class _Source:
 
     def __iter__(self) -> Iterator[bytes]:
         while True:
-            if self._cancel is not None:
-                self._cancel.check("read the source")
+            self._cancel.check("read the source")
             piece, self._head = self._head or self._read(self.count), b""
             if not piece:
                 return
@@ -152,9 +156,12 @@ class _Source:
         return os.pread(self.fd, left, self.start_bytes + at)
 
     def _read_stream(self) -> bytes:
-        if self._cancel is not None:
-            self._cancel.wait([self.fd], "read the source")
+        self._cancel.wait([self.fd], "read the source")
         return os.read(self.fd, CHUNK_BYTES)
+
+    def stop(self) -> None:
+        """End a read that another thread waits in; for when nobody wants more."""
+        self._cancel.cancel()
 
     @property
     def digest(self) -> str:
@@ -180,7 +187,7 @@ def _decompress(compression: str | None, source: _Source) -> Generator[bytes, No
     if compression == "gzip":
         yield from _gunzip(source)
     elif compression == "zstd":
-        with contextlib.closing(decompress_zstd(iter(source))) as pieces:
+        with contextlib.closing(decompress_zstd(iter(source), stop=source.stop)) as pieces:
             yield from pieces
     else:
         yield from source
@@ -190,8 +197,7 @@ def _gunzip(source: _Source) -> Iterator[bytes]:
     """Decompress all members of a gzip stream; zeros behind the last are padding."""
     inflater = zlib.decompressobj(wbits=31)
     begun = False
-    for piece in source:
-        data = piece
+    for data in _sliced(source):
         while data:
             if inflater.eof:
                 inflater = zlib.decompressobj(wbits=31)
@@ -206,6 +212,12 @@ def _gunzip(source: _Source) -> Iterator[bytes]:
             data = inflater.unconsumed_tail or inflater.unused_data
     if begun and not inflater.eof:
         raise _damaged("gzip", "it ends early: the stream is cut short")
+
+
+def _sliced(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        for at in range(0, len(piece), _SLICE_BYTES):
+            yield piece[at : at + _SLICE_BYTES]
 
 
 def _store(pieces: Iterator[bytes], target: int, max_bytes: int) -> tuple[int, str]:

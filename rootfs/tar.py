@@ -29,6 +29,9 @@ _MAX_MEMBERS = 4 << 20
 _MAX_GLOBAL_RECORDS = 256
 _MAX_SPARSE_EXTENTS = 1 << 20
 _MAX_SIZE_BYTES = (1 << 63) - 1
+_MAX_DEVICE_NUMBER = (1 << 31) - 1
+#: No longer line of a sparse map can hold a number.
+_MAX_LINE_BYTES = 32
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 
 _TYPES = {
@@ -112,9 +115,9 @@ class TarReader:
                 else:
                     local = local.merged(records)
             elif kind == b"L":
-                long_name = self._header_data(block).rstrip(b"\0")
+                long_name = self._header_data(block).partition(b"\0")[0]
             elif kind == b"K":
-                long_target = self._header_data(block).rstrip(b"\0")
+                long_target = self._header_data(block).partition(b"\0")[0]
             elif kind == b"V":
                 local, long_name, long_target = PaxRecords(), None, None
             else:
@@ -220,7 +223,7 @@ class TarReader:
             return 0
         major = self._number(block, 329, 8, "devmajor", at)
         minor = self._number(block, 337, 8, "devminor", at)
-        if not (0 <= major < 1 << 32 and 0 <= minor < 1 << 32):
+        if not (0 <= major <= _MAX_DEVICE_NUMBER and 0 <= minor <= _MAX_DEVICE_NUMBER):
             raise self._damaged(at, f"has a device with the number {major}:{minor}")
         return os.makedev(major, minor)
 
@@ -246,6 +249,8 @@ class TarReader:
             sparse = records.sparse_map()
         if records.is_sparse:
             real_size = records.sparse_size()
+        if not 0 <= real_size <= _MAX_SIZE_BYTES:
+            raise self._damaged(at, f"has a sparse member of {real_size} bytes")
         if data_at + stored > self._end:
             raise self._damaged(at, f"ends before the {stored} bytes of a member")
         if sparse is None:
@@ -309,6 +314,8 @@ class TarReader:
             if len(piece) < BLOCK_BYTES or self._at - start > stored:
                 raise self._damaged(at, "ends in a sparse map")
             *complete, buffer = (buffer + piece).split(b"\n")
+            if len(buffer) > _MAX_LINE_BYTES and len(lines) + len(complete) < wanted:
+                raise self._damaged(at, "has a sparse map that is no list of numbers")
             lines += complete
             if wanted == 1 and lines:
                 wanted = 1 + 2 * parse_decimal(lines[0], "GNU.sparse map")

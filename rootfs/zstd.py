@@ -6,7 +6,7 @@ Python 3.11 has no zstd of its own. The program decompresses on another core mea
 import os
 import subprocess
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 from rootfs.failure import from_os_error
 from rootfs.tree import CHUNK_BYTES
@@ -20,8 +20,11 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _MAX_WINDOW = "--memory=512MB"
 
 
-def decompress_zstd(source: Iterator[bytes]) -> Generator[bytes, None, None]:
+def decompress_zstd(
+    source: Iterator[bytes], *, stop: Callable[[], None]
+) -> Generator[bytes, None, None]:
     """Yield what the pieces of ``source`` decompress to. Closing the iterator ends the program.
+    ``source`` is read in a thread; ``stop`` is called in the end and must wake it from any wait.
 
     Raises:
         CallError: ``integrity``, damaged or cut; ``unsupported``, there is no such program; what
@@ -57,6 +60,7 @@ def decompress_zstd(source: Iterator[bytes]) -> Generator[bytes, None, None]:
             _check(program, feeder)
         finally:
             program.kill()
+            stop()
             feeder.join()
 
 

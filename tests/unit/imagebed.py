@@ -94,7 +94,11 @@ class Layout:
 
     def image(self, **facts: object) -> "Layout":
         """End an image: write config and manifest, and list it."""
-        config = {"rootfs": {"type": "layers", "diff_ids": self.diff_ids}}
+        config = {
+            "os": "linux",
+            "architecture": "amd64",
+            "rootfs": {"type": "layers", "diff_ids": self.diff_ids},
+        }
         manifest = {
             "schemaVersion": 2,
             "config": self.blob(

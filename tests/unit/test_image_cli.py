@@ -14,6 +14,8 @@ from imagebed import Layout, Member, directory, make_tar
 from guestagent.api import LayersMountRequest
 from rootfs.image_cli import COMMANDS, LAYER_COMMANDS
 from rootfs.manifest import Manifest
+from rootfs.pack import Pack
+from vsock.errors import CallError
 
 Run = Callable[..., Result]
 
@@ -184,3 +186,24 @@ def test_mounting_asks_for_all_layers_and_the_overlay(
     run("pack", "mount", "p.img", status=2)
     run("pack", "mount", "p.img", *place, "--path", "/dev/vda", status=2)
     run("pack", "mount", "p.img", "--connect", "unix:///agent", "--target", "/x", status=2)
+
+
+def test_a_pack_that_cannot_be_filled_leaves_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    add = Pack.add
+
+    def one_only(pack: Pack, *arguments: Any, **options: Any) -> object:
+        if pack.layers:
+            raise CallError("resource", "the disk is full", step="copy the layer")
+        return add(pack, *arguments, **options)
+
+    monkeypatch.setattr(Pack, "add", one_only)
+    assert "the disk is full" in run("pack", "build", "layout", "p.img", status=1).output
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    run("pack", "build", "layout", "p.img")  # and is not in the way
+    run("pack", "build", "layout", "p.img", status=1)
+    assert len(Manifest.load(tmp_path / "p.img.json").layers) == 2  # that of another stays

@@ -1,16 +1,18 @@
 """Ctrl-C in the middle of the work: the program ends at once, and nothing half made stays."""
 
 import contextlib
+import gzip
 import os
 import pty
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from imagebed import Member, make_tar
+from imagebed import Member, make_tar, zstd
 
 SECONDS = 30
 COMMANDS = (
@@ -94,3 +96,30 @@ def test_while_blocks_are_hashed(tmp_path: Path, how: tuple[str, ...]) -> None:
     assert b"Aborted" in shown
     assert b"Traceback" not in shown
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_while_a_compressed_source_does_not_come(tmp_path: Path, compression: str) -> None:
+    """Whoever waits for more, in whatever thread, must not keep the program from ending."""
+    packed = gzip.compress(TAR) if compression == "gzip" else zstd(TAR)
+    pipe = subprocess.PIPE
+    with started(tmp_path, "build", "-", "image", stdin=pipe, stderr=pipe) as process:
+        assert process.stdin is not None
+        process.stdin.write(packed[: 2 << 20])
+        process.stdin.flush()
+        spool_is_filled(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS) == 1
+    assert contents(tmp_path) == {}
+
+
+def spool_is_filled(pid: int) -> None:
+    """Wait until the program has decompressed what came: it then waits for more."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if "(deleted)" in os.readlink(link) and link.stat().st_size > 1 << 20:
+                    return
+        time.sleep(0.02)
+    raise AssertionError("nothing was decompressed")

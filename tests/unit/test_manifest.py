@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -206,3 +208,18 @@ def test_the_request_is_one_that_the_agent_takes() -> None:
     assert top.verity.hash_offset_bytes == 200 * 4096
     base = LayerSpec.from_wire(layer_spec(manifest.layers[1], {"kind": "path", "path": "/dev/vdb"}))
     assert base.verity is None
+
+
+def test_a_field_that_comes_twice_among_very_many_is_found_at_once(tmp_path: Path) -> None:
+    names = ", ".join(f'"n{number}": 1' for number in range(200_000))
+    (tmp_path / "m.json").write_text("{" + names + ', "n199999": 2}')
+    start = time.process_time()
+    with pytest.raises(CallError, match="n199999: given twice"):
+        Manifest.load(tmp_path / "m.json")
+    assert time.process_time() - start < 5  # by the square of the number, it would be minutes
+
+
+def test_a_pipe_is_no_manifest_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.json")
+    with pytest.raises(CallError, match="not a regular file"):
+        Manifest.load(tmp_path / "m.json")

@@ -264,3 +264,23 @@ def test_a_root_file_system_with_a_manifest_of_its_own_is_a_tar(tmp_path: Path) 
     tar = make_tar([Member("manifest.json", b'{"name": "an app"}')])
     (tmp_path / "t.tar").write_bytes(tar)
     assert build_image(tmp_path / "t.tar", tmp_path / "image").source_digest == digest(tar)
+
+
+@pytest.mark.parametrize("tags", [5, True, "app:1", {"app:1": 1}, None])
+def test_a_docker_archive_with_tags_that_are_no_list(tmp_path: Path, tags: object) -> None:
+    manifest = [{"Config": "config.json", "RepoTags": tags, "Layers": []}]
+    path = tmp_path / "docker.tar"
+    path.write_bytes(make_tar([Member("manifest.json", json.dumps(manifest).encode())]))
+    with pytest.raises(CallError, match="no image app:1") as caught:
+        build_image(path, tmp_path / "image", reference="app:1")
+    assert caught.value.code == "not_found"
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_a_name_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    manifest = [{"Config": name, "RepoTags": [], "Layers": []}]
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CallError, match="no name of a file") as caught:
+        build_image(tmp_path / "d", tmp_path / "image", source_format="docker")
+    assert caught.value.code == "invalid"

@@ -379,3 +379,29 @@ class PackMachine(RuleBasedStateMachine):
 
 PackMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=12, deadline=None)
 TestPackMachine = PackMachine.TestCase
+
+
+def test_a_layer_that_grows_meanwhile_does_not_run_into_the_next(
+    tmp_path: Path, layer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rootfs import pack as module
+
+    measured = module.digest_range
+
+    def and_grow(*arguments: object, **options: object) -> str:
+        digest = measured(*arguments, **options)  # type: ignore[arg-type]
+        with (tmp_path / "growing").open("ab") as file:
+            file.write(b"more" * 5000)
+        return digest
+
+    with Pack.create(tmp_path / "p.img") as pack:
+        pack.add(layer, "first")
+        pack.add(layer_file(tmp_path / "behind", 10_000, 1), "behind")
+        pack.remove("first")
+        layer_file(tmp_path / "growing", 10_000, 2)
+        monkeypatch.setattr(module, "digest_range", and_grow)
+        with pytest.raises(CallError, match="size changed") as caught:
+            pack.add(tmp_path / "growing", "growing")
+        assert caught.value.code == "conflict"
+        assert [each.layer_id for each in pack.layers] == ["behind"]
+        assert pack.check().is_sound

@@ -6,6 +6,7 @@ import random
 import stat
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -368,6 +369,7 @@ def test_whiteouts_become_overlay_form() -> None:
         directory("etc"),
         Member("etc/.wh.passwd"),
         Member("etc/.wh..wh..opq"),
+        Member("usr/.wh.passwd"),
         Member(".wh.both"),
         directory("both"),
         Member("both/new"),
@@ -376,8 +378,9 @@ def test_whiteouts_become_overlay_form() -> None:
         directory(".wh..wh.plnk"),
     ]
     read = tree(make_tar(members), Whiteouts.OVERLAY)
-    assert read["etc/passwd"][0] == "0o20000"  # type: ignore[index]
-    assert read["etc/passwd"][4] == 0  # type: ignore[index]
+    assert read["usr/passwd"][0] == "0o20000"  # type: ignore[index]
+    assert read["usr/passwd"][4] == 0  # type: ignore[index]
+    assert "etc/passwd" not in read  # overlayfs would list it: it merges nothing here
     assert read["etc"][6] == {b"trusted.overlay.opaque": b"y"}  # type: ignore[index]
     # hidden and made anew in one layer: the new one must not merge with the old
     assert read["both"][6] == {b"trusted.overlay.opaque": b"y"}  # type: ignore[index]
@@ -393,7 +396,7 @@ def test_a_directory_that_comes_after_its_marker_is_opaque(again: list[Member]) 
     members = [Member("d/.wh..wh..opq"), Member("d/.wh.x"), *again, directory("d", mode=0o700)]
     read = tree(make_tar(members), Whiteouts.OVERLAY)
     assert (read["d"][0], read["d"][6]) == ("0o40700", {b"trusted.overlay.opaque": b"y"})  # type: ignore[index]
-    assert read["d/x"][0] == "0o20000"  # type: ignore[index]
+    assert "d/x" not in read
 
 
 @pytest.mark.parametrize("marker", ["link/.wh.x", "link/below/.wh..wh..opq"])
@@ -459,3 +462,64 @@ def test_the_count_of_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CallError, match="over 10 members") as caught:
         tree(make_tar([Member(f"{number}") for number in range(11)]))
     assert caught.value.code == "resource"
+
+
+def test_the_root_of_a_tar_by_itself_cannot_hide_what_is_below() -> None:
+    """overlayfs takes no root as opaque; which names to hide is known in an image of layers."""
+    with pytest.raises(CallError, match="all of the root"):
+        tree(make_tar([Member(".wh..wh..opq")]), Whiteouts.OVERLAY)
+    assert ".wh..wh..opq" in tree(make_tar([Member(".wh..wh..opq")]), Whiteouts.KEEP)
+
+
+@pytest.mark.parametrize("name", [".wh.", ".wh..", "a/.wh..."])
+def test_a_whiteout_of_no_name_is_refused_in_an_image_of_all_layers_too(name: str) -> None:
+    with pytest.raises(CallError, match="whiteout"):
+        tree(make_tar([directory("a"), Member(name)]), Whiteouts.APPLY)
+
+
+def _base256(value: int, size: int) -> bytes:
+    return (value % (1 << 8 * size) | 1 << (8 * size - 1)).to_bytes(size, "big")
+
+
+def _with(block: bytes, at: int, value: bytes) -> bytes:
+    """Return a header with a field changed, and its checksum with it."""
+    changed = bytearray(block)
+    changed[at : at + len(value)] = value
+    changed[148:156] = b"        "
+    changed[148:156] = b"%06o\0 " % sum(changed)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("size", [-5, 1 << 63, 1 << 80])
+def test_a_sparse_size_that_no_file_has_is_refused(size: int) -> None:
+    with pytest.raises(CallError, match=f"sparse member of {size} bytes"):
+        entries(_with(_header(kind=b"S"), 483, _base256(size, 12)) + END)
+    if 0 < size < 10**20:
+        record = b"39 GNU.sparse.size=%d\n" % size
+        with pytest.raises(CallError, match=f"sparse member of {size} bytes"):
+            entries(_pax(record) + _header() + END)
+
+
+@pytest.mark.parametrize("number", [1 << 31, (1 << 32) - 1, -1])
+def test_a_device_number_that_no_device_has_is_refused(number: int) -> None:
+    with pytest.raises(CallError, match="has a device") as caught:
+        entries(_with(_header(kind=b"3"), 329, _base256(number, 8)) + END)
+    assert caught.value.code == "integrity"
+
+
+def test_a_long_name_ends_at_its_nul() -> None:
+    def long(kind: bytes, text: bytes) -> bytes:
+        return _header(kind=kind, size=b"%o" % len(text)) + text.ljust(512, b"\0")
+
+    data = long(b"L", b"name\0more") + long(b"K", b"target\0more") + _header(kind=b"2") + END
+    (entry,) = entries(data)
+    assert (entry.name, entry.target) == (b"name", b"target")
+
+
+def test_a_sparse_map_without_lines_is_refused_before_it_is_read_whole() -> None:
+    records = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n25 GNU.sparse.realsize=1\n"
+    data = b"1" * (64 << 20)
+    start = time.process_time()
+    with pytest.raises(CallError, match="no list of numbers"):
+        entries(_pax(records) + _header(size=b"%o" % len(data)) + data + END)
+    assert time.process_time() - start < 5  # by the square of its size, it would be an hour
