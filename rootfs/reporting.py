@@ -8,6 +8,7 @@ from typing import NoReturn, TypeVar
 
 import click
 
+from guestagent.ctl.style import plain
 from vsock.errors import CallError, errno_name
 
 __all__ = ("emit", "hex_bytes", "reports_errors")
@@ -47,7 +48,7 @@ def _fail(problem: CallError, as_json: bool) -> NoReturn:
     if as_json:
         emit({"error": problem.to_wire()})
     else:
-        click.echo(f"guestctl: {problem}", err=True)
+        click.echo(f"guestctl: {plain(str(problem))}", err=True)
         details = {
             "object": problem.object,
             "errno": errno_name(problem.errno),
@@ -55,7 +56,7 @@ def _fail(problem: CallError, as_json: bool) -> NoReturn:
         }
         for name, value in details.items():
             if value is not None:
-                click.echo(f"  {name}: {value}", err=True)
+                click.echo(f"  {name}: {plain(value)}", err=True)
     sys.exit(1)
 
 

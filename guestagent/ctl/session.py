@@ -12,6 +12,7 @@ import click
 
 from guestagent.client import GuestAgent
 from guestagent.ctl.advice import advice, unreachable
+from guestagent.ctl.style import plain
 from vsock.errors import CallError, ConnectionClosed, RpcError, errno_name
 from vsock.record import Record
 
@@ -104,7 +105,7 @@ def fail(session: Session, error: CallError) -> NoReturn:
     if session.as_json:
         session.emit({"error": error.to_wire()})
         sys.exit(1)
-    click.echo(f"guestctl: {error}", err=True)
+    click.echo(f"guestctl: {plain(str(error))}", err=True)
     context = click.get_current_context(silent=True)
     command = context.command_path.partition(" ")[2] if context is not None else ""
     details = (
@@ -115,9 +116,9 @@ def fail(session: Session, error: CallError) -> NoReturn:
     )
     for name, value in details:
         if value is not None:
-            click.echo(f"  {name}: {value}", err=True)
+            click.echo(f"  {name}: {plain(value)}", err=True)
     for line in error.kernel_log:
-        click.echo(f"  kernel: {line}", err=True)
+        click.echo(f"  kernel: {plain(line)}", err=True)
     next_step = advice(error, command) if error.hint is None else None
     if next_step is not None:
         click.echo(f"  next: {next_step}", err=True)

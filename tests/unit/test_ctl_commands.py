@@ -19,6 +19,7 @@ from guestagent.api.observe import CrashReport, LogLine
 from guestagent.ctl import main
 from guestagent.ctl.main import collect
 from guestagent.ctl.man import pages
+from vsock.errors import CallError
 
 GUESTCTL = Path(sys.executable).parent / "guestctl"
 COMMAND = [sys.executable, "-c", "from guestagent.ctl import main; main()"]
@@ -264,6 +265,21 @@ def test_an_error_says_what_to_do_next(ctl: Callable[..., Result]) -> None:
     assert "guestctl: not_found: no such layer" in done.stderr
     assert "errno: ENOENT" in done.stderr
     assert "hint: list" in done.stderr
+
+
+def test_what_a_guest_says_of_an_error_does_not_reach_the_terminal_raw(
+    agent: Agent, ctl: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(call: object) -> object:
+        raise CallError(
+            "busy", "\x1b]0;owned\x07", object="\x1b[2J", hint="\x1b[8m", kernel_log=("\x1bc",)
+        )
+
+    monkeypatch.setattr(agent, "layer_get", refuse)
+    done = ctl("layer", "get", "x")
+    assert done.exit_code == 1
+    assert "owned" in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 def test_nobody_there(tmp_path: Path) -> None:

@@ -207,3 +207,11 @@ def test_a_pack_that_cannot_be_filled_leaves_nothing(
     run("pack", "build", "layout", "p.img")  # and is not in the way
     run("pack", "build", "layout", "p.img", status=1)
     assert len(Manifest.load(tmp_path / "p.img.json").layers) == 2  # that of another stays
+
+
+def test_a_hostile_name_does_not_reach_the_terminal(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "evil.tar").write_bytes(make_tar([Member("../\x1b]0;owned\x07")]))
+    output = run("layer", "build", "evil.tar", "x", status=1).output
+    assert "owned" in output
+    assert "\x1b" not in output
+    assert "\x07" not in output
