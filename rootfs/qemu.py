@@ -24,7 +24,9 @@ from rootfs.qemu_command import (
     disk_device,
     pmem_backend,
     pmem_device,
+    port_path,
     qemu_command,
+    tty_path,
 )
 from rootfs.qmp import QmpClient, QmpClosedError
 from rootfs.rundir import run_directory
@@ -121,10 +123,27 @@ class Machine:
         return f"hybrid://{self.hybrid_path}:{port}"
 
     def port_path(self, name: str) -> Path:
-        """Return the Unix socket of a virtio-serial port: a plain byte stream."""
+        """Return the Unix socket of a virtio-serial port: a plain byte stream.
+
+        Raises:
+            MachineError: the machine has no such port.
+        """
         if name not in self.spec.serial_ports:
             raise MachineError(f"the machine has no serial port {name!r}")
-        return self.run_dir / f"port-{name}"
+        return port_path(self.run_dir, name)
+
+    def tty_path(self, name: str) -> Path:
+        """Return the Unix socket at the far end of a tty, hvc0 or ttyS1: a plain byte stream.
+
+        One peer at a time; the guest sees neither its coming nor its going. What the guest writes
+        while nobody is there is lost.
+
+        Raises:
+            MachineError: the machine has no such line.
+        """
+        if name not in self.spec.ttys:
+            raise MachineError(f"the machine has no tty {name!r}")
+        return tty_path(self.run_dir, name)
 
     def poll(self) -> int | None:
         """Return the exit status of QEMU (negative: the signal that ended it), None if it runs."""
