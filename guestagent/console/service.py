@@ -14,7 +14,7 @@ from collections import deque
 from guestagent.api.console import Refusal
 from guestagent.console.channel import Channel, FramedChannel, LineChannel
 from guestagent.console.command import Guest
-from guestagent.console.serial import find_device
+from guestagent.console.serial import find_device, line_term
 from guestagent.console.session import Session
 from vsock.acceptor import Acceptor
 from vsock.address import SerialAddress, parse_address
@@ -199,7 +199,7 @@ class Console:
     def _accepted(self, stream: Stream) -> None:
         stream.setblocking(False)
         if stream.point_to_point:
-            term = os.environ.get("TERM", "dumb")
+            term = line_term(os.environ.get("TERM", ""))
             peer = self._add(LineChannel(stream, wake=self._wake, term=term))
             self._begin(peer)
             return
