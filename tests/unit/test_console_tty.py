@@ -11,6 +11,8 @@ import pytest
 
 from guestagent.console.lineedit import History, LineEditor
 from guestagent.console.serial import find_device, line_term
+from tests.unit.consolebed import serving
+from tests.unit.test_console_line import Line
 
 PROMPT = "guest> "
 WAIT_SECONDS = 60.0
@@ -87,3 +89,15 @@ def test_a_line_does_not_become_the_controlling_terminal() -> None:
         os.close(far)
         os.close(near)
     assert (agent.returncode, output) == (0, "0\n")
+
+
+def test_an_interrupt_right_behind_enter_is_for_the_command(tmp_path: Path) -> None:
+    line = Line()
+    with serving(tmp_path / "socket", {}, line=line.path):
+        line.expect("Press Enter")
+        line.type("\r")
+        line.expect(PROMPT)
+        line.type("sleep 1000\r" + "forgotten\x03" + "uptime\r")
+        line.expect("sleep 1000\r\n^C\r\n" + PROMPT)
+        assert "forgotten" not in line.expect("the agent")
+    os.close(line.fd)
