@@ -15,6 +15,7 @@ from typing import Self
 
 from rootfs.accelerator import choose_accelerator, has_kernel_vsock, qemu_program
 from rootfs.console import ConsoleFile
+from rootfs.lifetime import ending_with_us
 from rootfs.qemu_command import (
     DiskSpec,
     MachineSpec,
@@ -52,6 +53,9 @@ class MachineError(Exception):
 
 class Machine:
     """One virtual machine. The end of the ``with`` block ends it, whatever state it is in.
+
+    So does the end of this process, a killed one's too; and that of the thread that entered the
+    block, to which Linux ties such an end: enter it in one that lives for as long as the machine.
 
     ``accel`` is kvm or tcg, and ``accel_reason`` why. Not for use by several threads.
     """
@@ -268,7 +272,7 @@ class Machine:
         errors = open(self.run_dir / "qemu-errors", "wb")  # noqa: SIM115 (closed two lines below)
         with errors:
             self._process = subprocess.Popen(
-                argv,
+                ending_with_us(argv),
                 stdin=None if interactive else subprocess.DEVNULL,
                 stdout=None if interactive else errors,
                 stderr=errors,
