@@ -15,7 +15,7 @@ from rootfs.kernel import Kernel
 from vsock.deadline import Deadline
 
 PROJECT = Path(__file__).resolve().parents[2]
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 #: From the end of the parent; a signal takes no time.
 END_SECONDS = 10.0
 
