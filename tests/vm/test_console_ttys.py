@@ -40,6 +40,8 @@ class Person:
         self._line.connect(str(path))
         #: The screen, as the eye sees it; the last row is where the cursor is.
         self.rows = [""]
+        #: Rows that did not fit.
+        self.wrapped: list[str] = []
         self._cursor = 0
         self._unread = ""
         #: What the last ``expect`` has found.
@@ -97,7 +99,10 @@ class Person:
             self._cursor = max(0, self._cursor - 1)
         elif character != "\a":
             assert character.isprintable(), f"no dumb terminal knows {character!r}"
-            assert self._cursor < COLUMNS, f"wider than the screen: {self.rows[-1]!r}"
+            if self._cursor == COLUMNS:
+                self.wrapped.append(self.rows[-1])
+                self.rows.append("")
+                self._cursor = 0
             row = self.rows[-1]
             self.rows[-1] = row[: self._cursor] + character + row[self._cursor + 1 :]
             self._cursor += 1
@@ -119,6 +124,10 @@ def machine(start_machine: Callable[..., Machine], kernel: Kernel, pack: PackedL
         pmem=(PmemSpec(path=pack.path),),
         ttys=TTYS,
     )
+    for tty in TTYS:
+        person = Person(machine.tty_path(tty))
+        person.expect(ENTER)  # what is typed before it is for nobody
+        person.leave()
     device = {"kind": "pmem", "number": 0}
     specs = [LayerSpec.from_wire(layer_spec(pack.layers[name], device)) for name in ("top", "base")]
     overlay = OverlaySpec(
@@ -158,6 +167,7 @@ def test_a_person_looks_around(person: Person) -> None:
     person.type("\x0cuptime\r")  # ^L, which clears a screen that can be cleared
     person.expect("the agent")
     person.expect(PROMPT)
+    assert person.wrapped == []
 
 
 @at_each_line
@@ -169,6 +179,7 @@ def test_a_line_longer_than_the_screen(person: Person) -> None:
     person.see(f"{PROMPT}{line[:70]}.*")
     person.type("\x05")  # and back
     person.see(f"{PROMPT}.*{line[-40:]} *")
+    assert person.wrapped == []
     person.type("\r")
     for _ in range(12):
         person.expect("from the top\r\n")
@@ -282,11 +293,11 @@ def test_nobody_answers_when_the_console_is_off(start_machine: Callable[..., Mac
 def test_a_uart_that_is_not_there_costs_no_session(start_machine: Callable[..., Machine]) -> None:
     """The kernel has a node for it all the same."""
     machine = start_machine(cmdline="guestagent.console=/dev/ttyS1,/dev/hvc0", ttys=("hvc0",))
-    with GuestAgent(machine.agent_address(), connect_seconds=BOOT_SECONDS):
-        person = Person(machine.tty_path("hvc0"))
-        person.type("\r")
-        person.expect(PROMPT)
-        log = person.command("log")
-        person.leave()
+    person = Person(machine.tty_path("hvc0"))
+    person.expect(ENTER)
+    person.type("\r")
+    person.expect(PROMPT)
+    log = person.command("log")
+    person.leave()
     assert "listen=serial:///dev/hvc0" in log
     assert "ttyS1" not in log.replace("guestagent.console=/dev/ttyS1", "")
