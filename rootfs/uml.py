@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rootfs.lifetime import ending_with_us
 from rootfs.rundir import RunDirectory, run_directory
 from rootfs.uml_boot import UmlSpec, kernel_arguments, memory_dir, write_config
 
@@ -225,8 +224,7 @@ def _start(
     arguments = kernel_arguments(spec, run.path, config, pipes.write, pipes.life_read, terminal)
     inherited = [*pipes.write.values(), pipes.life_read, run.lock_fd]
     process = subprocess.Popen(
-        # by this signal it ends its helpers, too; killed, it would leave them
-        ending_with_us([program, *arguments], signal="TERM"),
+        [program, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=pipes.write[0],
         stderr=pipes.write[0],
