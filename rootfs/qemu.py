@@ -15,6 +15,7 @@ from typing import Self
 
 from rootfs.accelerator import choose_accelerator, has_kernel_vsock, qemu_program
 from rootfs.console import ConsoleFile
+from rootfs.lifetime import ending_with_us
 from rootfs.qemu_command import (
     DiskSpec,
     MachineSpec,
@@ -24,7 +25,9 @@ from rootfs.qemu_command import (
     disk_device,
     pmem_backend,
     pmem_device,
+    port_path,
     qemu_command,
+    tty_path,
 )
 from rootfs.qmp import QmpClient, QmpClosedError
 from rootfs.rundir import run_directory
@@ -50,6 +53,9 @@ class MachineError(Exception):
 
 class Machine:
     """One virtual machine. The end of the ``with`` block ends it, whatever state it is in.
+
+    So does the end of this process, a killed one's too; and that of the thread that entered the
+    block, to which Linux ties such an end: enter it in one that lives for as long as the machine.
 
     ``accel`` is kvm or tcg, and ``accel_reason`` why. Not for use by several threads.
     """
@@ -121,10 +127,27 @@ class Machine:
         return f"hybrid://{self.hybrid_path}:{port}"
 
     def port_path(self, name: str) -> Path:
-        """Return the Unix socket of a virtio-serial port: a plain byte stream."""
+        """Return the Unix socket of a virtio-serial port: a plain byte stream.
+
+        Raises:
+            MachineError: the machine has no such port.
+        """
         if name not in self.spec.serial_ports:
             raise MachineError(f"the machine has no serial port {name!r}")
-        return self.run_dir / f"port-{name}"
+        return port_path(self.run_dir, name)
+
+    def tty_path(self, name: str) -> Path:
+        """Return the Unix socket at the far end of a tty, hvc0 or ttyS1: a plain byte stream.
+
+        One peer at a time; the guest sees neither its coming nor its going. What the guest writes
+        while nobody is there is lost.
+
+        Raises:
+            MachineError: the machine has no such line.
+        """
+        if name not in self.spec.ttys:
+            raise MachineError(f"the machine has no tty {name!r}")
+        return tty_path(self.run_dir, name)
 
     def poll(self) -> int | None:
         """Return the exit status of QEMU (negative: the signal that ended it), None if it runs."""
@@ -249,7 +272,7 @@ class Machine:
         errors = open(self.run_dir / "qemu-errors", "wb")  # noqa: SIM115 (closed two lines below)
         with errors:
             self._process = subprocess.Popen(
-                argv,
+                ending_with_us(argv),
                 stdin=None if interactive else subprocess.DEVNULL,
                 stdout=None if interactive else errors,
                 stderr=errors,

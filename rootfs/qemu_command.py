@@ -16,7 +16,9 @@ __all__ = (
     "Runtime",
     "blockdev",
     "disk_device",
+    "port_path",
     "qemu_command",
+    "tty_path",
 )
 
 PMEM_ALIGN_BYTES = 2 << 20  # the kernel wants whole sections of a namespace; see ND_MIN_PMEM
@@ -26,6 +28,11 @@ _SPARE_MEMORY_MIB = 4096
 #: Self-tests of the kernel's ciphers are 0.4 s of an emulated boot; a panic ends the machine.
 _CMDLINE = "console=ttyS0 quiet panic=-1 cryptomgr.notests"
 _SCSI_BUS = "scsi0.0"
+#: The device behind each line, by the guest's name for it. ttyS0 is UART 0.
+_TTY_DEVICES: dict[str, dict[str, object]] = {
+    "hvc0": {"driver": "virtconsole", "bus": "serial0.0"},
+    "ttyS1": {"driver": "isa-serial", "index": 1},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +67,8 @@ class MachineSpec:
 
     ``accel`` is auto, kvm or tcg. ``vsock_cid`` None means no vsock. ``pcie_root_ports`` is how
     many devices can be plugged in later, ``pmem_slots`` how many NVDIMMs. ``serial_ports`` are
-    names of virtio-serial ports.
+    names of virtio-serial ports. ``ttys`` are serial lines besides the console's ttyS0, by the
+    names that the guest has for them: hvc0 (virtio; the guest needs virtio_console) and ttyS1.
     ``console_path`` is where the console is written to, by default in the machine's own directory;
     with ``console_stdio`` it is also on the standard streams, where Ctrl-a x ends the machine.
     """
@@ -80,6 +88,7 @@ class MachineSpec:
     pcie_root_ports: int = 0
     pmem_slots: int = 0
     serial_ports: tuple[str, ...] = ()
+    ttys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.accel not in ("auto", "kvm", "tcg"):
@@ -91,6 +100,11 @@ class MachineSpec:
         luns = [disk.lun for disk in self.disks if disk.bus == "scsi"]
         if len(luns) != len(set(luns)):
             raise ValueError(f"SCSI disks with the same LUN: {luns}")
+        for name in self.ttys:
+            if name not in _TTY_DEVICES:
+                raise ValueError(f"unknown tty {name!r}: {' or '.join(_TTY_DEVICES)}")
+            if self.ttys.count(name) > 1:
+                raise ValueError(f"tty {name!r} is there more than once")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +122,15 @@ class Runtime:
     qmp_fd: int | None = None
     vhost_socket: Path | None = None
 
-    def port_path(self, name: str) -> Path:
-        return self.run_dir / f"port-{name}"
+
+def port_path(run_dir: Path, name: str) -> Path:
+    """Return the Unix socket of the virtio-serial port ``name``."""
+    return run_dir / f"port-{name}"
+
+
+def tty_path(run_dir: Path, name: str) -> Path:
+    """Return the Unix socket at the far end of the guest's /dev/``name``."""
+    return run_dir / f"tty-{name}"
 
 
 def qemu_command(spec: MachineSpec, runtime: Runtime) -> list[str]:
@@ -245,10 +266,14 @@ def disk_device(disk: DiskSpec, node: str, *, bus: str | None = None) -> dict[st
 
 
 def _serial_ports(spec: MachineSpec, runtime: Runtime) -> Iterator[str]:
-    if spec.serial_ports:
+    if spec.serial_ports or "hvc0" in spec.ttys:
         yield from _json("-device", {"driver": "virtio-serial-pci", "id": "serial0"})
+    for name in spec.ttys:
+        path = _escaped(tty_path(runtime.run_dir, name))
+        yield from ("-chardev", f"socket,id=tty-{name},path={path},server=on,wait=off")
+        yield from _json("-device", {**_TTY_DEVICES[name], "chardev": f"tty-{name}"})
     for number, name in enumerate(spec.serial_ports):
-        path = _escaped(runtime.port_path(name))
+        path = _escaped(port_path(runtime.run_dir, name))
         yield from ("-chardev", f"socket,id=port{number},path={path},server=on,wait=off")
         yield from _json("-device", {
             "driver": "virtserialport",

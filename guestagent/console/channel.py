@@ -32,7 +32,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ("EDITING", "RAW", "RUNNING", "STALL_SECONDS", "Channel", "FramedChannel", "LineChannel")
+__all__ = (
+    "EDITING",
+    "INTERRUPT",
+    "RAW",
+    "RUNNING",
+    "STALL_SECONDS",
+    "Channel",
+    "FramedChannel",
+    "LineChannel",
+)
 
 #: A peer that takes nothing for this long is cut off.
 STALL_SECONDS = 30.0
@@ -40,7 +49,7 @@ STALL_SECONDS = 30.0
 #: runs is kept up to the second bound, and forgotten beyond it.
 MAX_INPUT_BYTES = 64 * 1024
 MAX_TYPED_AHEAD_BYTES = 4096
-_INTERRUPT = b"\x03"
+INTERRUPT = b"\x03"
 
 #: What input is for: the editor, nobody for now (an interrupt apart), a program.
 EDITING, RUNNING, RAW = "editing", "running", "raw"
@@ -105,10 +114,10 @@ class Channel:
 
     def _typed(self, data: bytes) -> None:
         with self._lock:
-            if self._mode == RUNNING and self.hello.terminal and _INTERRUPT in data:
+            if self._mode == RUNNING and self.hello.terminal and INTERRUPT in data:
                 # what was typed before it is for a command that ends now
                 self._input.clear()
-                data = data[data.rindex(_INTERRUPT) + 1 :]
+                data = data[data.rindex(INTERRUPT) + 1 :]
                 self._interrupt()
             if self._forgets:
                 data = data[: max(0, MAX_TYPED_AHEAD_BYTES - len(self._input))]

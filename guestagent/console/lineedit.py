@@ -111,9 +111,12 @@ class LineEditor:
             self._first = max(0, self.cursor - room // 4)
         while width_of(self.text[self._first : self.cursor]) > room:
             self._first += max(1, room // 4)
-        # a line that has become shorter comes back
-        while self._first and width_of(self.text[self._first - 1 :]) <= room:
-            self._first -= 1
+        # a line that has become shorter comes back, by steps as it went: each costs a whole row
+        if width_of(self.text) <= room:
+            self._first = 0
+        elif width_of(self.text[self._first :]) <= room // 2:
+            while width_of(self.text[self._first - 1 :]) <= room - room // 4:
+                self._first -= 1
         end = self._first
         while end < len(self.text) and width_of(self.text[self._first : end + 1]) <= room:
             end += 1

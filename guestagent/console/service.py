@@ -14,7 +14,7 @@ from collections import deque
 from guestagent.api.console import Refusal
 from guestagent.console.channel import Channel, FramedChannel, LineChannel
 from guestagent.console.command import Guest
-from guestagent.console.serial import find_device
+from guestagent.console.serial import find_device, line_term
 from guestagent.console.session import Session
 from vsock.acceptor import Acceptor
 from vsock.address import SerialAddress, parse_address
@@ -79,6 +79,7 @@ class Console:
         self._epoll = select.epoll()
         self._acceptor = Acceptor(self._epoll, lambda line: log.warning("console", problem=line))
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake_lock = threading.Lock()
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._peers: dict[int, _Peer] = {}
         self._ended: deque[Session] = deque()
@@ -131,8 +132,9 @@ class Console:
                 if peer.thread is None or not peer.thread.is_alive():
                     self._free(peer)
             self._epoll.close()
-            os.close(self._wake_fd)
-            self._wake_fd = -1
+            with self._wake_lock:
+                os.close(self._wake_fd)
+                self._wake_fd = -1
 
     def _stop(self) -> None:
         until = time.monotonic() + _STOP_SECONDS
@@ -185,9 +187,9 @@ class Console:
                 self._refuse(peer, CallError("timeout", f"no hello in {_HELLO_SECONDS:g} s"))
 
     def _wake(self) -> None:
-        fd = self._wake_fd
-        if fd >= 0:
-            os.eventfd_write(fd, 1)
+        with self._wake_lock:  # the thread may end, and close it, at this very moment
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
 
     def _woken(self) -> None:
         os.eventfd_read(self._wake_fd)
@@ -199,7 +201,7 @@ class Console:
     def _accepted(self, stream: Stream) -> None:
         stream.setblocking(False)
         if stream.point_to_point:
-            term = os.environ.get("TERM", "dumb")
+            term = line_term(os.environ.get("TERM", ""))
             peer = self._add(LineChannel(stream, wake=self._wake, term=term))
             self._begin(peer)
             return

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from guestagent import __version__
 from guestagent.api.console import CONSOLE_VERSIONS, Exit, Refusal, Welcome
 from guestagent.console import words
-from guestagent.console.channel import EDITING, RUNNING, Channel, FramedChannel
+from guestagent.console.channel import EDITING, INTERRUPT, RUNNING, Channel, FramedChannel
 from guestagent.console.command import Command, Guest, Run, Usage
 from guestagent.console.commands import COMMANDS, suggest
 from guestagent.console.completion import complete
@@ -223,10 +223,28 @@ class Session:
         channel = self.channel
         with channel.life.part(_COMMAND_SECONDS) as deadline:
             channel.enter(RUNNING, deadline)
+            typed_since = self._heed_early_interrupt(deadline)
             try:
                 self._status = self._run_line(line, deadline)
             finally:
                 channel.enter(RUNNING)
+                self._pending += typed_since
+
+    def _heed_early_interrupt(self, deadline: Deadline) -> bytes:
+        """An interrupt that came after Enter but before the command began was input like any other.
+
+        It counts as it does from now on: it ends the command, and what was typed before it is
+        gone. Return what was typed since.
+        """
+        if not self.channel.hello.terminal:
+            return b""
+        self._pending += self.channel.poll_input()
+        _, interrupt, since = bytes(self._pending).rpartition(INTERRUPT)
+        if not interrupt:
+            return b""
+        self._pending.clear()
+        deadline.cancel()
+        return since
 
     def _run_line(self, line: str, deadline: Deadline) -> int:
         life = Screen(self.channel, self.channel.life)

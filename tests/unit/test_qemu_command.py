@@ -11,6 +11,7 @@ from rootfs.qemu_command import (
     Runtime,
     disk_device,
     qemu_command,
+    tty_path,
 )
 
 
@@ -153,6 +154,32 @@ def test_control_ports_and_root_ports(runtime: Runtime) -> None:
     assert [device["chassis"] for device in devices[2:]] == [1, 2]
 
 
+def test_lines_besides_the_console_are_sockets_in_the_run_directory(runtime: Runtime) -> None:
+    argv = qemu_command(spec(ttys=("ttyS1", "hvc0")), runtime)
+    for name in ("hvc0", "ttyS1"):
+        path = tty_path(runtime.run_dir, name)
+        assert path.parent == runtime.run_dir
+        expected = f"socket,id=tty-{name},path={path},server=on,wait=off"
+        assert expected in values(argv, "-chardev")
+    assert values(argv, "-device") == [
+        {"driver": "virtio-serial-pci", "id": "serial0"},
+        {"driver": "isa-serial", "index": 1, "chardev": "tty-ttyS1"},
+        {"driver": "virtconsole", "bus": "serial0.0", "chardev": "tty-hvc0"},
+    ]
+    assert values(argv, "-serial") == ["chardev:console"]  # and so the console stays on ttyS0
+
+
+def test_a_uart_alone_needs_no_virtio(runtime: Runtime) -> None:
+    argv = qemu_command(spec(ttys=("ttyS1",)), runtime)
+    assert [device["driver"] for device in values(argv, "-device")] == ["isa-serial"]
+
+
+def test_a_line_and_a_port_share_one_controller(runtime: Runtime) -> None:
+    argv = qemu_command(spec(ttys=("hvc0",), serial_ports=("agent",)), runtime)
+    drivers = [device["driver"] for device in values(argv, "-device")]
+    assert drivers == ["virtio-serial-pci", "virtconsole", "virtserialport"]
+
+
 def test_the_console_goes_to_a_file_and_on_request_to_the_terminal(runtime: Runtime) -> None:
     argv = qemu_command(spec(), runtime)
     assert f"file,path={runtime.console_path},id=console" in values(argv, "-chardev")
@@ -168,6 +195,8 @@ def test_the_console_goes_to_a_file_and_on_request_to_the_terminal(runtime: Runt
         ({"vsock_cid": 2}, "CID 2"),
         ({"memory_mib": 16}, "16 MiB"),
         ({"cpus": 0}, "0 CPUs"),
+        ({"ttys": ("ttyS0",)}, "unknown tty 'ttyS0': hvc0 or ttyS1"),
+        ({"ttys": ("hvc0", "hvc0")}, "'hvc0' is there more than once"),
         (
             {"disks": tuple(DiskSpec(path=Path("/a"), serial=n, bus="scsi") for n in "ab")},
             "same LUN",

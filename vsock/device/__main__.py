@@ -1,6 +1,8 @@
 """``python -m vsock.device --socket S --uds U --cid N``: run the device until a signal."""
 
 import argparse
+import ctypes
+import errno
 import logging
 import os
 import resource
@@ -19,6 +21,8 @@ _log = logging.getLogger("vsock.device")
 #: Descriptors that are not host peers: listeners, rings, memory, epoll, standard streams.
 _OTHER_FDS = 1024
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the device. Returns 0 after a signal or the end of ``--once``, 1 when it cannot start."""
@@ -27,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=options.log_level.upper(), format="vsock-device: %(levelname)s %(message)s"
     )
     try:
+        if options.parent is not None:
+            _end_with(options.parent)
         settings = _settings(options)
         _raise_fd_limit(settings.limits.connections + _OTHER_FDS)
         device = Device(settings)
@@ -58,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--once", action="store_true", help="exit when the front-end leaves")
     parser.add_argument("--ready-fd", type=int, metavar="N", help="write a newline here when up")
     parser.add_argument(
+        "--parent",
+        type=int,
+        metavar="PID",
+        help="end when our parent does, which is this process; more exactly, when the thread does "
+        "that started us (prctl(2), PR_SET_PDEATHSIG)",
+    )
+    parser.add_argument(
         "--log-level", default="warning", choices=("debug", "info", "warning", "error")
     )
     parser.add_argument("--connections", type=int, default=limits.connections)
@@ -82,6 +95,21 @@ def _settings(options: argparse.Namespace) -> Settings:
             close_seconds=options.close_seconds,
         ),
     )
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel send SIGTERM when the parent ends.
+
+    Raises:
+        OSError: it has ended already, or is another than was said.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM)) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"PR_SET_PDEATHSIG: {os.strerror(number)}")
+    # only now: a parent that ended before the signal was asked for sends none
+    if os.getppid() != parent:
+        raise ProcessLookupError(errno.ESRCH, f"process {parent} is not our parent")
 
 
 def _raise_fd_limit(wanted: int) -> None:

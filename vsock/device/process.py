@@ -74,6 +74,9 @@ def start_device(
     ``options`` are further arguments of ``python -m vsock.device``; ``log`` is a descriptor for
     its messages, by default our standard error.
 
+    The device ends with the thread that calls this, and so with this process, however it ends (see
+    ``--parent``): call it in one that lives for as long as the device shall.
+
     Raises:
         DeviceError: it ended or said nothing within 20 s; the reason is in its messages.
     """
@@ -115,7 +118,8 @@ def _spawn(
     log: int | None,
 ) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "vsock.device", "--socket", socket_path, "--uds", uds_path]
-    command += ["--cid", str(cid), "--ready-fd", str(ready_fd), *options]
+    command += ["--cid", str(cid), "--ready-fd", str(ready_fd), "--parent", str(os.getpid())]
+    command += options
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
