@@ -17,6 +17,11 @@ _OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
 
+# readline, which pytest loads, leaves the size of a terminal in the environment; it would outweigh
+# that of the terminals that tests make
+for _name in ("LINES", "COLUMNS"):
+    os.environ.pop(_name, None)
+
 # a job in the background of a script is started with Ctrl-C ignored, and programs that a test
 # starts and interrupts would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
