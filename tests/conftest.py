@@ -2,6 +2,7 @@
 scripts/test prints.
 """
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -32,6 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = item.path.relative_to(_HERE).parts[0] if item.path.is_relative_to(_HERE) else ""
         if tier in ("kernel", "vm"):
             item.add_marker(tier)
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over the thousands of tests, which live to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -1,5 +1,6 @@
 """``guestctl run`` for monitors that are not started here, and ``guestctl initramfs``."""
 
+import functools
 import json
 import lzma
 import shlex
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from imagebed import Layout, Member, directory
 
-from rootfs import initramfs, run_cli
+from rootfs import initramfs, run_cli, vmlinux
 from rootfs.kernel import cached_kernel
 from rootfs.manifest import Manifest
 from rootfs.run import mount_request
@@ -23,8 +24,8 @@ ELF = b"\x7fELF" + b"kernel" * 100
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_look_at_the_interpreter() -> Iterator[None]:
-    """What of Python goes into an image is the same for all of them, and takes long to find out."""
+def _one_look_at_the_interpreter_and_the_kernel() -> Iterator[None]:
+    """What of Python goes into an image, and the kernel unpacked, are the same for all tests."""
     real = initramfs.userland
     found: dict[tuple[object, ...], tuple[object, list[object]]] = {}
 
@@ -37,6 +38,7 @@ def _one_look_at_the_interpreter() -> Iterator[None]:
         return modules, list(items)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vmlinux, "unpack_kernel", functools.lru_cache(1)(vmlinux.unpack_kernel))
         patch.setattr(initramfs, "userland", userland)
         yield
 
