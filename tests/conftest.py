@@ -2,6 +2,7 @@
 scripts/test prints.
 """
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ _OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
 
+# readline, which pytest loads, leaves the size of a terminal in the environment; it would outweigh
+# that of the terminals that tests make
+for _name in ("LINES", "COLUMNS"):
+    os.environ.pop(_name, None)
+
 # a job in the background of a script is started with Ctrl-C ignored, and programs that a test
 # starts and interrupts would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,6 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = item.path.relative_to(_HERE).parts[0] if item.path.is_relative_to(_HERE) else ""
         if tier in ("kernel", "vm"):
             item.add_marker(tier)
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over the thousands of tests, which live to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -19,6 +19,7 @@ from guestagent.api import METHODS, Empty, Event
 from guestagent.client import ALL_EVENTS, ClosedHandleError, GuestAgent, event_mask
 from guestagent.client.aio import AsyncGuestAgent
 from guestagent.client.events import EventHub
+from tests.unit.consolebed import wait_until
 from vsock.client import ClosedHandleError as LowerClosedHandleError
 from vsock.errors import CallError, ConnectionClosed
 
@@ -303,6 +304,8 @@ def test_it_reconnects_where_asked(agent: Agent) -> None:
         guest.metrics()
         agent.stop()
         agent.start()
+        # a call before the loss is noticed is lost as well
+        wait_until(lambda: guest.closed or guest.reconnects, "the loss is not noticed")
         assert guest.metrics() == "guestagent_up 1\n"
         assert guest.reconnects == 1
     with pytest.raises(ClosedHandleError):

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 from inspectbed import serving as agent_serving
 
+from guestagent.ctl import console_client
 from guestagent.ctl.console import console_address
+from guestagent.ctl.main import collect
 from guestagent.ctl.terminal import HELP, LEAVE, Escapes
 from tests.unit.consolebed import Bed, serving, wait_until
 from vsock.address import parse_address
 
 PROJECT = Path(__file__).resolve().parents[2]
+LOOK_AGAIN = "_RECONNECT_SLICE_SECONDS"
 GUESTCTL = [sys.executable, "-c", "from guestagent.ctl import main; main()"]
 
 
@@ -33,6 +37,11 @@ def layer(tmp_path: Path) -> Path:
 def bed(tmp_path: Path, layer: Path) -> Iterator[Bed]:
     with serving(tmp_path / "console", {"base": layer}, shell=True) as bed:
         yield bed
+
+
+def invoke(*arguments: str) -> Result:
+    """Run it in this process, for what ends before there is a session, or says nothing in it."""
+    return CliRunner().invoke(collect(), arguments)
 
 
 def guestctl(*arguments: str, stdin: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
@@ -112,11 +121,14 @@ def test_the_terminal_is_as_it_was(bed: Bed) -> None:
 
 
 def test_a_lost_console_is_looked_for(tmp_path: Path, layer: Path) -> None:
+    assert hasattr(console_client, LOOK_AGAIN)
     path = tmp_path / "console"
     with serving(path, {"base": layer}):
+        # the same, but it does not take a second to look again
+        program = f"from guestagent.ctl import console_client as c; c.{LOOK_AGAIN} = 0.05; "
         child = pexpect.spawn(
             GUESTCTL[0],
-            [*GUESTCTL[1:], "console", f"unix://{path}"],
+            ["-c", program + GUESTCTL[2], "console", f"unix://{path}"],
             timeout=30,
             cwd=str(PROJECT),
         )
@@ -140,7 +152,7 @@ def test_a_command_and_its_status(bed: Bed) -> None:
     failed = guestctl("console", address, "-c", "layers nonesuch")
     assert (failed.returncode, failed.stdout) == (1, b"")
     assert b"there is no layer 'nonesuch'" in failed.stderr
-    assert guestctl("console", address, "-c", "sh -c 'exit 42'").returncode == 42
+    assert invoke("console", address, "-c", "sh -c 'exit 42'").exit_code == 42
 
 
 def test_pipes(bed: Bed) -> None:
@@ -187,37 +199,41 @@ def test_an_interrupt_of_a_script(bed: Bed) -> None:
 
 def test_a_console_that_is_off(tmp_path: Path, layer: Path) -> None:
     with agent_serving(tmp_path / "agent", {"base": layer}):
-        done = guestctl("--connect", f"unix://{tmp_path}/agent", "console", "-c", "layers")
-    assert done.returncode == 1
-    assert b"denied: console is disabled: guestagent.console=" in done.stderr
-    assert b"boot the guest with guestagent.console=vsock:1025" in done.stderr
+        done = invoke("--connect", f"unix://{tmp_path}/agent", "console", "-c", "layers")
+    assert done.exit_code == 1
+    assert "denied: console is disabled: guestagent.console=" in done.stderr
+    assert "boot the guest with guestagent.console=vsock:1025" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["console"], b"which guest?"),
-        (["console", "nonsense://1"], b"address 'nonsense://1'"),
-        (["console", "--line", "unix:///x", "-c", "ls"], b"takes no -c"),
+        (["console"], "which guest?"),
+        (["console", "nonsense://1"], "address 'nonsense://1'"),
+        (["console", "--line", "unix:///x", "-c", "ls"], "takes no -c"),
     ],
 )
-def test_wrong_usage(arguments: list[str], text: bytes) -> None:
-    done = guestctl(*arguments)
-    assert done.returncode == 2
+def test_wrong_usage(
+    arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))  # where nobody keeps an agent
+    monkeypatch.delenv("GUESTCTL_CONNECT", raising=False)
+    done = invoke(*arguments)
+    assert done.exit_code == 2
     assert text in done.stderr
 
 
 def test_nobody_there(tmp_path: Path) -> None:
-    done = guestctl("--wait", "0.2", "console", f"unix://{tmp_path}/none", "-c", "ls")
-    assert done.returncode == 1
-    assert b"cannot connect" in done.stderr
+    done = invoke("--wait", "0.2", "console", f"unix://{tmp_path}/none", "-c", "ls")
+    assert done.exit_code == 1
+    assert "cannot connect" in done.stderr
 
 
 def test_no_console_there(tmp_path: Path, layer: Path) -> None:
     with agent_serving(tmp_path / "agent", {"base": layer}):
-        done = guestctl("console", f"unix://{tmp_path}/agent", "-c", "layers")
-    assert done.returncode == 1
-    assert b"this is no console" in done.stderr
+        done = invoke("console", f"unix://{tmp_path}/agent", "-c", "layers")
+    assert done.exit_code == 1
+    assert "this is no console" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The console on a bare line: a pseudo-terminal stands for hvc0 and ttyS1."""
 
+import itertools
 import os
 import select
 import socket
@@ -66,7 +67,7 @@ def line() -> Iterator[Line]:
 @pytest.fixture
 def bed(tmp_path: Path, line: Line, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bed]:
     monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(service_module, "_REST_SECONDS", 0.3)
+    monkeypatch.setattr(service_module, "_REST_SECONDS", 0.1)
     (tmp_path / "motd").write_text("hello\n")
     with serving(tmp_path / "socket", {"base": tmp_path}, line=line.path, shell=True) as bed:
         yield bed
@@ -120,8 +121,8 @@ def test_a_line_that_is_cut_costs_nothing(bed: Bed, line: Line) -> None:
     line.fd = -1
     wait_until(lambda: bed.console.session_count == 0, "the session lives on")
     began = time.process_time()
-    select.select([], [], [], 1.5)
-    assert time.process_time() - began < 0.3
+    select.select([], [], [], 0.5)
+    assert time.process_time() - began < 0.1
     assert bed.run("plan base")[0] == 0
 
 
@@ -131,7 +132,7 @@ class _DeadLine(Listener):
     def __init__(self) -> None:
         super().__init__(SerialAddress(path="/dev/dead"), None)  # type: ignore[arg-type]
         self._ready = os.eventfd(1, os.EFD_CLOEXEC)
-        self.count = 0
+        self.opened_at: list[float] = []
 
     def fileno(self) -> int:
         return self._ready
@@ -139,7 +140,7 @@ class _DeadLine(Listener):
     def accept(self) -> Stream:
         if self._busy:
             raise BlockingIOError
-        self.count += 1
+        self.opened_at.append(time.monotonic())
         near, far = socket.socketpair()
         far.close()
         fd = near.detach()
@@ -158,13 +159,14 @@ class _DeadLine(Listener):
 def test_a_line_that_ends_at_once_is_left_alone_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(service_module, "_REST_SECONDS", 0.4)
+    monkeypatch.setattr(service_module, "_REST_SECONDS", 0.1)
     console, dead = Console(cast(Guest, SimpleNamespace(shell=False)), ()), _DeadLine()
     console._acceptor.add(dead)
     console.start()
-    select.select([], [], [], 1.0)
+    wait_until(lambda: len(dead.opened_at) >= 4, "it is not looked for again")
     console.close()
-    assert 2 <= dead.count <= 4
+    pauses = [later - at for at, later in itertools.pairwise(dead.opened_at)]
+    assert min(pauses) >= 0.1
 
 
 def test_a_line_whose_device_comes_late(tmp_path: Path, line: Line) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from guestagent.console import channel as channel_module
+from guestagent.console import commands_system as commands_system_module
 from guestagent.console import service as service_module
 from guestagent.console.commands import COMMANDS, GROUPS
 from guestagent.console.service import MAX_SESSIONS
@@ -143,10 +144,17 @@ def test_paging(bed: Bed) -> None:
         assert person.expect("guest> ").count("--more--") == 1
 
 
-def test_an_interrupt_ends_a_command(person: Client) -> None:
+def wait_until_it_runs(bed: Bed) -> None:
+    """The echo of a line comes before its command, and until then ^C is for the editor."""
+    (peer,) = bed.console._peers.values()
+    wait_until(lambda: peer.channel._running is not None, "no command runs")
+
+
+def test_an_interrupt_ends_a_command(bed: Bed, person: Client) -> None:
     began = time.monotonic()
     person.type("sleep 1000\r")
     person.expect("sleep 1000\r\n")
+    wait_until_it_runs(bed)
     person.type("\x03")
     person.expect("^C\r\n")
     person.expect("guest> ")
@@ -155,9 +163,10 @@ def test_an_interrupt_ends_a_command(person: Client) -> None:
     person.expect("the agent")
 
 
-def test_an_interrupt_ends_the_reading_of_a_huge_file(person: Client) -> None:
+def test_an_interrupt_ends_the_reading_of_a_huge_file(bed: Bed, person: Client) -> None:
     person.type("checksum base:/huge\r")
     person.expect("\r\n")
+    wait_until_it_runs(bed)
     person.type("\x03")
     person.expect("^C\r\n")
 
@@ -212,7 +221,8 @@ def test_tables_fit_the_window(bed: Bed) -> None:
         assert ".." in "".join(rows)
 
 
-def test_a_dumb_terminal_gets_no_escape_codes(bed: Bed) -> None:
+def test_a_dumb_terminal_gets_no_escape_codes(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands_system_module, "_TOP_SECONDS", 0.1)
     with bed.client(terminal=True, term="dumb") as person:
         person.expect("guest> ")
         person.type("lay\t bas\t\t\x1b[D\x0c\x05\x15help\r")

@@ -1,6 +1,7 @@
 """An import only ever goes down: the floors of docs/architecture.md, held by reading the code."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,9 +131,14 @@ def _allowed(module: str) -> tuple[str, ...]:
 MODULES = dict(_modules())
 
 
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text())
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down_only(module: str) -> None:
-    tree = ast.parse(MODULES[module].read_text())
+    tree = _tree(module)
     allowed = _allowed(module)
     for name in _imports(tree, late=True):
         if not _within(name, ("vsock", "guestagent", "rootfs")):
@@ -148,7 +154,7 @@ def test_imports_go_down_only(module: str) -> None:
     [name for name in MODULES if _within(name, GUEST) and not _within(name, NOT_IN_THE_GUEST)],
 )
 def test_the_guest_imports_nothing_heavy(module: str) -> None:
-    tree = ast.parse(MODULES[module].read_text())
+    tree = _tree(module)
     heavy = [name for name in _imports(tree, late=False) if name.split(".")[0] in HEAVY]
     assert not heavy, f"{module} imports {heavy} at its top"
 
@@ -158,11 +164,11 @@ def test_storage_modules_do_not_import_their_siblings() -> None:
     shared = {
         "syscalls", "uevents", "mountinfo", "fscontext", "mount", "openat", "hashing", "node",
     }  # fmt: skip
-    for module, path in MODULES.items():
+    for module in MODULES:
         parts = module.split(".")
         if parts[:2] != ["guestagent", "storage"] or len(parts) < 3:
             continue
-        for name in _imports(ast.parse(path.read_text()), late=True):
+        for name in _imports(_tree(module), late=True):
             other = name.split(".")
             if other[:2] != ["guestagent", "storage"] or len(other) < 3 or name not in MODULES:
                 continue
@@ -176,7 +182,7 @@ def _calls(tree: ast.AST) -> set[str]:
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "vsock.threads"])
 def test_threads_are_started_in_one_way(module: str) -> None:
     """One that does not leave signals to the main thread could swallow them."""
-    calls = _calls(ast.parse(MODULES[module].read_text()))
+    calls = _calls(_tree(module))
     assert "threading.Thread" not in calls or "start_thread" in calls
 
 

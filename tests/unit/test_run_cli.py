@@ -1,16 +1,18 @@
 """``guestctl run`` for monitors that are not started here, and ``guestctl initramfs``."""
 
+import functools
 import json
 import lzma
 import shlex
 import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from imagebed import Layout, Member, directory
 
-from rootfs import run_cli
+from rootfs import initramfs, run_cli, vmlinux
 from rootfs.kernel import cached_kernel
 from rootfs.manifest import Manifest
 from rootfs.run import mount_request
@@ -19,6 +21,26 @@ from vsock.errors import CallError
 
 CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"
 ELF = b"\x7fELF" + b"kernel" * 100
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_look_at_the_interpreter_and_the_kernel() -> Iterator[None]:
+    """What of Python goes into an image, and the kernel unpacked, are the same for all tests."""
+    real = initramfs.userland
+    found: dict[tuple[object, ...], tuple[object, list[object]]] = {}
+
+    def userland(entry_module: str, *, features: Iterable[str], **options: object) -> object:
+        names = tuple(features)
+        key = (entry_module, names, *sorted(options.items()))
+        if key not in found:
+            found[key] = real(entry_module, features=names, **options)  # type: ignore[arg-type, assignment]
+        modules, items = found[key]
+        return modules, list(items)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vmlinux, "unpack_kernel", functools.lru_cache(1)(vmlinux.unpack_kernel))
+        patch.setattr(initramfs, "userland", userland)
+        yield
 
 
 @pytest.fixture(scope="module")
