@@ -117,6 +117,7 @@ def _live(
         if on_ready is not None:
             on_ready()
         server.serve_forever()
+        life.detach()
         for dialer in dialers:
             dialer.close()
         if console is not None:
@@ -177,13 +178,24 @@ class _Life:
         self._ended = False
         self._mode_of_signal = "poweroff" if is_machine else "exit"
         self._server: Server | None = None
+        self._waker_fd = -1
         signal.signal(signal.SIGTERM, self._signalled)
         signal.signal(signal.SIGINT, self._signalled)
 
     def attach(self, server: Server) -> None:
         self._server = server
+        # a copy, which lives longer than the server's
+        self._waker_fd = os.dup(server.waker_fd)
+        signal.set_wakeup_fd(self._waker_fd, warn_on_full_buffer=False)
         if self._ended:  # a signal came before there was a server to stop
             server.stop(0.0)
+
+    def detach(self) -> None:
+        """The server has stopped: no signal is to wake it any more. Idempotent."""
+        if self._waker_fd >= 0:
+            signal.set_wakeup_fd(-1)
+            os.close(self._waker_fd)
+            self._waker_fd = -1
 
     def end(self, mode: str) -> None:
         """Stop serving; replies that are on their way are still sent."""

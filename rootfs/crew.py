@@ -83,10 +83,11 @@ def _run_processes(
         children: dict[int, bytearray] = {}
         for _ in range(workers):
             reader, writer = os.pipe2(os.O_CLOEXEC)
-            pid = os.fork()
-            if pid == 0:
-                _child(queue, writer, (reader, *children), tasks, make_worker)
-            cleanup.callback(_end_child, pid, reader)
+            with _interrupts_put_off():
+                pid = os.fork()
+                if pid == 0:
+                    _child(queue, writer, (reader, *children), tasks, make_worker)
+                cleanup.callback(_end_child, pid, reader)
             os.close(writer)
             children[reader] = bytearray()
         pending = set(range(len(tasks)))
@@ -122,6 +123,17 @@ def _end_child(pid: int, reader: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+@contextlib.contextmanager
+def _interrupts_put_off() -> Iterator[None]:
+    """Let Ctrl-C wait: the interpreter swallows one that comes while it forks, and a child must not
+    take it before it has come to its own code."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _child(

@@ -91,7 +91,7 @@ class Server:
         )
         self._epoll = select.epoll()
         self._acceptor = Acceptor(self._epoll, self._report)
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake_fd, self._waker_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._new: deque[Listener | Stream] = deque()
         self._on_close: dict[int, Callable[[], None]] = {}
@@ -131,6 +131,12 @@ class Server:
         at = time.monotonic() + grace_seconds
         self._stop_at = at if self._stop_at is None else min(at, self._stop_at)
         self._wake()
+
+    @property
+    def waker_fd(self) -> int:
+        """For ``signal.set_wakeup_fd``: with that, no signal comes too late for the server to look
+        at what its handler has done. The descriptor stays ours."""
+        return self._waker_fd
 
     @property
     def connection_count(self) -> int:
@@ -182,7 +188,8 @@ class Server:
         self._epoll.close()
         with self._wake_lock:
             os.close(self._wake_fd)
-            self._wake_fd = -1
+            os.close(self._waker_fd)
+            self._wake_fd = self._waker_fd = -1
         self._refuse_new()
 
     def _finish(self) -> None:
@@ -220,9 +227,10 @@ class Server:
     def _wake(self) -> bool:
         """Have the thread of the server look around; False when there is none any more."""
         with self._wake_lock:
-            if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
-            return self._wake_fd >= 0
+            if self._waker_fd >= 0:
+                with contextlib.suppress(BlockingIOError):  # full: it is being woken as it is
+                    os.write(self._waker_fd, b"\0")
+            return self._waker_fd >= 0
 
     def _add(self, new: Listener | Stream) -> None:
         self._new.append(new)
@@ -245,7 +253,7 @@ class Server:
         self._wake()
 
     def _woken(self) -> None:
-        os.eventfd_read(self._wake_fd)
+        os.read(self._wake_fd, 4096)
         if self._stop_at is not None:
             self._refuse_new()
         while self._new:

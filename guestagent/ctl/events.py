@@ -7,6 +7,7 @@ import click
 
 from guestagent.api import EVENT_KINDS, Event
 from guestagent.client import ALL_EVENTS, event_mask
+from guestagent.ctl.interrupt import wait_for_interrupt
 from guestagent.ctl.session import Session, pass_session
 from guestagent.ctl.style import paint, plain, tint
 
@@ -59,7 +60,7 @@ def _follow(session: Session, since: int, mask: int, kinds: tuple[str, ...]) -> 
                 shown = event.sequence
                 if not kinds or event.kind in kinds:
                     _print(session, event)
-        _wait_for_ever()
+        wait_for_interrupt()
 
 
 def _print(session: Session, event: Event) -> None:
@@ -67,14 +68,6 @@ def _print(session: Session, event: Event) -> None:
         session.emit(event.to_wire(), is_line=True)
     else:
         click.echo(describe_event(event))
-
-
-def _wait_for_ever() -> None:
-    """Wait for Ctrl-C, which is how one stops to follow."""
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        return
 
 
 def describe_event(event: Event) -> str:

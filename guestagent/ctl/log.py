@@ -3,13 +3,13 @@
 import json
 import os
 import selectors
-import threading
 from collections.abc import Iterator, Mapping
 
 import click
 
 from guestagent.api.observe import LOG_LEVELS, LogLine
 from guestagent.client import GuestAgent
+from guestagent.ctl.interrupt import wait_for_interrupt
 from guestagent.ctl.session import Session, pass_session
 from guestagent.ctl.style import paint, plain, tint
 from vsock.address import UnixAddress, parse_address
@@ -90,10 +90,7 @@ def _follow(session: Session, guest: GuestAgent, since: int | None, level: str) 
             click.echo(describe_line(line))
 
     guest.follow_log(show, since=since, level=level)
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        return
+    wait_for_interrupt()
 
 
 def describe_line(line: LogLine) -> str:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import msgpack
 import pytest
@@ -787,3 +788,13 @@ def test_garbage_gets_messages_and_harms_nobody(fuzzed, pieces, prefix):
 def fuzzed(serve):
     running = serve()
     return running, running.peer()
+
+
+def test_what_a_signal_leaves_at_the_waker_has_the_server_look(serve):
+    """As a signal does whose handler ran just before the server began to wait."""
+    running = serve()
+    running.server._stop_at = time.monotonic()  # what the handler has done
+    os.write(running.server.waker_fd, bytes([signal.SIGTERM]))
+    running.thread.join(WAIT_SECONDS)
+    assert not running.thread.is_alive()
+    assert running.server.waker_fd == -1

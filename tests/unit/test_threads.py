@@ -1,17 +1,20 @@
 """Signals are the main thread's: any other that took one would leave it asleep."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from handlebed import WAIT_SECONDS, Agent
 
 from guestagent.client import GuestAgent
+from guestagent.ctl.interrupt import wait_for_interrupt
 from vsock.threads import start_thread
 
 OURS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH}
@@ -89,3 +92,46 @@ def test_an_interrupt_reaches_a_main_thread_that_waits() -> None:
             process.send_signal(signal.SIGINT)
             assert process.stdout.readline() == "interrupted\n"
         assert process.returncode == 0
+
+
+def test_a_signal_just_before_the_wait_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = select.select, []
+
+    def late(*arguments: Any) -> Any:
+        """The first call comes after a signal that the interpreter has dealt with already."""
+        calls.append(arguments)
+        signal.raise_signal(signal.SIGUSR1 if len(calls) == 1 else signal.SIGINT)
+        return real(*arguments)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    monkeypatch.setattr("guestagent.ctl.interrupt.select.select", late)
+    try:
+        assert wait_for_interrupt(WAIT_SECONDS) is True
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(calls) == 2
+
+
+def test_no_interrupt_in_time() -> None:
+    assert wait_for_interrupt(0.01) is False
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_an_interrupt_on_a_busy_machine() -> None:
+    program = (
+        "import sys\n"
+        "from guestagent.ctl.interrupt import wait_for_interrupt\n"
+        "try:\n"
+        "    print('ready', flush=True)\n"
+        "    print(wait_for_interrupt(), flush=True)\n"
+        "except KeyboardInterrupt:\n"
+        "    print(True, flush=True)\n"
+    )
+    for _ in range(20):
+        with subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "True\n"
