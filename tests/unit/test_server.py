@@ -795,6 +795,6 @@ def test_what_a_signal_leaves_at_the_waker_has_the_server_look(serve):
     running = serve()
     running.server._stop_at = time.monotonic()  # what the handler has done
     os.write(running.server.waker_fd, bytes([signal.SIGTERM]))
-    running.thread.join(WAIT_SECONDS)
+    running.thread.join(60)
     assert not running.thread.is_alive()
     assert running.server.waker_fd == -1
