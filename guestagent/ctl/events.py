@@ -1,5 +1,6 @@
 """``guestctl events``: what has happened in a guest, and what happens."""
 
+import contextlib
 import threading
 import time
 
@@ -28,7 +29,8 @@ def events(session: Session, since: int, follow: bool, kinds: tuple[str, ...]) -
     a line.
     """
     if follow:
-        _follow(session, since, event_mask(*kinds) if kinds else ALL_EVENTS, kinds)
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it, whenever it comes
+            _follow(session, since, event_mask(*kinds) if kinds else ALL_EVENTS, kinds)
         return
     with session.agent() as guest:
         reply = guest.events(since)

@@ -1,5 +1,6 @@
 """``guestctl log``: the agent's log, read and followed, or received from guests that send it."""
 
+import contextlib
 import json
 import os
 import selectors
@@ -54,16 +55,14 @@ def log(
         return
     if since is not None and lines is not None:
         raise click.UsageError("--since and --lines exclude each other")
-    with session.agent(reconnect=follow) as guest:
-        found = list(_all_lines(guest, since or 0, level)) if lines is not None else []
-        found = found[len(found) - min(lines or 0, len(found)) :]
-        if follow:
-            start = found[0].number - 1 if found else since
-            start = None if lines == 0 else start or 0
-            _follow(session, guest, start, level)
-            return
-        if lines is None:
-            found = list(_all_lines(guest, since or 0, level))
+    if follow:
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it, whenever it comes
+            _follow(session, since, lines, level)
+        return
+    with session.agent() as guest:
+        found = list(_all_lines(guest, since or 0, level))
+    if lines is not None:
+        found = _last(found, lines)
     if session.as_json:
         session.emit([line.to_wire() for line in found])
     else:
@@ -82,15 +81,24 @@ def _all_lines(guest: GuestAgent, since: int, level: str) -> Iterator[LogLine]:
         since = reply.next
 
 
-def _follow(session: Session, guest: GuestAgent, since: int | None, level: str) -> None:
+def _last(found: list[LogLine], count: int) -> list[LogLine]:
+    return found[max(0, len(found) - count) :]
+
+
+def _follow(session: Session, since: int | None, lines: int | None, level: str) -> None:
     def show(line: LogLine) -> None:
         if session.as_json:
             session.emit(line.to_wire(), is_line=True)
         else:
             click.echo(describe_line(line))
 
-    guest.follow_log(show, since=since, level=level)
-    wait_for_interrupt()
+    with session.agent(reconnect=True) as guest:
+        start = since or 0 if lines != 0 else None
+        if lines:
+            found = _last(list(_all_lines(guest, 0, level)), lines)
+            start = found[0].number - 1 if found else 0
+        guest.follow_log(show, since=start, level=level)
+        wait_for_interrupt()
 
 
 def describe_line(line: LogLine) -> str:

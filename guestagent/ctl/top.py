@@ -1,5 +1,6 @@
 """``guestctl top``: layers, devices, timings and events of a guest, as they change."""
 
+import contextlib
 import shutil
 import sys
 import threading
@@ -104,25 +105,26 @@ def _watch(session: Session, interval: float) -> None:
     changed = threading.Event()
     before: Picture | None = None
     shown = "connecting"
-    with session.agent(reconnect=True) as guest, Live(console=console, screen=True) as live:
+    with (
+        contextlib.suppress(KeyboardInterrupt),  # the way to end it, whenever it comes
+        session.agent(reconnect=True) as guest,
+        Live(console=console, screen=True) as live,
+    ):
         guest.set_event_callback(lambda _event: changed.set())
-        try:
-            while True:
-                lost = f"{paint('no connection', 'yellow')}: trying again\n"
-                try:
-                    if not guest.closed:  # else it would wait for the next connection
-                        picture = look(guest, str(session.address))
-                        shown, lost = _fitting(console, picture, before), ""
-                        before = picture
-                except ConnectionClosed:
-                    pass
-                live.update(Text.from_ansi(lost + shown), refresh=True)
-                # something happened: do not wait for the next turn, but let more of it gather
-                if changed.wait(interval):
-                    threading.Event().wait(min(0.2, interval))
-                changed.clear()
-        except KeyboardInterrupt:
-            return
+        while True:
+            lost = f"{paint('no connection', 'yellow')}: trying again\n"
+            try:
+                if not guest.closed:  # else it would wait for the next connection
+                    picture = look(guest, str(session.address))
+                    shown, lost = _fitting(console, picture, before), ""
+                    before = picture
+            except ConnectionClosed:
+                pass
+            live.update(Text.from_ansi(lost + shown), refresh=True)
+            # something happened: do not wait for the next turn, but let more of it gather
+            if changed.wait(interval):
+                threading.Event().wait(min(0.2, interval))
+            changed.clear()
 
 
 def _fitting(console: "Console", picture: Picture, before: Picture | None) -> str:
