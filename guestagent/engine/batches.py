@@ -1,5 +1,6 @@
 """Many layers at once: brought up in parallel and taken down in parallel, all or nothing."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -77,7 +78,9 @@ class Batches:
 
     def _bring_layers_up(self, specs: Sequence[LayerSpec], op: Operation) -> list[LiveLayer]:
         with op.step("layers", f"{len(specs)} layers"):
-            return self._in_parallel(specs, self._bring_layer_up, op)
+            # one runs Python while others are in the kernel, on each processor; more get in the way
+            threads = min(self._state.rules.parallel, (os.cpu_count() or 1) + 1)
+            return self._in_parallel(specs, self._bring_layer_up, op, threads)
 
     def _bring_layer_up(self, spec: LayerSpec, op: Operation) -> LiveLayer:
         try:
@@ -194,7 +197,8 @@ class Batches:
             return self._layers.take_down(live, child, force=force, ignore_user=ignore)
 
         with op.step("layers", f"{len(layers)} layers"):
-            return self._in_parallel(layers, take_down, op)
+            # most of it is waiting for the kernel to let go
+            return self._in_parallel(layers, take_down, op, self._state.rules.parallel)
 
     # --- in parallel
 
@@ -203,6 +207,7 @@ class Batches:
         items: "Sequence[Item]",
         work: "Callable[[Item, Operation], Result]",
         op: Operation,
+        threads: int,
     ) -> "list[Result]":
         """Do ``work`` for each item on a few threads; what it can undo becomes ``op``'s to undo."""
         children = [op.child() for _ in items]
@@ -210,7 +215,7 @@ class Batches:
             return for_each(
                 items,
                 lambda number, item: work(item, children[number]),
-                threads=self._state.rules.parallel,
+                threads=threads,
             )
         finally:
             for child in children:

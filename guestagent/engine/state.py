@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class Rules(Record):
-    """What requests may ask for. ``undo_seconds`` bounds the clean-up after a failure."""
+    """What requests may ask for. ``undo_seconds`` bounds the clean-up after a failure; ``parallel``
+    is how many threads a batch works on at most."""
 
     target_root: str = "/run"
     require_verity: bool = False
