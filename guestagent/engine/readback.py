@@ -46,8 +46,9 @@ def _described(control: Control, name: str) -> tuple[DmDevice, tuple[Target, ...
 
 
 def verity_status(control: Control, name: str) -> str:
-    """Return V or C of a verity device."""
-    return parse_verity_status(control.status(name)[0].status).state
+    """Return V or C of a verity device; nothing where it is being removed, its table gone."""
+    found = control.status(name)
+    return parse_verity_status(found[0].status).state if found and found[0].status else ""
 
 
 def layer_report(
@@ -75,6 +76,10 @@ def layer_report(
         if error.errno != errno.ENXIO:
             raise
         raise _gone(live, f"without its device {error.filename!r}") from error
+    for device, targets in found:
+        # the kernel takes the table first and the device a moment later
+        if not targets or (targets[0].target_type == "verity" and not device.status):
+            raise _gone(live, f"without the table of its device {device.name!r}")
     verity = _verity_report(live, live.plan.verity, *found[0]) if live.plan.verity else None
     corrupted = verity is not None and verity.status == "C"
     return LayerReport(

@@ -489,3 +489,28 @@ def test_a_signature_that_the_kernel_cannot_check(bed: EngineBed, pack: Pack) ->
     error = refused(bed, pack.spec(0, verity=verity))
     assert error.step == "verity"
     assert error.code in ("denied", "device", "integrity", "unsupported")
+
+
+@pytest.mark.parametrize("what", ["all tables", "the verity status"])
+def test_a_layer_that_is_going_is_gone(
+    bed: EngineBed, pack: Pack, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The kernel removes a table before its device; nobody can make it stop in between, so that
+    what it says then is made up."""
+    with bed.operation() as op:
+        bed.engine.layers.mount(pack.spec(0), op)
+    real = Control.describe
+
+    def describe(control: Control, name: str) -> object:
+        info, table, status = real(control, name)
+        if what == "all tables":
+            return info, (), ()
+        return info, table, tuple(one.replace(status="") for one in status)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Control, "describe", describe)
+        assert bed.engine.layers.list() == ()
+        with pytest.raises(CallError) as caught:
+            bed.engine.layers.get("layer0")
+        assert caught.value.code == "not_found"
+    assert [one.layer_id for one in bed.engine.layers.list()] == ["layer0"]

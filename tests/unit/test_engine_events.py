@@ -97,3 +97,16 @@ def test_a_subscriber_that_lags_learns_what_it_missed(events):
         closer()
     events.publish("layer_mounted")
     assert len(peer.got) == 3
+
+
+def test_what_is_kept_is_what_was_told(events):
+    told = events.publish(
+        "layer_corrupted", layer_id="a", device="/dev/dm-1", block=7, detail="data block 7"
+    )
+    assert events.since(0) == ((told,), 0)
+
+
+def test_a_name_that_is_no_text_is_kept_as_an_answer_tells_it(events):
+    events.publish("device_appeared", device="/dev/odd\udcff")
+    ((event,), _) = events.since(0)
+    assert event.device == "/dev/odd\\udcff"
