@@ -82,16 +82,20 @@ def test_no_thread_of_a_handle_takes_signals(agent: Agent) -> None:
         assert names[name] in client
 
 
+def interrupt_when_ready(program: str, answer: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == answer
+    assert process.returncode == 0
+
+
 def test_an_interrupt_reaches_a_main_thread_that_waits() -> None:
     for _ in range(10):
-        with subprocess.Popen(
-            [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            process.send_signal(signal.SIGINT)
-            assert process.stdout.readline() == "interrupted\n"
-        assert process.returncode == 0
+        interrupt_when_ready(PROGRAM, "interrupted\n")
 
 
 def test_a_signal_just_before_the_wait_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +123,6 @@ def test_no_interrupt_in_time() -> None:
 
 def test_an_interrupt_on_a_busy_machine() -> None:
     program = (
-        "import sys\n"
         "from guestagent.ctl.interrupt import wait_for_interrupt\n"
         "try:\n"
         "    print('ready', flush=True)\n"
@@ -128,10 +131,4 @@ def test_an_interrupt_on_a_busy_machine() -> None:
         "    print(True, flush=True)\n"
     )
     for _ in range(20):
-        with subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            process.send_signal(signal.SIGINT)
-            assert process.stdout.readline() == "True\n"
+        interrupt_when_ready(program, "True\n")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from guestagent.api import LayersMountRequest, LayerSpec, OverlaySpec, TmpfsScratch
 from guestagent.client import GuestAgent
 from rootfs.images import build_image
 from rootfs.initramfs import InitramfsSpec, build_initramfs
 from rootfs.kernel import Kernel, cached_kernel
-from rootfs.manifest import ManifestLayer
+from rootfs.manifest import ManifestLayer, layer_spec
 from rootfs.pack import Pack
 from rootfs.qemu import DiskSpec, Machine, MachineSpec, PmemSpec
 from rootfs.verity import format_image
@@ -42,6 +43,17 @@ class PackedLayers:
     def __init__(self, path: Path, layers: tuple[ManifestLayer, ...]) -> None:
         self.path = path
         self.layers = {layer.layer_id: layer for layer in layers}
+
+
+def mount_root(machine: Machine, pack: PackedLayers, *, connect_seconds: float) -> None:
+    """Mount the layers top and base, and the overlay root of them, which can be written to."""
+    device = {"kind": "pmem", "number": 0}
+    specs = [LayerSpec.from_wire(layer_spec(pack.layers[name], device)) for name in ("top", "base")]
+    overlay = OverlaySpec(
+        overlay_id="root", layers=("top", "base"), scratch=TmpfsScratch(size_bytes=1 << 20)
+    )
+    with GuestAgent(machine.agent_address(), connect_seconds=connect_seconds) as guest:
+        guest.layers_mount(LayersMountRequest(layers=tuple(specs), overlay=overlay))
 
 
 @pytest.fixture(scope="session")

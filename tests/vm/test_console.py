@@ -12,13 +12,11 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from guestagent.api import LayersMountRequest, LayerSpec, OverlaySpec, TmpfsScratch
 from guestagent.client import GuestAgent
 from rootfs.initramfs import InitramfsSpec, build_initramfs
 from rootfs.kernel import Kernel
-from rootfs.manifest import layer_spec
 from rootfs.qemu import Machine, PmemSpec
-from tests.vm.conftest import CACHE_DIR, PackedLayers
+from tests.vm.conftest import CACHE_DIR, PackedLayers, mount_root
 from vsock.deadline import Deadline
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -41,13 +39,7 @@ def machine(
         pmem=(PmemSpec(path=pack.path),),
         serial_ports=(PORT,),
     )
-    device = {"kind": "pmem", "number": 0}
-    specs = [LayerSpec.from_wire(layer_spec(pack.layers[name], device)) for name in ("top", "base")]
-    overlay = OverlaySpec(
-        overlay_id="root", layers=("top", "base"), scratch=TmpfsScratch(size_bytes=1 << 20)
-    )
-    with GuestAgent(machine.agent_address(), connect_seconds=WAIT_SECONDS) as guest:
-        guest.layers_mount(LayersMountRequest(layers=tuple(specs), overlay=overlay))
+    mount_root(machine, pack, connect_seconds=WAIT_SECONDS)
     return machine
 
 

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import LayersMountRequest, LayerSpec, OverlaySpec, TmpfsScratch
 from guestagent.client import GuestAgent
 from rootfs.initramfs import InitramfsSpec, build_initramfs
 from rootfs.kernel import Kernel
-from rootfs.manifest import layer_spec
 from rootfs.qemu import Machine, MachineError, PmemSpec
-from tests.vm.conftest import BOOT_SECONDS, CACHE_DIR, PackedLayers
+from tests.vm.conftest import BOOT_SECONDS, CACHE_DIR, PackedLayers, mount_root
 from vsock.address import parse_address
 from vsock.connect import connect
 from vsock.deadline import Deadline
@@ -128,13 +126,7 @@ def machine(start_machine: Callable[..., Machine], kernel: Kernel, pack: PackedL
         person = Person(machine.tty_path(tty))
         person.expect(ENTER)  # what is typed before it is for nobody
         person.leave()
-    device = {"kind": "pmem", "number": 0}
-    specs = [LayerSpec.from_wire(layer_spec(pack.layers[name], device)) for name in ("top", "base")]
-    overlay = OverlaySpec(
-        overlay_id="root", layers=("top", "base"), scratch=TmpfsScratch(size_bytes=1 << 20)
-    )
-    with GuestAgent(machine.agent_address(), connect_seconds=BOOT_SECONDS) as guest:
-        guest.layers_mount(LayersMountRequest(layers=tuple(specs), overlay=overlay))
+    mount_root(machine, pack, connect_seconds=BOOT_SECONDS)
     return machine
 
 
