@@ -103,6 +103,11 @@ class CallError(RpcError):
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
 
+    def __reduce__(self) -> "tuple[type, tuple[str, str], dict[str, object]]":
+        """Let copies be made, by pickle too: what an exception is made of by default is its
+        positional arguments."""
+        return type(self), (self.code, self.message), dict(vars(self))
+
     def to_wire(self) -> dict[str, object]:
         """Return the error map of the contract, each text cut to 64 KiB."""
         return {

@@ -76,14 +76,15 @@ def move_out(mounted_at: str, new_root: str) -> None:
 def rename_root(state_directory: str, mounted_at: str) -> None:
     """Tell the journal that what was mounted at ``mounted_at`` is about to be the root."""
     journal = Journal(state_directory)
-    for layer in journal.read_layers():
-        if layer.live.spec.mount_point == mounted_at:
-            spec = layer.live.spec.replace(target="/")
-            journal.write_layer(layer.live.replace(spec=spec), layer.state)
-    for overlay in journal.read_overlays():
-        if overlay.live.spec.mount_point == mounted_at:
-            root = overlay.live.spec.replace(target="/")
-            journal.write_overlay(overlay.live.replace(spec=root), overlay.state)
+    written = journal.read()
+    for layer in written.layers:
+        if layer.spec.mount_point == mounted_at:
+            spec = layer.spec.replace(target="/")
+            journal.write_layer(layer.replace(spec=spec), begun="")
+    for overlay in written.overlays:
+        if overlay.spec.mount_point == mounted_at:
+            root = overlay.spec.replace(target="/")
+            journal.write_overlay(overlay.replace(spec=root), begun="")
 
 
 def keep_modules(state_directory: str) -> None:

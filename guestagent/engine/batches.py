@@ -1,6 +1,5 @@
 """Many layers at once: brought up in parallel and taken down in parallel, all or nothing."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -14,15 +13,14 @@ from guestagent.api import (
     UnmountReply,
 )
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
-from guestagent.engine.journal import Decision
 from guestagent.engine.layers import Layers
+from guestagent.engine.making import Made, ManyLayers
 from guestagent.engine.operation import Operation
 from guestagent.engine.overlays import Overlays
 from guestagent.engine.parallel import for_each
-from guestagent.engine.readback import layer_report
+from guestagent.engine.readback import report_of
 from guestagent.engine.state import EngineState
 from guestagent.engine.takedown import nothing_to_unmount
-from guestagent.storage.mountinfo import mounts_by_target
 from vsock.errors import CallError
 
 __all__ = ("Batches",)
@@ -56,48 +54,48 @@ class Batches:
         if request.overlay is not None:
             keys.update(self._overlays.keys(request.overlay))
         with self._state.locks.hold(keys, op.deadline):
-            # the name is never used again, so that no decision of an old batch counts for a new one
-            op.batch = f"batch-{time.monotonic_ns()}-{request.layers[0].layer_id}"
+            # the name is never used again, so that what was begun is not another batch's
+            begun = f"batch-{time.monotonic_ns()}-{request.layers[0].layer_id}"
             missing = [spec for spec in request.layers if not self._layers.is_mounted(spec)]
-            with op:
-                made = self._bring_layers_up(missing, op)
-                overlay = self._bring_overlay_up(request, made, op)
-                with op.step("read back", f"{len(request.layers)} layers"):
-                    reply = self._report(request, made, overlay, op)
-                decision = Decision(layers=tuple(made), overlay=overlay)
-                with op.step("commit", op.batch, code="resource"):
-                    self._state.journal.commit_batch(op.batch, decision)
-                op.commit()
-            self._keep(op.batch, decision)
-        for live in made:
-            self._layers.announce(live, op)
+            with ManyLayers(self._state, self._layers, begun, op) as many:
+                with op:
+                    made = self._bring_layers_up(missing, many, begun, op)
+                    overlay = self._bring_overlay_up(request, made, op)
+                    with op.step("read back", f"{len(request.layers)} layers"):
+                        reply = self._report(request, made, overlay, op)
+                    with op.step("commit", begun, code="resource"):
+                        if overlay is not None:
+                            self._overlays.write(overlay, begun, op)
+                        self._state.journal.decide(begun)
+                    op.commit()
+                self._keep(made, overlay)
+        for each in made:
+            self._layers.announce(each.live, op)
         if overlay is not None:
             self._overlays.announce(overlay, op)
         op.timings_ms["total"] = round((time.perf_counter() - begin) * 1000, 3)
         return reply
 
-    def _bring_layers_up(self, specs: Sequence[LayerSpec], op: Operation) -> list[LiveLayer]:
-        with op.step("layers", f"{len(specs)} layers"):
-            # one runs Python while others are in the kernel, on each processor; more get in the way
-            threads = min(self._state.rules.parallel, (os.cpu_count() or 1) + 1)
-            return self._in_parallel(specs, self._bring_layer_up, op, threads)
-
-    def _bring_layer_up(self, spec: LayerSpec, op: Operation) -> LiveLayer:
-        try:
-            return self._layers.bring_up(spec, op)
-        except CallError as error:
-            self._layers.announce_failure(spec, error, op)
-            if repr(spec.layer_id) not in error.message:
-                error.message = f"layer {spec.layer_id!r}: {error.message}"
-            raise
+    def _bring_layers_up(
+        self, specs: Sequence[LayerSpec], many: ManyLayers, begun: str, op: Operation
+    ) -> list[Made]:
+        claims = []
+        for spec in specs:
+            try:
+                claims.append(self._layers.claim(spec, op))
+            except CallError as error:
+                self._layers.announce_failure(spec, error, op)
+                raise
+        self._layers.begin(begun, claims, op)
+        return many.make(claims)
 
     def _bring_overlay_up(
-        self, request: LayersMountRequest, made: list[LiveLayer], op: Operation
+        self, request: LayersMountRequest, made: list[Made], op: Operation
     ) -> LiveOverlay | None:
         spec = request.overlay
         if spec is None or self._overlays.is_mounted(spec):
             return None
-        fresh = {live.spec.layer_id: live.spec.mount_point for live in made}
+        fresh = {each.live.spec.layer_id: each.live.spec.mount_point for each in made}
         try:
             return self._overlays.bring_up(spec, op, fresh)
         except CallError as error:
@@ -107,24 +105,19 @@ class Batches:
     def _report(
         self,
         request: LayersMountRequest,
-        made: list[LiveLayer],
+        made: list[Made],
         overlay: LiveOverlay | None,
         op: Operation,
     ) -> LayersMountReply:
-        """Read everything back, before anything is promised."""
-        lives = {live.spec.layer_id: live for live in self._state.inventory.layers()}
-        fresh = {live.spec.layer_id: live for live in made}
-        lives.update(fresh)
-        mounts = mounts_by_target()
-        reports = [
-            layer_report(
-                self._state,
-                lives[spec.layer_id],
-                already=spec.layer_id not in fresh,
-                mounts=mounts,
-            )
-            for spec in request.layers
-        ]
+        """Report what was read back, of all, before anything is promised."""
+        fresh = {each.live.spec.layer_id: each for each in made}
+        reports = []
+        for spec in request.layers:
+            each = fresh.get(spec.layer_id)
+            if each is None:
+                reports.append(self._layers.get(spec.layer_id, already=True))
+            else:
+                reports.append(report_of(self._state, each.live, each.seen))
         overlay_report: OverlayReport | None = None
         if overlay is not None:
             overlay_report = self._overlays.report(overlay)
@@ -134,14 +127,15 @@ class Batches:
             layers=tuple(reports), overlay=overlay_report, timings_ms=op.timings_ms
         )
 
-    def _keep(self, batch: str, decision: Decision) -> None:
+    def _keep(self, made: Sequence[Made], overlay: LiveOverlay | None) -> None:
         """Bring the books in line with what is decided; nothing can fail any more."""
-        for live in decision.layers:
-            self._state.inventory.add_layer(live)
-        if decision.overlay is not None:
-            self._state.inventory.add_overlay(decision.overlay)
-        settle = self._state.journal.settle_batch
-        self._state.tidy(f"the decision {batch}", settle, batch, decision)
+        for each in made:
+            self._state.inventory.add_layer(each.live)
+        if overlay is not None:
+            self._state.inventory.add_overlay(overlay)
+            overlay_id = overlay.spec.overlay_id
+            what = f"what was begun of overlay {overlay_id}"
+            self._state.tidy(what, self._overlays.settle, overlay_id)
 
     # --- unmount
 

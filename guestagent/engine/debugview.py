@@ -60,7 +60,7 @@ class DebugView:
                     object=spec.layer_id,
                 )
             with op:  # never committed: all claims are taken back
-                return self._stack.plan(spec, op).plan
+                return self._stack.plan(self._stack.claim(spec, op), op).plan
 
     def place(self, request: PlaceRequest) -> Place:
         """Open a layer or an overlay to look into.

@@ -5,16 +5,65 @@ that is never held across a system call.
 """
 
 import threading
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 from guestagent.api import ByteRange, Holder, LayerSpec, OverlaySpec
 from guestagent.engine.claims import Owner, PathClaims
-from guestagent.engine.plan import LayerPlan, VerityOptions
+from guestagent.engine.plan import LayerPlan, VerityOptions, dm_uuid
 from guestagent.storage.blockdev import BlockDevice
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("Inventory", "LiveLayer", "LiveOverlay", "LiveScratch", "Owner", "refuse_other_spec")
+__all__ = (
+    "Inventory",
+    "LayerClaim",
+    "LayerTraces",
+    "LiveLayer",
+    "LiveOverlay",
+    "LiveScratch",
+    "Owner",
+    "refuse_other_spec",
+)
+
+
+class LayerTraces(Record):
+    """What there may be of a layer, whole or not, and so what its undoing has to look for.
+
+    ``dm`` is the uuid of each of its dm devices by name, topmost first; ``dev`` (MAJOR:MINOR) the
+    device below them. ``created`` is as in ``LiveLayer``.
+    """
+
+    layer_id: str
+    mount_point: str
+    dev: str
+    dm: Mapping[str, str]
+    created: tuple[str, ...]
+
+
+class LayerClaim(Record):
+    """A layer that is to be: its device found, its range checked, its names and target reserved.
+
+    ``names`` are those of the linear and the verity device, should it have them.
+    """
+
+    spec: LayerSpec
+    device: BlockDevice
+    range: ByteRange
+    hash_device: BlockDevice | None
+    names: tuple[str, str]
+    created: tuple[str, ...]
+
+    @property
+    def traces(self) -> LayerTraces:
+        spec = self.spec
+        kinds = (("verity", self.names[1], spec.verity), ("linear", self.names[0], spec.mapping))
+        return LayerTraces(
+            layer_id=spec.layer_id,
+            mount_point=spec.mount_point,
+            dev=self.device.dev,
+            dm={name: dm_uuid(kind, spec.layer_id) for kind, name, wanted in kinds if wanted},
+            created=self.created,
+        )
 
 
 class LiveLayer(Record):
@@ -34,6 +83,17 @@ class LiveLayer(Record):
     timings_ms: dict[str, float]
     dev: str = ""
     state: str = "mounted"
+
+    @property
+    def traces(self) -> LayerTraces:
+        steps = (step for step in (self.plan.verity, self.plan.linear) if step is not None)
+        return LayerTraces(
+            layer_id=self.spec.layer_id,
+            mount_point=self.spec.mount_point,
+            dev=self.device.dev,
+            dm={step.name: step.uuid for step in steps},
+            created=self.created,
+        )
 
 
 class LiveScratch(Record):

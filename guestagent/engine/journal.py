@@ -1,161 +1,191 @@
 """What the agent is doing and has done, kept in a tmpfs so that its next life can go on.
 
-One small file for each layer and overlay, replaced by rename. An entry is ``begun`` before the
-first change to the kernel and ``whole`` after the last; recovery undoes what is begun and adopts
-what is whole. Entries of one batch become whole together: a commit file with the batch's name, and
-all that it made, is the one moment that decides.
+A request first writes down, in one ``begun`` file, the traces of all that it may leave. For each
+layer and overlay that it has mounted it writes an entry, which names that file. Dropping the file
+is the one moment that decides: before, recovery undoes all that is in it, whatever entries there
+are; after, each entry stands by itself. So a batch is whole, or was never there, by one unlink.
 """
 
 import errno
 import os
+import threading
 
 import msgpack
 
-from guestagent.engine.inventory import LiveLayer, LiveOverlay
+from guestagent.engine.inventory import LayerTraces, LiveLayer, LiveOverlay
 from vsock.errors import CallError
 from vsock.record import Record, wire_fields
 
-__all__ = ("BEGUN", "WHOLE", "Counter", "Decision", "Journal", "LayerEntry", "OverlayEntry")
+__all__ = ("Begun", "Counter", "Journal", "LayerEntry", "OverlayEntry", "Written")
 
-BEGUN, WHOLE = "begun", "whole"
-_SUFFIX, _COMMIT, _DAMAGED, _DRAFT = ".entry", ".commit", ".damaged", ".new"
+_ENTRY, _BEGUN, _DAMAGED, _DRAFT = ".entry", ".begun", ".damaged", ".new"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import TypeVar
 
-    Entry = TypeVar("Entry", bound=Record)
+    Kind = TypeVar("Kind", bound=Record)
 
 
 class LayerEntry(Record):
-    """``state`` is begun or whole; ``batch`` is that of the request, if it was one."""
+    """A layer that is mounted; ``begun`` names the file that it was begun in."""
 
-    state: str
-    batch: str | None
+    begun: str
     live: LiveLayer
 
 
 class OverlayEntry(Record):
     """As ``LayerEntry``, of an overlay."""
 
-    state: str
-    batch: str | None
+    begun: str
     live: LiveOverlay
 
 
-class Decision(Record):
-    """What a batch has made, complete: an entry ``begun`` cannot know how its mount came out."""
+class Begun(Record):
+    """What a request is about to make, as far as its undoing needs to know."""
+
+    layers: tuple[LayerTraces, ...] = ()
+    overlay: LiveOverlay | None = None
+
+
+class Written(Record):
+    """All that a journal says: what is whole, and what was begun and never decided.
+
+    What is whole is not in ``begun``, even where an undoing that failed has left a note of it.
+    """
 
     layers: tuple[LiveLayer, ...]
-    overlay: LiveOverlay | None
+    overlays: tuple[LiveOverlay, ...]
+    begun_layers: tuple[LayerTraces, ...]
+    begun_overlays: tuple[LiveOverlay, ...]
 
 
 class Journal:
-    """Entries are plain maps; ``kind`` is layer or overlay. One writer for each id at a time."""
+    """``kind`` is layer or overlay. One writer for each id at a time."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
+        self._striking = threading.Lock()
         os.makedirs(directory, mode=0o700, exist_ok=True)
         for file in os.listdir(directory):
             if file.endswith(_DRAFT):  # of a writer that was killed
                 os.unlink(f"{directory}/{file}")
 
-    def write_layer(self, live: LiveLayer, state: str, *, batch: str | None = None) -> None:
-        """Replace a layer's entry; the old one stays whole until the new one is."""
-        entry = LayerEntry(state=state, batch=batch, live=live)
-        self._replace(f"layer-{live.spec.layer_id}{_SUFFIX}", entry)
+    # --- what a request writes
 
-    def write_overlay(self, live: LiveOverlay, state: str, *, batch: str | None = None) -> None:
-        """Replace an overlay's entry."""
-        entry = OverlayEntry(state=state, batch=batch, live=live)
-        self._replace(f"overlay-{live.spec.overlay_id}{_SUFFIX}", entry)
+    def begin(self, name: str, begun: Begun) -> None:
+        """Note what a request may leave, before it makes anything. ``name`` is the request's own
+        for as long as it is at work; what is noted under it already is replaced."""
+        self._replace(name + _BEGUN, begun)
 
-    def remove(self, kind: str, name: str) -> None:
-        """Forget the entry. Idempotent."""
-        self._unlink(f"{kind}-{name}{_SUFFIX}")
+    def decide(self, name: str) -> None:
+        """Let the entries that were begun under ``name`` stand from now on, or, when all of it is
+        undone, forget that it was begun. Idempotent."""
+        self._unlink(name + _BEGUN)
 
-    def read_layers(self) -> tuple[LayerEntry, ...]:
-        """Return every layer's entry that can be read; one that cannot is put aside."""
-        return tuple(self._read("layer-", LayerEntry))
+    def write_layer(self, live: LiveLayer, begun: str) -> None:
+        """Write a layer's entry; it counts once ``begun`` is decided."""
+        self._replace(_layer_file(live.spec.layer_id), LayerEntry(begun=begun, live=live))
 
-    def read_overlays(self) -> tuple[OverlayEntry, ...]:
-        """Return every overlay's entry that can be read; one that cannot is put aside."""
-        return tuple(self._read("overlay-", OverlayEntry))
+    def write_overlay(self, live: LiveOverlay, begun: str) -> None:
+        """Write an overlay's entry; it counts once ``begun`` is decided."""
+        self._replace(_overlay_file(live.spec.overlay_id), OverlayEntry(begun=begun, live=live))
+
+    def remove_layer(self, layer_id: str) -> None:
+        """Forget a layer's entry. Idempotent."""
+        self._unlink(_layer_file(layer_id))
+
+    def remove_overlay(self, overlay_id: str) -> None:
+        """Forget an overlay's entry. Idempotent."""
+        self._unlink(_overlay_file(overlay_id))
+
+    # --- what the next life reads
+
+    def read(self) -> Written:
+        """Return what can be read; a file that cannot is put aside."""
+        begun = dict(self._read("", _BEGUN, Begun))
+        layers = [
+            entry.live
+            for _, entry in self._read("layer-", _ENTRY, LayerEntry)
+            if entry.begun not in begun
+        ]
+        overlays = [
+            entry.live
+            for _, entry in self._read("overlay-", _ENTRY, OverlayEntry)
+            if entry.begun not in begun
+        ]
+        layer_ids = {live.spec.layer_id for live in layers}
+        overlay_ids = {live.spec.overlay_id for live in overlays}
+        half = {traces.layer_id: traces for each in begun.values() for traces in each.layers}
+        return Written(
+            layers=tuple(layers),
+            overlays=tuple(overlays),
+            begun_layers=tuple(half[name] for name in half if name not in layer_ids),
+            begun_overlays=tuple(
+                each.overlay
+                for each in begun.values()
+                if each.overlay is not None and each.overlay.spec.overlay_id not in overlay_ids
+            ),
+        )
+
+    def strike_layer(self, layer_id: str) -> None:
+        """Forget all that is written of a layer: it is undone."""
+        self._strike(_layer_file(layer_id), layer_id, None)
+
+    def strike_overlay(self, overlay_id: str) -> None:
+        """Forget all that is written of an overlay: it is undone."""
+        self._strike(_overlay_file(overlay_id), None, overlay_id)
+
+    def _strike(self, entry: str, layer_id: str | None, overlay_id: str | None) -> None:
+        """The entry goes first: without what it was begun in it would count again."""
+        self._unlink(entry)
+        with self._striking:
+            for name, begun in list(self._read("", _BEGUN, Begun)):
+                overlay = begun.overlay
+                left = Begun(
+                    layers=tuple(each for each in begun.layers if each.layer_id != layer_id),
+                    overlay=None if overlay and overlay.spec.overlay_id == overlay_id else overlay,
+                )
+                if left == begun:
+                    continue
+                if left == Begun():
+                    self.decide(name)
+                else:
+                    self.begin(name, left)
 
     def damaged(self) -> tuple[str, ...]:
-        """Return the paths of the entries that were put aside."""
+        """Return the paths of the files that were put aside."""
         files = sorted(os.listdir(self._directory))
         return tuple(f"{self._directory}/{file}" for file in files if file.endswith(_DAMAGED))
 
-    def _read(self, prefix: str, kind: "type[Entry]") -> "Iterator[Entry]":
+    def _read(self, prefix: str, suffix: str, kind: "type[Kind]") -> "Iterator[tuple[str, Kind]]":
+        """Yield (name, record) of each file of a kind; one may go between its listing and its
+        reading, and is left out."""
         for file in sorted(os.listdir(self._directory)):
-            if not (file.startswith(prefix) and file.endswith(_SUFFIX)):
+            if not (file.startswith(prefix) and file.endswith(suffix)):
                 continue
-            entry = self._load(f"{self._directory}/{file}", kind)
-            if entry is not None:
-                yield entry
+            record = self._load(f"{self._directory}/{file}", kind)
+            if record is not None:
+                yield file.removesuffix(suffix), record
 
-    def _load(self, path: str, kind: "type[Entry]") -> "Entry | None":
+    def _load(self, path: str, kind: "type[Kind]") -> "Kind | None":
         """Read a record; put it aside if that fails: who will not start cannot clean up either."""
         try:
             with open(path, "rb") as stream:
                 return kind.from_wire(msgpack.unpackb(stream.read()), path)
+        except FileNotFoundError:
+            return None
         except (ValueError, CallError, msgpack.UnpackException):
             os.rename(path, path + _DAMAGED)
             return None
-
-    def commit_batch(self, batch: str, decision: Decision) -> None:
-        """Decide that everything the batch made is whole from now on, whatever its entries say."""
-        self._replace(f"{batch}{_COMMIT}", decision)
-
-    def settle_batch(self, batch: str, decision: Decision) -> None:
-        """Let each entry of a decided batch say so by itself, then drop the decision.
-
-        For the request that decided, and still keeps others from what it made.
-        """
-        for layer in decision.layers:
-            self.write_layer(layer, WHOLE)
-        if decision.overlay is not None:
-            self.write_overlay(decision.overlay, WHOLE)
-        self._unlink(f"{batch}{_COMMIT}")
-
-    def settle_all(self) -> None:
-        """Settle what an earlier life decided and did not come to settle."""
-        for file in sorted(os.listdir(self._directory)):
-            if not file.endswith(_COMMIT):
-                continue
-            decision = self._load(f"{self._directory}/{file}", Decision)
-            if decision is not None:
-                batch = file[: -len(_COMMIT)]
-                self.settle_batch(batch, self._still_of(batch, decision))
-
-    def _still_of(self, batch: str, decision: Decision) -> Decision:
-        """Leave out of a decision what has changed hands since."""
-        layers = (
-            layer
-            for layer in decision.layers
-            if self._is_begun_by(batch, "layer", layer.spec.layer_id)
-        )
-        overlay = decision.overlay
-        if overlay and not self._is_begun_by(batch, "overlay", overlay.spec.overlay_id):
-            overlay = None
-        return Decision(layers=tuple(layers), overlay=overlay)
-
-    def _is_begun_by(self, batch: str, kind: str, name: str) -> bool:
-        """Say whether the entry is this batch's still: it may be gone, or another request's."""
-        try:
-            with open(f"{self._directory}/{kind}-{name}{_SUFFIX}", "rb") as stream:
-                entry = msgpack.unpackb(stream.read())
-        except FileNotFoundError:
-            return False
-        return (entry["state"], entry["batch"]) == (BEGUN, batch)
 
     def counter(self, name: str) -> "Counter":
         """Open a number that outlives the agent; the caller closes it."""
         return Counter(f"{self._directory}/{name}.counter")
 
     def _replace(self, file: str, record: Record) -> None:
+        """Write a file that is whole whenever we are killed; an old one stays until it is."""
         content = msgpack.packb(record, default=wire_fields)
         path = f"{self._directory}/{file}"
         draft = path + _DRAFT
@@ -177,6 +207,14 @@ class Journal:
             os.unlink(f"{self._directory}/{file}")
         except FileNotFoundError:
             return
+
+
+def _layer_file(layer_id: str) -> str:
+    return f"layer-{layer_id}{_ENTRY}"
+
+
+def _overlay_file(overlay_id: str) -> str:
+    return f"overlay-{overlay_id}{_ENTRY}"
 
 
 class Counter:

@@ -1,8 +1,10 @@
 """Layers come and go: each request under its lock, as a transaction, with the books kept."""
 
+from collections.abc import Sequence
+
 from guestagent.api import LayerReport, LayerSpec, UnmountReply, VerifyReply
-from guestagent.engine.inventory import LiveLayer, refuse_other_spec
-from guestagent.engine.journal import WHOLE
+from guestagent.engine.inventory import LayerClaim, LiveLayer, refuse_other_spec
+from guestagent.engine.journal import Begun
 from guestagent.engine.layerstack import LayerStack
 from guestagent.engine.operation import Operation
 from guestagent.engine.readback import layer_report
@@ -43,12 +45,17 @@ class Layers:
                 return self.get(spec.layer_id, already=True)
             try:
                 with op:
-                    live = self.bring_up(spec, op)
+                    begun = f"layer-{spec.layer_id}"
+                    claim = self.claim(spec, op)
+                    self.begin(begun, (claim,), op)
+                    live = self.make(claim, op)
                     with op.step("read back", spec.mount_point):
                         report = layer_report(self._state, live, timings_ms=op.timings_ms)
                     with op.step("commit", spec.layer_id, code="resource"):
-                        self.keep(live)
+                        self.write(live, begun, op)
+                        self._state.journal.decide(begun)
                     op.commit()
+                self._state.inventory.add_layer(live)
             except CallError as error:
                 self.announce_failure(spec, error, op)
                 raise
@@ -67,20 +74,31 @@ class Layers:
         refuse_other_spec("layer", spec.layer_id, spec, live.spec)
         return True
 
-    def bring_up(self, spec: LayerSpec, op: Operation) -> LiveLayer:
-        """Do every step of a mount but ``keep``; the caller holds the layer's lock and commits."""
-        live = self._stack.plan(spec, op)
-        self._stack.begin(live, op)
-        return self._stack.make(live, op).replace(timings_ms=op.timings_ms)
+    def claim(self, spec: LayerSpec, op: Operation) -> LayerClaim:
+        """Find the device, and reserve names and target; the caller holds the layer's lock."""
+        return self._stack.claim(spec, op)
 
-    def keep(self, live: LiveLayer) -> None:
-        """Make a mounted layer official: in the journal, then in the inventory.
+    def begin(self, begun: str, claims: Sequence[LayerClaim], op: Operation) -> None:
+        """Write down what is about to be made, so that a restart can undo it."""
+        journal = self._state.journal
+        with op.step("journal", begun, code="resource"):
+            journal.begin(begun, Begun(layers=tuple(claim.traces for claim in claims)))
+        op.undo_by("what was begun", lambda: journal.decide(begun), is_record=True)
+
+    def make(self, claim: LayerClaim, op: Operation) -> LiveLayer:
+        """Make what is claimed and begun: the devices and the mount."""
+        return self._stack.make(self._stack.plan(claim, op), op)
+
+    def write(self, live: LiveLayer, begun: str, op: Operation) -> None:
+        """Write the entry of a layer that is made; it counts once ``begun`` is decided.
 
         Raises:
-            OSError: the journal cannot be written; nothing is official then.
+            OSError: it cannot be written.
         """
-        self._state.journal.write_layer(live, WHOLE)
-        self._state.inventory.add_layer(live)
+        journal, layer_id = self._state.journal, live.spec.layer_id
+        # it must be gone before what was begun is forgotten, or it would count
+        op.undo_by("journal entry", lambda: journal.remove_layer(layer_id))
+        journal.write_layer(live, begun)
 
     def announce(self, live: LiveLayer, op: Operation) -> None:
         self._state.events.publish(
@@ -155,7 +173,8 @@ class Layers:
         inventory.release_dm_names(layer_id)
         self._state.tidy(f"the directories of layer {layer_id}", remove_directories, live.created)
         inventory.release_directories(("layer", layer_id))
-        self._state.tidy(f"the journal of layer {layer_id}", self._forget_entry, layer_id)
+        what = f"the journal of layer {layer_id}"
+        self._state.tidy(what, self._state.journal.remove_layer, layer_id)
         self._state.events.publish(
             "layer_unmounted",
             layer_id=layer_id,
@@ -163,13 +182,12 @@ class Layers:
             traceparent=op.traceparent,
         )
 
-    def _forget_entry(self, layer_id: str) -> None:
-        self._state.journal.remove("layer", layer_id)
-
     def _restore(self, live: LiveLayer) -> None:
         """Mount a layer again whose unmount failed half-way; its device numbers may be new."""
         with undo_deadline(self._state) as deadline, Operation(deadline) as op:
-            self.keep(self._stack.make(live, op))
+            again = self._stack.make(live, op)
+            self._state.journal.write_layer(again, begun="")
+            self._state.inventory.add_layer(again)
             op.commit()
 
     # --- look

@@ -1,6 +1,6 @@
 """The devices and the mount of one layer, from the bottom up; every step registers its undo.
 
-device -> superblock and root digest -> journal -> linear -> verity -> first block -> mount ->
+device -> journal -> superblock and root digest -> linear -> verity -> first block -> mount ->
 deferred removal. What can be refused is refused before anything is made.
 """
 
@@ -9,8 +9,7 @@ import errno
 from collections.abc import Iterator
 
 from guestagent.api import ByteRange, Device, LayerSpec
-from guestagent.engine.inventory import LiveLayer
-from guestagent.engine.journal import BEGUN
+from guestagent.engine.inventory import LayerClaim, LiveLayer
 from guestagent.engine.operation import Operation
 from guestagent.engine.plan import (
     LayerPlan,
@@ -50,31 +49,77 @@ class LayerStack:
     def __init__(self, state: EngineState) -> None:
         self._state = state
 
-    def plan(self, spec: LayerSpec, op: Operation) -> LiveLayer:
-        """Find the device, claim names and target, and decide everything that can be decided."""
+    # --- before anything is made
+
+    def claim(self, spec: LayerSpec, op: Operation) -> LayerClaim:
+        """Find the device, and reserve names and target."""
         self._check_rules(spec)
-        self._claim(spec, op)
+        inventory = self._state.inventory
+        owner = ("layer", spec.layer_id)
+        inventory.claim_target(spec.mount_point, owner)
+        op.undo_by("target claim", lambda: inventory.release_target(spec.mount_point))
         device = self._find(spec.device, op)
         self._refuse_scratch(device)
-        return self._plan(spec, device, op)
-
-    def begin(self, live: LiveLayer, op: Operation) -> None:
-        """Write down what is about to be made, so that a restart can undo it."""
-        with op.step("journal", live.spec.layer_id, code="resource"):
-            self._state.journal.write_layer(live, BEGUN, batch=op.batch)
-        layer_id = live.spec.layer_id
-        op.undo_by(
-            "journal entry", lambda: self._state.journal.remove("layer", layer_id), is_record=True
+        area = check_range(spec.mapping, device)
+        hash_device = None
+        if spec.verity is not None:
+            if spec.verity.hash_device is not None:
+                hash_device = self._find(spec.verity.hash_device, op)
+            self._verity_version(op)  # a kernel without it is told before anything is begun
+        names = inventory.claim_dm_names(
+            spec.layer_id, dm_names(spec, unique=False), dm_names(spec, unique=True)
+        )
+        op.undo_by("dm names", lambda: inventory.release_dm_names(spec.layer_id))
+        created = claim_directories(inventory, owner, spec.mount_point)
+        op.undo_by("directory claim", lambda: inventory.release_directories(owner))
+        return LayerClaim(
+            spec=spec,
+            device=device,
+            range=area,
+            hash_device=hash_device,
+            names=names,
+            created=created,
         )
 
-    def make(self, live: LiveLayer, op: Operation) -> LiveLayer:
-        """Make the devices and the mount; return the layer as it became."""
-        dev, node = self._make_devices(live, op)
+    def plan(self, claim: LayerClaim, op: Operation) -> LiveLayer:
+        """Read what verity needs, and decide everything that can be decided."""
+        spec, verified = claim.spec, None
+        if spec.verity is not None:
+            version = self._verity_version(op)
+            verified = read_parameters(claim, spec.verity, version, op)
+        plan = plan_layer(
+            spec,
+            claim.device,
+            filesystem=spec.filesystem,
+            names=claim.names,
+            parameters=verified.parameters if verified else None,
+            hash_device=claim.hash_device,
+            options=verified.options.arguments if verified else (),
+        )
+        return LiveLayer(
+            spec=spec,
+            device=claim.device,
+            range=claim.range,
+            plan=plan,
+            verity_source=verified.source if verified else "",
+            verity_options=verified.options if verified else VerityOptions(),
+            created=claim.created,
+            timings_ms=op.timings_ms,
+        )
+
+    # --- what is made of the kernel's
+
+    def make(self, planned: LiveLayer, op: Operation) -> LiveLayer:
+        """Make the devices and the mount; return the layer as it became.
+
+        Works by system calls alone, so that a forked process can do it (see ``crew``).
+        """
+        dev, node = self._make_devices(planned, op)
         # open until it is mounted, so that what was read and verified stays cached
-        with self._open(live, node, op) as reader:
-            live = self._mount(live.replace(dev=dev), reader, op)
-        self._defer_removal(live.plan, op)
-        return live
+        with self._open(planned, node, op) as reader:
+            plan = self._mount(planned, reader, op)
+        self._defer_removal(plan, op)
+        return planned.replace(dev=dev, plan=plan)
 
     def _find(self, wanted: Device, op: Operation) -> BlockDevice:
         """Look a device up, or wait for it; once for all layers of a batch that are on it.
@@ -98,11 +143,6 @@ class LayerStack:
                 hint="give a root_digest; the rule is guestagent.require_verity",
             )
 
-    def _claim(self, spec: LayerSpec, op: Operation) -> None:
-        inventory = self._state.inventory
-        inventory.claim_target(spec.mount_point, ("layer", spec.layer_id))
-        op.undo_by("target claim", lambda: inventory.release_target(spec.mount_point))
-
     def _refuse_scratch(self, device: BlockDevice) -> None:
         owner = self._state.inventory.scratch_owner(device.dev)
         if owner is not None:
@@ -112,44 +152,6 @@ class LayerStack:
                 step="claim",
                 object=device.node,
             )
-
-    def _plan(self, spec: LayerSpec, device: BlockDevice, op: Operation) -> LiveLayer:
-        """Decide everything that can be decided before anything is made."""
-        area = check_range(spec.mapping, device)
-        hash_device = None
-        if spec.verity is not None and spec.verity.hash_device is not None:
-            hash_device = self._find(spec.verity.hash_device, op)
-        verified = None
-        if spec.verity is not None:
-            version = self._verity_version(op)
-            verified = read_parameters(spec, spec.verity, device, area, hash_device, version, op)
-        inventory = self._state.inventory
-        names = inventory.claim_dm_names(
-            spec.layer_id, dm_names(spec, unique=False), dm_names(spec, unique=True)
-        )
-        op.undo_by("dm names", lambda: inventory.release_dm_names(spec.layer_id))
-        owner = ("layer", spec.layer_id)
-        created = claim_directories(inventory, owner, spec.mount_point)
-        op.undo_by("directory claim", lambda: inventory.release_directories(owner))
-        plan = plan_layer(
-            spec,
-            device,
-            filesystem=spec.filesystem,
-            names=names,
-            parameters=verified.parameters if verified else None,
-            hash_device=hash_device,
-            options=verified.options.arguments if verified else (),
-        )
-        return LiveLayer(
-            spec=spec,
-            device=device,
-            range=area,
-            plan=plan,
-            verity_source=verified.source if verified else "",
-            verity_options=verified.options if verified else VerityOptions(),
-            created=created,
-            timings_ms={},
-        )
 
     def _verity_version(self, op: Operation) -> Version:
         with op.step("version", "verity target"):
@@ -210,20 +212,20 @@ class LayerStack:
 
         op.undo_by(f"dm device {name}", undo)
 
-    def _mount(self, planned: LiveLayer, reader: Reader, op: Operation) -> LiveLayer:
-        live, spec, node = planned, planned.spec, reader.node
+    def _mount(self, planned: LiveLayer, reader: Reader, op: Operation) -> LayerPlan:
+        spec, node = planned.spec, reader.node
         with op.step("target", spec.mount_point, code="mount"):
             target = TargetDirectory(spec.mount_point, root=self._state.rules.target_root)
         with target:
             op.undo_by("target directory", lambda: remove_directories(planned.created))
             with op.step("filesystem", node, code="mount"):
-                live = self._with_filesystem(live, reader)
+                plan = _with_filesystem(planned.plan, reader)
             with op.step("mount", spec.mount_point, code="mount"):
-                self._mount_at(live, node, target, op)
+                self._mount_at(plan, node, target, op)
             op.undo_by("mount", lambda: self._undo_mount(spec.mount_point))
-            if live.plan.linear is None and live.plan.verity is None:
-                self._check_still_whole(live, op)
-        return live
+            if plan.linear is None and plan.verity is None:
+                self._check_still_whole(planned, op)
+        return plan
 
     def _check_still_whole(self, live: LiveLayer, op: Operation) -> None:
         """See that the disk is as large as it was when it was checked.
@@ -241,18 +243,8 @@ class LayerStack:
                 object=live.device.node,
             )
 
-    def _with_filesystem(self, live: LiveLayer, reader: Reader) -> LiveLayer:
-        """Look at the file system through the device that will be mounted: what verity does not
-        let through is never parsed, here or in the kernel."""
-        filesystem = live.spec.filesystem
-        if filesystem == "auto":
-            filesystem = detect(reader.read_padded) or "unknown"
-        check_size(filesystem, reader.read_padded, reader.size_bytes)
-        mount = live.plan.mount.replace(filesystem=filesystem)
-        return live.replace(plan=live.plan.replace(mount=mount))
-
-    def _mount_at(self, live: LiveLayer, node: str, target: TargetDirectory, op: Operation) -> None:
-        step = live.plan.mount
+    def _mount_at(self, plan: LayerPlan, node: str, target: TargetDirectory, op: Operation) -> None:
+        step = plan.mount
         options = mount_options(step.filesystem, dax="dax" in step.options)
         flags = (*READONLY_FLAGS, *(option for option in step.options if option != "dax"))
         try:
@@ -264,10 +256,10 @@ class LayerStack:
                 options=options,
             )
         except OSError as error:
-            if self._is_corrupt(live.plan):
+            if self._is_corrupt(plan):
                 raise CallError(
                     "integrity",
-                    f"mounting layer {live.spec.layer_id!r} read a block that does not verify",
+                    f"mounting layer {plan.layer_id!r} read a block that does not verify",
                     errno=error.errno,
                     kernel_log=op.kernel_lines(),
                 ) from error
@@ -289,6 +281,18 @@ class LayerStack:
                 if devices.set_deferred_remove(self._state.control, name):
                     # gone already: nobody held it, so it was not mounted
                     raise OSError(errno.ENXIO, "device vanished while it was mounted", name)
+
+
+def _with_filesystem(plan: LayerPlan, reader: Reader) -> LayerPlan:
+    """Look at the file system through the device that will be mounted: what verity does not let
+    through is never parsed, here or in the kernel."""
+    filesystem = plan.mount.filesystem
+    if filesystem == "auto":
+        filesystem = detect(reader.read_padded) or "unknown"
+    check_size(filesystem, reader.read_padded, reader.size_bytes)
+    if filesystem == plan.mount.filesystem:
+        return plan
+    return plan.replace(mount=plan.mount.replace(filesystem=filesystem))
 
 
 @contextlib.contextmanager

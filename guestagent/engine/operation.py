@@ -43,7 +43,6 @@ class Operation:
         faults: Faults | None = None,
         kernel_log: KernelLog | None = None,
         traceparent: str | None = None,
-        batch: str | None = None,
         on_left: Callable[[str], None] | None = None,
         on_step: StepListener | None = None,
         parent: "Operation | None" = None,
@@ -53,7 +52,6 @@ class Operation:
         #: Devices that were found for this request: many layers of one are on the same.
         self.found: dict[Device, BlockDevice] = parent.found if parent else {}
         self.traceparent = traceparent
-        self.batch = batch
         self.timings_ms: dict[str, float] = {}
         self._faults = faults
         self._kernel_log = kernel_log
@@ -63,7 +61,7 @@ class Operation:
         elif kernel_log is not None:
             self._log_mark = kernel_log.mark()
         self._on_left = on_left
-        self._on_step = on_step
+        self.on_step = on_step
         #: What it is, how to undo it, whether it is a record of something only.
         self._undos: list[tuple[str, Undo, bool]] = []
 
@@ -87,11 +85,18 @@ class Operation:
             faults=self._faults,
             kernel_log=self._kernel_log,
             traceparent=self.traceparent,
-            batch=self.batch,
             on_left=self._on_left,
-            on_step=self._on_step,
+            on_step=self.on_step,
             parent=self,
         )
+
+    def forked(self) -> "Operation":
+        """Return an operation for a forked process: the same bounds, and nothing that is shared.
+
+        Faults count from 0 there. What the kernel logs, and each step, is told by who forked.
+        """
+        deadline = Deadline(self.deadline.remaining())
+        return Operation(deadline, faults=self._faults and self._faults.copy())
 
     def adopt(self, child: "Operation") -> None:
         """Take over what ``child`` would have to undo."""
@@ -138,8 +143,8 @@ class Operation:
 
     def _end(self, step: str, spent: float, failed: bool) -> None:
         self.timings_ms[step] = round(self.timings_ms.get(step, 0.0) + spent * 1000, 3)
-        if self._on_step is not None:
-            self._on_step(step, spent, failed)
+        if self.on_step is not None:
+            self.on_step(step, spent, failed)
 
     def kernel_lines(self) -> tuple[str, ...]:
         """Return what the kernel has logged since the operation began."""

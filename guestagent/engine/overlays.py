@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from guestagent.api import OverlayReport, OverlaySpec, ScratchReport, UnmountReply
 from guestagent.engine.inventory import LiveOverlay, LiveScratch, refuse_other_spec
-from guestagent.engine.journal import BEGUN, WHOLE
+from guestagent.engine.journal import Begun
 from guestagent.engine.operation import Operation
 from guestagent.engine.plan import check_target
 from guestagent.engine.scratch import device_of, make_scratch, scratch_report
@@ -46,9 +46,12 @@ class Overlays:
                     live = self.bring_up(spec, op)
                     with op.step("read back", spec.mount_point):
                         report = self.report(live, timings_ms=op.timings_ms)
+                    begun = _begun(spec.overlay_id)
                     with op.step("commit", spec.overlay_id, code="resource"):
-                        self.keep(live)
+                        self.write(live, begun, op)
+                        self._state.journal.decide(begun)
                     op.commit()
+                self._state.inventory.add_overlay(live)
             except CallError as error:
                 self.announce_failure(spec, error, op)
                 raise
@@ -74,7 +77,7 @@ class Overlays:
     def bring_up(
         self, spec: OverlaySpec, op: Operation, fresh: Mapping[str, str] | None = None
     ) -> LiveOverlay:
-        """Do every step but ``keep``; the caller holds the locks of ``keys`` and commits.
+        """Do every step but ``write``; the caller holds the locks of ``keys``, and decides.
 
         ``fresh`` tells the targets of layers that the same request has just mounted, by id.
         """
@@ -95,10 +98,20 @@ class Overlays:
             live = live.replace(scratch=scratch)
         return self._mount(live, op).replace(timings_ms=op.timings_ms)
 
-    def keep(self, live: LiveOverlay) -> None:
-        """Make a mounted overlay official: in the journal, then in the inventory."""
-        self._state.journal.write_overlay(live, WHOLE)
-        self._state.inventory.add_overlay(live)
+    def write(self, live: LiveOverlay, begun: str, op: Operation) -> None:
+        """Write the entry of an overlay that is mounted; it counts once ``begun`` is decided.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        journal, overlay_id = self._state.journal, live.spec.overlay_id
+        # it must be gone before what was begun is forgotten, or it would count
+        op.undo_by("journal entry", lambda: journal.remove_overlay(overlay_id))
+        journal.write_overlay(live, begun)
+
+    def settle(self, overlay_id: str) -> None:
+        """Forget that an overlay was begun, once the request that it is part of is decided."""
+        self._state.journal.decide(_begun(overlay_id))
 
     def announce(self, live: LiveOverlay, op: Operation) -> None:
         self._state.events.publish(
@@ -169,7 +182,7 @@ class Overlays:
             state.tidy(what, remove_directories, live.scratch.created)
             state.inventory.release_scratch(live.scratch.key)
         what = f"the journal of overlay {overlay_id}"
-        state.tidy(what, state.journal.remove, "overlay", overlay_id)
+        state.tidy(what, state.journal.remove_overlay, overlay_id)
         state.events.publish(
             "overlay_unmounted", overlay_id=overlay_id, detail=target, traceparent=op.traceparent
         )
@@ -177,7 +190,9 @@ class Overlays:
     def _restore(self, live: LiveOverlay) -> None:
         """Mount an overlay again whose unmount failed half-way."""
         with undo_deadline(self._state) as deadline, Operation(deadline) as op:
-            self.keep(self._mount(live, op))
+            again = self._mount(live, op)
+            self._state.journal.write_overlay(again, begun="")
+            self._state.inventory.add_overlay(again)
             op.commit()
 
     # --- look
@@ -265,14 +280,10 @@ class Overlays:
         return tuple(found)
 
     def _begin(self, live: LiveOverlay, op: Operation) -> None:
-        overlay_id = live.spec.overlay_id
-        with op.step("journal", overlay_id, code="resource"):
-            self._state.journal.write_overlay(live, BEGUN, batch=op.batch)
-        op.undo_by(
-            "journal entry",
-            lambda: self._state.journal.remove("overlay", overlay_id),
-            is_record=True,
-        )
+        journal, begun = self._state.journal, _begun(live.spec.overlay_id)
+        with op.step("journal", begun, code="resource"):
+            journal.begin(begun, Begun(overlay=live))
+        op.undo_by("what was begun", lambda: journal.decide(begun), is_record=True)
 
     def _mount(self, live: LiveOverlay, op: Operation) -> LiveOverlay:
         spec = live.spec
@@ -307,6 +318,10 @@ class Overlays:
             unmount_target(target, Operation(deadline))
         if links is not None:
             remove_links(links)
+
+
+def _begun(overlay_id: str) -> str:
+    return f"overlay-{overlay_id}"
 
 
 def _scratch_report(scratch: LiveScratch | None) -> ScratchReport | None:

@@ -30,6 +30,7 @@ __all__ = (
     "check_target",
     "device_tag",
     "dm_names",
+    "dm_uuid",
     "plan_layer",
     "signature_description",
     "verity_options",
@@ -241,6 +242,11 @@ def dm_names(spec: LayerSpec, *, unique: bool) -> tuple[str, str]:
     return linear[:_DM_NAME_MAX], verity[:_DM_NAME_MAX]
 
 
+def dm_uuid(kind: str, layer_id: str) -> str:
+    """Return the uuid of a layer's ``linear`` or ``verity`` device: how it is known to be ours."""
+    return f"guestagent-{kind}-{layer_id}"
+
+
 def plan_layer(
     spec: LayerSpec,
     device: BlockDevice,
@@ -256,7 +262,7 @@ def plan_layer(
     if spec.mapping is not None:
         linear = LinearStep(
             name=names[0],
-            uuid=f"guestagent-linear-{spec.layer_id}",
+            uuid=dm_uuid("linear", spec.layer_id),
             dev=device.dev,
             mapping=spec.mapping,
         )
@@ -264,7 +270,7 @@ def plan_layer(
     if parameters is not None:
         verity = VerityStep(
             name=names[1],
-            uuid=f"guestagent-verity-{spec.layer_id}",
+            uuid=dm_uuid("verity", spec.layer_id),
             dev=None if linear else device.dev,
             hash_dev=hash_device.dev if hash_device else None,
             parameters=parameters,

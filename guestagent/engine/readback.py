@@ -15,8 +15,17 @@ from guestagent.storage.devicemapper.targets import (
 )
 from guestagent.storage.mountinfo import Mount, find_mount
 from vsock.errors import CallError
+from vsock.record import Record
 
-__all__ = ("dm_device", "layer_report", "verity_status")
+__all__ = ("LayerSeen", "dm_device", "layer_report", "report_of", "see_layer", "verity_status")
+
+
+class LayerSeen(Record):
+    """What the kernel has of a layer: its mount, and its dm devices, topmost first."""
+
+    mount: Mount
+    dm: tuple[DmDevice, ...]
+    verity: VerityReport | None
 
 
 def dm_device(control: Control, name: str) -> DmDevice:
@@ -66,12 +75,22 @@ def layer_report(
     Raises:
         CallError: ``not_found``, its mount or its devices are not there any more.
     """
-    spec = live.spec
-    mount = find_mount(spec.mount_point) if mounts is None else mounts.get(spec.mount_point)
+    target = live.spec.mount_point
+    mount = find_mount(target) if mounts is None else mounts.get(target)
+    seen = see_layer(state.control, live, mount)
+    return report_of(state, live, seen, timings_ms=timings_ms, already=already)
+
+
+def see_layer(control: Control, live: LiveLayer, mount: Mount | None) -> LayerSeen:
+    """Look at a layer in the kernel; ``mount`` is what is mounted at its target.
+
+    Raises:
+        CallError: ``not_found``, its mount or its devices are not there any more.
+    """
     if mount is None or mount.dev != live.dev:
-        raise _gone(live, f"no longer mounted at {spec.mount_point!r}")
+        raise _gone(live, f"no longer mounted at {live.spec.mount_point!r}")
     try:
-        found = [_described(state.control, name) for name in live.plan.dm_names]
+        found = [_described(control, name) for name in live.plan.dm_names]
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
@@ -80,8 +99,24 @@ def layer_report(
         # the kernel takes the table first and the device a moment later
         if not targets or (targets[0].target_type == "verity" and not device.status):
             raise _gone(live, f"without the table of its device {device.name!r}")
-    verity = _verity_report(live, live.plan.verity, *found[0]) if live.plan.verity else None
-    corrupted = verity is not None and verity.status == "C"
+    return LayerSeen(
+        mount=mount,
+        dm=tuple(device for device, _ in found),
+        verity=_verity_report(live, live.plan.verity, *found[0]) if live.plan.verity else None,
+    )
+
+
+def report_of(
+    state: EngineState,
+    live: LiveLayer,
+    seen: LayerSeen,
+    *,
+    timings_ms: Mapping[str, float] | None = None,
+    already: bool = False,
+) -> LayerReport:
+    """Say of a layer what was seen in the kernel, and what the books add to it."""
+    spec, mount = live.spec, seen.mount
+    corrupted = seen.verity is not None and seen.verity.status == "C"
     return LayerReport(
         layer_id=spec.layer_id,
         state="corrupted" if corrupted and live.state == "mounted" else live.state,
@@ -90,8 +125,8 @@ def layer_report(
         device_node=live.device.node,
         dev=mount.dev,
         mapping=spec.mapping,
-        dm=tuple(device for device, _ in found),
-        verity=verity,
+        dm=seen.dm,
+        verity=seen.verity,
         filesystem=mount.filesystem,
         mount_id=mount.mount_id,
         options=_options(mount),

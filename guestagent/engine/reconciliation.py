@@ -5,7 +5,8 @@ whatever looks unaccounted for is looked at again under the lock of its id, so t
 is just making, or taking away, is left to it.
 """
 
-from guestagent.engine.journal import WHOLE, LayerEntry, OverlayEntry
+from guestagent.engine.inventory import LayerTraces, LiveOverlay
+from guestagent.engine.journal import Written
 from guestagent.engine.layers import Layers
 from guestagent.engine.operation import Operation
 from guestagent.engine.overlays import Overlays
@@ -26,7 +27,6 @@ __all__ = ("Finding", "Outcome", "Reconciliation")
 
 #: A request that holds an id for longer accounts for it by that.
 _LOCK_SECONDS = 2.0
-_READS = 3
 _IN_ORDER = "it is in order now"
 
 
@@ -56,9 +56,20 @@ class _Books(Record):
     """One look at the journal, the inventory and the kernel."""
 
     kernel: KernelView
-    layer_entries: dict[str, LayerEntry]
-    overlay_entries: dict[str, OverlayEntry]
+    written: Written
     uuids: dict[str, str]
+
+    def layers(self) -> dict[str, tuple[LayerTraces, str]]:
+        """Return what the journal says of each layer, and whether it is whole or begun."""
+        begun = {traces.layer_id: (traces, "begun") for traces in self.written.begun_layers}
+        whole = {live.spec.layer_id: (live.traces, "whole") for live in self.written.layers}
+        return begun | whole
+
+    def overlays(self) -> dict[str, tuple[LiveOverlay, str]]:
+        """As ``layers``, of overlays."""
+        begun = {live.spec.overlay_id: (live, "begun") for live in self.written.begun_overlays}
+        whole = {live.spec.overlay_id: (live, "whole") for live in self.written.overlays}
+        return begun | whole
 
 
 class Reconciliation:
@@ -96,23 +107,11 @@ class Reconciliation:
 
     def _read(self) -> _Books:
         kernel = KernelView.look(self._state)
-        layers, overlays = self._read_journal()
         return _Books(
             kernel=kernel,
-            layer_entries={entry.live.spec.layer_id: entry for entry in layers},
-            overlay_entries={entry.live.spec.overlay_id: entry for entry in overlays},
+            written=self._state.journal.read(),
             uuids={name: uuid for name, (_, uuid) in kernel.devices.items()},
         )
-
-    def _read_journal(self) -> tuple[tuple[LayerEntry, ...], tuple[OverlayEntry, ...]]:
-        """Read all entries; one may vanish between its listing and its reading."""
-        for attempt in range(_READS):
-            try:
-                return self._state.journal.read_layers(), self._state.journal.read_overlays()
-            except FileNotFoundError:
-                if attempt == _READS - 1:
-                    raise
-        raise AssertionError("unreachable")
 
     def _scan(self, books: _Books) -> tuple[Finding, ...]:
         return (
@@ -136,9 +135,9 @@ class Reconciliation:
         # of one in the journal the entry is the finding, and takes its devices with it
         owned |= {
             name
-            for layer_id, entry in books.layer_entries.items()
+            for layer_id, (traces, _) in books.layers().items()
             if self._state.inventory.layer(layer_id) is None
-            for name, _ in books.kernel.own_devices(entry.live.plan)
+            for name, _ in books.kernel.own_devices(traces)
         }
         # verity devices first, as they stand on the linear ones
         orphans = sorted(
@@ -160,16 +159,17 @@ class Reconciliation:
     def _layer_findings(self, books: _Books) -> list[Finding]:
         inventory = self._state.inventory
         found = []
-        for layer_id, entry in books.layer_entries.items():
+        entries = books.layers()
+        for layer_id, (_, state) in entries.items():
             if inventory.layer(layer_id) is None:
-                problem = f"is in the journal ({entry.state}) and not in the inventory"
+                problem = f"is in the journal ({state}) and not in the inventory"
                 found.append(_finding("layer", layer_id, problem, "take down what there is of it"))
         for live in inventory.layers():
             layer_id = live.spec.layer_id
             if not layer_is_there(books.kernel, live):
                 problem = f"is not whole in the kernel (at {live.spec.mount_point})"
                 found.append(_finding("layer", layer_id, problem, "unmount it by force"))
-            elif layer_id not in books.layer_entries:
+            elif layer_id not in entries:
                 problem = "is mounted and not in the journal"
                 found.append(_finding("layer", layer_id, problem, "write its journal entry"))
         return found
@@ -177,9 +177,10 @@ class Reconciliation:
     def _overlay_findings(self, books: _Books) -> list[Finding]:
         inventory = self._state.inventory
         found = []
-        for overlay_id, entry in books.overlay_entries.items():
+        entries = books.overlays()
+        for overlay_id, (_, state) in entries.items():
             if inventory.overlay(overlay_id) is None:
-                problem = f"is in the journal ({entry.state}) and not in the inventory"
+                problem = f"is in the journal ({state}) and not in the inventory"
                 action = "take down what there is of it"
                 found.append(_finding("overlay", overlay_id, problem, action))
         for live in inventory.overlays():
@@ -187,7 +188,7 @@ class Reconciliation:
             if not overlay_is_there(books.kernel, live):
                 problem = f"is not whole in the kernel (at {live.spec.mount_point})"
                 found.append(_finding("overlay", overlay_id, problem, "unmount it by force"))
-            elif overlay_id not in books.overlay_entries:
+            elif overlay_id not in entries:
                 problem = "is mounted and not in the journal"
                 found.append(_finding("overlay", overlay_id, problem, "write its journal entry"))
         return found
@@ -241,19 +242,19 @@ class Reconciliation:
     def _settle_layer(self, layer_id: str, books: _Books) -> None:
         live = self._state.inventory.layer(layer_id)
         if live is not None:
-            self._state.journal.write_layer(live, WHOLE)
+            self._state.journal.write_layer(live, begun="")
             return
-        gone = books.layer_entries[layer_id].live
-        own = books.kernel.own_devices(gone.plan)
+        gone, _ = books.layers()[layer_id]
+        own = books.kernel.own_devices(gone)
         in_use = self._dm_names_in_use()
-        if not self._is_taken(gone.spec.mount_point) and in_use.isdisjoint(name for name, _ in own):
+        if not self._is_taken(gone.mount_point) and in_use.isdisjoint(name for name, _ in own):
             undo_layer(self._state, books.kernel, gone)
             return
         # what it had is another's by now, and stays
         for name, dev in own:
             if name not in in_use:
                 undo_orphan(self._state, name, dev)
-        self._state.journal.remove("layer", layer_id)
+        self._state.journal.strike_layer(layer_id)
 
     def _dm_names_in_use(self) -> set[str]:
         layers = self._state.inventory.layers()
@@ -262,11 +263,11 @@ class Reconciliation:
     def _settle_overlay(self, overlay_id: str, books: _Books) -> None:
         live = self._state.inventory.overlay(overlay_id)
         if live is not None:
-            self._state.journal.write_overlay(live, WHOLE)
+            self._state.journal.write_overlay(live, begun="")
             return
-        gone = books.overlay_entries[overlay_id].live
+        gone, _ = books.overlays()[overlay_id]
         if self._is_taken(gone.spec.mount_point):
-            self._state.journal.remove("overlay", overlay_id)
+            self._state.journal.strike_overlay(overlay_id)
         else:
             undo_overlay(self._state, books.kernel, gone)
 

@@ -8,11 +8,11 @@ uuid of its dm devices, is taken away. What cannot be taken away becomes a probl
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from guestagent.engine.inventory import LiveLayer, LiveOverlay
-from guestagent.engine.journal import WHOLE
+from guestagent.engine.crew import await_earlier_crews
+from guestagent.engine.inventory import LayerTraces, LiveLayer, LiveOverlay
+from guestagent.engine.journal import Written
 from guestagent.engine.operation import Operation
 from guestagent.engine.parallel import for_each
-from guestagent.engine.plan import LayerPlan
 from guestagent.engine.state import EngineState
 from guestagent.engine.takedown import (
     remove_devices,
@@ -33,6 +33,7 @@ __all__ = (
     "layer_is_there",
     "overlay_is_there",
     "recover",
+    "remove_traces",
     "undo_layer",
     "undo_orphan",
     "undo_overlay",
@@ -60,32 +61,32 @@ class KernelView(Record):
         devices = {name: (dev, uuid) for name, dev, uuid in state.control.list_devices()}
         return cls(mounts=mounts_by_target(), devices=devices)
 
-    def own_devices(self, plan: LayerPlan) -> tuple[tuple[str, str], ...]:
-        """Return (name, dev) of those devices of a plan that are there and ours, topmost first."""
-        steps = (step for step in (plan.verity, plan.linear) if step is not None)
-        found = ((step.name, *self.devices.get(step.name, ("", "")), step.uuid) for step in steps)
-        return tuple((name, dev) for name, dev, uuid, ours in found if dev and uuid == ours)
+    def own_devices(self, traces: LayerTraces) -> tuple[tuple[str, str], ...]:
+        """Return (name, dev) of those of a layer's devices that are there, topmost first."""
+        found = []
+        for name, ours in traces.dm.items():
+            dev, uuid = self.devices.get(name, ("", ""))
+            if uuid == ours:
+                found.append((name, dev))
+        return tuple(found)
 
 
 def recover(state: EngineState) -> Recovered:
     """Fill an empty inventory from the journal and the kernel. Nothing else may run meanwhile."""
+    _await_earlier_crews(state)
     kernel = KernelView.look(state)
-    state.journal.settle_all()
-    layers = state.journal.read_layers()
-    whole = {
-        entry.live.spec.layer_id
-        for entry in layers
-        if entry.state == WHOLE and layer_is_there(kernel, entry.live)
-    }
-    undone = _recover_overlays(state, kernel, whole)
-    half = []
-    for entry in layers:
-        if entry.live.spec.layer_id in whole:
-            _adopt_layer(state, entry.live)
+    written = state.journal.read()
+    half = list(written.begun_layers)
+    whole = []
+    for live in written.layers:
+        if layer_is_there(kernel, live):
+            whole.append(live)
         else:
-            undo = partial(undo_layer, state, kernel, entry.live)
-            half.append((f"layer {entry.live.spec.layer_id}", undo))
-    undone += _undo_all(state, half)
+            half.append(live.traces)
+    undone = _recover_overlays(state, kernel, written, {live.spec.layer_id for live in whole})
+    for live in whole:
+        _adopt_layer(state, live)
+    undone += _undo_layers(state, kernel, half)
     undone += _undo_orphans(state, "guestagent-verity-") + _undo_orphans(state, UUID_PREFIX)
     for path in state.journal.damaged():
         state.inventory.note_problem(path, f"journal entry {path!r} could not be read")
@@ -96,23 +97,47 @@ def recover(state: EngineState) -> Recovered:
     )
 
 
-def _recover_overlays(state: EngineState, kernel: KernelView, whole_layers: set[str]) -> list[str]:
-    half = []
-    for entry in state.journal.read_overlays():
-        overlay = entry.live
-        complete = entry.state == WHOLE and whole_layers.issuperset(overlay.spec.layers)
-        if complete and overlay_is_there(kernel, overlay):
+def _await_earlier_crews(state: EngineState) -> None:
+    with undo_deadline(state) as deadline:
+        try:
+            await_earlier_crews(state.directory, deadline)
+        except CallError as error:  # stuck in the kernel: better to serve without what it has
+            state.inventory.note_problem("crew", f"an earlier life is not over: {error}")
+
+
+def _undo_layers(state: EngineState, kernel: KernelView, half: Sequence[LayerTraces]) -> list[str]:
+    targets = {live.spec.mount_point for live in state.inventory.layers()}
+    undos: list[tuple[str, Callable[[], None]]] = []
+    for traces in half:
+        # what an undoing that failed once has left noted, another may have come to use since
+        if traces.mount_point in targets:
+            state.journal.strike_layer(traces.layer_id)
+        else:
+            undo = partial(undo_layer, state, kernel, traces)
+            undos.append((f"layer {traces.layer_id}", undo))
+    return _undo_all(state, undos)
+
+
+def _recover_overlays(
+    state: EngineState, kernel: KernelView, written: Written, whole_layers: set[str]
+) -> list[str]:
+    half = list(written.begun_overlays)
+    for overlay in written.overlays:
+        if whole_layers.issuperset(overlay.spec.layers) and overlay_is_there(kernel, overlay):
             _adopt_overlay(state, overlay)
         else:
-            undo = partial(undo_overlay, state, kernel, overlay)
-            half.append((f"overlay {overlay.spec.overlay_id}", undo))
-    return _undo_all(state, half)
+            half.append(overlay)
+    undos = [
+        (f"overlay {live.spec.overlay_id}", partial(undo_overlay, state, kernel, live))
+        for live in half
+    ]
+    return _undo_all(state, undos)
 
 
 def layer_is_there(kernel: KernelView, live: LiveLayer) -> bool:
     """Return whether the kernel has the mount and every device of a layer, on top of each other."""
     mount = kernel.mounts.get(live.spec.mount_point)
-    own = kernel.own_devices(live.plan)
+    own = kernel.own_devices(live.traces)
     if mount is None or mount.dev != live.dev or len(own) < len(live.plan.dm_names):
         return False
     return live.dev == (own[0][1] if own else live.device.dev)
@@ -174,20 +199,29 @@ def undo_overlay(state: EngineState, kernel: KernelView, live: LiveOverlay) -> N
         remove_directories((scratch,))
         remove_links(f"{state.directory}/links/{live.spec.overlay_id}")
         remove_directories(live.created)
-    state.journal.remove("overlay", live.spec.overlay_id)
+    state.journal.strike_overlay(live.spec.overlay_id)
 
 
-def undo_layer(state: EngineState, kernel: KernelView, live: LiveLayer) -> None:
-    """Take away what there is of a layer, then its journal entry."""
-    target = live.spec.mount_point
-    own = kernel.own_devices(live.plan)
+def undo_layer(state: EngineState, kernel: KernelView, traces: LayerTraces) -> None:
+    """Take away what there is of a layer, then what the journal says of it."""
+    remove_traces(state, kernel, traces)
+    state.journal.strike_layer(traces.layer_id)
+
+
+def remove_traces(state: EngineState, kernel: KernelView, traces: LayerTraces) -> None:
+    """Take away what there is of a layer, whole or half made.
+
+    Raises:
+        CallError: ``busy``, ``timeout`` or ``conflict``; OSError: something stays.
+    """
+    target = traces.mount_point
+    own = kernel.own_devices(traces)
     with undo_deadline(state) as deadline, Operation(deadline) as op:
         mount = kernel.mounts.get(target)
-        if mount is not None and mount.dev in (live.device.dev, *(dev for _, dev in own)):
+        if mount is not None and mount.dev in (traces.dev, *(dev for _, dev in own)):
             unmount_target(target, op, dev=mount.dev)
         remove_devices(state, tuple(name for name, _ in own), op)
-        remove_directories(live.created)
-    state.journal.remove("layer", live.spec.layer_id)
+        remove_directories(traces.created)
 
 
 def _undo_orphans(state: EngineState, prefix: str) -> list[str]:

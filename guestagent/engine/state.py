@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 class Rules(Record):
-    """What requests may ask for. ``undo_seconds`` bounds the clean-up after a failure; ``parallel``
-    is how many threads a batch works on at most."""
+    """What requests may ask for. ``undo_seconds`` bounds the clean-up after a failure. A batch
+    works on at most ``parallel`` threads, or on ``processes`` (0: one for each processor)."""
 
     target_root: str = "/run"
     require_verity: bool = False
     undo_seconds: float = 10.0
     parallel: int = 8
+    processes: int = 0
 
 
 class EngineState:

@@ -9,6 +9,7 @@ import contextlib
 import os
 
 from guestagent.api import ByteRange, LayerSpec, Verity
+from guestagent.engine.inventory import LayerClaim
 from guestagent.engine.operation import Operation
 from guestagent.engine.plan import (
     VerityOptions,
@@ -74,13 +75,7 @@ class Reader:
 
 
 def read_parameters(
-    spec: LayerSpec,
-    verity: Verity,
-    device: BlockDevice,
-    area: ByteRange,
-    hash_device: BlockDevice | None,
-    target_version: Version,
-    op: Operation,
+    claim: LayerClaim, verity: Verity, target_version: Version, op: Operation
 ) -> VerifiedParameters:
     """Bring request and superblock together and check the tree's root, before anything is made.
 
@@ -88,7 +83,8 @@ def read_parameters(
         CallError: ``integrity``, the tree or the superblock is not what the request says;
             ``invalid`` or ``unsupported``, it could never be mapped.
     """
-    with op.step("superblock", device.node), Reader(device.node, area) as data:
+    spec, device, hash_device = claim.spec, claim.device, claim.hash_device
+    with op.step("superblock", device.node), Reader(device.node, claim.range) as data:
         if hash_device is None:
             return _read_with(spec, verity, device, data, data, target_version)
         hash_area = ByteRange(offset_bytes=0, size_bytes=hash_device.size_bytes)

@@ -1,6 +1,6 @@
 """What a life that was cut short has left, by its journal."""
 
-from guestagent.engine.journal import WHOLE, Journal
+from guestagent.engine.journal import Journal
 
 __all__ = ("left_behind",)
 
@@ -11,18 +11,19 @@ def left_behind(directory: str) -> dict[str, tuple[str, ...]]:
     Raises:
         OSError: the journal cannot be read.
     """
-    journal = Journal(directory)
-    layers: list[str] = []
-    overlays: list[str] = []
-    unfinished: list[str] = []
-    for layer in journal.read_layers():
-        text = f"{layer.live.spec.layer_id} at {layer.live.spec.mount_point}"
-        (layers if layer.state == WHOLE else unfinished).append(text)
-    for overlay in journal.read_overlays():
-        text = f"{overlay.live.spec.overlay_id} at {overlay.live.spec.mount_point}"
-        (overlays if overlay.state == WHOLE else unfinished).append(text)
+    written = Journal(directory).read()
     return {
-        "layers": tuple(layers),
-        "overlays": tuple(overlays),
-        "unfinished": tuple(unfinished),
+        "layers": tuple(
+            f"{live.spec.layer_id} at {live.spec.mount_point}" for live in written.layers
+        ),
+        "overlays": tuple(
+            f"{live.spec.overlay_id} at {live.spec.mount_point}" for live in written.overlays
+        ),
+        "unfinished": (
+            *(f"{traces.layer_id} at {traces.mount_point}" for traces in written.begun_layers),
+            *(
+                f"{live.spec.overlay_id} at {live.spec.mount_point}"
+                for live in written.begun_overlays
+            ),
+        ),
     }

@@ -259,7 +259,10 @@ def test_a_journal_entry_that_is_gone(agent: ConsoleAgent, mounted: GuestAgent, 
     assert "layer layer0 is mounted and not in the journal" in agent.ok("reconcile --dry-run")
     assert not entry.exists()
     assert "undone" in agent.ok("reconcile")
-    assert msgpack.unpackb(entry.read_bytes()) == content
+    again = msgpack.unpackb(entry.read_bytes())
+    for entry_content in (again, content):
+        del entry_content["begun"], entry_content["live"]["timings_ms"]
+    assert again == content
 
 
 def test_an_entry_whose_layer_is_another_s(

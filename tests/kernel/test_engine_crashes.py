@@ -9,6 +9,7 @@ import pytest
 
 from guestagent.api import LayersMountRequest, LayersUnmountRequest, TmpfsScratch
 from guestagent.engine.operation import Operation
+from guestagent.engine.state import Rules
 from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 
 Request = Callable[[EngineBed, Operation], object]
@@ -17,17 +18,17 @@ MAX_STEPS = 200
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 3) as pack:
+    with attached_pack(tmp_path_factory.mktemp("pack"), 10) as pack:
         yield pack
 
 
-def die_in(directory: Path, request: Request, step: int) -> bool:
+def die_in(directory: Path, request: Request, step: int, rules: Rules | None = None) -> bool:
     """Do ``request`` in a child that dies at its ``step``-th step; return whether it did."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            bed = EngineBed(directory)
+            bed = EngineBed(directory, rules)
             bed.faults.arm(f"#{step}:KILL")
             with bed.operation() as op:
                 request(bed, op)
@@ -47,7 +48,11 @@ def ids(bed: EngineBed) -> tuple[list[str], list[str]]:
 
 
 def crash_at_every_step(
-    directory: Path, prepare: list[Request], request: Request, stride: int = 1
+    directory: Path,
+    prepare: list[Request],
+    request: Request,
+    stride: int = 1,
+    rules: Rules | None = None,
 ) -> None:
     """Whatever the step, the next life has the state from before, or the one from after."""
     for step in range(1, MAX_STEPS, stride):
@@ -57,7 +62,7 @@ def crash_at_every_step(
                     action(bed, op)
             before, ids_before = World.now(), ids(bed)
             bed.engine.close()
-            died = die_in(directory, request, step)
+            died = die_in(directory, request, step, rules)
             bed.reopen()
             world = settled_world(before, seconds=0.3) if died else World.now()
             if ids(bed) == ids_before:
@@ -109,25 +114,33 @@ def test_batch_unmount(tmp_path: Path, pack: Pack) -> None:
 
 
 def test_a_batch_that_was_decided_is_adopted_whole(tmp_path: Path, pack: Pack) -> None:
-    """Killed between the decision and the entries: the decision counts."""
+    """Killed right after the decision: what the overlay noted of its beginning is still there."""
     request = LayersMountRequest(
         layers=(pack.spec(0), pack.spec(1)),
         overlay=overlay("o", "layer0", "layer1", scratch=TmpfsScratch(size_bytes=1 << 20)),
     )
 
-    def killed_before_settling(bed: EngineBed, op: Operation) -> None:
-        journal = bed.engine._state.journal
-        journal.settle_batch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    def killed_when_decided(bed: EngineBed, op: Operation) -> None:
+        overlays = bed.engine.overlays
+        overlays.settle = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
         bed.engine.batches.mount(request, op)
 
     directory = tmp_path / "state"
     EngineBed(directory).engine.close()
-    assert die_in(directory, killed_before_settling, MAX_STEPS)
+    assert die_in(directory, killed_when_decided, MAX_STEPS)
+    assert list(directory.glob("*.begun")) == [directory / "overlay-o.begun"]
     with EngineBed(directory) as bed:
         assert ids(bed) == (["layer0", "layer1"], ["o"])
-        assert not list(directory.glob("*.commit"))
         (report,) = bed.engine.overlays.list()
         assert report.lowerdirs == ("/run/layers/layer0", "/run/layers/layer1")
+
+
+def test_a_batch_of_processes(tmp_path: Path, pack: Pack) -> None:
+    """The processes that share a batch end with the agent, and all that they made is undone."""
+    request = LayersMountRequest(layers=tuple(pack.spec(number) for number in range(9)))
+    make: Request = lambda bed, op: bed.engine.batches.mount(request, op)  # noqa: E731
+    rules = Rules(processes=2)
+    crash_at_every_step(tmp_path / "state", [mount(pack, 9)], make, stride=5, rules=rules)
 
 
 def test_a_damaged_entry_is_put_aside_and_told(tmp_path: Path, pack: Pack) -> None:

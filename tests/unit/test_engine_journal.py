@@ -2,9 +2,9 @@
 
 import pytest
 
-from guestagent.api import ByteRange, LayerSpec, PathDevice, Verity
-from guestagent.engine.inventory import LiveLayer
-from guestagent.engine.journal import BEGUN, WHOLE, Decision, Journal
+from guestagent.api import ByteRange, LayerSpec, OverlaySpec, PathDevice, Verity
+from guestagent.engine.inventory import LiveLayer, LiveOverlay
+from guestagent.engine.journal import Begun, Journal, Written
 from guestagent.engine.plan import VerityOptions, plan_layer
 from guestagent.storage.blockdev import BlockDevice
 
@@ -47,74 +47,122 @@ def journal(tmp_path):
     return Journal(str(tmp_path / "state"))
 
 
-def test_entries_come_back_as_they_were(journal):
-    journal.write_layer(layer(), BEGUN, batch="b")
-    (entry,) = journal.read_layers()
-    assert (entry.state, entry.batch, entry.live) == (BEGUN, "b", layer())
-    journal.write_layer(layer(dev="254:1"), WHOLE)
-    (entry,) = journal.read_layers()
-    assert (entry.state, entry.batch, entry.live.dev) == (WHOLE, None, "254:1")
-    journal.remove("layer", "a")
-    journal.remove("layer", "a")
-    assert journal.read_layers() == ()
+def overlay(overlay_id="o", **changes):
+    spec = OverlaySpec(overlay_id=overlay_id, layers=("a",))
+    live = LiveOverlay(
+        spec=spec, lowerdirs=("/l",), method="", links=None, scratch=None, created=("/run/o",)
+    )
+    return live.replace(**changes)
+
+
+def begin(journal, name, *layers, overlay=None):
+    journal.begin(name, Begun(layers=tuple(live.traces for live in layers), overlay=overlay))
+
+
+NOTHING = Written(layers=(), overlays=(), begun_layers=(), begun_overlays=())
+
+
+def test_what_was_begun_is_traces_until_it_is_decided(journal):
+    begin(journal, "layer-a", layer())
+    assert journal.read() == NOTHING.replace(begun_layers=(layer().traces,))
+    made = layer(dev="254:1")
+    journal.write_layer(made, "layer-a")
+    assert journal.read() == NOTHING.replace(begun_layers=(layer().traces,))
+    journal.decide("layer-a")
+    assert journal.read() == NOTHING.replace(layers=(made,))
+    journal.decide("layer-a")
+    journal.remove_layer("a")
+    journal.remove_layer("a")
+    assert journal.read() == NOTHING
+
+
+def test_a_batch_becomes_whole_in_one_moment(journal):
+    begin(journal, "batch-1", layer("a"), layer("b"))
+    begin(journal, "overlay-o", overlay=overlay())
+    for name in ("a", "b"):
+        journal.write_layer(layer(name), "batch-1")
+    journal.write_overlay(overlay(dev="0:9"), "batch-1")
+    written = journal.read()
+    assert (written.layers, written.overlays) == ((), ())
+    assert [traces.layer_id for traces in written.begun_layers] == ["a", "b"]
+    assert written.begun_overlays == (overlay(),)
+    journal.decide("batch-1")
+    # killed before the overlay's own note of its beginning is dropped
+    whole = NOTHING.replace(layers=(layer("a"), layer("b")), overlays=(overlay(dev="0:9"),))
+    assert journal.read() == whole
+    journal.decide("overlay-o")
+    assert journal.read() == whole
+
+
+def test_traces_name_what_may_be_there(journal):
+    traces = layer().traces
+    assert traces.dm == {"l": "guestagent-linear-a"}
+    assert (traces.mount_point, traces.dev) == ("/run/layers/a", "7:0")
+    assert traces.created == ("/run/layers", "/run/layers/a")
+
+
+def test_a_note_left_by_a_failed_undoing_does_not_touch_what_came_later(journal):
+    """The layer was mounted by another request since."""
+    begin(journal, "batch-1", layer("a"), layer("b"))
+    journal.write_layer(layer("a", dev="9:9"), "layer-a")
+    written = journal.read()
+    assert [live.dev for live in written.layers] == ["9:9"]
+    assert [traces.layer_id for traces in written.begun_layers] == ["b"]
+
+
+def test_what_is_undone_is_struck_from_everything(journal, tmp_path):
+    begin(journal, "batch-1", layer("a"), layer("b"))
+    begin(journal, "overlay-o", overlay=overlay())
+    journal.write_layer(layer("a"), "batch-1")
+    journal.strike_layer("a")
+    assert [traces.layer_id for traces in journal.read().begun_layers] == ["b"]
+    journal.strike_layer("b")
+    journal.strike_overlay("o")
+    assert list((tmp_path / "state").iterdir()) == []
 
 
 def test_a_damaged_entry_is_put_aside(journal, tmp_path):
-    journal.write_layer(layer("a"), WHOLE)
-    journal.write_layer(layer("b"), WHOLE)
+    journal.write_layer(layer("a"), "")
+    journal.write_layer(layer("b"), "")
     path = tmp_path / "state/layer-a.entry"
     path.write_bytes(path.read_bytes()[:20])
-    assert [entry.live.spec.layer_id for entry in journal.read_layers()] == ["b"]
+    assert [live.spec.layer_id for live in journal.read().layers] == ["b"]
     assert journal.damaged() == (f"{path}.damaged",)
-    assert [entry.live.spec.layer_id for entry in journal.read_layers()] == ["b"]
+    assert [live.spec.layer_id for live in journal.read().layers] == ["b"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xc1", b"\x80", b"\x93\x01\x02\x03", b"\x81\xa1a\x01"])
-def test_what_is_no_entry_is_put_aside(journal, tmp_path, content):
-    (tmp_path / "state/layer-x.entry").write_bytes(content)
-    (tmp_path / "state/batch-1.commit").write_bytes(content)
-    assert journal.read_layers() == ()
-    journal.settle_all()
-    assert len(journal.damaged()) == 2
+@pytest.mark.parametrize("file", ["layer-x.entry", "overlay-x.entry"])
+def test_what_is_no_entry_is_put_aside(journal, tmp_path, content, file):
+    (tmp_path / "state" / file).write_bytes(content)
+    assert journal.read() == NOTHING
+    assert len(journal.damaged()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\xc1", b"\x93\x01\x02\x03", b"\x81\xa1a\x01"])
+def test_what_is_no_beginning_is_put_aside(journal, tmp_path, content):
+    (tmp_path / "state/batch-1.begun").write_bytes(content)
+    assert journal.read() == NOTHING
+    assert len(journal.damaged()) == 1
 
 
 def test_a_draft_of_a_killed_writer_is_dropped(tmp_path):
     directory = tmp_path / "state"
     Journal(str(directory))
     (directory / "layer-a.entry.new").write_bytes(b"half")
-    assert Journal(str(directory)).read_layers() == ()
+    assert Journal(str(directory)).read() == NOTHING
     assert list(directory.iterdir()) == []
 
 
 def test_a_full_disk_leaves_the_old_entry_and_no_draft(journal, tmp_path, monkeypatch):
-    journal.write_layer(layer(), BEGUN)
+    journal.write_layer(layer(), "")
     monkeypatch.setattr("os.write", lambda fd, data: len(data) // 2)
     with pytest.raises(OSError, match="No space left") as caught:
-        journal.write_layer(layer(dev="1:1"), WHOLE)
+        journal.write_layer(layer(dev="1:1"), "")
     assert caught.value.filename
     monkeypatch.undo()
-    (entry,) = journal.read_layers()
-    assert entry.state == BEGUN
+    assert journal.read() == NOTHING.replace(layers=(layer(),))
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["layer-a.entry"]
-
-
-def test_a_decision_makes_begun_entries_whole_with_what_they_became(journal):
-    journal.write_layer(layer("a"), BEGUN, batch="batch-1")
-    journal.commit_batch("batch-1", Decision(layers=(layer("a", dev="9:9"),), overlay=None))
-    journal.settle_all()
-    (entry,) = journal.read_layers()
-    assert (entry.state, entry.live.dev) == (WHOLE, "9:9")
-    journal.settle_all()
-
-
-def test_an_old_decision_does_not_touch_what_came_later(journal):
-    """Its layer was unmounted, and another request has begun one of the same id."""
-    decision = Decision(layers=(layer("a", dev="9:9"), layer("b")), overlay=None)
-    journal.commit_batch("batch-1", decision)
-    journal.write_layer(layer("a"), BEGUN, batch=None)
-    journal.settle_all()
-    (entry,) = journal.read_layers()
-    assert (entry.state, entry.live.dev) == (BEGUN, "")
 
 
 def test_counters_outlive_their_object(journal):

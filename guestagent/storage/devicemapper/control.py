@@ -44,6 +44,10 @@ class Control(FdOwner):
         self._path = path
         self._version: tuple[int, int, int] | None = None
 
+    def fileno(self) -> int:
+        """Return the descriptor; it stays ours."""
+        return self._fd
+
     def version(self) -> tuple[int, int, int]:
         """Return the interface version of the kernel, as (4, 47, 0)."""
         if self._version is None:

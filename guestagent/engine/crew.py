@@ -1,0 +1,297 @@
+"""Work shared out to forked processes, each of which can undo its share until all is decided.
+
+Python runs one thread at a time: a batch of layers on threads takes one processor, however many
+there are. A member of a crew is this process as it is when it is forked, so that its work needs no
+packing on the way in; what it made is sent back. It then waits for the word to undo that, or for
+the end of its connection, which comes when all is decided, and also when we are killed. Then it
+leaves everything as it is: the journal says what that is worth, and the next life acts on it.
+
+A member is one thread, forked while others may hold locks that nobody is left to release there. Its
+work makes system calls and computes. It takes no lock, logs nothing and publishes nothing.
+"""
+
+# pickle without the pure Python beside it, which would cost a guest time and memory
+import _pickle
+import errno
+import gc
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable, Sequence
+
+from guestagent.engine.operation import Operation
+from guestagent.storage import syscalls
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+from vsock.log import log
+from vsock.owner import Owner
+
+__all__ = ("Crew", "await_earlier_crews")
+
+_SIGN_OF_LIFE = ".crew"
+_UNDO = b"u"
+_LENGTH_BYTES = 4
+_READ_BYTES = 256 * 1024
+#: A member that is told to go has nothing to do but that.
+_GOING_SECONDS = 2.0
+
+#: Does a share under the operation given, which is the member's own; the other argument tells
+#: whether to stop early. Whatever it returns is pickled.
+Work = Callable[[Operation, Callable[[], bool]], object]
+
+
+class Crew(Owner):
+    """The processes of one request. ``close`` lets them go, and leaves what they made.
+
+    Not thread-safe; to be used by the thread that made it, with whose end the members end too.
+    """
+
+    def __init__(
+        self, directory: str, name: str, *, keep_fds: Sequence[int], undo_seconds: float
+    ) -> None:
+        """``directory`` is the agent's own, ``name`` used by no other crew. Members get no open
+        file but ``keep_fds``. ``undo_seconds`` bounds what they take to undo."""
+        self._path = f"{directory}/{name}{_SIGN_OF_LIFE}"
+        self._keep_fds = keep_fds
+        self._undo_seconds = undo_seconds
+        self._life_fd = -1
+        self._members: list[_Member] = []
+
+    def hire(self, work: Work, op: Operation, *, undo_instead: Callable[[], None]) -> None:
+        """Fork a process that does ``work``; ``undo_instead`` undoes it should that process die.
+
+        Raises:
+            OSError: EAGAIN or ENOMEM, no process can be had.
+        """
+        if self._life_fd < 0:
+            os.mkfifo(self._path, 0o600)
+            self._life_fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        ours, theirs = (end.detach() for end in socket.socketpair())
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(ours)
+            os.close(theirs)
+            raise
+        if pid == 0:
+            with _LastFrame(parent):
+                keep = (*self._keep_fds, self._life_fd, theirs)
+                _close_all_but(keep)
+                _serve(theirs, work, op.forked())
+        os.close(theirs)
+        self._members.append(_Member(pid, ours, undo_instead))
+
+    def results(self, deadline: Deadline) -> list[object]:
+        """Return what each member's work returned, in the order of hiring.
+
+        Raises:
+            CallError: ``timeout`` or ``cancelled``; ``internal``, a member died.
+        """
+        return [member.receive(deadline) for member in self._members]
+
+    def call_off(self) -> None:
+        """Have all members stop and undo, without waiting for it. Idempotent."""
+        for member in self._members:
+            member.call_off()
+
+    def undo(self) -> None:
+        """Have all members undo what they made, and wait until they have. Idempotent.
+
+        Raises:
+            CallError: ``internal``, naming what could not be undone.
+        """
+        self.call_off()
+        with Deadline(self._undo_seconds) as deadline:
+            failures = [text for member in self._members for text in member.undone(deadline)]
+        if failures:
+            raise CallError("internal", "; ".join(failures))
+
+    def close(self) -> None:
+        """Let the members go and see them gone. Idempotent."""
+        members, self._members = self._members, []
+        for member in members:
+            member.let_go()
+        for member in members:
+            member.reap()
+        if self._life_fd >= 0:
+            os.close(self._life_fd)
+            self._life_fd = -1
+            os.unlink(self._path)
+
+
+class _Member:
+    """One process of a crew, seen from the one that forked it."""
+
+    def __init__(self, pid: int, fd: int, undo_instead: Callable[[], None]) -> None:
+        self._pid = pid
+        self._fd = fd
+        self._undo_instead = undo_instead
+        self._inbox = bytearray()
+        self._is_called_off = False
+        self._is_undone = False
+
+    def receive(self, deadline: Deadline) -> object:
+        """Return the next thing that the member says; CallError ``internal`` if it is dead."""
+        while (message := self._next_message()) is None:
+            deadline.wait([self._fd], "wait for a process of the batch")
+            chunk = os.read(self._fd, _READ_BYTES)
+            if not chunk:
+                raise CallError(
+                    "internal",
+                    f"process {self._pid}, which worked on a part of the batch, ended",
+                    step="layers",
+                    hint="killed, or out of memory? the log of the agent and the kernel may tell",
+                )
+            self._inbox += chunk
+        return _pickle.loads(message)
+
+    def _next_message(self) -> bytes | None:
+        end = _LENGTH_BYTES + int.from_bytes(self._inbox[:_LENGTH_BYTES], "little")
+        if len(self._inbox) < max(end, _LENGTH_BYTES):
+            return None
+        message = bytes(self._inbox[_LENGTH_BYTES:end])
+        del self._inbox[:end]
+        return message
+
+    def call_off(self) -> None:
+        if self._is_called_off:
+            return
+        self._is_called_off = True
+        try:
+            os.write(self._fd, _UNDO)
+        except OSError as error:
+            if error.errno != errno.EPIPE:  # dead: seen by who waits for it
+                raise
+
+    def undone(self, deadline: Deadline) -> tuple[str, ...]:
+        """Wait until the member has undone its share; return what could not be undone.
+
+        Idempotent: whoever asks again is told nothing more.
+        """
+        if self._is_undone:
+            return ()
+        self._is_undone = True
+        try:
+            while not isinstance(said := self.receive(deadline), _Undone):
+                pass
+        except (OSError, CallError) as error:
+            return self._undo_for_it(error)
+        return said.failures
+
+    def _undo_for_it(self, error: OSError | CallError) -> tuple[str, ...]:
+        """The member is dead or stuck: end it, then undo its share from here."""
+        os.kill(self._pid, signal.SIGKILL)
+        if not self._is_over():
+            return (f"the share of process {self._pid}: {error}",)
+        try:
+            self._undo_instead()
+        except (OSError, CallError) as left:
+            return (f"the share of process {self._pid}: {left}",)
+        return ()
+
+    def let_go(self) -> None:
+        os.close(self._fd)
+
+    def reap(self) -> None:
+        if not self._is_over():
+            log.warning("a process of a batch does not go", pid=self._pid)
+            os.kill(self._pid, signal.SIGKILL)
+            if not self._is_over():
+                log.error("a process of a batch cannot be ended", pid=self._pid)
+                return
+        os.waitpid(self._pid, 0)
+
+    def _is_over(self) -> bool:
+        """Wait for its end, which is not collected: its number stays its own until ``reap``."""
+        pidfd = os.pidfd_open(self._pid)
+        try:
+            with Deadline(_GOING_SECONDS) as deadline:
+                deadline.wait([pidfd], "wait for a process to end")
+        except CallError:
+            return False
+        finally:
+            os.close(pidfd)
+        return True
+
+
+class _Undone:
+    """What a member says last."""
+
+    def __init__(self, failures: tuple[str, ...]) -> None:
+        self.failures = failures
+
+
+# --- in the forked process
+
+
+class _LastFrame:
+    """Nothing leaves the block: the frames around it are another process's."""
+
+    def __init__(self, parent: int) -> None:
+        self._parent = parent
+
+    def __enter__(self) -> None:
+        syscalls.end_with_parent(signal.SIGKILL)
+        if os.getppid() != self._parent:  # it ended before we asked to be told
+            os._exit(1)
+        # what is collected here is the parent's as well, and must not be closed a second time
+        gc.disable()
+
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
+        if error is not None and not isinstance(error, ConnectionError):
+            import traceback
+
+            os.write(2, "".join(traceback.format_exception(error)).encode())
+        os._exit(0 if error is None else 1)
+
+
+def _close_all_but(keep_fds: Sequence[int]) -> None:
+    """Close what else is open: a connection ends only when nobody has it any more."""
+    low = 3
+    for fd in sorted(keep_fds):
+        os.closerange(low, fd)
+        low = max(low, fd + 1)
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+def _serve(fd: int, work: Work, op: Operation) -> None:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    _send(fd, work(op, lambda: bool(poller.poll(0))))
+    if os.read(fd, 1) == _UNDO:
+        _send(fd, _Undone(op.roll_back()))
+
+
+def _send(fd: int, message: object) -> None:
+    packed = _pickle.dumps(message, 5)
+    data = memoryview(len(packed).to_bytes(_LENGTH_BYTES, "little") + packed)
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+# --- in the next life
+
+
+def await_earlier_crews(directory: str, deadline: Deadline) -> None:
+    """Wait until no process of a crew of an earlier life works on.
+
+    Each holds a pipe open for as long as it lives, which nothing but a crew opens. They are killed
+    with the life that forked them, but finish the system call that they are in.
+
+    Raises:
+        CallError: ``timeout``, one still lives.
+    """
+    for file in os.listdir(directory):
+        if not file.endswith(_SIGN_OF_LIFE):
+            continue
+        path = f"{directory}/{file}"
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.read(fd, 1)  # nothing to read and nobody who could write
+        except BlockingIOError:
+            deadline.wait([fd], f"wait for the end of {path!r}")
+        finally:
+            os.close(fd)
+        os.unlink(path)

@@ -1,0 +1,206 @@
+"""Many layers brought up beside each other: by a few processes, or, where these are not worth their
+while, by a few threads."""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from guestagent.engine.crew import Crew
+from guestagent.engine.inventory import LayerClaim, LiveLayer
+from guestagent.engine.layers import Layers
+from guestagent.engine.operation import Operation
+from guestagent.engine.parallel import for_each
+from guestagent.engine.readback import LayerSeen, see_layer
+from guestagent.engine.recovery import KernelView, remove_traces
+from guestagent.engine.state import EngineState
+from guestagent.storage.mountinfo import mounts_by_target
+from vsock.errors import CallError
+
+__all__ = ("Made", "ManyLayers")
+
+#: A process costs about as much as one layer, and has to earn it.
+_LAYERS_PER_PROCESS = 4
+
+
+class Made:
+    """A layer that was made, and what the kernel then had of it."""
+
+    __slots__ = ("live", "seen")
+
+    def __init__(self, live: LiveLayer, seen: LayerSeen) -> None:
+        self.live = live
+        self.seen = seen
+
+
+class _Share:
+    """What came of a part of the layers. ``error`` is that of the layer with that ``number``, and
+    ended it; ``steps`` is what an operation tells a listener, where nobody listened."""
+
+    __slots__ = ("error", "made", "number", "steps")
+
+    def __init__(self) -> None:
+        self.made: list[Made] = []
+        self.number = 0
+        self.error: CallError | None = None
+        self.steps: list[tuple[str, float, bool]] = []
+
+
+class ManyLayers:
+    """Makes the layers of one batch, all of them claimed, and begun under the name ``begun``.
+
+    Use as a context manager around the operation: at its end the processes go, and leave what they
+    were not told to undo.
+    """
+
+    def __init__(self, state: EngineState, layers: Layers, begun: str, op: Operation) -> None:
+        self._state = state
+        self._layers = layers
+        self._begun = begun
+        self._op = op
+        self._crew = Crew(
+            state.directory,
+            begun,
+            keep_fds=(state.control.fileno(),),
+            undo_seconds=state.rules.undo_seconds,
+        )
+
+    def __enter__(self) -> "ManyLayers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._crew.close()
+
+    def make(self, claims: Sequence[LayerClaim]) -> list[Made]:
+        """Make them all; what has to be undone later becomes the operation's to undo.
+
+        Raises:
+            CallError: of the first layer, in their order, that failed.
+        """
+        with self._op.step("layers", f"{len(claims)} layers", code="resource"):
+            processes = self._process_count(len(claims))
+            if processes < 2:
+                return self._by_threads(claims)
+            length = -(-len(claims) // processes)
+            return self._by_processes(
+                [claims[at : at + length] for at in range(0, len(claims), length)]
+            )
+
+    def _process_count(self, layers: int) -> int:
+        at_most = self._state.rules.processes or len(os.sched_getaffinity(0))
+        return min(at_most, layers // _LAYERS_PER_PROCESS)
+
+    # --- by processes
+
+    def _by_processes(self, shares: Sequence[Sequence[LayerClaim]]) -> list[Made]:
+        op, crew = self._op, self._crew
+        op.undo_by("what the processes of the batch made", crew.undo)
+        for share in shares[1:]:
+            work = partial(self._do_share_forked, share)
+            crew.hire(work, op, undo_instead=partial(self._undo_share, share))
+        own = self._do_share(shares[0], op, lambda: False)
+        done = [own]
+        if own.error is None:
+            for result in crew.results(op.deadline):
+                assert isinstance(result, _Share)
+                done.append(result)
+        else:
+            crew.call_off()
+        for claims, came_of in zip(shares, done, strict=False):
+            if op.on_step is not None:
+                for step in came_of.steps:
+                    op.on_step(*step)
+            if came_of.error is not None:
+                raise self._blame(claims[came_of.number], came_of.error)
+        return [made for came_of in done for made in came_of.made]
+
+    def _do_share_forked(
+        self, claims: Sequence[LayerClaim], op: Operation, is_called_off: Callable[[], bool]
+    ) -> _Share:
+        steps: list[tuple[str, float, bool]] = []
+        op.on_step = lambda *step: steps.append(step)
+        share = self._do_share(claims, op, is_called_off)
+        share.steps = steps
+        return share
+
+    def _do_share(
+        self, claims: Sequence[LayerClaim], op: Operation, is_called_off: Callable[[], bool]
+    ) -> _Share:
+        """Make layers one after the other, then look at them all."""
+        share = _Share()
+        lives = []
+        try:
+            for share.number, claim in enumerate(claims):
+                if is_called_off():
+                    return share
+                lives.append(self._make(claim, op))
+            mounts = mounts_by_target()
+            for share.number, live in enumerate(lives):
+                seen = see_layer(self._state.control, live, mounts.get(live.spec.mount_point))
+                share.made.append(Made(live, seen))
+        except CallError as error:
+            share.error = error
+        return share
+
+    def _make(self, claim: LayerClaim, op: Operation) -> LiveLayer:
+        child = op.child()
+        try:
+            live = self._layers.make(claim, child)
+            with child.step("journal", claim.spec.layer_id, code="resource"):
+                self._layers.write(live, self._begun, child)
+        finally:
+            op.adopt(child)
+        return live
+
+    def _undo_share(self, claims: Sequence[LayerClaim]) -> None:
+        """Take away what a process made that can no longer do it.
+
+        Raises:
+            CallError: ``internal``, naming all that stays.
+        """
+        kernel = KernelView.look(self._state)
+        failures = []
+        for claim in claims:
+            try:
+                self._state.journal.remove_layer(claim.spec.layer_id)
+                remove_traces(self._state, kernel, claim.traces)
+            except (OSError, CallError) as error:
+                failures.append(f"layer {claim.spec.layer_id}: {error}")
+        if failures:
+            raise CallError("internal", "; ".join(failures))
+
+    # --- by threads
+
+    def _by_threads(self, claims: Sequence[LayerClaim]) -> list[Made]:
+        # one runs Python while others are in the kernel, on each processor; more get in the way
+        threads = min(self._state.rules.parallel, (os.cpu_count() or 1) + 1)
+        children = [self._op.child() for _ in claims]
+        try:
+            lives = for_each(
+                claims,
+                lambda number, claim: self._make_or_blame(claim, children[number]),
+                threads=threads,
+            )
+        finally:
+            for child in children:
+                self._op.adopt(child)
+        mounts = mounts_by_target()
+        return [
+            Made(live, see_layer(self._state.control, live, mounts.get(live.spec.mount_point)))
+            for live in lives
+        ]
+
+    def _make_or_blame(self, claim: LayerClaim, op: Operation) -> LiveLayer:
+        try:
+            return self._make(claim, op)
+        except CallError as error:
+            raise self._blame(claim, error) from error
+
+    def _blame(self, claim: LayerClaim, error: CallError) -> CallError:
+        """Tell of a layer that failed; return its error, which names it."""
+        spec = claim.spec
+        if error.errno is not None and not error.kernel_log:  # a forked process does not follow it
+            error.kernel_log = self._op.kernel_lines()
+        self._layers.announce_failure(spec, error, self._op)
+        if repr(spec.layer_id) not in error.message:
+            error.message = f"layer {spec.layer_id!r}: {error.message}"
+        return error

@@ -1,0 +1,200 @@
+"""Batches that are worked on by several processes: whole or not at all, whoever of them fails."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guestagent.api import LayersMountReply, LayersMountRequest, LayersUnmountRequest
+from guestagent.engine.faults import Faults
+from guestagent.engine.state import Rules
+from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from vsock.errors import CallError
+
+LAYERS = 12
+#: Two shares of the twelve: the first is the agent's own, the second a process's.
+RULES = Rules(processes=2)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
+    with attached_pack(tmp_path_factory.mktemp("pack"), LAYERS) as pack:
+        yield pack
+
+
+@pytest.fixture
+def bed(tmp_path: Path) -> Iterator[EngineBed]:
+    with EngineBed(tmp_path / "state", RULES) as bed:
+        yield bed
+
+
+def batch(pack: Pack, **fields: object) -> LayersMountRequest:
+    return LayersMountRequest(layers=tuple(pack.spec(number) for number in range(LAYERS))).replace(
+        **fields
+    )
+
+
+def mount(bed: EngineBed, request: LayersMountRequest) -> LayersMountReply:
+    with bed.operation() as op:
+        return bed.engine.batches.mount(request, op)
+
+
+def refused(bed: EngineBed, request: LayersMountRequest) -> CallError:
+    """Mount, which must fail and leave nothing; then once more, which must do."""
+    before, books = World.now(), bed.books()
+    with pytest.raises(CallError) as caught:
+        mount(bed, request)
+    world = settled_world(before)
+    assert (world.minus(before), before.minus(world)) == ([], [])
+    assert bed.books() == books
+    assert bed.engine.problems() == ()
+    bed.faults.arm("")
+    assert len(mount(bed, request).layers) == len(request.layers)
+    return caught.value
+
+
+def faults_of_others(bed: EngineBed, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Arm faults for the forked processes alone."""
+    monkeypatch.setattr(bed.faults, "copy", lambda: Faults.parse(text))
+
+
+def test_the_reply_is_that_of_threads(tmp_path: Path, pack: Pack) -> None:
+    replies, entries = [], []
+    for processes in (1, 3):
+        with EngineBed(tmp_path / f"state{processes}", Rules(processes=processes)) as bed:
+            replies.append(mount(bed, batch(pack, overlay=overlay("o", "layer3", "layer11"))))
+            entries.append([live.spec.layer_id for live in bed.engine._state.journal.read().layers])
+            assert not [*bed.directory.glob("*.crew"), *bed.directory.glob("*.begun")]
+            with bed.operation() as op:
+                listed = {report.layer_id: report for report in bed.engine.layers.list()}
+                ids = tuple(listed)
+                told = {r.layer_id: r for r in replies[-1].layers}
+                for name in ids:
+                    used = ("o",) if name in ("layer3", "layer11") else ()
+                    assert listed[name] == told[name].replace(used_by=used)
+                bed.engine.batches.unmount(LayersUnmountRequest(layers=ids, overlay="o"), op)
+
+    def plain(reply: LayersMountReply) -> object:
+        same = {"mount_id": 0, "dev": "", "timings_ms": {}, "dm": (), "device_node": ""}
+        return [
+            (report.replace(**same), [(dm.name, dm.uuid, dm.deferred_remove) for dm in report.dm])
+            for report in reply.layers
+        ]
+
+    assert plain(replies[0]) == plain(replies[1])
+    assert entries[0] == entries[1]
+    assert set(replies[1].layers[-1].timings_ms) == set(replies[0].layers[-1].timings_ms)
+
+
+def test_a_next_life_adopts_what_processes_made(bed: EngineBed, pack: Pack) -> None:
+    mount(bed, batch(pack))
+    before = {r.layer_id: r.replace(timings_ms={}) for r in bed.engine.layers.list()}
+    bed.reopen()
+    assert {r.layer_id: r.replace(timings_ms={}) for r in bed.engine.layers.list()} == before
+    assert len(before) == LAYERS
+
+
+@pytest.mark.parametrize(
+    "step", ["superblock", "linear", "verity", "prove", "target", "mount", "defer", "journal"]
+)
+@pytest.mark.parametrize("nth", [1, 4])
+def test_a_step_that_fails_in_a_process(
+    bed: EngineBed, pack: Pack, monkeypatch: pytest.MonkeyPatch, step: str, nth: int
+) -> None:
+    faults_of_others(bed, monkeypatch, f"{step}:EIO:{nth}")
+    request = batch(pack)
+    before, books = World.now(), bed.books()
+    with pytest.raises(CallError) as caught:
+        mount(bed, request)
+    error = caught.value
+    # each layer comes to "defer" twice
+    at = LAYERS // 2 + (nth - 1) // (2 if step == "defer" else 1)
+    assert error.step == step
+    assert f"layer{at}" in error.message
+    assert "EIO" in error.message
+    world = settled_world(before)
+    assert (world.minus(before), before.minus(world)) == ([], [])
+    assert bed.books() == books
+    assert bed.engine.problems() == ()
+    monkeypatch.undo()
+    assert len(mount(bed, request).layers) == LAYERS
+
+
+def test_a_step_that_fails_in_the_agent_itself(
+    bed: EngineBed, pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults_of_others(bed, monkeypatch, "")
+    bed.faults.arm("verity:EIO:3")
+    error = refused(bed, batch(pack))
+    assert error.step == "verity"
+    assert "layer2" in error.message
+
+
+def test_the_first_of_several_errors_counts(bed: EngineBed, pack: Pack) -> None:
+    bed.faults.arm("mount:EIO:5")
+    assert "layer4" in refused(bed, batch(pack)).message
+
+
+def test_an_overlay_that_fails_takes_the_layers_with_it(bed: EngineBed, pack: Pack) -> None:
+    bed.faults.arm("overlay:EIO")
+    error = refused(bed, batch(pack, overlay=overlay("o", "layer0", "layer11")))
+    assert error.step == "overlay"
+
+
+@pytest.mark.parametrize("step", ["superblock", "verity", "mount", "journal"])
+def test_a_process_that_is_killed(
+    bed: EngineBed, pack: Pack, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """What it made is undone from here, by what was claimed for it."""
+    faults_of_others(bed, monkeypatch, f"{step}:KILL:3")
+    before, books = World.now(), bed.books()
+    with pytest.raises(CallError, match="ended") as caught:
+        mount(bed, batch(pack))
+    assert caught.value.code == "internal"
+    world = settled_world(before)
+    assert (world.minus(before), before.minus(world)) == ([], [])
+    assert bed.books() == books
+    assert bed.engine.problems() == ()
+    monkeypatch.undo()
+    assert len(mount(bed, batch(pack)).layers) == LAYERS
+
+
+def test_cancelled_while_a_process_works(
+    bed: EngineBed, pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in a step that takes until its deadline: it is ended, and its share undone."""
+    faults_of_others(bed, monkeypatch, "verity:BLOCK:2")
+    rules = RULES.replace(undo_seconds=0.5)
+    with EngineBed(bed.directory.with_name("short"), rules) as short:
+        monkeypatch.setattr(short.faults, "copy", lambda: Faults.parse("verity:BLOCK:2"))
+        before = World.now()
+        with short.operation() as op:
+            timer = threading.Timer(0.3, op.deadline.cancel)
+            timer.start()
+            begin = time.monotonic()
+            with pytest.raises(CallError) as caught:
+                short.engine.batches.mount(batch(pack), op)
+            timer.join()
+        assert caught.value.code == "cancelled"
+        assert time.monotonic() - begin < 10
+        world = settled_world(before)
+        assert (world.minus(before), before.minus(world)) == ([], [])
+        assert short.engine.problems() == ()
+
+
+def test_a_conflict_is_found_before_anything_is_forked(bed: EngineBed, pack: Pack) -> None:
+    with bed.operation() as op:
+        bed.engine.layers.mount(pack.spec(0, "other", target="/run/layers/layer11"), op)
+    before = World.now()
+    with pytest.raises(CallError) as caught:
+        mount(bed, batch(pack))
+    assert (caught.value.code, caught.value.step) == ("conflict", "claim")
+    assert World.now() == before
+
+
+def test_no_process_is_left(bed: EngineBed, pack: Pack) -> None:
+    mount(bed, batch(pack))
+    children = Path("/proc/self/task").glob("*/children")
+    assert [path.read_text() for path in children if path.read_text().strip()] == []
