@@ -21,6 +21,7 @@ apart by the default of their field ``kind``. On the wire a ``bytes`` field take
 hexadecimal text. Unknown names are refused by name.
 """
 
+import functools
 import types
 from collections.abc import Callable, Mapping
 
@@ -43,6 +44,8 @@ _INT_MIN, _INT_MAX = -(1 << 63), (1 << 64) - 1
 _HEX = frozenset("0123456789abcdefABCDEF")
 #: What is plain already, and most of what there is.
 _SCALARS = frozenset((str, int, bool, float, bytes, types.NoneType))
+#: Without int, whose range is looked at.
+_TAKEN_AS_THEY_ARE = _SCALARS - {int}
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -53,6 +56,8 @@ class RecordType(type):
     #: For the constructor: what a record starts from, in the order of the fields; how many there
     #: are; which of them must be given; whether there is more to check.
     _plan: tuple[dict[str, object], int, frozenset[str], bool]
+    #: For the decoder: the types of each field's values that need no look inside.
+    _plain_types: dict[str, frozenset[type]]
 
     def __new__(
         mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object]
@@ -71,7 +76,16 @@ class RecordType(type):
         required = frozenset(field for field, default in blank.items() if default is _REQUIRED)
         has_check = any("check" in vars(base) for base in cls.__mro__[:-2])  # but for Record's own
         cls._plan = blank, len(blank), required, has_check
+        cls._plain_types = {field: _plain_types(kind) for field, (kind, _) in fields.items()}
         return cls
+
+
+def _plain_types(kind: object) -> frozenset[type]:
+    """Return those of a field's types whose every value it takes as it is: most of what comes."""
+    members = frozenset(kind.__args__ if isinstance(kind, types.UnionType) else (kind,))
+    if len(members - {types.NoneType}) > 1:
+        return frozenset()  # of several, the first that fits converts
+    return members & _TAKEN_AS_THEY_ARE
 
 
 class Record(metaclass=RecordType):
@@ -105,6 +119,16 @@ class Record(metaclass=RecordType):
     def to_wire(self) -> dict[str, object]:
         """Return maps, lists and scalars only, ready for MessagePack or JSON."""
         return {name: _plain(value) for name, value in self.__dict__.items()}
+
+    def to_sparse_wire(self) -> dict[str, object]:
+        """Return what ``to_wire`` does without the fields that have their default, which a reader
+        of the same contract fills in; the ``kind`` of a record is always told."""
+        fields = type(self)._fields
+        return {
+            name: _sparse(value)
+            for name, value in self.__dict__.items()
+            if name == "kind" or not _is_same(value, fields[name][1])
+        }
 
     @classmethod
     def from_wire(cls, value: object, where: str = "params") -> "Self":
@@ -179,31 +203,44 @@ def _invalid(where: str, problem: str) -> CallError:
 
 
 def _decode_record(cls: RecordType, value: object, where: str) -> object:
-    if not isinstance(value, Mapping):
+    if type(value) is not dict and not isinstance(value, Mapping):
         raise _invalid(where, f"expected a map, got {_name_of(value)}")
-    unknown = [name for name in value if name not in cls._fields]
-    if unknown:
+    if not cls._fields.keys() >= value.keys():
+        unknown = next(name for name in value if name not in cls._fields)
         known = ", ".join(cls._fields) or "none"
-        raise _invalid(f"{where}.{unknown[0]}", f"unknown parameter (known: {known})")
+        raise _invalid(f"{where}.{unknown}", f"unknown parameter (known: {known})")
     fields: dict[str, object] = {}
-    for name, (kind, default) in cls._fields.items():
-        if name in value:
-            fields[name] = decode(kind, value[name], f"{where}.{name}")
-        elif default is _REQUIRED:
-            raise _invalid(f"{where}.{name}", "missing")
+    for name, item in value.items():
+        if type(item) in cls._plain_types[name]:
+            fields[name] = item
+        else:
+            fields[name] = decode(cls._fields[name][0], item, f"{where}.{name}")
+    required = cls._plan[2]
+    if not fields.keys() >= required:
+        missing = next(name for name in cls._fields if name in required and name not in fields)
+        raise _invalid(f"{where}.{missing}", "missing")
     try:
         return cls(**fields)
     except ValueError as problem:
         raise _invalid(where, str(problem)) from None
 
 
+@functools.cache
+def _alternatives(
+    members: tuple[object, ...],
+) -> tuple[tuple[object, ...], dict[object, RecordType]]:
+    """Return the members but None, and, where there are several, the records by their kind."""
+    rest = tuple(member for member in members if member is not types.NoneType)
+    classes = [cls for cls in rest if isinstance(cls, RecordType)] if len(rest) > 1 else []
+    return rest, {cls._fields["kind"][1]: cls for cls in classes}
+
+
 def _decode_union(members: tuple[object, ...], value: object, where: str) -> object:
     if value is None and types.NoneType in members:
         return None
-    rest = [member for member in members if member is not types.NoneType]
+    rest, records = _alternatives(members)
     if len(rest) == 1:
         return decode(rest[0], value, where)
-    records = {cls._fields["kind"][1]: cls for cls in rest if isinstance(cls, RecordType)}
     if records and isinstance(value, Mapping):
         tag = value.get("kind")
         cls = records.get(tag) if isinstance(tag, str) else None
@@ -235,7 +272,7 @@ def _decode_container(kind: types.GenericAlias, value: object, where: str) -> ob
 
 
 def _decode_scalar(kind: object, value: object, where: str) -> object:
-    if kind is object:
+    if kind is object or (kind is int is type(value) and _INT_MIN <= value <= _INT_MAX):
         return value
     if kind is bytes and isinstance(value, str):
         return _bytes_from_hex(value, where)
@@ -261,6 +298,18 @@ def _bytes_from_hex(text: str, where: str) -> bytes:
 
 def _name_of(value: object) -> str:
     return "nil" if value is None else type(value).__name__
+
+
+def _is_same(value: object, default: object) -> bool:
+    return value is default or (type(value) is type(default) and value == default)
+
+
+def _sparse(value: object) -> object:
+    if isinstance(value, Record):
+        return value.to_sparse_wire()
+    if type(value) is tuple:
+        return [_sparse(item) for item in value]
+    return _plain(value)
 
 
 def _plain(value: object) -> object:

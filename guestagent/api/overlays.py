@@ -145,9 +145,9 @@ class LayersMountRequest(Record):
         if self.overlay is not None:
             targets.append(self.overlay.mount_point)
         for name, values in (("layer_id", ids), ("target", targets)):
-            twice = [value for value in values if values.count(value) > 1]
-            if twice:
-                raise ValueError(f"{name} {twice[0]!r} is named twice")
+            if len(set(values)) < len(values):
+                twice = next(value for value in values if values.count(value) > 1)
+                raise ValueError(f"{name} {twice!r} is named twice")
 
 
 class LayersMountReply(Record):

@@ -111,7 +111,7 @@ class AsyncGuestAgent(AsyncAgentMethods, AsyncInspectMethods, AsyncDeviceMethods
     ) -> dict[str, object]:
         """Send any request of the contract and return the reply as a plain map."""
         reply = await self._link.call(
-            method, request.to_wire(), deadline_ms=deadline_ms or self._deadline_ms
+            method, request.to_sparse_wire(), deadline_ms=deadline_ms or self._deadline_ms
         )
         assert isinstance(reply, dict)
         return reply

@@ -127,7 +127,7 @@ class GuestAgent(AgentMethods, InspectMethods, DeviceMethods):
     ) -> dict[str, object]:
         """Send any request of the contract and return the reply as a plain map."""
         reply = self._link.call(
-            method, request.to_wire(), deadline_ms=deadline_ms or self._deadline_ms
+            method, request.to_sparse_wire(), deadline_ms=deadline_ms or self._deadline_ms
         )
         assert isinstance(reply, dict)
         return reply

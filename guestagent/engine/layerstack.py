@@ -126,11 +126,11 @@ class LayerStack:
 
         One that changes meanwhile is noticed by what is made on it.
         """
-        with op.step("device", blockdev.describe(wanted)):
-            found = op.found.get(wanted)
-            if found is None:
+        found = op.found.get(wanted)
+        if found is None:
+            with op.step("device", blockdev.describe(wanted)):
                 found = op.found[wanted] = blockdev.wait_for(wanted, op.deadline)
-            return found
+        return found
 
     def _check_rules(self, spec: LayerSpec) -> None:
         check_target(spec.mount_point, self._state.rules.target_root)
@@ -154,6 +154,9 @@ class LayerStack:
             )
 
     def _verity_version(self, op: Operation) -> Version:
+        version = self._state.known_verity_version
+        if version is not None:
+            return version
         with op.step("version", "verity target"):
             version = self._state.verity_version()
         if version is None:

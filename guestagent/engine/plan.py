@@ -232,12 +232,12 @@ def dm_names(spec: LayerSpec, *, unique: bool) -> tuple[str, str]:
     They are hcsshim's, which two layers on the same range or of the same content would share;
     ``unique`` names carry the layer's id instead.
     """
-    tag = device_tag(spec.device)
-    where = f"{spec.mapping.offset_bytes}-{spec.mapping.size_bytes}" if spec.mapping else "whole"
     root = spec.verity.root_digest.hex() if spec.verity else ""
     if unique:
         linear, verity = f"dm-linear-{spec.layer_id}", f"dm-verity-{spec.layer_id}-{root[:16]}"
     else:
+        area, tag = spec.mapping, device_tag(spec.device)
+        where = f"{area.offset_bytes}-{area.size_bytes}" if area else "whole"
         linear, verity = f"dm-linear-{tag}-{where}", f"dm-verity-{tag}-{root}"
     return linear[:_DM_NAME_MAX], verity[:_DM_NAME_MAX]
 

@@ -42,13 +42,13 @@ class EngineState:
         self.locks = KeyLocks()
         self.kernel_log = KernelLog()
         self.control = Control()
-        self._verity_version: Version | None = None
+        #: The version of the kernel's verity target, once it was asked for and there was one.
+        self.known_verity_version: Version | None = None
 
     def verity_version(self) -> Version | None:
-        """Return the version of the kernel's verity target; asked for until there is one."""
-        if self._verity_version is None:
-            self._verity_version = self.control.list_versions().get("verity")
-        return self._verity_version
+        """Ask for the version of the kernel's verity target; None if it has none (yet)."""
+        self.known_verity_version = self.control.list_versions().get("verity")
+        return self.known_verity_version
 
     def tidy(self, what: str, action: "Callable[..., None]", *arguments: object) -> None:
         """Do the last of a clean-up, which is past failing; a failure shows in the status."""

@@ -144,8 +144,10 @@ def claim_directories(inventory: Inventory, owner: Owner, target: str) -> tuple[
     """Note which directories a mount at ``target`` makes or shares; they go with the last of it."""
     parts = target.split("/")
     way = ["/".join(parts[:end]) for end in range(2, len(parts) + 1)]
-    missing = [path for path in way if not os.path.lexists(path)]
-    return tuple(inventory.claim_directories(owner, target, missing))
+    there = 0
+    while there < len(way) and os.path.lexists(way[there]):
+        there += 1
+    return tuple(inventory.claim_directories(owner, target, way[there:]))
 
 
 def remove_directories(paths: tuple[str, ...]) -> None:

@@ -95,7 +95,7 @@ class Agent:
         return {"sequence": self.events[-1].sequence if self.events else 0}
 
     def agent_events(self, call: Call) -> object:
-        since = call.params["since"]
+        since = call.params.get("since", 0)
         assert isinstance(since, int)
         return {
             "events": [e.to_wire() for e in self.events if e.sequence > since],
@@ -104,7 +104,7 @@ class Agent:
         }
 
     def agent_log(self, call: Call) -> object:
-        since = call.params["since"]
+        since = call.params.get("since", 0)
         assert isinstance(since, int)
         if call.params.get("follow"):
             self.followers.append(call.connection)

@@ -70,6 +70,26 @@ def test_a_record_goes_to_the_wire_and_back():
     assert hash(Inner(name="a")) == hash(Inner(name="a"))
 
 
+def test_a_sparse_wire_leaves_out_what_is_default():
+    value = Outer(
+        inner=Inner(name="a"),
+        many=(Inner(name="b", size=1),),
+        by_name={"x": 0},
+        shape=Circle(),
+        text_or_number=False,  # not the same as 0, though it compares so
+    )
+    assert value.to_sparse_wire() == {
+        "inner": {"name": "a"},
+        "many": [{"name": "b", "size": 1}],
+        "by_name": {"x": 0},
+        "shape": {"kind": "circle"},
+        "text_or_number": False,
+    }
+    assert Outer().to_sparse_wire() == {}
+    plain = value.replace(text_or_number="t")
+    assert Outer.from_wire(plain.to_sparse_wire()) == plain
+
+
 def test_records_are_frozen_and_compare_by_type_and_value():
     inner = Inner(name="a")
     for change in (lambda: setattr(inner, "name", "b"), lambda: delattr(inner, "name")):
