@@ -77,7 +77,11 @@ def _live(
     limit_malloc_arenas(1)
     engine = Engine(
         state_directory=config.state_directory,
-        rules=Rules(target_root=config.target_root, require_verity=config.require_verity),
+        rules=Rules(
+            target_root=config.target_root,
+            require_verity=config.require_verity,
+            processes=config.batch_processes,
+        ),
         faults=Faults.parse(config.fault),
     )
     observers = Observers(crashes)

@@ -31,7 +31,11 @@ def mount_plan(plan: BootPlan, config: Config) -> None:
     deadline = Deadline(config.deadline_seconds)
     engine = Engine(
         state_directory=config.state_directory,
-        rules=Rules(target_root=config.target_root, require_verity=config.require_verity),
+        rules=Rules(
+            target_root=config.target_root,
+            require_verity=config.require_verity,
+            processes=config.batch_processes,
+        ),
         faults=Faults.parse(config.fault),
     )
     try:
