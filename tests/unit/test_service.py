@@ -224,9 +224,10 @@ def test_a_subscriber_hears_and_stops_with_its_connection(bed):
     assert [item["sequence"] for item in caught_up["events"]] == [1, 2]
     peer.close()
     end = time.monotonic() + WAIT_SECONDS
-    while bed.events._listeners and time.monotonic() < end:
+    followers = bed.service._subscribers._followers
+    while followers and time.monotonic() < end:
         bed.peer()
-    assert not bed.events._listeners
+    assert not followers
 
 
 def test_a_subscriber_that_does_not_read_holds_nobody_up(tmp_path):
