@@ -6,6 +6,7 @@ from guestagent.api import ByteRange, LayerSpec, PathDevice, Verity
 from guestagent.engine.inventory import LiveLayer
 from guestagent.engine.journal import BEGUN, WHOLE, Decision, Journal
 from guestagent.engine.plan import VerityOptions, plan_layer
+from guestagent.observe.leftovers import left_behind
 from guestagent.storage.blockdev import BlockDevice
 
 DEVICE = BlockDevice(
@@ -126,3 +127,21 @@ def test_counters_outlive_their_object(journal):
     again = journal.counter("events")
     assert again.value == 41
     again.close()
+
+
+def test_what_a_life_left_is_told_without_changing_it(journal, tmp_path):
+    elsewhere = layer("b")
+    elsewhere = elsewhere.replace(spec=elsewhere.spec.replace(target="/run/elsewhere"))
+    journal.write_layer(layer("a"), WHOLE)
+    journal.write_layer(elsewhere, WHOLE)
+    journal.write_layer(layer("c"), BEGUN)
+    (tmp_path / "state/layer-d.entry").write_bytes(b"\x81\xa1a\x01")
+    (tmp_path / "state/overlay-e.entry").write_bytes(b"\xc1")
+    files = sorted((tmp_path / "state").iterdir())
+    assert left_behind(str(tmp_path / "state")) == {
+        "layers": ("a at /run/layers/a", "b at /run/elsewhere"),
+        "overlays": (),
+        "unfinished": ("c at /run/layers/c",),
+    }
+    assert sorted((tmp_path / "state").iterdir()) == files
+    assert left_behind(str(tmp_path / "none"))["layers"] == ()
