@@ -134,15 +134,14 @@ class Worker(threading.Thread):
         return len(names)
 
     def _chosen(self) -> tuple[Callable[[], None], Sequence[str]]:
-        """Draw what to do next; once more where it leads away from how many are to be live."""
+        """Draw what to do next, of what does not lead away from how many are to be live."""
         choices = self._choices()
-        chosen = self._random.choice(choices)
-        if self._live is None:
-            return chosen
-        away: tuple[Callable[[], None], ...] = (self._unmount, self._unmount_batch)
-        if len(self.mounted) > self._live:
-            away = (self._mount, self._mount_late, self._mount_batch)
-        return self._random.choice(choices) if chosen[0] in away else chosen
+        if self._live is not None:
+            away: tuple[Callable[[], None], ...] = (self._unmount, self._unmount_batch)
+            if len(self.mounted) > self._live:
+                away = (self._mount, self._mount_late, self._mount_batch)
+            choices = [choice for choice in choices if choice[0] not in away]
+        return self._random.choice(choices)
 
     def _step(self) -> None:
         action, ids = self._chosen()
