@@ -19,7 +19,7 @@ from guestagent.observe.crashes import CrashReports
 from guestagent.observe.leftovers import left_behind
 from guestagent.observe.observers import Observers
 from guestagent.service import QUICK_METHODS, Service
-from guestagent.storage.syscalls import limit_malloc_arenas
+from guestagent.storage.syscalls import bound_malloc
 from vsock.address import parse_address
 from vsock.deadline import Deadline
 from vsock.errors import CallError, RpcError
@@ -74,7 +74,7 @@ def _live(
     on_ready: Callable[[], None] | None,
 ) -> int:
     begin = time.perf_counter()
-    limit_malloc_arenas(1)
+    bound_malloc()
     engine = Engine(
         state_directory=config.state_directory,
         rules=Rules(

@@ -47,6 +47,7 @@ from guestagent.api import (
 )
 from guestagent.config import Problem
 from guestagent.engine.engine import Engine
+from guestagent.engine.locks import KeyLocks
 from guestagent.engine.operation import Operation
 from guestagent.engine.subscribers import Subscribers
 from guestagent.observe.collector import Sample, one
@@ -97,6 +98,7 @@ class Service:
         self._server: Server | None = None
         self._subscribers = Subscribers(engine.events)
         self._loading = threading.Lock()
+        self._lists = KeyLocks()
         self._inspect: InspectService | None = None
         self._observers = observers or Observers()
         self._observers.collector.add(self._samples)
@@ -262,8 +264,10 @@ class Service:
         operation = self._operation(call)
         return self._engine.layers.unmount(request.layer_id, operation, force=request.force)
 
-    def _layer_list(self, _request: Empty, _call: Call) -> LayerListReply:
-        return LayerListReply(layers=self._engine.layers.list())
+    def _layer_list(self, _request: Empty, call: Call) -> LayerListReply:
+        # one after the other: with a thousand layers each holds megabytes while it is made
+        with self._lists.hold([("list", "layers")], call.deadline):
+            return LayerListReply(layers=self._engine.layers.list())
 
     def _layer_get(self, request: LayerId, _call: Call) -> LayerReport:
         return self._engine.layers.get(request.layer_id)

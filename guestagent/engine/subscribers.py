@@ -1,10 +1,10 @@
 """Who follows the events: each on its connection, none of them waited for."""
 
 import threading
-from collections.abc import Callable
 
 from guestagent.api import Event
 from guestagent.engine.events import EventLog
+from vsock.rpc import encode_notification
 
 __all__ = ("Subscribers",)
 
@@ -19,37 +19,54 @@ class Subscribers:
 
     def __init__(self, events: EventLog) -> None:
         self._events = events
+        self._starting = threading.Lock()
+        self._is_listening = False
         self._lock = threading.Lock()
-        self._connections: set[int] = set()
+        self._followers: dict[int, _Follower] = {}
         #: Events that did not reach a subscriber, all of them together.
         self.dropped = 0
 
     def add(self, connection: "Connection") -> None:
         """Send events to ``connection`` until it ends. Idempotent."""
+        with self._starting:  # not the lock that is taken below that of the log
+            if not self._is_listening:
+                self._events.listen(self._send)
+                self._is_listening = True
         with self._lock:
-            if connection.id in self._connections:
+            if connection.id in self._followers:
                 return
-            self._connections.add(connection.id)
-        stop = self._events.listen(self._sender(connection))
+            self._followers[connection.id] = _Follower(connection)
 
         def ended() -> None:
-            stop()
             with self._lock:
-                self._connections.discard(connection.id)
+                self._followers.pop(connection.id, None)
 
         connection.on_close(ended)
 
-    def _sender(self, connection: "Connection") -> Callable[[Event], None]:
-        missed = 0
-
-        def send(event: Event) -> None:
-            # the log calls its listeners one at a time, so that the counts need no lock
-            nonlocal missed
-            told = event.replace(dropped=missed) if missed else event
-            if connection.notify("agent.event", told):
-                missed = 0
+    def _send(self, event: Event) -> None:
+        # the log calls its listeners one event at a time, so that the counts need no lock
+        with self._lock:
+            followers = tuple(self._followers.values())
+        if not followers:
+            return
+        # once for all of them: a host may follow on dozens of connections
+        data = encode_notification("agent.event", event)
+        for follower in followers:
+            told = data
+            if follower.missed:
+                told = encode_notification("agent.event", event.replace(dropped=follower.missed))
+            if follower.connection.send_notification(told):
+                follower.missed = 0
             else:
-                missed += 1
+                follower.missed += 1
                 self.dropped += 1
 
-        return send
+
+class _Follower:
+    """A connection, and how many events it has missed since the last that it got."""
+
+    __slots__ = ("connection", "missed")
+
+    def __init__(self, connection: "Connection") -> None:
+        self.connection = connection
+        self.missed = 0

@@ -21,7 +21,9 @@ __all__ = (
 )
 
 MOUNTINFO_PATH = "/proc/self/mountinfo"
-_READ_BYTES = 256 * 1024
+#: The kernel gives no more than a page of this file at once; a buffer that is larger by far would
+#: be taken from the heap for each, and most of it left there as a hole.
+_READ_BYTES = 8 * 1024
 _OCTAL = frozenset("01234567")
 
 

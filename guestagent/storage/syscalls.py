@@ -147,17 +147,33 @@ def _load_libc() -> ctypes.CDLL:
 _libc = _load_libc()
 
 
-_M_ARENA_MAX = -8  # glibc's malloc.h
+# glibc's malloc.h
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+_MALLOC_OPTIONS = {
+    _M_ARENA_MAX: 1,
+    # what packs a message begins with 256 KiB, dozens of times for a request: mapping that anew
+    # each time would cost more than all the rest
+    _M_MMAP_THRESHOLD: 512 * 1024,
+    _M_TRIM_THRESHOLD: 1024 * 1024,
+}
 
 
-def limit_malloc_arenas(count: int) -> bool:
-    """Keep malloc to ``count`` heaps; False where the libc has no such thing.
+def bound_malloc() -> bool:
+    """Have malloc give back what is free; False where the libc knows nothing of this.
 
     glibc gives threads heaps of their own, none of which ever shrinks below what it once held.
-    Threads that share one interpreter lock gain nothing by that. Call it before there are threads.
+    Threads that share one interpreter lock gain nothing by that: one heap is kept to. And glibc
+    takes the first large block that is freed for a sign that all like it belong into the heap,
+    where small things that stay settle between them: large blocks are kept out of it for good.
+    Call it before there are threads.
     """
     mallopt = getattr(_libc, "mallopt", None)
-    return mallopt is not None and mallopt(_M_ARENA_MAX, count) == 1
+    if mallopt is None:
+        return False
+    taken = [mallopt(option, value) for option, value in _MALLOC_OPTIONS.items()]
+    return all(taken)
 
 
 def _oserror(call: str, number: int, filename: object) -> OSError:

@@ -5,11 +5,14 @@ after the other in this process, with tables and directories prepared before the
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ from guestagent.storage.devicemapper.targets import Target, parse_line
 from guestagent.storage.mount import mount_filesystem, unmount
 from scripts.benchmarks.rows import Row, milliseconds, print_rows, row, timed, write_rows
 from tests.kernel.agentbed import AgentProcess, Pack, attached_pack, overlay
+from tests.kernel.supervised import SupervisedAgent
 from vsock.deadline import Deadline
+from vsock.errors import ConnectionClosed
 
 __all__ = ("engine_rows",)
 
@@ -51,6 +56,7 @@ def engine_rows(rounds: int = 30) -> list[Row]:
             rows += _overlays(guest, pack)
             memory["after 500 layers"] = _rss_mib(guest)
         rows += _recovery(agent, pack)
+        rows += _recovery_of_a_child(pack)
         rows += [row(BED, f"memory {when}", "MiB", [size]) for when, size in memory.items()]
         return rows
 
@@ -202,6 +208,34 @@ def _overlays(guest: GuestAgent, pack: Pack) -> Iterator[Row]:
 
 
 def _recovery(agent: AgentProcess, pack: Pack) -> Iterator[Row]:
+    """Of an agent that is a process by itself: the interpreter and its imports are counted."""
+
+    def kill_and_start() -> None:
+        agent.kill()
+        agent.start()
+
+    answers, engines = _answers_after(agent, pack, lambda: kill_and_start)
+    yield row(BED, f"kill -9 to first answer, {RECOVERED} layers, by exec", "ms", answers)
+    yield row(BED, f"adopting {RECOVERED} layers alone", "ms", engines)
+
+
+def _recovery_of_a_child(pack: Pack) -> Iterator[Row]:
+    """Of an agent as in a machine: PID 1 has imported everything, and forks."""
+    agent = SupervisedAgent("log=error")
+    with agent:
+        answers, _ = _answers_after(
+            agent, pack, lambda: partial(os.kill, agent.child(), signal.SIGKILL)
+        )
+    yield row(BED, f"kill -9 to first answer, {RECOVERED} layers, by PID 1", "ms", answers)
+
+
+def _answers_after(
+    agent: AgentProcess, pack: Pack, aim: Callable[[], Callable[[], None]]
+) -> tuple[list[float], list[float]]:
+    """Return the milliseconds from each kill to the next answer, and the engine's part of it.
+
+    ``aim`` finds whom to kill, for which no time is taken, and returns what does.
+    """
     names = tuple(f"kept{number}" for number in range(RECOVERED))
     specs = tuple(pack.spec(number % PACKED, name) for number, name in enumerate(names))
     with agent.client() as guest:
@@ -209,20 +243,26 @@ def _recovery(agent: AgentProcess, pack: Pack) -> Iterator[Row]:
     answers: list[float] = []
     engines: list[float] = []
     for _ in range(5):
-        agent.kill()
+        kill = aim()
         with timed(answers):
-            agent.start()
-            while not agent.is_listening():
-                time.sleep(_LOOK_SECONDS)
-            guest = agent.client()
+            kill()
+            guest = _next_life(agent)
         with guest:
             boot = guest.hello.boot
             assert boot["adopted_layers"] == RECOVERED
             engines.append(float(str(boot["engine_ms"])))
     with agent.client() as guest:
         guest.layers_unmount(LayersUnmountRequest(layers=names))
-    yield row(BED, f"exec to first answer, {RECOVERED} layers adopted", "ms", answers)
-    yield row(BED, f"adopting {RECOVERED} layers alone", "ms", engines)
+    return answers, engines
+
+
+def _next_life(agent: AgentProcess) -> GuestAgent:
+    """Return a client of the agent as soon as there is one; the one that is dying is not."""
+    while True:
+        if agent.is_listening():
+            with contextlib.suppress(ConnectionClosed):
+                return agent.client()
+        time.sleep(_LOOK_SECONDS)
 
 
 def main() -> int:

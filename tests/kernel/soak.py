@@ -25,6 +25,9 @@ from vsock.errors import CallError, ConnectionClosed
 __all__ = ("Gate", "Soak", "Tally", "Worker")
 
 _INJECTED = "injected"
+_FILL_BATCH = 16
+#: As many as the agent keeps.
+_LOG_LINES = 2000
 _CONNECT_SECONDS = 20.0
 
 
@@ -86,13 +89,22 @@ class Worker(threading.Thread):
     """One client. Its ids begin with its name."""
 
     def __init__(
-        self, soak: "Soak", number: int, layers: Sequence[int], *, seed: int, pause: float
+        self,
+        soak: "Soak",
+        number: int,
+        layers: Sequence[int],
+        *,
+        live: int | None,
+        seed: int,
+        pause: float,
     ) -> None:
+        """With ``live``, begin with so many layers mounted, and stay near that number."""
         super().__init__(name=f"w{number}", daemon=True)
         self._soak = soak
         self._pack = soak.pack
         self._random = random.Random(seed)
         self._pause = pause
+        self._live = live
         self._guest: GuestAgent | None = None
         self._numbers = {f"{self.name}-l{layer}": layer for layer in layers}
         self._overlay_id = f"{self.name}-o"
@@ -110,8 +122,29 @@ class Worker(threading.Thread):
             if self._guest is not None:
                 self._guest.close()
 
+    def fill(self) -> int:
+        """Mount as many layers as are to be live, and return their number; before the start."""
+        names = self._random.sample(sorted(self._numbers), self._live or 0)
+        self._connected(_CONNECT_SECONDS)
+        for start in range(0, len(names), _FILL_BATCH):
+            batch = names[start : start + _FILL_BATCH]
+            specs = tuple(self._pack.spec(self._numbers[name], name) for name in batch)
+            self._connected().layers_mount(LayersMountRequest(layers=specs))
+            self.mounted.update(batch)
+        return len(names)
+
+    def _chosen(self) -> tuple[Callable[[], None], Sequence[str]]:
+        """Draw what to do next, of what does not lead away from how many are to be live."""
+        choices = self._choices()
+        if self._live is not None:
+            away: tuple[Callable[[], None], ...] = (self._unmount, self._unmount_batch)
+            if len(self.mounted) > self._live:
+                away = (self._mount, self._mount_late, self._mount_batch)
+            choices = [choice for choice in choices if choice[0] not in away]
+        return self._random.choice(choices)
+
     def _step(self) -> None:
-        action, ids = self._random.choice(self._choices())
+        action, ids = self._chosen()
         if self.unsure:
             return  # until the next look
         self.unsure = set(ids)
@@ -131,10 +164,10 @@ class Worker(threading.Thread):
         self.unsure = set()
         self._soak.tally.did(operations=1)
 
-    def _connected(self) -> GuestAgent:
+    def _connected(self, seconds: float = 0.02) -> GuestAgent:
         if self._guest is None:
             # not for long: whoever waits inside the gate holds up a look
-            self._guest = GuestAgent(self._soak.address, connect_seconds=0.02)
+            self._guest = GuestAgent(self._soak.address, connect_seconds=seconds)
         return self._guest
 
     def _drop(self) -> None:
@@ -293,6 +326,7 @@ class Soak:
         *,
         workers: int = 4,
         layers_each: int = 6,
+        live_each: int | None = None,
         seed: int = 0,
         pause: float = 0.0,
     ) -> None:
@@ -308,6 +342,7 @@ class Soak:
                 self,
                 number,
                 [(number * layers_each + i) % count for i in range(layers_each)],
+                live=live_each,
                 seed=seed + number,
                 pause=pause,
             )
@@ -315,9 +350,18 @@ class Soak:
         ]
 
     def __enter__(self) -> "Soak":
+        if sum(worker.fill() for worker in self.workers):
+            self._fill_log()
         for worker in self.workers:
             worker.start()
         return self
+
+    def _fill_log(self) -> None:
+        """Have the agent keep as many lines of its log as it ever does: each refusal is one."""
+        with GuestAgent(self.address, connect_seconds=_CONNECT_SECONDS) as guest:
+            for _ in range(_LOG_LINES):
+                with contextlib.suppress(CallError):
+                    guest.layer_get("nobody")
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()

@@ -2,41 +2,23 @@
 
 import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.kernel.agentbed import PROJECT, SITE, AgentProcess, Pack, attached_pack
 from tests.kernel.soak import Soak, answered_within
+from tests.kernel.supervised import SupervisedAgent
 
-#: The goal is 1 s on a machine of one's own, which the printed line shows; a busy one is slower.
-MEDIAN_SECONDS = 4.0
+#: On top of what bringing up the interpreter takes at that time: others may load the machine.
+MEDIAN_SECONDS = 1.0
+_YARDSTICKS = 10
+_IMPORT = "import sys; sys.path[:0] = {paths!r}; import guestagent.__main__"
 KILLS = int(os.environ.get("KILLS", "200"))
-_SUPERVISED = """
-import signal, sys
-sys.path[:0] = {paths!r}
-from guestagent import agent
-from guestagent.config import read_settings
-from guestagent.supervisor import SIGNALS, supervise
-from vsock.log import fd_sink, log
-log.add_sink(fd_sink(2))
-signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-settings = tuple(tuple(word.split("=", 1)) for word in sys.argv[1:])
-config, problems = read_settings(settings)
-assert not problems, problems
-log.set_level(config.log)
-
-def life(restarts, on_ready):
-    return agent.run(config, boot={{"pid1": True}}, restarts=restarts, on_ready=on_ready)
-
-print("mode", supervise(life), flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -45,64 +27,40 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
         yield pack
 
 
-class SupervisedAgent(AgentProcess):
-    """PID 1 of a PID namespace of its own, with the agent in a child."""
-
-    def command(self, *settings: str) -> list[str]:
-        code = _SUPERVISED.format(paths=[str(PROJECT), SITE])
-        python = [sys.executable, "-I", "-S", "-c", code]
-        listen = [f"listen={self.address}", f"state={self.state}"]
-        inside = [*python, *listen, *self.settings, *settings]
-        return ["unshare", "--pid", "--fork", "--kill-child", *inside]
-
-    def kill_child(self) -> None:
-        """Kill the agent, not PID 1."""
-        pid = self._child_of(self._init())
-        os.kill(pid, signal.SIGKILL)
-
-    def _init(self) -> int:
-        assert self.process is not None
-        return self._child_of(self.process.pid)
-
-    def end(self) -> None:
-        """Tell PID 1 to end the machine."""
-        os.kill(self._init(), signal.SIGTERM)
-
-    @staticmethod
-    def _child_of(parent: int) -> int:
-        end = time.monotonic() + 10
-        while time.monotonic() < end:
-            for stat in Path("/proc").glob("[0-9]*/stat"):
-                try:
-                    fields = stat.read_text().rpartition(")")[2].split()
-                except (FileNotFoundError, ProcessLookupError):
-                    continue
-                if int(fields[1]) == parent and fields[0] != "Z":
-                    return int(stat.parent.name)
-        raise AssertionError(f"process {parent} has no child")
-
-
-def run_kills(soak: Soak, kills: int, kill_and_start: Callable[[], None]) -> list[float]:
-    """Kill at random moments; return how long each next life took to answer, in seconds."""
+def run_kills(
+    soak: Soak, kills: int, kill_and_start: Callable[[], None]
+) -> tuple[list[float], float]:
+    """Kill at random moments; return how long each next life took to answer, in seconds, and how
+    long an interpreter took meanwhile to come up with the agent's modules (the median)."""
     chance = random.Random(1)
-    seconds = []
+    seconds, starts = [], []
     with soak:
-        for _ in range(kills):
+        for number in range(kills):
             time.sleep(chance.uniform(0.0, 0.06))  # the moment is the point: nothing to wait for
             kill_and_start()
             soak.tally.kills += 1
             with soak.gate.closed():
                 seconds.append(answered_within(soak.address))
                 soak.look_closely()
+                if number % max(1, kills // _YARDSTICKS) == 0:
+                    starts.append(_start_seconds())
             assert soak.tally.wrong == []
-    return seconds
+    return seconds, statistics.median(starts)
 
 
-def report(name: str, soak: Soak, seconds: list[float]) -> None:
+def _start_seconds() -> float:
+    begin = time.monotonic()
+    code = _IMPORT.format(paths=[str(PROJECT), SITE])
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+    return time.monotonic() - begin
+
+
+def report(name: str, soak: Soak, seconds: list[float], start: float) -> None:
     median, worst = statistics.median(seconds), max(seconds)
     sys.stdout.write(
         f"{name}: {soak.tally.kills} kills, {soak.tally.operations} operations; "
-        f"answers after {median * 1000:.0f} ms (median), {worst * 1000:.0f} ms (worst)\n"
+        f"answers after {median * 1000:.0f} ms (median), {worst * 1000:.0f} ms (worst); "
+        f"an interpreter takes {start * 1000:.0f} ms\n"
     )
 
 
@@ -111,10 +69,10 @@ def test_killed_under_supervision(pack: Pack) -> None:
     with SupervisedAgent("log=error") as agent:
         answered_within(agent.address)
         soak = Soak(pack, agent.address)
-        seconds = run_kills(soak, KILLS, agent.kill_child)
+        seconds, start = run_kills(soak, KILLS, agent.kill_child)
         assert soak.leaks() == []
-        report("supervised", soak, seconds)
-        assert statistics.median(seconds) < MEDIAN_SECONDS
+        report("supervised", soak, seconds, start)
+        assert statistics.median(seconds) < MEDIAN_SECONDS + start
         assert soak.tally.operations > KILLS
         with agent.client() as guest:
             assert guest.status().restarts == KILLS
@@ -133,10 +91,11 @@ def test_killed_without_supervision(pack: Pack) -> None:
             agent.kill()
             agent.start()
 
-        seconds = run_kills(soak, 10, kill_and_start)
+        seconds, start = run_kills(soak, 10, kill_and_start)
         assert soak.leaks() == []
-        report("unsupervised", soak, seconds)
-        assert statistics.median(seconds) < MEDIAN_SECONDS
+        report("unsupervised", soak, seconds, start)
+        # one start is its own
+        assert statistics.median(seconds) < MEDIAN_SECONDS + 2 * start
 
 
 def test_an_agent_that_cannot_start_is_not_started_in_a_rush() -> None:

@@ -2,8 +2,10 @@
 
 import threading
 
+import msgpack
 import pytest
 
+from guestagent.api import Event
 from guestagent.engine.events import EventLog
 from guestagent.engine.journal import Journal
 from guestagent.engine.subscribers import Subscribers
@@ -29,10 +31,11 @@ class SlowPeer:
     def __init__(self):
         self.got, self.full, self.closers = [], False, []
 
-    def notify(self, method, params):
-        assert method == "agent.event"
+    def send_notification(self, data):
         if not self.full:
-            self.got.append(params)
+            _, method, (params,) = msgpack.unpackb(data)
+            assert method == "agent.event"
+            self.got.append(Event.from_wire(params))
         return not self.full
 
     def on_close(self, callback):

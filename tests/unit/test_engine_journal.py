@@ -6,6 +6,7 @@ from guestagent.api import ByteRange, LayerSpec, OverlaySpec, PathDevice, Verity
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from guestagent.engine.journal import Begun, Journal, Written
 from guestagent.engine.plan import VerityOptions, plan_layer
+from guestagent.observe.leftovers import left_behind
 from guestagent.storage.blockdev import BlockDevice
 
 DEVICE = BlockDevice(
@@ -174,3 +175,29 @@ def test_counters_outlive_their_object(journal):
     again = journal.counter("events")
     assert again.value == 41
     again.close()
+
+
+def test_what_a_life_left_is_told_without_changing_it(journal, tmp_path):
+    elsewhere = layer("b")
+    elsewhere = elsewhere.replace(spec=elsewhere.spec.replace(target="/run/elsewhere"))
+    journal.write_layer(layer("a"), "layer-a")
+    journal.write_layer(elsewhere, "")
+    journal.write_overlay(overlay(), "batch-2")
+    begin(journal, "batch-1", layer("c"), layer("f"))
+    journal.write_layer(layer("c"), "batch-1")
+    begin(journal, "overlay-p", overlay=overlay("p"))
+    (tmp_path / "state/batch-3.begun").write_bytes(b"\x81\xa1a\x01")
+    (tmp_path / "state/layer-d.entry").write_bytes(b"\x81\xa1a\x01")
+    (tmp_path / "state/overlay-e.entry").write_bytes(b"\xc1")
+    files = sorted((tmp_path / "state").iterdir())
+    assert left_behind(str(tmp_path / "state")) == {
+        "layers": ("a at /run/layers/a", "b at /run/elsewhere"),
+        "overlays": ("o at /run/overlays/o",),
+        "unfinished": (
+            "c at /run/layers/c",
+            "f at /run/layers/f",
+            "p at /run/overlays/p",
+        ),
+    }
+    assert sorted((tmp_path / "state").iterdir()) == files
+    assert left_behind(str(tmp_path / "none"))["layers"] == ()

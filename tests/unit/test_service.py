@@ -224,9 +224,10 @@ def test_a_subscriber_hears_and_stops_with_its_connection(bed):
     assert [item["sequence"] for item in caught_up["events"]] == [1, 2]
     peer.close()
     end = time.monotonic() + WAIT_SECONDS
-    while bed.events._listeners and time.monotonic() < end:
+    followers = bed.service._subscribers._followers
+    while followers and time.monotonic() < end:
         bed.peer()
-    assert not bed.events._listeners
+    assert not followers
 
 
 def test_a_subscriber_that_does_not_read_holds_nobody_up(tmp_path):
@@ -247,3 +248,24 @@ def test_a_subscriber_that_does_not_read_holds_nobody_up(tmp_path):
         assert last["dropped"] == status["events_dropped"]
     finally:
         bed.close()
+
+
+def test_lists_are_made_one_after_the_other(bed):
+    """Each holds a report of every layer while it is made; whoever waits has a deadline."""
+    inside, may_go_on = threading.Semaphore(0), threading.Event()
+
+    def listed():
+        inside.release()
+        assert may_go_on.wait(WAIT_SECONDS)
+        return ()
+
+    bed.engine.layers.list = listed
+    first, second = bed.peer(), bed.peer()
+    first.send("layer.list", {})
+    assert inside.acquire(timeout=WAIT_SECONDS)
+    error, _ = second.ask("layer.list", deadline_ms=50)
+    assert error["code"] == "timeout"
+    assert not inside.acquire(blocking=False)
+    may_go_on.set()
+    assert first.next()[2:] == [None, {"layers": []}]
+    assert second.ask("layer.list") == (None, {"layers": []})

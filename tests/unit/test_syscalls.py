@@ -171,6 +171,6 @@ def test_key_descriptions_stay_one_word(description: str) -> None:
 
 def test_arenas_can_be_limited_where_the_libc_is_glibc() -> None:
     """In a child: the limit holds for the whole process."""
-    code = "from guestagent.storage.syscalls import limit_malloc_arenas as f; print(f(1))"
+    code = "from guestagent.storage.syscalls import bound_malloc as f; print(f())"
     output = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert output.strip() == str(os.confstr("CS_GNU_LIBC_VERSION") is not None)

@@ -1,0 +1,71 @@
+"""The agent as in a machine: a child of the PID 1 that starts it again when it dies."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tests.kernel.agentbed import PROJECT, SITE, AgentProcess
+
+__all__ = ("SupervisedAgent",)
+
+_SUPERVISED = """
+import signal, sys
+sys.path[:0] = {paths!r}
+from guestagent import agent
+from guestagent.config import read_settings
+from guestagent.supervisor import SIGNALS, supervise
+from vsock.log import fd_sink, log
+log.add_sink(fd_sink(2))
+signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+settings = tuple(tuple(word.split("=", 1)) for word in sys.argv[1:])
+config, problems = read_settings(settings)
+assert not problems, problems
+log.set_level(config.log)
+
+def life(restarts, on_ready):
+    return agent.run(config, boot={{"pid1": True}}, restarts=restarts, on_ready=on_ready)
+
+print("mode", supervise(life), flush=True)
+"""
+
+
+class SupervisedAgent(AgentProcess):
+    """PID 1 of a PID namespace of its own, with the agent in a child."""
+
+    def command(self, *settings: str) -> list[str]:
+        code = _SUPERVISED.format(paths=[str(PROJECT), SITE])
+        python = [sys.executable, "-I", "-S", "-c", code]
+        listen = [f"listen={self.address}", f"state={self.state}"]
+        inside = [*python, *listen, *self.settings, *settings]
+        return ["unshare", "--pid", "--fork", "--kill-child", *inside]
+
+    def kill_child(self) -> None:
+        """Kill the agent, not PID 1."""
+        os.kill(self.child(), signal.SIGKILL)
+
+    def child(self) -> int:
+        """Return the pid of the agent that lives now, as it is seen from here."""
+        return self._child_of(self._init())
+
+    def _init(self) -> int:
+        assert self.process is not None
+        return self._child_of(self.process.pid)
+
+    def end(self) -> None:
+        """Tell PID 1 to end the machine."""
+        os.kill(self._init(), signal.SIGTERM)
+
+    @staticmethod
+    def _child_of(parent: int) -> int:
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            for stat in Path("/proc").glob("[0-9]*/stat"):
+                try:
+                    fields = stat.read_text().rpartition(")")[2].split()
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+                if int(fields[1]) == parent and fields[0] != "Z":
+                    return int(stat.parent.name)
+        raise AssertionError(f"process {parent} has no child")
