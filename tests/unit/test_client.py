@@ -454,14 +454,17 @@ def test_the_inbox_drops_the_oldest_past_its_bounds():
     assert inbox.get() is None
 
 
-def test_a_client_without_threads_leaves_nothing_open(running, monkeypatch):
+def test_a_client_without_threads_leaves_nothing_open(tmp_path, monkeypatch):
     """Only a machine that is out of threads refuses one, so that the refusal is made up."""
 
     def refuse(_):
         raise RuntimeError("can't start new thread")
 
-    before = set(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr("vsock.client.start_thread", refuse)
-    with pytest.raises(RuntimeError):
-        Client(str(running.address), on_notification=print)
-    assert len(os.listdir("/proc/self/fd")) <= len(before)
+    with socket.socket(socket.AF_UNIX) as server:  # whose side of it is made by an accept only
+        server.bind(str(tmp_path / "server"))
+        server.listen()
+        before = os.listdir("/proc/self/fd")
+        monkeypatch.setattr("vsock.client.start_thread", refuse)
+        with pytest.raises(RuntimeError):
+            Client(f"unix://{tmp_path}/server", on_notification=print)
+        assert os.listdir("/proc/self/fd") == before
