@@ -19,9 +19,7 @@ What a peer may count on:
 """
 
 import contextlib
-import os
 import select
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -40,6 +38,7 @@ from vsock.rpc import (
     encode_notification,
 )
 from vsock.stream import Listener, Stream
+from vsock.waker import Waker
 
 __all__ = ("Call", "Connection", "Outcome", "Server")
 
@@ -91,8 +90,8 @@ class Server:
         )
         self._epoll = select.epoll()
         self._acceptor = Acceptor(self._epoll, self._report)
-        self._wake_fd, self._waker_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._waker = Waker()
+        self._epoll.register(self._waker.fd, select.EPOLLIN)
         self._new: deque[Listener | Stream] = deque()
         self._on_close: dict[int, Callable[[], None]] = {}
         self._attention: deque[Connection] = deque()
@@ -101,8 +100,6 @@ class Server:
         self._look_at: float | None = None
         self._stop_at: float | None = None
         self._closed = False
-        # reentrant, because a signal handler may call stop() on top of any of our own calls
-        self._wake_lock = threading.RLock()
 
     def add_listener(self, listener: Listener) -> None:
         """Serve who connects to ``listener``, which the server takes over. From any thread.
@@ -130,13 +127,13 @@ class Server:
         """
         at = time.monotonic() + grace_seconds
         self._stop_at = at if self._stop_at is None else min(at, self._stop_at)
-        self._wake()
+        self._waker.wake()
 
     @property
     def waker_fd(self) -> int:
         """For ``signal.set_wakeup_fd``: with that, no signal comes too late for the server to look
         at what its handler has done. The descriptor stays ours."""
-        return self._waker_fd
+        return self._waker.signal_fd
 
     @property
     def connection_count(self) -> int:
@@ -186,10 +183,7 @@ class Server:
             self._drop(connection, "the server ends")
         self._calls.close()
         self._epoll.close()
-        with self._wake_lock:
-            os.close(self._wake_fd)
-            os.close(self._waker_fd)
-            self._wake_fd = self._waker_fd = -1
+        self._waker.close()
         self._refuse_new()
 
     def _finish(self) -> None:
@@ -215,7 +209,7 @@ class Server:
             connection = self._connections.get(fd)
             if connection is not None:
                 self._serve(connection, events)
-            elif fd == self._wake_fd:
+            elif fd == self._waker.fd:
                 self._woken()
             else:
                 stream = self._acceptor.accept(fd)
@@ -224,17 +218,9 @@ class Server:
         if times and time.monotonic() >= min(times):
             self._look_around()
 
-    def _wake(self) -> bool:
-        """Have the thread of the server look around; False when there is none any more."""
-        with self._wake_lock:
-            if self._waker_fd >= 0:
-                with contextlib.suppress(BlockingIOError):  # full: it is being woken as it is
-                    os.write(self._waker_fd, b"\0")
-            return self._waker_fd >= 0
-
     def _add(self, new: Listener | Stream) -> None:
         self._new.append(new)
-        if not self._wake():
+        if not self._waker.wake():
             self._refuse_new()
 
     def _refuse_new(self) -> None:
@@ -250,10 +236,10 @@ class Server:
 
     def _attend(self, connection: Connection) -> None:
         self._attention.append(connection)
-        self._wake()
+        self._waker.wake()
 
     def _woken(self) -> None:
-        os.read(self._wake_fd, 4096)
+        self._waker.clear()
         if self._stop_at is not None:
             self._refuse_new()
         while self._new:
@@ -412,7 +398,7 @@ class Server:
 
     def _call_ended(self) -> None:
         if self._stop_at is not None:
-            self._wake()
+            self._waker.wake()
 
     def _take(self, connection: Connection, message: Message) -> None:
         if isinstance(message, Request):
