@@ -126,6 +126,12 @@ def test_secrets_are_not_told(form: object) -> None:
 # --- the recorder
 
 
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One place for all examples, each of which begins anew."""
+    return tmp_path_factory.mktemp("recording") / "log"
+
+
 def test_the_recorder_keeps_the_last_lines(tmp_path: Path) -> None:
     path = str(tmp_path / "log")
     recorder = Recorder(path)
@@ -141,8 +147,9 @@ def test_the_recorder_keeps_the_last_lines(tmp_path: Path) -> None:
     st.text(max_size=2000),
     st.dictionaries(st.text(max_size=300), st.text(max_size=3000), max_size=20),
 )
-def test_every_line_fits_its_slot(tmp_path_factory: pytest.TempPathFactory, text, fields) -> None:
-    path = str(tmp_path_factory.mktemp("slots") / "log")
+def test_every_line_fits_its_slot(recording: Path, text, fields) -> None:
+    recording.unlink(missing_ok=True)
+    path = str(recording)
     recorder = Recorder(path)
     recorder(line(text, 1).replace(fields=fields))
     recorder(line("the next", 2))
@@ -151,10 +158,9 @@ def test_every_line_fits_its_slot(tmp_path_factory: pytest.TempPathFactory, text
 
 
 @given(st.binary(max_size=4096))
-def test_a_damaged_recording_is_no_failure(tmp_path_factory, data: bytes) -> None:
-    path = tmp_path_factory.mktemp("damaged") / "log"
-    path.write_bytes(data)
-    read_recorded(str(path))
+def test_a_damaged_recording_is_no_failure(recording: Path, data: bytes) -> None:
+    recording.write_bytes(data)
+    read_recorded(str(recording))
 
 
 def test_no_recording(tmp_path: Path) -> None:
