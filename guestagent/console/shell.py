@@ -153,7 +153,10 @@ class _Child:
         if self._input >= 0 and self._input in ready and self._to_write:
             self._write_some()
         if self._channel.has_ended and not self._to_write and self._input >= 0:
-            self._end_input()
+            # what came before the end may have come since it was looked for
+            self._to_write += self._channel.poll_input()
+            if not self._to_write:
+                self._end_input()
         for fd in list(self._outputs):
             if fd in ready:
                 self._carry(fd, life)

@@ -13,6 +13,7 @@ import pytest
 from guestagent.console import channel as channel_module
 from guestagent.console import commands_system as commands_system_module
 from guestagent.console import service as service_module
+from guestagent.console import shell as shell_module
 from guestagent.console.commands import COMMANDS, GROUPS
 from guestagent.console.service import MAX_SESSIONS
 from guestagent.engine.reconciliation import Finding
@@ -534,6 +535,26 @@ def test_an_endless_line_of_a_script(bed: Bed) -> None:
         wait_until(lambda: not script._receive(time.monotonic() + 5), "still open")
         assert script.refusal is not None
         assert "a line of over" in str(script.refusal["message"])
+
+
+def test_what_comes_with_the_end_of_input_reaches_the_program(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where both come after the input was looked at, and before its end is."""
+    real, written = shell_module._Child._write_some, threading.Event()
+
+    def late(child: shell_module._Child) -> None:
+        real(child)
+        written.set()
+        wait_until(lambda: child._channel.has_ended, "no end of the input")
+
+    monkeypatch.setattr(shell_module._Child, "_write_some", late)
+    with bed.client(command="sh -c cat") as script:
+        script.type("one\n")
+        assert written.wait(60)
+        script.type("two\n")
+        script.send(END)
+        assert script.finish() == (0, "one\ntwo\n")
 
 
 def test_resize_storms(person: Client) -> None:
