@@ -557,6 +557,20 @@ def test_what_comes_with_the_end_of_input_reaches_the_program(
         assert script.finish() == (0, "one\ntwo\n")
 
 
+def test_a_slow_peer_gets_all_that_a_program_wrote_before_it_ended(bed: Bed) -> None:
+    """The pipe holds all of this, so that the program ends whoever reads; the socket, little."""
+    with bed.client(command="sh -c 'read line; head -c 60000 /dev/zero'") as script:
+        wait_until(lambda: bed.console.session_count == 1, "no session")
+        (peer,) = bed.console._peers.values()
+        peer.channel.stream._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 0)
+        script.type("\n")
+        while len(script._buffer) < 36_000:
+            script._buffer += script.sock.recv(4096)
+        time.sleep(0.3)  # slow
+        assert script.finish()[0] == 0
+    assert len(script.output) == 60_000
+
+
 def test_resize_storms(person: Client) -> None:
     for number in range(20_000):
         person.send(SIZE, {"rows": 10 + number % 40, "columns": 40 + number % 80})
