@@ -114,16 +114,18 @@ class Client:
         on_notification: NotificationCallback | None = None,
         on_end: "Callable[[ConnectionClosed], None] | None" = None,
         cancel_method: str = "agent.cancel",
+        until: Deadline | None = None,
     ) -> None:
         """Connect, trying again for ``connect_seconds`` while nobody is there yet.
 
+        When ``until`` passes or is cancelled, connecting ends, and so does the connection.
         ``on_notification`` runs on a thread of its own, one notification at a time; if it raises,
         ``threading.excepthook`` hears of it and no more are delivered. ``on_end`` is told once that
         the connection has ended, and why; it must not wait.
 
         Raises:
             ValueError: the address is not one.
-            ConnectionClosed: nobody answered in time, or access is denied.
+            ConnectionClosed: nobody answered in time, access is denied, or ``until`` was over.
         """
         self.address = parse_address(address) if isinstance(address, str) else address
         self._limits = limits or Limits()
@@ -137,10 +139,10 @@ class Client:
         self._closed = False
         self._over: ConnectionClosed | None = None
         self._complaint: CallError | None = None
-        self._ended = Deadline(None)
-        self._sending: Deadline | None = None
         self._inbox = Inbox()
-        self._stream = connect(self.address, connect_seconds)
+        self._stream = connect(self.address, connect_seconds, until)
+        self._until = until
+        self._ended = Deadline() if until is None else until.part()
         self._reader = threading.Thread(target=self._read, name="rpc-reader", daemon=True)
         self._dispatcher: threading.Thread | None = None
         try:
@@ -243,9 +245,6 @@ class Client:
         with self._lock:
             self._closed = True
         self._ended.cancel()
-        sending = self._sending
-        if sending is not None:
-            sending.cancel()
         self._inbox.close()
         for thread in (self._reader, self._dispatcher):
             if thread is None or thread.ident is None:  # never asked for, or not to be had
@@ -294,14 +293,8 @@ class Client:
             taken = 0
         if taken == len(data):
             return
-        self._sending = deadline = Deadline(_SEND_SECONDS)
-        try:
-            if self._closed:
-                deadline.cancel()  # close() may have looked before there was something to cancel
+        with self._ended.part(_SEND_SECONDS) as deadline:
             self._stream.sendall(memoryview(data)[taken:], deadline)
-        finally:
-            self._sending = None
-            deadline.close()
 
     def _broken(self, error: Exception) -> ConnectionClosed:
         if self._closed:
@@ -326,7 +319,7 @@ class Client:
                 for message in decoder.feed(data):
                     self._take(message)
         except CallError:
-            why = "the client was closed" if self._closed else "sending failed"
+            why = self._why_ended()
         except (OSError, ConnectionClosed) as error:
             why = str(error)
         if self._complaint is not None:
@@ -341,6 +334,13 @@ class Client:
         self._inbox.close()
         if self._on_end is not None:
             self._on_end(over)
+
+    def _why_ended(self) -> str:
+        if self._closed:
+            return "the client was closed"
+        if self._until is not None and self._until.over:
+            return "it was given up"
+        return "sending failed"
 
     def _receive(self) -> bytes:
         while True:

@@ -27,8 +27,10 @@ _ABSENT = frozenset(
 _ATTEMPT_SECONDS = 5.0
 
 
-def connect(address: Address, seconds: float) -> Stream:
+def connect(address: Address, seconds: float, until: Deadline | None = None) -> Stream:
     """Dial until somebody is there, for at most ``seconds``; return a non-blocking stream.
+
+    ``until`` ends that too, when it passes or is cancelled.
 
     Trying again is safe: nothing has been asked of the peer before this returns.
 
@@ -37,25 +39,31 @@ def connect(address: Address, seconds: float) -> Stream:
     """
     import tenacity
 
-    whole = Deadline(seconds)
+    whole = Deadline(seconds) if until is None else until.part(seconds)
 
     def attempt() -> Stream:
-        remaining = whole.remaining()
-        assert remaining is not None
-        once = Deadline(min(remaining, _ATTEMPT_SECONDS))
-        try:
+        with whole.part(_ATTEMPT_SECONDS) as once:
             return dial(address, once)
-        finally:
-            once.close()
+
+    def pause(state: tenacity.RetryCallState) -> None:
+        try:
+            whole.wait((), "wait until somebody is there", at_most=state.upcoming_sleep)
+        except CallError as error:
+            # on a busy machine: what the last attempt found says more than that time is up
+            found = state.outcome.exception() if state.outcome is not None else None
+            raise (found if found and error.code == "timeout" else error) from None
 
     retry = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_absent),
         wait=tenacity.wait_exponential(multiplier=0.01, max=0.5),
-        stop=tenacity.stop_before_delay(seconds),
+        stop=lambda state: state.upcoming_sleep >= (whole.remaining() or 0.0),
+        before_sleep=pause,
+        sleep=lambda seconds: None,
         reraise=True,
     )
     try:
-        stream: Stream = retry(attempt)
+        with whole:
+            stream: Stream = retry(attempt)
     except (OSError, ConnectionClosed, CallError) as error:
         raise ConnectionClosed(
             f"cannot connect to {address} within {seconds:g} s: {error}"

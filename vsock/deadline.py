@@ -36,7 +36,7 @@ class Deadline(Owner):
         self._whole: Deadline | None = None
         self._parts: list[Deadline] = []
 
-    def part(self, seconds: float) -> "Deadline":
+    def part(self, seconds: float | None = None) -> "Deadline":
         """Return a deadline for a part of the work, which the caller closes.
 
         It passes ``seconds`` from now, with this one at the latest, and is cancelled with it.
@@ -44,8 +44,8 @@ class Deadline(Owner):
         part = Deadline(seconds)
         part._whole = self
         with self._lock:
-            if self._at is not None and part._at is not None:
-                part._at = min(part._at, self._at)
+            if self._at is not None:
+                part._at = self._at if part._at is None else min(part._at, self._at)
             part._cancelled = self._cancelled
             self._parts.append(part)
         return part
@@ -66,6 +66,11 @@ class Deadline(Owner):
     @property
     def cancelled(self) -> bool:
         return self._cancelled
+
+    @property
+    def over(self) -> bool:
+        """True once it has passed or was cancelled."""
+        return self._cancelled or self.expired
 
     def cancel(self) -> None:
         """End every wait on this deadline, now and later. Idempotent."""

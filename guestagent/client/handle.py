@@ -20,6 +20,7 @@ from guestagent.client.methods import AgentMethods
 from guestagent.client.streams import Streams
 from vsock.address import Address
 from vsock.client import Client
+from vsock.deadline import Deadline
 from vsock.record import Record
 
 __all__ = ("GuestAgent", "LogCallback")
@@ -63,6 +64,7 @@ class GuestAgent(AgentMethods, InspectMethods, DeviceMethods):
         reconnect: bool = False,
         traceparent: Traceparent = None,
         name: str = f"guestctl/{__version__}",
+        until: Deadline | None = None,
     ) -> None:
         """Connect and say hello.
 
@@ -74,10 +76,12 @@ class GuestAgent(AgentMethods, InspectMethods, DeviceMethods):
             traceparent: W3C trace context for every request, or what returns it for each; the
                 agent's log and events carry it.
             name: what the agent may log of who is there.
+            until: when it passes or is cancelled, connecting ends, and so does the connection;
+                calls in flight raise ``ConnectionClosed``. For who gives up from another thread.
 
         Raises:
             ValueError: the address is none.
-            ConnectionClosed: nobody answered in time.
+            ConnectionClosed: nobody answered in time, or ``until`` was over.
         """
         self._deadline_ms = deadline_ms
         self._hub = EventHub()
@@ -93,6 +97,7 @@ class GuestAgent(AgentMethods, InspectMethods, DeviceMethods):
             traceparent=traceparent,
             on_notification=self._notified,
             on_reconnect=self._catch_up,
+            until=until,
         )
         self._streams = Streams(self._link)
         #: What the agent answered to the first hello: version, features, limits, boot.

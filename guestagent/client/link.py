@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from guestagent.api import PROTOCOL_VERSIONS, HelloReply, HelloRequest
 from vsock.address import Address, parse_address
 from vsock.client import Client, ClosedHandleError, NotificationCallback, PendingCall
+from vsock.deadline import Deadline
 from vsock.errors import ConnectionClosed, RpcError
 from vsock.threads import start_thread
 
@@ -55,14 +56,19 @@ class Link:
         traceparent: Traceparent,
         on_notification: NotificationCallback,
         on_reconnect: Callable[[Client], None],
+        until: Deadline | None = None,
     ) -> None:
-        """Connect and say hello. ``on_reconnect`` is told of each later connection."""
+        """Connect and say hello. ``on_reconnect`` is told of each later connection.
+
+        When ``until`` passes or is cancelled, connecting ends, and so does the connection.
+        """
         self.address = parse_address(address) if isinstance(address, str) else address
         self._name = name
         self._connect_seconds = connect_seconds
         self._traceparent = traceparent
         self._on_notification = on_notification
         self._on_reconnect = on_reconnect
+        self._until = until
         self._changed = threading.Condition()
         self._closed = False
         self._is_lost = False
@@ -117,7 +123,7 @@ class Link:
             try:
                 return self._connect_once(left)
             except ConnectionClosed:
-                if self._closed or time.monotonic() + HELLO_PAUSE_SECONDS >= ends_at:
+                if self._is_over() or time.monotonic() + HELLO_PAUSE_SECONDS >= ends_at:
                     raise
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, HELLO_PAUSE_SECONDS)
@@ -128,6 +134,7 @@ class Link:
             connect_seconds=connect_seconds,
             on_notification=self._on_notification,
             on_end=self._ended,
+            until=self._until,
         )
         try:
             request = HelloRequest(versions=PROTOCOL_VERSIONS, client=self._name).to_wire()
@@ -137,6 +144,10 @@ class Link:
         except BaseException:
             client.close()
             raise
+
+    def _is_over(self) -> bool:
+        """Return whether there is to be no connection any more."""
+        return self._closed or (self._until is not None and self._until.over)
 
     def _usable(self) -> Client:
         """Return the connection; wait for it, for as long as connecting may take.
@@ -189,7 +200,7 @@ class Link:
         except (RpcError, OSError) as error:
             with self._changed:
                 self._why = error
-            return self._closed
+            return self._is_over()
         with self._changed:
             self.client, self.hello = client, hello
             self.reconnects += 1

@@ -61,7 +61,7 @@ class Channel:
     #: Whether the peer is a bare line, without frames.
     is_line = False
 
-    def __init__(self, stream: Stream, *, wake: "Callable[[], None]") -> None:
+    def __init__(self, stream: Stream, *, wake: "Callable[[], object]") -> None:
         """``wake`` has the console's thread look whether it is to read again."""
         self.stream = stream
         self.hello = Hello(versions=CONSOLE_VERSIONS)
@@ -226,7 +226,7 @@ class Channel:
 class FramedChannel(Channel):
     """A peer that speaks the protocol. ``is_open`` once it has said hello."""
 
-    def __init__(self, stream: Stream, *, wake: "Callable[[], None]") -> None:
+    def __init__(self, stream: Stream, *, wake: "Callable[[], object]") -> None:
         super().__init__(stream, wake=wake)
         self.is_open = False
         self._decoder = Decoder(from_client=True)
@@ -287,7 +287,7 @@ class LineChannel(Channel):
 
     is_line = True
 
-    def __init__(self, stream: Stream, *, wake: "Callable[[], None]", term: str) -> None:
+    def __init__(self, stream: Stream, *, wake: "Callable[[], object]", term: str) -> None:
         super().__init__(stream, wake=wake)
         self.hello = Hello(versions=CONSOLE_VERSIONS, terminal=True, term=term)
 

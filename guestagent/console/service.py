@@ -22,6 +22,7 @@ from vsock.errors import CallError, RemoteProtocolError
 from vsock.log import log
 from vsock.stream import Stream, listen
 from vsock.threads import start_thread
+from vsock.waker import Waker
 
 __all__ = ("MAX_SESSIONS", "Console")
 
@@ -78,9 +79,8 @@ class Console:
         self._guest = guest
         self._epoll = select.epoll()
         self._acceptor = Acceptor(self._epoll, lambda line: log.warning("console", problem=line))
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._wake_lock = threading.Lock()
-        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._waker = Waker()
+        self._epoll.register(self._waker.fd, select.EPOLLIN)
         self._peers: dict[int, _Peer] = {}
         self._ended: deque[Session] = deque()
         self._sessions = 0
@@ -96,7 +96,7 @@ class Console:
     def close(self) -> None:
         """End every session and stop listening. For the end of the agent."""
         self._is_closing = True
-        self._wake()
+        self._waker.wake()
         self._thread.join(_STOP_SECONDS * 2)
 
     @property
@@ -132,9 +132,7 @@ class Console:
                 if peer.thread is None or not peer.thread.is_alive():
                     self._free(peer)
             self._epoll.close()
-            with self._wake_lock:
-                os.close(self._wake_fd)
-                self._wake_fd = -1
+            self._waker.close()
 
     def _stop(self) -> None:
         until = time.monotonic() + _STOP_SECONDS
@@ -152,7 +150,7 @@ class Console:
             peer = self._peers.get(fd)
             if peer is not None:
                 self._attend(peer, events)
-            elif fd == self._wake_fd:
+            elif fd == self._waker.fd:
                 self._woken()
             else:
                 stream = self._acceptor.accept(fd)
@@ -186,13 +184,8 @@ class Console:
             elif peer.session is None and now >= peer.since + _HELLO_SECONDS:
                 self._refuse(peer, CallError("timeout", f"no hello in {_HELLO_SECONDS:g} s"))
 
-    def _wake(self) -> None:
-        with self._wake_lock:  # the thread may end, and close it, at this very moment
-            if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
-
     def _woken(self) -> None:
-        os.eventfd_read(self._wake_fd)
+        self._waker.clear()
         while self._ended:
             self._session_ended(self._ended.popleft())
         for peer in self._peers.values():
@@ -202,10 +195,10 @@ class Console:
         stream.setblocking(False)
         if stream.point_to_point:
             term = line_term(os.environ.get("TERM", ""))
-            peer = self._add(LineChannel(stream, wake=self._wake, term=term))
+            peer = self._add(LineChannel(stream, wake=self._waker.wake, term=term))
             self._begin(peer)
             return
-        peer = self._add(FramedChannel(stream, wake=self._wake))
+        peer = self._add(FramedChannel(stream, wake=self._waker.wake))
         if len(self._peers) > _MAX_PEERS:
             self._refuse(peer, CallError("resource", f"{_MAX_PEERS} peers are connected"))
 
@@ -278,7 +271,7 @@ class Console:
     def _on_session_end(self, session: Session) -> None:
         """Called by the session's thread, as the last that it does."""
         self._ended.append(session)
-        self._wake()
+        self._waker.wake()
 
     def _session_ended(self, session: Session) -> None:
         for peer in list(self._peers.values()):

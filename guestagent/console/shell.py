@@ -35,8 +35,8 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _READ_BYTES = 16 * 1024
 _MAX_PENDING_BYTES = 64 * 1024
 _KILL_SECONDS = 5.0
-#: What the output of processes that outlive the shell gets to arrive in.
-_DRAIN_SECONDS = 0.2
+#: What a pipe holds, or a terminal: no more can be left of what a program wrote before it ended.
+_MAX_LEFT_BYTES = 64 * 1024
 
 
 def find_shell() -> tuple[str, ...]:
@@ -138,8 +138,7 @@ class _Child:
         self._run.early_input.clear()
         while self._status is None:
             self._turn(life)
-        with life.part(_DRAIN_SECONDS) as soon:
-            self._drain(soon)
+        self._drain(life)
         return self._status
 
     def _turn(self, life: Deadline) -> None:
@@ -153,7 +152,10 @@ class _Child:
         if self._input >= 0 and self._input in ready and self._to_write:
             self._write_some()
         if self._channel.has_ended and not self._to_write and self._input >= 0:
-            self._end_input()
+            # what came before the end may have come since it was looked for
+            self._to_write += self._channel.poll_input()
+            if not self._to_write:
+                self._end_input()
         for fd in list(self._outputs):
             if fd in ready:
                 self._carry(fd, life)
@@ -170,24 +172,24 @@ class _Child:
                 raise
             self._to_write.clear()  # nobody reads it any more
 
-    def _carry(self, fd: int, deadline: Deadline) -> bool:
-        """Pass on what there is of the output; return whether there was any."""
+    def _carry(self, fd: int, deadline: Deadline) -> int:
+        """Pass on what there is of the output; return how many bytes that was."""
         try:
             data = os.read(fd, _READ_BYTES)
         except BlockingIOError:
-            return False
+            return 0
         except OSError as error:
             if error.errno != errno.EIO:  # how a terminal says that its last user has gone
                 raise
             data = b""
         if not data:
             self._close_output(fd)
-            return False
+            return 0
         if self._outputs[fd]:
             self._channel.write_error(data, deadline)
         else:
             self._channel.write(data, deadline)
-        return True
+        return len(data)
 
     def _close_output(self, fd: int) -> None:
         if fd in self._outputs:
@@ -195,15 +197,18 @@ class _Child:
             if fd != self._input:
                 os.close(fd)
 
-    def _drain(self, soon: Deadline) -> None:
-        """Pass on what the program wrote before it ended."""
-        try:
-            for fd in list(self._outputs):
-                while fd in self._outputs and self._carry(fd, soon):
-                    continue
-        except CallError as error:
-            if error.code != "timeout":
-                raise
+    def _drain(self, deadline: Deadline) -> None:
+        """Pass on what the program wrote before it ended, however slow the peer is.
+
+        Others of its session may have the same output, and write on: not all of theirs.
+        """
+        for fd in list(self._outputs):
+            left_bytes = _MAX_LEFT_BYTES
+            while left_bytes > 0 and fd in self._outputs:
+                passed_bytes = self._carry(fd, deadline)
+                if not passed_bytes:
+                    break
+                left_bytes -= passed_bytes
 
     def _note_end(self) -> None:
         """Learn how the child ended. It is not reaped yet, so that its session keeps its number."""

@@ -44,7 +44,16 @@ def _say(text: str) -> None:
 
 
 def _window() -> Size:
-    columns, rows = shutil.get_terminal_size((80, 24))
+    """Return the size that the terminal itself knows, for a shell may have exported COLUMNS and
+    LINES when its window had another one. They count where no terminal knows."""
+    columns, rows = 0, 0
+    for fd in (_STDIN, _STDOUT):
+        with contextlib.suppress(OSError):
+            columns, rows = os.get_terminal_size(fd)
+        if columns and rows:
+            break
+    else:
+        columns, rows = shutil.get_terminal_size((80, 24))
     return Size(rows=max(1, min(rows, 1000)), columns=max(1, min(columns, 1000)))
 
 

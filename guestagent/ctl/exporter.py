@@ -13,6 +13,7 @@ from socketserver import ThreadingMixIn
 
 from guestagent.client import GuestAgent
 from guestagent.ctl.exposition import merged
+from vsock.deadline import Deadline
 from vsock.errors import RpcError
 
 __all__ = ("CONTENT_TYPE", "Exporter", "MetricsServer")
@@ -29,9 +30,10 @@ _RESERVE_SECONDS = 0.5
 class _Guest:
     """One guest: its connection is kept between scrapes and made again when it is lost."""
 
-    def __init__(self, name: str, address: str) -> None:
+    def __init__(self, name: str, address: str, until: Deadline) -> None:
         self.name = name
         self._address = address
+        self._until = until
         self._handle: GuestAgent | None = None
         self.last: Future[tuple[str, float]] | None = None
 
@@ -41,7 +43,10 @@ class _Guest:
         if self._handle is None or self._handle.closed:
             self.close()
             self._handle = GuestAgent(
-                self._address, connect_seconds=seconds, deadline_ms=max(1, int(seconds * 1000))
+                self._address,
+                connect_seconds=seconds,
+                deadline_ms=max(1, int(seconds * 1000)),
+                until=self._until,
             )
         return self._handle.metrics(), time.monotonic() - begin
 
@@ -56,7 +61,8 @@ class Exporter:
 
     def __init__(self, guests: Mapping[str, str], *, seconds: float) -> None:
         """``guests``: name -> address; ``seconds``: what each gets to answer in."""
-        self._guests = [_Guest(name, address) for name, address in guests.items()]
+        self._until = Deadline()
+        self._guests = [_Guest(name, address, self._until) for name, address in guests.items()]
         self._seconds = seconds
         self._lock = threading.Lock()
         threads = min(_MAX_THREADS, len(self._guests))
@@ -69,12 +75,12 @@ class Exporter:
         self.close()
 
     def close(self) -> None:
-        """Give up what is still asked. Idempotent."""
-        for guest in self._guests:
-            guest.close()
+        """Give up what is still asked, without waiting for any guest. Idempotent."""
+        self._until.cancel()
         self._pool.shutdown(cancel_futures=True)
         for guest in self._guests:
             guest.close()
+        self._until.close()
 
     def text(self, seconds: float | None = None) -> str:
         """Return the metrics of every guest, and which of them answered."""

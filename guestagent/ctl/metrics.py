@@ -4,7 +4,6 @@ import sys
 
 import click
 
-from guestagent.ctl.exporter import Exporter, MetricsServer
 from guestagent.ctl.exposition import parsed
 from guestagent.ctl.profiles import resolve
 from guestagent.ctl.session import Session, pass_session
@@ -47,6 +46,9 @@ def metrics(session: Session, serve: str | None, guests: tuple[str, ...], second
             raise click.UsageError("--guest is for --serve")
         _print(session)
         return
+    # here, because http.server and email are a seventh of what every other command would load
+    from guestagent.ctl.exporter import Exporter, MetricsServer
+
     host, port = _place(serve)
     named = _guests(session, guests)
     with Exporter(named, seconds=seconds) as exporter:

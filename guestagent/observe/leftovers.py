@@ -5,7 +5,6 @@ recovery is about to do that with the same files.
 """
 
 import os
-from collections.abc import Iterator
 
 import msgpack
 
@@ -14,6 +13,11 @@ from guestagent.api.layers import TARGET_ROOT
 __all__ = ("left_behind",)
 
 _ENTRY, _BEGUN = ".entry", ".begun"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import Any  # of a file that may hold anything
 
 
 def left_behind(directory: str) -> dict[str, tuple[str, ...]]:
@@ -39,21 +43,20 @@ def left_behind(directory: str) -> dict[str, tuple[str, ...]]:
     return {part: tuple(texts) for part, texts in found.items()}
 
 
-def _begun(begun: dict[str, list[dict[str, str]]]) -> Iterator[str]:
+def _begun(begun: "Mapping[str, Any]") -> "Iterator[str]":
     for traces in begun["layers"]:
         yield f"{traces['layer_id']} at {traces['mount_point']}"
     if begun["overlay"]:
         yield _place("overlay", begun["overlay"])
 
 
-def _place(kind: str, live: object) -> str:
-    assert isinstance(live, dict)
+def _place(kind: str, live: "Mapping[str, Any]") -> str:
     spec = live["spec"]
     name = spec[f"{kind}_id"]
     return f"{name} at {spec['target'] or f'{TARGET_ROOT}/{kind}s/{name}'}"
 
 
-def _read(path: str) -> dict[str, object]:
+def _read(path: str) -> "Mapping[str, Any]":
     """Read a file whole; a stream around it would cost more than the reading."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

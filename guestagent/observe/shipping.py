@@ -8,6 +8,7 @@ of the last line it has, as decimal digits and a newline, as often as it likes: 
 then goes on behind that number. A host that never answers gets what was not sent before.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -47,6 +48,8 @@ class LogShipper:
         self._connected = False
         self._place = 0
         self._acknowledged = 0
+        #: The part of an answer that is not a whole line yet.
+        self._answer = b""
         #: Lines that the host did not get.
         self.dropped = 0
 
@@ -102,11 +105,11 @@ class LogShipper:
             try:
                 self._ship(stream)
             except (OSError, EOFError):
-                self._place = self._acknowledged or self._place
+                self._go_back(stream)
             except CallError as error:
                 if error.code != "timeout":
                     raise
-                self._place = self._acknowledged or self._place
+                self._go_back(stream)
             finally:
                 self._connected = False
         return True
@@ -114,7 +117,7 @@ class LogShipper:
     def _ship(self, stream: Stream) -> None:
         """Send what there is and what comes, until the end of the connection or of this."""
         self._acknowledged = 0
-        answer = b""
+        self._answer = b""
         self._put(stream, self._head + "\n")
         while True:
             self._send_new(stream)
@@ -124,7 +127,18 @@ class LogShipper:
             if self._wake_fd in ready:
                 os.eventfd_read(self._wake_fd)
             if stream.fileno() in ready:
-                answer = self._hear(stream, answer)
+                self._hear(stream)
+
+    def _go_back(self, stream: Stream) -> None:
+        """Go on behind what the host has, when it has said so.
+
+        A host may answer and go while a line is on its way to it. Sending that line then fails
+        before the answer has been heard, which is still there to read.
+        """
+        with contextlib.suppress(OSError, EOFError):
+            while not self._closing:
+                self._hear(stream)
+        self._place = self._acknowledged or self._place
 
     def _send_new(self, stream: Stream) -> None:
         """Send what was not sent."""
@@ -145,13 +159,18 @@ class LogShipper:
         with self._until.part(_STALL_SECONDS) as deadline:
             stream.sendall(text.encode("ascii"), deadline)
 
-    def _hear(self, stream: Stream, answer: bytes) -> bytes:
-        """Take in what the host says it has; return what is not a whole line yet."""
+    def _hear(self, stream: Stream) -> None:
+        """Take in what the host says it has.
+
+        Raises:
+            BlockingIOError: it says nothing.
+            OSError, EOFError: the connection has ended.
+        """
         data = stream.recv(_ANSWER_BYTES)
         if not data:
             raise EOFError
-        *numbers, rest = (answer + data).split(b"\n")
+        *numbers, rest = (self._answer + data).split(b"\n")
         for number in numbers:
             if number.isdigit() and len(number) < 20:
                 self._acknowledged = min(int(number), self._place)
-        return rest[-20:]
+        self._answer = rest[-20:]

@@ -15,13 +15,14 @@ from pathlib import Path
 from rootfs.closure import ClosureError
 from rootfs.elf import ElfError
 from rootfs.features import FEATURES
-from rootfs.initramfs import PYTHON_DIR, feature_modules, userland
+from rootfs.initramfs import feature_modules
 from rootfs.kernel import (
     KernelNotFoundError,
     ModuleIndex,
     ModuleNotFoundInKernelError,
     module_name,
 )
+from rootfs.userland import PYTHON_DIR, userland
 
 __all__ = ("DEFAULT_FEATURES", "install", "main")
 

@@ -223,13 +223,13 @@ class Client:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(WAIT_SECONDS)
         self.sock.connect(path)
-        self.output = b""
+        self.output = bytearray()
         self.errors = b""
         self.status: int | None = None
         self.signal: str | None = None
         self.refusal: dict[str, object] | None = None
         self.welcome: dict[str, object] | None = None
-        self._buffer = b""
+        self._buffer = bytearray()
         self._seen = 0
         if hello:
             self.sock.sendall(frame(HELLO, {"versions": [1], **fields}))
@@ -282,8 +282,8 @@ class Client:
         size = int.from_bytes(self._buffer[1:4], "big")
         if len(self._buffer) < 4 + size:
             return False
-        kind, payload = self._buffer[0], self._buffer[4 : 4 + size]
-        self._buffer = self._buffer[4 + size :]
+        kind, payload = self._buffer[0], bytes(self._buffer[4 : 4 + size])
+        del self._buffer[: 4 + size]
         if kind == DATA:
             self.output += payload
         elif kind == ERRORS:

@@ -86,7 +86,7 @@ class Bed:
         self.path = address.removeprefix("unix://")
 
     def connections(self) -> list[Connection]:
-        return list(self.server._connections.values())
+        return self.server._peers.all()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytest
 
 from vsock.address import UnixAddress
 from vsock.client import Client, ClosedHandleError
+from vsock.deadline import Deadline
 from vsock.errors import CallError, ConnectionClosed, LocalProtocolError
 from vsock.inbox import Inbox
 from vsock.rpc import MAX_MSGID, Limits, Notification
@@ -323,7 +324,6 @@ def test_bytes_that_are_no_messagepack_end_the_connection(tmp_path):
 
 def test_close_does_not_wait_for_a_peer_that_does_not_read(tmp_path):
     done = threading.Event()
-    sending = threading.Event()
 
     def script(sock):
         assert done.wait(WAIT_SECONDS)
@@ -333,13 +333,11 @@ def test_close_does_not_wait_for_a_peer_that_does_not_read(tmp_path):
         def send():
             with contextlib.suppress(ConnectionClosed):
                 while True:
-                    if client._sending is not None:
-                        sending.set()
                     client.notify("m", {"a": bytes(1_000_000)})
 
         thread = threading.Thread(target=send)
         thread.start()
-        while client._sending is None:
+        while not client._ended._parts:  # one for the send that waits
             assert thread.is_alive()
         started = time.monotonic()
         client.close()
@@ -374,6 +372,24 @@ def test_connect_gives_up_and_says_why(tmp_path):
     assert caught.value.__cause__.errno == errno.ENOENT
 
 
+def test_connect_gives_up_when_it_has_to_and_says_why(tmp_path):
+    with Deadline(0.05) as until, pytest.raises(ConnectionClosed, match="No such file"):
+        Client(f"unix://{tmp_path}/nobody", connect_seconds=WAIT_SECONDS, until=until)
+
+
+def test_a_pause_that_took_too_long_does_not_hide_why(tmp_path, monkeypatch):
+    """On a busy machine the deadline may pass between its last look and the wait."""
+    real = Deadline.wait
+
+    def late(self, *arguments, **options):
+        self.limit(0.0)
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Deadline, "wait", late)
+    with pytest.raises(ConnectionClosed, match="No such file"):
+        Client(f"unix://{tmp_path}/nobody", connect_seconds=WAIT_SECONDS)
+
+
 def test_connect_does_not_try_again_what_cannot_change(tmp_path):
     target = tmp_path / "loop"
     os.symlink(target, target)
@@ -381,6 +397,33 @@ def test_connect_does_not_try_again_what_cannot_change(tmp_path):
     with pytest.raises(ConnectionClosed):
         Client(f"unix://{target}", connect_seconds=WAIT_SECONDS)
     assert time.monotonic() - started < WAIT_SECONDS / 2
+
+
+def test_connecting_is_given_up_from_another_thread(tmp_path):
+    with Deadline() as until:
+        timer = threading.Timer(0.1, until.cancel)
+        timer.start()
+        started = time.monotonic()
+        with pytest.raises(ConnectionClosed, match="cancelled"):
+            Client(f"unix://{tmp_path}/nobody", connect_seconds=WAIT_SECONDS, until=until)
+        assert time.monotonic() - started < WAIT_SECONDS / 2
+        timer.join()
+        assert until._parts == []
+
+
+def test_a_connection_is_given_up_from_another_thread(tmp_path):
+    with Deadline() as until:
+
+        def script(sock):
+            while sock.recv(4096):
+                until.cancel()
+
+        with scripted(tmp_path, script, until=until) as client:
+            with pytest.raises(ConnectionClosed, match="given up") as caught:
+                client.call("echo")
+            assert type(caught.value) is ConnectionClosed
+            assert client.closed
+        assert until._parts == []
 
 
 def test_an_address_that_is_none_is_a_value_error():
@@ -411,14 +454,17 @@ def test_the_inbox_drops_the_oldest_past_its_bounds():
     assert inbox.get() is None
 
 
-def test_a_client_without_threads_leaves_nothing_open(running, monkeypatch):
+def test_a_client_without_threads_leaves_nothing_open(tmp_path, monkeypatch):
     """Only a machine that is out of threads refuses one, so that the refusal is made up."""
 
     def refuse(_):
         raise RuntimeError("can't start new thread")
 
-    before = set(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr("vsock.client.start_thread", refuse)
-    with pytest.raises(RuntimeError):
-        Client(str(running.address), on_notification=print)
-    assert len(os.listdir("/proc/self/fd")) <= len(before)
+    with socket.socket(socket.AF_UNIX) as server:  # whose side of it is made by an accept only
+        server.bind(str(tmp_path / "server"))
+        server.listen()
+        before = os.listdir("/proc/self/fd")
+        monkeypatch.setattr("vsock.client.start_thread", refuse)
+        with pytest.raises(RuntimeError):
+            Client(f"unix://{tmp_path}/server", on_notification=print)
+        assert os.listdir("/proc/self/fd") == before

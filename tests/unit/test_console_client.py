@@ -1,8 +1,10 @@
 """``guestctl console`` in a real pseudo-terminal and on pipes, against a console on a socket."""
 
 import os
+import pty
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inspectbed import serving as agent_serving
 
+from guestagent.api.console import Size
 from guestagent.ctl import console_client
 from guestagent.ctl.console import console_address
 from guestagent.ctl.main import collect
@@ -52,7 +55,8 @@ def guestctl(*arguments: str, stdin: bytes = b"") -> "subprocess.CompletedProces
 
 @pytest.fixture
 def terminal(bed: Bed) -> Iterator[pexpect.spawn]:
-    environment = {**os.environ, "TERM": "xterm"}
+    # as of a shell that exports the size its window had once
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "70", "LINES": "10"}
     child = pexpect.spawn(
         GUESTCTL[0],
         [*GUESTCTL[1:], "console", f"unix://{bed.path}"],
@@ -97,6 +101,23 @@ def test_the_size_follows_the_window(terminal: pexpect.spawn) -> None:
     terminal.expect_exact("guest> ")
     terminal.send("exit\r")
     assert ended(terminal) == 6
+
+
+def test_a_terminal_that_knows_no_size_has_that_of_the_shell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    leader, follower = pty.openpty()
+    try:
+        for name in ("_STDIN", "_STDOUT"):
+            monkeypatch.setattr(console_client, name, follower)
+        monkeypatch.setenv("COLUMNS", "70")
+        monkeypatch.setenv("LINES", "10")
+        assert console_client._window() == Size(rows=10, columns=70)
+        termios.tcsetwinsize(follower, (33, 111))
+        assert console_client._window() == Size(rows=33, columns=111)
+    finally:
+        os.close(leader)
+        os.close(follower)
 
 
 def test_tilde_dot_leaves(terminal: pexpect.spawn) -> None:

@@ -13,6 +13,7 @@ import pytest
 from guestagent.console import channel as channel_module
 from guestagent.console import commands_system as commands_system_module
 from guestagent.console import service as service_module
+from guestagent.console import shell as shell_module
 from guestagent.console.commands import COMMANDS, GROUPS
 from guestagent.console.service import MAX_SESSIONS
 from guestagent.engine.reconciliation import Finding
@@ -519,7 +520,7 @@ def test_a_second_hello_ends_it(bed: Bed, person: Client) -> None:
 
 
 def test_endless_lines_and_junk_at_the_editor(person: Client) -> None:
-    for _ in range(20):
+    for _ in range(6):  # nearly three times what is held for a session
         person.type(b"x" * 30_000)
     person.type(bytes(range(0x0B, 0x100)) * 8)
     person.type("\x03")
@@ -536,11 +537,45 @@ def test_an_endless_line_of_a_script(bed: Bed) -> None:
         assert "a line of over" in str(script.refusal["message"])
 
 
+def test_what_comes_with_the_end_of_input_reaches_the_program(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where both come after the input was looked at, and before its end is."""
+    real, written = shell_module._Child._write_some, threading.Event()
+
+    def late(child: shell_module._Child) -> None:
+        real(child)
+        written.set()
+        wait_until(lambda: child._channel.has_ended, "no end of the input")
+
+    monkeypatch.setattr(shell_module._Child, "_write_some", late)
+    with bed.client(command="sh -c cat") as script:
+        script.type("one\n")
+        assert written.wait(60)
+        script.type("two\n")
+        script.send(END)
+        assert script.finish() == (0, "one\ntwo\n")
+
+
+def test_a_slow_peer_gets_all_that_a_program_wrote_before_it_ended(bed: Bed) -> None:
+    """The pipe holds all of this, so that the program ends whoever reads; the socket, little."""
+    with bed.client(command="sh -c 'read line; head -c 60000 /dev/zero'") as script:
+        wait_until(lambda: bed.console.session_count == 1, "no session")
+        (peer,) = bed.console._peers.values()
+        peer.channel.stream._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 0)
+        script.type("\n")
+        while len(script._buffer) < 36_000:
+            script._buffer += script.sock.recv(4096)
+        time.sleep(0.3)  # slow
+        assert script.finish()[0] == 0
+    assert len(script.output) == 60_000
+
+
 def test_resize_storms(person: Client) -> None:
     for number in range(20_000):
         person.send(SIZE, {"rows": 10 + number % 40, "columns": 40 + number % 80})
         if number % 100 == 0:
-            person.output = b""
+            person.output.clear()
             person._seen = 0
             person.sock.setblocking(False)
             try:
@@ -548,7 +583,7 @@ def test_resize_storms(person: Client) -> None:
                     continue
             except BlockingIOError:
                 person.sock.settimeout(20)
-            person._buffer = b""
+            person._buffer.clear()
 
 
 def test_who_never_reads_is_cut_off_and_nobody_else_waits(

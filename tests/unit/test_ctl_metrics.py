@@ -18,6 +18,7 @@ from test_metrics import check, full, samples
 from guestagent.ctl.exporter import Exporter, MetricsServer
 from guestagent.ctl.exposition import merged, parsed
 from guestagent.ctl.timings import quantile, step_timings
+from vsock.errors import ConnectionClosed
 
 ONE = "# HELP a_total a\n# TYPE a_total counter\na_total 1\n"
 
@@ -127,13 +128,17 @@ def agents(tmp_path: Path) -> Iterator[list[Agent]]:
 
 
 class Silent:
-    """One that takes connections and never answers; whoever waits is let go when it ends."""
+    """One that takes connections and never answers."""
 
     def __init__(self, path: Path) -> None:
         self.address = f"unix://{path}"
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen()
+
+    def accept(self) -> socket.socket:
+        sock, _ = self._listener.accept()
+        return sock
 
     def end(self) -> None:
         self._listener.close()
@@ -159,7 +164,6 @@ def test_guests_are_asked_at_once_each_within_its_time(agents: list[Agent], sile
             up = {name: found[f'guestagent_up{{guest="{name}"}}'] for name in guests}
             assert up == {"one": 1, "two": 1, "silent": 0, "missing": 0}
             check(text)
-        silent.end()
 
 
 def test_a_guest_that_comes_back_is_up_again(agents: list[Agent]) -> None:
@@ -218,7 +222,17 @@ def test_the_scrapes_own_timeout_counts(agents: list[Agent], silent: Silent) -> 
         begin = time.monotonic()
         exporter.text(0.2)
         assert time.monotonic() - begin < 10
-        silent.end()
+
+
+def test_closing_waits_for_no_guest_that_never_says_hello(silent: Silent) -> None:
+    with Exporter({"silent": silent.address}, seconds=0.2) as exporter:
+        exporter.text()
+        with silent.accept() as sock:
+            assert sock.recv(1)  # asked for its hello, which it gets seconds for
+            begin = time.monotonic()
+            exporter.close()
+            assert time.monotonic() - begin < 3
+            assert isinstance(exporter._guests[0].last.exception(), ConnectionClosed)  # type: ignore[union-attr]
 
 
 def test_idle_connections_do_not_use_up_the_server(server: MetricsServer) -> None:

@@ -134,6 +134,10 @@ def test_a_part_ends_with_the_whole_and_with_itself(deadline):
     assert code_of(early.check, "the step") == "timeout"
     whole.check("the step")
     early.close()
+    for seconds in (None, 60.0):
+        endless = deadline(seconds).part()
+        assert endless.remaining() == pytest.approx(seconds, abs=30)
+        endless.close()
 
 
 def test_a_cancel_reaches_the_parts_and_a_parts_cancel_stays_there(deadline):

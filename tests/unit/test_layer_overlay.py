@@ -134,7 +134,7 @@ TREE = [directory("a", uid=1, mode=0o700), Member("a/b", b"1"), Member("a/a/b", 
 
 
 @given(IMAGES)
-@settings(max_examples=int(os.environ.get("OVERLAY_EXAMPLES", "250")), deadline=None)
+@settings(max_examples=int(os.environ.get("OVERLAY_EXAMPLES", "100")), deadline=None)
 @example([TREE, [Member("a/.wh.b"), Member(".wh.a")]])  # what is in it, and then it
 @example([TREE, [Member("a/.wh..wh..opq"), Member(".wh.a")]])
 @example([TREE, [Member("a/.wh..wh..opq"), Member("a/a/.wh.b")]])

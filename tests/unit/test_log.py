@@ -126,6 +126,12 @@ def test_secrets_are_not_told(form: object) -> None:
 # --- the recorder
 
 
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One place for all examples, each of which begins anew."""
+    return tmp_path_factory.mktemp("recording") / "log"
+
+
 def test_the_recorder_keeps_the_last_lines(tmp_path: Path) -> None:
     path = str(tmp_path / "log")
     recorder = Recorder(path)
@@ -141,8 +147,9 @@ def test_the_recorder_keeps_the_last_lines(tmp_path: Path) -> None:
     st.text(max_size=2000),
     st.dictionaries(st.text(max_size=300), st.text(max_size=3000), max_size=20),
 )
-def test_every_line_fits_its_slot(tmp_path_factory: pytest.TempPathFactory, text, fields) -> None:
-    path = str(tmp_path_factory.mktemp("slots") / "log")
+def test_every_line_fits_its_slot(recording: Path, text, fields) -> None:
+    recording.unlink(missing_ok=True)
+    path = str(recording)
     recorder = Recorder(path)
     recorder(line(text, 1).replace(fields=fields))
     recorder(line("the next", 2))
@@ -151,10 +158,9 @@ def test_every_line_fits_its_slot(tmp_path_factory: pytest.TempPathFactory, text
 
 
 @given(st.binary(max_size=4096))
-def test_a_damaged_recording_is_no_failure(tmp_path_factory, data: bytes) -> None:
-    path = tmp_path_factory.mktemp("damaged") / "log"
-    path.write_bytes(data)
-    read_recorded(str(path))
+def test_a_damaged_recording_is_no_failure(recording: Path, data: bytes) -> None:
+    recording.write_bytes(data)
+    read_recorded(str(recording))
 
 
 def test_no_recording(tmp_path: Path) -> None:
@@ -306,16 +312,50 @@ def test_what_a_host_missed_is_sent_again_behind_what_it_has(host: Host) -> None
     assert [next(lines)["text"] for _ in range(3)] == ["1", "2", "3"]
     sock.sendall(b"junk\n1\n")
     log.info("4")
-    assert next(lines)["text"] == "4"  # by now the answer has been heard, or is with this line's
-    log.info("5")
-    next(lines)
+    assert next(lines)["text"] == "4"
     lines.close()
     sock.close()
-    log.info("6")
+    log.info("5")
     again, lines = host.accept()
     with again:
         assert next(lines) == {"stream": "guestagent.log"}
-        assert [next(lines)["text"] for _ in range(5)] == ["2", "3", "4", "5", "6"]
+        assert [next(lines)["text"] for _ in range(4)] == ["2", "3", "4", "5"]
+    shipper.close()
+
+
+class HeldLog(Log):
+    """Keeps back the line "held" from who fetches it, until ``let_go`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_fetched = threading.Event()
+        self.let_go = threading.Event()
+
+    def since(self, number: int) -> tuple[tuple[Line, ...], int]:
+        lines, dropped = super().since(number)
+        if lines and lines[-1].text == "held":
+            self.is_fetched.set()
+            assert self.let_go.wait(WAIT_SECONDS)
+        return lines, dropped
+
+
+def test_an_answer_is_heard_of_a_host_that_went_before_the_next_line(host: Host) -> None:
+    log = HeldLog()
+    host.listen()
+    shipper = ship(log, host)
+    sock, lines = host.accept()
+    log.info("1")
+    log.info("2")
+    assert [next(lines).get("text") for _ in range(3)] == [None, "1", "2"]
+    log.info("held")
+    assert log.is_fetched.wait(WAIT_SECONDS)
+    sock.sendall(b"1\n")
+    lines.close()
+    sock.close()
+    log.let_go.set()
+    again, lines = host.accept()
+    with again:
+        assert [next(lines).get("text") for _ in range(3)] == [None, "2", "held"]
     shipper.close()
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import vsock.server
+import vsock.peers
 from vsock.address import UnixAddress, parse_address
 from vsock.rpc import Limits
 from vsock.server import Outcome, Server
@@ -534,7 +534,7 @@ def test_who_does_not_read_is_cut_off_and_stalls_nobody(serve):
 
 
 def test_who_stops_reading_is_cut_off_in_time(serve, monkeypatch):
-    monkeypatch.setattr(vsock.server, "_STALL_SECONDS", 0.05)
+    monkeypatch.setattr(vsock.peers, "_STALL_SECONDS", 0.05)
     running = serve()
     slow, other = running.peer(), running.peer()
     slow.request(1, "big", bytes=2 << 20)
