@@ -322,12 +322,12 @@ def encode_request(msgid: int, method: str, params: Mapping[str, object] | None 
 
 
 def encode_notification(method: str, params: Mapping[str, object] | Record | None = None) -> bytes:
-    """Return the bytes of a notification.
+    """Return the bytes of a notification; a name that is no UTF-8 is told as a response tells it.
 
     Raises:
         LocalProtocolError: a value has no place in MessagePack.
     """
-    return _encode([_NOTIFICATION, method, [params or {}]])
+    return _encode([_NOTIFICATION, method, [params or {}]], "backslashreplace")
 
 
 def encode_response(

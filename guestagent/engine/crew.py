@@ -6,8 +6,8 @@ packing on the way in; what it made is sent back. It then waits for the word to 
 the end of its connection, which comes when all is decided, and also when we are killed. Then it
 leaves everything as it is: the journal says what that is worth, and the next life acts on it.
 
-A member is one thread, forked while others may hold locks that nobody is left to release there. Its
-work makes system calls and computes. It takes no lock, logs nothing and publishes nothing.
+A member is forked while other threads may hold locks that nobody is left to release there. Its work
+makes system calls and computes. It takes no lock that was made here, logs and publishes nothing.
 """
 
 # pickle without the pure Python beside it, which would cost a guest time and memory
@@ -18,6 +18,7 @@ import os
 import select
 import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 
 from guestagent.engine.operation import Operation
@@ -26,6 +27,7 @@ from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
 from vsock.owner import Owner
+from vsock.threads import start_thread
 
 __all__ = ("Crew", "await_earlier_crews")
 
@@ -36,9 +38,9 @@ _READ_BYTES = 256 * 1024
 #: A member that is told to go has nothing to do but that.
 _GOING_SECONDS = 2.0
 
-#: Does a share under the operation given, which is the member's own; the other argument tells
-#: whether to stop early. Whatever it returns is pickled.
-Work = Callable[[Operation, Callable[[], bool]], object]
+#: Does a share under the operation given, which is the member's own, and whose deadline is
+#: cancelled when it is to stop early. Whatever it returns is pickled.
+Work = Callable[[Operation], object]
 
 
 class Crew(Owner):
@@ -257,11 +259,19 @@ def _close_all_but(keep_fds: Sequence[int]) -> None:
 
 
 def _serve(fd: int, work: Work, op: Operation) -> None:
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    _send(fd, work(op, lambda: bool(poller.poll(0))))
+    watcher = threading.Thread(target=_cancel_at_word, args=(fd, op.deadline), daemon=True)
+    start_thread(watcher)
+    _send(fd, work(op))
     if os.read(fd, 1) == _UNDO:
         _send(fd, _Undone(op.roll_back()))
+
+
+def _cancel_at_word(fd: int, deadline: Deadline) -> None:
+    """Have whatever is under way end when there is a word from who forked us, or never will be."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    poller.poll()
+    deadline.cancel()
 
 
 def _send(fd: int, message: object) -> None:

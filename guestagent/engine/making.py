@@ -2,7 +2,7 @@
 while, by a few threads."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from guestagent.engine.crew import Crew
@@ -97,7 +97,7 @@ class ManyLayers:
         for share in shares[1:]:
             work = partial(self._do_share_forked, share)
             crew.hire(work, op, undo_instead=partial(self._undo_share, share))
-        own = self._do_share(shares[0], op, lambda: False)
+        own = self._do_share(shares[0], op)
         done = [own]
         if own.error is None:
             for result in crew.results(op.deadline):
@@ -113,25 +113,19 @@ class ManyLayers:
                 raise self._blame(claims[came_of.number], came_of.error)
         return [made for came_of in done for made in came_of.made]
 
-    def _do_share_forked(
-        self, claims: Sequence[LayerClaim], op: Operation, is_called_off: Callable[[], bool]
-    ) -> _Share:
+    def _do_share_forked(self, claims: Sequence[LayerClaim], op: Operation) -> _Share:
         steps: list[tuple[str, float, bool]] = []
         op.on_step = lambda *step: steps.append(step)
-        share = self._do_share(claims, op, is_called_off)
+        share = self._do_share(claims, op)
         share.steps = steps
         return share
 
-    def _do_share(
-        self, claims: Sequence[LayerClaim], op: Operation, is_called_off: Callable[[], bool]
-    ) -> _Share:
+    def _do_share(self, claims: Sequence[LayerClaim], op: Operation) -> _Share:
         """Make layers one after the other, then look at them all."""
         share = _Share()
         lives = []
         try:
             for share.number, claim in enumerate(claims):
-                if is_called_off():
-                    return share
                 lives.append(self._make(claim, op))
             mounts = mounts_by_target()
             for share.number, live in enumerate(lives):

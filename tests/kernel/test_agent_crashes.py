@@ -83,7 +83,7 @@ def test_killed_under_supervision(pack: Pack) -> None:
 
 
 def test_killed_without_supervision(pack: Pack) -> None:
-    with AgentProcess("log=error") as agent:
+    with AgentProcess("log=error", "batch_processes=2") as agent:
         answered_within(agent.address)
         soak = Soak(pack, agent.address)
 

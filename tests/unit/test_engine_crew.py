@@ -1,11 +1,11 @@
 """Forked processes that share the work of a batch: what they made is kept, or undone, by word."""
 
+import contextlib
 import errno
 import os
 import select
 import signal
 import threading
-import time
 
 import pytest
 
@@ -32,16 +32,16 @@ def never():
     raise AssertionError("undone by the wrong process")
 
 
-def until_called_off(op, is_called_off):
+def until_called_off(op):
     """Work that has no end of its own."""
-    while not is_called_off():
-        time.sleep(0.001)
+    with contextlib.suppress(CallError):
+        op.deadline.wait([], "work")
 
 
 def toucher(path):
     """Return work that makes a file, and undoes it."""
 
-    def work(op, is_called_off):
+    def work(op):
         path.write_text("made")
         op.undo_by("file", path.unlink)
         return path.name
@@ -69,9 +69,9 @@ def test_all_is_undone_by_who_made_it(crew, op, tmp_path):
 
 
 def test_one_that_still_works_stops_early_and_undoes(crew, op, tmp_path):
-    def work(op, is_called_off):
-        toucher(tmp_path / "a")(op, is_called_off)
-        until_called_off(op, is_called_off)
+    def work(op):
+        toucher(tmp_path / "a")(op)
+        until_called_off(op)
 
     crew.hire(work, op, undo_instead=never)
     crew.undo()
@@ -79,7 +79,7 @@ def test_one_that_still_works_stops_early_and_undoes(crew, op, tmp_path):
 
 
 def test_what_cannot_be_undone_is_named(crew, op, tmp_path):
-    def work(op, is_called_off):
+    def work(op):
         op.undo_by("the moon", lambda: os.unlink("/nowhere/moon"))
 
     crew.hire(work, op, undo_instead=never)
@@ -91,7 +91,7 @@ def test_what_cannot_be_undone_is_named(crew, op, tmp_path):
 def test_the_share_of_one_that_died_is_undone_from_here(crew, op):
     undone = []
     crew.hire(
-        lambda op, _: os.kill(os.getpid(), signal.SIGKILL),
+        lambda op: os.kill(os.getpid(), signal.SIGKILL),
         op,
         undo_instead=lambda: undone.append(1),
     )
@@ -104,7 +104,7 @@ def test_the_share_of_one_that_died_is_undone_from_here(crew, op):
 
 def test_a_bug_in_the_work_ends_there_and_is_told(crew, op, capfd):
     undone = []
-    crew.hire(lambda op, _: 1 // 0, op, undo_instead=lambda: undone.append(1))
+    crew.hire(lambda op: 1 // 0, op, undo_instead=lambda: undone.append(1))
     with pytest.raises(CallError, match="ended"):
         crew.results(op.deadline)
     crew.undo()
@@ -116,7 +116,7 @@ def test_a_bug_in_the_work_ends_there_and_is_told(crew, op, capfd):
 def test_one_that_hangs_is_ended_and_its_share_undone_from_here(tmp_path, op):
     undone = []
 
-    def hang(op, is_called_off):
+    def hang(op):
         signal.pause()
 
     with Crew(str(tmp_path), "b", keep_fds=(), undo_seconds=0.2) as crew:
@@ -136,7 +136,7 @@ def test_a_wait_for_results_can_be_cancelled(crew, op):
 
 
 def test_a_result_larger_than_any_socket_buffer(crew, op):
-    crew.hire(lambda op, _: b"x" * (4 << 20), op, undo_instead=never)
+    crew.hire(lambda op: b"x" * (4 << 20), op, undo_instead=never)
     (result,) = crew.results(op.deadline)
     assert len(result) == 4 << 20
 
@@ -146,7 +146,7 @@ def test_errors_of_calls_travel_whole(crew, op):
         "busy", "in use", errno=errno.EBUSY, step="s", object="o", hint="h", kernel_log=("k",)
     )
     error.is_placed = True
-    crew.hire(lambda op, _: error, op, undo_instead=never)
+    crew.hire(lambda op: error, op, undo_instead=never)
     (result,) = crew.results(op.deadline)
     assert vars(result) == vars(error)
 
@@ -157,9 +157,9 @@ def test_nothing_that_is_open_here_stays_open_there(crew, op):
     kept_read, kept_write = os.pipe()
     crew._keep_fds = (kept_write,)
 
-    def work(op, is_called_off):
+    def work(op):
         os.write(kept_write, b"!")
-        until_called_off(op, is_called_off)
+        until_called_off(op)
 
     crew.hire(work, op, undo_instead=never)
     assert os.read(kept_read, 1) == b"!"
@@ -176,7 +176,7 @@ def test_faults_and_deadline_are_its_own(tmp_path):
         with op.step("make", "here"):
             pass
 
-        def work(op, is_called_off):
+        def work(op):
             with op.step("make", "there"):
                 pass
             try:
@@ -222,7 +222,7 @@ def test_it_ends_with_the_process_that_forked_it(tmp_path):
     if child == 0:
         deadline = Deadline(20)
         crew = Crew(str(tmp_path), "b", keep_fds=(write_end,), undo_seconds=5)
-        crew.hire(lambda op, _: signal.pause(), Operation(deadline), undo_instead=never)
+        crew.hire(lambda op: signal.pause(), Operation(deadline), undo_instead=never)
         os.kill(os.getpid(), signal.SIGKILL)
     os.close(write_end)
     os.waitpid(child, 0)

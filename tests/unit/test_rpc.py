@@ -294,12 +294,19 @@ def test_a_name_that_is_not_unicode_does_not_cost_the_answer():
     assert (error, result) == (None, "/a\\udcff")
 
 
+def test_a_name_that_is_not_unicode_does_not_cost_a_notification():
+    [(_, _, params)] = decode(encode_notification("m", {"a": "/a\udcff"}))
+    assert params == {"a": "/a\\udcff"}
+
+
 def test_a_request_that_cannot_be_said_is_our_own_error():
-    for params in ({"a": object()}, {"a": 1 << 64}, {"a": "\udcff"}):
+    for params in ({"a": object()}, {"a": 1 << 64}):
         with pytest.raises(LocalProtocolError):
             encode_request(1, "m", params)
         with pytest.raises(LocalProtocolError):
             encode_notification("m", params)
+    with pytest.raises(LocalProtocolError):
+        encode_request(1, "m", {"a": "\udcff"})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,103 @@
+"""``agent.cancel`` over the wire, whatever step the request is at: undone before it is answered."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guestagent.api import LayersMountRequest, LayerSpec
+from guestagent.client import GuestAgent
+from tests.kernel.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
+from vsock.client import Client
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+from vsock.record import Record
+
+LAYERS = 12
+#: In order, as ``timings_ms`` names them.
+STEPS = (
+    "device", "version", "journal", "superblock", "linear", "verity", "prove", "target",
+    "filesystem", "mount", "defer", "read back", "commit",
+)  # fmt: skip
+#: Far more than a step takes, and far less than the deadline of the request.
+SECONDS = 20
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
+    with attached_pack(tmp_path_factory.mktemp("pack"), LAYERS) as pack:
+        yield pack
+
+
+def wait_until_at(guest: GuestAgent, step: str) -> None:
+    """Wait until the step before ``step`` is done: the request hangs in ``step`` then."""
+    before = STEPS[STEPS.index(step) - 1]
+    done = re.compile(rf'step_duration_seconds_count{{step="{before}"}} [1-9]')
+    with Deadline(SECONDS) as deadline:
+        while not done.search(guest.metrics()):
+            deadline.check(f"the request comes to {step}")
+
+
+def cancelled_at(agent: AgentProcess, step: str, method: str, request: Record) -> CallError:
+    """Have ``request`` hang in ``step``, cancel it there, and return what it was answered."""
+    with agent.client() as guest, Client(agent.address) as client:
+        before = World.now(skip=[str(agent.directory)])
+        client.call("agent.hello", {"versions": [1]})
+        pending = client.start_call(method, request.to_wire(), deadline_ms=600_000)
+        wait_until_at(guest, step)
+        assert not pending.done
+        pending.cancel()
+        with pytest.raises(CallError) as caught:
+            pending.result(SECONDS)
+        assert settled_world(before, skip=[str(agent.directory)]) == before
+        assert guest.layer_list() == ()
+        status = guest.status()
+        assert (status.state, status.layers, status.dm_devices) == ("ready", 0, 0)
+    return caught.value
+
+
+def faulty(step: str, *settings: str) -> AgentProcess:
+    return AgentProcess("log=error", f"fault={step}:BLOCK", *settings)
+
+
+@pytest.mark.parametrize("step", STEPS[1:])
+def test_a_layer(pack: Pack, step: str) -> None:
+    with faulty(step) as agent:
+        error = cancelled_at(agent, step, "layer.mount", pack.spec(0))
+    assert (error.code, error.step) == ("cancelled", step)
+
+
+@pytest.mark.parametrize("step", ["superblock", "verity", "mount", "defer"])
+def test_a_batch_of_processes(pack: Pack, step: str) -> None:
+    """All of its processes hang, and all of them hear of it."""
+    layers: tuple[LayerSpec, ...] = tuple(pack.spec(number) for number in range(LAYERS))
+    with faulty(step, "batch_processes=3") as agent:
+        error = cancelled_at(agent, step, "layers.mount", LayersMountRequest(layers=layers))
+    assert (error.code, error.step) == ("cancelled", step)
+
+
+def test_an_unmount(pack: Pack, tmp_path: Path) -> None:
+    """It is undone by mounting again."""
+    with AgentProcess("log=error", "fault=remove:BLOCK") as agent, agent.client() as guest:
+        guest.layer_mount(pack.spec(0))
+        with Client(agent.address) as client:
+            client.call("agent.hello", {"versions": [1]})
+            pending = client.start_call(
+                "layer.unmount", {"layer_id": "layer0"}, deadline_ms=600_000
+            )
+            with Deadline(SECONDS) as deadline:
+                while Path("/run/layers/layer0/who").exists():
+                    deadline.check("the layer is unmounted")
+            pending.cancel()
+            with pytest.raises(CallError) as caught:
+                pending.result(SECONDS)
+        assert (caught.value.code, caught.value.step) == ("cancelled", "remove")
+        assert [layer.state for layer in guest.layer_list()] == ["mounted"]
+        assert Path("/run/layers/layer0/who").exists()
+        agent.kill()
+        agent.settings = ("log=error",)
+        agent.start()
+        with agent.client() as again:
+            assert [layer.layer_id for layer in again.layer_list()] == ["layer0"]
+            again.layer_unmount("layer0")
