@@ -12,6 +12,7 @@ makes system calls and computes. It takes no lock that was made here, logs and p
 
 # pickle without the pure Python beside it, which would cost a guest time and memory
 import _pickle
+import contextlib
 import errno
 import gc
 import os
@@ -34,7 +35,7 @@ __all__ = ("Crew", "await_earlier_crews")
 _SIGN_OF_LIFE = ".crew"
 _UNDO = b"u"
 _LENGTH_BYTES = 4
-_READ_BYTES = 256 * 1024
+_READ_BYTES = 64 * 1024
 #: A member that is told to go has nothing to do but that.
 _GOING_SECONDS = 2.0
 
@@ -66,9 +67,7 @@ class Crew(Owner):
         Raises:
             OSError: EAGAIN or ENOMEM, no process can be had.
         """
-        if self._life_fd < 0:
-            os.mkfifo(self._path, 0o600)
-            self._life_fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        self._show_life()
         ours, theirs = (end.detach() for end in socket.socketpair())
         parent = os.getpid()
         try:
@@ -78,12 +77,23 @@ class Crew(Owner):
             os.close(theirs)
             raise
         if pid == 0:
-            with _LastFrame(parent):
-                keep = (*self._keep_fds, self._life_fd, theirs)
-                _close_all_but(keep)
+            with _LastFrame():
+                _end_with(parent)
+                _close_all_but((*self._keep_fds, self._life_fd, theirs))
                 _serve(theirs, work, op.forked())
         os.close(theirs)
         self._members.append(_Member(pid, ours, undo_instead))
+
+    def _show_life(self) -> None:
+        """Open the pipe that every member has, and by which a next life sees whether one lives."""
+        if self._life_fd >= 0:
+            return
+        os.mkfifo(self._path, 0o600)
+        try:
+            self._life_fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            os.unlink(self._path)
+            raise
 
     def results(self, deadline: Deadline) -> list[object]:
         """Return what each member's work returned, in the order of hiring.
@@ -138,7 +148,10 @@ class _Member:
         """Return the next thing that the member says; CallError ``internal`` if it is dead."""
         while (message := self._next_message()) is None:
             deadline.wait([self._fd], "wait for a process of the batch")
-            chunk = os.read(self._fd, _READ_BYTES)
+            try:
+                chunk = os.read(self._fd, _READ_BYTES)
+            except ConnectionResetError:  # it ended before it had read what we said
+                chunk = b""
             if not chunk:
                 raise CallError(
                     "internal",
@@ -231,13 +244,7 @@ class _Undone:
 class _LastFrame:
     """Nothing leaves the block: the frames around it are another process's."""
 
-    def __init__(self, parent: int) -> None:
-        self._parent = parent
-
     def __enter__(self) -> None:
-        syscalls.end_with_parent(signal.SIGKILL)
-        if os.getppid() != self._parent:  # it ended before we asked to be told
-            os._exit(1)
         # what is collected here is the parent's as well, and must not be closed a second time
         gc.disable()
 
@@ -249,13 +256,19 @@ class _LastFrame:
         os._exit(0 if error is None else 1)
 
 
+def _end_with(parent: int) -> None:
+    """Be killed when the thread that forked us ends, also when it has ended already."""
+    syscalls.end_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def _close_all_but(keep_fds: Sequence[int]) -> None:
     """Close what else is open: a connection ends only when nobody has it any more."""
-    low = 3
-    for fd in sorted(keep_fds):
-        os.closerange(low, fd)
-        low = max(low, fd + 1)
-    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in keep_fds:
+            with contextlib.suppress(OSError):  # the one that listed them
+                os.close(fd)
 
 
 def _serve(fd: int, work: Work, op: Operation) -> None:

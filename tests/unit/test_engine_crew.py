@@ -102,6 +102,18 @@ def test_the_share_of_one_that_died_is_undone_from_here(crew, op):
     assert undone == [1]
 
 
+def test_one_that_dies_with_our_word_unread(crew, op):
+    undone = []
+
+    def work(op):
+        until_called_off(op)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    crew.hire(work, op, undo_instead=lambda: undone.append(1))
+    crew.undo()
+    assert undone == [1]
+
+
 def test_a_bug_in_the_work_ends_there_and_is_told(crew, op, capfd):
     undone = []
     crew.hire(lambda op: 1 // 0, op, undo_instead=lambda: undone.append(1))
