@@ -110,21 +110,20 @@ class Batches:
         op: Operation,
     ) -> LayersMountReply:
         """Report what was read back, of all, before anything is promised."""
-        fresh = {each.live.spec.layer_id: each for each in made}
-        reports = []
-        for spec in request.layers:
-            each = fresh.get(spec.layer_id)
-            if each is None:
-                reports.append(self._layers.get(spec.layer_id, already=True))
-            else:
-                reports.append(report_of(self._state, each.live, each.seen))
+        reports = {
+            each.live.spec.layer_id: report_of(self._state, each.live, each.seen) for each in made
+        }
+        there = [spec.layer_id for spec in request.layers if spec.layer_id not in reports]
+        reports.update((layer.layer_id, layer) for layer in self._layers.get_all(there))
         overlay_report: OverlayReport | None = None
         if overlay is not None:
             overlay_report = self._overlays.report(overlay)
         elif request.overlay is not None:
             overlay_report = self._overlays.get(request.overlay.overlay_id, already=True)
         return LayersMountReply(
-            layers=tuple(reports), overlay=overlay_report, timings_ms=op.timings_ms
+            layers=tuple(reports[spec.layer_id] for spec in request.layers),
+            overlay=overlay_report,
+            timings_ms=op.timings_ms,
         )
 
     def _keep(self, made: Sequence[Made], overlay: LiveOverlay | None) -> None:

@@ -1,6 +1,6 @@
 """Layers come and go: each request under its lock, as a transaction, with the books kept."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from guestagent.api import LayerReport, LayerSpec, UnmountReply, VerifyReply
 from guestagent.engine.inventory import LayerClaim, LiveLayer, refuse_other_spec
@@ -198,10 +198,23 @@ class Layers:
         Raises:
             CallError: ``not_found``.
         """
+        return layer_report(self._state, self._live(layer_id), already=already)
+
+    def get_all(self, layer_ids: Sequence[str]) -> Iterator[LayerReport]:
+        """Describe layers that a request found mounted already.
+
+        Raises:
+            CallError: ``not_found``.
+        """
+        mounts = mounts_by_target() if layer_ids else {}
+        for layer_id in layer_ids:
+            yield layer_report(self._state, self._live(layer_id), already=True, mounts=mounts)
+
+    def _live(self, layer_id: str) -> LiveLayer:
         live = self._state.inventory.layer(layer_id)
         if live is None:
             raise CallError("not_found", f"there is no layer {layer_id!r}", object=layer_id)
-        return layer_report(self._state, live, already=already)
+        return live
 
     def list(self) -> tuple[LayerReport, ...]:
         """Describe all layers; one that vanishes meanwhile is left out."""
@@ -217,7 +230,4 @@ class Layers:
 
     def verify(self, layer_id: str, op: Operation, progress: Progress) -> VerifyReply:
         """Read a whole layer through verity; ``progress`` gets (done_bytes, total_bytes)."""
-        live = self._state.inventory.layer(layer_id)
-        if live is None:
-            raise CallError("not_found", f"there is no layer {layer_id!r}", object=layer_id)
-        return verify_layer(self._state, live, op, progress)
+        return verify_layer(self._state, self._live(layer_id), op, progress)
