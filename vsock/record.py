@@ -210,15 +210,15 @@ def _decode_record(cls: RecordType, value: object, where: str) -> object:
         known = ", ".join(cls._fields) or "none"
         raise _invalid(f"{where}.{unknown}", f"unknown parameter (known: {known})")
     fields: dict[str, object] = {}
-    for name, item in value.items():
-        if type(item) in cls._plain_types[name]:
-            fields[name] = item
-        else:
-            fields[name] = decode(cls._fields[name][0], item, f"{where}.{name}")
     required = cls._plan[2]
-    if not fields.keys() >= required:
-        missing = next(name for name in cls._fields if name in required and name not in fields)
-        raise _invalid(f"{where}.{missing}", "missing")
+    for name, plain_types in cls._plain_types.items():
+        if name not in value:
+            if name in required:
+                raise _invalid(f"{where}.{name}", "missing")
+        elif type(value[name]) in plain_types:
+            fields[name] = value[name]
+        else:
+            fields[name] = decode(cls._fields[name][0], value[name], f"{where}.{name}")
     try:
         return cls(**fields)
     except ValueError as problem:

@@ -132,7 +132,7 @@ def test_layer_mount(bed: EngineBed, pack: Pack, parts: str) -> None:
         changes["mapping"] = None
     request = mount_layer(pack, 0, **changes)
     steps = fail_at_every_step(bed, request)
-    assert steps >= {"plain": 8, "linear": 9, "verity": 12, "both": 14}[parts]
+    assert steps >= {"plain": 8, "linear": 9, "verity": 11, "both": 13}[parts]
 
 
 @pytest.mark.parametrize("kind", SCRATCHES)
@@ -150,7 +150,7 @@ def test_batch_mount_with_overlay(bed: EngineBed, pack: Pack) -> None:
         layers=tuple(pack.spec(number) for number in range(4)),
         overlay=overlay("o", "layer3", "layer0", scratch=TmpfsScratch(size_bytes=1 << 20)),
     )
-    assert fail_at_every_step(bed, lambda bed, op: bed.engine.batches.mount(request, op)) >= 45
+    assert fail_at_every_step(bed, lambda bed, op: bed.engine.batches.mount(request, op)) >= 42
 
 
 def test_layer_unmount(bed: EngineBed, pack: Pack) -> None:
