@@ -142,7 +142,9 @@ class Operation:
             self._faults.reach(step, self.deadline)
 
     def _end(self, step: str, spent: float, failed: bool) -> None:
-        self.timings_ms[step] = round(self.timings_ms.get(step, 0.0) + spent * 1000, 3)
+        spent_ms = int(spent * 1e6) / 1000  # whole microseconds, cheaper than by round()
+        before = self.timings_ms.get(step)
+        self.timings_ms[step] = spent_ms if before is None else round(before + spent_ms, 3)
         if self.on_step is not None:
             self.on_step(step, spent, failed)
 
