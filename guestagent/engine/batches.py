@@ -68,11 +68,12 @@ class Batches:
                             self._overlays.write(overlay, begun, op)
                         self._state.journal.decide(begun)
                     op.commit()
+                many.let_go()  # they end while the rest is done
                 self._keep(made, overlay)
-        for each in made:
-            self._layers.announce(each.live, op)
-        if overlay is not None:
-            self._overlays.announce(overlay, op)
+                for each in made:
+                    self._layers.announce(each.live, op)
+                if overlay is not None:
+                    self._overlays.announce(overlay, op)
         op.timings_ms["total"] = round((time.perf_counter() - begin) * 1000, 3)
         return reply
 

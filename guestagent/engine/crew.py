@@ -120,11 +120,15 @@ class Crew(Owner):
         if failures:
             raise CallError("internal", "; ".join(failures))
 
+    def let_go(self) -> None:
+        """Let the members end, and leave what they made. Idempotent."""
+        for member in self._members:
+            member.let_go()
+
     def close(self) -> None:
         """Let the members go and see them gone. Idempotent."""
+        self.let_go()
         members, self._members = self._members, []
-        for member in members:
-            member.let_go()
         for member in members:
             member.reap()
         if self._life_fd >= 0:
@@ -207,7 +211,9 @@ class _Member:
         return ()
 
     def let_go(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def reap(self) -> None:
         if not self._is_over():

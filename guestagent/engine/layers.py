@@ -206,9 +206,10 @@ class Layers:
         Raises:
             CallError: ``not_found``.
         """
-        mounts = mounts_by_target() if layer_ids else {}
-        for layer_id in layer_ids:
-            yield layer_report(self._state, self._live(layer_id), already=True, mounts=mounts)
+        lives = [self._live(layer_id) for layer_id in layer_ids]
+        mounts = mounts_by_target(live.spec.mount_point for live in lives) if lives else {}
+        for live in lives:
+            yield layer_report(self._state, live, already=True, mounts=mounts)
 
     def _live(self, layer_id: str) -> LiveLayer:
         live = self._state.inventory.layer(layer_id)

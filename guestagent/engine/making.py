@@ -2,7 +2,7 @@
 while, by a few threads."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from guestagent.engine.crew import Crew
@@ -70,6 +70,10 @@ class ManyLayers:
     def __exit__(self, *_: object) -> None:
         self._crew.close()
 
+    def let_go(self) -> None:
+        """Let the processes end, now that all is decided; ``with`` waits for that. Idempotent."""
+        self._crew.let_go()
+
     def make(self, claims: Sequence[LayerClaim]) -> list[Made]:
         """Make them all; what has to be undone later becomes the operation's to undo.
 
@@ -127,13 +131,18 @@ class ManyLayers:
         try:
             for share.number, claim in enumerate(claims):
                 lives.append(self._make(claim, op))
-            mounts = mounts_by_target()
-            for share.number, live in enumerate(lives):
-                seen = see_layer(self._state.control, live, mounts.get(live.spec.mount_point))
-                share.made.append(Made(live, seen))
+            share.number = 0
+            for share.number, made in enumerate(self._look_at(lives), 1):
+                share.made.append(made)
         except CallError as error:
             share.error = error
         return share
+
+    def _look_at(self, lives: Sequence[LiveLayer]) -> Iterator[Made]:
+        mounts = mounts_by_target(live.spec.mount_point for live in lives)
+        for live in lives:
+            mount = mounts.get(live.spec.mount_point)
+            yield Made(live, see_layer(self._state.control, live, mount))
 
     def _make(self, claim: LayerClaim, op: Operation) -> LiveLayer:
         child = op.child()
@@ -177,11 +186,7 @@ class ManyLayers:
         finally:
             for child in children:
                 self._op.adopt(child)
-        mounts = mounts_by_target()
-        return [
-            Made(live, see_layer(self._state.control, live, mounts.get(live.spec.mount_point)))
-            for live in lives
-        ]
+        return list(self._look_at(lives))
 
     def _make_or_blame(self, claim: LayerClaim, op: Operation) -> LiveLayer:
         try:

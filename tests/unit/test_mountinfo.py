@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guestagent.storage import mountinfo
-from guestagent.storage.mountinfo import Mount, find_mount, lowerdirs_of, mounts_of_dev, parse
+from guestagent.storage.mountinfo import (
+    Mount,
+    find_mount,
+    lowerdirs_of,
+    mounts_by_target,
+    mounts_of_dev,
+    parse,
+)
 from guestagent.storage.overlayfs import escape
 
 TABLE = r"""
@@ -60,6 +67,15 @@ def test_odd_targets_are_found(table: str) -> None:
         found = find_mount(target, table)
         assert found is not None
         assert found.target == target
+
+
+def test_the_mounts_of_many_targets(table: str) -> None:
+    wanted = ("/mnt/bind here", "/back\\slash\nline", "/run/layers/a", "/run/layers", "tmpfs")
+    found = mounts_by_target(wanted, path=table)
+    assert found == {target: find_mount(target, table) for target in wanted[:3]}
+    everything = mounts_by_target(path=table)
+    assert found.items() < everything.items()
+    assert mounts_by_target((), path=table) == {}
 
 
 def test_mounts_of_a_device(table: str) -> None:
