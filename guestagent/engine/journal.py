@@ -62,7 +62,7 @@ class Written(Record):
 
 
 class Journal:
-    """``kind`` is layer or overlay. One writer for each id at a time."""
+    """The files of one directory. One writer for each id at a time."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory

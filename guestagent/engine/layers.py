@@ -80,10 +80,7 @@ class Layers:
 
     def begin(self, begun: str, claims: Sequence[LayerClaim], op: Operation) -> None:
         """Write down what is about to be made, so that a restart can undo it."""
-        journal = self._state.journal
-        with op.step("journal", begun, code="resource"):
-            journal.begin(begun, Begun(layers=tuple(claim.traces for claim in claims)))
-        op.undo_by("what was begun", lambda: journal.decide(begun), is_record=True)
+        self._state.begin(begun, Begun(layers=tuple(claim.traces for claim in claims)), op)
 
     def make(self, claim: LayerClaim, op: Operation) -> LiveLayer:
         """Make what is claimed and begun: the devices and the mount."""

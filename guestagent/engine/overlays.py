@@ -92,7 +92,7 @@ class Overlays:
         live = LiveOverlay(
             spec=spec, lowerdirs=lowerdirs, method="", links=None, scratch=None, created=created
         )
-        self._begin(live, op)
+        self._state.begin(_begun(spec.overlay_id), Begun(overlay=live), op)
         if spec.scratch is not None:
             scratch = make_scratch(self._state, spec.overlay_id, spec.scratch, op)
             live = live.replace(scratch=scratch)
@@ -278,12 +278,6 @@ class Overlays:
                 )
             found.append(live.spec.mount_point)
         return tuple(found)
-
-    def _begin(self, live: LiveOverlay, op: Operation) -> None:
-        journal, begun = self._state.journal, _begun(live.spec.overlay_id)
-        with op.step("journal", begun, code="resource"):
-            journal.begin(begun, Begun(overlay=live))
-        op.undo_by("what was begun", lambda: journal.decide(begun), is_record=True)
 
     def _mount(self, live: LiveOverlay, op: Operation) -> LiveOverlay:
         spec = live.spec

@@ -3,8 +3,9 @@
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
 from guestagent.engine.inventory import Inventory
-from guestagent.engine.journal import Journal
+from guestagent.engine.journal import Begun, Journal
 from guestagent.engine.locks import KeyLocks
+from guestagent.engine.operation import Operation
 from guestagent.engine.plan import Version
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.kmsg import KernelLog
@@ -49,6 +50,12 @@ class EngineState:
         """Ask for the version of the kernel's verity target; None if it has none (yet)."""
         self.known_verity_version = self.control.list_versions().get("verity")
         return self.known_verity_version
+
+    def begin(self, name: str, begun: Begun, op: Operation) -> None:
+        """Write down what is about to be made, so that a restart can undo it."""
+        with op.step("journal", name, code="resource"):
+            self.journal.begin(name, begun)
+        op.undo_by("what was begun", lambda: self.journal.decide(name), is_record=True)
 
     def tidy(self, what: str, action: "Callable[..., None]", *arguments: object) -> None:
         """Do the last of a clean-up, which is past failing; a failure shows in the status."""
