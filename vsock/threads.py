@@ -9,12 +9,17 @@ Ctrl-C or SIGTERM would be lost until something else happens.
 import _signal  # type: ignore[import-not-found]  # which is why it has no stub either
 import threading
 
-__all__ = ("start_thread",)
+__all__ = ("block_signals", "start_thread")
 
 #: Those by which a program is interrupted or ended, or told of its terminal.
 _SIGNALS = (
     _signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGWINCH,
 )  # fmt: skip
+
+
+def block_signals() -> None:
+    """Leave these signals to others for good: for a process that ends with the one it serves."""
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, _SIGNALS)
 
 
 def start_thread(thread: threading.Thread) -> None:

@@ -14,7 +14,7 @@ from guestagent.api import (
 )
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from guestagent.engine.layers import Layers
-from guestagent.engine.making import Made, ManyLayers
+from guestagent.engine.making import Made, ManyLayers, reserve_for
 from guestagent.engine.operation import Operation
 from guestagent.engine.overlays import Overlays
 from guestagent.engine.parallel import for_each
@@ -38,6 +38,11 @@ class Batches:
         self._state = state
         self._layers = layers
         self._overlays = overlays
+        self._reserve = reserve_for(state, layers)
+
+    def close(self) -> None:
+        """End the processes that wait for the next batch. Idempotent."""
+        self._reserve.close()
 
     # --- mount
 
@@ -57,7 +62,7 @@ class Batches:
             # the name is never used again, so that what was begun is not another batch's
             begun = f"batch-{time.monotonic_ns()}-{request.layers[0].layer_id}"
             missing = [spec for spec in request.layers if not self._layers.is_mounted(spec)]
-            with ManyLayers(self._state, self._layers, begun, op) as many:
+            with ManyLayers(self._state, self._layers, self._reserve, begun, op) as many:
                 with op:
                     made = self._bring_layers_up(missing, many, begun, op)
                     overlay = self._bring_overlay_up(request, made, op)
@@ -68,7 +73,7 @@ class Batches:
                             self._overlays.write(overlay, begun, op)
                         self._state.journal.decide(begun)
                     op.commit()
-                many.let_go()  # they end while the rest is done
+                many.keep()
                 self._keep(made, overlay)
                 for each in made:
                     self._layers.announce(each.live, op)

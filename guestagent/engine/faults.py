@@ -72,9 +72,8 @@ class Faults:
             self._faults = faults
             self._reached: dict[str, int] = {"": 0}
 
-    def copy(self) -> "Faults":
-        """Return the same faults, at none of which anything has arrived yet."""
-        return Faults(self._faults)
+    def armed(self) -> tuple[Fault, ...]:
+        return self._faults
 
     def reach(self, step: str, deadline: Deadline) -> None:
         """Strike if a fault is due at this coming of ``step``.

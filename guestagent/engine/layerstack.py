@@ -112,7 +112,7 @@ class LayerStack:
     def make(self, planned: LiveLayer, op: Operation) -> LiveLayer:
         """Make the devices and the mount; return the layer as it became.
 
-        Works by system calls alone, so that a forked process can do it (see ``crew``).
+        Works by system calls alone, so that a forked process can do it (see ``reserve``).
         """
         dev, node = self._make_devices(planned, op)
         # open until it is mounted, so that what was read and verified stays cached

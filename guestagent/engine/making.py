@@ -12,13 +12,14 @@ from guestagent.engine.operation import Operation
 from guestagent.engine.parallel import for_each
 from guestagent.engine.readback import LayerSeen, see_layer
 from guestagent.engine.recovery import KernelView, remove_traces
+from guestagent.engine.reserve import Reserve
 from guestagent.engine.state import EngineState
 from guestagent.storage.mountinfo import mounts_by_target
 from vsock.errors import CallError
 
-__all__ = ("Made", "ManyLayers")
+__all__ = ("Made", "ManyLayers", "reserve_for")
 
-#: A process costs about as much as one layer, and has to earn it.
+#: A process that is new costs about as much as two layers, and has to earn it.
 _LAYERS_PER_PROCESS = 4
 
 
@@ -45,24 +46,84 @@ class _Share:
         self.steps: list[tuple[str, float, bool]] = []
 
 
+class _Job:
+    """A part of the layers, begun under the name ``begun``."""
+
+    __slots__ = ("begun", "claims")
+
+    def __init__(self, begun: str, claims: Sequence[LayerClaim]) -> None:
+        self.begun = begun
+        self.claims = claims
+
+
+class _Worker:
+    """Makes layers, here or in another process."""
+
+    def __init__(self, state: EngineState, layers: Layers) -> None:
+        self._state = state
+        self._layers = layers
+
+    def do_errand(self, job: object, op: Operation) -> _Share:
+        """Do a share in another process, where nobody listens to the steps."""
+        assert isinstance(job, _Job)
+        steps: list[tuple[str, float, bool]] = []
+        op.on_step = lambda *step: steps.append(step)
+        share = self.do_share(job, op)
+        share.steps = steps
+        return share
+
+    def do_share(self, job: _Job, op: Operation) -> _Share:
+        """Make layers one after the other, then look at them all."""
+        share = _Share()
+        lives = []
+        try:
+            for share.number, claim in enumerate(job.claims):
+                lives.append(self.make(claim, job.begun, op))
+            share.number = 0
+            for share.number, made in enumerate(self.look_at(lives), 1):
+                share.made.append(made)
+        except CallError as error:
+            share.error = error
+        return share
+
+    def look_at(self, lives: Sequence[LiveLayer]) -> Iterator[Made]:
+        mounts = mounts_by_target(live.spec.mount_point for live in lives)
+        for live in lives:
+            mount = mounts.get(live.spec.mount_point)
+            yield Made(live, see_layer(self._state.control, live, mount))
+
+    def make(self, claim: LayerClaim, begun: str, op: Operation) -> LiveLayer:
+        child = op.child()
+        try:
+            live = self._layers.make(claim, child)
+            with child.step("journal", claim.spec.layer_id, code="resource"):
+                self._layers.write(live, begun, child)
+        finally:
+            op.adopt(child)
+        return live
+
+
+def reserve_for(state: EngineState, layers: Layers) -> Reserve:
+    """Return a reserve of processes that make layers."""
+    work = _Worker(state, layers).do_errand
+    return Reserve(state.directory, work, keep_fds=lambda: (state.control.fileno(),))
+
+
 class ManyLayers:
     """Makes the layers of one batch, all of them claimed, and begun under the name ``begun``.
 
-    Use as a context manager around the operation: at its end the processes go, and leave what they
-    were not told to undo.
+    Use as a context manager around the operation, at whose end every process has to be done.
     """
 
-    def __init__(self, state: EngineState, layers: Layers, begun: str, op: Operation) -> None:
+    def __init__(
+        self, state: EngineState, layers: Layers, reserve: Reserve, begun: str, op: Operation
+    ) -> None:
         self._state = state
         self._layers = layers
         self._begun = begun
         self._op = op
-        self._crew = Crew(
-            state.directory,
-            begun,
-            keep_fds=(state.control.fileno(),),
-            undo_seconds=state.rules.undo_seconds,
-        )
+        self._worker = _Worker(state, layers)
+        self._crew = Crew(reserve, undo_seconds=state.rules.undo_seconds)
 
     def __enter__(self) -> "ManyLayers":
         return self
@@ -70,9 +131,9 @@ class ManyLayers:
     def __exit__(self, *_: object) -> None:
         self._crew.close()
 
-    def let_go(self) -> None:
-        """Let the processes end, now that all is decided; ``with`` waits for that. Idempotent."""
-        self._crew.let_go()
+    def keep(self) -> None:
+        """Let the processes go, now that all is decided. Idempotent."""
+        self._crew.keep()
 
     def make(self, claims: Sequence[LayerClaim]) -> list[Made]:
         """Make them all; what has to be undone later becomes the operation's to undo.
@@ -99,9 +160,9 @@ class ManyLayers:
         op, crew = self._op, self._crew
         op.undo_by("what the processes of the batch made", crew.undo)
         for share in shares[1:]:
-            work = partial(self._do_share_forked, share)
-            crew.hire(work, op, undo_instead=partial(self._undo_share, share))
-        own = self._do_share(shares[0], op)
+            job = _Job(self._begun, share)
+            crew.hire(job, op, undo_instead=partial(self._undo_share, share))
+        own = self._worker.do_share(_Job(self._begun, shares[0]), op)
         done = [own]
         if own.error is None:
             for result in crew.results(op.deadline):
@@ -116,43 +177,6 @@ class ManyLayers:
             if came_of.error is not None:
                 raise self._blame(claims[came_of.number], came_of.error)
         return [made for came_of in done for made in came_of.made]
-
-    def _do_share_forked(self, claims: Sequence[LayerClaim], op: Operation) -> _Share:
-        steps: list[tuple[str, float, bool]] = []
-        op.on_step = lambda *step: steps.append(step)
-        share = self._do_share(claims, op)
-        share.steps = steps
-        return share
-
-    def _do_share(self, claims: Sequence[LayerClaim], op: Operation) -> _Share:
-        """Make layers one after the other, then look at them all."""
-        share = _Share()
-        lives = []
-        try:
-            for share.number, claim in enumerate(claims):
-                lives.append(self._make(claim, op))
-            share.number = 0
-            for share.number, made in enumerate(self._look_at(lives), 1):
-                share.made.append(made)
-        except CallError as error:
-            share.error = error
-        return share
-
-    def _look_at(self, lives: Sequence[LiveLayer]) -> Iterator[Made]:
-        mounts = mounts_by_target(live.spec.mount_point for live in lives)
-        for live in lives:
-            mount = mounts.get(live.spec.mount_point)
-            yield Made(live, see_layer(self._state.control, live, mount))
-
-    def _make(self, claim: LayerClaim, op: Operation) -> LiveLayer:
-        child = op.child()
-        try:
-            live = self._layers.make(claim, child)
-            with child.step("journal", claim.spec.layer_id, code="resource"):
-                self._layers.write(live, self._begun, child)
-        finally:
-            op.adopt(child)
-        return live
 
     def _undo_share(self, claims: Sequence[LayerClaim]) -> None:
         """Take away what a process made that can no longer do it.
@@ -186,11 +210,11 @@ class ManyLayers:
         finally:
             for child in children:
                 self._op.adopt(child)
-        return list(self._look_at(lives))
+        return list(self._worker.look_at(lives))
 
     def _make_or_blame(self, claim: LayerClaim, op: Operation) -> LiveLayer:
         try:
-            return self._make(claim, op)
+            return self._worker.make(claim, self._begun, op)
         except CallError as error:
             raise self._blame(claim, error) from error
 

@@ -8,11 +8,11 @@ uuid of its dm devices, is taken away. What cannot be taken away becomes a probl
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from guestagent.engine.crew import await_earlier_crews
 from guestagent.engine.inventory import LayerTraces, LiveLayer, LiveOverlay
 from guestagent.engine.journal import Written
 from guestagent.engine.operation import Operation
 from guestagent.engine.parallel import for_each
+from guestagent.engine.reserve import await_earlier_members
 from guestagent.engine.state import EngineState
 from guestagent.engine.takedown import (
     remove_devices,
@@ -73,7 +73,7 @@ class KernelView(Record):
 
 def recover(state: EngineState) -> Recovered:
     """Fill an empty inventory from the journal and the kernel. Nothing else may run meanwhile."""
-    _await_earlier_crews(state)
+    _await_earlier_members(state)
     kernel = KernelView.look(state)
     written = state.journal.read()
     half = list(written.begun_layers)
@@ -97,10 +97,10 @@ def recover(state: EngineState) -> Recovered:
     )
 
 
-def _await_earlier_crews(state: EngineState) -> None:
+def _await_earlier_members(state: EngineState) -> None:
     with undo_deadline(state) as deadline:
         try:
-            await_earlier_crews(state.directory, deadline)
+            await_earlier_members(state.directory, deadline)
         except CallError as error:  # stuck in the kernel: better to serve without what it has
             state.inventory.note_problem("crew", f"an earlier life is not over: {error}")
 
