@@ -44,7 +44,7 @@ def test_a_plain_machine(runtime: Runtime) -> None:
     argv = qemu_command(spec(cmdline="guestagent.log=debug"), runtime)
     assert argv[0] == "qemu"
     assert values(argv, "-accel") == ["tcg,thread=multi"]
-    assert values(argv, "-cpu") == ["max"]
+    assert values(argv, "-cpu") == ["max,-erms,-xsave"]
     assert values(argv, "-m") == ["512M"]
     (cmdline,) = values(argv, "-append")
     assert {"console=ttyS0", "panic=-1"} <= set(cmdline.split())
