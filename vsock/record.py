@@ -96,11 +96,11 @@ class Record(metaclass=RecordType):
     """
 
     def __init__(self, **values: object) -> None:
-        blank, count, required, has_check = type(self)._plan
+        blank, count, required, has_check = self._plan
         fields = self.__dict__
         fields.update(blank)
         fields.update(values)
-        if len(fields) > count or not values.keys() >= required:
+        if len(fields) > count or (len(values) < count and not values.keys() >= required):
             raise _not_the_fields(type(self), fields)
         if has_check:
             self.check()

@@ -24,6 +24,8 @@ class PathClaims:
 
     def in_the_way_of(self, path: str) -> tuple[str, Owner] | None:
         """Return a path, with its owner, that this one lies on, in or above."""
+        if not self._owners:
+            return None
         for other in (path, *_above(path)):
             if other in self._owners:
                 return other, self._owners[other]

@@ -5,7 +5,7 @@ that is never held across a system call.
 """
 
 import threading
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 
 from guestagent.api import ByteRange, Holder, LayerSpec, OverlaySpec
 from guestagent.engine.claims import Owner, PathClaims
@@ -302,12 +302,13 @@ class Inventory:
             self._drop_directories(owner)
 
     def claim_dm_names(
-        self, layer_id: str, preferred: tuple[str, str], unique: tuple[str, str]
+        self, layer_id: str, preferred: tuple[str, str], unique: Callable[[], tuple[str, str]]
     ) -> tuple[str, str]:
-        """Reserve a pair of dm names: the preferred ones unless another layer has one of them."""
+        """Reserve a pair of dm names: the preferred ones, or, where another layer has one of them,
+        what ``unique`` returns."""
         with self._lock:
             taken = any(self._dm_names.get(name, layer_id) != layer_id for name in preferred)
-            names = unique if taken else preferred
+            names = unique() if taken else preferred
             for name in names:
                 self._dm_names[name] = layer_id
             return names

@@ -67,7 +67,7 @@ class LayerStack:
                 hash_device = self._find(spec.verity.hash_device, op)
             self._verity_version(op)  # a kernel without it is told before anything is begun
         names = inventory.claim_dm_names(
-            spec.layer_id, dm_names(spec, unique=False), dm_names(spec, unique=True)
+            spec.layer_id, dm_names(spec, unique=False), lambda: dm_names(spec, unique=True)
         )
         op.undo_by("dm names", lambda: inventory.release_dm_names(spec.layer_id))
         created = claim_directories(inventory, owner, spec.mount_point)

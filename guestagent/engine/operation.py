@@ -54,7 +54,7 @@ class Operation:
         self.found: dict[Device, BlockDevice] = parent.found if parent else {}
         self.traceparent = traceparent
         self.timings_ms: dict[str, float] = {}
-        self._faults = faults
+        self.faults = faults
         self._kernel_log = kernel_log
         self._log_mark: int | None = None
         if parent is not None:
@@ -83,7 +83,7 @@ class Operation:
         """Return an operation under the same deadline whose undos can be ``adopt``ed later."""
         return Operation(
             self.deadline,
-            faults=self._faults,
+            faults=self.faults,
             kernel_log=self._kernel_log,
             traceparent=self.traceparent,
             on_left=self._on_left,
@@ -93,7 +93,7 @@ class Operation:
 
     def terms(self) -> "Terms":
         """Return the bounds of this operation, for a part of it that another process does."""
-        faults = self._faults.armed() if self._faults is not None else ()
+        faults = self.faults.armed() if self.faults is not None else ()
         return Terms(seconds=self.deadline.remaining(), faults=faults)
 
     def adopt(self, child: "Operation") -> None:
@@ -134,15 +134,10 @@ class Operation:
         """
         return _Step(self, step, object, code)
 
-    def _begin(self, step: str) -> None:
-        self.deadline.check(step)
-        if self._faults is not None:
-            self._faults.reach(step, self.deadline)
-
     def _end(self, step: str, spent: float, failed: bool) -> None:
         spent_ms = int(spent * 1e6) / 1000  # whole microseconds, cheaper than by round()
-        before = self.timings_ms.get(step)
-        self.timings_ms[step] = spent_ms if before is None else round(before + spent_ms, 3)
+        timings_ms = self.timings_ms
+        timings_ms[step] = round(timings_ms[step] + spent_ms, 3) if step in timings_ms else spent_ms
         if self.on_step is not None:
             self.on_step(step, spent, failed)
 
@@ -197,8 +192,11 @@ class _Step:
 
     def __enter__(self) -> None:
         self._begin = time.perf_counter()
+        op, step = self._op, self._step
         try:
-            self._op._begin(self._step)
+            op.deadline.check(step)
+            if op.faults is not None:
+                op.faults.reach(step, op.deadline)
         except (OSError, CallError) as error:  # a deadline that passed, a fault that strikes
             self.__exit__(type(error), error, None)
             raise

@@ -144,9 +144,9 @@ def claim_directories(inventory: Inventory, owner: Owner, target: str) -> tuple[
     """Note which directories a mount at ``target`` makes or shares; they go with the last of it."""
     parts = target.split("/")
     way = ["/".join(parts[:end]) for end in range(2, len(parts) + 1)]
-    there = 0
-    while there < len(way) and os.path.lexists(way[there]):
-        there += 1
+    there = len(way)  # from the end, since mostly the last alone is missing
+    while there and not os.path.lexists(way[there - 1]):
+        there -= 1
     return tuple(inventory.claim_directories(owner, target, way[there:]))
 
 

@@ -5,7 +5,6 @@ top of the hash tree is checked against the digest before any device exists, one
 through the verity device before it is mounted, and the status is read back after.
 """
 
-import contextlib
 import os
 
 from guestagent.api import ByteRange, LayerSpec, Verity
@@ -28,6 +27,7 @@ from guestagent.storage.verity import (
     resolve,
 )
 from vsock.errors import CallError
+from vsock.owner import FdOwner
 from vsock.record import Record
 
 __all__ = ("Reader", "VerifiedParameters", "open_proved", "read_parameters")
@@ -43,7 +43,7 @@ class VerifiedParameters(Record):
     options: VerityOptions
 
 
-class Reader:
+class Reader(FdOwner):
     """Reads a range of a block device, never past its end. A context manager."""
 
     def __init__(self, node: str, area: ByteRange) -> None:
@@ -51,12 +51,6 @@ class Reader:
         self.size_bytes = area.size_bytes
         self._area = area
         self._fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
 
     def fileno(self) -> int:
         """Return the descriptor; it stays ours."""
@@ -191,10 +185,12 @@ def open_proved(node: str, area: ByteRange) -> Reader:
     Raises:
         OSError: EIO, the block did not verify.
     """
-    with contextlib.ExitStack() as undo:
-        reader = undo.enter_context(Reader(node, area))
+    reader = Reader(node, area)
+    try:
         # every block is hashed by the kernel: none is to be read but those asked for
         os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         reader.read_at(0, _PROOF_BYTES)
-        undo.pop_all()
+    except BaseException:
+        reader.close()
+        raise
     return reader

@@ -5,7 +5,6 @@ mount is then attached to that very directory through its descriptor. Unmounting
 lazily: a device that the host pulls away after our reply must really be unused.
 """
 
-import contextlib
 import errno
 import os
 from collections.abc import Collection, Sequence
@@ -57,18 +56,12 @@ class TargetDirectory(FdOwner):
         self._root = root.rstrip("/")
         self._fd = -1
         names = _names_below(target, self._root)
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.remove_created)
-            undo.callback(self.close)
-            for attempt in range(_RESOLVE_ATTEMPTS):
-                try:
-                    self._open(names, create)
-                    break
-                except FileNotFoundError:
-                    self.close()
-                    if not create or attempt + 1 == _RESOLVE_ATTEMPTS:
-                        raise
-            undo.pop_all()
+        try:
+            self._open_or_retry(names, create)
+        except BaseException:
+            self.close()
+            self.remove_created()
+            raise
 
     @property
     def fd(self) -> int:
@@ -101,6 +94,16 @@ class TargetDirectory(FdOwner):
                 removed.append(path)
         self.created = ()
         return tuple(removed)
+
+    def _open_or_retry(self, names: list[str], create: bool) -> None:
+        for attempt in range(_RESOLVE_ATTEMPTS):
+            try:
+                self._open(names, create)
+                return
+            except FileNotFoundError:
+                self.close()
+                if not create or attempt + 1 == _RESOLVE_ATTEMPTS:
+                    raise
 
     def _open(self, names: list[str], create: bool) -> None:
         """Walk down from the root; on the way ``self._fd`` is the directory reached so far."""

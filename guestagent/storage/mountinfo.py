@@ -26,6 +26,8 @@ MOUNTINFO_PATH = "/proc/self/mountinfo"
 #: be taken from the heap for each, and most of it left there as a hole.
 _READ_BYTES = 8 * 1024
 _OCTAL = frozenset("01234567")
+#: What the kernel escapes in a path.
+_ESCAPED = frozenset(" \t\n\\")
 
 
 class Mount(Record):
@@ -117,7 +119,9 @@ def find_mount(target: str, path: str = MOUNTINFO_PATH) -> Mount | None:
 
 
 def _escaped(target: str) -> str:
-    return "".join(f"\\{ord(char):03o}" if char in " \t\n\\" else char for char in target)
+    if _ESCAPED.isdisjoint(target):
+        return target
+    return "".join(f"\\{ord(char):03o}" if char in _ESCAPED else char for char in target)
 
 
 def mounts_by_target(

@@ -196,9 +196,7 @@ def _checked(
 def _call_number(call: str, filename: object, *arguments: "int | bytes | None") -> int:
     """Make a call by number. Integers pass as long, bytes as a pointer, None as a null pointer."""
     kinds = tuple(map(type, arguments))
-    function = _typed.get(kinds)
-    if function is None:
-        function = _typed[kinds] = _syscall_taking(kinds)
+    function = _typed.get(kinds) or _typed.setdefault(kinds, _syscall_taking(kinds))
     return _checked(call, filename, function, _NR[call], *arguments)
 
 
@@ -219,17 +217,6 @@ def _text(value: str | bytes) -> bytes:
     if b"\0" in encoded:
         raise ValueError(f"embedded null byte in {value!r}")
     return encoded
-
-
-def _ioctl_small(fd: int, request: int, buffer: bytearray, filename: object, call: str) -> int:
-    while True:
-        try:
-            result: int = fcntl.ioctl(fd, request, buffer)
-            return result
-        except InterruptedError:
-            continue
-        except OSError as error:
-            raise _oserror(call, error.errno or 0, filename) from None
 
 
 def _optional_text(value: str | bytes | None) -> bytes | None:
@@ -379,7 +366,14 @@ def ioctl(fd: int, request: int, argument: bytearray | int, filename: object, ca
     """
     if isinstance(argument, int):
         return _checked(call, filename, _libc.ioctl, fd, request, argument)
-    if len(argument) <= _FCNTL_MAX_BYTES:
-        return _ioctl_small(fd, request, argument, filename, call)
-    buffer = (ctypes.c_char * len(argument)).from_buffer(argument)
-    return _checked(call, filename, _libc.ioctl, fd, request, ctypes.addressof(buffer))
+    if len(argument) > _FCNTL_MAX_BYTES:
+        buffer = (ctypes.c_char * len(argument)).from_buffer(argument)
+        return _checked(call, filename, _libc.ioctl, fd, request, ctypes.addressof(buffer))
+    while True:
+        try:
+            result: int = fcntl.ioctl(fd, request, argument)
+            return result
+        except InterruptedError:
+            continue
+        except OSError as error:
+            raise _oserror(call, error.errno or 0, filename) from None

@@ -74,11 +74,11 @@ def test_directories_that_were_there_belong_to_nobody(inventory):
 
 
 def test_dm_names_are_the_preferred_unless_taken(inventory):
-    assert inventory.claim_dm_names("a", ("l", "v"), ("l-a", "v-a")) == ("l", "v")
-    assert inventory.claim_dm_names("a", ("l", "v"), ("l-a", "v-a")) == ("l", "v")
-    assert inventory.claim_dm_names("b", ("x", "v"), ("l-b", "v-b")) == ("l-b", "v-b")
+    assert inventory.claim_dm_names("a", ("l", "v"), lambda: ("l-a", "v-a")) == ("l", "v")
+    assert inventory.claim_dm_names("a", ("l", "v"), lambda: ("l-a", "v-a")) == ("l", "v")
+    assert inventory.claim_dm_names("b", ("x", "v"), lambda: ("l-b", "v-b")) == ("l-b", "v-b")
     inventory.release_dm_names("a")
-    assert inventory.claim_dm_names("c", ("l", "v"), ("l-c", "v-c")) == ("l", "v")
+    assert inventory.claim_dm_names("c", ("l", "v"), lambda: ("l-c", "v-c")) == ("l", "v")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,11 @@ from vsock.owner import FdOwner
 __all__ = ("CONTROL_PATH", "Control", "DeviceInfo")
 
 CONTROL_PATH = "/dev/mapper/control"
+_HEADER_BYTES = dmioctl.HEADER.size
+#: The number of each ioctl: _IOWR(0xFD, number, struct dm_ioctl).
+_REQUESTS = {
+    number: 3 << 30 | _HEADER_BYTES << 16 | 0xFD << 8 | number for number in dmioctl.CALL_NAMES
+}
 _ROOM_BYTES = 16 * 1024
 #: Enough for a table of ours, and small enough for the cheap kind of ioctl.
 _TABLE_ROOM_BYTES = 1024
@@ -242,25 +247,27 @@ class Control(FdOwner):
         ``room`` is how many bytes to begin with where the kernel answers more than the header; it
         copies the whole buffer in first, so that calls with nothing to answer have none.
         """
-        request = 3 << 30 | dmioctl.HEADER.size << 16 | 0xFD << 8 | number
         name_bytes = dmioctl.encode_word("name", name, dmioctl.NAME_MAX_BYTES)
         uuid_bytes = dmioctl.encode_word("uuid", uuid, dmioctl.UUID_MAX_BYTES) if uuid else b""
-        size = max(room, dmioctl.HEADER.size + len(data))
+        request, call = _REQUESTS[number], dmioctl.CALL_NAMES[number]
+        object_name = name or uuid or what or self._path
+        end = _HEADER_BYTES + len(data)
+        size = max(room, end)
         while True:
-            header = (4, 0, 0, size, dmioctl.HEADER.size, target_count, 0, flags, 0, 0, dev)
             buffer = bytearray(size)
+            header = (4, 0, 0, size, _HEADER_BYTES, target_count, 0, flags, 0, 0, dev)
             dmioctl.HEADER.pack_into(buffer, 0, *header, name_bytes, uuid_bytes)
             if data:
-                buffer[dmioctl.HEADER.size : dmioctl.HEADER.size + len(data)] = data
-            object_name = name or uuid or what or self._path
-            syscalls.ioctl(self._fd, request, buffer, object_name, dmioctl.CALL_NAMES[number])
+                buffer[_HEADER_BYTES:end] = data
+            syscalls.ioctl(self._fd, request, buffer, object_name, call)
             reply = Reply(buffer)
             if not reply.flags & dmioctl.DM_BUFFER_FULL_FLAG:
                 return reply
             size *= 4
             if size > _LARGEST_BUFFER_BYTES:
-                text = f"{dmioctl.CALL_NAMES[number]}: the answer exceeds {size // 4} bytes"
-                raise OSError(errno.EOVERFLOW, text, name)
+                raise OSError(
+                    errno.EOVERFLOW, f"{call}: the answer exceeds {size // 4} bytes", name
+                )
 
 
 def _targets(reply: Reply) -> tuple[Target, ...]:

@@ -3,10 +3,8 @@
 No cookies and no udev: the kernel's devtmpfs makes /dev/dm-N, and where it does not we do.
 """
 
-import contextlib
 import errno
 import os
-import sys
 from collections.abc import Sequence
 
 from guestagent.storage.devicemapper.control import Control, DeviceInfo
@@ -64,35 +62,36 @@ def create_device(
         control.create(name, uuid)
     except OSError as error:
         raise DmStepError.of(step, error) from error
-    with contextlib.ExitStack() as undo:
-        undo.callback(_undo_create, control, name)
-        detail = ""
-        try:
-            step, detail = "dm-load", "table: " + "; ".join(target.line() for target in targets)
-            control.load_table(name, targets, readonly=readonly)
-            step, detail = "dm-resume", ""
-            info = control.resume(name)
-            step = "dm-node"
-            ensure_node(info.node, info.dev)
-            if make_node:
-                _make_link(info)
-        except OSError as error:
-            raise DmStepError.of(step, error, detail) from error
-        undo.pop_all()
+    try:
+        step = "dm-load"
+        control.load_table(name, targets, readonly=readonly)
+        step = "dm-resume"
+        info = control.resume(name)
+        step = "dm-node"
+        ensure_node(info.node, info.dev)
+        if make_node:
+            _make_link(info)
+    except OSError as error:
+        lines = "; ".join(target.line() for target in targets)
+        failure = DmStepError.of(step, error, f"table: {lines}" if step == "dm-load" else "")
+        _undo_create(control, name, failure)
+        raise failure from error
+    except BaseException as passing:
+        _undo_create(control, name, passing)
+        raise
     return info
 
 
-def _undo_create(control: Control, name: str) -> None:
+def _undo_create(control: Control, name: str, passing: BaseException) -> None:
     """Remove what create_device made; deferred, since somebody may have opened it already.
 
-    Runs while an exception passes, which stays the one to be raised.
+    The exception that passes stays the one to be raised.
     """
-    passing = sys.exception()
     try:
         _remove_link(name)
         control.remove(name, deferred=True)
     except OSError as error:
-        if error.errno != errno.ENXIO and passing is not None:
+        if error.errno != errno.ENXIO:
             passing.add_note(f"the half-made device {name!r} stays behind: {error}")
 
 

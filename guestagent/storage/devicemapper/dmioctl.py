@@ -3,6 +3,7 @@
 Source: include/uapi/linux/dm-ioctl.h (Linux 6.1, interface 4.47).
 """
 
+import functools
 import struct
 
 from guestagent.storage.devicemapper.targets import Target
@@ -89,19 +90,32 @@ class DeviceInfo(Record):
 
 
 class Reply:
-    """What the kernel answered: ``version`` and ``flags``, and the data behind the header."""
+    """What the kernel answered. Parsed as far as it is asked for, since most calls ask nothing."""
 
-    __slots__ = ("_fields", "data", "flags", "target_count", "version")
+    __slots__ = ("_buffer", "_fields", "flags")
 
     def __init__(self, buffer: bytearray) -> None:
-        self._fields = fields = HEADER.unpack_from(buffer)
-        self.version: tuple[int, int, int] = fields[:3]
-        data_size, data_start, self.target_count, _, self.flags = fields[3:8]
-        self.data = bytes(buffer[data_start:data_size]) if data_start < data_size else b""
+        self._buffer = buffer
+        self._fields = HEADER.unpack_from(buffer)
+        self.flags: int = self._fields[7]
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        return self._fields[:3]
+
+    @property
+    def target_count(self) -> int:
+        return int(self._fields[5])
+
+    @property
+    def data(self) -> bytes:
+        """What is behind the header."""
+        data_size, data_start = self._fields[3:5]
+        return bytes(self._buffer[data_start:data_size]) if data_start < data_size else b""
 
     @property
     def info(self) -> DeviceInfo:
-        """The device as the header has it; made when asked for, since most calls do not ask."""
+        """The device as the header has it."""
         open_count, flags, event_number, _, dev, name, uuid = self._fields[6:]
         dev_text = format_dev(dev)
         return DeviceInfo(
@@ -120,6 +134,7 @@ class Reply:
         )
 
 
+@functools.lru_cache(maxsize=256)
 def encode_word(kind: str, word: str, longest: int) -> bytes:
     """Encode a name that somebody else may have chosen: anything but NUL, within the field."""
     encoded = word.encode("utf-8", "surrogateescape")
@@ -159,10 +174,10 @@ def pack_target(target: Target) -> bytes:
 def unpack_targets(reply: Reply) -> list[tuple[int, int, str, str]]:
     """Here ``next`` counts from the start of the data, where on loading it counts from the spec."""
     found = []
-    at = 0
+    at, data = 0, reply.data
     for _ in range(reply.target_count):
-        start, length, _, next_at, kind = _SPEC.unpack_from(reply.data, at)
-        text = until_nul(reply.data[at + _SPEC.size : next_at])
+        start, length, _, next_at, kind = _SPEC.unpack_from(data, at)
+        text = until_nul(data[at + _SPEC.size : next_at])
         found.append((start, length, until_nul(kind), text))
         at = next_at
     return found
@@ -171,22 +186,22 @@ def unpack_targets(reply: Reply) -> list[tuple[int, int, str, str]]:
 def unpack_names(reply: Reply, uuids_told: bool) -> list[tuple[str, str, str | None]]:
     """Walk struct dm_name_list: dev, next, name; then, 8-aligned, event_nr, flags, uuid."""
     found: list[tuple[str, str, str | None]] = []
-    at = 0
-    while at + 12 <= len(reply.data):
-        dev, next_by = struct.unpack_from("=QI", reply.data, at)
+    at, data = 0, reply.data
+    while at + 12 <= len(data):
+        dev, next_by = struct.unpack_from("=QI", data, at)
         if not dev:  # an empty list is one zeroed entry
             break
         name_at = at + 12
-        name_end = reply.data.index(b"\0", name_at)
+        name_end = data.index(b"\0", name_at)
         uuid: str | None = None
         if uuids_told:
             extra_at = (name_end + 1 + 7) & ~7
-            (flags,) = struct.unpack_from("=4xI", reply.data, extra_at)
+            (flags,) = struct.unpack_from("=4xI", data, extra_at)
             if flags & _DM_NAME_LIST_FLAG_HAS_UUID:
-                uuid = until_nul(reply.data[extra_at + 8 : extra_at + 8 + UUID_MAX_BYTES + 1])
+                uuid = until_nul(data[extra_at + 8 : extra_at + 8 + UUID_MAX_BYTES + 1])
             elif flags & _DM_NAME_LIST_FLAG_DOESNT_HAVE_UUID:
                 uuid = ""
-        name = until_nul(reply.data[name_at:name_end])
+        name = until_nul(data[name_at:name_end])
         found.append((name, format_dev(dev), uuid))
         if not next_by:
             break

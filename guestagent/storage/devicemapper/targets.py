@@ -8,6 +8,8 @@ white space. What comes back from the kernel is parsed by the same rules.
 Source: Documentation/admin-guide/device-mapper/{linear,verity}.rst (Linux 6.1).
 """
 
+import functools
+
 from vsock.record import Record
 
 __all__ = (
@@ -35,6 +37,7 @@ _MINOR_MAX = (1 << 20) - 1
 _MAJOR_MAX = (1 << 12) - 1
 _LOWER = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 _HEX = frozenset("0123456789abcdef")
+_PARTING = frozenset(" \\")
 
 
 def sectors(n_bytes: int) -> int:
@@ -53,23 +56,36 @@ def _check_number(name: str, value: int, low: int, high: int = _U64_MAX) -> None
         raise ValueError(f"{name} must be in {low}..{high}, got {value}")
 
 
-def _check_word(name: str, word: str) -> None:
+def _is_word(word: str) -> bool:
     """One word of visible ASCII: white space would make two of it, a backslash would quote."""
-    is_visible = word.isascii() and word.isprintable() and " " not in word and "\\" not in word
-    if not word or not is_visible:
+    return word.isascii() and word.isprintable() and bool(word) and _PARTING.isdisjoint(word)
+
+
+def _check_word(name: str, word: str) -> None:
+    if not _is_word(word):
         raise ValueError(f"{name} must be one word of visible ASCII, got {word!r}")
 
 
 def _check_device(name: str, device: str) -> None:
-    """MAJOR:MINOR, or an absolute path."""
-    _check_word(name, device)
+    problem = _problem_of_device(device)
+    if problem is not None:
+        raise ValueError(f"{name} {problem}")
+
+
+@functools.lru_cache(maxsize=256)
+def _problem_of_device(device: str) -> str | None:
+    """Return what is wrong with MAJOR:MINOR or an absolute path; the same few are asked of again
+    and again."""
+    if not _is_word(device):
+        return f"must be one word of visible ASCII, got {device!r}"
     if device.startswith("/"):
-        return
+        return None
     major, colon, minor = device.partition(":")
     if not colon or not _is_number(major) or not _is_number(minor):
-        raise ValueError(f"{name} must be MAJOR:MINOR or an absolute path, got {device!r}")
+        return f"must be MAJOR:MINOR or an absolute path, got {device!r}"
     if int(major) > _MAJOR_MAX or int(minor) > _MINOR_MAX:
-        raise ValueError(f"{name} is out of range: {device!r}")
+        return f"is out of range: {device!r}"
+    return None
 
 
 def _check_block_size(name: str, size: int) -> None:

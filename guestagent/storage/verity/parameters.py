@@ -79,7 +79,7 @@ class VerityParameters(Record):
     @property
     def hashes_per_block_bits(self) -> int:
         """Log2 of how many digests a hash block holds, rounded down as the kernel does."""
-        return (self.hash_block_size_bytes // self.digest_size_bytes).bit_length() - 1
+        return (self.hash_block_size_bytes // DIGEST_SIZES[self.algorithm]).bit_length() - 1
 
     @property
     def slot_size_bytes(self) -> int:
@@ -193,17 +193,17 @@ def resolve(
         CallError: ``integrity``, the two disagree; ``invalid``, a value is missing or impossible.
             ``object`` is the name of the field in the request.
     """
-    asked: dict[str, object] = {
-        "salt": salt,
-        "algorithm": algorithm,
-        "hash_type": hash_type,
-        "data_blocks": data_blocks,
-        "data_block_size": data_block_size,
-        "hash_block_size": hash_block_size,
-    }
     try:
         if superblock is not None:
             terms = superblock
+            asked: dict[str, object] = {
+                "salt": salt,
+                "algorithm": algorithm,
+                "hash_type": hash_type,
+                "data_blocks": data_blocks,
+                "data_block_size": data_block_size,
+                "hash_block_size": hash_block_size,
+            }
             _check_agreement(asked, superblock)
         else:
             terms = Superblock(
@@ -273,10 +273,11 @@ def _or_default(block_size_bytes: int | None) -> int:
 
 
 def _check_agreement(asked: dict[str, object], superblock: Superblock) -> None:
-    found = superblock.as_dict()
     for field, value in asked.items():
-        present = found[f"{field}_bytes" if field.endswith("_size") else field]
-        if value is not None and value != present:
+        if value is None:
+            continue
+        present = getattr(superblock, f"{field}_bytes" if field.endswith("_size") else field)
+        if value != present:
             raise CallError(
                 "integrity",
                 f"{field}: the request says {_show(value)}, the superblock {_show(present)}",

@@ -3,6 +3,7 @@
 Source: cryptsetup 2.6, lib/verity/verity.c, version 1 of the format.
 """
 
+import functools
 import struct
 
 from vsock.errors import CallError
@@ -130,21 +131,33 @@ class Superblock(Record):
 
 def check_geometry(value: "Superblock | VerityParameters") -> None:
     """Raise FieldError for hash type, block sizes, count or salt that the format cannot hold."""
-    if value.hash_type not in (HASH_TYPE_CHROMEOS, HASH_TYPE_NORMAL):
-        raise FieldError("hash_type", f"{value.hash_type} is neither 0 nor 1")
-    for field in ("data_block_size", "hash_block_size"):
-        size = getattr(value, f"{field}_bytes")
+    _check_terms(
+        value.hash_type,
+        value.data_block_size_bytes,
+        value.hash_block_size_bytes,
+        value.data_blocks,
+        len(value.salt),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _check_terms(
+    hash_type: int, data_block_size: int, hash_block_size: int, data_blocks: int, salt_size: int
+) -> None:
+    if hash_type not in (HASH_TYPE_CHROMEOS, HASH_TYPE_NORMAL):
+        raise FieldError("hash_type", f"{hash_type} is neither 0 nor 1")
+    for field, size in (("data_block_size", data_block_size), ("hash_block_size", hash_block_size)):
         if not MIN_BLOCK_SIZE_BYTES <= size <= MAX_BLOCK_SIZE_BYTES or size & (size - 1):
             raise FieldError(
                 field,
                 f"{size} is no power of two from {MIN_BLOCK_SIZE_BYTES} to {MAX_BLOCK_SIZE_BYTES}",
             )
-    if value.data_blocks <= 0:
-        raise FieldError("data_blocks", f"{value.data_blocks} is not positive")
-    if value.data_blocks * value.data_block_size_bytes >= LIMIT_BYTES:
-        raise FieldError("data_blocks", f"{value.data_blocks} blocks exceed {LIMIT_BYTES} bytes")
-    if len(value.salt) > MAX_SALT_BYTES:
-        raise FieldError("salt", f"{len(value.salt)} bytes, at most {MAX_SALT_BYTES}")
+    if data_blocks <= 0:
+        raise FieldError("data_blocks", f"{data_blocks} is not positive")
+    if data_blocks * data_block_size >= LIMIT_BYTES:
+        raise FieldError("data_blocks", f"{data_blocks} blocks exceed {LIMIT_BYTES} bytes")
+    if salt_size > MAX_SALT_BYTES:
+        raise FieldError("salt", f"{salt_size} bytes, at most {MAX_SALT_BYTES}")
 
 
 def _bad_superblock(field: str, problem: str, *, prefix: str | None = None) -> CallError:
