@@ -47,6 +47,9 @@ _SCALARS = frozenset((str, int, bool, float, bytes, types.NoneType))
 #: Without int, whose range is looked at.
 _TAKEN_AS_THEY_ARE = _SCALARS - {int}
 
+#: Takes a value, and where it is; returns it checked and converted.
+_Decoder = Callable[[object, str], object]
+
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 class RecordType(type):
@@ -96,7 +99,7 @@ class Record(metaclass=RecordType):
     """
 
     def __init__(self, **values: object) -> None:
-        blank, count, required, has_check = self._plan
+        blank, count, required, has_check = type(self)._plan
         fields = self.__dict__
         fields.update(blank)
         fields.update(values)
@@ -189,13 +192,34 @@ def decode(kind: object, value: object, where: str) -> object:
     Raises:
         CallError: ``invalid``; ``object`` is ``where`` extended to the offending part.
     """
+    return _decoder(kind)(value, where)
+
+
+@functools.cache
+def _decoder(kind: object) -> _Decoder:
+    """Return what does the work of ``decode`` for one annotation."""
     if isinstance(kind, types.UnionType):
-        return _decode_union(kind.__args__, value, where)
+        return _union_decoder(kind.__args__)
     if isinstance(kind, types.GenericAlias):
-        return _decode_container(kind, value, where)
+        if kind.__origin__ is tuple:
+            return functools.partial(_decode_array, _decoder(kind.__args__[0]))
+        return functools.partial(_decode_map, _decoder(kind.__args__[1]))
     if isinstance(kind, RecordType):
-        return _decode_record(kind, value, where)
-    return _decode_scalar(kind, value, where)
+        return functools.partial(_decode_record, kind)
+    return _decode_int if kind is int else functools.partial(_decode_scalar, kind)
+
+
+def _union_decoder(members: tuple[object, ...]) -> _Decoder:
+    rest = tuple(member for member in members if member is not types.NoneType)
+    records = [cls for cls in rest if isinstance(cls, RecordType)]
+    if len(rest) == 1:
+        inner = _decoder(rest[0])
+    elif records:
+        by_kind = {cls._fields["kind"][1]: cls for cls in records}
+        inner = functools.partial(_decode_tagged, rest, by_kind)
+    else:
+        inner = functools.partial(_decode_first, rest)
+    return functools.partial(_decode_optional, inner) if len(rest) < len(members) else inner
 
 
 def _invalid(where: str, problem: str) -> CallError:
@@ -205,50 +229,50 @@ def _invalid(where: str, problem: str) -> CallError:
 def _decode_record(cls: RecordType, value: object, where: str) -> object:
     if type(value) is not dict and not isinstance(value, Mapping):
         raise _invalid(where, f"expected a map, got {_name_of(value)}")
-    if not cls._fields.keys() >= value.keys():
-        unknown = next(name for name in value if name not in cls._fields)
-        known = ", ".join(cls._fields) or "none"
-        raise _invalid(f"{where}.{unknown}", f"unknown parameter (known: {known})")
+    known, plain_types = cls._fields, cls._plain_types
+    if not (known.keys() >= value.keys() >= cls._plan[2]):
+        raise _not_the_keys(cls, value, where)
     fields: dict[str, object] = {}
-    required = cls._plan[2]
-    for name, plain_types in cls._plain_types.items():
-        if name not in value:
-            if name in required:
-                raise _invalid(f"{where}.{name}", "missing")
-        elif type(value[name]) in plain_types:
-            fields[name] = value[name]
+    for name, item in value.items():
+        if type(item) in plain_types[name]:
+            fields[name] = item
         else:
-            fields[name] = decode(cls._fields[name][0], value[name], f"{where}.{name}")
+            fields[name] = _decoder(known[name][0])(item, f"{where}.{name}")
     try:
         return cls(**fields)
     except ValueError as problem:
         raise _invalid(where, str(problem)) from None
 
 
-@functools.cache
-def _alternatives(
-    members: tuple[object, ...],
-) -> tuple[tuple[object, ...], dict[object, RecordType]]:
-    """Return the members but None, and, where there are several, the records by their kind."""
-    rest = tuple(member for member in members if member is not types.NoneType)
-    classes = [cls for cls in rest if isinstance(cls, RecordType)] if len(rest) > 1 else []
-    return rest, {cls._fields["kind"][1]: cls for cls in classes}
+def _not_the_keys(cls: RecordType, value: Mapping[object, object], where: str) -> CallError:
+    for name in value:
+        if name not in cls._fields:
+            known = ", ".join(cls._fields) or "none"
+            return _invalid(f"{where}.{name}", f"unknown parameter (known: {known})")
+    missing = next(name for name in cls._fields if name in cls._plan[2] and name not in value)
+    return _invalid(f"{where}.{missing}", "missing")
 
 
-def _decode_union(members: tuple[object, ...], value: object, where: str) -> object:
-    if value is None and types.NoneType in members:
-        return None
-    rest, records = _alternatives(members)
-    if len(rest) == 1:
-        return decode(rest[0], value, where)
-    if records and isinstance(value, Mapping):
-        tag = value.get("kind")
-        cls = records.get(tag) if isinstance(tag, str) else None
-        if cls is None:
-            known = ", ".join(sorted(str(name) for name in records))
-            raise _invalid(f"{where}.kind", f"expected one of {known}, got {tag!r}")
-        return _decode_record(cls, value, where)
-    for member in rest:
+def _decode_optional(inner: _Decoder, value: object, where: str) -> object:
+    return None if value is None else inner(value, where)
+
+
+def _decode_tagged(
+    members: tuple[object, ...], by_kind: dict[object, RecordType], value: object, where: str
+) -> object:
+    """Decode one of several records, told by its kind, or what else the union may be."""
+    if type(value) is not dict and not isinstance(value, Mapping):
+        return _decode_first(members, value, where)
+    tag = value.get("kind")
+    cls = by_kind.get(tag) if isinstance(tag, str) else None
+    if cls is None:
+        known = ", ".join(sorted(str(name) for name in by_kind))
+        raise _invalid(f"{where}.kind", f"expected one of {known}, got {tag!r}")
+    return _decode_record(cls, value, where)
+
+
+def _decode_first(members: tuple[object, ...], value: object, where: str) -> object:
+    for member in members:
         try:
             return decode(member, value, where)
         except CallError:
@@ -256,23 +280,29 @@ def _decode_union(members: tuple[object, ...], value: object, where: str) -> obj
     raise _invalid(where, f"unexpected type {_name_of(value)}")
 
 
-def _decode_container(kind: types.GenericAlias, value: object, where: str) -> object:
-    if kind.__origin__ is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise _invalid(where, f"expected an array, got {_name_of(value)}")
-        return tuple(
-            decode(kind.__args__[0], item, f"{where}[{index}]") for index, item in enumerate(value)
-        )
+def _decode_array(inner: _Decoder, value: object, where: str) -> object:
+    if not isinstance(value, (list, tuple)):
+        raise _invalid(where, f"expected an array, got {_name_of(value)}")
+    return tuple(inner(item, f"{where}[{index}]") for index, item in enumerate(value))
+
+
+def _decode_map(inner: _Decoder, value: object, where: str) -> object:
     if not isinstance(value, Mapping):
         raise _invalid(where, f"expected a map, got {_name_of(value)}")
     for name in value:
         if not isinstance(name, str):
             raise _invalid(where, f"expected text keys, got {name!r}")
-    return {name: decode(kind.__args__[1], item, f"{where}.{name}") for name, item in value.items()}
+    return {name: inner(item, f"{where}.{name}") for name, item in value.items()}
+
+
+def _decode_int(value: object, where: str) -> object:
+    if type(value) is int and _INT_MIN <= value <= _INT_MAX:
+        return value
+    return _decode_scalar(int, value, where)
 
 
 def _decode_scalar(kind: object, value: object, where: str) -> object:
-    if kind is object or (kind is int is type(value) and _INT_MIN <= value <= _INT_MAX):
+    if kind is object:
         return value
     if kind is bytes and isinstance(value, str):
         return _bytes_from_hex(value, where)

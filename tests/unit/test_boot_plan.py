@@ -123,7 +123,11 @@ def test_a_manifest_that_cannot_be_used(tmp_path: Path, text: str, code: str, pr
         ({"layers": []}, "no layer is named"),
         ({"layers": ["a"]}, "a layer is no map"),
         ({"layers": [{"id": "a"}]}, "does not say its verity"),
-        ({"layers": [{"id": "a", "verity": None}]}, "filesystem"),
+        ({"layers": [{"id": "a", "verity": None}]}, "offset_bytes"),
+        (
+            {"layers": [{"id": "a", "verity": None, "offset_bytes": 0, "size_bytes": 512}]},
+            "filesystem",
+        ),
     ],
 )
 def test_a_manifest_with_another_content(
