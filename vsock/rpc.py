@@ -238,12 +238,11 @@ class _WrongShape(Exception):
     pass
 
 
-def _strict_map(pairs: list[tuple[object, object]]) -> dict[str, object]:
-    result: dict[str, object] = {}
-    for key, value in pairs:
-        if not isinstance(key, str):
+def _strict_map(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    for key, _ in pairs:
+        if type(key) is not str:
             raise _BadKey(f"map key {_brief(key)} is not text")
-        result[key] = value
+    result = dict(pairs)
     if len(result) != len(pairs):
         raise _BadKey("a map holds the same key twice")
     return result
