@@ -61,7 +61,7 @@ def refuse_hidden_verity(spec: LayerSpec, deadline: Deadline) -> None:
     """
     device = blockdev.wait_for(spec.device, deadline)
     area = spec.mapping or ByteRange(offset_bytes=0, size_bytes=device.size_bytes)
-    with Reader(device.node, area) as reader:
+    with Reader(device.node, size_bytes=area.size_bytes, offset_bytes=area.offset_bytes) as reader:
         filesystem = spec.filesystem
         if filesystem == "auto":
             filesystem = detect(reader.read_padded) or "unknown"

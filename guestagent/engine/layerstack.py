@@ -8,7 +8,7 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-from guestagent.api import ByteRange, Device, LayerSpec
+from guestagent.api import Device, LayerSpec
 from guestagent.engine.inventory import LayerClaim, LiveLayer
 from guestagent.engine.operation import Operation
 from guestagent.engine.plan import (
@@ -192,10 +192,9 @@ class LayerStack:
         verity = live.plan.verity
         if verity is None:
             with op.step("filesystem", node, code="mount"):
-                return Reader(node, ByteRange(offset_bytes=0, size_bytes=live.range.size_bytes))
+                return Reader(node, size_bytes=live.range.size_bytes)
         with op.step("prove", verity.name, code="integrity"):
-            size_bytes = verity.parameters.data_size_bytes
-            return open_proved(node, ByteRange(offset_bytes=0, size_bytes=size_bytes))
+            return open_proved(node, verity.parameters.data_size_bytes)
 
     def _device(self, name: str, uuid: str, target: Target) -> DeviceInfo:
         """Create a device; one of ours that is still there from an unmount half done will do."""

@@ -4,6 +4,8 @@ Pure: nothing here touches the kernel, so a plan can be printed instead of execu
 refusal that can be foreseen is made before anything exists.
 """
 
+import functools
+
 from guestagent.api import (
     ByteRange,
     Device,
@@ -183,6 +185,7 @@ def check_target(target: str, root: str) -> None:
         )
 
 
+@functools.lru_cache(maxsize=64)
 def verity_options(preset: str, version: Version, signature_key: str | None) -> VerityOptions:
     """Choose the optional arguments that the kernel's verity target ``version`` understands.
 

@@ -7,7 +7,7 @@ through the verity device before it is mounted, and the status is read back afte
 
 import os
 
-from guestagent.api import ByteRange, LayerSpec, Verity
+from guestagent.api import LayerSpec, Verity
 from guestagent.engine.inventory import LayerClaim
 from guestagent.engine.operation import Operation
 from guestagent.engine.plan import (
@@ -46,10 +46,10 @@ class VerifiedParameters(Record):
 class Reader(FdOwner):
     """Reads a range of a block device, never past its end. A context manager."""
 
-    def __init__(self, node: str, area: ByteRange) -> None:
+    def __init__(self, node: str, *, size_bytes: int, offset_bytes: int = 0) -> None:
         self.node = node
-        self.size_bytes = area.size_bytes
-        self._area = area
+        self.size_bytes = size_bytes
+        self._offset_bytes = offset_bytes
         self._fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
 
     def fileno(self) -> int:
@@ -58,10 +58,10 @@ class Reader(FdOwner):
 
     def read_at(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Return what is there, fewer bytes than asked at the end of the range."""
-        size_bytes = min(size_bytes, self._area.size_bytes - offset_bytes)
+        size_bytes = min(size_bytes, self.size_bytes - offset_bytes)
         if offset_bytes < 0 or size_bytes <= 0:
             return b""
-        return os.pread(self._fd, size_bytes, self._area.offset_bytes + offset_bytes)
+        return os.pread(self._fd, size_bytes, self._offset_bytes + offset_bytes)
 
     def read_padded(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Return exactly ``size_bytes``, with zeros for what is past the end."""
@@ -78,11 +78,14 @@ def read_parameters(
             ``invalid`` or ``unsupported``, it could never be mapped.
     """
     spec, device, hash_device = claim.spec, claim.device, claim.hash_device
-    with op.step("superblock", device.node), Reader(device.node, claim.range) as data:
+    area = claim.range
+    with (
+        op.step("superblock", device.node),
+        Reader(device.node, size_bytes=area.size_bytes, offset_bytes=area.offset_bytes) as data,
+    ):
         if hash_device is None:
             return _read_with(spec, verity, device, data, data, target_version)
-        hash_area = ByteRange(offset_bytes=0, size_bytes=hash_device.size_bytes)
-        with Reader(hash_device.node, hash_area) as hashes:
+        with Reader(hash_device.node, size_bytes=hash_device.size_bytes) as hashes:
             return _read_with(spec, verity, device, data, hashes, target_version)
 
 
@@ -179,13 +182,13 @@ def _superblock(verity: Verity, hashes: Reader, offset_bytes: int) -> Superblock
         ) from None
 
 
-def open_proved(node: str, area: ByteRange) -> Reader:
+def open_proved(node: str, size_bytes: int) -> Reader:
     """Open a verity device and read the start of it; the caller closes it.
 
     Raises:
         OSError: EIO, the block did not verify.
     """
-    reader = Reader(node, area)
+    reader = Reader(node, size_bytes=size_bytes)
     try:
         # every block is hashed by the kernel: none is to be read but those asked for
         os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_RANDOM)

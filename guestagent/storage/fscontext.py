@@ -5,6 +5,7 @@ kernels; every error here carries those lines.
 """
 
 import errno
+import functools
 import os
 from collections.abc import Collection
 
@@ -104,6 +105,11 @@ class FsContext(FdOwner):
 
 def flag_bits(flags: Collection[str]) -> tuple[int, int]:
     """Return the bits of named flags, for fsmount and for mount(2)."""
+    return _flag_bits(tuple(flags))
+
+
+@functools.lru_cache(maxsize=64)
+def _flag_bits(flags: tuple[str, ...]) -> tuple[int, int]:
     attributes = bits = 0
     for flag in flags:
         if flag not in _FLAGS:

@@ -197,6 +197,11 @@ def _call_number(call: str, filename: object, *arguments: "int | bytes | None") 
     """Make a call by number. Integers pass as long, bytes as a pointer, None as a null pointer."""
     kinds = tuple(map(type, arguments))
     function = _typed.get(kinds) or _typed.setdefault(kinds, _syscall_taking(kinds))
+    result = function(_NR[call], *arguments)
+    if result >= 0:
+        return result
+    if ctypes.get_errno() != errno_module.EINTR:
+        raise _oserror(call, ctypes.get_errno(), filename)
     return _checked(call, filename, function, _NR[call], *arguments)
 
 

@@ -63,13 +63,14 @@ def check_tree_spines(
         OSError: as raised by the readers.
     """
     top = _top_block(parameters, read_at, read_hash_at)
-    verified = {(parameters.levels - 1, 0): top}
+    levels = parameters.levels
+    verified = {(levels - 1, 0): top}
     for data_block in data_blocks:
         if not 0 <= data_block < parameters.data_blocks:
             raise ValueError(f"data block {data_block} of {parameters.data_blocks}")
-        for level in reversed(range(parameters.levels - 1)):
+        for level in reversed(range(levels - 1)):
             _verify_hash_block(parameters, verified, level, data_block, read_hash_at or read_at)
-        if parameters.levels:  # without a tree the one data block was the top
+        if levels:  # without a tree the one data block was the top
             _verify_data_block(parameters, verified, data_block, read_at)
 
 
@@ -110,9 +111,9 @@ def _digest_above(
     parameters: VerityParameters, verified: dict[tuple[int, int], bytes], level: int, index: int
 ) -> bytes:
     """Return the digest of a block as the verified block above it has it; level -1 is the data."""
-    bits = parameters.hashes_per_block_bits
+    bits, size = parameters.hashes_per_block_bits, parameters.digest_size_bytes
     start = (index & ((1 << bits) - 1)) * parameters.slot_size_bytes
-    return verified[level + 1, index >> bits][start : start + parameters.digest_size_bytes]
+    return verified[level + 1, index >> bits][start : start + size]
 
 
 def check_spare(parameters: VerityParameters, level: int, last_block: bytes) -> None:
@@ -126,7 +127,8 @@ def check_spare(parameters: VerityParameters, level: int, last_block: bytes) -> 
     """
     below = parameters.level_blocks[level - 1] if level else parameters.data_blocks
     used = ((below - 1) & ((1 << parameters.hashes_per_block_bits) - 1)) + 1
-    if last_block[used * parameters.slot_size_bytes :].strip(b"\0"):
+    spare = last_block[used * parameters.slot_size_bytes :]
+    if spare != bytes(len(spare)):
         raise CallError(
             "integrity",
             f"data_blocks: the hash tree is not over {parameters.data_blocks} blocks, level {level}"

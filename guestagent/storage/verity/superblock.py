@@ -93,7 +93,7 @@ class Superblock(Record):
             raise _bad_superblock("version", f"{version} is not {_VERSION}")
         if salt_size > MAX_SALT_BYTES:
             raise _bad_superblock("salt_size", f"{salt_size} is over {MAX_SALT_BYTES}")
-        if any(padding) or any(salt[salt_size:]) or any(tail):
+        if (padding + salt[salt_size:] + tail).strip(b"\0"):
             raise _bad_superblock("padding", "not zero")
         name = algorithm.rstrip(b"\0")
         if not _ALGORITHM_CHARACTERS.issuperset(name):
