@@ -84,26 +84,30 @@ class _Line:
             data = data[os.write(self.fd, data) :]
 
     def receive(self, deadline: Deadline | None = None) -> object:
-        """Return the next message; EOFError if there will be none."""
-        while (message := self._next()) is None:
+        """Return the next message; EOFError if there will be none.
+
+        Reads nothing of the one after that: who polls has to see that it came.
+        """
+        while missing_bytes := self._missing_bytes():
             if deadline is not None:
                 deadline.wait([self.fd], "wait for a process of the batch")
             try:
-                chunk = os.read(self.fd, _READ_BYTES)
+                chunk = os.read(self.fd, min(missing_bytes, _READ_BYTES))
             except ConnectionResetError:  # the other end went before it had read what we said
                 chunk = b""
             if not chunk:
                 raise EOFError
             self._inbox += chunk
+        message = self._inbox[_LENGTH_BYTES:]
+        self._inbox.clear()
         return _pickle.loads(message)
 
-    def _next(self) -> bytes | None:
-        end = _LENGTH_BYTES + int.from_bytes(self._inbox[:_LENGTH_BYTES], "little")
-        if len(self._inbox) < max(end, _LENGTH_BYTES):
-            return None
-        message = bytes(self._inbox[_LENGTH_BYTES:end])
-        del self._inbox[:end]
-        return message
+    def _missing_bytes(self) -> int:
+        """Return how much is still to be read, as far as is known, of the next message."""
+        missing_bytes = _LENGTH_BYTES - len(self._inbox)
+        if missing_bytes <= 0:
+            missing_bytes += int.from_bytes(self._inbox[:_LENGTH_BYTES], "little")
+        return missing_bytes
 
     def is_over(self) -> bool:
         """Say whether the other end is gone, without waiting for it."""

@@ -16,6 +16,7 @@ from crewbed import (
     pid,
     run,
     touch,
+    touch_and_work_on,
     work_on,
 )
 
@@ -101,6 +102,12 @@ def test_what_nobody_decided_is_not_undone(reserve, op, files):
         crew.hire(partial(touch, files / "a"), op, undo_instead=never)
         crew.results(op.deadline)
     assert names(files) == ["a"]
+
+
+def test_one_that_still_works_stops_early_and_undoes(crew, op, files):
+    crew.hire(partial(touch_and_work_on, files / "a"), op, undo_instead=never)
+    crew.undo()
+    assert names(files) == []
 
 
 def leave_the_moon(op: Operation) -> None:
