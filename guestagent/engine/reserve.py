@@ -331,20 +331,34 @@ def _serve(line: _Line, work: Work) -> None:
         assert isinstance(errand, Errand)
         op = errand.terms.operation()
         with op.deadline as deadline:  # and not ``with op``: without a verdict nothing is undone
-            watcher = threading.Thread(target=_watch, args=(line.fd, deadline), daemon=True)
-            start_thread(watcher)
-            line.send(work(errand.job, op))
-            if line.receive() == Verdict.UNDO:
+            with _Watch(line.fd, deadline):
+                line.send(work(errand.job, op))
+                verdict = line.receive()
+            if verdict == Verdict.UNDO:
                 line.send(Undone(op.roll_back()))
 
 
-def _watch(fd: int, deadline: Deadline) -> None:
-    """Have the errand end early when there is a word from who forked us; end with that process."""
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    if any(events & select.POLLHUP for _, events in poller.poll()):
-        os.kill(os.getpid(), signal.SIGKILL)
-    deadline.cancel()
+class _Watch(Owner):
+    """Has an errand end early when there is a word from who forked us, and us with that process."""
+
+    def __init__(self, fd: int, deadline: Deadline) -> None:
+        self._over_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._watch, args=(fd, deadline), daemon=True)
+        start_thread(self._thread)
+
+    def _watch(self, fd: int, deadline: Deadline) -> None:
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        poller.register(self._over_fd, select.POLLIN)
+        if any(events & select.POLLHUP for _, events in poller.poll()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        deadline.cancel()
+
+    def close(self) -> None:
+        """See the thread end: it need not wake in time to see the word before that is read."""
+        os.eventfd_write(self._over_fd, 1)
+        self._thread.join()
+        os.close(self._over_fd)
 
 
 # --- in the next life

@@ -108,6 +108,14 @@ def test_the_signals_of_a_terminal_or_a_shutdown_are_not_theirs(reserve):
     assert pid_of_one(reserve) == before
 
 
+def count_threads(_op: Operation) -> int:
+    return threading.active_count()
+
+
+def test_an_errand_leaves_no_thread_behind(reserve):
+    assert {run(reserve, count_threads, undo=bool(i % 2)) for i in range(60)} == {2}
+
+
 def count_fds(_op: Operation) -> int:
     return len(open_fds())
 
