@@ -193,7 +193,8 @@ class Reserve(Owner):
     ) -> None:
         """``directory`` is the agent's own. Members get no open file but what ``keep_fds`` returns
         when they are forked."""
-        self._path = f"{directory}/crew{_SIGN_OF_LIFE}"
+        # its own: a member of an earlier life may be stuck, and be waited for by a later one
+        self._path = f"{directory}/{time.monotonic_ns()}{_SIGN_OF_LIFE}"
         self._work = work
         self._keep_fds = keep_fds
         self._idle_seconds = idle_seconds

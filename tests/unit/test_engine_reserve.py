@@ -386,6 +386,20 @@ def test_the_next_life_waits_for_one_that_lives_on(tmp_path, witness):
     assert witness.sees_the_end()
 
 
+def test_a_next_life_works_beside_one_that_is_stuck(tmp_path, witness):
+    """And the one after that still waits for it."""
+    stuck = leave_one_stuck(tmp_path, witness)
+    witness.forget()
+    try:
+        with Reserve(str(tmp_path), do) as reserve:
+            assert pid_of_one(reserve) == pid_of_one(reserve)
+        with Deadline(0.1) as short, pytest.raises(CallError, match="end of"):
+            await_earlier_members(str(tmp_path), short)
+    finally:
+        os.kill(stuck, signal.SIGCONT)
+    assert witness.sees_the_end()
+
+
 def test_the_next_life_forgets_those_who_are_gone(tmp_path, witness):
     (tmp_path / "layer-a.entry").touch()
     live_and_die(lambda: run(Reserve(str(tmp_path), do, keep_fds=witness.keep_fds), pid))
