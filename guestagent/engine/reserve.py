@@ -222,11 +222,14 @@ class Reserve(Owner):
     def give_back(self, member: Member) -> None:
         """Take a member back that has nothing to do any more."""
         with self._lock:
-            is_wanted = not self._closing.is_set() and len(self._idle) < (os.cpu_count() or 1)
+            is_wanted = (
+                not self._closing.is_set()
+                and len(self._idle) < (os.cpu_count() or 1)
+                and self._is_retiring()
+            )
             if is_wanted:
                 member.idle_since = time.monotonic()
                 self._idle.append(member)
-                self._start_retiring()
         if not is_wanted:
             member.dismiss()
 
@@ -277,10 +280,16 @@ class Reserve(Owner):
 
     # --- members go
 
-    def _start_retiring(self) -> None:
+    def _is_retiring(self) -> bool:
+        """Start to let members go, unless that has begun; return False if no thread can be had."""
         if self._retirer is None:
-            self._retirer = threading.Thread(target=self._retire, name="reserve", daemon=True)
-            start_thread(self._retirer)
+            retirer = threading.Thread(target=self._retire, name="reserve", daemon=True)
+            try:
+                start_thread(retirer)
+            except RuntimeError:
+                return False
+            self._retirer = retirer
+        return True
 
     def _retire(self) -> None:
         """Let go who was idle for too long, now and then; ends when nobody is idle."""

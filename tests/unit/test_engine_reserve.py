@@ -262,6 +262,20 @@ def test_one_that_dies_while_it_is_given_an_errand(reserve, op):
     member.dismiss()
 
 
+def test_without_a_thread_to_let_them_go_none_is_kept(reserve):
+    """What a batch has made is decided when members are given back: it must not fail by that."""
+    member = reserve.take()
+    before = threading.stack_size(1 << 46)  # of which no kernel has one
+    try:
+        with pytest.raises(RuntimeError):
+            threading.Thread(target=print).start()
+        reserve.give_back(member)
+    finally:
+        threading.stack_size(before)
+    assert not is_child(member.pid)
+    assert pid_of_one(reserve) == pid_of_one(reserve)
+
+
 # --- they end with the agent
 
 
