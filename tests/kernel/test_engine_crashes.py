@@ -143,6 +143,26 @@ def test_a_batch_of_processes(tmp_path: Path, pack: Pack) -> None:
     crash_at_every_step(tmp_path / "state", [mount(pack, 9)], make, stride=5, rules=rules)
 
 
+def test_a_batch_of_a_process_that_was_kept(tmp_path: Path, pack: Pack) -> None:
+    """It was forked for an earlier batch, and ends with the agent all the same."""
+    numbers = range(9)
+    request = LayersMountRequest(layers=tuple(pack.spec(number) for number in numbers))
+    gone = LayersUnmountRequest(layers=tuple(f"layer{number}" for number in numbers))
+
+    def make_again(bed: EngineBed, op: Operation) -> None:
+        armed = bed.faults.armed()
+        bed.faults.arm(())
+        with bed.operation() as first:
+            bed.engine.batches.mount(request, first)
+        with bed.operation() as second:
+            bed.engine.batches.unmount(gone, second)
+        bed.faults.arm(armed)
+        bed.engine.batches.mount(request, op)
+
+    rules = Rules(processes=2)
+    crash_at_every_step(tmp_path / "state", [mount(pack, 9)], make_again, stride=17, rules=rules)
+
+
 def test_a_damaged_entry_is_put_aside_and_told(tmp_path: Path, pack: Pack) -> None:
     directory = tmp_path / "state"
     bed = EngineBed(directory)

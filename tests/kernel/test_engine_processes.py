@@ -1,5 +1,8 @@
 """Batches that are worked on by several processes: whole or not at all, whoever of them fails."""
 
+import os
+import select
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -51,14 +54,20 @@ def refused(bed: EngineBed, request: LayersMountRequest) -> CallError:
     assert bed.books() == books
     assert bed.engine.problems() == ()
     bed.faults.arm("")
-    vars(bed.faults).pop("copy", None)
+    vars(bed.faults).pop("armed", None)
     assert len(mount(bed, request).layers) == len(request.layers)
     return caught.value
 
 
 def fault_others(bed: EngineBed, text: str) -> None:
-    """Arm faults for the forked processes alone."""
-    bed.faults.copy = lambda: Faults.parse(text)  # type: ignore[method-assign]
+    """Arm faults for the other processes alone: these are told of them with what they are to do."""
+    bed.faults.armed = Faults.parse(text).armed  # type: ignore[method-assign]
+
+
+def children() -> set[int]:
+    """Return the processes of this one, whichever of its threads has started them."""
+    lists = (path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    return {int(pid) for text in lists for pid in text.split()}
 
 
 def test_the_reply_is_that_of_threads(tmp_path: Path, pack: Pack) -> None:
@@ -67,7 +76,7 @@ def test_the_reply_is_that_of_threads(tmp_path: Path, pack: Pack) -> None:
         with EngineBed(tmp_path / f"state{processes}", Rules(processes=processes)) as bed:
             replies.append(mount(bed, batch(pack, overlay=overlay("o", "layer3", "layer11"))))
             entries.append([live.spec.layer_id for live in bed.engine._state.journal.read().layers])
-            assert not [*bed.directory.glob("*.crew"), *bed.directory.glob("*.begun")]
+            assert not [*bed.directory.glob("*.begun")]
             with bed.operation() as op:
                 listed = {report.layer_id: report for report in bed.engine.layers.list()}
                 ids = tuple(listed)
@@ -167,7 +176,61 @@ def test_a_conflict_is_found_before_anything_is_forked(bed: EngineBed, pack: Pac
     assert World.now() == before
 
 
+def remount(bed: EngineBed, pack: Pack) -> None:
+    """Take all layers of a batch down and bring them up again."""
+    ids = tuple(f"layer{number}" for number in range(LAYERS))
+    with bed.operation() as op:
+        bed.engine.batches.unmount(LayersUnmountRequest(layers=ids), op)
+    mount(bed, batch(pack))
+
+
+def test_one_process_for_one_batch_after_the_other(bed: EngineBed, pack: Pack) -> None:
+    mount(bed, batch(pack))
+    idle = children()
+    assert len(idle) == RULES.processes - 1
+    remount(bed, pack)
+    assert children() == idle
+    assert {report.state for report in bed.engine.layers.list()} == {"mounted"}
+
+
+def test_the_process_of_a_batch_that_was_undone_makes_the_next(bed: EngineBed, pack: Pack) -> None:
+    mount(bed, batch(pack))
+    idle = children()
+    with bed.operation() as op:
+        bed.engine.unmount_everything(op, force=False)
+    fault_others(bed, "mount:EIO:4")
+    assert refused(bed, batch(pack)).step == "mount"
+    assert children() == idle
+
+
+def test_one_that_is_killed_while_idle(bed: EngineBed, pack: Pack) -> None:
+    """The next batch is none the worse for it."""
+    mount(bed, batch(pack))
+    (pid,) = children()
+    pidfd = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    assert select.select([pidfd], [], [], 10)[0]
+    os.close(pidfd)
+    remount(bed, pack)
+    assert len(children()) == RULES.processes - 1
+    assert pid not in children()
+    assert bed.engine.problems() == ()
+
+
+def test_one_that_is_idle_holds_nothing_of_a_batch(bed: EngineBed, pack: Pack) -> None:
+    """Or a device, or a file system, would be busy for as long as it waits for more."""
+    mount(bed, batch(pack))
+    (pid,) = children()
+    held = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if int(path.name) > 2}
+    kinds = sorted(name.partition(":")[0] for name in held)
+    (life,) = bed.directory.glob("*.members")
+    assert kinds == sorted(["/dev/mapper/control", str(life), "socket"])
+
+
 def test_no_process_is_left(bed: EngineBed, pack: Pack) -> None:
     mount(bed, batch(pack))
-    children = Path("/proc/self/task").glob("*/children")
-    assert [path.read_text() for path in children if path.read_text().strip()] == []
+    assert len(children()) == RULES.processes - 1
+    bed.engine.close()
+    assert children() == set()
+    assert not [*bed.directory.glob("*.members")]
+    bed.reopen()
