@@ -31,7 +31,7 @@ from guestagent.engine.operation import Operation, Terms
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
-from vsock.owner import Owner
+from vsock.owner import FdOwner, Owner
 from vsock.threads import block_signals, start_thread
 
 __all__ = ("Errand", "Member", "Reserve", "Undone", "Verdict", "await_earlier_members")
@@ -181,7 +181,10 @@ class Member:
 
 
 class Reserve(Owner):
-    """All members, at work or idle. Thread-safe. ``close`` when no crew has any of them."""
+    """All members, at work or idle. Thread-safe.
+
+    Those at work when it is closed end when their crew gives them back, or with us.
+    """
 
     def __init__(
         self,
@@ -208,10 +211,12 @@ class Reserve(Owner):
         """Return a member that has nothing to do: an idle one, or a new one.
 
         Raises:
-            OSError: EAGAIN or ENOMEM, no process can be had.
+            OSError: EAGAIN or ENOMEM, no process can be had; ESHUTDOWN, the reserve is closed.
         """
         while True:
             with self._lock:
+                if self._closing.is_set():
+                    raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN), self._path)
                 if not self._idle:
                     return self._fork()
                 member = self._idle.pop()
@@ -235,8 +240,8 @@ class Reserve(Owner):
 
     def close(self) -> None:
         """Let all idle members go and see them gone. Idempotent."""
-        self._closing.set()
         with self._lock:
+            self._closing.set()
             idle, self._idle = self._idle, []
             retirer = self._retirer
         for member in idle:
@@ -246,7 +251,9 @@ class Reserve(Owner):
         if self._life_fd >= 0:
             os.close(self._life_fd)
             self._life_fd = -1
-            os.unlink(self._path)
+            with _SignOfLife(self._path) as sign:
+                if not sign.is_shown():  # else a next life has to wait
+                    os.unlink(self._path)
 
     # --- members come
 
@@ -387,11 +394,25 @@ def await_earlier_members(directory: str, deadline: Deadline) -> None:
         if not file.endswith(_SIGN_OF_LIFE):
             continue
         path = f"{directory}/{file}"
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            os.read(fd, 1)  # nothing to read and nobody who could write
-        except BlockingIOError:
-            deadline.wait([fd], f"wait for the end of {path!r}")
-        finally:
-            os.close(fd)
+        with _SignOfLife(path) as sign:
+            if sign.is_shown():
+                deadline.wait([sign.fileno()], f"wait for the end of {path!r}")
         os.unlink(path)
+
+
+class _SignOfLife(FdOwner):
+    """The pipe that members hold open, from the other end."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def fileno(self) -> int:
+        """Return the descriptor, which hangs up when the last member ends; it stays ours."""
+        return self._fd
+
+    def is_shown(self) -> bool:
+        try:
+            os.read(self._fd, 1)  # nothing to read and nobody who could write
+        except BlockingIOError:
+            return True
+        return False

@@ -1,5 +1,6 @@
 """Processes that wait for work: how they come, are used again, and go."""
 
+import errno
 import os
 import select
 import signal
@@ -178,6 +179,28 @@ def test_close_leaves_no_process_no_file_and_nothing_open(tmp_path, op):
     assert list(tmp_path.iterdir()) == []
     op.deadline.close()
     assert open_fds() == before
+
+
+def test_a_next_life_still_waits_for_one_at_work_when_it_was_closed(tmp_path, op):
+    reserve = Reserve(str(tmp_path), do)
+    with Crew(reserve, undo_seconds=5) as crew:
+        crew.hire(work_on, op, undo_instead=never)
+        reserve.close()
+        with Deadline(0.1) as short, pytest.raises(CallError, match="end of"):
+            await_earlier_members(str(tmp_path), short)
+        crew.undo()
+    with Deadline(WAIT_SECONDS) as deadline:
+        await_earlier_members(str(tmp_path), deadline)
+    assert signs_of_life(tmp_path) == []
+
+
+def test_nobody_is_had_from_a_closed_reserve(tmp_path):
+    reserve = Reserve(str(tmp_path), do)
+    reserve.close()
+    with pytest.raises(OSError, match="shutdown") as caught:
+        reserve.take()
+    assert caught.value.errno == errno.ESHUTDOWN
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_given_back_after_close_goes(reserve):
