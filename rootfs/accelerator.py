@@ -12,9 +12,10 @@ from pathlib import Path
 
 from rootfs.cpio import write_cpio
 
-__all__ = ("choose_accelerator", "has_kernel_vsock", "qemu_program")
+__all__ = ("choose_accelerator", "has_kernel_vsock", "has_steady_tsc", "qemu_program")
 
 _PROBE_SECONDS = 20.0
+_STEADY_TSC = frozenset(("constant_tsc", "nonstop_tsc"))
 _VHOST_GET_FEATURES = 0x8008AF00  # linux/vhost.h: _IOR(0xAF, 0x00, __u64)
 
 
@@ -52,6 +53,15 @@ def choose_accelerator(wanted: str, kernel: Path, cache_dir: Path) -> tuple[str,
     temporary.write_text(json.dumps({"key": key, "accel": accel, "reason": reason}))
     temporary.replace(path)
     return accel, reason
+
+
+def has_steady_tsc(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Say whether this machine's TSC counts at one rate whatever its processors do."""
+    for line in cpuinfo.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":
+            return _STEADY_TSC.issubset(value.split())
+    return False
 
 
 def has_kernel_vsock() -> bool:

@@ -13,7 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rootfs.accelerator import choose_accelerator, has_kernel_vsock, qemu_program
+from rootfs.accelerator import (
+    choose_accelerator,
+    has_kernel_vsock,
+    has_steady_tsc,
+    qemu_program,
+)
 from rootfs.console import ConsoleFile
 from rootfs.lifetime import ending_with_us
 from rootfs.qemu_command import (
@@ -242,6 +247,7 @@ class Machine:
             console_path=console_path,
             qmp_fd=None if listener is None else listener.fileno(),
             vhost_socket=self._vhost_socket(),
+            steady_tsc=has_steady_tsc(),
         )
         self._spawn(qemu_command(self.spec, runtime), listener, run.lock_fd)
         if listener is not None:

@@ -31,7 +31,7 @@ _CMDLINE = "console=ttyS0 quiet panic=-1 cryptomgr.notests"
 #: by a call for each; without both a guest takes a fifth less to mount a layer.
 _TCG_CPU = "max,-erms,-xsave"
 #: Linux distrusts an emulated TSC and reads the HPET instead, which takes QEMU's one big lock; but
-#: it is the same for all processors.
+#: it is the same for all processors, and as steady as the host's.
 _TCG_CMDLINE = "tsc=reliable clocksource=tsc"
 _SCSI_BUS = "scsi0.0"
 #: The device behind each line, by the guest's name for it. ttyS0 is UART 0.
@@ -118,7 +118,7 @@ class Runtime:
     """What is known only when a machine starts.
 
     ``qmp_fd`` is a listening socket that QEMU inherits; ``vhost_socket`` None means the kernel's
-    own vhost.
+    own vhost. ``steady_tsc`` is as ``has_steady_tsc`` says.
     """
 
     program: str
@@ -127,6 +127,7 @@ class Runtime:
     console_path: Path
     qmp_fd: int | None = None
     vhost_socket: Path | None = None
+    steady_tsc: bool = False
 
 
 def port_path(run_dir: Path, name: str) -> Path:
@@ -173,7 +174,7 @@ def _base(spec: MachineSpec, runtime: Runtime) -> Iterator[str]:
         "share": True,
     })  # fmt: skip
     yield from ("-kernel", str(spec.kernel), "-initrd", str(spec.initrd))
-    words = (_CMDLINE, "" if kvm else _TCG_CMDLINE, spec.cmdline)
+    words = (_CMDLINE, "" if kvm or not runtime.steady_tsc else _TCG_CMDLINE, spec.cmdline)
     yield from ("-append", " ".join(filter(None, words)))
     if runtime.qmp_fd is not None:
         yield from ("-chardev", f"socket,id=qmp,fd={runtime.qmp_fd},server=on,wait=off")

@@ -1,9 +1,11 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rootfs.accelerator import has_steady_tsc
 from rootfs.qemu_command import (
     DiskSpec,
     MachineSpec,
@@ -61,6 +63,32 @@ def test_kvm(runtime: Runtime) -> None:
     argv = qemu_command(spec(), kvm)
     assert values(argv, "-accel") == ["kvm"]
     assert values(argv, "-cpu") == ["host"]
+
+
+@pytest.mark.parametrize(
+    ("accel", "steady", "trusted"),
+    [("tcg", True, True), ("tcg", False, False), ("kvm", True, False)],
+)
+def test_an_emulated_clock_is_trusted_where_it_is_steady(
+    runtime: Runtime, accel: str, steady: bool, trusted: bool
+) -> None:
+    changed = dataclasses.replace(runtime, accel=accel, steady_tsc=steady)
+    (cmdline,) = values(qemu_command(spec(cmdline="mine"), changed), "-append")
+    assert ("tsc=reliable" in cmdline.split()) == trusted
+    assert cmdline.split()[-1] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "steady"),
+    [
+        ("model name\t: x\nflags\t\t: fpu constant_tsc nonstop_tsc\n", True),
+        ("flags\t\t: fpu constant_tsc\n", False),
+        ("Features\t: fp asimd\n", False),
+    ],
+)
+def test_a_steady_tsc_is_told_by_its_flags(tmp_path: Path, text: str, steady: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert has_steady_tsc(tmp_path / "cpuinfo") == steady
 
 
 def test_guest_memory_is_shared_with_the_vsock_device(runtime: Runtime) -> None:
