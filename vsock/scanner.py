@@ -60,18 +60,15 @@ class Scanner:
 
         ``buffer`` holds the value from its start, less what the caller took off ``at``.
         """
-        open_values, at = self._open, self.at
+        open_values, at, sizes = self._open, self.at, _FIXED_SIZES
         end = len(buffer)
         while open_values and at < end:
-            first = buffer[at]
-            size = _FIXED_SIZES[first]
-            if size:
+            left = open_values[-1]
+            while left and at < end and (size := sizes[buffer[at]]):  # most are of these
                 at += size
-                open_values[-1] -= 1
-            elif first < 0xA0:  # fixmap, fixarray
-                at += 1
-                self._descend((first & 0x0F) * (2 if first < 0x90 else 1))
-            else:
+                left -= 1
+            open_values[-1] = left
+            if left and at < end:
                 after = self._walk_header(buffer, at)
                 if after is None:
                     break
@@ -82,8 +79,11 @@ class Scanner:
         return not open_values and at <= end
 
     def _walk_header(self, buffer: bytearray, at: int) -> int | None:
-        """Return the offset after a header of variable size; None if it is not whole."""
+        """Return the offset after any other header; None if it is not whole."""
         first = buffer[at]
+        if first < 0xA0:  # fixmap, fixarray
+            self._descend((first & 0x0F) * (2 if first < 0x90 else 1))
+            return at + 1
         if first == _NEVER_USED:
             self.lost = True
             return None

@@ -1,6 +1,7 @@
 """Many layers brought up beside each other: by a few processes, or, where these are not worth their
 while, by a few threads."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -47,13 +48,15 @@ class _Share:
 
 
 class _Job:
-    """A part of the layers, begun under the name ``begun``."""
+    """A part of the layers, begun under the name ``begun``, and the processor to make them on, or
+    None for any."""
 
-    __slots__ = ("begun", "claims")
+    __slots__ = ("begun", "claims", "cpu")
 
-    def __init__(self, begun: str, claims: Sequence[LayerClaim]) -> None:
+    def __init__(self, begun: str, claims: Sequence[LayerClaim], cpu: int | None) -> None:
         self.begun = begun
         self.claims = claims
+        self.cpu = cpu
 
 
 class _Worker:
@@ -77,20 +80,22 @@ class _Worker:
         share = _Share()
         lives = []
         try:
-            for share.number, claim in enumerate(job.claims):
-                lives.append(self.make(claim, job.begun, op))
-            share.number = 0
-            for share.number, made in enumerate(self.look_at(lives), 1):
-                share.made.append(made)
+            with _on_cpu(job.cpu):
+                for share.number, claim in enumerate(job.claims):
+                    lives.append(self.make(claim, job.begun, op))
+                share.number = 0
+                for share.number, made in enumerate(self.look_at(lives, op), 1):
+                    share.made.append(made)
         except CallError as error:
             share.error = error
         return share
 
-    def look_at(self, lives: Sequence[LiveLayer]) -> Iterator[Made]:
-        mounts = mounts_by_target(live.spec.mount_point for live in lives)
-        for live in lives:
-            mount = mounts.get(live.spec.mount_point)
-            yield Made(live, see_layer(self._state.control, live, mount))
+    def look_at(self, lives: Sequence[LiveLayer], op: Operation) -> Iterator[Made]:
+        with op.step("read back", f"{len(lives)} layers"):
+            mounts = mounts_by_target(live.spec.mount_point for live in lives)
+            for live in lives:
+                mount = mounts.get(live.spec.mount_point)
+                yield Made(live, see_layer(self._state.control, live, mount))
 
     def make(self, claim: LayerClaim, begun: str, op: Operation) -> LiveLayer:
         child = op.child()
@@ -101,6 +106,30 @@ class _Worker:
         finally:
             op.adopt(child)
         return live
+
+
+def _cpus_for(processes: int) -> Sequence[int | None]:
+    """Return a processor for each process, where there are enough."""
+    allowed = sorted(os.sched_getaffinity(0))
+    return allowed[:processes] if processes <= len(allowed) else [None] * processes
+
+
+@contextlib.contextmanager
+def _on_cpu(cpu: int | None) -> Iterator[None]:
+    """Keep this thread on one processor.
+
+    It often waits for a thread of the kernel, for less time than Linux thinks worth looking for
+    other work. Left to it the processes of a batch meet on one processor again and again.
+    """
+    allowed = os.sched_getaffinity(0)
+    if cpu not in allowed:
+        yield
+        return
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def reserve_for(state: EngineState, layers: Layers) -> Reserve:
@@ -159,10 +188,11 @@ class ManyLayers:
     def _by_processes(self, shares: Sequence[Sequence[LayerClaim]]) -> list[Made]:
         op, crew = self._op, self._crew
         op.undo_by("what the processes of the batch made", crew.undo)
-        for share in shares[1:]:
-            job = _Job(self._begun, share)
+        cpus = _cpus_for(len(shares))
+        for share, cpu in zip(shares[1:], cpus[1:], strict=True):
+            job = _Job(self._begun, share, cpu)
             crew.hire(job, op, undo_instead=partial(self._undo_share, share))
-        own = self._worker.do_share(_Job(self._begun, shares[0]), op)
+        own = self._worker.do_share(_Job(self._begun, shares[0], cpus[0]), op)
         done = [own]
         if own.error is None:
             for result in crew.results(op.deadline):
@@ -210,7 +240,7 @@ class ManyLayers:
         finally:
             for child in children:
                 self._op.adopt(child)
-        return list(self._worker.look_at(lives))
+        return list(self._worker.look_at(lives, self._op))
 
     def _make_or_blame(self, claim: LayerClaim, op: Operation) -> LiveLayer:
         try:

@@ -145,7 +145,7 @@ def claim_directories(inventory: Inventory, owner: Owner, target: str) -> tuple[
     parts = target.split("/")
     way = ["/".join(parts[:end]) for end in range(2, len(parts) + 1)]
     there = len(way)  # from the end, since mostly the last alone is missing
-    while there and not os.path.lexists(way[there - 1]):
+    while there and not os.access(way[there - 1], os.F_OK, follow_symlinks=False):
         there -= 1
     return tuple(inventory.claim_directories(owner, target, way[there:]))
 

@@ -116,18 +116,24 @@ class TargetDirectory(FdOwner):
             os.close(parent_fd)
 
     def _enter(self, name: str, path: str, create: bool) -> int:
+        if create and path == self.path:  # mostly missing, as what leads there mostly is not
+            self._make(name, path)
+            return self._open_child(name, path)
         try:
             return self._open_child(name, path)
         except FileNotFoundError:
             if not create:
                 raise
+        self._make(name, path)
+        return self._open_child(name, path)
+
+    def _make(self, name: str, path: str) -> None:
         try:
             os.mkdir(name, 0o700, dir_fd=self._fd)
-            if path not in self.created:
-                self.created += (path,)
-        except FileExistsError:  # another request made it meanwhile: it is not ours
-            pass
-        return self._open_child(name, path)
+        except FileExistsError:  # then it is not ours
+            return
+        if path not in self.created:
+            self.created += (path,)
 
     def _open_child(self, name: str, path: str) -> int:
         # only the target itself must not be a mount point; what leads there may be one

@@ -148,6 +148,18 @@ def test_a_process_that_is_killed(bed: EngineBed, pack: Pack, step: str) -> None
     assert "ended" in error.message
 
 
+def test_a_process_that_cannot_look_at_what_it_made(bed: EngineBed, pack: Pack) -> None:
+    fault_others(bed, "read back:EIO")
+    error = refused(bed, batch(pack))
+    assert (error.step, error.object) == ("read back", f"{LAYERS // 2} layers")
+
+
+def test_a_process_that_is_killed_before_it_looks(bed: EngineBed, pack: Pack) -> None:
+    """All of its layers are mounted and have their entries."""
+    fault_others(bed, "read back:KILL")
+    assert "ended" in refused(bed, batch(pack)).message
+
+
 def test_cancelled_while_a_process_works(bed: EngineBed, pack: Pack) -> None:
     """It is in a step that would take until its deadline."""
     fault_others(bed, "verity:BLOCK:2")
