@@ -20,6 +20,7 @@ from guestagent.engine.takedown import (
 )
 from guestagent.engine.verifying import Progress, verify_layer
 from guestagent.storage.mountinfo import mounts_by_target
+from guestagent.storage.openonce import OpenOnce
 from vsock.errors import CallError
 
 __all__ = ("Layers",)
@@ -82,9 +83,12 @@ class Layers:
         """Write down what is about to be made, so that a restart can undo it."""
         self._state.begin(begun, Begun(layers=tuple(claim.traces for claim in claims)), op)
 
-    def make(self, claim: LayerClaim, op: Operation) -> LiveLayer:
-        """Make what is claimed and begun: the devices and the mount."""
-        return self._stack.make(self._stack.plan(claim, op), op)
+    def make(self, claim: LayerClaim, op: Operation, held: OpenOnce | None = None) -> LiveLayer:
+        """Make what is claimed and begun: the devices and the mount.
+
+        ``held`` is for whoever makes many layers one after the other.
+        """
+        return self._stack.make(self._stack.plan(claim, op, held), op, held)
 
     def write(self, live: LiveLayer, begun: str, op: Operation) -> None:
         """Write the entry of a layer that is made; it counts once ``begun`` is decided.

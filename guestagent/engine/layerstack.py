@@ -38,6 +38,7 @@ from guestagent.storage.devicemapper.targets import Target
 from guestagent.storage.filesystems import check_size, detect, mount_options
 from guestagent.storage.keyring import signature_key
 from guestagent.storage.mount import READONLY_FLAGS, TargetDirectory, mount_filesystem
+from guestagent.storage.openonce import OpenOnce
 from vsock.errors import CallError
 
 __all__ = ("LayerStack",)
@@ -81,12 +82,15 @@ class LayerStack:
             created=created,
         )
 
-    def plan(self, claim: LayerClaim, op: Operation) -> LiveLayer:
-        """Read what verity needs, and decide everything that can be decided."""
+    def plan(self, claim: LayerClaim, op: Operation, held: OpenOnce | None = None) -> LiveLayer:
+        """Read what verity needs, and decide everything that can be decided.
+
+        ``held`` is for whoever plans, or makes, many layers one after the other.
+        """
         spec, verified = claim.spec, None
         if spec.verity is not None:
             version = self._verity_version(op)
-            verified = read_parameters(claim, spec.verity, version, op)
+            verified = read_parameters(claim, spec.verity, version, op, held)
         plan = plan_layer(
             spec,
             claim.device,
@@ -109,7 +113,7 @@ class LayerStack:
 
     # --- what is made of the kernel's
 
-    def make(self, planned: LiveLayer, op: Operation) -> LiveLayer:
+    def make(self, planned: LiveLayer, op: Operation, held: OpenOnce | None = None) -> LiveLayer:
         """Make the devices and the mount; return the layer as it became.
 
         Works by system calls alone, so that a forked process can do it (see ``reserve``).
@@ -117,7 +121,7 @@ class LayerStack:
         dev, node = self._make_devices(planned, op)
         # open until it is mounted, so that what was read and verified stays cached
         with self._open(planned, node, op) as reader:
-            plan = self._mount(planned, reader, op)
+            plan = self._mount(planned, reader, op, held)
         self._defer_removal(plan, op)
         return planned.replace(dev=dev, plan=plan)
 
@@ -214,10 +218,12 @@ class LayerStack:
 
         op.undo_by(f"dm device {name}", undo)
 
-    def _mount(self, planned: LiveLayer, reader: Reader, op: Operation) -> LayerPlan:
-        spec, node = planned.spec, reader.node
+    def _mount(
+        self, planned: LiveLayer, reader: Reader, op: Operation, held: OpenOnce | None
+    ) -> LayerPlan:
+        spec, node, root = planned.spec, reader.node, self._state.rules.target_root
         with op.step("target", spec.mount_point, code="mount"):
-            target = TargetDirectory(spec.mount_point, root=self._state.rules.target_root)
+            target = TargetDirectory(spec.mount_point, root=root, held=held)
         with target:
             op.undo_by("target directory", lambda: remove_directories(planned.created))
             with op.step("filesystem", node, code="mount"):

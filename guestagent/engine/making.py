@@ -16,6 +16,7 @@ from guestagent.engine.recovery import KernelView, remove_traces
 from guestagent.engine.reserve import Reserve
 from guestagent.engine.state import EngineState
 from guestagent.storage.mountinfo import mounts_by_target
+from guestagent.storage.openonce import OpenOnce
 from vsock.errors import CallError
 
 __all__ = ("Made", "ManyLayers", "reserve_for")
@@ -80,9 +81,9 @@ class _Worker:
         share = _Share()
         lives = []
         try:
-            with _on_cpu(job.cpu):
+            with _on_cpu(job.cpu), OpenOnce() as held:
                 for share.number, claim in enumerate(job.claims):
-                    lives.append(self.make(claim, job.begun, op))
+                    lives.append(self.make(claim, job.begun, op, held))
                 share.number = 0
                 for share.number, made in enumerate(self.look_at(lives, op), 1):
                     share.made.append(made)
@@ -97,10 +98,12 @@ class _Worker:
                 mount = mounts.get(live.spec.mount_point)
                 yield Made(live, see_layer(self._state.control, live, mount))
 
-    def make(self, claim: LayerClaim, begun: str, op: Operation) -> LiveLayer:
+    def make(
+        self, claim: LayerClaim, begun: str, op: Operation, held: OpenOnce | None = None
+    ) -> LiveLayer:
         child = op.child()
         try:
-            live = self._layers.make(claim, child)
+            live = self._layers.make(claim, child, held)
             with child.step("journal", claim.spec.layer_id, code="resource"):
                 self._layers.write(live, begun, child)
         finally:

@@ -18,6 +18,7 @@ from guestagent.engine.plan import (
 )
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.filesystems import claimed_size_bytes, detect
+from guestagent.storage.openonce import OpenOnce
 from guestagent.storage.verity import (
     SUPERBLOCK_BYTES,
     Superblock,
@@ -46,11 +47,20 @@ class VerifiedParameters(Record):
 class Reader(FdOwner):
     """Reads a range of a block device, never past its end. A context manager."""
 
-    def __init__(self, node: str, *, size_bytes: int, offset_bytes: int = 0) -> None:
+    def __init__(
+        self, node: str, *, size_bytes: int, offset_bytes: int = 0, held: OpenOnce | None = None
+    ) -> None:
+        """Open ``node``, or take what ``held`` has of it."""
         self.node = node
         self.size_bytes = size_bytes
         self._offset_bytes = offset_bytes
-        self._fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+        self._is_held = held is not None
+        self._fd = held.open(node) if held else os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if not self._is_held:
+            super().close()
 
     def fileno(self) -> int:
         """Return the descriptor; it stays ours."""
@@ -69,9 +79,15 @@ class Reader(FdOwner):
 
 
 def read_parameters(
-    claim: LayerClaim, verity: Verity, target_version: Version, op: Operation
+    claim: LayerClaim,
+    verity: Verity,
+    target_version: Version,
+    op: Operation,
+    held: OpenOnce | None = None,
 ) -> VerifiedParameters:
     """Bring request and superblock together and check the tree's root, before anything is made.
+
+    ``held`` is for whoever does this for many layers of one device.
 
     Raises:
         CallError: ``integrity``, the tree or the superblock is not what the request says;
@@ -81,7 +97,9 @@ def read_parameters(
     area = claim.range
     with (
         op.step("superblock", device.node),
-        Reader(device.node, size_bytes=area.size_bytes, offset_bytes=area.offset_bytes) as data,
+        Reader(
+            device.node, size_bytes=area.size_bytes, offset_bytes=area.offset_bytes, held=held
+        ) as data,
     ):
         if hash_device is None:
             return _read_with(spec, verity, device, data, data, target_version)

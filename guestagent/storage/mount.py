@@ -17,6 +17,7 @@ from guestagent.storage.fscontext import (
     flag_bits,
     is_supported,
 )
+from guestagent.storage.openonce import OpenOnce
 from vsock.errors import CallError
 from vsock.owner import FdOwner
 
@@ -43,8 +44,12 @@ class TargetDirectory(FdOwner):
     just these. Use as a context manager, which closes the descriptor and removes nothing.
     """
 
-    def __init__(self, target: str, *, root: str = "/run", create: bool = True) -> None:
+    def __init__(
+        self, target: str, *, root: str = "/run", create: bool = True, held: OpenOnce | None = None
+    ) -> None:
         """Open ``target``, an absolute path strictly below ``root``; missing parts become 0700.
+
+        What leads there is looked for in ``held`` first, and held there.
 
         Raises:
             CallError: ``invalid``, outside of root or with "." or ".."; ``denied``, a symbolic or
@@ -54,6 +59,7 @@ class TargetDirectory(FdOwner):
         self.path = target
         self.created: tuple[str, ...] = ()
         self._root = root.rstrip("/")
+        self._held = held
         self._fd = -1
         names = _names_below(target, self._root)
         try:
@@ -106,41 +112,61 @@ class TargetDirectory(FdOwner):
                     raise
 
     def _open(self, names: list[str], create: bool) -> None:
+        parent = os.path.dirname(self.path)
+        held_fd = None if self._held is None else self._held.get(parent)
+        if held_fd is not None and self._held is not None:
+            try:
+                self._fd = self._enter(held_fd, names[-1], self.path, create)
+            except FileNotFoundError:  # somebody has removed it meanwhile
+                self._held.forget(parent)
+                raise
+            return
+        self._walk(names[:-1], create)
+        parent_fd, self._fd = self._fd, -1
+        try:
+            self._fd = self._enter(parent_fd, names[-1], self.path, create)
+        finally:
+            if self._held is None or self._fd < 0:
+                os.close(parent_fd)
+            else:
+                self._held.keep(parent, parent_fd)
+
+    def _walk(self, names: list[str], create: bool) -> None:
         """Walk down from the root; on the way ``self._fd`` is the directory reached so far."""
         self._fd = os.open(self._root or "/", _OPEN_DIRECTORY)
         path = self._root
         for name in names:
             path = f"{path}/{name}"
-            child = self._enter(name, path, create)
+            child = self._enter(self._fd, name, path, create)
             parent_fd, self._fd = self._fd, child
             os.close(parent_fd)
 
-    def _enter(self, name: str, path: str, create: bool) -> int:
+    def _enter(self, parent_fd: int, name: str, path: str, create: bool) -> int:
         if create and path == self.path:  # mostly missing, as what leads there mostly is not
-            self._make(name, path)
-            return self._open_child(name, path)
+            self._make(parent_fd, name, path)
+            return self._open_child(parent_fd, name, path)
         try:
-            return self._open_child(name, path)
+            return self._open_child(parent_fd, name, path)
         except FileNotFoundError:
             if not create:
                 raise
-        self._make(name, path)
-        return self._open_child(name, path)
+        self._make(parent_fd, name, path)
+        return self._open_child(parent_fd, name, path)
 
-    def _make(self, name: str, path: str) -> None:
+    def _make(self, parent_fd: int, name: str, path: str) -> None:
         try:
-            os.mkdir(name, 0o700, dir_fd=self._fd)
+            os.mkdir(name, 0o700, dir_fd=parent_fd)
         except FileExistsError:  # then it is not ours
             return
         if path not in self.created:
             self.created += (path,)
 
-    def _open_child(self, name: str, path: str) -> int:
+    def _open_child(self, parent_fd: int, name: str, path: str) -> int:
         # only the target itself must not be a mount point; what leads there may be one
         is_target = path == self.path
         resolve = _RESOLVE | syscalls.RESOLVE_NO_XDEV if is_target else _RESOLVE
         try:
-            return syscalls.openat2(self._fd, name, _OPEN_DIRECTORY, resolve=resolve)
+            return syscalls.openat2(parent_fd, name, _OPEN_DIRECTORY, resolve=resolve)
         except OSError as error:
             problem = _problem_of(error, path, is_target)
             if problem is None:
