@@ -61,6 +61,7 @@ class RecordType(type):
     _plan: tuple[dict[str, object], int, frozenset[str], bool]
     #: For the decoder: the types of each field's values that need no look inside.
     _plain_types: dict[str, frozenset[type]]
+    _decoders: dict[str, _Decoder]
 
     def __new__(
         mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object]
@@ -80,7 +81,17 @@ class RecordType(type):
         has_check = any("check" in vars(base) for base in cls.__mro__[:-2])  # but for Record's own
         cls._plan = blank, len(blank), required, has_check
         cls._plain_types = {field: _plain_types(kind) for field, (kind, _) in fields.items()}
+        cls._decoders = {}
         return cls
+
+    def _decoder_of(cls, field: str) -> _Decoder:
+        """Return what decodes a field; made when it is first needed."""
+        decoder = cls._decoders.get(field)
+        if decoder is None:
+            # by field and not by type: unions of the same members are equal in any order, but the
+            # first that fits converts
+            decoder = cls._decoders[field] = _decoder(cls._fields[field][0])
+        return decoder
 
 
 def _plain_types(kind: object) -> frozenset[type]:
@@ -195,7 +206,6 @@ def decode(kind: object, value: object, where: str) -> object:
     return _decoder(kind)(value, where)
 
 
-@functools.cache
 def _decoder(kind: object) -> _Decoder:
     """Return what does the work of ``decode`` for one annotation."""
     if isinstance(kind, types.UnionType):
@@ -212,13 +222,14 @@ def _decoder(kind: object) -> _Decoder:
 def _union_decoder(members: tuple[object, ...]) -> _Decoder:
     rest = tuple(member for member in members if member is not types.NoneType)
     records = [cls for cls in rest if isinstance(cls, RecordType)]
+    first = functools.partial(_decode_first, tuple(map(_decoder, rest)))
     if len(rest) == 1:
         inner = _decoder(rest[0])
     elif records:
         by_kind = {cls._fields["kind"][1]: cls for cls in records}
-        inner = functools.partial(_decode_tagged, rest, by_kind)
+        inner = functools.partial(_decode_tagged, first, by_kind)
     else:
-        inner = functools.partial(_decode_first, rest)
+        inner = first
     return functools.partial(_decode_optional, inner) if len(rest) < len(members) else inner
 
 
@@ -229,15 +240,15 @@ def _invalid(where: str, problem: str) -> CallError:
 def _decode_record(cls: RecordType, value: object, where: str) -> object:
     if type(value) is not dict and not isinstance(value, Mapping):
         raise _invalid(where, f"expected a map, got {_name_of(value)}")
-    known, plain_types = cls._fields, cls._plain_types
-    if not (known.keys() >= value.keys() >= cls._plan[2]):
+    plain_types = cls._plain_types
+    if not (cls._fields.keys() >= value.keys() >= cls._plan[2]):
         raise _not_the_keys(cls, value, where)
     fields: dict[str, object] = {}
     for name, item in value.items():
         if type(item) in plain_types[name]:
             fields[name] = item
         else:
-            fields[name] = _decoder(known[name][0])(item, f"{where}.{name}")
+            fields[name] = cls._decoder_of(name)(item, f"{where}.{name}")
     try:
         return cls(**fields)
     except ValueError as problem:
@@ -258,11 +269,11 @@ def _decode_optional(inner: _Decoder, value: object, where: str) -> object:
 
 
 def _decode_tagged(
-    members: tuple[object, ...], by_kind: dict[object, RecordType], value: object, where: str
+    otherwise: _Decoder, by_kind: dict[object, RecordType], value: object, where: str
 ) -> object:
     """Decode one of several records, told by its kind, or what else the union may be."""
     if type(value) is not dict and not isinstance(value, Mapping):
-        return _decode_first(members, value, where)
+        return otherwise(value, where)
     tag = value.get("kind")
     cls = by_kind.get(tag) if isinstance(tag, str) else None
     if cls is None:
@@ -271,10 +282,10 @@ def _decode_tagged(
     return _decode_record(cls, value, where)
 
 
-def _decode_first(members: tuple[object, ...], value: object, where: str) -> object:
-    for member in members:
+def _decode_first(decoders: tuple[_Decoder, ...], value: object, where: str) -> object:
+    for decoder in decoders:
         try:
-            return decode(member, value, where)
+            return decoder(value, where)
         except CallError:
             continue
     raise _invalid(where, f"unexpected type {_name_of(value)}")

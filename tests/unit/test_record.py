@@ -205,3 +205,17 @@ def test_packing_by_fields_gives_the_bytes_of_the_wire_form():
 def test_a_missing_field_is_not_made_up_for_by_an_unknown_one():
     with pytest.raises(TypeError, match="missing field 'name'"):
         Inner(names="a")
+
+
+class IntegerFirst(Record):
+    number: int | float
+
+
+class FloatFirst(Record):
+    number: float | int
+
+
+def test_the_first_of_a_union_that_fits_converts_whatever_another_record_has():
+    for _ in range(2):
+        assert type(IntegerFirst.from_wire({"number": 1}).number) is int
+        assert type(FloatFirst.from_wire({"number": 1}).number) is float
