@@ -103,7 +103,7 @@ def read_parameters(
     ):
         if hash_device is None:
             return _read_with(spec, verity, device, data, data, target_version)
-        with Reader(hash_device.node, size_bytes=hash_device.size_bytes) as hashes:
+        with Reader(hash_device.node, size_bytes=hash_device.size_bytes, held=held) as hashes:
             return _read_with(spec, verity, device, data, hashes, target_version)
 
 

@@ -61,8 +61,6 @@ RESOLVE_IN_ROOT = 0x10
 # include/uapi/linux/sched.h
 CLONE_FS = 0x200
 CLONE_NEWNS = 0x20000
-# include/uapi/linux/prctl.h
-PR_SET_PDEATHSIG = 1
 # include/uapi/linux/reboot.h
 LINUX_REBOOT_CMD_RESTART = 0x01234567
 LINUX_REBOOT_CMD_POWER_OFF = 0x4321FEDC
@@ -126,7 +124,6 @@ _SIGNATURES: dict[str, tuple[type, ...] | None] = {
     "unshare": (_c_int,),
     "setns": (_c_int, _c_int),
     "sethostname": (_c_str, ctypes.c_size_t),
-    "prctl": (_c_int, _c_ulong, _c_ulong, _c_ulong, _c_ulong),
     "reboot": (_c_int,),
     "ioctl": (_c_int, _c_ulong, ctypes.c_void_p),
     "syscall": None,  # variadic: see _syscall_taking
@@ -197,11 +194,6 @@ def _call_number(call: str, filename: object, *arguments: "int | bytes | None") 
     """Make a call by number. Integers pass as long, bytes as a pointer, None as a null pointer."""
     kinds = tuple(map(type, arguments))
     function = _typed.get(kinds) or _typed.setdefault(kinds, _syscall_taking(kinds))
-    result = function(_NR[call], *arguments)
-    if result >= 0:
-        return result
-    if ctypes.get_errno() != errno_module.EINTR:
-        raise _oserror(call, ctypes.get_errno(), filename)
     return _checked(call, filename, function, _NR[call], *arguments)
 
 
@@ -344,11 +336,6 @@ def unshare(flags: int) -> None:
 def setns(fd: int, kind: int = 0) -> None:
     """setns(2): acts on the calling thread alone."""
     _checked("setns", f"fd {fd}", _libc.setns, fd, kind)
-
-
-def end_with_parent(number: int) -> None:
-    """Have the kernel send us signal ``number`` when the thread that forked us ends (prctl(2))."""
-    _checked("prctl", "PDEATHSIG", _libc.prctl, PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def sethostname(name: str) -> None:
