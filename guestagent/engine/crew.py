@@ -7,8 +7,9 @@ there are. So parts of it are done by other processes, which come from the engin
 
 from collections.abc import Callable
 
+from guestagent.engine.member import Errand, Member, Undone, Verdict
 from guestagent.engine.operation import Operation
-from guestagent.engine.reserve import Errand, Member, Reserve, Undone, Verdict
+from guestagent.engine.reserve import Reserve
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.owner import Owner

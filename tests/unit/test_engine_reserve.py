@@ -26,8 +26,9 @@ from crewbed import (
 )
 
 from guestagent.engine.crew import Crew
+from guestagent.engine.member import Errand, Member, Verdict
 from guestagent.engine.operation import Operation, Terms
-from guestagent.engine.reserve import Errand, Member, Reserve, Verdict, await_earlier_members
+from guestagent.engine.reserve import Reserve, await_earlier_members
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
