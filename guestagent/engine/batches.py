@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from guestagent.api import (
+    LayerReport,
     LayersMountReply,
     LayersMountRequest,
     LayerSpec,
@@ -14,11 +15,11 @@ from guestagent.api import (
 )
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from guestagent.engine.layers import Layers
-from guestagent.engine.making import Made, ManyLayers, reserve_for
+from guestagent.engine.making import ManyLayers, reserve_for
 from guestagent.engine.operation import Operation
 from guestagent.engine.overlays import Overlays
 from guestagent.engine.parallel import for_each
-from guestagent.engine.readback import report_of
+from guestagent.engine.readback import LayerSeen, report_of
 from guestagent.engine.state import EngineState
 from guestagent.engine.takedown import nothing_to_unmount
 from vsock.errors import CallError
@@ -67,7 +68,8 @@ class Batches:
                     made = self._bring_layers_up(missing, many, begun, op)
                     overlay = self._bring_overlay_up(request, made, op)
                     with op.step("read back", f"{len(request.layers)} layers"):
-                        reply = self._report(request, made, overlay, op)
+                        there = self._look_at_others(request, made)
+                        overlay_report = self._report_overlay(request, overlay)
                     with op.step("commit", begun, code="resource"):
                         if overlay is not None:
                             self._overlays.write(overlay, begun, op)
@@ -79,12 +81,17 @@ class Batches:
                     self._layers.announce(each.live, op)
                 if overlay is not None:
                     self._overlays.announce(overlay, op)
+                reports = self._report(made, there)
         op.timings_ms["total"] = round((time.perf_counter() - begin) * 1000, 3)
-        return reply
+        return LayersMountReply(
+            layers=tuple(reports[spec.layer_id] for spec in request.layers),
+            overlay=overlay_report,
+            timings_ms=op.timings_ms,
+        )
 
     def _bring_layers_up(
         self, specs: Sequence[LayerSpec], many: ManyLayers, begun: str, op: Operation
-    ) -> list[Made]:
+    ) -> list[LayerSeen]:
         claims = []
         for spec in specs:
             try:
@@ -96,7 +103,7 @@ class Batches:
         return many.make(claims)
 
     def _bring_overlay_up(
-        self, request: LayersMountRequest, made: list[Made], op: Operation
+        self, request: LayersMountRequest, made: list[LayerSeen], op: Operation
     ) -> LiveOverlay | None:
         spec = request.overlay
         if spec is None or self._overlays.is_mounted(spec):
@@ -108,31 +115,32 @@ class Batches:
             self._overlays.announce_failure(spec, error, op)
             raise
 
-    def _report(
-        self,
-        request: LayersMountRequest,
-        made: list[Made],
-        overlay: LiveOverlay | None,
-        op: Operation,
-    ) -> LayersMountReply:
-        """Report what was read back, of all, before anything is promised."""
-        reports = {
-            each.live.spec.layer_id: report_of(self._state, each.live, each.seen) for each in made
-        }
-        there = [spec.layer_id for spec in request.layers if spec.layer_id not in reports]
-        reports.update((layer.layer_id, layer) for layer in self._layers.get_all(there))
-        overlay_report: OverlayReport | None = None
-        if overlay is not None:
-            overlay_report = self._overlays.report(overlay)
-        elif request.overlay is not None:
-            overlay_report = self._overlays.get(request.overlay.overlay_id, already=True)
-        return LayersMountReply(
-            layers=tuple(reports[spec.layer_id] for spec in request.layers),
-            overlay=overlay_report,
-            timings_ms=op.timings_ms,
-        )
+    def _look_at_others(
+        self, request: LayersMountRequest, made: Sequence[LayerSeen]
+    ) -> list[LayerSeen]:
+        """Look at the layers that were there already."""
+        new = {each.live.spec.layer_id for each in made}
+        ids = (spec.layer_id for spec in request.layers)
+        return list(self._layers.look_at([name for name in ids if name not in new]))
 
-    def _keep(self, made: Sequence[Made], overlay: LiveOverlay | None) -> None:
+    def _report_overlay(
+        self, request: LayersMountRequest, overlay: LiveOverlay | None
+    ) -> OverlayReport | None:
+        if overlay is not None:
+            return self._overlays.report(overlay)
+        if request.overlay is not None:
+            return self._overlays.get(request.overlay.overlay_id, already=True)
+        return None
+
+    def _report(
+        self, made: Sequence[LayerSeen], there: Sequence[LayerSeen]
+    ) -> dict[str, LayerReport]:
+        """Report what was seen of each layer, and, now that all are in the books, of each other."""
+        reports = [report_of(self._state, seen) for seen in made]
+        reports += [report_of(self._state, seen, already=True) for seen in there]
+        return {report.layer_id: report for report in reports}
+
+    def _keep(self, made: Sequence[LayerSeen], overlay: LiveOverlay | None) -> None:
         """Bring the books in line with what is decided; nothing can fail any more."""
         for each in made:
             self._state.inventory.add_layer(each.live)

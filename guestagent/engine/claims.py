@@ -1,6 +1,11 @@
-"""Paths that are spoken for, none of which may lie on, in or above another."""
+"""What is spoken for: paths, none of which may lie on, in or above another, and ranges of bytes,
+which may."""
 
-__all__ = ("Owner", "PathClaims")
+from bisect import bisect_left, insort
+
+from guestagent.api import ByteRange
+
+__all__ = ("Owner", "PathClaims", "SharedRanges")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,6 +53,43 @@ class PathClaims:
             self._below[parent] -= 1
             if not self._below[parent]:
                 del self._below[parent]
+
+
+class SharedRanges:
+    """Ranges of bytes of one device, each by whose it is. Not thread-safe.
+
+    Sorted by where they begin, so that a search looks only at those that begin inside a range or
+    less than the length of the longest before it: a few, where lengths are much the same.
+    """
+
+    def __init__(self) -> None:
+        #: (first byte, byte after the last, whose it is)
+        self._ranges: list[tuple[int, int, str]] = []
+        self._longest_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+    def add(self, area: ByteRange, owner: str) -> None:
+        insort(self._ranges, _extent(area, owner))
+        self._longest_bytes = max(self._longest_bytes, area.size_bytes)
+
+    def drop(self, area: ByteRange, owner: str) -> None:
+        """Forget what was added."""
+        self._ranges.remove(_extent(area, owner))
+
+    def sharing(self, area: ByteRange) -> "Iterator[str]":
+        """Yield who has bytes of a range, in the order of where theirs begin."""
+        begin, end, _ = _extent(area, "")
+        first = bisect_left(self._ranges, (begin - self._longest_bytes,))
+        last = bisect_left(self._ranges, (end,))
+        for _, other_end, owner in self._ranges[first:last]:
+            if begin < other_end:
+                yield owner
+
+
+def _extent(area: ByteRange, owner: str) -> tuple[int, int, str]:
+    return area.offset_bytes, area.offset_bytes + area.size_bytes, owner
 
 
 def _above(path: str) -> "Iterator[str]":

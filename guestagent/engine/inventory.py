@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Container, Mapping
 
 from guestagent.api import ByteRange, Holder, LayerSpec, OverlaySpec
-from guestagent.engine.claims import Owner, PathClaims
+from guestagent.engine.claims import Owner, PathClaims, SharedRanges
 from guestagent.engine.plan import LayerPlan, VerityOptions, dm_uuid
 from guestagent.storage.blockdev import BlockDevice
 from vsock.errors import CallError
@@ -163,6 +163,8 @@ class Inventory:
         self._lock = threading.Lock()
         self._layers: dict[str, LiveLayer] = {}
         self._overlays: dict[str, LiveOverlay] = {}
+        #: Of each device (MAJOR:MINOR) that layers are on.
+        self._ranges: dict[str, SharedRanges] = {}
         self._targets = PathClaims()
         self._targets.add(reserved, ("agent", "state"))
         self._directories: dict[Owner, tuple[str, ...]] = {}
@@ -191,8 +193,11 @@ class Inventory:
             return tuple(self._overlays.values())
 
     def add_layer(self, live: LiveLayer) -> None:
+        layer_id = live.spec.layer_id
         with self._lock:
-            self._layers[live.spec.layer_id] = live
+            self._drop_range(layer_id)
+            self._layers[layer_id] = live
+            self._ranges.setdefault(live.device.dev, SharedRanges()).add(live.range, layer_id)
 
     def set_layer_state(self, layer_id: str, state: str) -> bool:
         """Note what became of a layer; return whether that is news."""
@@ -209,7 +214,17 @@ class Inventory:
 
     def drop_layer(self, layer_id: str) -> None:
         with self._lock:
+            self._drop_range(layer_id)
             self._layers.pop(layer_id, None)
+
+    def _drop_range(self, layer_id: str) -> None:
+        live = self._layers.get(layer_id)
+        if live is None:
+            return
+        ranges = self._ranges[live.device.dev]
+        ranges.drop(live.range, layer_id)
+        if not ranges:
+            del self._ranges[live.device.dev]
 
     def drop_overlay(self, overlay_id: str) -> None:
         with self._lock:
@@ -224,18 +239,13 @@ class Inventory:
                 if layer_id in live.spec.layers
             )
 
-    def overlapping(self, layer_id: str, dev: str, mapping: ByteRange) -> tuple[str, ...]:
-        """Return the other layers whose ranges on the device ``dev`` share bytes with this one."""
-        end_bytes = mapping.offset_bytes + mapping.size_bytes
+    def overlapping(self, live: LiveLayer) -> tuple[str, ...]:
+        """Return the other layers whose ranges share bytes with that of this one."""
+        layer_id = live.spec.layer_id
         with self._lock:
-            return tuple(
-                other_id
-                for other_id, live in self._layers.items()
-                if other_id != layer_id
-                and live.device.dev == dev
-                and live.range.offset_bytes < end_bytes
-                and mapping.offset_bytes < live.range.offset_bytes + live.range.size_bytes
-            )
+            ranges = self._ranges.get(live.device.dev)
+            sharing = ranges.sharing(live.range) if ranges is not None else ()
+            return tuple(other_id for other_id in sharing if other_id != layer_id)
 
     def layers_on(self, dev: str) -> tuple[str, ...]:
         """Return the layers that are on a device (MAJOR:MINOR)."""

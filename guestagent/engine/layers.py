@@ -7,7 +7,7 @@ from guestagent.engine.inventory import LayerClaim, LiveLayer, refuse_other_spec
 from guestagent.engine.journal import Begun
 from guestagent.engine.layerstack import LayerStack
 from guestagent.engine.operation import Operation
-from guestagent.engine.readback import layer_report
+from guestagent.engine.readback import LayerSeen, report_of, see_layer
 from guestagent.engine.state import EngineState
 from guestagent.engine.takedown import (
     busy,
@@ -51,7 +51,7 @@ class Layers:
                     self.begin(begun, (claim,), op)
                     live = self.make(claim, op)
                     with op.step("read back", spec.mount_point):
-                        report = layer_report(self._state, live, timings_ms=op.timings_ms)
+                        seen = see_layer(self._state.control, live)
                     with op.step("commit", spec.layer_id, code="resource"):
                         self.write(live, begun, op)
                         self._state.journal.decide(begun)
@@ -60,6 +60,7 @@ class Layers:
             except CallError as error:
                 self.announce_failure(spec, error, op)
                 raise
+            report = report_of(self._state, seen, timings_ms=op.timings_ms)
         self.announce(live, op)
         return report
 
@@ -199,10 +200,11 @@ class Layers:
         Raises:
             CallError: ``not_found``.
         """
-        return layer_report(self._state, self._live(layer_id), already=already)
+        seen = see_layer(self._state.control, self._live(layer_id))
+        return report_of(self._state, seen, already=already)
 
-    def get_all(self, layer_ids: Sequence[str]) -> Iterator[LayerReport]:
-        """Describe layers that a request found mounted already.
+    def look_at(self, layer_ids: Sequence[str]) -> Iterator[LayerSeen]:
+        """Look at layers that a request found mounted already.
 
         Raises:
             CallError: ``not_found``.
@@ -210,7 +212,7 @@ class Layers:
         lives = [self._live(layer_id) for layer_id in layer_ids]
         mounts = mounts_by_target(live.spec.mount_point for live in lives) if lives else {}
         for live in lives:
-            yield layer_report(self._state, live, already=True, mounts=mounts)
+            yield see_layer(self._state.control, live, mounts)
 
     def _live(self, layer_id: str) -> LiveLayer:
         live = self._state.inventory.layer(layer_id)
@@ -224,10 +226,12 @@ class Layers:
         mounts = mounts_by_target()
         for live in self._state.inventory.layers():
             try:
-                reports.append(layer_report(self._state, live, mounts=mounts))
+                seen = see_layer(self._state.control, live, mounts)
             except CallError as error:
                 if error.code != "not_found":
                     raise
+            else:
+                reports.append(report_of(self._state, seen))
         return tuple(reports)
 
     def verify(self, layer_id: str, op: Operation, progress: Progress) -> VerifyReply:

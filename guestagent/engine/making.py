@@ -19,30 +19,21 @@ from guestagent.storage.mountinfo import mounts_by_target
 from guestagent.storage.openonce import OpenOnce
 from vsock.errors import CallError
 
-__all__ = ("Made", "ManyLayers", "reserve_for")
+__all__ = ("ManyLayers", "reserve_for")
 
 #: A process that is new costs about as much as two layers, and has to earn it.
 _LAYERS_PER_PROCESS = 4
 
 
-class Made:
-    """A layer that was made, and what the kernel then had of it."""
-
-    __slots__ = ("live", "seen")
-
-    def __init__(self, live: LiveLayer, seen: LayerSeen) -> None:
-        self.live = live
-        self.seen = seen
-
-
 class _Share:
-    """What came of a part of the layers. ``error`` is that of the layer with that ``number``, and
-    ended it; ``steps`` is what an operation tells a listener, where nobody listened."""
+    """What came of a part of the layers: those that were made, as the kernel has them. ``error`` is
+    that of the layer with that ``number``, and ended it; ``steps`` is what an operation tells a
+    listener, where nobody listened."""
 
     __slots__ = ("error", "made", "number", "steps")
 
     def __init__(self) -> None:
-        self.made: list[Made] = []
+        self.made: list[LayerSeen] = []
         self.number = 0
         self.error: CallError | None = None
         self.steps: list[tuple[str, float, bool]] = []
@@ -91,12 +82,11 @@ class _Worker:
             share.error = error
         return share
 
-    def look_at(self, lives: Sequence[LiveLayer], op: Operation) -> Iterator[Made]:
+    def look_at(self, lives: Sequence[LiveLayer], op: Operation) -> Iterator[LayerSeen]:
         with op.step("read back", f"{len(lives)} layers"):
             mounts = mounts_by_target(live.spec.mount_point for live in lives)
             for live in lives:
-                mount = mounts.get(live.spec.mount_point)
-                yield Made(live, see_layer(self._state.control, live, mount))
+                yield see_layer(self._state.control, live, mounts)
 
     def make(
         self, claim: LayerClaim, begun: str, op: Operation, held: OpenOnce | None = None
@@ -167,7 +157,7 @@ class ManyLayers:
         """Let the processes go, now that all is decided. Idempotent."""
         self._crew.keep()
 
-    def make(self, claims: Sequence[LayerClaim]) -> list[Made]:
+    def make(self, claims: Sequence[LayerClaim]) -> list[LayerSeen]:
         """Make them all; what has to be undone later becomes the operation's to undo.
 
         Raises:
@@ -188,7 +178,7 @@ class ManyLayers:
 
     # --- by processes
 
-    def _by_processes(self, shares: Sequence[Sequence[LayerClaim]]) -> list[Made]:
+    def _by_processes(self, shares: Sequence[Sequence[LayerClaim]]) -> list[LayerSeen]:
         op, crew = self._op, self._crew
         op.undo_by("what the processes of the batch made", crew.undo)
         cpus = _cpus_for(len(shares))
@@ -230,7 +220,7 @@ class ManyLayers:
 
     # --- by threads
 
-    def _by_threads(self, claims: Sequence[LayerClaim]) -> list[Made]:
+    def _by_threads(self, claims: Sequence[LayerClaim]) -> list[LayerSeen]:
         # one runs Python while others are in the kernel, on each processor; more get in the way
         threads = min(self._state.rules.parallel, (os.cpu_count() or 1) + 1)
         children = [self._op.child() for _ in claims]

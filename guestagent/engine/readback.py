@@ -17,12 +17,13 @@ from guestagent.storage.mountinfo import Mount, find_mount
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("LayerSeen", "dm_device", "layer_report", "report_of", "see_layer", "verity_status")
+__all__ = ("LayerSeen", "dm_device", "report_of", "see_layer", "verity_status")
 
 
 class LayerSeen(Record):
     """What the kernel has of a layer: its mount, and its dm devices, topmost first."""
 
+    live: LiveLayer
     mount: Mount
     dm: tuple[DmDevice, ...]
     verity: VerityReport | None
@@ -60,33 +61,18 @@ def verity_status(control: Control, name: str) -> str:
     return parse_verity_status(found[0].status).state if found and found[0].status else ""
 
 
-def layer_report(
-    state: EngineState,
-    live: LiveLayer,
-    *,
-    timings_ms: Mapping[str, float] | None = None,
-    already: bool = False,
-    mounts: Mapping[str, Mount] | None = None,
-) -> LayerReport:
-    """Describe a layer as the kernel has it now.
+def see_layer(
+    control: Control, live: LiveLayer, mounts: Mapping[str, Mount] | None = None
+) -> LayerSeen:
+    """Look at a layer in the kernel.
 
-    ``mounts`` is what ``mounts_by_target`` just said, for whoever reports many layers.
+    ``mounts`` is what ``mounts_by_target`` just said, for whoever looks at many layers.
 
     Raises:
         CallError: ``not_found``, its mount or its devices are not there any more.
     """
     target = live.spec.mount_point
     mount = find_mount(target) if mounts is None else mounts.get(target)
-    seen = see_layer(state.control, live, mount)
-    return report_of(state, live, seen, timings_ms=timings_ms, already=already)
-
-
-def see_layer(control: Control, live: LiveLayer, mount: Mount | None) -> LayerSeen:
-    """Look at a layer in the kernel; ``mount`` is what is mounted at its target.
-
-    Raises:
-        CallError: ``not_found``, its mount or its devices are not there any more.
-    """
     if mount is None or mount.dev != live.dev:
         raise _gone(live, f"no longer mounted at {live.spec.mount_point!r}")
     try:
@@ -100,6 +86,7 @@ def see_layer(control: Control, live: LiveLayer, mount: Mount | None) -> LayerSe
         if not targets or (targets[0].target_type == "verity" and not device.status):
             raise _gone(live, f"without the table of its device {device.name!r}")
     return LayerSeen(
+        live=live,
         mount=mount,
         dm=tuple(device for device, _ in found),
         verity=_verity_report(live, live.plan.verity, *found[0]) if live.plan.verity else None,
@@ -108,14 +95,16 @@ def see_layer(control: Control, live: LiveLayer, mount: Mount | None) -> LayerSe
 
 def report_of(
     state: EngineState,
-    live: LiveLayer,
     seen: LayerSeen,
     *,
     timings_ms: Mapping[str, float] | None = None,
     already: bool = False,
 ) -> LayerReport:
-    """Say of a layer what was seen in the kernel, and what the books add to it."""
-    spec, mount = live.spec, seen.mount
+    """Say of a layer what was seen in the kernel, and what the books say of it and others.
+
+    Those that came with it have to be in the books by then.
+    """
+    live, spec, mount = seen.live, seen.live.spec, seen.mount
     corrupted = seen.verity is not None and seen.verity.status == "C"
     return LayerReport(
         layer_id=spec.layer_id,
@@ -132,7 +121,7 @@ def report_of(
         options=_options(mount),
         size_bytes=live.range.size_bytes,
         used_by=state.inventory.users_of(spec.layer_id),
-        overlaps=state.inventory.overlapping(spec.layer_id, live.device.dev, live.range),
+        overlaps=state.inventory.overlapping(live),
         timings_ms=live.timings_ms if timings_ms is None else timings_ms,
         already=already,
     )

@@ -1,9 +1,12 @@
 """Claims: what is spoken for is refused with the owner's name, and is free again after."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_engine_journal import layer
 
 from guestagent.api import ByteRange, OverlaySpec
+from guestagent.engine.claims import SharedRanges
 from guestagent.engine.inventory import Inventory, LiveOverlay
 from vsock.errors import CallError
 
@@ -87,10 +90,45 @@ def test_dm_names_are_the_preferred_unless_taken(inventory):
 )
 def test_overlapping_ranges(inventory, offset, size, overlaps):
     inventory.add_layer(layer("a"))
-    place = ByteRange(offset_bytes=offset, size_bytes=size)
-    assert inventory.overlapping("b", "7:0", place) == (("a",) if overlaps else ())
-    assert inventory.overlapping("b", "7:1", place) == ()
-    assert inventory.overlapping("a", "7:0", place) == ()
+    other = layer("b").replace(range=ByteRange(offset_bytes=offset, size_bytes=size))
+    assert inventory.overlapping(other) == (("a",) if overlaps else ())
+    inventory.add_layer(other)
+    inventory.add_layer(other)
+    assert inventory.overlapping(other) == (("a",) if overlaps else ())
+    elsewhere = other.replace(device=other.device.replace(dev="7:1"))
+    assert inventory.overlapping(elsewhere) == ()
+    inventory.add_layer(elsewhere)
+    assert inventory.overlapping(layer("a")) == ()
+    inventory.drop_layer("a")
+    inventory.drop_layer("a")
+    assert inventory.overlapping(other) == ()
+
+
+extents = st.builds(
+    lambda offset, size: ByteRange(offset_bytes=512 * offset, size_bytes=512 * size),
+    st.integers(0, 40),
+    st.integers(1, 20) | st.just(100),
+)
+
+
+@given(st.lists(extents, max_size=12), st.sets(st.integers(0, 11)), extents)
+def test_ranges_that_share_bytes_are_those_that_meet_one_by_one(areas, dropped, wanted):
+    ranges = SharedRanges()
+    for number, area in enumerate(areas):
+        ranges.add(area, str(number))
+    left = {}
+    for number, area in enumerate(areas):
+        if number in dropped:
+            ranges.drop(area, str(number))
+        else:
+            left[str(number)] = area
+    end = wanted.offset_bytes + wanted.size_bytes
+    assert len(ranges) == len(left)
+    assert set(ranges.sharing(wanted)) == {
+        owner
+        for owner, area in left.items()
+        if area.offset_bytes < end and wanted.offset_bytes < area.offset_bytes + area.size_bytes
+    }
 
 
 def test_users_and_holders_of_a_layer(inventory):
