@@ -65,7 +65,9 @@ class Ring:
         self.set_available_index(self.next_available + ahead)
 
     def set_available_index(self, index: int) -> None:
-        struct.pack_into("<H", self.memory, self.available + 2, index & 0xFFFF)
+        # by one access: the device looks at the same time
+        place = memoryview(self.memory)[self.available + 2 : self.available + 4]
+        place.cast("H")[0] = index & 0xFFFF
         os.eventfd_write(self.kick, 1)
 
     @property

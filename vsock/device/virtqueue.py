@@ -3,6 +3,11 @@
 The driver is not trusted: indices, descriptors and indirect tables are checked as they are read,
 and every chain is walked once only, so that what was checked is what is used.
 
+The driver runs at the same time. What both sides look at without being told, the flags and indices,
+is read and written as elements of 16 bits, by one access each: ``struct.pack_into`` clears its
+place before it writes there, and the driver would see an index of 0 meanwhile. The byte order of
+the rings, little-endian, is taken to be that of this machine.
+
 Source: VIRTIO 1.2, section 2.7; include/uapi/linux/virtio_ring.h.
 """
 
@@ -26,7 +31,8 @@ _USED_NO_NOTIFY = 1
 _DESC = struct.Struct("<QIHH")
 _USED = struct.Struct("<II")
 _U16 = struct.Struct("<H")
-_FLAGS, _INDEX, _RING = 0, 2, 4
+#: The two elements before the ring proper, and what they take in bytes.
+_FLAGS, _INDEX, _RING = 0, 1, 4
 
 
 class VirtqueueError(Exception):
@@ -69,9 +75,11 @@ class Virtqueue:
         self._descriptors = memory.user(address.descriptors, _DESC.size * size)
         self._available = memory.user(address.available, _RING + 2 * size)
         self._used = memory.user(address.used, _RING + _USED.size * size)
+        self._available_state = self._available[:_RING].cast("H")
+        self._used_state = self._used[:_RING].cast("H")
         #: Index of the first chain that is not given back; what GET_VRING_BASE answers.
         self.next_available = next_available & 0xFFFF
-        self._used_index = _U16.unpack_from(self._used, _INDEX)[0]
+        self._used_index = self._used_state[_INDEX]
         self._peeked: deque[Chain] = deque()
         self._notify_due = False
         self._held = threading.Lock()
@@ -83,8 +91,8 @@ class Virtqueue:
         Raises:
             VirtqueueError: the driver claims more than the ring can hold.
         """
-        index = _U16.unpack_from(self._available, _INDEX)[0]
-        count: int = (index - self.next_available) & 0xFFFF
+        index = self._available_state[_INDEX]
+        count = (index - self.next_available) & 0xFFFF
         if count > self.size:
             raise VirtqueueError(
                 f"available index {index} is {count} ahead of {self.next_available},"
@@ -118,7 +126,7 @@ class Virtqueue:
             self._used_index = (self._used_index + 1) & 0xFFFF
             self.next_available = (self.next_available + 1) & 0xFFFF
         self._fence()
-        _U16.pack_into(self._used, _INDEX, self._used_index)
+        self._used_state[_INDEX] = self._used_index
         self._notify_due = True
 
     def take_notification(self) -> bool:
@@ -127,12 +135,11 @@ class Virtqueue:
             return False
         self._notify_due = False
         self._fence()
-        flags: int = _U16.unpack_from(self._available, _FLAGS)[0]
-        return not flags & _AVAIL_NO_INTERRUPT
+        return not self._available_state[_FLAGS] & _AVAIL_NO_INTERRUPT
 
     def want_kicks(self, wanted: bool) -> None:
         """Tell the driver whether to kick; look at ``pending`` once more after wanting them."""
-        _U16.pack_into(self._used, _FLAGS, 0 if wanted else _USED_NO_NOTIFY)
+        self._used_state[_FLAGS] = 0 if wanted else _USED_NO_NOTIFY
         self._fence()
 
     def _fence(self) -> None:
