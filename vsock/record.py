@@ -47,8 +47,12 @@ _SCALARS = frozenset((str, int, bool, float, bytes, types.NoneType))
 #: Without int, whose range is looked at.
 _TAKEN_AS_THEY_ARE = _SCALARS - {int}
 
+#: A peer that makes shapes up costs itself time, and nobody memory.
+_MAX_SHAPES = 64
+
 #: Takes a value, and where it is; returns it checked and converted.
 _Decoder = Callable[[object, str], object]
+_Shape = tuple[tuple[str, _Decoder], ...]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -59,8 +63,8 @@ class RecordType(type):
     #: For the constructor: what a record starts from, in the order of the fields; how many there
     #: are; which of them must be given; whether there is more to check.
     _plan: tuple[dict[str, object], int, frozenset[str], bool]
-    #: For the decoder: the types of each field's values that need no look inside.
-    _plain_types: dict[str, frozenset[type]]
+    #: For the decoder: what the fields of a map need, by its names and the types of its values.
+    _shapes: dict[tuple[object, ...], _Shape]
     _decoders: dict[str, _Decoder]
 
     def __new__(
@@ -80,7 +84,7 @@ class RecordType(type):
         required = frozenset(field for field, default in blank.items() if default is _REQUIRED)
         has_check = any("check" in vars(base) for base in cls.__mro__[:-2])  # but for Record's own
         cls._plan = blank, len(blank), required, has_check
-        cls._plain_types = {field: _plain_types(kind) for field, (kind, _) in fields.items()}
+        cls._shapes = {}
         cls._decoders = {}
         return cls
 
@@ -214,14 +218,14 @@ def _decoder(kind: object) -> _Decoder:
         if kind.__origin__ is tuple:
             return functools.partial(_decode_array, _decoder(kind.__args__[0]))
         return functools.partial(_decode_map, _decoder(kind.__args__[1]))
-    if isinstance(kind, RecordType):
+    if isinstance(kind, type) and issubclass(kind, Record):
         return functools.partial(_decode_record, kind)
     return _decode_int if kind is int else functools.partial(_decode_scalar, kind)
 
 
 def _union_decoder(members: tuple[object, ...]) -> _Decoder:
     rest = tuple(member for member in members if member is not types.NoneType)
-    records = [cls for cls in rest if isinstance(cls, RecordType)]
+    records = [cls for cls in rest if isinstance(cls, type) and issubclass(cls, Record)]
     first = functools.partial(_decode_first, tuple(map(_decoder, rest)))
     if len(rest) == 1:
         inner = _decoder(rest[0])
@@ -237,25 +241,42 @@ def _invalid(where: str, problem: str) -> CallError:
     return CallError("invalid", f"{where}: {problem}", step="decode", object=where)
 
 
-def _decode_record(cls: RecordType, value: object, where: str) -> object:
+def _decode_record(cls: type[Record], value: object, where: str) -> object:
     if type(value) is not dict and not isinstance(value, Mapping):
         raise _invalid(where, f"expected a map, got {_name_of(value)}")
-    plain_types = cls._plain_types
+    # the maps of a peer have few shapes, and most of their values are plain
+    key = (*value, *map(type, value.values()))
+    shape = cls._shapes.get(key)
+    if shape is None:
+        shape = _shape_of(cls, value, where)
+        if len(cls._shapes) >= _MAX_SHAPES:
+            cls._shapes.clear()
+        cls._shapes[key] = shape
+    fields = {**cls._plan[0], **value}
+    for name, decoder in shape:
+        fields[name] = decoder(value[name], f"{where}.{name}")
+    record = cls.__new__(cls)
+    record.__dict__.update(fields)
+    if cls._plan[3]:
+        try:
+            record.check()
+        except ValueError as problem:
+            raise _invalid(where, str(problem)) from None
+    return record
+
+
+def _shape_of(cls: type[Record], value: Mapping[object, object], where: str) -> _Shape:
+    """Return the fields of a map whose values have to be looked at, each with what does it."""
     if not (cls._fields.keys() >= value.keys() >= cls._plan[2]):
         raise _not_the_keys(cls, value, where)
-    fields: dict[str, object] = {}
-    for name, item in value.items():
-        if type(item) in plain_types[name]:
-            fields[name] = item
-        else:
-            fields[name] = cls._decoder_of(name)(item, f"{where}.{name}")
-    try:
-        return cls(**fields)
-    except ValueError as problem:
-        raise _invalid(where, str(problem)) from None
+    return tuple(
+        (name, cls._decoder_of(name))
+        for name, (kind, _) in cls._fields.items()
+        if name in value and type(value[name]) not in _plain_types(kind)
+    )
 
 
-def _not_the_keys(cls: RecordType, value: Mapping[object, object], where: str) -> CallError:
+def _not_the_keys(cls: type[Record], value: Mapping[object, object], where: str) -> CallError:
     for name in value:
         if name not in cls._fields:
             known = ", ".join(cls._fields) or "none"
@@ -269,7 +290,7 @@ def _decode_optional(inner: _Decoder, value: object, where: str) -> object:
 
 
 def _decode_tagged(
-    otherwise: _Decoder, by_kind: dict[object, RecordType], value: object, where: str
+    otherwise: _Decoder, by_kind: dict[object, type[Record]], value: object, where: str
 ) -> object:
     """Decode one of several records, told by its kind, or what else the union may be."""
     if type(value) is not dict and not isinstance(value, Mapping):

@@ -4,6 +4,7 @@ _ID_MAX = 64
 _PATH_MAX = 1024
 _WORD = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 _PATH = _WORD | frozenset("/@+=")
+_NOT_NORMAL = frozenset(("", ".", ".."))
 MAX_BYTES = (1 << 63) - 1
 
 
@@ -27,9 +28,9 @@ def check_path(name: str, value: str) -> None:
     if not _PATH.issuperset(value):
         raise ValueError(f"{name} may hold letters, digits and '._-/@+=' only, got {value!r}")
     parts = value[1:].split("/")
-    if any(part in ("", ".", "..") for part in parts):
+    if not _NOT_NORMAL.isdisjoint(parts):
         raise ValueError(f"{name} must be normal: no '//', '.', '..' or final '/', got {value!r}")
-    if any(len(part) > 255 for part in parts):
+    if max(map(len, parts)) > 255:
         raise ValueError(f"{name} has a component of over 255 characters")
 
 

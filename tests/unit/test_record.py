@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -147,6 +148,32 @@ def test_no_invalid_record_can_be_made():
 )
 def test_what_is_wrong_is_refused_by_its_place(wire, where):
     assert where in refused(wire, where)
+
+
+@pytest.mark.parametrize(
+    ("wire", "where"),
+    [
+        ({"name": "b", "size": True}, "params.size"),
+        ({"name": "b", "size": -1}, "params"),
+        ({"name": b"b", "size": 1}, "params.name"),
+        ({"size": 1}, "params.name"),
+    ],
+)
+def test_a_map_is_looked_at_however_like_one_that_was_right(wire, where):
+    assert Inner.from_wire({"name": "a", "size": 1}) == Inner(name="a", size=1)
+    assert Inner.from_wire({"size": 1, "name": "a"}) == Inner(name="a", size=1)
+    for _ in range(2):
+        refused(wire, where, Inner)
+
+
+def test_maps_of_more_shapes_than_are_kept_in_mind():
+    whole = Outer(inner=Inner(name="a"), by_name={"x": 1}, shape=Circle(), flag=True)
+    wire, fields = whole.to_wire(), whole.as_dict()
+    for size in range(len(wire) + 1):
+        for names in itertools.combinations(wire, size):
+            part = {name: wire[name] for name in names}
+            assert Outer.from_wire(part) == Outer(**{name: fields[name] for name in names})
+    assert 0 < len(Outer._shapes) <= 64
 
 
 def test_an_unknown_name_is_told_the_known_ones():
