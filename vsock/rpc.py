@@ -5,9 +5,10 @@
     [2, method, [params]]            notification, answered by nobody
 
 ``Decoder.feed`` is total: whatever the bytes, it returns messages and ``Malformed`` values and
-raises nothing. It finds where each message ends by walking the headers itself, so that a message
-that is too large or too deep is skipped without being stored, and the connection lives on. Only the
-byte 0xc1, which MessagePack never uses, loses the framing.
+raises nothing. Where anything is wrong with a message, or it is large, it finds where that ends by
+walking the headers itself. So a message that is too large or too deep is skipped without more of it
+being stored than a message of ordinary size, and the connection lives on. Only the byte 0xc1, which
+MessagePack never uses, loses the framing.
 
 What a ``Malformed`` request gets as its answer: an error response where the msgid could be read,
 else the notification ``rpc.error`` with the error map, because MessagePack-RPC has no response
@@ -24,6 +25,7 @@ import msgpack
 from vsock.errors import CallError, LocalProtocolError
 from vsock.record import Record, wire_fields
 from vsock.scanner import Scanner
+from vsock.unpacker import BadKey, Unpacker, Unusual, brief, strict_map
 
 __all__ = (
     "ERROR_METHOD",
@@ -133,6 +135,9 @@ class Decoder:
         self._buffer = bytearray()
         self._dead = False
         self._in_junk = False
+        #: Reads what is usual, from the first byte of a message on to the end of what has come;
+        #: None once it has met something else, for the rest of that.
+        self._unpacker: Unpacker | None = None
         self._start()
 
     def _start(self) -> None:
@@ -150,9 +155,11 @@ class Decoder:
         messages: list[Message] = []
         if self._dead:
             return messages
+        if not self._buffer and not self._size_bytes():
+            self._unpacker = self._new_unpacker()
         self._buffer += data
-        while self._buffer and self._scanner.walk(self._buffer):
-            message = self._take()
+        while self._buffer and (message := self._next(data)) is not None:
+            data = b""
             is_junk = isinstance(message, Malformed) and message.msgid is None
             if not (is_junk and self._in_junk):
                 messages.append(message)
@@ -163,6 +170,29 @@ class Decoder:
         elif self._scanner.problem or self._size_bytes() > self._max_bytes:
             self._skip()
         return messages
+
+    def _new_unpacker(self) -> Unpacker:
+        # each of its values takes a byte at least
+        max_bytes = min(self._max_bytes, self._limits.max_values)
+        return Unpacker(max_bytes=max_bytes, max_depth=self._limits.max_depth)
+
+    def _next(self, data: "bytes | memoryview") -> Message | None:
+        """Return the next message if it is whole; ``data`` is what has just been buffered."""
+        if self._unpacker is not None:
+            try:
+                found = self._unpacker.next(data)
+                if found is None:
+                    return None
+                value, size_bytes = found
+                message = _message(value, size_bytes)
+            except (Unusual, _WrongShape):
+                self._unpacker = None  # walk it from its start, to say what is wrong
+            else:
+                del self._buffer[:size_bytes]
+                if not self._buffer:
+                    self._unpacker = None  # with the memory that it has
+                return message
+        return self._take() if self._scanner.walk(self._buffer) else None
 
     def _size_bytes(self) -> int:
         return self._dropped_bytes + self._scanner.at
@@ -214,10 +244,8 @@ class Decoder:
 def _decode(body: memoryview, size_bytes: int) -> Message:
     """Decode one whole value, whose extent and depth have been checked."""
     try:
-        value = msgpack.unpackb(
-            body, raw=False, strict_map_key=False, object_pairs_hook=_strict_map
-        )
-    except (ValueError, msgpack.UnpackException, _BadKey) as problem:
+        value = msgpack.unpackb(body, raw=False, strict_map_key=False, object_pairs_hook=strict_map)
+    except (ValueError, msgpack.UnpackException, BadKey) as problem:
         text = "text is not UTF-8" if isinstance(problem, UnicodeDecodeError) else str(problem)
         return _malformed(_refused("invalid", text), bytes(body[:_HEAD_BYTES]))
     try:
@@ -230,37 +258,23 @@ def _refused(code: str, problem: str) -> CallError:
     return CallError(code, f"message refused: {problem}", step="decode")
 
 
-class _BadKey(Exception):
-    pass
-
-
 class _WrongShape(Exception):
     pass
 
 
-def _strict_map(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    for key, _ in pairs:
-        if type(key) is not str:
-            raise _BadKey(f"map key {_brief(key)} is not text")
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise _BadKey("a map holds the same key twice")
-    return result
-
-
 def _message(value: object, size_bytes: int) -> Message:
     if not isinstance(value, list):
-        raise _WrongShape(f"expected an array, got {_brief(value)}")
+        raise _WrongShape(f"expected an array, got {brief(value)}")
     kind = value[0] if value else None
     if isinstance(kind, bool) or not isinstance(kind, int) or kind not in _LENGTHS:
-        raise _WrongShape(f"message type {_brief(kind)} is none of 0, 1, 2")
+        raise _WrongShape(f"message type {brief(kind)} is none of 0, 1, 2")
     if len(value) != _LENGTHS[kind]:
         raise _WrongShape(f"{len(value)} elements where type {kind} has {_LENGTHS[kind]}")
     if kind == _NOTIFICATION:
         return Notification(_method(value[1]), _params(value[2]), size_bytes)
     msgid = value[1]
     if not _is_msgid(msgid):
-        raise _WrongShape(f"msgid {_brief(msgid)} is not a number of 32 bits")
+        raise _WrongShape(f"msgid {brief(msgid)} is not a number of 32 bits")
     if kind == _RESPONSE:
         return Response(msgid, value[2], value[3])
     return Request(msgid, _method(value[2]), _params(value[3]), size_bytes)
@@ -268,7 +282,7 @@ def _message(value: object, size_bytes: int) -> Message:
 
 def _method(value: object) -> str:
     if not isinstance(value, str):
-        raise _WrongShape(f"method {_brief(value)} is not text")
+        raise _WrongShape(f"method {brief(value)} is not text")
     return value
 
 
@@ -283,13 +297,6 @@ def _params(value: object) -> dict[str, object]:
 
 def _is_msgid(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_MSGID
-
-
-def _brief(value: object) -> str:
-    if isinstance(value, (list, dict, bytes)):
-        return f"of type {type(value).__name__}"
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _malformed(error: CallError, head: bytes) -> Malformed:

@@ -1,3 +1,5 @@
+import itertools
+
 import msgpack
 import pytest
 from hypothesis import example, given, settings
@@ -18,6 +20,8 @@ from vsock.rpc import (
 )
 
 LIMITS = Limits()
+#: As much of a message is stored before it is looked at closely.
+ORDINARY_BYTES = LIMITS.max_values
 PING = encode_request(99, "ping")
 
 
@@ -143,7 +147,7 @@ def test_too_large_is_skipped_without_storing_it(size_bytes):
     messages = []
     for at in range(0, len(data), 4096):
         messages += decoder.feed(data[at : at + 4096])
-        assert decoder.buffered_bytes <= 8192
+        assert decoder.buffered_bytes <= (ORDINARY_BYTES if at < ORDINARY_BYTES else 8192)
     assert [plain(m) for m in messages] == [("malformed", "request", 9, "resource", False)]
     assert [plain(m) for m in decoder.feed(PING)] == [(0, 99, "ping", {})]
 
@@ -211,7 +215,8 @@ def test_a_length_that_never_comes_keeps_nothing():
     assert decoder.feed(b"\x94\x00\x05\xc6\xff\xff\xff\xff" + bytes(100)) == []
     for _ in range(64):
         assert decoder.feed(bytes(65536)) == []
-        assert decoder.buffered_bytes <= 65536
+        assert decoder.buffered_bytes <= ORDINARY_BYTES
+    assert decoder.buffered_bytes <= 65536
 
 
 def test_truncated_is_nothing_yet():
@@ -239,6 +244,49 @@ def test_what_msgpack_writes_is_read_the_same_in_any_pieces(msgid, method, param
     messages = decoder.feed(stream[:cut]) + decoder.feed(stream[cut:])
     assert [plain(m) for m in messages] == [(0, msgid, method, params), (1, msgid, None, params)]
     assert decoder.buffered_bytes == 0
+
+
+class Walking(Decoder):
+    """One that takes nothing for usual."""
+
+    def _new_unpacker(self):
+        return None
+
+
+ODD = st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=5)) | st.just(
+    msgpack.Timestamp(1, 1)
+)
+ANYTHING = st.recursive(
+    VALUES | ODD,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=2) | st.integers(0, 300) | st.binary(max_size=2), inner)
+    ),
+    max_leaves=8,
+).map(msgpack.packb)
+MESSAGES = st.one_of(
+    st.builds(encode_request, st.integers(0, 9), st.text(max_size=3), st.just({"a": [{}]})),
+    st.builds(lambda value: b"\x94\x00\x05\xa1m\x91\x81\xa1a" + value, ANYTHING),
+    st.builds(lambda value: b"\x94\x01\x05\xc0" + value, ANYTHING),
+    st.builds(lambda levels: nested(levels), st.integers(0, 20)),
+    st.sampled_from([b"\x94\x00\x05\xa1m\x91\x82\xa1a\xc0\xa1a\xc0", b"\xc1", b"\x90"]),
+    ANYTHING,
+    st.binary(max_size=20),
+)
+
+
+@settings(max_examples=400)
+@given(st.lists(MESSAGES, max_size=6), st.lists(st.integers(0, 200), max_size=4))
+def test_what_is_unpacked_is_what_walking_finds(messages, cuts):
+    limits = Limits(max_request_bytes=1024, max_depth=8, max_values=200)
+    stream = b"".join(messages)
+    edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    found, walking = [], Walking(limits)
+    decoder = Decoder(limits)
+    for begin, end in itertools.pairwise(edges):
+        found += [plain(m) for m in decoder.feed(stream[begin:end])]
+    assert repr(found) == repr([plain(m) for m in walking.feed(stream)])  # a NaN is a NaN
+    assert decoder.buffered_bytes <= max(limits.max_values, walking.buffered_bytes)
 
 
 @settings(max_examples=400)
