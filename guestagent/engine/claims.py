@@ -16,13 +16,13 @@ Owner = tuple[str, str]
 
 
 class PathClaims:
-    """Path -> whose it is. A claim costs as many look-ups as the path has parts, however many
-    others there are. Not thread-safe."""
+    """Path -> whose it is. A claim costs as many look-ups as there are directories above the path
+    that no other has below it, however many others there are. Not thread-safe."""
 
     def __init__(self) -> None:
         self._owners: dict[str, Owner] = {}
-        #: How many of the paths lie below this one.
-        self._below: dict[str, int] = {}
+        #: How many claims, and directories that have claims below them, are in a directory.
+        self._inside: dict[str, int] = {}
 
     def get(self, path: str) -> Owner | None:
         return self._owners.get(path)
@@ -31,28 +31,38 @@ class PathClaims:
         """Return a path, with its owner, that this one lies on, in or above."""
         if not self._owners:
             return None
-        for other in (path, *_above(path)):
-            if other in self._owners:
-                return other, self._owners[other]
-        if path not in self._below:
+        other = path
+        while other and other not in self._inside:
+            owner = self._owners.get(other)
+            if owner is not None:
+                return other, owner
+            other = _parent(other)
+        if other != path:  # nobody owns what is above somebody's
             return None
         return next(item for item in self._owners.items() if item[0].startswith(path + "/"))
 
     def add(self, path: str, owner: Owner) -> None:
         """Claim a path that nothing is in the way of."""
         self._owners[path] = owner
-        for parent in _above(path):
-            self._below[parent] = self._below.get(parent, 0) + 1
+        while path := _parent(path):
+            inside = self._inside[path] = self._inside.get(path, 0) + 1
+            if inside > 1:
+                return
 
     def drop(self, path: str) -> None:
         """Release a path. Idempotent."""
-        if path not in self._owners:
+        if self._owners.pop(path, None) is None:
             return
-        del self._owners[path]
-        for parent in _above(path):
-            self._below[parent] -= 1
-            if not self._below[parent]:
-                del self._below[parent]
+        while path := _parent(path):
+            self._inside[path] -= 1
+            if self._inside[path]:
+                return
+            del self._inside[path]
+
+
+def _parent(path: str) -> str:
+    """Return the directory that a path is in, or nothing for one at the top."""
+    return path.rpartition("/")[0]
 
 
 class SharedRanges:
@@ -90,8 +100,3 @@ class SharedRanges:
 
 def _extent(area: ByteRange, owner: str) -> tuple[int, int, str]:
     return area.offset_bytes, area.offset_bytes + area.size_bytes, owner
-
-
-def _above(path: str) -> "Iterator[str]":
-    while path := path.rpartition("/")[0]:
-        yield path

@@ -56,12 +56,17 @@ class LayerClaim(Record):
     @property
     def traces(self) -> LayerTraces:
         spec = self.spec
-        kinds = (("verity", self.names[1], spec.verity), ("linear", self.names[0], spec.mapping))
+        linear, verity = self.names
+        dm = {}
+        if spec.verity is not None:
+            dm[verity] = dm_uuid("verity", spec.layer_id)
+        if spec.mapping is not None:
+            dm[linear] = dm_uuid("linear", spec.layer_id)
         return LayerTraces(
             layer_id=spec.layer_id,
             mount_point=spec.mount_point,
             dev=self.device.dev,
-            dm={name: dm_uuid(kind, spec.layer_id) for kind, name, wanted in kinds if wanted},
+            dm=dm,
             created=self.created,
         )
 
@@ -284,9 +289,12 @@ class Inventory:
         for others: whoever of them is the last takes the directory away.
         """
         with self._lock:
-            parts = target.split("/")
-            way = ("/".join(parts[:end]) for end in range(2, len(parts) + 1))
-            claimed = [path for path in way if path in missing or path in self._made]
+            claimed, path = [], target
+            while path:
+                if path in missing or path in self._made:
+                    claimed.append(path)
+                path = path.rpartition("/")[0]
+            claimed.reverse()
             self._hold_directories(owner, tuple(claimed))
             return claimed
 

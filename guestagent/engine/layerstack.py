@@ -71,7 +71,7 @@ class LayerStack:
             spec.layer_id, dm_names(spec, unique=False), lambda: dm_names(spec, unique=True)
         )
         op.undo_by("dm names", lambda: inventory.release_dm_names(spec.layer_id))
-        created = claim_directories(inventory, owner, spec.mount_point)
+        created = claim_directories(inventory, owner, spec.mount_point, op)
         op.undo_by("directory claim", lambda: inventory.release_directories(owner))
         return LayerClaim(
             spec=spec,

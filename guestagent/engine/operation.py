@@ -52,6 +52,8 @@ class Operation:
         self.deadline = deadline
         #: Devices that were found for this request: many layers of one are on the same.
         self.found: dict[Device, BlockDevice] = parent.found if parent else {}
+        #: Directories that were seen on the way to a target, as those of other layers have it, too.
+        self.there: set[str] = parent.there if parent else set()
         self.traceparent = traceparent
         self.timings_ms: dict[str, float] = {}
         self.faults = faults

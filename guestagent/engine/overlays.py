@@ -87,7 +87,7 @@ class Overlays:
         owner = ("overlay", spec.overlay_id)
         inventory.claim_target(spec.mount_point, owner)
         op.undo_by("target claim", lambda: inventory.release_target(spec.mount_point))
-        created = claim_directories(inventory, owner, spec.mount_point)
+        created = claim_directories(inventory, owner, spec.mount_point, op)
         op.undo_by("directory claim", lambda: inventory.release_directories(owner))
         live = LiveOverlay(
             spec=spec, lowerdirs=lowerdirs, method="", links=None, scratch=None, created=created

@@ -140,14 +140,18 @@ def _remove_one(state: EngineState, name: str, op: Operation, limit: Deadline) -
         raise busy(name, info.dev if info else "", op) from error
 
 
-def claim_directories(inventory: Inventory, owner: Owner, target: str) -> tuple[str, ...]:
+def claim_directories(
+    inventory: Inventory, owner: Owner, target: str, op: Operation
+) -> tuple[str, ...]:
     """Note which directories a mount at ``target`` makes or shares; they go with the last of it."""
-    parts = target.split("/")
-    way = ["/".join(parts[:end]) for end in range(2, len(parts) + 1)]
-    there = len(way)  # from the end, since mostly the last alone is missing
-    while there and not os.access(way[there - 1], os.F_OK, follow_symlinks=False):
-        there -= 1
-    return tuple(inventory.claim_directories(owner, target, way[there:]))
+    missing, path = [], target
+    while path and path not in op.there:
+        if os.access(path, os.F_OK, follow_symlinks=False):
+            op.there.add(path)
+            break
+        missing.append(path)
+        path = path.rpartition("/")[0]
+    return tuple(inventory.claim_directories(owner, target, missing))
 
 
 def remove_directories(paths: tuple[str, ...]) -> None:

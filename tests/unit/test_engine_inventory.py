@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from test_engine_journal import layer
 
 from guestagent.api import ByteRange, OverlaySpec
-from guestagent.engine.claims import SharedRanges
+from guestagent.engine.claims import PathClaims, SharedRanges
 from guestagent.engine.inventory import Inventory, LiveOverlay
 from vsock.errors import CallError
 
@@ -26,6 +26,38 @@ def test_targets_must_not_lie_on_in_or_above_each_other(inventory, target):
     with pytest.raises(CallError) as caught:
         inventory.claim_target(target, ("layer", "second"))
     assert (caught.value.code, caught.value.object) == ("conflict", target)
+
+
+paths = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(
+    lambda names: "/".join(["", *names])
+)
+
+
+@given(st.lists(st.tuples(paths, st.booleans()), max_size=20))
+def test_paths_in_the_way_are_those_found_one_by_one(steps):
+    claims, claimed = PathClaims(), set()
+    for path, is_dropped in steps:
+        if is_dropped:
+            claims.drop(path)
+            claimed.discard(path)
+            continue
+        on_the_way = {
+            other
+            for other in claimed
+            if f"{path}/".startswith(f"{other}/") or f"{other}/".startswith(f"{path}/")
+        }
+        found = claims.in_the_way_of(path)
+        if found is None:
+            assert not on_the_way
+            claims.add(path, ("layer", path))
+            claimed.add(path)
+        else:
+            assert found[0] in on_the_way
+            assert found[1] == ("layer", found[0])
+    for path in claimed:
+        assert claims.get(path) == ("layer", path)
+        claims.drop(path)
+    assert all(claims.in_the_way_of(path) is None for path in claimed | {"/a", "/b", "/c"})
 
 
 def test_names_that_only_begin_alike_are_apart(inventory):
