@@ -5,7 +5,7 @@ Python runs one thread at a time: a batch of layers on threads takes one process
 there are. So parts of it are done by other processes, which come from the engine's reserve.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from guestagent.engine.member import Errand, Member, Undone, Verdict
 from guestagent.engine.operation import Operation
@@ -29,15 +29,24 @@ class Crew(Owner):
         self._undo_seconds = undo_seconds
         self._shares: list[_Share] = []
 
-    def hire(self, job: object, op: Operation, *, undo_instead: Callable[[], None]) -> None:
-        """Have a process do ``job``; ``undo_instead`` undoes it should that process die.
+    def hire(
+        self,
+        job: object,
+        op: Operation,
+        *,
+        undo_instead: Callable[[], None],
+        fds: Sequence[int] = (),
+    ) -> None:
+        """Have a process do ``job``, for which it gets ``fds`` as its own.
+
+        Should it die, ``undo_instead`` undoes the job, when the others have undone theirs.
 
         Raises:
             OSError: EAGAIN or ENOMEM, no process can be had.
         """
         share = _Share(self._reserve.take(), undo_instead)
         self._shares.append(share)
-        share.member.send(Errand(job, op.terms()))
+        share.member.send(Errand(job, op.terms()), fds)
 
     def results(self, deadline: Deadline) -> list[object]:
         """Return what each one's work returned, in the order of hiring.
@@ -61,6 +70,7 @@ class Crew(Owner):
         self.call_off()
         with Deadline(self._undo_seconds) as deadline:
             failures = [text for share in self._shares for text in share.undone(deadline)]
+        failures += [text for share in self._shares for text in share.undone_instead()]
         if failures:
             raise CallError("internal", "; ".join(failures))
 
@@ -89,6 +99,8 @@ class _Share:
         self._undo_instead = undo_instead
         self._is_called_off = False
         self._is_undone = False
+        #: Why the member cannot undo it.
+        self._lost: OSError | CallError | None = None
 
     def keep(self) -> None:
         if not self._is_called_off:
@@ -101,7 +113,7 @@ class _Share:
             self.member.send(Verdict.UNDO)
 
     def undone(self, deadline: Deadline) -> tuple[str, ...]:
-        """Wait until the share is undone; return what could not be.
+        """Wait until the member has undone the share; return what could not be.
 
         Idempotent: whoever asks again is told nothing more.
         """
@@ -112,12 +124,16 @@ class _Share:
             while not isinstance(said := self.member.receive(deadline), Undone):
                 pass
         except (OSError, CallError) as error:
-            return self._undo_for_it(error)
+            self._lost = error
+            return ()
         self.is_settled = True
         return said.failures
 
-    def _undo_for_it(self, error: OSError | CallError) -> tuple[str, ...]:
-        """The member is dead or stuck: end it, then undo its share from here."""
+    def undone_instead(self) -> tuple[str, ...]:
+        """End a member that is dead or stuck, and undo its share from here; idempotent as well."""
+        error, self._lost = self._lost, None
+        if error is None:
+            return ()
         what = f"the share of process {self.member.pid}"
         if not self.member.kill():
             return (f"{what}: {error}",)

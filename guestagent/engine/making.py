@@ -2,8 +2,9 @@
 while, by a few threads."""
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 from guestagent.engine.crew import Crew
@@ -15,6 +16,7 @@ from guestagent.engine.readback import LayerSeen, see_layer
 from guestagent.engine.recovery import KernelView, remove_traces
 from guestagent.engine.reserve import Reserve
 from guestagent.engine.state import EngineState
+from guestagent.engine.tickets import Tickets
 from guestagent.storage.mountinfo import mounts_by_target
 from guestagent.storage.openonce import OpenOnce
 from vsock.errors import CallError
@@ -23,31 +25,40 @@ __all__ = ("ManyLayers", "reserve_for")
 
 #: A process that is new costs about as much as two layers, and has to earn it.
 _LAYERS_PER_PROCESS = 4
+#: How much of a batch is divided among the processes. The rest goes to who is done first: the
+#: processors of a guest are not equally fast, as others have a share in each.
+_DIVIDED = 0.75
 
 
 class _Share:
-    """What came of a part of the layers: those that were made, as the kernel has them. ``error`` is
-    that of the layer with that ``number``, and ended it; ``steps`` is what an operation tells a
-    listener, where nobody listened."""
+    """What came of a part of the layers: those that were made, as the kernel has them, by their
+    number. ``error`` is that of the layer with the number ``at``, and ended it; ``steps`` is what
+    an operation tells a listener, where nobody listened."""
 
-    __slots__ = ("error", "made", "number", "steps")
+    __slots__ = ("at", "error", "made", "steps")
 
     def __init__(self) -> None:
-        self.made: list[LayerSeen] = []
-        self.number = 0
+        self.made: dict[int, LayerSeen] = {}
+        self.at = 0
         self.error: CallError | None = None
         self.steps: list[tuple[str, float, bool]] = []
 
 
 class _Job:
-    """A part of the layers, begun under the name ``begun``, and the processor to make them on, or
-    None for any."""
+    """A part of the layers, begun under the name ``begun``: those numbered in ``own``, and of the
+    others each whose number is drawn. ``claims`` has all of these by their number.
 
-    __slots__ = ("begun", "claims", "cpu")
+    ``cpu`` is the processor to make them on, or None for any.
+    """
 
-    def __init__(self, begun: str, claims: Sequence[LayerClaim], cpu: int | None) -> None:
+    __slots__ = ("begun", "claims", "cpu", "own")
+
+    def __init__(
+        self, begun: str, claims: Mapping[int, LayerClaim], own: range, cpu: int | None
+    ) -> None:
         self.begun = begun
         self.claims = claims
+        self.own = own
         self.cpu = cpu
 
 
@@ -58,35 +69,35 @@ class _Worker:
         self._state = state
         self._layers = layers
 
-    def do_errand(self, job: object, op: Operation) -> _Share:
+    def do_errand(self, job: object, fds: Sequence[int], op: Operation) -> _Share:
         """Do a share in another process, where nobody listens to the steps."""
         assert isinstance(job, _Job)
         steps: list[tuple[str, float, bool]] = []
         op.on_step = lambda *step: steps.append(step)
-        share = self.do_share(job, op)
+        (tickets_fd,) = fds
+        share = self.do_share(job, Tickets(tickets_fd), op)
         share.steps = steps
         return share
 
-    def do_share(self, job: _Job, op: Operation) -> _Share:
+    def do_share(self, job: _Job, tickets: Tickets, op: Operation) -> _Share:
         """Make layers one after the other, then look at them all."""
         share = _Share()
-        lives = []
+        lives: dict[int, LiveLayer] = {}
         try:
             with _on_cpu(job.cpu), OpenOnce() as held:
-                for share.number, claim in enumerate(job.claims):
-                    lives.append(self.make(claim, job.begun, op, held))
-                share.number = 0
-                for share.number, made in enumerate(self.look_at(lives, op), 1):
-                    share.made.append(made)
+                for share.at in itertools.chain(job.own, tickets):
+                    lives[share.at] = self.make(job.claims[share.at], job.begun, op, held)
+                self.look_at(lives, share, op)
         except CallError as error:
+            tickets.void()  # nobody need begin another
             share.error = error
         return share
 
-    def look_at(self, lives: Sequence[LiveLayer], op: Operation) -> Iterator[LayerSeen]:
+    def look_at(self, lives: Mapping[int, LiveLayer], share: _Share, op: Operation) -> None:
         with op.step("read back", f"{len(lives)} layers"):
-            mounts = mounts_by_target(live.spec.mount_point for live in lives)
-            for live in lives:
-                yield see_layer(self._state.control, live, mounts)
+            mounts = mounts_by_target(live.spec.mount_point for live in lives.values())
+            for share.at, live in lives.items():
+                share.made[share.at] = see_layer(self._state.control, live, mounts)
 
     def make(
         self, claim: LayerClaim, begun: str, op: Operation, held: OpenOnce | None = None
@@ -167,10 +178,7 @@ class ManyLayers:
             processes = self._process_count(len(claims))
             if processes < 2:
                 return self._by_threads(claims)
-            length = -(-len(claims) // processes)
-            return self._by_processes(
-                [claims[at : at + length] for at in range(0, len(claims), length)]
-            )
+            return self._by_processes(claims, processes)
 
     def _process_count(self, layers: int) -> int:
         at_most = self._state.rules.processes or len(os.sched_getaffinity(0))
@@ -178,31 +186,47 @@ class ManyLayers:
 
     # --- by processes
 
-    def _by_processes(self, shares: Sequence[Sequence[LayerClaim]]) -> list[LayerSeen]:
+    def _by_processes(self, claims: Sequence[LayerClaim], processes: int) -> list[LayerSeen]:
         op, crew = self._op, self._crew
         op.undo_by("what the processes of the batch made", crew.undo)
-        cpus = _cpus_for(len(shares))
-        for share, cpu in zip(shares[1:], cpus[1:], strict=True):
-            job = _Job(self._begun, share, cpu)
-            crew.hire(job, op, undo_instead=partial(self._undo_share, share))
-        own = self._worker.do_share(_Job(self._begun, shares[0], cpus[0]), op)
-        done = [own]
+        length = int(len(claims) * _DIVIDED) // processes
+        rest = range(length * processes, len(claims))
+        with Tickets.of(rest) as tickets:
+            own, *others = (
+                self._job(claims, range(number * length, (number + 1) * length), rest, cpu)
+                for number, cpu in enumerate(_cpus_for(processes))
+            )
+            for job in others:
+                undo = partial(self._undo_claims, job.claims.values())
+                crew.hire(job, op, undo_instead=undo, fds=(tickets.fileno(),))
+            return self._gather(claims, self._worker.do_share(own, tickets, op))
+
+    def _job(self, claims: Sequence[LayerClaim], own: range, rest: range, cpu: int | None) -> _Job:
+        return _Job(self._begun, {number: claims[number] for number in (*own, *rest)}, own, cpu)
+
+    def _gather(self, claims: Sequence[LayerClaim], own: _Share) -> list[LayerSeen]:
+        """Return what all have made, in the order of the claims, unless something failed."""
+        op, done = self._op, [own]
         if own.error is None:
-            for result in crew.results(op.deadline):
+            for result in self._crew.results(op.deadline):
                 assert isinstance(result, _Share)
                 done.append(result)
         else:
-            crew.call_off()
-        for claims, came_of in zip(shares, done, strict=False):
+            self._crew.call_off()
+        made: dict[int, LayerSeen] = {}
+        for came_of in done:
             if op.on_step is not None:
                 for step in came_of.steps:
                     op.on_step(*step)
-            if came_of.error is not None:
-                raise self._blame(claims[came_of.number], came_of.error)
-        return [made for came_of in done for made in came_of.made]
+            made.update(came_of.made)
+        errors = {came_of.at: came_of.error for came_of in done if came_of.error is not None}
+        if errors:
+            first = min(errors)
+            raise self._blame(claims[first], errors[first])
+        return [made[number] for number in range(len(claims))]
 
-    def _undo_share(self, claims: Sequence[LayerClaim]) -> None:
-        """Take away what a process made that can no longer do it.
+    def _undo_claims(self, claims: Collection[LayerClaim]) -> None:
+        """Take away what a process may have made that can no longer do it.
 
         Raises:
             CallError: ``internal``, naming all that stays.
@@ -233,7 +257,9 @@ class ManyLayers:
         finally:
             for child in children:
                 self._op.adopt(child)
-        return list(self._worker.look_at(lives, self._op))
+        share = _Share()
+        self._worker.look_at(dict(enumerate(lives)), share, self._op)
+        return list(share.made.values())
 
     def _make_or_blame(self, claim: LayerClaim, op: Operation) -> LiveLayer:
         try:

@@ -11,8 +11,9 @@ import errno
 import os
 import select
 import signal
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from guestagent.engine.operation import Operation, Terms
 from vsock.deadline import Deadline
@@ -25,12 +26,14 @@ __all__ = ("Errand", "Member", "Undone", "Verdict", "Work", "serve")
 
 _LENGTH_BYTES = 4
 _READ_BYTES = 64 * 1024
+_MOST_FDS = 1
 #: A member that is told to go has nothing to do but that.
 _GOING_SECONDS = 2.0
 
 #: Does a part of a batch, which is pickled on its way in, under an operation of its own whose
-#: deadline is cancelled when it is to stop early. Whatever it returns is pickled, too.
-Work = Callable[[object, Operation], object]
+#: deadline is cancelled when it is to stop early. Whatever it returns is pickled, too. Between them
+#: are the descriptors that came with the job, which are closed after it.
+Work = Callable[[object, Sequence[int], Operation], object]
 
 
 class Errand:
@@ -57,15 +60,22 @@ class Undone:
 class _Line:
     """One end of a connection that carries pickled objects. Not thread-safe."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
         self._inbox = bytearray()
+        #: What came with the last message; they are the receiver's to close.
+        self.fds: Sequence[int] = ()
 
-    def send(self, message: object) -> None:
+    def fileno(self) -> int:
+        return self._end.fileno()
+
+    def send(self, message: object, fds: Sequence[int] = ()) -> None:
+        """Send a message, and descriptors with it, at most ``_MOST_FDS``; they stay ours, too."""
         packed = _pickle.dumps(message, 5)
         data = memoryview(len(packed).to_bytes(_LENGTH_BYTES, "little") + packed)
-        while data:
-            data = data[os.write(self.fd, data) :]
+        if fds:
+            data = data[socket.send_fds(self._end, [data], fds) :]
+        self._end.sendall(data)
 
     def receive(self, deadline: Deadline | None = None) -> object:
         """Return the next message; EOFError if there will be none.
@@ -74,9 +84,9 @@ class _Line:
         """
         while missing_bytes := self._missing_bytes():
             if deadline is not None:
-                deadline.wait([self.fd], "wait for a process of the batch")
+                deadline.wait([self.fileno()], "wait for a process of the batch")
             try:
-                chunk = os.read(self.fd, min(missing_bytes, _READ_BYTES))
+                chunk = self._read(min(missing_bytes, _READ_BYTES))
             except ConnectionResetError:  # the other end went before it had read what we said
                 chunk = b""
             if not chunk:
@@ -85,6 +95,13 @@ class _Line:
         message = self._inbox[_LENGTH_BYTES:]
         self._inbox.clear()
         return _pickle.loads(message)
+
+    def _read(self, at_most_bytes: int) -> bytes:
+        if self._inbox:
+            return self._end.recv(at_most_bytes)
+        # descriptors come with the first byte of a message
+        chunk, self.fds, _, _ = socket.recv_fds(self._end, at_most_bytes, _MOST_FDS)
+        return chunk
 
     def _missing_bytes(self) -> int:
         """Return how much is still to be read, as far as is known, of the next message."""
@@ -96,26 +113,30 @@ class _Line:
     def is_over(self) -> bool:
         """Say whether the other end is gone, without waiting for it."""
         poller = select.poll()
-        poller.register(self.fd, 0)
+        poller.register(self.fileno(), 0)
         return bool(poller.poll(0))
+
+    def close(self) -> None:
+        self._end.close()
 
 
 class Member:
     """One process of the reserve, seen from the one that forked it."""
 
-    def __init__(self, pid: int, fd: int) -> None:
+    def __init__(self, pid: int, end: socket.socket) -> None:
+        """``end`` becomes its own."""
         self.pid = pid
         self.idle_since = 0.0
-        self._line = _Line(fd)
+        self._line = _Line(end)
 
     def lives(self) -> bool:
         return not self._line.is_over()
 
-    def send(self, message: "Errand | str") -> None:
-        """Give it an errand, or the verdict of the one that it has; one that is dead does not hear
-        it, which is seen by who waits for its answer."""
+    def send(self, message: "Errand | str", fds: Sequence[int] = ()) -> None:
+        """Give it an errand, and descriptors for it, or the verdict of the one that it has; one
+        that is dead does not hear it, which is seen by who waits for its answer."""
         try:
-            self._line.send(message)
+            self._line.send(message, fds)
         except OSError as error:
             if error.errno != errno.EPIPE:
                 raise
@@ -143,7 +164,7 @@ class Member:
 
     def dismiss(self) -> None:
         """Let it go, and see it gone."""
-        os.close(self._line.fd)
+        self._line.close()
         if not self._is_over():
             log.warning("a process of a batch does not go", pid=self.pid)
             if not self.kill():
@@ -167,16 +188,19 @@ class Member:
 # --- in the forked process
 
 
-def serve(fd: int, work: Work) -> None:
+def serve(end: socket.socket, work: Work) -> None:
     """Run errands until the connection ends, which is the only bound of the wait for the next."""
-    line = _Line(fd)
+    line = _Line(end)
     while True:
-        errand = line.receive()
+        errand, fds = line.receive(), line.fds
         assert isinstance(errand, Errand)
         op = errand.terms.operation()
         with op.deadline as deadline:  # and not ``with op``: without a verdict nothing is undone
-            with _Watch(fd, deadline):
-                line.send(work(errand.job, op))
+            with _Watch(end.fileno(), deadline):
+                result = work(errand.job, fds, op)
+                for fd in fds:
+                    os.close(fd)
+                line.send(result)
                 verdict = line.receive()
             if verdict == Verdict.UNDO:
                 line.send(Undone(op.roll_back()))

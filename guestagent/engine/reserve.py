@@ -113,19 +113,19 @@ class Reserve(Owner):
 
     def _fork(self) -> Member:
         self._show_life()
-        ours, theirs = (end.detach() for end in socket.socketpair())
+        ours, theirs = socket.socketpair()
         try:
             pid = os.fork()
         except OSError:
-            os.close(ours)
-            os.close(theirs)
+            ours.close()
+            theirs.close()
             raise
         if pid == 0:
             with _LastFrame():
                 block_signals()  # those of a terminal or a shutdown are the agent's to act on
-                _close_all_but((*self._keep_fds(), self._life_fd, theirs))
+                _close_all_but((*self._keep_fds(), self._life_fd, theirs.fileno()))
                 serve(theirs, self._work)
-        os.close(theirs)
+        theirs.close()
         return Member(pid, ours)
 
     def _show_life(self) -> None:

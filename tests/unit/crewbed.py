@@ -5,7 +5,7 @@ import os
 import select
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ WAIT_SECONDS = 10.0
 Job = Callable[[Operation], object]
 
 
-def do(job: object, op: Operation) -> object:
+def do(job: object, _fds: Sequence[int], op: Operation) -> object:
     """Do a job of the tests: the work that their reserves are made for."""
     assert callable(job)
     return job(op)

@@ -1,11 +1,16 @@
-"""On which processors the processes of a batch work."""
+"""On which processors the processes of a batch work, and what one that fails leaves to others."""
 
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from guestagent.engine.making import _cpus_for, _on_cpu
+from guestagent.engine.making import _cpus_for, _Job, _on_cpu, _Worker
+from guestagent.engine.operation import Operation
+from guestagent.engine.tickets import Tickets
+from vsock.deadline import Deadline
+from vsock.errors import CallError
 
 
 @pytest.fixture
@@ -61,3 +66,28 @@ def test_each_process_has_a_processor_where_there_are_enough(allowed):
 def test_none_but_those_that_this_process_may_use(allowed):
     os.sched_setaffinity(0, {max(allowed)})
     assert list(_cpus_for(1)) == [max(allowed)]
+
+
+class BrokenAt:
+    """Layers of which one cannot be made."""
+
+    def __init__(self, claim):
+        self.claim = claim
+
+    def make(self, claim, _op, _held):
+        if claim == self.claim:
+            raise CallError("device", "broken")
+        return claim
+
+    def write(self, _live, _begun, _op):
+        pass
+
+
+@pytest.mark.parametrize("broken", [1, 4])
+def test_one_that_fails_leaves_nothing_for_others_to_begin(broken):
+    claims = {n: SimpleNamespace(spec=SimpleNamespace(layer_id=f"layer{n}")) for n in range(8)}
+    with Deadline(10) as deadline, Tickets.of(range(4, 8)) as tickets:
+        worker = _Worker(None, BrokenAt(claims[broken]))
+        share = worker.do_share(_Job("begun", claims, range(4), None), tickets, Operation(deadline))
+        assert list(tickets) == []
+    assert (share.at, share.error.message, share.made) == (broken, "broken", {})

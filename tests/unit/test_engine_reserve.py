@@ -276,7 +276,7 @@ def test_one_that_dies_while_it_is_given_an_errand(reserve, op):
 
     sender = threading.Thread(target=send)
     sender.start()
-    while select.select([], [member._line.fd], [], 0)[1]:
+    while select.select([], [member._line], [], 0)[1]:
         op.deadline.check("the socket is full")
     os.kill(member.pid, signal.SIGKILL)
     sender.join()
