@@ -271,8 +271,8 @@ def _shape_of(cls: type[Record], value: Mapping[object, object], where: str) -> 
         raise _not_the_keys(cls, value, where)
     return tuple(
         (name, cls._decoder_of(name))
-        for name, (kind, _) in cls._fields.items()
-        if name in value and type(value[name]) not in _plain_types(kind)
+        for name, item in value.items()
+        if isinstance(name, str) and type(item) not in _plain_types(cls._fields[name][0])
     )
 
 

@@ -95,7 +95,7 @@ class Operation:
 
     def terms(self) -> "Terms":
         """Return the bounds of this operation, for a part of it that another process does."""
-        faults = self.faults.armed() if self.faults is not None else ()
+        faults = self.faults.for_others() if self.faults is not None else ()
         return Terms(seconds=self.deadline.remaining(), faults=faults)
 
     def adopt(self, child: "Operation") -> None:

@@ -29,7 +29,7 @@ def die_in(directory: Path, request: Request, step: int, rules: Rules | None = N
         status = 1
         try:
             bed = EngineBed(directory, rules)
-            bed.faults.arm(f"#{step}:KILL")
+            bed.faults.arm(f"#{step}:KILL", others="")
             with bed.operation() as op:
                 request(bed, op)
             status = 0
@@ -156,7 +156,7 @@ def test_a_batch_of_a_process_that_was_kept(tmp_path: Path, pack: Pack) -> None:
             bed.engine.batches.mount(request, first)
         with bed.operation() as second:
             bed.engine.batches.unmount(gone, second)
-        bed.faults.arm(armed)
+        bed.faults.arm(armed, others="")
         bed.engine.batches.mount(request, op)
 
     rules = Rules(processes=2)

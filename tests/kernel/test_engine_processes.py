@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import LayersMountReply, LayersMountRequest, LayersUnmountRequest
-from guestagent.engine.faults import Faults
 from guestagent.engine.state import Rules
 from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 from vsock.errors import CallError
@@ -56,14 +55,8 @@ def refused(bed: EngineBed, request: LayersMountRequest) -> CallError:
     assert bed.books() == books
     assert bed.engine.problems() == ()
     bed.faults.arm("")
-    vars(bed.faults).pop("armed", None)
     assert len(mount(bed, request).layers) == len(request.layers)
     return caught.value
-
-
-def fault_others(bed: EngineBed, text: str) -> None:
-    """Arm faults for the other processes alone: these are told of them with what they are to do."""
-    bed.faults.armed = Faults.parse(text).armed  # type: ignore[method-assign]
 
 
 def children() -> set[int]:
@@ -122,7 +115,7 @@ def test_a_next_life_adopts_what_processes_made(bed: EngineBed, pack: Pack) -> N
 )
 @pytest.mark.parametrize("nth", [1, 4])
 def test_a_step_that_fails_in_a_process(bed: EngineBed, pack: Pack, step: str, nth: int) -> None:
-    fault_others(bed, f"{step}:EIO:{nth}")
+    bed.faults.arm("", others=f"{step}:EIO:{nth}")
     error = refused(bed, batch(pack))
     # each layer comes to "defer" twice
     at = OWN + (nth - 1) // (2 if step == "defer" else 1)
@@ -132,8 +125,7 @@ def test_a_step_that_fails_in_a_process(bed: EngineBed, pack: Pack, step: str, n
 
 
 def test_a_step_that_fails_in_the_agent_itself(bed: EngineBed, pack: Pack) -> None:
-    fault_others(bed, "")
-    bed.faults.arm("verity:EIO:3")
+    bed.faults.arm("verity:EIO:3", others="")
     error = refused(bed, batch(pack))
     assert error.step == "verity"
     assert "layer2" in error.message
@@ -146,8 +138,7 @@ def test_the_first_of_several_errors_counts(bed: EngineBed, pack: Pack) -> None:
 
 def test_one_that_is_slow_is_left_with_its_own(bed: EngineBed, pack: Pack) -> None:
     """The other does the rest, and says so by the layer that it fails at last."""
-    fault_others(bed, "superblock:BLOCK")
-    bed.faults.arm(f"superblock:EIO:{LAYERS - OWN}")
+    bed.faults.arm(f"superblock:EIO:{LAYERS - OWN}", others="superblock:BLOCK")
     assert f"layer{LAYERS - 1}" in refused(bed, batch(pack)).message
 
 
@@ -160,27 +151,27 @@ def test_an_overlay_that_fails_takes_the_layers_with_it(bed: EngineBed, pack: Pa
 @pytest.mark.parametrize("step", ["superblock", "verity", "mount", "journal"])
 def test_a_process_that_is_killed(bed: EngineBed, pack: Pack, step: str) -> None:
     """What it made is undone from here, by what was claimed for it."""
-    fault_others(bed, f"{step}:KILL:3")
+    bed.faults.arm("", others=f"{step}:KILL:3")
     error = refused(bed, batch(pack))
     assert error.code == "internal"
     assert "ended" in error.message
 
 
 def test_a_process_that_cannot_look_at_what_it_made(bed: EngineBed, pack: Pack) -> None:
-    fault_others(bed, "read back:EIO")
+    bed.faults.arm("", others="read back:EIO")
     error = refused(bed, batch(pack))
     assert error.step == "read back"
 
 
 def test_a_process_that_is_killed_before_it_looks(bed: EngineBed, pack: Pack) -> None:
     """All of its layers are mounted and have their entries."""
-    fault_others(bed, "read back:KILL")
+    bed.faults.arm("", others="read back:KILL")
     assert "ended" in refused(bed, batch(pack)).message
 
 
 def test_cancelled_while_a_process_works(bed: EngineBed, pack: Pack) -> None:
     """It is in a step that would take until its deadline."""
-    fault_others(bed, "verity:BLOCK:2")
+    bed.faults.arm("", others="verity:BLOCK:2")
     before = World.now()
     with bed.operation() as op:
         timer = threading.Timer(0.3, op.deadline.cancel)
@@ -228,7 +219,7 @@ def test_the_process_of_a_batch_that_was_undone_makes_the_next(bed: EngineBed, p
     idle = children()
     with bed.operation() as op:
         bed.engine.unmount_everything(op, force=False)
-    fault_others(bed, "mount:EIO:4")
+    bed.faults.arm("", others="mount:EIO:4")
     assert refused(bed, batch(pack)).step == "mount"
     assert children() == idle
 
