@@ -350,10 +350,11 @@ def test_one_that_works_ends_with_the_agent(tmp_path, witness):
     state.mkdir()
 
     def life() -> None:
-        hired(state, witness, partial(pause, path))
+        member = hired(state, witness, partial(pause, path))
         with Deadline(WAIT_SECONDS) as deadline:
             while not path.exists():
                 deadline.check("it works")
+        assert member.lives()
 
     live_and_die(life)
     witness.forget()
