@@ -46,7 +46,6 @@ def test_constants_are_those_of_the_headers() -> None:
         "linux/fcntl.h",
         "linux/openat2.h",
         "linux/sched.h",
-        "linux/prctl.h",
         "linux/reboot.h",
         "linux/keyctl.h",
         "linux/module.h",
