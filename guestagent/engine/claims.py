@@ -24,6 +24,9 @@ class PathClaims:
         #: How many claims, and directories that have claims below them, are in a directory.
         self._inside: dict[str, int] = {}
 
+    def __repr__(self) -> str:
+        return f"PathClaims({sorted(self._owners.items())})"
+
     def get(self, path: str) -> Owner | None:
         return self._owners.get(path)
 
@@ -76,6 +79,9 @@ class SharedRanges:
         #: (first byte, byte after the last, whose it is)
         self._ranges: list[tuple[int, int, str]] = []
         self._longest_bytes = 0
+
+    def __repr__(self) -> str:
+        return f"SharedRanges({self._ranges})"
 
     def __len__(self) -> int:
         return len(self._ranges)
