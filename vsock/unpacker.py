@@ -69,7 +69,10 @@ class Unpacker:
 
 
 def _is_ordinary(value: object, max_depth: int) -> bool:
-    """Say whether a value has only what travels, in not too many levels; one call of C a level."""
+    """Say whether a value has only what travels, in not too many levels.
+
+    Level by level, and in C but for a call for each container: most values are none.
+    """
     level: list[object] = [value]
     for _ in range(max_depth + 1):
         types = [*map(type, level)]

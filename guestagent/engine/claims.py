@@ -5,7 +5,7 @@ from bisect import bisect_left, insort
 
 from guestagent.api import ByteRange
 
-__all__ = ("Owner", "PathClaims", "SharedRanges")
+__all__ = ("Owner", "PathClaims", "SharedRanges", "parent_of")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class PathClaims:
             owner = self._owners.get(other)
             if owner is not None:
                 return other, owner
-            other = _parent(other)
+            other = parent_of(other)
         if other != path:  # nobody owns what is above somebody's
             return None
         return next(item for item in self._owners.items() if item[0].startswith(path + "/"))
@@ -47,7 +47,7 @@ class PathClaims:
     def add(self, path: str, owner: Owner) -> None:
         """Claim a path that nothing is in the way of."""
         self._owners[path] = owner
-        while path := _parent(path):
+        while path := parent_of(path):
             inside = self._inside[path] = self._inside.get(path, 0) + 1
             if inside > 1:
                 return
@@ -56,14 +56,14 @@ class PathClaims:
         """Release a path. Idempotent."""
         if self._owners.pop(path, None) is None:
             return
-        while path := _parent(path):
+        while path := parent_of(path):
             self._inside[path] -= 1
             if self._inside[path]:
                 return
             del self._inside[path]
 
 
-def _parent(path: str) -> str:
+def parent_of(path: str) -> str:
     """Return the directory that a path is in, or nothing for one at the top."""
     return path.rpartition("/")[0]
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Container, Mapping
 
 from guestagent.api import ByteRange, Holder, LayerSpec, OverlaySpec
-from guestagent.engine.claims import Owner, PathClaims, SharedRanges
+from guestagent.engine.claims import Owner, PathClaims, SharedRanges, parent_of
 from guestagent.engine.plan import LayerPlan, VerityOptions, dm_uuid
 from guestagent.storage.blockdev import BlockDevice
 from vsock.errors import CallError
@@ -293,7 +293,7 @@ class Inventory:
             while path:
                 if path in missing or path in self._made:
                     claimed.append(path)
-                path = path.rpartition("/")[0]
+                path = parent_of(path)
             claimed.reverse()
             self._hold_directories(owner, tuple(claimed))
             return claimed

@@ -4,6 +4,7 @@ import errno
 import os
 
 from guestagent.api import Holder, UnmountReply
+from guestagent.engine.claims import parent_of
 from guestagent.engine.inventory import Inventory, Owner
 from guestagent.engine.operation import Operation
 from guestagent.engine.state import EngineState
@@ -150,7 +151,7 @@ def claim_directories(
             op.there.add(path)
             break
         missing.append(path)
-        path = path.rpartition("/")[0]
+        path = parent_of(path)
     return tuple(inventory.claim_directories(owner, target, missing))
 
 

@@ -113,8 +113,7 @@ class TargetDirectory(FdOwner):
 
     def _open(self, names: list[str], create: bool) -> None:
         parent = os.path.dirname(self.path)
-        held_fd = None if self._held is None else self._held.get(parent)
-        if held_fd is not None and self._held is not None:
+        if self._held is not None and (held_fd := self._held.get(parent)) is not None:
             try:
                 self._fd = self._enter(held_fd, names[-1], self.path, create)
             except FileNotFoundError:  # somebody has removed it meanwhile
