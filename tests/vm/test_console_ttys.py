@@ -6,6 +6,7 @@ import re
 import select
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -122,10 +123,13 @@ def machine(start_machine: Callable[..., Machine], kernel: Kernel, pack: PackedL
         pmem=(PmemSpec(path=pack.path),),
         ttys=TTYS,
     )
-    for tty in TTYS:
-        person = Person(machine.tty_path(tty))
-        person.expect(ENTER)  # what is typed before it is for nobody
-        person.leave()
+    with ExitStack() as stack:
+        # both are there from the start: what a line says to nobody is lost
+        people = [Person(machine.tty_path(tty)) for tty in TTYS]
+        for person in people:
+            stack.callback(person.leave)
+        for person in people:
+            person.expect(ENTER)  # what is typed before it is for nobody
     mount_root(machine, pack, connect_seconds=BOOT_SECONDS)
     return machine
 
