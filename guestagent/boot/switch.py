@@ -80,7 +80,7 @@ def rename_root(state_directory: str, mounted_at: str) -> None:
     for layer in written.layers:
         if layer.spec.mount_point == mounted_at:
             spec = layer.spec.replace(target="/")
-            journal.write_layer(layer.replace(spec=spec), begun="")
+            journal.write_layers((layer.replace(spec=spec),), begun="")
     for overlay in written.overlays:
         if overlay.spec.mount_point == mounted_at:
             root = overlay.spec.replace(target="/")

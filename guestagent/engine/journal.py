@@ -4,6 +4,9 @@ A request first writes down, in one ``begun`` file, the traces of all that it ma
 layer and overlay that it has mounted it writes an entry, which names that file. Dropping the file
 is the one moment that decides: before, recovery undoes all that is in it, whatever entries there
 are; after, each entry stands by itself. So a batch is whole, or was never there, by one unlink.
+
+The entries of layers that were made together are one file under a name for each: a link costs a
+tenth of a file, and is removed like one. What a file says of a layer counts under its name alone.
 """
 
 import errno
@@ -16,27 +19,28 @@ from guestagent.engine.inventory import LayerTraces, LiveLayer, LiveOverlay
 from vsock.errors import CallError
 from vsock.record import Record, wire_fields
 
-__all__ = ("Begun", "Counter", "Journal", "LayerEntry", "OverlayEntry", "Written")
+__all__ = ("Begun", "Counter", "Journal", "LayerEntries", "OverlayEntry", "Written")
 
+_LAYER, _OVERLAY = "layer-", "overlay-"
 _ENTRY, _BEGUN, _DAMAGED, _DRAFT = ".entry", ".begun", ".damaged", ".new"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from typing import TypeVar
 
     Kind = TypeVar("Kind", bound=Record)
 
 
-class LayerEntry(Record):
-    """A layer that is mounted; ``begun`` names the file that it was begun in."""
+class LayerEntries(Record):
+    """Layers that are mounted; ``begun`` names the file that they were begun in."""
 
     begun: str
-    live: LiveLayer
+    layers: tuple[LiveLayer, ...]
 
 
 class OverlayEntry(Record):
-    """As ``LayerEntry``, of an overlay."""
+    """As ``LayerEntries``, of an overlay."""
 
     begun: str
     live: LiveOverlay
@@ -77,20 +81,24 @@ class Journal:
     def begin(self, name: str, begun: Begun) -> None:
         """Note what a request may leave, before it makes anything. ``name`` is the request's own
         for as long as it is at work; what is noted under it already is replaced."""
-        self._replace(name + _BEGUN, begun)
+        self._replace((name + _BEGUN,), begun)
 
     def decide(self, name: str) -> None:
         """Let the entries that were begun under ``name`` stand from now on, or, when all of it is
         undone, forget that it was begun. Idempotent."""
         self._unlink(name + _BEGUN)
 
-    def write_layer(self, live: LiveLayer, begun: str) -> None:
-        """Write a layer's entry; it counts once ``begun`` is decided."""
-        self._replace(_layer_file(live.spec.layer_id), LayerEntry(begun=begun, live=live))
+    def write_layers(self, lives: "Sequence[LiveLayer]", begun: str) -> None:
+        """Write the entries of layers, each of which counts once ``begun`` is decided.
+
+        One that is there is replaced at once if it is the only one.
+        """
+        files = [_layer_file(live.spec.layer_id) for live in lives]
+        self._replace(files, LayerEntries(begun=begun, layers=tuple(lives)))
 
     def write_overlay(self, live: LiveOverlay, begun: str) -> None:
         """Write an overlay's entry; it counts once ``begun`` is decided."""
-        self._replace(_overlay_file(live.spec.overlay_id), OverlayEntry(begun=begun, live=live))
+        self._replace((_overlay_file(live.spec.overlay_id),), OverlayEntry(begun=begun, live=live))
 
     def remove_layer(self, layer_id: str) -> None:
         """Forget a layer's entry. Idempotent."""
@@ -105,14 +113,10 @@ class Journal:
     def read(self) -> Written:
         """Return what can be read; a file that cannot is put aside."""
         begun = dict(self._read("", _BEGUN, Begun))
-        layers = [
-            entry.live
-            for _, entry in self._read("layer-", _ENTRY, LayerEntry)
-            if entry.begun not in begun
-        ]
+        layers = [live for name, live in self._read_layers() if name not in begun]
         overlays = [
             entry.live
-            for _, entry in self._read("overlay-", _ENTRY, OverlayEntry)
+            for _, entry in self._read(_OVERLAY, _ENTRY, OverlayEntry)
             if entry.begun not in begun
         ]
         layer_ids = {live.spec.layer_id for live in layers}
@@ -159,12 +163,27 @@ class Journal:
         files = sorted(os.listdir(self._directory))
         return tuple(f"{self._directory}/{file}" for file in files if file.endswith(_DAMAGED))
 
+    def _read_layers(self) -> "Iterator[tuple[str, LiveLayer]]":
+        """Yield (name of what it was begun in, layer) of each layer's entry."""
+        read: dict[int, tuple[str, dict[str, LiveLayer]]] = {}
+        for file, inode in _files(self._directory, _LAYER, _ENTRY):
+            path = f"{self._directory}/{file}"
+            if inode not in read:
+                record = self._load(path, LayerEntries)
+                if record is None:
+                    continue
+                read[inode] = record.begun, {live.spec.layer_id: live for live in record.layers}
+            begun, lives = read[inode]
+            live = lives.get(file[len(_LAYER) : -len(_ENTRY)])
+            if live is None:
+                _put_aside(path)
+            else:
+                yield begun, live
+
     def _read(self, prefix: str, suffix: str, kind: "type[Kind]") -> "Iterator[tuple[str, Kind]]":
         """Yield (name, record) of each file of a kind; one may go between its listing and its
         reading, and is left out."""
-        for file in sorted(os.listdir(self._directory)):
-            if not (file.startswith(prefix) and file.endswith(suffix)):
-                continue
+        for file, _ in _files(self._directory, prefix, suffix):
             record = self._load(f"{self._directory}/{file}", kind)
             if record is not None:
                 yield file.removesuffix(suffix), record
@@ -177,25 +196,30 @@ class Journal:
         except FileNotFoundError:
             return None
         except (ValueError, CallError, msgpack.UnpackException):
-            os.rename(path, path + _DAMAGED)
+            _put_aside(path)
             return None
 
     def counter(self, name: str) -> "Counter":
         """Open a number that outlives the agent; the caller closes it."""
         return Counter(f"{self._directory}/{name}.counter")
 
-    def _replace(self, file: str, record: Record) -> None:
-        """Write a file that is whole whenever we are killed; an old one stays until it is."""
+    def _replace(self, files: "Sequence[str]", record: Record) -> None:
+        """Write a file that is whole whenever we are killed; an old one stays until it is.
+
+        Its further names are links, each of which is there, or is not, in its turn.
+        """
         content = msgpack.packb(record, default=wire_fields)
-        path = f"{self._directory}/{file}"
+        path, *others = (f"{self._directory}/{file}" for file in files)
         draft = path + _DRAFT
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = _create(draft)
         try:
             try:
                 if os.write(fd, content) < len(content):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), draft)
             finally:
                 os.close(fd)
+            for other in others:
+                _link(draft, other)
             os.rename(draft, path)
         except OSError as error:
             error.filename = error.filename or draft
@@ -210,11 +234,43 @@ class Journal:
 
 
 def _layer_file(layer_id: str) -> str:
-    return f"layer-{layer_id}{_ENTRY}"
+    return f"{_LAYER}{layer_id}{_ENTRY}"
 
 
 def _overlay_file(overlay_id: str) -> str:
-    return f"overlay-{overlay_id}{_ENTRY}"
+    return f"{_OVERLAY}{overlay_id}{_ENTRY}"
+
+
+def _files(directory: str, prefix: str, suffix: str) -> list[tuple[str, int]]:
+    """Return (name, inode) of the files of a kind, sorted."""
+    with os.scandir(directory) as found:
+        return sorted(
+            (file.name, file.inode())
+            for file in found
+            if file.name.startswith(prefix) and file.name.endswith(suffix)
+        )
+
+
+def _put_aside(path: str) -> None:
+    os.rename(path, path + _DAMAGED)
+
+
+def _create(path: str) -> int:
+    """Create a file, and never write into one that is there, which may have other names."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o600)
+    except FileExistsError:  # of a process that was killed
+        os.unlink(path)
+        return os.open(path, flags, 0o600)
+
+
+def _link(path: str, name: str) -> None:
+    try:
+        os.link(path, name)
+    except FileExistsError:  # what an undoing that failed has left
+        os.unlink(name)
+        os.link(path, name)
 
 
 class Counter:

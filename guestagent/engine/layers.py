@@ -53,7 +53,7 @@ class Layers:
                     with op.step("read back", spec.mount_point):
                         seen = see_layer(self._state.control, live)
                     with op.step("commit", spec.layer_id, code="resource"):
-                        self.write(live, begun, op)
+                        self.write((live,), begun, op)
                         self._state.journal.decide(begun)
                     op.commit()
                 self._state.inventory.add_layer(live)
@@ -91,16 +91,21 @@ class Layers:
         """
         return self._stack.make(self._stack.plan(claim, op, held), op, held)
 
-    def write(self, live: LiveLayer, begun: str, op: Operation) -> None:
-        """Write the entry of a layer that is made; it counts once ``begun`` is decided.
+    def write(self, lives: Sequence[LiveLayer], begun: str, op: Operation) -> None:
+        """Write the entries of layers that are made; each counts once ``begun`` is decided.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: they cannot be written.
         """
-        journal, layer_id = self._state.journal, live.spec.layer_id
-        # it must be gone before what was begun is forgotten, or it would count
-        op.undo_by("journal entry", lambda: journal.remove_layer(layer_id))
-        journal.write_layer(live, begun)
+        journal = self._state.journal
+
+        def remove() -> None:
+            for live in lives:
+                journal.remove_layer(live.spec.layer_id)
+
+        # they must be gone before what was begun is forgotten, or they would count
+        op.undo_by("journal entries", remove)
+        journal.write_layers(lives, begun)
 
     def announce(self, live: LiveLayer, op: Operation) -> None:
         self._state.events.publish(
@@ -188,7 +193,7 @@ class Layers:
         """Mount a layer again whose unmount failed half-way; its device numbers may be new."""
         with undo_deadline(self._state) as deadline, Operation(deadline) as op:
             again = self._stack.make(live, op)
-            self._state.journal.write_layer(again, begun="")
+            self._state.journal.write_layers((again,), begun="")
             self._state.inventory.add_layer(again)
             op.commit()
 

@@ -32,14 +32,14 @@ _DIVIDED = 0.75
 
 class _Share:
     """What came of a part of the layers: those that were made, as the kernel has them, by their
-    number. ``error`` is that of the layer with the number ``at``, and ended it; ``steps`` is what
-    an operation tells a listener, where nobody listened."""
+    number. ``error`` is that of the layer with the number ``at``, or of all of them, and ended it;
+    ``steps`` is what an operation tells a listener, where nobody listened."""
 
     __slots__ = ("at", "error", "made", "steps")
 
     def __init__(self) -> None:
         self.made: dict[int, LayerSeen] = {}
-        self.at = 0
+        self.at: int | None = None
         self.error: CallError | None = None
         self.steps: list[tuple[str, float, bool]] = []
 
@@ -86,7 +86,9 @@ class _Worker:
         try:
             with _on_cpu(job.cpu), OpenOnce() as held:
                 for share.at in itertools.chain(job.own, tickets):
-                    lives[share.at] = self.make(job.claims[share.at], job.begun, op, held)
+                    lives[share.at] = self.make(job.claims[share.at], op, held)
+                share.at = None
+                self.write(lives, job.begun, op)
                 self.look_at(lives, share, op)
         except CallError as error:
             tickets.void()  # nobody need begin another
@@ -99,17 +101,16 @@ class _Worker:
             for share.at, live in lives.items():
                 share.made[share.at] = see_layer(self._state.control, live, mounts)
 
-    def make(
-        self, claim: LayerClaim, begun: str, op: Operation, held: OpenOnce | None = None
-    ) -> LiveLayer:
+    def make(self, claim: LayerClaim, op: Operation, held: OpenOnce | None = None) -> LiveLayer:
         child = op.child()
         try:
-            live = self._layers.make(claim, child, held)
-            with child.step("journal", claim.spec.layer_id, code="resource"):
-                self._layers.write(live, begun, child)
+            return self._layers.make(claim, child, held)
         finally:
             op.adopt(child)
-        return live
+
+    def write(self, lives: Mapping[int, LiveLayer], begun: str, op: Operation) -> None:
+        with op.step("journal", f"{len(lives)} layers", code="resource"):
+            self._layers.write(tuple(lives.values()), begun, op)
 
 
 def _cpus_for(processes: int) -> Sequence[int | None]:
@@ -174,6 +175,8 @@ class ManyLayers:
         Raises:
             CallError: of the first layer, in their order, that failed.
         """
+        if not claims:
+            return []
         with self._op.step("layers", f"{len(claims)} layers", code="resource"):
             processes = self._process_count(len(claims))
             if processes < 2:
@@ -219,10 +222,11 @@ class ManyLayers:
                 for step in came_of.steps:
                     op.on_step(*step)
             made.update(came_of.made)
-        errors = {came_of.at: came_of.error for came_of in done if came_of.error is not None}
-        if errors:
-            first = min(errors)
-            raise self._blame(claims[first], errors[first])
+        failed = [(came_of.at, came_of.error) for came_of in done if came_of.error is not None]
+        if failed:
+            # what is about no one layer comes last
+            at, error = min(failed, key=lambda each: len(claims) if each[0] is None else each[0])
+            raise self._completed(error) if at is None else self._blame(claims[at], error)
         return [made[number] for number in range(len(claims))]
 
     def _undo_claims(self, claims: Collection[LayerClaim]) -> None:
@@ -257,22 +261,27 @@ class ManyLayers:
         finally:
             for child in children:
                 self._op.adopt(child)
-        share = _Share()
-        self._worker.look_at(dict(enumerate(lives)), share, self._op)
+        share, numbered = _Share(), dict(enumerate(lives))
+        self._worker.write(numbered, self._begun, self._op)
+        self._worker.look_at(numbered, share, self._op)
         return list(share.made.values())
 
     def _make_or_blame(self, claim: LayerClaim, op: Operation) -> LiveLayer:
         try:
-            return self._worker.make(claim, self._begun, op)
+            return self._worker.make(claim, op)
         except CallError as error:
             raise self._blame(claim, error) from error
 
     def _blame(self, claim: LayerClaim, error: CallError) -> CallError:
         """Tell of a layer that failed; return its error, which names it."""
         spec = claim.spec
-        if error.errno is not None and not error.kernel_log:  # a forked process does not follow it
-            error.kernel_log = self._op.kernel_lines()
-        self._layers.announce_failure(spec, error, self._op)
+        self._layers.announce_failure(spec, self._completed(error), self._op)
         if repr(spec.layer_id) not in error.message:
             error.message = f"layer {spec.layer_id!r}: {error.message}"
+        return error
+
+    def _completed(self, error: CallError) -> CallError:
+        """Return an error with what the kernel said, which a forked process does not follow."""
+        if error.errno is not None and not error.kernel_log:
+            error.kernel_log = self._op.kernel_lines()
         return error

@@ -242,7 +242,7 @@ class Reconciliation:
     def _settle_layer(self, layer_id: str, books: _Books) -> None:
         live = self._state.inventory.layer(layer_id)
         if live is not None:
-            self._state.journal.write_layer(live, begun="")
+            self._state.journal.write_layers((live,), begun="")
             return
         gone, _ = books.layers()[layer_id]
         own = books.kernel.own_devices(gone)

@@ -27,20 +27,36 @@ def left_behind(directory: str) -> dict[str, tuple[str, ...]]:
         OSError: the journal cannot be read.
     """
     found: dict[str, list[str]] = {"layers": [], "overlays": [], "unfinished": []}
-    files = sorted(os.listdir(directory) if os.path.isdir(directory) else ())
-    begun = {file.removesuffix(_BEGUN) for file in files if file.endswith(_BEGUN)}
-    for file in files:
+    files = _files(directory)
+    begun = {file.removesuffix(_BEGUN) for file, _ in files if file.endswith(_BEGUN)}
+    #: By inode: what it was begun in, and the places by id. Entries may be one file of many names.
+    read: dict[int, tuple[str, dict[str, str]]] = {}
+    for file, inode in files:
         try:
             if file.endswith(_BEGUN):
                 found["unfinished"] += _begun(_read(f"{directory}/{file}"))
             elif file.endswith(_ENTRY):
-                kind = file.partition("-")[0]
-                entry = _read(f"{directory}/{file}")
-                if entry["begun"] not in begun:
-                    found[f"{kind}s"].append(_place(kind, entry["live"]))
+                kind, _, name = file.removesuffix(_ENTRY).partition("-")
+                if inode not in read:
+                    read[inode] = _entries(kind, _read(f"{directory}/{file}"))
+                begun_in, places = read[inode]
+                if begun_in not in begun:
+                    found[f"{kind}s"].append(places[name])
         except (ValueError, TypeError, KeyError, msgpack.UnpackException):
             continue  # recovery puts it aside, and tells
     return {part: tuple(texts) for part, texts in found.items()}
+
+
+def _files(directory: str) -> list[tuple[str, int]]:
+    if not os.path.isdir(directory):
+        return []
+    with os.scandir(directory) as found:
+        return sorted((file.name, file.inode()) for file in found)
+
+
+def _entries(kind: str, content: "Mapping[str, Any]") -> "tuple[str, dict[str, str]]":
+    lives = content["layers"] if kind == "layer" else (content["live"],)
+    return content["begun"], {live["spec"][f"{kind}_id"]: _place(kind, live) for live in lives}
 
 
 def _begun(begun: "Mapping[str, Any]") -> "Iterator[str]":

@@ -150,7 +150,7 @@ def test_batch_mount_with_overlay(bed: EngineBed, pack: Pack) -> None:
         layers=tuple(pack.spec(number) for number in range(4)),
         overlay=overlay("o", "layer3", "layer0", scratch=TmpfsScratch(size_bytes=1 << 20)),
     )
-    assert fail_at_every_step(bed, lambda bed, op: bed.engine.batches.mount(request, op)) >= 42
+    assert fail_at_every_step(bed, lambda bed, op: bed.engine.batches.mount(request, op)) >= 41
 
 
 def test_layer_unmount(bed: EngineBed, pack: Pack) -> None:

@@ -1,5 +1,8 @@
 """The journal: what a killed agent leaves behind is read back, or put aside, never guessed."""
 
+import errno
+import os
+
 import pytest
 
 from guestagent.api import ByteRange, LayerSpec, OverlaySpec, PathDevice, Verity
@@ -67,7 +70,7 @@ def test_what_was_begun_is_traces_until_it_is_decided(journal):
     begin(journal, "layer-a", layer())
     assert journal.read() == NOTHING.replace(begun_layers=(layer().traces,))
     made = layer(dev="254:1")
-    journal.write_layer(made, "layer-a")
+    journal.write_layers([made], "layer-a")
     assert journal.read() == NOTHING.replace(begun_layers=(layer().traces,))
     journal.decide("layer-a")
     assert journal.read() == NOTHING.replace(layers=(made,))
@@ -80,8 +83,7 @@ def test_what_was_begun_is_traces_until_it_is_decided(journal):
 def test_a_batch_becomes_whole_in_one_moment(journal):
     begin(journal, "batch-1", layer("a"), layer("b"))
     begin(journal, "overlay-o", overlay=overlay())
-    for name in ("a", "b"):
-        journal.write_layer(layer(name), "batch-1")
+    journal.write_layers([layer("a"), layer("b")], "batch-1")
     journal.write_overlay(overlay(dev="0:9"), "batch-1")
     written = journal.read()
     assert (written.layers, written.overlays) == ((), ())
@@ -95,6 +97,67 @@ def test_a_batch_becomes_whole_in_one_moment(journal):
     assert journal.read() == whole
 
 
+def ids(journal):
+    return [live.spec.layer_id for live in journal.read().layers]
+
+
+def test_layers_that_were_written_together_go_one_by_one(journal, tmp_path):
+    made = [layer(name) for name in ("a", "b", "c")]
+    journal.write_layers(made, "batch-1")
+    files = sorted((tmp_path / "state").iterdir())
+    assert [file.name for file in files] == [f"layer-{name}.entry" for name in "abc"]
+    assert len({file.stat().st_ino for file in files}) == 1
+    assert journal.read() == NOTHING.replace(layers=tuple(made))
+    journal.remove_layer("a")
+    assert journal.read() == NOTHING.replace(layers=tuple(made[1:]))
+    journal.strike_layer("c")
+    assert ids(journal) == ["b"]
+    journal.remove_layer("b")
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_an_entry_that_is_written_again_leaves_those_beside_it(journal):
+    journal.write_layers([layer("a"), layer("b")], "batch-1")
+    journal.write_layers([layer("a", dev="9:9")], "")
+    assert [live.dev for live in journal.read().layers] == ["9:9", ""]
+
+
+def test_what_was_left_of_a_layer_does_not_outlive_its_new_entry(journal):
+    journal.write_layers([layer("a", dev="1:1"), layer("b", dev="1:2")], "batch-1")
+    journal.write_layers([layer("b", dev="2:2"), layer("a", dev="2:1")], "batch-2")
+    assert [live.dev for live in journal.read().layers] == ["2:1", "2:2"]
+
+
+def test_a_draft_of_a_process_that_was_killed_is_not_written_into(journal, tmp_path):
+    """It may have further names already, which say what they say."""
+    journal.write_layers([layer("a"), layer("b")], "batch-1")
+    entry = tmp_path / "state/layer-a.entry"
+    entry.rename(tmp_path / "state/layer-a.entry.new")
+    journal.write_layers([layer("a", dev="9:9")], "")
+    assert journal.read() == NOTHING.replace(layers=(layer("a", dev="9:9"), layer("b")))
+
+
+def test_a_name_that_its_file_does_not_speak_of_is_put_aside(journal, tmp_path):
+    journal.write_layers([layer("a"), layer("b")], "batch-1")
+    (tmp_path / "state/layer-c.entry").hardlink_to(tmp_path / "state/layer-a.entry")
+    assert ids(journal) == ["a", "b"]
+    assert journal.damaged() == (f"{tmp_path}/state/layer-c.entry.damaged",)
+    assert left_behind(str(tmp_path / "state"))["layers"] == (
+        "a at /run/layers/a",
+        "b at /run/layers/b",
+    )
+
+
+def test_names_that_cannot_be_had_leave_no_draft(journal, tmp_path, monkeypatch):
+    def full(path, name):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path, None, name)
+
+    monkeypatch.setattr("os.link", full)
+    with pytest.raises(OSError, match="No space left"):
+        journal.write_layers([layer("a"), layer("b")], "batch-1")
+    assert list((tmp_path / "state").iterdir()) == []
+
+
 def test_traces_name_what_may_be_there(journal):
     traces = layer().traces
     assert traces.dm == {"l": "guestagent-linear-a"}
@@ -105,7 +168,7 @@ def test_traces_name_what_may_be_there(journal):
 def test_a_note_left_by_a_failed_undoing_does_not_touch_what_came_later(journal):
     """The layer was mounted by another request since."""
     begin(journal, "batch-1", layer("a"), layer("b"))
-    journal.write_layer(layer("a", dev="9:9"), "layer-a")
+    journal.write_layers([layer("a", dev="9:9")], "layer-a")
     written = journal.read()
     assert [live.dev for live in written.layers] == ["9:9"]
     assert [traces.layer_id for traces in written.begun_layers] == ["b"]
@@ -114,7 +177,7 @@ def test_a_note_left_by_a_failed_undoing_does_not_touch_what_came_later(journal)
 def test_what_is_undone_is_struck_from_everything(journal, tmp_path):
     begin(journal, "batch-1", layer("a"), layer("b"))
     begin(journal, "overlay-o", overlay=overlay())
-    journal.write_layer(layer("a"), "batch-1")
+    journal.write_layers([layer("a")], "batch-1")
     journal.strike_layer("a")
     assert [traces.layer_id for traces in journal.read().begun_layers] == ["b"]
     journal.strike_layer("b")
@@ -123,8 +186,9 @@ def test_what_is_undone_is_struck_from_everything(journal, tmp_path):
 
 
 def test_a_damaged_entry_is_put_aside(journal, tmp_path):
-    journal.write_layer(layer("a"), "")
-    journal.write_layer(layer("b"), "")
+    journal.write_layers([layer("a"), layer("c")], "")
+    journal.remove_layer("c")
+    journal.write_layers([layer("b")], "")
     path = tmp_path / "state/layer-a.entry"
     path.write_bytes(path.read_bytes()[:20])
     assert [live.spec.layer_id for live in journal.read().layers] == ["b"]
@@ -156,10 +220,10 @@ def test_a_draft_of_a_killed_writer_is_dropped(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_entry_and_no_draft(journal, tmp_path, monkeypatch):
-    journal.write_layer(layer(), "")
+    journal.write_layers([layer()], "")
     monkeypatch.setattr("os.write", lambda fd, data: len(data) // 2)
     with pytest.raises(OSError, match="No space left") as caught:
-        journal.write_layer(layer(dev="1:1"), "")
+        journal.write_layers([layer(dev="1:1")], "")
     assert caught.value.filename
     monkeypatch.undo()
     assert journal.read() == NOTHING.replace(layers=(layer(),))
@@ -180,11 +244,11 @@ def test_counters_outlive_their_object(journal):
 def test_what_a_life_left_is_told_without_changing_it(journal, tmp_path):
     elsewhere = layer("b")
     elsewhere = elsewhere.replace(spec=elsewhere.spec.replace(target="/run/elsewhere"))
-    journal.write_layer(layer("a"), "layer-a")
-    journal.write_layer(elsewhere, "")
+    journal.write_layers([layer("a")], "layer-a")
+    journal.write_layers([elsewhere], "")
     journal.write_overlay(overlay(), "batch-2")
     begin(journal, "batch-1", layer("c"), layer("f"))
-    journal.write_layer(layer("c"), "batch-1")
+    journal.write_layers([layer("c")], "batch-1")
     begin(journal, "overlay-p", overlay=overlay("p"))
     (tmp_path / "state/batch-3.begun").write_bytes(b"\x81\xa1a\x01")
     (tmp_path / "state/layer-d.entry").write_bytes(b"\x81\xa1a\x01")
