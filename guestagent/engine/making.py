@@ -1,5 +1,5 @@
-"""Many layers brought up beside each other: by a few processes, or, where these are not worth their
-while, by a few threads."""
+"""Many layers brought up beside each other: on a few threads, of a few processes where these are
+worth their while."""
 
 import contextlib
 import itertools
@@ -25,6 +25,9 @@ __all__ = ("ManyLayers", "reserve_for")
 
 #: A process that is new costs about as much as two layers, and has to earn it.
 _LAYERS_PER_PROCESS = 4
+#: Threads of each of several processes. One runs Python while the other waits for a thread of the
+#: kernel, as happens a dozen times for each layer.
+_THREADS_PER_PROCESS = 2
 #: How much of a batch is divided among the processes. The rest goes to who is done first: the
 #: processors of a guest are not equally fast, as others have a share in each.
 _DIVIDED = 0.75
@@ -48,18 +51,25 @@ class _Job:
     """A part of the layers, begun under the name ``begun``: those numbered in ``own``, and of the
     others each whose number is drawn. ``claims`` has all of these by their number.
 
-    ``cpu`` is the processor to make them on, or None for any.
+    ``cpu`` is the processor to make them on, or None for any, and ``threads`` how many do.
     """
 
-    __slots__ = ("begun", "claims", "cpu", "own")
+    __slots__ = ("begun", "claims", "cpu", "own", "threads")
 
     def __init__(
-        self, begun: str, claims: Mapping[int, LayerClaim], own: range, cpu: int | None
+        self,
+        begun: str,
+        claims: Mapping[int, LayerClaim],
+        own: range,
+        *,
+        cpu: int | None,
+        threads: int,
     ) -> None:
         self.begun = begun
         self.claims = claims
         self.own = own
         self.cpu = cpu
+        self.threads = threads
 
 
 class _Worker:
@@ -80,20 +90,51 @@ class _Worker:
         return share
 
     def do_share(self, job: _Job, tickets: Tickets, op: Operation) -> _Share:
-        """Make layers one after the other, then look at them all."""
+        """Make layers, then write down and look at them all."""
         share = _Share()
-        lives: dict[int, LiveLayer] = {}
         try:
-            with _on_cpu(job.cpu), OpenOnce() as held:
-                for share.at in itertools.chain(job.own, tickets):
-                    lives[share.at] = self.make(job.claims[share.at], op, held)
-                share.at = None
-                self.write(lives, job.begun, op)
-                self.look_at(lives, share, op)
+            lives = self._make_on_threads(job, tickets, share, op)
+            share.at = None
+            self.write(lives, job.begun, op)
+            self.look_at(lives, share, op)
         except CallError as error:
             tickets.void()  # nobody need begin another
             share.error = error
         return share
+
+    def _make_on_threads(
+        self, job: _Job, tickets: Tickets, share: _Share, op: Operation
+    ) -> dict[int, LiveLayer]:
+        """Return the layers that were made, by number.
+
+        Raises:
+            CallError: of the first that failed, whose number ``share`` has then.
+        """
+        children: dict[int, Operation] = {}
+        lives: dict[int, LiveLayer] = {}
+        failed: dict[int, CallError] = {}
+
+        def work(_thread: int, own: range) -> None:
+            with _on_cpu(job.cpu), OpenOnce() as held:
+                for number in itertools.chain(own, tickets):
+                    if failed:
+                        return
+                    child = children[number] = op.child()
+                    try:
+                        lives[number] = self._layers.make(job.claims[number], child, held)
+                    except CallError as error:
+                        failed[number] = error
+
+        try:
+            owns = [job.own[number :: job.threads] for number in range(job.threads)]
+            for_each(owns, work, threads=job.threads)
+        finally:
+            for _, child in sorted(children.items()):
+                op.adopt(child)
+        if failed:
+            share.at = min(failed)
+            raise failed[share.at]
+        return dict(sorted(lives.items()))
 
     def look_at(self, lives: Mapping[int, LiveLayer], share: _Share, op: Operation) -> None:
         with op.step("read back", f"{len(lives)} layers"):
@@ -101,22 +142,15 @@ class _Worker:
             for share.at, live in lives.items():
                 share.made[share.at] = see_layer(self._state.control, live, mounts)
 
-    def make(self, claim: LayerClaim, op: Operation, held: OpenOnce | None = None) -> LiveLayer:
-        child = op.child()
-        try:
-            return self._layers.make(claim, child, held)
-        finally:
-            op.adopt(child)
-
     def write(self, lives: Mapping[int, LiveLayer], begun: str, op: Operation) -> None:
         with op.step("journal", f"{len(lives)} layers", code="resource"):
             self._layers.write(tuple(lives.values()), begun, op)
 
 
 def _cpus_for(processes: int) -> Sequence[int | None]:
-    """Return a processor for each process, where there are enough."""
+    """Return a processor for each of several processes, where there are enough."""
     allowed = sorted(os.sched_getaffinity(0))
-    return allowed[:processes] if processes <= len(allowed) else [None] * processes
+    return allowed[:processes] if 1 < processes <= len(allowed) else [None] * processes
 
 
 @contextlib.contextmanager
@@ -178,25 +212,26 @@ class ManyLayers:
         if not claims:
             return []
         with self._op.step("layers", f"{len(claims)} layers", code="resource"):
-            processes = self._process_count(len(claims))
-            if processes < 2:
-                return self._by_threads(claims)
-            return self._by_processes(claims, processes)
+            return self._make(claims, self._process_count(len(claims)))
 
     def _process_count(self, layers: int) -> int:
         at_most = self._state.rules.processes or len(os.sched_getaffinity(0))
-        return min(at_most, layers // _LAYERS_PER_PROCESS)
+        return max(1, min(at_most, layers // _LAYERS_PER_PROCESS))
 
-    # --- by processes
+    def _thread_count(self, processes: int) -> int:
+        # a process that is alone has all processors; more than one thread beyond gets in the way
+        useful = _THREADS_PER_PROCESS if processes > 1 else (os.cpu_count() or 1) + 1
+        return min(self._state.rules.parallel, useful)
 
-    def _by_processes(self, claims: Sequence[LayerClaim], processes: int) -> list[LayerSeen]:
+    def _make(self, claims: Sequence[LayerClaim], processes: int) -> list[LayerSeen]:
         op, crew = self._op, self._crew
         op.undo_by("what the processes of the batch made", crew.undo)
+        threads = min(self._thread_count(processes), len(claims))
         length = int(len(claims) * _DIVIDED) // processes
         rest = range(length * processes, len(claims))
         with Tickets.of(rest) as tickets:
             own, *others = (
-                self._job(claims, range(number * length, (number + 1) * length), rest, cpu)
+                self._job(claims, range(number * length, (number + 1) * length), rest, cpu, threads)
                 for number, cpu in enumerate(_cpus_for(processes))
             )
             for job in others:
@@ -204,8 +239,11 @@ class ManyLayers:
                 crew.hire(job, op, undo_instead=undo, fds=(tickets.fileno(),))
             return self._gather(claims, self._worker.do_share(own, tickets, op))
 
-    def _job(self, claims: Sequence[LayerClaim], own: range, rest: range, cpu: int | None) -> _Job:
-        return _Job(self._begun, {number: claims[number] for number in (*own, *rest)}, own, cpu)
+    def _job(
+        self, claims: Sequence[LayerClaim], own: range, rest: range, cpu: int | None, threads: int
+    ) -> _Job:
+        may_make = {number: claims[number] for number in (*own, *rest)}
+        return _Job(self._begun, may_make, own, cpu=cpu, threads=threads)
 
     def _gather(self, claims: Sequence[LayerClaim], own: _Share) -> list[LayerSeen]:
         """Return what all have made, in the order of the claims, unless something failed."""
@@ -245,32 +283,6 @@ class ManyLayers:
                 failures.append(f"layer {claim.spec.layer_id}: {error}")
         if failures:
             raise CallError("internal", "; ".join(failures))
-
-    # --- by threads
-
-    def _by_threads(self, claims: Sequence[LayerClaim]) -> list[LayerSeen]:
-        # one runs Python while others are in the kernel, on each processor; more get in the way
-        threads = min(self._state.rules.parallel, (os.cpu_count() or 1) + 1)
-        children = [self._op.child() for _ in claims]
-        try:
-            lives = for_each(
-                claims,
-                lambda number, claim: self._make_or_blame(claim, children[number]),
-                threads=threads,
-            )
-        finally:
-            for child in children:
-                self._op.adopt(child)
-        share, numbered = _Share(), dict(enumerate(lives))
-        self._worker.write(numbered, self._begun, self._op)
-        self._worker.look_at(numbered, share, self._op)
-        return list(share.made.values())
-
-    def _make_or_blame(self, claim: LayerClaim, op: Operation) -> LiveLayer:
-        try:
-            return self._worker.make(claim, op)
-        except CallError as error:
-            raise self._blame(claim, error) from error
 
     def _blame(self, claim: LayerClaim, error: CallError) -> CallError:
         """Tell of a layer that failed; return its error, which names it."""

@@ -1,5 +1,6 @@
 """The same work for many items on a few threads: what waits for the kernel waits together."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 def for_each(
     items: "Sequence[Item]", work: "Callable[[int, Item], Result]", *, threads: int
 ) -> "list[Result]":
-    """Return ``work(number, item)`` for each item, in order of items; the caller works too.
+    """Return ``work(number, item)`` for each item, in order of items; the caller works too, and
+    alone where there can be no other thread.
 
     After a failure nothing new is begun; when all have ended the first error, in the order of
     items, is raised.
@@ -44,12 +46,15 @@ def for_each(
         threading.Thread(target=run, name=f"parallel-{number}")
         for number in range(1, min(len(items), threads))
     ]
-    for thread in others:
-        start_thread(thread)
+    started = []
     try:
+        with contextlib.suppress(RuntimeError):  # there can be no more of them: those do that are
+            for thread in others:
+                start_thread(thread)
+                started.append(thread)
         run()
     finally:
-        for thread in others:
+        for thread in started:
             thread.join()
     if errors:
         raise errors[min(errors)]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class Rules(Record):
     """What requests may ask for. ``undo_seconds`` bounds the clean-up after a failure. A batch
-    works on at most ``parallel`` threads, or on ``processes`` (0: one for each processor)."""
+    works on at most ``parallel`` threads of each of ``processes`` (0: one for each processor)."""
 
     target_root: str = "/run"
     require_verity: bool = False

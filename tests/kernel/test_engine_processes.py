@@ -21,6 +21,8 @@ LAYERS = 12
 #: the rest each takes what it comes to.
 OWN = 4
 RULES = Rules(processes=2)
+#: Where it counts which layer comes to a step as the how-manieth.
+IN_TURN = RULES.replace(parallel=1)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,12 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
 @pytest.fixture
 def bed(tmp_path: Path) -> Iterator[EngineBed]:
     with EngineBed(tmp_path / "state", RULES) as bed:
+        yield bed
+
+
+@pytest.fixture
+def bed_in_turn(tmp_path: Path) -> Iterator[EngineBed]:
+    with EngineBed(tmp_path / "state", IN_TURN) as bed:
         yield bed
 
 
@@ -115,9 +123,11 @@ def test_a_next_life_adopts_what_processes_made(bed: EngineBed, pack: Pack) -> N
     "step", ["superblock", "linear", "verity", "prove", "target", "mount", "defer"]
 )
 @pytest.mark.parametrize("nth", [1, 4])
-def test_a_step_that_fails_in_a_process(bed: EngineBed, pack: Pack, step: str, nth: int) -> None:
-    bed.faults.arm("", others=f"{step}:EIO:{nth}")
-    error = refused(bed, batch(pack))
+def test_a_step_that_fails_in_a_process(
+    bed_in_turn: EngineBed, pack: Pack, step: str, nth: int
+) -> None:
+    bed_in_turn.faults.arm("", others=f"{step}:EIO:{nth}")
+    error = refused(bed_in_turn, batch(pack))
     # each layer comes to "defer" twice
     at = OWN + (nth - 1) // (2 if step == "defer" else 1)
     assert error.step == step
@@ -137,22 +147,31 @@ def test_a_step_for_all_its_layers_that_fails_in_a_process(
     assert "layer'" not in error.message
 
 
-def test_a_step_that_fails_in_the_agent_itself(bed: EngineBed, pack: Pack) -> None:
-    bed.faults.arm("verity:EIO:3", others="")
-    error = refused(bed, batch(pack))
+def test_a_step_that_fails_in_the_agent_itself(bed_in_turn: EngineBed, pack: Pack) -> None:
+    bed_in_turn.faults.arm("verity:EIO:3", others="")
+    error = refused(bed_in_turn, batch(pack))
     assert error.step == "verity"
     assert "layer2" in error.message
 
 
-def test_the_first_of_several_errors_counts(bed: EngineBed, pack: Pack) -> None:
-    bed.faults.arm("mount:EIO:4")
-    assert "layer3" in refused(bed, batch(pack)).message
+def test_the_first_of_several_errors_counts(bed_in_turn: EngineBed, pack: Pack) -> None:
+    bed_in_turn.faults.arm("mount:EIO:4")
+    assert "layer3" in refused(bed_in_turn, batch(pack)).message
 
 
-def test_one_that_is_slow_is_left_with_its_own(bed: EngineBed, pack: Pack) -> None:
+@pytest.mark.parametrize("step", ["superblock", "verity", "mount"])
+def test_every_thread_of_every_process_fails(bed: EngineBed, pack: Pack, step: str) -> None:
+    bed.faults.arm(f"{step}:EIO")
+    error = refused(bed, batch(pack))
+    assert error.step == step
+    # of those that each thread of the agent begins with; the other may not have got that far
+    assert "layer 'layer0'" in error.message or "layer 'layer1'" in error.message
+
+
+def test_one_that_is_slow_is_left_with_its_own(bed_in_turn: EngineBed, pack: Pack) -> None:
     """The other does the rest, and says so by the layer that it fails at last."""
-    bed.faults.arm(f"superblock:EIO:{LAYERS - OWN}", others="superblock:BLOCK")
-    assert f"layer{LAYERS - 1}" in refused(bed, batch(pack)).message
+    bed_in_turn.faults.arm(f"superblock:EIO:{LAYERS - OWN}", others="superblock:BLOCK")
+    assert f"layer{LAYERS - 1}" in refused(bed_in_turn, batch(pack)).message
 
 
 def test_an_overlay_that_fails_takes_the_layers_with_it(bed: EngineBed, pack: Pack) -> None:

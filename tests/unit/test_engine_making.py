@@ -57,37 +57,87 @@ def test_a_processor_that_is_not_to_be_had_is_none(allowed, cpu):
         assert os.sched_getaffinity(0) == allowed
 
 
-def test_each_process_has_a_processor_where_there_are_enough(allowed):
-    assert list(_cpus_for(len(allowed))) == sorted(allowed)
-    assert list(_cpus_for(1)) == [min(allowed)]
-    assert list(_cpus_for(len(allowed) + 1)) == [None] * (len(allowed) + 1)
+def test_each_process_has_a_processor_where_there_are_enough(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {7, 3, 5})
+    assert list(_cpus_for(2)) == [3, 5]
+    assert list(_cpus_for(3)) == [3, 5, 7]
+    assert list(_cpus_for(4)) == [None] * 4
 
 
-def test_none_but_those_that_this_process_may_use(allowed):
-    os.sched_setaffinity(0, {max(allowed)})
-    assert list(_cpus_for(1)) == [max(allowed)]
+def test_a_process_that_is_alone_has_all_processors(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5})
+    assert list(_cpus_for(1)) == [None]
 
 
-class BrokenAt:
-    """Layers of which one cannot be made."""
+class FakeLayers:
+    """Makes nothing; ``make`` is told of each claim, and may raise."""
 
-    def __init__(self, claim):
-        self.claim = claim
+    def __init__(self, make):
+        self._make = make
+        self.undone = []
 
-    def make(self, claim, _op, _held):
-        if claim == self.claim:
-            raise CallError("device", "broken")
+    def make(self, claim, op, _held):
+        op.undo_by(claim.spec.layer_id, lambda: self.undone.append(claim.spec.layer_id))
+        self._make(claim.spec.layer_id)
         return claim
 
-    def write(self, _live, _begun, _op):
-        pass
+    def write(self, _lives, _begun, _op):
+        raise CallError("resource", "not written")
 
 
-@pytest.mark.parametrize("broken", [1, 4])
-def test_one_that_fails_leaves_nothing_for_others_to_begin(broken):
+def share_of(layers, op, tickets, *, threads):
     claims = {n: SimpleNamespace(spec=SimpleNamespace(layer_id=f"layer{n}")) for n in range(8)}
+    job = _Job("begun", claims, range(4), cpu=None, threads=threads)
+    return _Worker(None, layers).do_share(job, tickets, op)
+
+
+def break_at(*numbers):
+    def make(layer_id):
+        if layer_id in {f"layer{number}" for number in numbers}:
+            raise CallError("device", f"{layer_id} is broken")
+
+    return make
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("broken", [1, 4])
+def test_one_that_fails_leaves_nothing_for_others_to_begin(broken, threads):
     with Deadline(10) as deadline, Tickets.of(range(4, 8)) as tickets:
-        worker = _Worker(None, BrokenAt(claims[broken]))
-        share = worker.do_share(_Job("begun", claims, range(4), None), tickets, Operation(deadline))
+        op = Operation(deadline)
+        share = share_of(FakeLayers(break_at(broken)), op, tickets, threads=threads)
         assert list(tickets) == []
-    assert (share.at, share.error.message, share.made) == (broken, "broken", {})
+    assert (share.at, share.error.message) == (broken, f"layer{broken} is broken")
+    assert share.made == {}
+
+
+def test_two_threads_make_layers_beside_each_other():
+    both = threading.Barrier(2)
+
+    def make(layer_id):
+        if layer_id in ("layer0", "layer1"):
+            both.wait(10)
+
+    layers = FakeLayers(make)
+    with Deadline(10) as deadline, Tickets.of(range(4, 8)) as tickets:
+        op = Operation(deadline)
+        share = share_of(layers, op, tickets, threads=2)
+    # all were made, and what is about all of them is about none
+    assert (share.at, share.error.message) == (None, "not written")
+    op.roll_back()
+    assert layers.undone == [f"layer{number}" for number in reversed(range(8))]
+
+
+def test_the_first_of_two_threads_failures_counts():
+    both = threading.Barrier(2)
+
+    def make(layer_id):
+        both.wait(10)
+        raise CallError("device", f"{layer_id} is broken")
+
+    layers = FakeLayers(make)
+    with Deadline(10) as deadline, Tickets.of(range(4, 8)) as tickets:
+        op = Operation(deadline)
+        share = share_of(layers, op, tickets, threads=2)
+    assert (share.at, share.error.message) == (0, "layer0 is broken")
+    op.roll_back()
+    assert layers.undone == ["layer1", "layer0"]
