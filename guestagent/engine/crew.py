@@ -43,10 +43,11 @@ class Crew(Owner):
 
         Raises:
             OSError: EAGAIN or ENOMEM, no process can be had.
+            CallError: ``timeout`` or ``cancelled``, it does not take the job.
         """
         share = _Share(self._reserve.take(), undo_instead)
         self._shares.append(share)
-        share.member.send(Errand(job, op.terms()), fds)
+        share.give(Errand(job, op.terms()), op.deadline, fds)
 
     def results(self, deadline: Deadline) -> list[object]:
         """Return what each one's work returned, in the order of hiring.
@@ -102,15 +103,37 @@ class _Share:
         #: Why the member cannot undo it.
         self._lost: OSError | CallError | None = None
 
+    def give(self, errand: Errand, deadline: Deadline, fds: Sequence[int]) -> None:
+        try:
+            self.member.send(errand, deadline, fds)
+        except CallError as error:
+            self._is_called_off = True  # of half an errand nothing is begun
+            self._lose(error)
+            raise
+
     def keep(self) -> None:
         if not self._is_called_off:
-            self.member.send(Verdict.KEEP)
-            self.is_settled = True
+            self.is_settled = self._say(Verdict.KEEP)
 
     def call_off(self) -> None:
         if not self._is_called_off:
             self._is_called_off = True
-            self.member.send(Verdict.UNDO)
+            self._say(Verdict.UNDO)
+
+    def _say(self, verdict: str) -> bool:
+        """Return False for a member that leaves no room for a word: it has not read its errand."""
+        try:
+            with Deadline(0.0) as at_once:
+                self.member.send(verdict, at_once)
+        except CallError as error:
+            self._lose(error)
+            return False
+        return True
+
+    def _lose(self, error: OSError | CallError) -> None:
+        """Have the share undone from here, when it comes to that."""
+        self._is_undone = True
+        self._lost = error
 
     def undone(self, deadline: Deadline) -> tuple[str, ...]:
         """Wait until the member has undone the share; return what could not be.
@@ -124,7 +147,7 @@ class _Share:
             while not isinstance(said := self.member.receive(deadline), Undone):
                 pass
         except (OSError, CallError) as error:
-            self._lost = error
+            self._lose(error)
             return ()
         self.is_settled = True
         return said.failures

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import threading
 from collections.abc import Callable, Sequence
 
@@ -69,13 +70,28 @@ class _Line:
     def fileno(self) -> int:
         return self._end.fileno()
 
-    def send(self, message: object, fds: Sequence[int] = ()) -> None:
-        """Send a message, and descriptors with it, at most ``_MOST_FDS``; they stay ours, too."""
-        packed = _pickle.dumps(message, 5)
-        data = memoryview(len(packed).to_bytes(_LENGTH_BYTES, "little") + packed)
-        if fds:
-            data = data[socket.send_fds(self._end, [data], fds) :]
-        self._end.sendall(data)
+    def send(self, message: object) -> None:
+        """Send a message, however long the other end takes to read it."""
+        self._end.sendall(_packed(message))
+
+    def send_until(
+        self, deadline: Deadline, step: str, message: object, fds: Sequence[int] = ()
+    ) -> None:
+        """Send a message, and descriptors with it, at most ``_MOST_FDS``; they stay ours, too.
+
+        Raises:
+            CallError: ``timeout`` or ``cancelled`` while ``step``, and the line is of no more use.
+        """
+        rest = memoryview(_packed(message))
+        # not by socket.send_fds, which forgets the flags
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _fd_array(fds))] if fds else []
+        while rest:
+            try:
+                sent = self._end.sendmsg([rest], rights, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                deadline.wait((), step, writable=(self.fileno(),))
+            else:
+                rest, rights = rest[sent:], []
 
     def receive(self, deadline: Deadline | None = None) -> object:
         """Return the next message; EOFError if there will be none.
@@ -120,6 +136,15 @@ class _Line:
         self._end.close()
 
 
+def _packed(message: object) -> bytes:
+    packed = _pickle.dumps(message, 5)
+    return len(packed).to_bytes(_LENGTH_BYTES, "little") + packed
+
+
+def _fd_array(fds: Sequence[int]) -> bytes:
+    return struct.pack(f"@{len(fds)}i", *fds)
+
+
 class Member:
     """One process of the reserve, seen from the one that forked it."""
 
@@ -132,11 +157,16 @@ class Member:
     def lives(self) -> bool:
         return not self._line.is_over()
 
-    def send(self, message: "Errand | str", fds: Sequence[int] = ()) -> None:
+    def send(self, message: "Errand | str", deadline: Deadline, fds: Sequence[int] = ()) -> None:
         """Give it an errand, and descriptors for it, or the verdict of the one that it has; one
-        that is dead does not hear it, which is seen by who waits for its answer."""
+        that is dead does not hear it, which is seen by who waits for its answer.
+
+        Raises:
+            CallError: ``timeout`` or ``cancelled``; it does not read, and all there is to do is
+                ``kill``.
+        """
         try:
-            self._line.send(message, fds)
+            self._line.send_until(deadline, f"give word to process {self.pid}", message, fds)
         except OSError as error:
             if error.errno != errno.EPIPE:
                 raise

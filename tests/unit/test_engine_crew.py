@@ -1,8 +1,10 @@
 """Processes that share the work of a batch: what they made is kept, or undone, by word."""
 
+import contextlib
 import errno
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -179,6 +181,47 @@ def test_one_that_hangs_is_ended_and_its_share_undone_from_here(reserve, op):
         crew.hire(hang, op, undo_instead=lambda: undone.append(1))
         crew.undo()
     assert undone == [1]
+
+
+def stop_one(reserve: Reserve) -> int:
+    """Have the one that is hired next do nothing at all; return its pid."""
+    member = reserve.take()
+    os.kill(member.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, member.pid, os.WSTOPPED)
+    reserve.give_back(member)
+    return member.pid
+
+
+def test_one_that_does_not_take_its_job_is_ended_at_the_deadline(reserve):
+    stopped, undone = stop_one(reserve), []
+    with Deadline(0.2) as deadline, Crew(reserve, undo_seconds=5) as crew:
+        op, job = Operation(deadline), partial(give_back, os.urandom(4 << 20))
+        with pytest.raises(CallError) as caught:
+            crew.hire(job, op, undo_instead=lambda: undone.append(1))
+        assert caught.value.code == "timeout"
+        assert f"process {stopped}" in caught.value.message
+        crew.undo()
+        crew.undo()
+    assert undone == [1]
+    assert not Path(f"/proc/{stopped}").exists()
+
+
+def test_one_that_is_stopped_with_its_job_is_not_waited_for_twice(reserve, op):
+    """There is room for its job, and then for no more word."""
+    stopped, undone = stop_one(reserve), []
+    with Crew(reserve, undo_seconds=0.2) as crew:
+        job = partial(give_back, b"")
+        crew.hire(job, op, undo_instead=lambda: undone.append(1))
+        (share,) = crew._shares
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                share.member._line._end.send(b"x" * 65536, socket.MSG_DONTWAIT)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                share.member._line._end.send(b"x", socket.MSG_DONTWAIT)
+        crew.undo()
+    assert undone == [1]
+    assert not Path(f"/proc/{stopped}").exists()
 
 
 def test_one_that_is_neither_told_to_keep_nor_to_undo_is_not_used_again(reserve, op):

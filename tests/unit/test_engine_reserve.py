@@ -244,12 +244,12 @@ def test_who_is_idle_for_long_goes(tmp_path):
 def test_who_works_is_not_idle(tmp_path, op):
     with Reserve(str(tmp_path), do, idle_seconds=0.02) as reserve:
         worker, other = reserve.take(), reserve.take()
-        worker.send(Errand(work_on, TERMS))
+        worker.send(Errand(work_on, TERMS), op.deadline)
         with watched(other.pid) as ends_in:
             reserve.give_back(other)
             assert ends_in(WAIT_SECONDS)
         assert worker.lives()
-        worker.send(Verdict.UNDO)
+        worker.send(Verdict.UNDO, op.deadline)
         assert worker.receive(op.deadline) is None
         worker.dismiss()
 
@@ -270,7 +270,7 @@ def test_one_that_dies_while_it_is_given_an_errand(reserve, op):
 
     def send() -> None:
         try:
-            member.send(Errand(partial(len, b"x" * (4 << 20)), TERMS))
+            member.send(Errand(partial(len, b"x" * (4 << 20)), TERMS), op.deadline)
         except OSError as error:
             errors.append(error)
 
@@ -333,7 +333,8 @@ def witness() -> Iterator[Witness]:
 def hired(directory: Path, witness: Witness, job: object) -> Member:
     """Give a job to a member, as a life of the agent does."""
     member = Reserve(str(directory), do, keep_fds=witness.keep_fds).take()
-    member.send(Errand(job, TERMS))
+    with Deadline(20) as deadline:
+        member.send(Errand(job, TERMS), deadline)
     return member
 
 
