@@ -194,7 +194,8 @@ def stop_one(reserve: Reserve) -> int:
 
 def test_one_that_does_not_take_its_job_is_ended_at_the_deadline(reserve):
     stopped, undone = stop_one(reserve), []
-    with Deadline(0.2) as deadline, Crew(reserve, undo_seconds=5) as crew:
+    # it cannot undo either, and is not waited for until it has
+    with Deadline(0.2) as deadline, Crew(reserve, undo_seconds=1000) as crew:
         op, job = Operation(deadline), partial(give_back, os.urandom(4 << 20))
         with pytest.raises(CallError) as caught:
             crew.hire(job, op, undo_instead=lambda: undone.append(1))
@@ -206,10 +207,10 @@ def test_one_that_does_not_take_its_job_is_ended_at_the_deadline(reserve):
     assert not Path(f"/proc/{stopped}").exists()
 
 
-def test_one_that_is_stopped_with_its_job_is_not_waited_for_twice(reserve, op):
+def test_one_that_is_stopped_with_its_job_is_not_waited_for(reserve, op):
     """There is room for its job, and then for no more word."""
     stopped, undone = stop_one(reserve), []
-    with Crew(reserve, undo_seconds=0.2) as crew:
+    with Crew(reserve, undo_seconds=1000) as crew:
         job = partial(give_back, b"")
         crew.hire(job, op, undo_instead=lambda: undone.append(1))
         (share,) = crew._shares
