@@ -100,7 +100,8 @@ class VerityReport(Record):
 
 
 class LayerReport(Record):
-    """A layer as the kernel has it, read back. ``timings_ms`` has one entry for each step.
+    """A layer as the kernel has it, read back. ``timings_ms`` has one entry for each step of its
+    own, and none for what a batch does once for many.
 
     ``state`` is mounted, corrupted or device_lost. ``overlaps`` names layers whose mappings share
     bytes with this one's; ``used_by`` names overlays.

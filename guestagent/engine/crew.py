@@ -106,7 +106,7 @@ class _Share:
     def give(self, errand: Errand, deadline: Deadline, fds: Sequence[int]) -> None:
         try:
             self.member.send(errand, deadline, fds)
-        except CallError as error:
+        except (OSError, CallError) as error:
             self._is_called_off = True  # of half an errand nothing is begun
             self._lose(error)
             raise
@@ -121,11 +121,12 @@ class _Share:
             self._say(Verdict.UNDO)
 
     def _say(self, verdict: str) -> bool:
-        """Return False for a member that leaves no room for a word: it has not read its errand."""
+        """Return False for a member that cannot be told: mostly one that has not read its errand,
+        and so leaves no room for a word."""
         try:
             with Deadline(0.0) as at_once:
                 self.member.send(verdict, at_once)
-        except CallError as error:
+        except (OSError, CallError) as error:
             self._lose(error)
             return False
         return True

@@ -6,9 +6,11 @@ is the one moment that decides: before, recovery undoes all that is in it, whate
 are; after, each entry stands by itself. So a batch is whole, or was never there, by one unlink.
 
 The entries of layers that were made together are one file under a name for each: a link costs a
-tenth of a file, and is removed like one. What a file says of a layer counts under its name alone.
+tenth of a file, and is removed like one. What a file says of a layer counts under its name alone;
+where it cannot be read, none of its names counts.
 """
 
+import contextlib
 import errno
 import os
 import threading
@@ -164,21 +166,21 @@ class Journal:
         return tuple(f"{self._directory}/{file}" for file in files if file.endswith(_DAMAGED))
 
     def _read_layers(self) -> "Iterator[tuple[str, LiveLayer]]":
-        """Yield (name of what it was begun in, layer) of each layer's entry."""
-        read: dict[int, tuple[str, dict[str, LiveLayer]]] = {}
+        """Yield (name of what it was begun in, layer) of each layer's entry that is listed now."""
+        read: dict[int, dict[str, tuple[str, LiveLayer]]] = {}
         for file, inode in _files(self._directory, _LAYER, _ENTRY):
-            path = f"{self._directory}/{file}"
-            if inode not in read:
+            path, layer_id = f"{self._directory}/{file}", file[len(_LAYER) : -len(_ENTRY)]
+            if layer_id not in read.get(inode, ()):
+                # its own file is read before it is judged: it may be another than was listed
                 record = self._load(path, LayerEntries)
                 if record is None:
                     continue
-                read[inode] = record.begun, {live.spec.layer_id: live for live in record.layers}
-            begun, lives = read[inode]
-            live = lives.get(file[len(_LAYER) : -len(_ENTRY)])
-            if live is None:
+                read[inode] = {live.spec.layer_id: (record.begun, live) for live in record.layers}
+            entry = read[inode].get(layer_id)
+            if entry is None:
                 _put_aside(path)
             else:
-                yield begun, live
+                yield entry
 
     def _read(self, prefix: str, suffix: str, kind: "type[Kind]") -> "Iterator[tuple[str, Kind]]":
         """Yield (name, record) of each file of a kind; one may go between its listing and its
@@ -204,9 +206,10 @@ class Journal:
         return Counter(f"{self._directory}/{name}.counter")
 
     def _replace(self, files: "Sequence[str]", record: Record) -> None:
-        """Write a file that is whole whenever we are killed; an old one stays until it is.
+        """Write a file that is whole whenever we are killed; an old one of the first name stays
+        until it is.
 
-        Its further names are links, each of which is there, or is not, in its turn.
+        The further names are links: what else was there under one of them goes first.
         """
         content = msgpack.packb(record, default=wire_fields)
         path, *others = (f"{self._directory}/{file}" for file in files)
@@ -252,7 +255,8 @@ def _files(directory: str, prefix: str, suffix: str) -> list[tuple[str, int]]:
 
 
 def _put_aside(path: str) -> None:
-    os.rename(path, path + _DAMAGED)
+    with contextlib.suppress(FileNotFoundError):  # it was removed since
+        os.rename(path, path + _DAMAGED)
 
 
 def _create(path: str) -> int:

@@ -1,6 +1,7 @@
 """Layers come and go: each request under its lock, as a transaction, with the books kept."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from guestagent.api import LayerReport, LayerSpec, UnmountReply, VerifyReply
 from guestagent.engine.inventory import LayerClaim, LiveLayer, refuse_other_spec
@@ -98,13 +99,9 @@ class Layers:
             OSError: they cannot be written.
         """
         journal = self._state.journal
-
-        def remove() -> None:
-            for live in lives:
-                journal.remove_layer(live.spec.layer_id)
-
-        # they must be gone before what was begun is forgotten, or they would count
-        op.undo_by("journal entries", remove)
+        for live in lives:
+            # they must be gone before what was begun is forgotten, or they would count
+            op.undo_by("journal entry", partial(journal.remove_layer, live.spec.layer_id))
         journal.write_layers(lives, begun)
 
     def announce(self, live: LiveLayer, op: Operation) -> None:

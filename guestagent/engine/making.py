@@ -98,7 +98,6 @@ class _Worker:
             self.write(lives, job.begun, op)
             self.look_at(lives, share, op)
         except CallError as error:
-            tickets.void()  # nobody need begin another
             share.error = error
         return share
 
@@ -108,7 +107,7 @@ class _Worker:
         """Return the layers that were made, by number.
 
         Raises:
-            CallError: of the first that failed, whose number ``share`` has then.
+            CallError: the one that tells most, of the layer whose number ``share`` has then.
         """
         children: dict[int, Operation] = {}
         lives: dict[int, LiveLayer] = {}
@@ -124,6 +123,7 @@ class _Worker:
                         lives[number] = self._layers.make(job.claims[number], child, held)
                     except CallError as error:
                         failed[number] = error
+                        tickets.void()  # nobody need begin another
 
         try:
             owns = [job.own[number :: job.threads] for number in range(job.threads)]
@@ -132,8 +132,8 @@ class _Worker:
             for _, child in sorted(children.items()):
                 op.adopt(child)
         if failed:
-            share.at = min(failed)
-            raise failed[share.at]
+            share.at, error = min(failed.items(), key=_order_of_telling)
+            raise error
         return dict(sorted(lives.items()))
 
     def look_at(self, lives: Mapping[int, LiveLayer], share: _Share, op: Operation) -> None:
@@ -145,6 +145,13 @@ class _Worker:
     def write(self, lives: Mapping[int, LiveLayer], begun: str, op: Operation) -> None:
         with op.step("journal", f"{len(lives)} layers", code="resource"):
             self._layers.write(tuple(lives.values()), begun, op)
+
+
+def _order_of_telling(failure: tuple[int | None, CallError]) -> tuple[bool, bool, int]:
+    """Sort failures: the cause before who was stopped by it or by the deadline, what is about one
+    layer before what is about many, and layers in their order."""
+    at, error = failure
+    return error.code in ("timeout", "cancelled"), at is None, at or 0
 
 
 def _cpus_for(processes: int) -> Sequence[int | None]:
@@ -207,7 +214,7 @@ class ManyLayers:
         """Make them all; what has to be undone later becomes the operation's to undo.
 
         Raises:
-            CallError: of the first layer, in their order, that failed.
+            CallError: of the first layer, in their order, that failed by itself.
         """
         if not claims:
             return []
@@ -262,8 +269,7 @@ class ManyLayers:
             made.update(came_of.made)
         failed = [(came_of.at, came_of.error) for came_of in done if came_of.error is not None]
         if failed:
-            # what is about no one layer comes last
-            at, error = min(failed, key=lambda each: len(claims) if each[0] is None else each[0])
+            at, error = min(failed, key=_order_of_telling)
             raise self._completed(error) if at is None else self._blame(claims[at], error)
         return [made[number] for number in range(len(claims))]
 

@@ -4,7 +4,6 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 
-from vsock.errors import CallError
 from vsock.threads import start_thread
 
 __all__ = ("for_each",)
@@ -27,7 +26,7 @@ def for_each(
     items, is raised.
     """
     results: dict[int, Result] = {}
-    errors: dict[int, CallError] = {}
+    errors: dict[int, BaseException] = {}
     numbers = iter(range(len(items)))
     numbers_lock = threading.Lock()
 
@@ -39,7 +38,7 @@ def for_each(
                 return
             try:
                 results[number] = work(number, items[number])
-            except CallError as error:
+            except BaseException as error:  # raised again when all have ended
                 errors[number] = error
 
     others = [

@@ -160,12 +160,16 @@ def test_the_first_of_several_errors_counts(bed_in_turn: EngineBed, pack: Pack) 
 
 
 @pytest.mark.parametrize("step", ["superblock", "verity", "mount"])
-def test_every_thread_of_every_process_fails(bed: EngineBed, pack: Pack, step: str) -> None:
-    bed.faults.arm(f"{step}:EIO")
+@pytest.mark.parametrize(("where", "begins_with"), [("agent", (0, 1)), ("process", (4, 5))])
+def test_every_thread_fails(
+    bed: EngineBed, pack: Pack, step: str, where: str, begins_with: tuple[int, int]
+) -> None:
+    faults = {"agent": "", "process": "", where: f"{step}:EIO"}
+    bed.faults.arm(faults["agent"], others=faults["process"])
     error = refused(bed, batch(pack))
     assert error.step == step
-    # of those that each thread of the agent begins with; the other may not have got that far
-    assert "layer 'layer0'" in error.message or "layer 'layer1'" in error.message
+    # one thread may have failed before the other began
+    assert any(f"layer 'layer{number}'" in error.message for number in begins_with)
 
 
 def test_one_that_is_slow_is_left_with_its_own(bed_in_turn: EngineBed, pack: Pack) -> None:

@@ -225,6 +225,21 @@ def test_one_that_is_stopped_with_its_job_is_not_waited_for(reserve, op):
     assert not Path(f"/proc/{stopped}").exists()
 
 
+def test_one_that_cannot_be_told_does_not_keep_others_from_undoing(crew, op, files, monkeypatch):
+    undone = []
+    crew.hire(work_on, op, undo_instead=lambda: undone.append(1))
+    crew.hire(partial(touch_and_work_on, files / "b"), op, undo_instead=never)
+    first = crew._shares[0].member
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+    monkeypatch.setattr(first._line, "send_until", fail)
+    crew.undo()
+    assert undone == [1]
+    assert names(files) == []
+
+
 def test_one_that_is_neither_told_to_keep_nor_to_undo_is_not_used_again(reserve, op):
     before = run(reserve, pid)
     with Crew(reserve, undo_seconds=5) as crew:

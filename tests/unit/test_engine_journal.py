@@ -148,6 +148,49 @@ def test_a_name_that_its_file_does_not_speak_of_is_put_aside(journal, tmp_path):
     )
 
 
+def test_an_entry_that_is_replaced_while_it_is_read_harms_no_other(journal):
+    """Who reconciles reads beside requests that are at work."""
+    journal.write_layers([layer(name) for name in "abcd"], "batch-1")
+    journal.write_layers([layer("0")], "")
+    reading = journal._read_layers()
+    assert next(reading)[1].spec.layer_id == "0"
+    journal.write_layers([layer("a", dev="9:9")], "")
+    journal.remove_layer("d")  # which is told as it was listed
+    found = {live.spec.layer_id: live.dev for _, live in reading}
+    assert found == {"a": "9:9", "b": "", "c": "", "d": ""}
+    assert journal.damaged() == ()
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(*_arguments, **_named):
+    raise Killed
+
+
+@pytest.mark.parametrize("call", ["os.write", "os.link", "os.rename"])
+def test_killed_while_entries_are_written(journal, tmp_path, monkeypatch, call):
+    made = [layer(name) for name in "abc"]
+    begin(journal, "batch-1", *made)
+    with monkeypatch.context() as patch:
+        patch.setattr(call, killed)
+        with pytest.raises(Killed):
+            journal.write_layers(made, "batch-1")
+    # of a process of a batch, which others outlive: the same names again
+    journal.write_layers(made, "batch-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(call, killed)
+        with pytest.raises(Killed):
+            journal.write_layers(made, "batch-1")
+    journal = Journal(str(tmp_path / "state"))
+    traces = tuple(live.traces for live in made)
+    assert journal.read() == NOTHING.replace(begun_layers=traces)
+    for name in "abc":
+        journal.strike_layer(name)
+    assert list((tmp_path / "state").iterdir()) == []
+
+
 def test_names_that_cannot_be_had_leave_no_draft(journal, tmp_path, monkeypatch):
     def full(path, name):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path, None, name)

@@ -141,3 +141,43 @@ def test_the_first_of_two_threads_failures_counts():
     assert (share.at, share.error.message) == (0, "layer0 is broken")
     op.roll_back()
     assert layers.undone == ["layer1", "layer0"]
+
+
+class ToldTickets(Tickets):
+    """Tells when what is left of them is void."""
+
+    def __init__(self, fd):
+        super().__init__(fd)
+        self.are_void = threading.Event()
+
+    def void(self):
+        super().void()
+        self.are_void.set()
+
+
+def test_others_begin_nothing_more_while_a_thread_still_works():
+    both, seen = threading.Barrier(2), []
+
+    def make(layer_id):
+        both.wait(10)
+        if layer_id == "layer0":
+            raise CallError("device", "layer0 is broken")
+        seen.append(tickets.are_void.wait(10))
+
+    with Deadline(10) as deadline, ToldTickets.of(range(4, 8)) as tickets:
+        share = share_of(FakeLayers(make), Operation(deadline), tickets, threads=2)
+    assert seen == [True]
+    assert share.at == 0
+
+
+@pytest.mark.parametrize("code", ["timeout", "cancelled"])
+def test_a_cause_is_told_before_what_it_stopped(code):
+    both = threading.Barrier(2)
+
+    def make(layer_id):
+        both.wait(10)
+        raise CallError("device" if layer_id == "layer1" else code, f"{layer_id} failed")
+
+    with Deadline(10) as deadline, Tickets.of(range(4, 8)) as tickets:
+        share = share_of(FakeLayers(make), Operation(deadline), tickets, threads=2)
+    assert (share.at, share.error.message) == (1, "layer1 failed")

@@ -36,6 +36,19 @@ def test_the_error_of_the_first_item_is_raised_and_nothing_new_begun():
     assert sorted(begun) == [0, 1]
 
 
+@pytest.mark.parametrize("broken", [0, 1])
+def test_whatever_is_raised_in_a_thread_is_raised(broken):
+    both = threading.Barrier(2)
+
+    def work(number, _item):
+        both.wait(10)
+        if number == broken:
+            raise ZeroDivisionError(f"item {number}")
+
+    with pytest.raises(ZeroDivisionError, match=f"item {broken}"):
+        for_each(range(2), work, threads=2)
+
+
 @pytest.mark.parametrize("possible", [0, 1])
 def test_the_caller_does_what_no_thread_can_be_had_for(monkeypatch, possible):
     started = []

@@ -125,9 +125,11 @@ def machine(start_machine: Callable[..., Machine], kernel: Kernel, pack: PackedL
     )
     with ExitStack() as stack:
         # both are there from the start: what a line says to nobody is lost
-        people = [Person(machine.tty_path(tty)) for tty in TTYS]
-        for person in people:
+        people = []
+        for tty in TTYS:
+            person = Person(machine.tty_path(tty))
             stack.callback(person.leave)
+            people.append(person)
         for person in people:
             person.expect(ENTER)  # what is typed before it is for nobody
     mount_root(machine, pack, connect_seconds=BOOT_SECONDS)
