@@ -94,7 +94,6 @@ class _Worker:
         share = _Share()
         try:
             lives = self._make_on_threads(job, tickets, share, op)
-            share.at = None
             self.write(lives, job.begun, op)
             self.look_at(lives, share, op)
         except CallError as error:
