@@ -3,15 +3,15 @@
     guestagent listen=unix:///run/guestagent.sock log=debug
 
 Settings are those of the kernel command line without their prefix; ``guestagent --help`` lists
-them. Run as PID 1, this is ``guestagent.init``.
+them. Run as PID 1, this is ``guestagent.boot.init``.
 """
 
 import os
 import sys
 
 from guestagent import __version__, agent
+from guestagent.boot.init import main as init_main
 from guestagent.config import KEYS, read_settings
-from guestagent.init import main as init_main
 from guestagent.observe.sinks import open_sinks
 
 __all__ = ("main",)

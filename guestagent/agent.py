@@ -18,7 +18,7 @@ from guestagent.engine.state import Rules
 from guestagent.observe.crashes import CrashReports
 from guestagent.observe.leftovers import left_behind
 from guestagent.observe.observers import Observers
-from guestagent.service import QUICK_METHODS, Service
+from guestagent.service.dispatch import QUICK_METHODS, Service
 from guestagent.storage.syscalls import bound_malloc
 from vsock.address import parse_address
 from vsock.deadline import Deadline

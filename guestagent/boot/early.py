@@ -25,7 +25,7 @@ def main() -> None:
     """Run as PID 1. Never returns."""
     loading = _begun()
     try:
-        from guestagent.init import main as init_main
+        from guestagent.boot.init import main as init_main
     except BaseException as error:  # PID 1 must never end: the kernel would panic
         os.write(2, f"the agent cannot be imported: {error!r}\n".encode())
         syscalls.reboot(syscalls.LINUX_REBOOT_CMD_POWER_OFF)

@@ -8,7 +8,7 @@ from guestagent.config import Config
 from guestagent.engine.engine import Engine
 from guestagent.engine.faults import Faults
 from guestagent.engine.state import Rules
-from guestagent.engine.verified import Reader
+from guestagent.engine.verity import Reader
 from guestagent.storage import blockdev
 from guestagent.storage.filesystems import claimed_size_bytes, detect
 from guestagent.storage.verity import SUPERBLOCK_BYTES, Superblock

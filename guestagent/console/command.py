@@ -7,7 +7,7 @@ from guestagent.api import StatusReply
 from guestagent.console.channel import Channel
 from guestagent.console.screen import Screen
 from guestagent.engine.engine import Engine
-from guestagent.engine.operation import Operation
+from guestagent.engine.transaction import Operation
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.record import Record

@@ -21,10 +21,10 @@ from guestagent.console.command import Command, Run, Usage, number
 from guestagent.console.commands_layers import size_text
 from guestagent.console.places import resolve
 from guestagent.console.screen import show
-from guestagent.engine.inspection import listing, metadata
-from guestagent.engine.inspection.place import Place
-from guestagent.engine.inspection.reading import WHOLE, Meter, Reader
-from guestagent.engine.inspection.sink import Sink
+from guestagent.inspect import listing, metadata
+from guestagent.inspect.place import Place
+from guestagent.inspect.reading import WHOLE, Meter, Reader
+from guestagent.inspect.sink import Sink
 from vsock.errors import CallError
 
 __all__ = ("FILE_COMMANDS",)

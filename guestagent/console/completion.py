@@ -6,7 +6,7 @@ from guestagent.console.command import Command, Guest
 from guestagent.console.commands import COMMANDS
 from guestagent.console.places import resolve
 from guestagent.console.words import Partial
-from guestagent.engine.inspection.walk import walk
+from guestagent.inspect.walk import walk
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

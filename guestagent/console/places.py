@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from guestagent.api.inspect import PathRequest
 from guestagent.console.command import Usage, not_found
 from guestagent.engine.engine import Engine
-from guestagent.engine.inspection.place import Place
+from guestagent.inspect.place import Place
 from guestagent.storage.openat import Root
 
 __all__ = ("Named", "resolve")

@@ -8,8 +8,8 @@ there are. So parts of it are done by other processes, which come from the engin
 from collections.abc import Callable, Sequence
 
 from guestagent.engine.member import Errand, Member, Undone, Verdict
-from guestagent.engine.operation import Operation
 from guestagent.engine.reserve import Reserve
+from guestagent.engine.transaction import Operation
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.owner import Owner

@@ -2,14 +2,14 @@
 
 from guestagent.api import LayerSpec
 from guestagent.api.inspect import PlaceRequest
-from guestagent.engine.inspection.place import Place, open_place
 from guestagent.engine.layers import Layers
 from guestagent.engine.layerstack import LayerStack
-from guestagent.engine.operation import Operation
 from guestagent.engine.overlays import Overlays
 from guestagent.engine.plan import LayerPlan
 from guestagent.engine.reconciliation import Reconciliation
 from guestagent.engine.state import EngineState
+from guestagent.engine.transaction import Operation
+from guestagent.inspect.place import Place, open_place
 from vsock.errors import CallError
 
 __all__ = ("DebugView",)

@@ -4,16 +4,16 @@ from collections.abc import Callable
 from functools import partial
 
 from guestagent.api import FILESYSTEMS, LayersUnmountRequest
-from guestagent.engine.batches import Batches
+from guestagent.engine.batch import Batches
 from guestagent.engine.dmview import DmView
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
 from guestagent.engine.layers import Layers
 from guestagent.engine.monitor import Monitor
-from guestagent.engine.operation import Operation, StepListener
 from guestagent.engine.overlays import Overlays
 from guestagent.engine.recovery import Recovered, recover
 from guestagent.engine.state import EngineState, Rules
+from guestagent.engine.transaction import Operation, StepListener
 from guestagent.storage import filesystems, overlayfs
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -22,7 +22,7 @@ from vsock.log import log
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from guestagent.engine.debugview import DebugView
-    from guestagent.engine.inspection.inspection import Inspection
+    from guestagent.inspect.methods import Inspection
 
 __all__ = ("Engine",)
 
@@ -47,7 +47,7 @@ class Engine:
     @property
     def inspection(self) -> "Inspection":
         """What looks into layers; loaded by who asks first, since most agents are never asked."""
-        from guestagent.engine.inspection.inspection import Inspection
+        from guestagent.inspect.methods import Inspection
 
         return Inspection(self._state)
 

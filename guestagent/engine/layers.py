@@ -7,10 +7,9 @@ from guestagent.api import LayerReport, LayerSpec, UnmountReply, VerifyReply
 from guestagent.engine.inventory import LayerClaim, LiveLayer, refuse_other_spec
 from guestagent.engine.journal import Begun
 from guestagent.engine.layerstack import LayerStack
-from guestagent.engine.operation import Operation
 from guestagent.engine.readback import LayerSeen, report_of, see_layer
 from guestagent.engine.state import EngineState
-from guestagent.engine.takedown import (
+from guestagent.engine.teardown import (
     busy,
     nothing_to_unmount,
     refuse_shared_devices,
@@ -19,6 +18,7 @@ from guestagent.engine.takedown import (
     undo_deadline,
     unmount_target,
 )
+from guestagent.engine.transaction import Operation
 from guestagent.engine.verifying import Progress, verify_layer
 from guestagent.storage.mountinfo import mounts_by_target
 from guestagent.storage.openonce import OpenOnce

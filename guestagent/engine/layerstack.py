@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 from guestagent.api import Device, LayerSpec
 from guestagent.engine.inventory import LayerClaim, LiveLayer
-from guestagent.engine.operation import Operation
 from guestagent.engine.plan import (
     LayerPlan,
     VerityOptions,
@@ -23,13 +22,14 @@ from guestagent.engine.plan import (
 )
 from guestagent.engine.readback import verity_status
 from guestagent.engine.state import EngineState
-from guestagent.engine.takedown import (
+from guestagent.engine.teardown import (
     claim_directories,
     remove_directories,
     undo_deadline,
     unmount_target,
 )
-from guestagent.engine.verified import Reader, open_proved, read_parameters
+from guestagent.engine.transaction import Operation
+from guestagent.engine.verity import Reader, open_proved, read_parameters
 from guestagent.storage import blockdev
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import devices

@@ -10,13 +10,13 @@ from functools import partial
 from guestagent.engine.crew import Crew
 from guestagent.engine.inventory import LayerClaim, LiveLayer
 from guestagent.engine.layers import Layers
-from guestagent.engine.operation import Operation
 from guestagent.engine.parallel import for_each
 from guestagent.engine.readback import LayerSeen, see_layer
 from guestagent.engine.recovery import KernelView, remove_traces
 from guestagent.engine.reserve import Reserve
 from guestagent.engine.state import EngineState
 from guestagent.engine.tickets import Tickets
+from guestagent.engine.transaction import Operation
 from guestagent.storage.mountinfo import mounts_by_target
 from guestagent.storage.openonce import OpenOnce
 from vsock.errors import CallError

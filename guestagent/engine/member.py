@@ -16,7 +16,7 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 
-from guestagent.engine.operation import Operation, Terms
+from guestagent.engine.transaction import Operation, Terms
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log

@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from guestagent.api import OverlayReport, OverlaySpec, ScratchReport, UnmountReply
 from guestagent.engine.inventory import LiveOverlay, LiveScratch, refuse_other_spec
 from guestagent.engine.journal import Begun
-from guestagent.engine.operation import Operation
 from guestagent.engine.plan import check_target
 from guestagent.engine.scratch import device_of, make_scratch, scratch_report
 from guestagent.engine.state import EngineState
-from guestagent.engine.takedown import (
+from guestagent.engine.teardown import (
     claim_directories,
     nothing_to_unmount,
     remove_directories,
     undo_deadline,
     unmount_target,
 )
+from guestagent.engine.transaction import Operation
 from guestagent.storage.mount import TargetDirectory
 from guestagent.storage.mountinfo import Mount, find_mount
 from guestagent.storage.overlayfs import OverlayMount, lowerdirs_of, mount_overlay, remove_links

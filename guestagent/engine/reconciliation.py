@@ -8,7 +8,6 @@ is just making, or taking away, is left to it.
 from guestagent.engine.inventory import LayerTraces, LiveOverlay
 from guestagent.engine.journal import Written
 from guestagent.engine.layers import Layers
-from guestagent.engine.operation import Operation
 from guestagent.engine.overlays import Overlays
 from guestagent.engine.recovery import (
     UUID_PREFIX,
@@ -20,6 +19,7 @@ from guestagent.engine.recovery import (
     undo_overlay,
 )
 from guestagent.engine.state import EngineState
+from guestagent.engine.transaction import Operation
 from vsock.errors import CallError
 from vsock.record import Record
 

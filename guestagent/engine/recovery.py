@@ -10,16 +10,16 @@ from functools import partial
 
 from guestagent.engine.inventory import LayerTraces, LiveLayer, LiveOverlay
 from guestagent.engine.journal import Written
-from guestagent.engine.operation import Operation
 from guestagent.engine.parallel import for_each
 from guestagent.engine.reserve import await_earlier_members
 from guestagent.engine.state import EngineState
-from guestagent.engine.takedown import (
+from guestagent.engine.teardown import (
     remove_devices,
     remove_directories,
     undo_deadline,
     unmount_target,
 )
+from guestagent.engine.transaction import Operation
 from guestagent.storage.mountinfo import Mount, mounts_by_target, mounts_of_dev
 from guestagent.storage.overlayfs import remove_links
 from vsock.errors import CallError

@@ -11,15 +11,15 @@ from guestagent.api import (
     TmpfsScratch,
 )
 from guestagent.engine.inventory import LiveScratch
-from guestagent.engine.operation import Operation
-from guestagent.engine.space import filesystem_at
 from guestagent.engine.state import EngineState
-from guestagent.engine.takedown import remove_directories, undo_deadline, unmount_target
+from guestagent.engine.teardown import remove_directories, undo_deadline, unmount_target
+from guestagent.engine.transaction import Operation
 from guestagent.storage import blockdev
 from guestagent.storage.filesystems import detect, mount_options
 from guestagent.storage.makefs import make_filesystem
 from guestagent.storage.mount import TargetDirectory, mount_filesystem
 from guestagent.storage.mountinfo import find_mount
+from guestagent.storage.space import filesystem_at
 from vsock.errors import CallError
 
 __all__ = ("device_of", "make_scratch", "scratch_report")

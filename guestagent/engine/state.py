@@ -5,8 +5,8 @@ from guestagent.engine.faults import Faults
 from guestagent.engine.inventory import Inventory
 from guestagent.engine.journal import Begun, Journal
 from guestagent.engine.locks import KeyLocks
-from guestagent.engine.operation import Operation
 from guestagent.engine.plan import Version
+from guestagent.engine.transaction import Operation
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.kmsg import KernelLog
 from vsock.record import Record

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from guestagent.api import VerifyReply
 from guestagent.engine.inventory import LiveLayer
-from guestagent.engine.operation import Operation
 from guestagent.engine.readback import verity_status
 from guestagent.engine.state import EngineState
+from guestagent.engine.transaction import Operation
 from vsock.errors import CallError
 
 __all__ = ("Progress", "verify_layer")

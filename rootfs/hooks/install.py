@@ -12,17 +12,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rootfs.closure import ClosureError
-from rootfs.elf import ElfError
-from rootfs.features import FEATURES
-from rootfs.initramfs import feature_modules
-from rootfs.kernel import (
+from rootfs.bootimage.closure import ClosureError
+from rootfs.bootimage.elf import ElfError
+from rootfs.bootimage.features import FEATURES
+from rootfs.bootimage.initramfs import feature_modules
+from rootfs.bootimage.kernel import (
     KernelNotFoundError,
     ModuleIndex,
     ModuleNotFoundInKernelError,
     module_name,
 )
-from rootfs.userland import PYTHON_DIR, userland
+from rootfs.bootimage.userland import PYTHON_DIR, userland
 
 __all__ = ("DEFAULT_FEATURES", "install", "main")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from guestagent.api import LayersMountRequest, LayerSpec, LayersUnmountRequest
-from guestagent.client import GuestAgent
+from guestagent.host.client import GuestAgent
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import Target, parse_line

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from uuid import UUID
 
-from rootfs import crew, multibuffer
-from rootfs.verify import Terms, verify_image
-from rootfs.verity import format_image
+from rootfs.verity import multibuffer
+from rootfs.verity.formatter import format_image
+from rootfs.verity.verifier import Terms, verify_image
+from rootfs.verity.workers import available_cores
 from scripts.benchmarks.contest import BED, Contender, contest
 from scripts.benchmarks.rows import Row, row
 
@@ -60,7 +61,7 @@ def _memory_directory() -> str | None:
 def _dense(directory: Path) -> list[Row]:
     image = directory / "dense"
     _fill(image, DENSE_BYTES)
-    cores = crew.available_cores()
+    cores = available_cores()
     contenders: dict[str, Contender] = {PEER: lambda: _veritysetup(image, DENSE_BYTES)}
     for workers in sorted({1, cores}):
         for accelerate in (False, True):
@@ -88,7 +89,7 @@ def _verify(image: Path) -> list[Row]:
 
     contenders: dict[str, Contender] = {
         PEER: lambda: subprocess.run(command, check=True),
-        f"{crew.available_cores()} workers": verify,
+        f"{available_cores()} workers": verify,
     }
     rows = contest("verify 512 MiB", contenders, amount=DENSE_BYTES / MIB, unit="MiB")
     image.unlink()
@@ -147,7 +148,7 @@ def _memory(task: str, image: Path) -> list[Row]:
     """Format once in a process of its own; return what it took at most, the largest worker too."""
     script = (
         "import sys, resource\n"
-        "from rootfs.verity import format_image\n"
+        "from rootfs.verity.formatter import format_image\n"
         "format_image(sys.argv[1])\n"
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -185,7 +186,7 @@ def _veritysetup(image: Path, size_bytes: int) -> str:
 
 
 def _command_line(image: Path, size_bytes: int) -> None:
-    script = "from rootfs.layer_cli import format_command; format_command()"
+    script = "from rootfs.cli.layer import format_command; format_command()"
     command = [sys.executable, "-c", script, "--salt", SALT.hex(), str(image)]
     subprocess.run(command, capture_output=True, check=True)
     os.truncate(image, size_bytes)

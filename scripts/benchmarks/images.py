@@ -15,8 +15,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from rootfs.images import ImageResult, build_image
-from rootfs.pack import Pack
+from rootfs.image.images import ImageResult, build_image
+from rootfs.pack.pack import Pack
 from scripts.benchmarks.contest import Contender, contest
 from scripts.benchmarks.rows import Row
 

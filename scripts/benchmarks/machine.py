@@ -8,14 +8,14 @@ import tempfile
 from pathlib import Path
 
 from guestagent.api import LayersMountRequest, LayerSpec, LayersUnmountRequest, OverlaySpec
-from guestagent.client import GuestAgent
-from rootfs.images import build_image
-from rootfs.initramfs import InitramfsSpec, build_initramfs
-from rootfs.kernel import cached_kernel
-from rootfs.manifest import ManifestLayer, layer_spec
-from rootfs.pack import Pack
-from rootfs.qemu import Machine, MachineSpec, PmemSpec
-from rootfs.verity import format_image
+from guestagent.host.client import GuestAgent
+from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
+from rootfs.bootimage.kernel import cached_kernel
+from rootfs.image.images import build_image
+from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
+from rootfs.pack.manifest import ManifestLayer, layer_spec
+from rootfs.pack.pack import Pack
+from rootfs.verity.formatter import format_image
 from scripts.benchmarks.rows import Row, milliseconds, row, timed
 
 __all__ = ("machine_rows",)

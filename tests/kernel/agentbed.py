@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from guestagent.api import ByteRange, LayerSpec, OverlaySpec, PathDevice, Verity
-from guestagent.client import GuestAgent
 from guestagent.engine.engine import Engine
 from guestagent.engine.faults import Faults
-from guestagent.engine.operation import Operation
 from guestagent.engine.state import Rules
+from guestagent.engine.transaction import Operation
+from guestagent.host.client import GuestAgent
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.mountinfo import read_mounts
-from rootfs.verity import format_image
+from rootfs.verity.formatter import format_image
 from tests.kernel.dmbed import loop_device
 from vsock.deadline import Deadline
 

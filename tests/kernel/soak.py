@@ -18,7 +18,7 @@ from guestagent.api import (
     TmpfsScratch,
     Verity,
 )
-from guestagent.client import GuestAgent
+from guestagent.host.client import GuestAgent
 from tests.kernel.agentbed import Pack, World, overlay, settled_world
 from vsock.errors import CallError, ConnectionClosed
 

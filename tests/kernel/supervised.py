@@ -15,7 +15,7 @@ import signal, sys
 sys.path[:0] = {paths!r}
 from guestagent import agent
 from guestagent.config import read_settings
-from guestagent.supervisor import SIGNALS, supervise
+from guestagent.boot.supervisor import SIGNALS, supervise
 from vsock.log import fd_sink, log
 log.add_sink(fd_sink(2))
 signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import LayersMountRequest, LayerSpec
-from guestagent.client import GuestAgent
+from guestagent.host.client import GuestAgent
 from tests.kernel.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
 from vsock.client import Client
 from vsock.deadline import Deadline

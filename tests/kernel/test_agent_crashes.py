@@ -151,7 +151,7 @@ def test_the_supervisor_reaps_orphans(pack: Pack) -> None:
     program = (
         "import os, signal, subprocess, sys\n"
         f"sys.path[:0] = [{str(PROJECT)!r}, {SITE!r}]\n"
-        "from guestagent.supervisor import SIGNALS, supervise\n"
+        "from guestagent.boot.supervisor import SIGNALS, supervise\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)\n"
         "def life(restarts, on_ready):\n"
         f"    subprocess.run([sys.executable, '-S', '-c', {code!r}], check=True)\n"

@@ -19,7 +19,7 @@ from guestagent.api import (
     TmpfsScratch,
     Verity,
 )
-from guestagent.client import GuestAgent
+from guestagent.host.client import GuestAgent
 from tests.kernel.agentbed import AgentProcess, Pack, World, attached_pack, settled_world, who
 from tests.kernel.dmbed import loop_device
 from vsock.client import Client

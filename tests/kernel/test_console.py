@@ -17,13 +17,13 @@ import pexpect
 import pytest
 
 from guestagent.api import LayersMountRequest, LayersUnmountRequest, OverlaySpec
-from guestagent.client import GuestAgent
+from guestagent.host.client import GuestAgent
 from guestagent.storage import syscalls
 from tests.kernel.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
 from tests.unit.consolebed import END, HELLO, Client, frame
 
 PROJECT = Path(__file__).resolve().parents[2]
-GUESTCTL = [sys.executable, "-c", "from guestagent.ctl import main; main()"]
+GUESTCTL = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]
 CONNECTS = 10_000
 MAX_GROWTH_BYTES = 2 << 20
 

@@ -8,7 +8,7 @@ import pytest
 from containerbed import ContainerImage, make_container_image
 from test_images import assert_same, facts, mounted
 
-from rootfs.images import build_image, build_layers
+from rootfs.image.images import build_image, build_layers
 from tests.kernel import dmbed
 
 pytestmark = pytest.mark.kernel

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import LayersMountRequest, LayersUnmountRequest, TmpfsScratch
-from guestagent.engine.operation import Operation
 from guestagent.engine.state import Rules
+from guestagent.engine.transaction import Operation
 from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 
 Request = Callable[[EngineBed, Operation], object]

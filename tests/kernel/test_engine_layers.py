@@ -22,7 +22,7 @@ from guestagent.api import (
 )
 from guestagent.engine.state import Rules
 from guestagent.storage.devicemapper.control import Control
-from rootfs.verity import format_image
+from rootfs.verity.formatter import format_image
 from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 from tests.kernel.dmbed import loop_device
 from vsock.errors import CallError

@@ -17,7 +17,7 @@ from guestagent.api import (
     PathDevice,
     TmpfsScratch,
 )
-from guestagent.engine.operation import Operation
+from guestagent.engine.transaction import Operation
 from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 from tests.kernel.dmbed import loop_device
 from vsock.errors import CallError

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from rootfs.images import build_image, build_layers
-from rootfs.manifest import ManifestLayer
-from rootfs.pack import Pack
-from rootfs.tartree import Whiteouts
+from rootfs.image.images import build_image, build_layers
+from rootfs.image.tartree import Whiteouts
+from rootfs.pack.manifest import ManifestLayer
+from rootfs.pack.pack import Pack
 from tests.kernel import dmbed
 from vsock.errors import CallError
 

@@ -16,9 +16,9 @@ from agentbed import AgentProcess, overlay
 from dmbed import loop_device, run
 
 from guestagent.api import LayerSpec, PathDevice, TmpfsScratch, Verity
-from guestagent.client import GuestAgent
+from guestagent.host.client import GuestAgent
 from guestagent.storage import syscalls
-from rootfs.verity import format_image
+from rootfs.verity.formatter import format_image
 from vsock.errors import CallError
 
 BLOCK_BYTES = 4096

@@ -9,7 +9,7 @@ import pytest
 from containerbed import run
 from test_images import assert_same, facts, mounted
 
-from rootfs.images import build_layers
+from rootfs.image.images import build_layers
 from tests.kernel import dmbed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))

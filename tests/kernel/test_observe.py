@@ -18,7 +18,7 @@ from agentbed import PROJECT, AgentProcess, Pack, attached_pack
 from test_agent_crashes import SupervisedAgent
 
 from guestagent.api import LayersMountRequest, OverlaySpec
-from guestagent.client import GuestAgent
+from guestagent.host.client import GuestAgent
 from vsock.client import Client
 from vsock.errors import CallError
 

@@ -22,10 +22,10 @@ from guestagent.api.inspect_devices import DeviceListReply, FilesystemsReply, Mo
 from guestagent.console.command import Guest
 from guestagent.console.service import Console
 from guestagent.engine.engine import Engine
-from guestagent.engine.inspection.place import Place
-from guestagent.engine.operation import Operation
 from guestagent.engine.reconciliation import Finding, Outcome
 from guestagent.engine.state import EngineState
+from guestagent.engine.transaction import Operation
+from guestagent.inspect.place import Place
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

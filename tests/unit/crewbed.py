@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from guestagent.engine.crew import Crew
-from guestagent.engine.operation import Operation
 from guestagent.engine.reserve import Reserve
+from guestagent.engine.transaction import Operation
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

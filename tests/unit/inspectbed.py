@@ -10,13 +10,13 @@ from typing import cast
 from conftest import Peer
 
 from guestagent.api import LayerSpec, OverlaySpec, PathDevice
-from guestagent.client import GuestAgent
 from guestagent.engine.engine import Engine
-from guestagent.engine.inspection.inspection import Inspection
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
-from guestagent.engine.operation import Operation
 from guestagent.engine.state import EngineState
-from guestagent.service import QUICK_METHODS, Service
+from guestagent.engine.transaction import Operation
+from guestagent.host.client import GuestAgent
+from guestagent.inspect.methods import Inspection
+from guestagent.service.dispatch import QUICK_METHODS, Service
 from vsock.address import UnixAddress
 from vsock.deadline import Deadline
 from vsock.server import Connection, Server

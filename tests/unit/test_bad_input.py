@@ -23,7 +23,7 @@ from unittest import mock
 import pytest
 from imagebed import Layout, Member, digest, directory, hard_link, make_tar, symlink, zstd
 
-from guestagent.ctl import main
+from guestagent.host.ctl import main
 
 FILES = [directory("etc"), Member("etc/hosts", b"127.0.0.1 localhost\n" * 4000)]
 TAR = make_tar(FILES)

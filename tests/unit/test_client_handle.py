@@ -16,9 +16,9 @@ import pytest
 from handlebed import WAIT_SECONDS, Agent
 
 from guestagent.api import METHODS, Empty, Event
-from guestagent.client import ALL_EVENTS, ClosedHandleError, GuestAgent, event_mask
-from guestagent.client.aio import AsyncGuestAgent
-from guestagent.client.events import EventHub
+from guestagent.host.client import ALL_EVENTS, ClosedHandleError, GuestAgent, event_mask
+from guestagent.host.client.aio import AsyncGuestAgent
+from guestagent.host.client.events import EventHub
 from tests.unit.consolebed import wait_until
 from vsock.client import ClosedHandleError as LowerClosedHandleError
 from vsock.errors import CallError, ConnectionClosed

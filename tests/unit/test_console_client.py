@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from inspectbed import serving as agent_serving
 
 from guestagent.api.console import Size
-from guestagent.ctl import console_client
-from guestagent.ctl.console import console_address
-from guestagent.ctl.main import collect
-from guestagent.ctl.terminal import HELP, LEAVE, Escapes
+from guestagent.host.ctl import console_client
+from guestagent.host.ctl.console import console_address
+from guestagent.host.ctl.main import collect
+from guestagent.host.ctl.terminal import HELP, LEAVE, Escapes
 from tests.unit.consolebed import Bed, serving, wait_until
 from vsock.address import parse_address
 
 PROJECT = Path(__file__).resolve().parents[2]
 LOOK_AGAIN = "_RECONNECT_SLICE_SECONDS"
-GUESTCTL = [sys.executable, "-c", "from guestagent.ctl import main; main()"]
+GUESTCTL = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_tilde_dot_leaves(terminal: pexpect.spawn) -> None:
 def test_the_terminal_is_as_it_was(bed: Bed) -> None:
     shell = pexpect.spawn("/bin/sh", timeout=20, cwd=str(PROJECT), env={**os.environ, "PS1": "% "})
     shell.expect_exact("% ")
-    program = " ".join([sys.executable, "-c", "'from guestagent.ctl import main; main()'"])
+    program = " ".join([sys.executable, "-c", "'from guestagent.host.ctl import main; main()'"])
     shell.sendline(f"stty -a | md5sum; {program} console unix://{bed.path}; stty -a | md5sum")
     shell.expect(r"([0-9a-f]{32})")
     before = shell.match.group(1)
@@ -146,7 +146,7 @@ def test_a_lost_console_is_looked_for(tmp_path: Path, layer: Path) -> None:
     path = tmp_path / "console"
     with serving(path, {"base": layer}):
         # the same, but it does not take a second to look again
-        program = f"from guestagent.ctl import console_client as c; c.{LOOK_AGAIN} = 0.05; "
+        program = f"from guestagent.host.ctl import console_client as c; c.{LOOK_AGAIN} = 0.05; "
         child = pexpect.spawn(
             GUESTCTL[0],
             ["-c", program + GUESTCTL[2], "console", f"unix://{path}"],

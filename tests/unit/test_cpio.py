@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rootfs.cpio import CpioEntry, device, directory, regular, symlink, with_parents, write_cpio
+from rootfs.bootimage.cpio import (
+    CpioEntry,
+    device,
+    directory,
+    regular,
+    symlink,
+    with_parents,
+    write_cpio,
+)
 
 
 def archive(*entries: CpioEntry) -> bytes:

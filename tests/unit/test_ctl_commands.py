@@ -16,13 +16,13 @@ from click.testing import CliRunner, Result
 from handlebed import WAIT_SECONDS, Agent
 
 from guestagent.api.observe import CrashReport, LogLine
-from guestagent.ctl import complete, main
-from guestagent.ctl.main import collect
-from guestagent.ctl.man import pages
+from guestagent.host.ctl import complete, main
+from guestagent.host.ctl.main import collect
+from guestagent.host.ctl.man import pages
 from vsock.errors import CallError
 
 GUESTCTL = Path(sys.executable).parent / "guestctl"
-COMMAND = [sys.executable, "-c", "from guestagent.ctl import main; main()"]
+COMMAND = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]
 METRICS = """# HELP guestagent_step_duration_seconds time
 # TYPE guestagent_step_duration_seconds histogram
 guestagent_step_duration_seconds_bucket{step="verity",le="0.01"} 3

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_metrics import check, full, samples
 
-from guestagent.ctl.exporter import Exporter, MetricsServer
-from guestagent.ctl.exposition import merged, parsed
-from guestagent.ctl.timings import quantile, step_timings
+from guestagent.host.ctl.exporter import Exporter, MetricsServer
+from guestagent.host.ctl.exposition import merged, parsed
+from guestagent.host.ctl.timings import quantile, step_timings
 from vsock.errors import ConnectionClosed
 
 ONE = "# HELP a_total a\n# TYPE a_total counter\na_total 1\n"

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guestagent.ctl import style
-from guestagent.ctl.style import human_bytes, human_seconds, paint, tint
-from guestagent.ctl.table import elided, table, width_of
+from guestagent.host.ctl import style
+from guestagent.host.ctl.style import human_bytes, human_seconds, paint, tint
+from guestagent.host.ctl.table import elided, table, width_of
 
 CELLS = st.text(st.characters(blacklist_categories=("Cc", "Cs")), max_size=60)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.ctl.reference import SECTIONS, update
+from scripts.reference import SECTIONS, update
 
 PROJECT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted((PROJECT / "docs").glob("*.md"))

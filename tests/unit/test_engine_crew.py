@@ -24,8 +24,8 @@ from crewbed import (
 
 from guestagent.engine.crew import Crew
 from guestagent.engine.faults import Faults
-from guestagent.engine.operation import Operation
 from guestagent.engine.reserve import Reserve
+from guestagent.engine.transaction import Operation
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from guestagent.engine.making import _cpus_for, _Job, _on_cpu, _Worker
-from guestagent.engine.operation import Operation
 from guestagent.engine.tickets import Tickets
+from guestagent.engine.transaction import Operation
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

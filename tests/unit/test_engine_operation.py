@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from guestagent.engine.operation import Operation, code_of_errno
+from guestagent.engine.transaction import Operation, code_of_errno
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -27,8 +27,8 @@ from crewbed import (
 
 from guestagent.engine.crew import Crew
 from guestagent.engine.member import Errand, Member, Verdict
-from guestagent.engine.operation import Operation, Terms
 from guestagent.engine.reserve import Reserve, await_earlier_members
+from guestagent.engine.transaction import Operation, Terms
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

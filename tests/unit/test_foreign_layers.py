@@ -14,7 +14,7 @@ import pytest
 from imagebed import Member, make_tar
 from test_bad_input import guestctl
 
-from rootfs.vhd import FOOTER_BYTES
+from rootfs.imagefile.vhd import FOOTER_BYTES
 
 FIXED_DISK = 2
 

@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 from imagebed import Layout, Member, directory, make_tar
 
 from guestagent.api import LayersMountRequest
-from rootfs.image_cli import COMMANDS, LAYER_COMMANDS
-from rootfs.manifest import Manifest
-from rootfs.pack import Pack
+from rootfs.cli.image import COMMANDS, LAYER_COMMANDS
+from rootfs.pack.manifest import Manifest
+from rootfs.pack.pack import Pack
 from vsock.errors import CallError
 
 Run = Callable[..., Result]
@@ -167,7 +167,7 @@ class FakeGuest:
 def test_mounting_asks_for_all_layers_and_the_overlay(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rootfs.pack_cli.GuestAgent", FakeGuest)
+    monkeypatch.setattr("rootfs.cli.pack.GuestAgent", FakeGuest)
     run("pack", "build", "layout", "p.img")
     place = ("--connect", "unix:///agent", "--pmem", "2", "--overlay", "root")
     assert "no kernel here" in run("pack", "mount", "p.img.json", *place, status=1).output

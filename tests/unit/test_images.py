@@ -23,11 +23,11 @@ from imagebed import (
     zstd,
 )
 
-from rootfs.directory import DirectorySource
-from rootfs.erofs import ErofsImage
-from rootfs.images import ImageResult, build_image, build_layers
-from rootfs.tartree import Whiteouts
-from rootfs.tree import Node
+from rootfs.image.directory import DirectorySource
+from rootfs.image.erofs import ErofsImage
+from rootfs.image.images import ImageResult, build_image, build_layers
+from rootfs.image.tartree import Whiteouts
+from rootfs.image.tree import Node
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rootfs.cpio import directory, regular
-from rootfs.features import DEFAULT_FEATURES, FEATURES
-from rootfs.initramfs import (
+from rootfs.bootimage.cpio import directory, regular
+from rootfs.bootimage.features import DEFAULT_FEATURES, FEATURES
+from rootfs.bootimage.initramfs import (
     COMPRESSIONS,
     DEFAULT_COMPRESSION,
     InitramfsReport,
@@ -15,7 +15,7 @@ from rootfs.initramfs import (
     _compress,
     build_initramfs,
 )
-from rootfs.kernel import Kernel, ModuleNotFoundInKernelError
+from rootfs.bootimage.kernel import Kernel, ModuleNotFoundInKernelError
 
 _UNPACK = {"zstd": ["zstd", "-dcq"], "lz4": ["lz4", "-dcq"], "gzip": ["gzip", "-dc"]}
 
@@ -80,8 +80,8 @@ def test_it_is_the_same_to_the_byte(spec: InitramfsSpec, tmp_path: Path) -> None
     script = (
         "import asyncio, decimal, sys\n"
         "from pathlib import Path\n"
-        "from rootfs.initramfs import InitramfsSpec, build_initramfs\n"
-        "from rootfs.kernel import Kernel\n"
+        "from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs\n"
+        "from rootfs.bootimage.kernel import Kernel\n"
         "base = Path(sys.argv[1])\n"
         "kernel = Kernel(version='6.1-test', image=base/'vmlinuz', modules_dir=base/'modules')\n"
         "spec = InitramfsSpec(kernel=kernel, entry='pid1.init:main', features=('verity',),\n"

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 from inspectbed import serving
 
-from guestagent.ctl.fs import fs, printable
-from guestagent.ctl.main import guestctl
+from guestagent.host.ctl.fs import fs, printable
+from guestagent.host.ctl.main import guestctl
 
 Run = Callable[..., Result]
 

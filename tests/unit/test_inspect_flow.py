@@ -12,9 +12,9 @@ import pytest
 from conftest import Peer
 from inspectbed import WAIT_SECONDS, Bed, connect, peer_of, serving
 
-from guestagent.client import GuestAgent
-from guestagent.client.streams import WINDOW_CHUNKS
-from guestagent.service_inspect import MAX_STREAMS
+from guestagent.host.client import GuestAgent
+from guestagent.host.client.streams import WINDOW_CHUNKS
+from guestagent.service.streams import MAX_STREAMS
 from vsock.errors import CallError, ConnectionClosed
 
 GIB = 1 << 30

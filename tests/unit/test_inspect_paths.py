@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from inspectbed import serving
 
 from guestagent.api.inspect import PathRequest, StatReply
-from guestagent.client import GuestAgent
-from guestagent.engine.inspection.acl import from_mode, parse_acl, show_acl
+from guestagent.host.client import GuestAgent
+from guestagent.inspect.acl import from_mode, parse_acl, show_acl
 from vsock.errors import CallError
 
 ODD_NAME = b"na\xff\nme"

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inspectbed import serving
 
-from guestagent.client import GuestAgent
-from guestagent.engine.inspection import pax
-from guestagent.engine.inspection.listing import matches
-from guestagent.engine.inspection.walk import MAX_DEPTH
+from guestagent.host.client import GuestAgent
+from guestagent.inspect import pax
+from guestagent.inspect.listing import matches
+from guestagent.inspect.walk import MAX_DEPTH
 from vsock.errors import CallError
 
 LONG = "long" * 40

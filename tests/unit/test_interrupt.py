@@ -16,9 +16,9 @@ from imagebed import Member, make_tar, zstd
 
 SECONDS = 30
 COMMANDS = (
-    "import click; from rootfs import image_cli, layer_cli;"
-    "click.Group('guestctl', commands=[*image_cli.COMMANDS, *layer_cli.LAYER_COMMANDS,"
-    " *image_cli.LAYER_COMMANDS])()"
+    "import click; from rootfs.cli import image, layer;"
+    "click.Group('guestctl', commands=[*image.COMMANDS, *layer.LAYER_COMMANDS,"
+    " *image.LAYER_COMMANDS])()"
 )
 TAR = make_tar([Member("noise", os.urandom(4 << 20))])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rootfs.kernel import (
+from rootfs.bootimage.kernel import (
     KernelNotFoundError,
     ModuleIndex,
     ModuleNotFoundInKernelError,

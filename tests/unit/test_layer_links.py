@@ -23,10 +23,10 @@ from imagebed import (
 )
 from test_tar import facts
 
-from rootfs.images import build_image, build_layers
-from rootfs.source import SourceOptions, open_source
-from rootfs.tartree import Whiteouts
-from rootfs.tree import walk
+from rootfs.image.images import build_image, build_layers
+from rootfs.image.source import SourceOptions, open_source
+from rootfs.image.tartree import Whiteouts
+from rootfs.image.tree import walk
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

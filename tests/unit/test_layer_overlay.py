@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from imagebed import Member, directory, docker_archive, hard_link, make_tar, symlink
 
-from rootfs.source import SourceLayer, SourceOptions, open_source
-from rootfs.tartree import OPAQUE_TRUSTED
-from rootfs.tree import Node, read_content, walk
+from rootfs.image.source import SourceLayer, SourceOptions, open_source
+from rootfs.image.tartree import OPAQUE_TRUSTED
+from rootfs.image.tree import Node, read_content, walk
 from vsock.errors import CallError
 
 Shown = dict[str, object]

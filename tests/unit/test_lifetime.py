@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 
-from rootfs.lifetime import ending_with_us
+from rootfs.machine.lifetime import ending_with_us
 from vsock.device.process import start_device
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import pytest
 
 from guestagent.api import LayerSpec
 from guestagent.storage.verity import FieldError
-from rootfs.manifest import Manifest, layer_spec
+from rootfs.pack.manifest import Manifest, layer_spec
 from vsock.errors import CallError
 
 SCHEMA = Path(__file__).resolve().parents[2] / "rootfs/schema/manifest-v1.json"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
 
-from rootfs import mkfs
-from rootfs.images import build_image
-from rootfs.program import run
+from rootfs.image import mkfs
+from rootfs.image.images import build_image
+from rootfs.imagefile.program import run
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from imagebed import MEDIA, Layout, Member, digest, docker_archive, make_tar
 
-from rootfs.images import build_image, build_layers
-from rootfs.oci import default_platform
+from rootfs.image.images import build_image, build_layers
+from rootfs.image.oci import default_platform
 from vsock.errors import CallError
 
 FILES = [Member("etc/hosts", b"127.0.0.1")]

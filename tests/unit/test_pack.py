@@ -19,10 +19,10 @@ from hypothesis.stateful import (
     rule,
 )
 
-from rootfs.allocator import ByteRange, first_fit, free_ranges, overlapping, round_up
-from rootfs.manifest import Manifest
-from rootfs.pack import DAX_ALIGNMENT_BYTES, Pack, manifest_path_of
-from rootfs.verity import format_image
+from rootfs.imagefile.ranges import ByteRange, first_fit, free_ranges, overlapping, round_up
+from rootfs.pack.manifest import Manifest
+from rootfs.pack.pack import DAX_ALIGNMENT_BYTES, Pack, manifest_path_of
+from rootfs.verity.formatter import format_image
 from vsock.errors import CallError
 
 MIB = 1 << 20
@@ -384,7 +384,7 @@ TestPackMachine = PackMachine.TestCase
 def test_a_layer_that_grows_meanwhile_does_not_run_into_the_next(
     tmp_path: Path, layer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rootfs import pack as module
+    from rootfs.pack import pack as module
 
     measured = module.digest_range
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from rootfs.accelerator import has_steady_tsc
-from rootfs.qemu_command import (
+from rootfs.machine.accelerator import has_steady_tsc
+from rootfs.machine.qemu_command import (
     DiskSpec,
     MachineSpec,
     PmemSpec,

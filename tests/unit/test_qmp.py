@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rootfs.qmp import QmpClient, QmpClosedError, QmpError
+from rootfs.machine.qmp import QmpClient, QmpClosedError, QmpError
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -12,11 +12,13 @@ import pytest
 from click.testing import CliRunner, Result
 from imagebed import Layout, Member, directory
 
-from rootfs import initramfs, run_cli, vmlinux
-from rootfs.kernel import cached_kernel
-from rootfs.manifest import Manifest
-from rootfs.run import mount_request
-from rootfs.vmlinux import unpack_kernel
+from rootfs.bootimage import initramfs
+from rootfs.bootimage.kernel import cached_kernel
+from rootfs.cli import run as run_cli
+from rootfs.machine import vmlinux
+from rootfs.machine.run_image import mount_request
+from rootfs.machine.vmlinux import unpack_kernel
+from rootfs.pack.manifest import Manifest
 from vsock.errors import CallError
 
 CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from rootfs.rundir import run_directory
+from rootfs.machine.rundir import run_directory
 
 _RUN = """
 import os, signal, subprocess, sys
-from rootfs.rundir import run_directory
+from rootfs.machine.rundir import run_directory
 with run_directory("bed-") as run:
     (run.path / "file").touch()
     inherited = (run.lock_fd,) if "handed-down" in sys.argv else ()

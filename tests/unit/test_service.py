@@ -12,7 +12,7 @@ from guestagent.api import METHODS, Event, LayerId
 from guestagent.config import Problem
 from guestagent.engine.events import EventLog
 from guestagent.engine.journal import Journal
-from guestagent.service import QUICK_METHODS, Service
+from guestagent.service.dispatch import QUICK_METHODS, Service
 from vsock.address import UnixAddress
 from vsock.errors import CallError
 from vsock.rpc import Limits

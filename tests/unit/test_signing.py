@@ -16,10 +16,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootfs.canonical import canonical_bytes, parse_json
-from rootfs.keys import PrivateKey, load_certificate, load_private_key, load_public_key
-from rootfs.pkcs7 import sign_root_digest, verify_root_digest
-from rootfs.signing import Signature, key_id, sign_manifest, verify_manifest
+from rootfs.pack.canonical import canonical_bytes, parse_json
+from rootfs.pack.keys import PrivateKey, load_certificate, load_private_key, load_public_key
+from rootfs.pack.pkcs7 import sign_root_digest, verify_root_digest
+from rootfs.pack.signing import Signature, key_id, sign_manifest, verify_manifest
 from vsock.errors import CallError
 
 needs_openssl = pytest.mark.skipif(

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
 
-from rootfs.tar import TarEntry, TarReader
-from rootfs.tartree import TarTree, Whiteouts
-from rootfs.tarwriter import write_tar
-from rootfs.tree import Node, read_content, walk
+from rootfs.image.tar import TarEntry, TarReader
+from rootfs.image.tartree import TarTree, Whiteouts
+from rootfs.image.tarwriter import write_tar
+from rootfs.image.tree import Node, read_content, walk
 from vsock.errors import CallError
 
 
@@ -102,7 +102,7 @@ def test_every_kind_is_read_as_it_was_written(format: int) -> None:
 
 
 def test_the_fraction_of_a_time_is_exact_and_rounded_down() -> None:
-    from rootfs.pax import PaxRecords
+    from rootfs.image.pax import PaxRecords
 
     def time_of(text: bytes) -> int:
         record = b" mtime=" + text + b"\n"
@@ -433,12 +433,12 @@ def test_shuffled_members_after_their_directories_give_the_same_tree() -> None:
 
 def test_what_a_listing_keeps_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_tar([Member("n" * 200 + str(number)) for number in range(11)])
-    monkeypatch.setattr("rootfs.tar._MAX_ALL_HEADER_BYTES", 11 * 200)
+    monkeypatch.setattr("rootfs.image.tar._MAX_ALL_HEADER_BYTES", 11 * 200)
     with pytest.raises(CallError, match="headers of more bytes") as caught:
         entries(data)
     assert caught.value.code == "resource"
     monkeypatch.undo()
-    monkeypatch.setattr("rootfs.tar._MAX_MEMBERS", 10)
+    monkeypatch.setattr("rootfs.image.tar._MAX_MEMBERS", 10)
     with pytest.raises(CallError, match="more members"):
         entries(data)
 
@@ -458,7 +458,7 @@ def test_global_records_hold_for_all_that_follows_and_are_bounded() -> None:
 
 
 def test_the_count_of_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rootfs.tartree._MAX_NODES", 10)
+    monkeypatch.setattr("rootfs.image.tartree._MAX_NODES", 10)
     with pytest.raises(CallError, match="over 10 members") as caught:
         tree(make_tar([Member(f"{number}") for number in range(11)]))
     assert caught.value.code == "resource"

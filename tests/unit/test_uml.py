@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rootfs.uml_boot import UmlSpec, kernel_arguments
-from rootfs.uml_cli import main
+from scripts.uml_bed.uml_boot import UmlSpec, kernel_arguments
+from scripts.uml_bed.uml_cli import main
 
 CONSOLES = {0: 10, 1: 11, 2: 12, 3: 13}
 

@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from rootfs.layer_cli import COMMANDS, LAYER_COMMANDS
-from rootfs.verity import derive_identity
+from rootfs.cli.layer import COMMANDS, LAYER_COMMANDS
+from rootfs.verity.formatter import derive_identity
 from tests.unit import test_signing as signing
 
 NOISE = random.Random(3).randbytes(300 * 4096)
@@ -176,7 +176,7 @@ def test_signing_a_root_digest(tmp_path: Path) -> None:
 
 
 def test_a_bar_for_a_person_and_nothing_for_a_pipe(image: Path) -> None:
-    script = "from rootfs.layer_cli import format_command; format_command()"
+    script = "from rootfs.cli.layer import format_command; format_command()"
     command = [sys.executable, "-c", script, str(image)]
     piped = subprocess.run(command, capture_output=True, text=True, check=True)
     assert piped.stderr == ""

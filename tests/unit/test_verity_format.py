@@ -19,10 +19,12 @@ from uuid import UUID
 
 import pytest
 
-from rootfs import busy, crew, hashing, hashtree, multibuffer
-from rootfs.hasharea import find_hash_area
-from rootfs.hashing import BlockHash, HashlibHasher
-from rootfs.verity import FormatResult, Geometry, derive_identity, format_image
+from rootfs.imagefile import attached as busy
+from rootfs.imagefile.hasharea import find_hash_area
+from rootfs.verity import hashing, hashtree, multibuffer
+from rootfs.verity import workers as crew
+from rootfs.verity.formatter import FormatResult, Geometry, derive_identity, format_image
+from rootfs.verity.hashing import BlockHash, HashlibHasher
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -189,7 +191,7 @@ def test_memory_stays_flat_for_a_huge_sparse_image(tmp_path: Path) -> None:
     sparse_file(path, 16 << 30, [(5 << 30, NOISE)])
     script = (
         "import resource, sys\n"
-        "from rootfs.verity import format_image\n"
+        "from rootfs.verity.formatter import format_image\n"
         "format_image(sys.argv[1], salt=b'')\n"
         # of this program only: ru_maxrss remembers what the process was before it
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"

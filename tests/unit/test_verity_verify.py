@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rootfs import hashing, hashtree
-from rootfs.runs import Run
-from rootfs.verify import Terms, VerifyResult, read_layer, verify_image
-from rootfs.verity import FormatResult, Geometry, format_image
+from rootfs.verity import hashing, hashtree
+from rootfs.verity.formatter import FormatResult, Geometry, format_image
+from rootfs.verity.runs import Run
+from rootfs.verity.verifier import Terms, VerifyResult, read_layer, verify_image
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from imagebed import Member, make_tar
 
-from rootfs.images import build_image
-from rootfs.sidecar import Sidecar
-from rootfs.vhd import FOOTER_BYTES, VhdFooter, read_layer_layout
+from rootfs.image.images import build_image
+from rootfs.imagefile.vhd import FOOTER_BYTES, VhdFooter, read_layer_layout
+from rootfs.pack.sidecar import Sidecar
 from vsock.errors import CallError
 
 FOOTER = VhdFooter(size_bytes=64 << 20, uuid=uuid.UUID(int=7))

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import LayersMountRequest, LayerSpec, OverlaySpec, TmpfsScratch
-from guestagent.client import GuestAgent
-from rootfs.images import build_image
-from rootfs.initramfs import InitramfsSpec, build_initramfs
-from rootfs.kernel import Kernel, cached_kernel
-from rootfs.manifest import ManifestLayer, layer_spec
-from rootfs.pack import Pack
-from rootfs.qemu import DiskSpec, Machine, MachineSpec, PmemSpec
-from rootfs.verity import format_image
+from guestagent.host.client import GuestAgent
+from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
+from rootfs.bootimage.kernel import Kernel, cached_kernel
+from rootfs.image.images import build_image
+from rootfs.machine.qemu import DiskSpec, Machine, MachineSpec, PmemSpec
+from rootfs.pack.manifest import ManifestLayer, layer_spec
+from rootfs.pack.pack import Pack
+from rootfs.verity.formatter import format_image
 from vsock.deadline import Deadline
 
 CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rootfs.images import build_image
-from rootfs.initramfs import PROJECT
-from rootfs.kernel import Kernel
-from rootfs.manifest import ManifestLayer
-from rootfs.pack import Pack
+from rootfs.bootimage.initramfs import PROJECT
+from rootfs.bootimage.kernel import Kernel
+from rootfs.image.images import build_image
+from rootfs.pack.manifest import ManifestLayer
+from rootfs.pack.pack import Pack
 
 SUITE = "bookworm"
 #: Ends the machine in order as soon as the system is up, and says so first.

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import LayerSpec
-from guestagent.client import GuestAgent
-from rootfs.images import build_image
-from rootfs.initramfs import InitramfsSpec, build_initramfs
-from rootfs.kernel import Kernel
-from rootfs.manifest import layer_spec
-from rootfs.pack import Pack, manifest_path_of
-from rootfs.qemu import Machine, MachineSpec, PmemSpec
-from rootfs.verity import format_image
+from guestagent.host.client import GuestAgent
+from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
+from rootfs.bootimage.kernel import Kernel
+from rootfs.image.images import build_image
+from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
+from rootfs.pack.manifest import layer_spec
+from rootfs.pack.pack import Pack, manifest_path_of
+from rootfs.verity.formatter import format_image
 from vsock.deadline import Deadline
 
 CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from debianbed import DebianRoot, InitramfsTools, debian_root
 
-from rootfs.initramfs import InitramfsSpec, build_initramfs
-from rootfs.kernel import Kernel
-from rootfs.qemu import Machine, MachineSpec, PmemSpec
+from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
+from rootfs.bootimage.kernel import Kernel
+from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
 from vsock.deadline import Deadline
 
 CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from rootfs import run_cli
+from rootfs.cli import run as run_cli
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from imagebed import Layout, Member, directory  # the bed of another tier

@@ -8,12 +8,12 @@ import pytest
 from trustbed import Signer, kernel_trusting
 
 from guestagent.api import LayerSpec, PmemDevice, Verity
-from guestagent.client import GuestAgent
-from rootfs.images import ImageResult, build_image
-from rootfs.initramfs import InitramfsSpec, build_initramfs
-from rootfs.kernel import Kernel
-from rootfs.pkcs7 import sign_root_digest, verify_root_digest
-from rootfs.qemu import Machine, MachineSpec, PmemSpec
+from guestagent.host.client import GuestAgent
+from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
+from rootfs.bootimage.kernel import Kernel
+from rootfs.image.images import ImageResult, build_image
+from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
+from rootfs.pack.pkcs7 import sign_root_digest, verify_root_digest
 from vsock.deadline import Deadline
 from vsock.errors import CallError, errno_name
 

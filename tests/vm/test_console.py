@@ -12,15 +12,15 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from guestagent.client import GuestAgent
-from rootfs.initramfs import InitramfsSpec, build_initramfs
-from rootfs.kernel import Kernel
-from rootfs.qemu import Machine, PmemSpec
+from guestagent.host.client import GuestAgent
+from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
+from rootfs.bootimage.kernel import Kernel
+from rootfs.machine.qemu import Machine, PmemSpec
 from tests.vm.conftest import CACHE_DIR, PackedLayers, mount_root
 from vsock.deadline import Deadline
 
 PROJECT = Path(__file__).resolve().parents[2]
-GUESTCTL = [sys.executable, "-c", "from guestagent.ctl import main; main()"]
+GUESTCTL = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]
 BUSYBOX = Path("/usr/bin/busybox")
 WAIT_SECONDS = 60
 PORT = "console"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.client import GuestAgent
-from rootfs.initramfs import InitramfsSpec, build_initramfs
-from rootfs.kernel import Kernel
-from rootfs.qemu import Machine, MachineError, PmemSpec
+from guestagent.host.client import GuestAgent
+from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
+from rootfs.bootimage.kernel import Kernel
+from rootfs.machine.qemu import Machine, MachineError, PmemSpec
 from tests.vm.conftest import BOOT_SECONDS, CACHE_DIR, PackedLayers, mount_root
 from vsock.address import parse_address
 from vsock.connect import connect

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from imagebed import Layout, Member, directory, make_tar
 
 PROJECT = Path(__file__).resolve().parents[2]
-GUESTCTL = f"{sys.executable} -c 'from guestagent.ctl import main; main()'"
+GUESTCTL = f"{sys.executable} -c 'from guestagent.host.ctl import main; main()'"
 DOCUMENT = PROJECT / "docs/images.md"
 
 

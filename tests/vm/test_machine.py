@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import LayerSpec, ScsiDevice, VirtioBlkDevice
-from guestagent.client import GuestAgent
-from rootfs.accelerator import choose_accelerator
-from rootfs.kernel import Kernel
-from rootfs.qemu import DiskSpec, Machine, MachineError, MachineSpec, PmemSpec
-from rootfs.qmp import QmpError
+from guestagent.host.client import GuestAgent
+from rootfs.bootimage.kernel import Kernel
+from rootfs.machine.accelerator import choose_accelerator
+from rootfs.machine.qemu import DiskSpec, Machine, MachineError, MachineSpec, PmemSpec
+from rootfs.machine.qmp import QmpError
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -22,14 +22,14 @@ from guestagent.api import (
     Verity,
     VirtioBlkDevice,
 )
-from guestagent.client import GuestAgent
-from rootfs.images import build_image
-from rootfs.initramfs import InitramfsSpec, build_initramfs
-from rootfs.kernel import cached_kernel
-from rootfs.manifest import ManifestLayer, layer_spec
-from rootfs.pack import Pack
-from rootfs.qemu import DiskSpec, Machine, MachineSpec, PmemSpec
-from rootfs.verity import FormatResult, format_image
+from guestagent.host.client import GuestAgent
+from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
+from rootfs.bootimage.kernel import cached_kernel
+from rootfs.image.images import build_image
+from rootfs.machine.qemu import DiskSpec, Machine, MachineSpec, PmemSpec
+from rootfs.pack.manifest import ManifestLayer, layer_spec
+from rootfs.pack.pack import Pack
+from rootfs.verity.formatter import FormatResult, format_image
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

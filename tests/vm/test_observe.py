@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import LayerSpec, VirtioBlkDevice
-from guestagent.client import GuestAgent
-from rootfs.qemu import DiskSpec, Machine
+from guestagent.host.client import GuestAgent
+from rootfs.machine.qemu import DiskSpec, Machine
 from vsock.errors import ConnectionClosed
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from guestagent.client import GuestAgent
-from rootfs.initramfs import InitramfsSpec, build_initramfs
-from rootfs.kernel import cached_kernel
-from rootfs.qemu import Machine, MachineSpec, PmemSpec
+from guestagent.host.client import GuestAgent
+from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
+from rootfs.bootimage.kernel import cached_kernel
+from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
 from vsock.deadline import Deadline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -27,7 +27,7 @@ from imagebed import Layout, Member, directory
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 FEATURES = ("pmem", "verity", "erofs", "squashfs", "overlay", "vsock")
-GUESTCTL = (sys.executable, "-c", "from guestagent.ctl import main; main()")
+GUESTCTL = (sys.executable, "-c", "from guestagent.host.ctl import main; main()")
 OVERLAY = "/run/overlays/app"
 
 Run = Callable[..., Any]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rootfs.kernel import Kernel
+from rootfs.bootimage.kernel import Kernel
 from vsock.deadline import Deadline
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ END_SECONDS = 10.0
 _MACHINE = """
 import signal, sys
 from pathlib import Path
-from rootfs.qemu import Machine, MachineSpec
+from rootfs.machine.qemu import Machine, MachineSpec
 
 with Machine(MachineSpec(kernel=Path(sys.argv[1]), initrd=Path(sys.argv[2]))) as machine:
     print(machine.pid, flush=True)
@@ -30,7 +30,7 @@ with Machine(MachineSpec(kernel=Path(sys.argv[1]), initrd=Path(sys.argv[2]))) as
 """
 _UML = """
 import sys
-from rootfs.uml import UmlSpec, run_spec
+from scripts.uml_bed.uml import UmlSpec, run_spec
 
 run_spec(UmlSpec(argv=("python3", "-c", sys.argv[1])), stdout=1)
 """

@@ -14,7 +14,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from rootfs.uml import UmlBootError, UmlSpec, UmlTimeoutError, run_spec, run_uml
+from scripts.uml_bed.uml import UmlBootError, UmlSpec, UmlTimeoutError, run_spec, run_uml
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "scripts/uml")

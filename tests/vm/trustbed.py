@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
-from rootfs.vmlinux import unpack_kernel
+from rootfs.machine.vmlinux import unpack_kernel
 
 
 class Signer:

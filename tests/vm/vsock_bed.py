@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rootfs.accelerator import choose_accelerator, qemu_program
-from rootfs.initramfs import InitramfsSpec, build_initramfs
-from rootfs.kernel import cached_kernel
-from rootfs.qemu_command import MachineSpec, PmemSpec, Runtime, qemu_command
-from rootfs.qmp import QmpClient
+from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
+from rootfs.bootimage.kernel import cached_kernel
+from rootfs.machine.accelerator import choose_accelerator, qemu_program
+from rootfs.machine.qemu_command import MachineSpec, PmemSpec, Runtime, qemu_command
+from rootfs.machine.qmp import QmpClient
 from vsock.deadline import Deadline
 from vsock.device.process import DeviceProcess, start_device
 

@@ -1,0 +1,229 @@
+"""Many layers at once: brought up in parallel and taken down in parallel, all or nothing."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from guestagent.api import (
+    LayerReport,
+    LayersMountReply,
+    LayersMountRequest,
+    LayerSpec,
+    LayersUnmountReply,
+    LayersUnmountRequest,
+    OverlayReport,
+    UnmountReply,
+)
+from guestagent.engine.inventory import LiveLayer, LiveOverlay
+from guestagent.engine.layers import Layers
+from guestagent.engine.making import ManyLayers, reserve_for
+from guestagent.engine.overlays import Overlays
+from guestagent.engine.parallel import for_each
+from guestagent.engine.readback import LayerSeen, report_of
+from guestagent.engine.state import EngineState
+from guestagent.engine.teardown import nothing_to_unmount
+from guestagent.engine.transaction import Operation
+from vsock.errors import CallError
+
+__all__ = ("Batches",)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    Item = TypeVar("Item")
+    Result = TypeVar("Result")
+
+
+class Batches:
+    def __init__(self, state: EngineState, layers: Layers, overlays: Overlays) -> None:
+        self._state = state
+        self._layers = layers
+        self._overlays = overlays
+        self._reserve = reserve_for(state, layers)
+
+    def close(self) -> None:
+        """End the processes that wait for the next batch. Idempotent."""
+        self._reserve.close()
+
+    # --- mount
+
+    def mount(self, request: LayersMountRequest, op: Operation) -> LayersMountReply:
+        """Mount layers in parallel, then the overlay; all or nothing.
+
+        Layers that are there already, with the same specification, are left alone and reported.
+
+        Raises:
+            CallError: of the first layer that failed; what the others made is undone.
+        """
+        begin = time.perf_counter()
+        keys = {("layer", spec.layer_id) for spec in request.layers}
+        if request.overlay is not None:
+            keys.update(self._overlays.keys(request.overlay))
+        with self._state.locks.hold(keys, op.deadline):
+            # the name is never used again, so that what was begun is not another batch's
+            begun = f"batch-{time.monotonic_ns()}-{request.layers[0].layer_id}"
+            missing = [spec for spec in request.layers if not self._layers.is_mounted(spec)]
+            with ManyLayers(self._state, self._layers, self._reserve, begun, op) as many:
+                with op:
+                    made = self._bring_layers_up(missing, many, begun, op)
+                    overlay = self._bring_overlay_up(request, made, op)
+                    with op.step("read back", f"{len(request.layers)} layers"):
+                        there = self._look_at_others(request, made)
+                        overlay_report = self._report_overlay(request, overlay)
+                    with op.step("commit", begun, code="resource"):
+                        if overlay is not None:
+                            self._overlays.write(overlay, begun, op)
+                        self._state.journal.decide(begun)
+                    op.commit()
+                many.keep()
+                self._keep(made, overlay)
+                for each in made:
+                    self._layers.announce(each.live, op)
+                if overlay is not None:
+                    self._overlays.announce(overlay, op)
+                reports = self._report(made, there)
+        op.timings_ms["total"] = round((time.perf_counter() - begin) * 1000, 3)
+        return LayersMountReply(
+            layers=tuple(reports[spec.layer_id] for spec in request.layers),
+            overlay=overlay_report,
+            timings_ms=op.timings_ms,
+        )
+
+    def _bring_layers_up(
+        self, specs: Sequence[LayerSpec], many: ManyLayers, begun: str, op: Operation
+    ) -> list[LayerSeen]:
+        claims = []
+        for spec in specs:
+            try:
+                claims.append(self._layers.claim(spec, op))
+            except CallError as error:
+                self._layers.announce_failure(spec, error, op)
+                raise
+        self._layers.begin(begun, claims, op)
+        return many.make(claims)
+
+    def _bring_overlay_up(
+        self, request: LayersMountRequest, made: list[LayerSeen], op: Operation
+    ) -> LiveOverlay | None:
+        spec = request.overlay
+        if spec is None or self._overlays.is_mounted(spec):
+            return None
+        fresh = {each.live.spec.layer_id: each.live.spec.mount_point for each in made}
+        try:
+            return self._overlays.bring_up(spec, op, fresh)
+        except CallError as error:
+            self._overlays.announce_failure(spec, error, op)
+            raise
+
+    def _look_at_others(
+        self, request: LayersMountRequest, made: Sequence[LayerSeen]
+    ) -> list[LayerSeen]:
+        """Look at the layers that were there already."""
+        new = {each.live.spec.layer_id for each in made}
+        ids = (spec.layer_id for spec in request.layers)
+        return list(self._layers.look_at([name for name in ids if name not in new]))
+
+    def _report_overlay(
+        self, request: LayersMountRequest, overlay: LiveOverlay | None
+    ) -> OverlayReport | None:
+        if overlay is not None:
+            return self._overlays.report(overlay)
+        if request.overlay is not None:
+            return self._overlays.get(request.overlay.overlay_id, already=True)
+        return None
+
+    def _report(
+        self, made: Sequence[LayerSeen], there: Sequence[LayerSeen]
+    ) -> dict[str, LayerReport]:
+        """Report what was seen of each layer, and, now that all are in the books, of each other."""
+        reports = [report_of(self._state, seen) for seen in made]
+        reports += [report_of(self._state, seen, already=True) for seen in there]
+        return {report.layer_id: report for report in reports}
+
+    def _keep(self, made: Sequence[LayerSeen], overlay: LiveOverlay | None) -> None:
+        """Bring the books in line with what is decided; nothing can fail any more."""
+        for each in made:
+            self._state.inventory.add_layer(each.live)
+        if overlay is not None:
+            self._state.inventory.add_overlay(overlay)
+            overlay_id = overlay.spec.overlay_id
+            what = f"what was begun of overlay {overlay_id}"
+            self._state.tidy(what, self._overlays.settle, overlay_id)
+
+    # --- unmount
+
+    def unmount(self, request: LayersUnmountRequest, op: Operation) -> LayersUnmountReply:
+        """Take an overlay down, then layers in parallel; all or nothing.
+
+        Raises:
+            CallError: of the first that could not go, mostly ``busy``; everything is mounted again.
+        """
+        begin = time.perf_counter()
+        keys = {("layer", layer_id) for layer_id in request.layers}
+        if request.overlay is not None:
+            keys.add(("overlay", request.overlay))
+        inventory = self._state.inventory
+        with self._state.locks.hold(keys, op.deadline):
+            overlay = inventory.overlay(request.overlay) if request.overlay else None
+            found = (inventory.layer(layer_id) for layer_id in dict.fromkeys(request.layers))
+            layers = [live for live in found if live is not None]
+            with op:
+                overlay_reply = self._take_overlay_down(overlay, op, force=request.force)
+                replies = self._take_layers_down(layers, overlay, op, force=request.force)
+                if overlay is not None:
+                    self._overlays.take_scratch_down(overlay, op)
+                op.commit()
+            if overlay is not None:
+                self._overlays.forget(overlay, op)
+            for live in layers:
+                self._layers.forget(live, op)
+        op.timings_ms["total"] = round((time.perf_counter() - begin) * 1000, 3)
+        gone = {live.spec.layer_id: reply for live, reply in zip(layers, replies, strict=True)}
+        return LayersUnmountReply(
+            layers={
+                layer_id: gone.get(layer_id) or nothing_to_unmount(op)
+                for layer_id in request.layers
+            },
+            overlay=overlay_reply if request.overlay is not None else None,
+            timings_ms=op.timings_ms,
+        )
+
+    def _take_overlay_down(
+        self, overlay: LiveOverlay | None, op: Operation, *, force: bool
+    ) -> UnmountReply:
+        if overlay is None:
+            return nothing_to_unmount(op)
+        return self._overlays.take_down(overlay, op, force=force)
+
+    def _take_layers_down(
+        self, layers: list[LiveLayer], overlay: LiveOverlay | None, op: Operation, *, force: bool
+    ) -> list[UnmountReply]:
+        ignore = overlay.spec.overlay_id if overlay is not None else None
+
+        def take_down(live: LiveLayer, child: Operation) -> UnmountReply:
+            return self._layers.take_down(live, child, force=force, ignore_user=ignore)
+
+        with op.step("layers", f"{len(layers)} layers"):
+            # most of it is waiting for the kernel to let go
+            return self._in_parallel(layers, take_down, op, self._state.rules.parallel)
+
+    # --- in parallel
+
+    def _in_parallel(
+        self,
+        items: "Sequence[Item]",
+        work: "Callable[[Item, Operation], Result]",
+        op: Operation,
+        threads: int,
+    ) -> "list[Result]":
+        """Do ``work`` for each item on a few threads; what it can undo becomes ``op``'s to undo."""
+        children = [op.child() for _ in items]
+        try:
+            return for_each(
+                items,
+                lambda number, item: work(item, children[number]),
+                threads=threads,
+            )
+        finally:
+            for child in children:
+                op.adopt(child)

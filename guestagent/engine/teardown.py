@@ -1,0 +1,168 @@
+"""Taking things away: unmount, wait until the devices are really gone, or say who holds them."""
+
+import errno
+import os
+
+from guestagent.api import Holder, UnmountReply
+from guestagent.engine.claims import parent_of
+from guestagent.engine.inventory import Inventory, Owner
+from guestagent.engine.state import EngineState
+from guestagent.engine.transaction import Operation
+from guestagent.storage.devicemapper import devices
+from guestagent.storage.holders import find_holders
+from guestagent.storage.mount import unmount
+from guestagent.storage.mountinfo import Mount, find_mount, mounts_of_dev
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+__all__ = (
+    "busy",
+    "claim_directories",
+    "nothing_to_unmount",
+    "refuse_shared_devices",
+    "remove_devices",
+    "remove_directories",
+    "undo_deadline",
+    "unmount_target",
+)
+
+#: Looking for holders reads all of /proc; it must not make an answer late.
+_HOLDER_SECONDS = 2.0
+#: A device that nobody holds is gone within this; longer means that somebody does.
+_GONE_SECONDS = 5.0
+
+
+def undo_deadline(state: EngineState) -> Deadline:
+    """Return the deadline of a clean-up: its own, because the request's may be why we clean up."""
+    return Deadline(state.rules.undo_seconds)
+
+
+def nothing_to_unmount(op: Operation) -> UnmountReply:
+    """Return the answer for an id that nothing has: it is as if it were unmounted already."""
+    return UnmountReply(unmounted=(), removed_devices=(), timings_ms=op.timings_ms, already=True)
+
+
+def unmount_target(target: str, op: Operation, *, dev: str | None = None) -> bool:
+    """Unmount what is mounted at ``target``; return whether something was.
+
+    ``dev`` (MAJOR:MINOR) says what is ours; None takes whatever is there for ours.
+
+    Raises:
+        CallError: ``busy``, with the holders named in the hint; ``conflict``, it is not ours.
+    """
+    with op.step("unmount", target, code="mount"):
+        mount = find_mount(target)
+        if mount is None:
+            return False
+        if dev is not None and mount.dev != dev:
+            raise _foreign(mount, dev)
+        try:
+            unmount(target)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise busy(target, mount.dev, op) from error
+    return True
+
+
+def _foreign(mount: Mount, dev: str) -> CallError:
+    return CallError(
+        "conflict",
+        f"{mount.target!r} is covered by {mount.filesystem} of {mount.source!r} ({mount.dev}), "
+        f"not ours ({dev})",
+        object=mount.target,
+        hint="somebody else mounted it; unmount that first",
+    )
+
+
+def refuse_shared_devices(
+    state: EngineState, names: tuple[str, ...], target: str, op: Operation
+) -> None:
+    """See, before anything is unmounted, that the devices (topmost first) will go with the mount.
+
+    Raises:
+        CallError: ``busy``, one has other users than what is right above it; they are named.
+    """
+    for number, name in enumerate(names):
+        info = state.control.find(name=name)
+        if info is None:
+            continue
+        elsewhere = number == 0 and any(m.target != target for m in mounts_of_dev(info.dev))
+        if info.open_count > 1 or elsewhere:
+            raise busy(target, info.dev, op)
+
+
+def busy(target: str, dev: str, op: Operation, more: tuple[Holder, ...] = ()) -> CallError:
+    """Return the error for something that cannot go because it is in use, naming who uses it.
+
+    ``more`` are holders that are known already; with an empty ``dev`` no others are looked for.
+    """
+    holders = more
+    if dev:
+        with op.deadline.part(_HOLDER_SECONDS) as limit:
+            holders += find_holders(dev, limit, target=target or None)
+    named = ", ".join(f"{holder.kind} {holder.name} ({holder.detail})" for holder in holders[:16])
+    return CallError(
+        "busy",
+        f"{target!r} is in use",
+        errno=errno.EBUSY,
+        step="unmount",
+        object=target,
+        hint=f"held by {named}" if named else "no holder was found in this mount namespace",
+        kernel_log=op.kernel_lines(),
+    )
+
+
+def remove_devices(state: EngineState, names: tuple[str, ...], op: Operation) -> tuple[str, ...]:
+    """See dm devices gone, topmost first; return their names.
+
+    Deferred removal has the kernel take them away by itself once the mount is gone, so this mostly
+    waits; what is not so marked is removed here.
+
+    Raises:
+        CallError: ``busy``, naming what is left and who holds it; ``timeout`` or ``cancelled``.
+    """
+    if not names:
+        return ()
+    with op.step("remove", ", ".join(names)), op.deadline.part(_GONE_SECONDS) as limit:
+        for name in names:
+            _remove_one(state, name, op, limit)
+    return names
+
+
+def _remove_one(state: EngineState, name: str, op: Operation, limit: Deadline) -> None:
+    try:
+        devices.remove_device(state.control, name, limit)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        op.deadline.check("remove")
+        info = state.control.find(name=name)
+        raise busy(name, info.dev if info else "", op) from error
+
+
+def claim_directories(
+    inventory: Inventory, owner: Owner, target: str, op: Operation
+) -> tuple[str, ...]:
+    """Note which directories a mount at ``target`` makes or shares; they go with the last of it."""
+    missing, path = [], target
+    while path and path not in op.there:
+        if os.access(path, os.F_OK, follow_symlinks=False):
+            op.there.add(path)
+            break
+        missing.append(path)
+        path = parent_of(path)
+    return tuple(inventory.claim_directories(owner, target, missing))
+
+
+def remove_directories(paths: tuple[str, ...]) -> None:
+    """Remove directories that a mount made, innermost first, as far as they are empty."""
+    for path in reversed(paths):
+        try:
+            os.rmdir(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EBUSY):
+                return
+            raise

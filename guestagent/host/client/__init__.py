@@ -1,0 +1,7 @@
+"""The host's handle on an agent; see ``guestagent.host.client.handle``, for asyncio ``.aio``."""
+
+from guestagent.host.client.events import ALL_EVENTS, EVENT_BITS, event_mask
+from guestagent.host.client.handle import GuestAgent
+from vsock.client import ClosedHandleError
+
+__all__ = ("ALL_EVENTS", "EVENT_BITS", "ClosedHandleError", "GuestAgent", "event_mask")

@@ -1,0 +1,168 @@
+"""The connection under an asyncio handle: the twin of ``guestagent.host.client.link``."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+from guestagent.api import PROTOCOL_VERSIONS, HelloReply, HelloRequest
+from guestagent.host.client.link import (
+    HELLO_PAUSE_SECONDS,
+    Traceparent,
+    common_params,
+    hello_seconds,
+)
+from vsock.address import Address, parse_address
+from vsock.aio import AsyncClient, AsyncPendingCall
+from vsock.client import ClosedHandleError, NotificationCallback
+from vsock.errors import ConnectionClosed, RpcError
+
+__all__ = ("AsyncLink",)
+
+_PAUSES_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0)
+
+
+class AsyncLink:
+    """For the tasks of one event loop. With ``reconnect`` a task makes a lost connection again."""
+
+    def __init__(
+        self,
+        address: str | Address,
+        *,
+        name: str,
+        connect_seconds: float,
+        reconnect: bool,
+        traceparent: Traceparent,
+        on_notification: NotificationCallback,
+        on_reconnect: Callable[[AsyncClient], Awaitable[None]],
+    ) -> None:
+        self.address = parse_address(address) if isinstance(address, str) else address
+        self._name = name
+        self._connect_seconds = connect_seconds
+        self._traceparent = traceparent
+        self._on_notification = on_notification
+        self._on_reconnect = on_reconnect
+        self._reconnect = reconnect
+        self._closed = False
+        self._changed = asyncio.Condition()
+        self._lost = asyncio.Event()
+        self._why: Exception | None = None
+        self._reviver: asyncio.Task[None] | None = None
+        self.client: AsyncClient | None = None
+        self.hello: HelloReply | None = None
+        #: How often the connection was made again.
+        self.reconnects = 0
+
+    async def open(self) -> HelloReply:
+        """Connect and say hello, once."""
+        if self._closed or self.client is not None:
+            raise ClosedHandleError(f"the handle of {self.address} was opened before")
+        self.client, self.hello = await self._connect()
+        if self._reconnect:
+            self._reviver = asyncio.create_task(self._revive())
+        return self.hello
+
+    async def call(self, method: str, params: Mapping[str, object], *, deadline_ms: int) -> object:
+        """Call a method; see ``AsyncClient.call``."""
+        client = await self._usable()
+        return await client.call(method, self._with_common(params), deadline_ms=deadline_ms)
+
+    async def start_call(
+        self, method: str, params: Mapping[str, object], *, deadline_ms: int | None = None
+    ) -> AsyncPendingCall:
+        """Send a request; see ``AsyncClient.start_call``."""
+        client = await self._usable()
+        return await client.start_call(method, self._with_common(params), deadline_ms=deadline_ms)
+
+    async def close(self) -> None:
+        """Idempotent."""
+        self._closed = True
+        if self._reviver is not None and self._reviver is not asyncio.current_task():
+            self._reviver.cancel()
+            await asyncio.wait((self._reviver,))
+        if self.client is not None:
+            await self.client.close()
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _with_common(self, params: Mapping[str, object]) -> dict[str, object]:
+        return {**params, **common_params(self._traceparent)}
+
+    async def _connect(self) -> tuple[AsyncClient, HelloReply]:
+        """Connect and say hello; again where the connection ends before that is answered."""
+        ends_at = time.monotonic() + self._connect_seconds
+        while True:
+            left = max(0.0, ends_at - time.monotonic())
+            try:
+                return await self._connect_once(left)
+            except ConnectionClosed:
+                if self._closed or time.monotonic() + HELLO_PAUSE_SECONDS >= ends_at:
+                    raise
+            await asyncio.sleep(HELLO_PAUSE_SECONDS)
+
+    async def _connect_once(self, connect_seconds: float) -> tuple[AsyncClient, HelloReply]:
+        self._lost.clear()
+        client = await AsyncClient.connect(
+            self.address,
+            connect_seconds=connect_seconds,
+            on_notification=self._on_notification,
+            on_end=self._ended,
+        )
+        try:
+            request = HelloRequest(versions=PROTOCOL_VERSIONS, client=self._name).to_wire()
+            seconds = hello_seconds(self._connect_seconds)
+            reply = await client.call("agent.hello", request, timeout_seconds=seconds)
+            return client, HelloReply.from_wire(reply, "reply")
+        except BaseException:
+            await client.close()
+            raise
+
+    async def _usable(self) -> AsyncClient:
+        """Return the connection; wait for it, for as long as connecting may take.
+
+        Raises:
+            ClosedHandleError: the handle was closed, or never opened.
+            ConnectionClosed: there is none, and will be none soon.
+        """
+        if self._closed or self.client is None:
+            raise ClosedHandleError(f"the handle of {self.address} is not open")
+        if not self._reconnect or not self.client.closed:
+            return self.client
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._connect_seconds), self._changed:
+                await self._changed.wait_for(lambda: self._closed or not self._is_down())
+        if self._closed:
+            raise ClosedHandleError(f"the handle of {self.address} is not open")
+        if self._is_down():
+            raise ConnectionClosed(f"no connection to {self.address}: {self._why}")
+        return self.client
+
+    def _is_down(self) -> bool:
+        return self.client is None or self.client.closed
+
+    def _ended(self, why: ConnectionClosed) -> None:
+        self._why = why
+        self._lost.set()
+
+    async def _revive(self) -> None:
+        while True:
+            await self._lost.wait()
+            attempt = 0
+            while not await self._made_again():
+                await asyncio.sleep(_PAUSES_SECONDS[min(attempt, len(_PAUSES_SECONDS) - 1)])
+                attempt += 1
+
+    async def _made_again(self) -> bool:
+        try:
+            client, hello = await self._connect()
+        except (RpcError, OSError) as error:
+            self._why = error
+            return False
+        async with self._changed:
+            self.client, self.hello = client, hello
+            self.reconnects += 1
+            self._changed.notify_all()
+        # a loss meanwhile is noticed as any other
+        with contextlib.suppress(RpcError, OSError):
+            await self._on_reconnect(client)
+        return True

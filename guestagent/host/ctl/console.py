@@ -1,0 +1,142 @@
+"""``guestctl console``: a guest's debug console at this terminal, or its answers for a script."""
+
+import sys
+
+import click
+
+from guestagent.api import AGENT_PORT
+from guestagent.api.console import CONSOLE_PORT, DISABLED
+from guestagent.host.client import GuestAgent
+from guestagent.host.ctl.console_client import ConsoleClient, LineClient
+from guestagent.host.ctl.profiles import resolve
+from guestagent.host.ctl.session import Session, pass_session
+from vsock.address import (
+    Address,
+    HybridAddress,
+    SerialAddress,
+    UnixAddress,
+    VsockAddress,
+    parse_address,
+)
+from vsock.connect import connect
+from vsock.errors import CallError, ConnectionClosed
+from vsock.stream import Stream
+
+__all__ = ("console", "console_address")
+
+#: A console that is there answers at once; else the agent is asked whether there is one.
+_FIRST_SECONDS = 1.0
+
+
+@click.command()
+@click.argument("address", required=False)
+@click.option("-c", "--command", metavar="COMMAND", help="Run a command and leave.")
+@click.option("-t", "--tty", "wants_terminal", is_flag=True, help="A terminal for that, too.")
+@click.option(
+    "--line", "is_line", is_flag=True, help="ADDRESS is a bare serial line, without the protocol."
+)
+@pass_session
+def console(
+    session: Session,
+    address: str | None,
+    command: str | None,
+    wants_terminal: bool,
+    is_line: bool,
+) -> None:
+    """Open the debug console of a guest.
+
+    ADDRESS is an agent's (its console is on port 1025 there) or the console's own; without it,
+    --connect counts. Exits as the command did: 0, 1 it failed, 2 wrong usage, and with `sh -c` as
+    the shell. At a terminal ~. at the start of a line leaves and ~? lists what else there is. What
+    is not a terminal sends commands, one a line.
+    """
+    text = resolve(address) if address else session.address
+    if text is None:
+        raise click.UsageError("which guest? say ADDRESS, a profile, or --connect ADDRESS")
+    try:
+        place = parse_address(text)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    if is_line or isinstance(place, SerialAddress):
+        if command is not None:
+            raise click.UsageError("a bare line takes no -c")
+        sys.exit(LineClient(connect(place, session.connect_seconds)).run())
+    dialler = Dialler(place, session.connect_seconds, is_agent=address is None)
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    client = ConsoleClient(
+        dialler.dial,
+        command=command,
+        is_terminal=is_terminal and (command is None or wants_terminal),
+    )
+    sys.exit(client.run())
+
+
+def console_address(agent: Address, port: int = CONSOLE_PORT) -> Address | None:
+    """Return where the console of an agent is, None where its address does not say that."""
+    if isinstance(agent, VsockAddress):
+        return VsockAddress(cid=agent.cid, port=port)
+    if isinstance(agent, HybridAddress):
+        return HybridAddress(path=agent.path, port=port)
+    return None
+
+
+class Dialler:
+    """Reaches the console that an address stands for, and says why when there is none."""
+
+    def __init__(self, address: Address, seconds: float, *, is_agent: bool) -> None:
+        """``is_agent`` says that a Unix socket is the agent's, not the console's own."""
+        port = getattr(address, "port", None)
+        is_unix_agent = is_agent and isinstance(address, UnixAddress)
+        self._agent = address if port == AGENT_PORT or is_unix_agent else None
+        self._console = address if self._agent is None else console_address(address)
+        self._seconds = seconds
+
+    def dial(self, seconds: float | None = None) -> Stream:
+        """Connect, trying for ``seconds``, by default as long as the user said.
+
+        Raises:
+            ConnectionClosed: nobody is there.
+            CallError: ``denied``, the agent is there and its console is off.
+        """
+        seconds = self._seconds if seconds is None else seconds
+        if self._agent is None:
+            assert self._console is not None
+            return connect(self._console, seconds)
+        if self._console is not None:
+            try:
+                return connect(self._console, min(seconds, _FIRST_SECONDS))
+            except ConnectionClosed:
+                pass  # the agent knows more
+        return connect(self._ask_agent(self._agent, seconds), seconds)
+
+    def _ask_agent(self, agent: Address, seconds: float) -> Address:
+        """Return where the agent says that its console is."""
+        with GuestAgent(agent, connect_seconds=seconds) as guest:
+            listed = guest.hello.boot.get("console")
+        texts = [str(text) for text in listed] if isinstance(listed, (list, tuple)) else []
+        if not texts:
+            raise CallError(
+                "denied",
+                DISABLED,
+                object=str(agent),
+                hint=f"boot the guest with guestagent.console=vsock:{CONSOLE_PORT} to have one",
+            )
+        for text in texts:
+            place = _seen_from_here(parse_address(text), agent)
+            if place is not None:
+                return place
+        raise CallError(
+            "not_found",
+            "the console cannot be reached from here",
+            object=str(agent),
+            hint=f"it is at {', '.join(texts)}; --line takes a serial line's host side",
+        )
+
+
+def _seen_from_here(console: Address, agent: Address) -> Address | None:
+    """Turn an address that the agent listens on into the one to dial."""
+    if isinstance(console, UnixAddress):
+        return console if isinstance(agent, UnixAddress) else None
+    if isinstance(console, VsockAddress):
+        return console_address(agent, console.port)
+    return None

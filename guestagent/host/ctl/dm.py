@@ -1,0 +1,55 @@
+"""``guestctl dm``: the guest's device-mapper devices."""
+
+import click
+
+from guestagent.host.ctl.complete import complete_devices
+from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.table import table
+
+__all__ = ("dm",)
+
+
+@click.group()
+def dm() -> None:
+    """Device-mapper devices of a guest."""
+
+
+@dm.command("list")
+@pass_session
+def list_devices(session: Session) -> None:
+    """List every device, the agent's and others."""
+    with session.agent() as guest:
+        reply = guest.dm_list()
+    header = ("NAME", "DEV", "TYPE", "OPEN", "STATUS", "UUID")
+    rows = [
+        (
+            device.name,
+            device.dev,
+            device.target_type,
+            str(device.open_count),
+            device.status,
+            device.uuid,
+        )
+        for device in reply.devices
+    ]
+    session.show(reply, lambda: table(header, rows))
+
+
+@dm.command("table")
+@click.argument("name", shell_complete=complete_devices)
+@pass_session
+def print_table(session: Session, name: str) -> None:
+    """Print a device's table, as dmsetup does."""
+    with session.agent() as guest:
+        reply = guest.dm_table(name)
+    session.show(reply, lambda: "\n".join(reply.lines))
+
+
+@dm.command("status")
+@click.argument("name", shell_complete=complete_devices)
+@pass_session
+def status(session: Session, name: str) -> None:
+    """Print a device's status, as dmsetup does."""
+    with session.agent() as guest:
+        reply = guest.dm_status(name)
+    session.show(reply, lambda: "\n".join(reply.lines))

@@ -1,0 +1,89 @@
+"""``guestctl events``: what has happened in a guest, and what happens."""
+
+import contextlib
+import threading
+import time
+
+import click
+
+from guestagent.api import EVENT_KINDS, Event
+from guestagent.host.client import ALL_EVENTS, event_mask
+from guestagent.host.ctl.interrupt import wait_for_interrupt
+from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.style import paint, plain, tint
+
+__all__ = ("describe_event", "events")
+
+_KIND_COLUMNS = max(map(len, EVENT_KINDS))
+
+
+@click.command()
+@click.option("--since", default=0, show_default=True, help="Sequence number to start after.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with those that come; Ctrl-C ends it.")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(EVENT_KINDS), help="Only these.")
+@pass_session
+def events(session: Session, since: int, follow: bool, kinds: tuple[str, ...]) -> None:
+    """List what has happened.
+
+    With --follow a lost connection is made again, and nothing is told twice; JSON comes one event
+    a line.
+    """
+    if follow:
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it, whenever it comes
+            _follow(session, since, event_mask(*kinds) if kinds else ALL_EVENTS, kinds)
+        return
+    with session.agent() as guest:
+        reply = guest.events(since)
+    if kinds:
+        chosen = tuple(event for event in reply.events if event.kind in kinds)
+        reply = reply.replace(events=chosen)
+    lines = [describe_event(event) for event in reply.events]
+    if reply.dropped:
+        lines.insert(0, f"({reply.dropped} earlier events are no longer kept)")
+    session.show(reply, lambda: "\n".join(lines) or "none")
+
+
+def _follow(session: Session, since: int, mask: int, kinds: tuple[str, ...]) -> None:
+    shown = since
+    lock = threading.Lock()
+
+    def show(event: Event) -> None:
+        nonlocal shown
+        with lock:
+            # of those that are both listed and sent, one is enough
+            if event.sequence > shown:
+                shown = event.sequence
+                _print(session, event)
+
+    with session.agent(reconnect=True) as guest:
+        with lock:  # what is sent meanwhile waits behind what is listed
+            guest.set_event_callback(show, mask)
+            for event in guest.events(since).events:
+                shown = event.sequence
+                if not kinds or event.kind in kinds:
+                    _print(session, event)
+        wait_for_interrupt()
+
+
+def _print(session: Session, event: Event) -> None:
+    if session.as_json:
+        session.emit(event.to_wire(), is_line=True)
+    else:
+        click.echo(describe_event(event))
+
+
+def describe_event(event: Event) -> str:
+    """Return a line for a person."""
+    when = time.strftime("%H:%M:%S", time.localtime(event.unix_ms / 1000))
+    about = [event.layer_id, event.overlay_id, event.device]
+    words = [word for word in about if word]
+    if event.block is not None:
+        words.append(f"block {event.block}")
+    if event.detail:
+        words.append(event.detail)
+    if event.traceparent:
+        words.append(f"trace {event.traceparent.split('-')[1]}")
+    if event.dropped:
+        words.append(f"({event.dropped} before it are lost)")
+    kind = paint(event.kind.ljust(_KIND_COLUMNS), tint(event.kind))
+    return f"{when}  {event.sequence:>5}  {kind}  {plain(' '.join(words))}".rstrip()

@@ -1,0 +1,323 @@
+"""``guestctl fs``: look into layers, overlays and devices of a guest; nothing is changed."""
+
+import codecs
+import json
+import os
+import stat
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TypedDict
+
+import click
+
+from guestagent.api.inspect import CHECKSUM_ALGORITHMS, ENTRY_TYPES
+from guestagent.host.client.entries import Checksum, DirectoryEntry
+from guestagent.host.ctl.progress import progress_bar
+from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.table import table
+from vsock.record import Record
+
+__all__ = ("fs",)
+
+_STDOUT = "-"
+
+
+class Where(TypedDict, total=False):
+    """The arguments of a client method that say which layer or overlay."""
+
+    layer_id: str
+    overlay_id: str
+
+
+def _place(text: str) -> Where:
+    """Read layer:ID or overlay:ID."""
+    kind, _, name = text.partition(":")
+    if kind == "layer" and name:
+        return {"layer_id": name}
+    if kind == "overlay" and name:
+        return {"overlay_id": name}
+    raise click.BadParameter(f"{text!r}: expected layer:ID or overlay:ID")
+
+
+place_argument = click.argument("place", type=_place, metavar="PLACE")
+path_argument = click.argument("path", type=os.fsencode)
+directory_argument = click.argument("path", type=os.fsencode, default="/")
+algorithm_option = click.option(
+    "--algorithm", type=click.Choice(CHECKSUM_ALGORITHMS), default="sha256", show_default=True
+)
+
+
+@click.group()
+def fs() -> None:
+    """Look into layers, overlays and devices of a guest; nothing is changed.
+
+    PLACE is layer:ID or overlay:ID. PATH starts at its root and cannot leave it.
+    """
+
+
+@fs.command()
+@place_argument
+@directory_argument
+@click.option("-l", "--long", is_flag=True, help="Show the status of each entry.")
+@pass_session
+def ls(session: Session, place: Where, path: bytes, long: bool) -> None:
+    """List a directory, sorted by name."""
+    with session.agent() as guest:
+        if not long:
+            names = sorted(guest.fs_ls(path, **place))
+            _emit(session, [os.fsdecode(name) for name in names], map(printable, names))
+            return
+        entries = sorted(guest.fs_readdir(path, **place), key=lambda entry: entry.name)
+    rows = [_row(entry) for entry in entries]
+    header = ("MODE", "LINKS", "UID", "GID", "SIZE", "MODIFIED", "NAME")
+    _emit(session, [_plain(entry) for entry in entries], [table(header, rows)])
+
+
+@fs.command()
+@place_argument
+@path_argument
+@pass_session
+def cat(session: Session, place: Where, path: bytes) -> None:
+    """Print a file. On a terminal, control characters are shown as escapes."""
+    decode = codecs.getincrementaldecoder("utf-8")("backslashreplace").decode
+    with session.agent() as guest, guest.fs_download_stream(path, **place) as pieces:
+        for piece in pieces:
+            if sys.stdout.isatty():
+                click.echo(_without_controls(decode(piece)), nl=False)
+            else:
+                sys.stdout.buffer.write(piece)
+    sys.stdout.buffer.flush()
+
+
+@fs.command("stat")
+@place_argument
+@path_argument
+@pass_session
+def status(session: Session, place: Where, path: bytes) -> None:
+    """Describe a file, or a symlink itself: status, extended attributes, access control list."""
+    with session.agent() as guest:
+        found = guest.fs_lstat(path, **place)
+        xattrs = guest.fs_getxattrs(path, **place)
+        acl = guest.fs_acl_get_file(path, **place) if found.kind in "fd" else None
+    plain = _plain(found) | {"xattrs": {os.fsdecode(k): v.hex() for k, v in xattrs.items()}}
+    lines = [
+        f"{printable(path)}: {ENTRY_TYPES[found.kind]}"
+        + (f" -> {printable(found.target)}" if found.target is not None else ""),
+        f"  mode      {found.mode:04o}   uid {found.uid}   gid {found.gid}   links {found.links}",
+        f"  size      {found.size_bytes} bytes, {found.allocated_bytes} allocated",
+        f"  inode     {found.inode} on {found.dev}" + (f", is {found.rdev}" if found.rdev else ""),
+        f"  modified  {_when(found.mtime_ns)}   changed {_when(found.ctime_ns)}",
+    ]
+    lines += [f"  xattr     {printable(name)} = {value.hex()}" for name, value in xattrs.items()]
+    if acl is not None:
+        plain["acl"] = acl.text.splitlines()
+        lines.append(f"  acl       {acl.text.replace(chr(10), ', ')}")
+    _emit(session, plain, lines)
+
+
+@fs.command()
+@place_argument
+@directory_argument
+@click.option("--name", type=os.fsencode, help="Only names like this; * and ? are wild.")
+@click.option("--type", "kind", type=click.Choice(tuple(ENTRY_TYPES)), help="Only these.")
+@click.option("--max-depth", type=click.IntRange(min=1), help="1 stays in the directory.")
+@pass_session
+def find(
+    session: Session,
+    place: Where,
+    path: bytes,
+    name: bytes | None,
+    kind: str | None,
+    max_depth: int | None,
+) -> None:
+    """List everything below a directory, in the order of the file system."""
+    with session.agent() as guest:
+        found = guest.fs_find(path, name=name, kind=kind, max_depth=max_depth, **place)
+        with found:
+            if session.as_json:
+                _emit(session, [_plain(entry) for entry in found], ())
+                return
+            for entry in found:
+                click.echo(printable(entry.path))
+
+
+@fs.command()
+@place_argument
+@directory_argument
+@pass_session
+def du(session: Session, place: Where, path: bytes) -> None:
+    """Add up what a tree takes."""
+    with session.agent() as guest:
+        reply = guest.fs_du(path, **place)
+    about = "" if reply.is_exact else " (some files of many links counted more than once)"
+    lines = [
+        f"{reply.allocated_bytes} bytes allocated, {reply.size_bytes} bytes of content{about}",
+        f"{reply.files} files, {reply.directories} directories, {reply.links} symlinks, "
+        f"{reply.others} others",
+    ]
+    session.show(reply, lambda: "\n".join(lines))
+
+
+@fs.command()
+@place_argument
+@directory_argument
+@pass_session
+def df(session: Session, place: Where, path: bytes) -> None:
+    """Say how large and how full a file system is."""
+    with session.agent() as guest:
+        reply = guest.fs_statvfs(path, **place)
+    header = ("TYPE", "SIZE", "USED", "AVAILABLE", "INODES", "FREE", "ACCESS")
+    row = (
+        reply.filesystem,
+        str(reply.size_bytes),
+        str(reply.size_bytes - reply.free_bytes),
+        str(reply.available_bytes),
+        str(reply.inodes),
+        str(reply.free_inodes),
+        "read-only" if reply.readonly else "writable",
+    )
+    session.show(reply, lambda: table(header, [row]))
+
+
+@fs.command()
+@place_argument
+@directory_argument
+@algorithm_option
+@pass_session
+def checksum(session: Session, place: Where, path: bytes, algorithm: str) -> None:
+    """Hash a file, or every file below a directory, in the form of sha256sum."""
+    reply = None
+    entries: dict[bytes, Checksum] = {}
+    with session.agent() as guest, progress_bar(session, "hashing") as progress:
+        if guest.fs_lstat(path, **place).kind != "d":
+            reply = guest.fs_checksum(path, algorithm=algorithm, progress=progress, **place)
+        else:
+            entries = guest.fs_checksums(path, algorithm=algorithm, progress=progress, **place)
+    if reply is not None:
+        digest = reply.digest
+        session.show(reply, lambda: f"{digest}  {printable(path)}")
+        return
+    ordered = [entries[name] for name in sorted(entries)]
+    lines = (f"{e.digest}  {printable(e.path)}" for e in ordered if e.digest is not None)
+    _emit(session, [_plain(entry) for entry in ordered], lines)
+
+
+@fs.command()
+@place_argument
+@directory_argument
+@click.option("-o", "--output", default=_STDOUT, metavar="FILE", help="Default: standard output.")
+@click.option("--xattrs/--no-xattrs", default=True, help="Extended attributes too.")
+@pass_session
+def tar(session: Session, place: Where, path: bytes, output: str, xattrs: bool) -> None:
+    """Write a directory as a tar archive."""
+    bar = progress_bar(session, "reading")
+    with session.agent() as guest, _writing(output) as target, bar as progress:
+        reply = guest.fs_tar_out(path, target, xattrs=xattrs, progress=progress, **place)
+    _done(session, output, reply, f"{reply.entries} entries, {reply.size_bytes} bytes")
+
+
+@fs.command()
+@place_argument
+@path_argument
+@click.argument("output", default=_STDOUT)
+@pass_session
+def download(session: Session, place: Where, path: bytes, output: str) -> None:
+    """Copy a file to OUTPUT, or to standard output."""
+    bar = progress_bar(session, "reading")
+    with session.agent() as guest, _writing(output) as target, bar as progress:
+        reply = guest.fs_download(path, target, progress=progress, **place)
+    _done(session, output, reply, f"{reply.size_bytes} bytes")
+
+
+@fs.command()
+@pass_session
+def devices(session: Session) -> None:
+    """List disks and partitions, and the file systems on them."""
+    with session.agent() as guest:
+        found = (*guest.fs_list_devices(), *guest.fs_list_partitions())
+        filesystems = guest.fs_list_filesystems()
+    rows = [
+        (
+            info.node,
+            info.dev,
+            info.kind,
+            str(info.size_bytes),
+            "ro" if info.readonly else "rw",
+            filesystems.get(info.node, "unknown"),
+            printable((info.serial or "").encode()),
+        )
+        for info in sorted(found, key=lambda info: info.node)
+    ]
+    header = ("DEVICE", "DEV", "KIND", "SIZE", "ACCESS", "CONTENT", "SERIAL")
+    plain = [info.to_wire() | {"content": filesystems.get(info.node)} for info in found]
+    _emit(session, plain, [table(header, rows)])
+
+
+def printable(name: bytes) -> str:
+    """Return a name for a terminal: what could move its cursor or change its state is escaped."""
+    text = name.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _without_controls(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def _row(entry: DirectoryEntry) -> tuple[str, ...]:
+    kinds = {"f": stat.S_IFREG, "d": stat.S_IFDIR, "l": stat.S_IFLNK, "b": stat.S_IFBLK}
+    kinds |= {"c": stat.S_IFCHR, "p": stat.S_IFIFO, "s": stat.S_IFSOCK}
+    name = printable(entry.name)
+    return (
+        stat.filemode(kinds.get(entry.kind, 0) | entry.mode),
+        str(entry.links),
+        str(entry.uid),
+        str(entry.gid),
+        entry.rdev or str(entry.size_bytes),
+        _when(entry.mtime_ns),
+        name if entry.target is None else f"{name} -> {printable(entry.target)}",
+    )
+
+
+def _when(time_ns: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(time_ns // 1_000_000_000))
+
+
+def _plain(entry: object) -> dict[str, object]:
+    """Return the fields of an entry for JSON: names as text, stray bytes as lone surrogates."""
+    if isinstance(entry, Record):
+        fields = entry.to_wire()
+    else:
+        fields = {name: getattr(entry, name) for name in type(entry).__dataclass_fields__}  # type: ignore[attr-defined]
+    return {
+        name: os.fsdecode(value) if isinstance(value, bytes) else value
+        for name, value in fields.items()
+    }
+
+
+def _emit(session: Session, value: object, lines: Iterable[str]) -> None:
+    if session.as_json:
+        click.echo(json.dumps(value, indent=2))
+        return
+    for line in lines:
+        click.echo(line)
+
+
+@contextmanager
+def _writing(output: str) -> "Iterator[Path | BinaryIO]":
+    """Say where to write, and whose fault it is when that fails."""
+    if output == _STDOUT and sys.stdout.isatty():
+        raise click.UsageError("refusing to write binary data to a terminal: name a file")
+    try:
+        yield sys.stdout.buffer if output == _STDOUT else Path(output)
+    except OSError as error:
+        raise click.ClickException(f"cannot write {output!r}: {error.strerror}") from error
+
+
+def _done(session: Session, output: str, reply: Record, text: str) -> None:
+    if output == _STDOUT:
+        sys.stdout.buffer.flush()
+    else:
+        session.show(reply, lambda: f"{output}: {text}")

@@ -1,0 +1,186 @@
+"""``guestctl layer``: mount, unmount, list, show and read layers."""
+
+import sys
+
+import click
+
+from guestagent.api import (
+    MOUNT_OPTIONS,
+    VERITY_PRESETS,
+    ByteRange,
+    Device,
+    LayerListReply,
+    LayerReport,
+    LayerSpec,
+    Verity,
+)
+from guestagent.api.texts import device_from_text
+from guestagent.host.ctl.complete import complete_layers
+from guestagent.host.ctl.progress import progress_bar
+from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.style import human_bytes, paint, tint
+from guestagent.host.ctl.table import table
+
+__all__ = ("describe_layer", "layer", "parse_device")
+
+#: Reading a whole layer takes longer than other requests.
+_CHECK_MS = 3_600_000
+_SHOWN_BLOCKS = 100
+
+
+@click.group()
+def layer() -> None:
+    """Layers: in a guest, and as images on this host."""
+
+
+def parse_device(text: str) -> Device:
+    """Read a device as ``guestagent.api.texts`` has it, for an option or argument."""
+    try:
+        return device_from_text(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _parse_range(text: str | None) -> ByteRange | None:
+    if text is None:
+        return None
+    offset, plus, size = text.partition("+")
+    try:
+        if not plus:
+            raise ValueError("expected OFFSET+SIZE in bytes")
+        return ByteRange(offset_bytes=int(offset, 0), size_bytes=int(size, 0))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: {error}") from None
+
+
+@layer.command("mount")
+@click.argument("layer_id")
+@click.option("--device", required=True, metavar="DEVICE", help="pmem:N, virtio-blk:SERIAL, ...")
+@click.option("--mapping", metavar="OFFSET+SIZE", help="The byte range that holds the layer.")
+@click.option("--root-digest", metavar="HEX", help="Verify against this digest.")
+@click.option("--hash-offset", type=int, metavar="BYTES", help="Where the hash area starts.")
+@click.option(
+    "--preset", type=click.Choice(VERITY_PRESETS), default="default", help="Verity options."
+)
+@click.option("--filesystem", default="erofs", show_default=True)
+@click.option("--target", metavar="PATH", help="Default: /run/layers/LAYER_ID.")
+@click.option("-o", "--option", "options", multiple=True, type=click.Choice(MOUNT_OPTIONS))
+@pass_session
+def mount(
+    session: Session,
+    layer_id: str,
+    device: str,
+    mapping: str | None,
+    root_digest: str | None,
+    hash_offset: int | None,
+    preset: str,
+    filesystem: str,
+    target: str | None,
+    options: tuple[str, ...],
+) -> None:
+    """Mount a layer read-only, verified if a digest is given."""
+    try:
+        verity = None
+        if root_digest is not None:
+            digest = bytes.fromhex(root_digest)
+            verity = Verity(root_digest=digest, hash_offset_bytes=hash_offset, preset=preset)
+        spec = LayerSpec(
+            layer_id=layer_id,
+            device=parse_device(device),
+            mapping=_parse_range(mapping),
+            verity=verity,
+            filesystem=filesystem,
+            target=target,
+            options=options,
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    with session.agent() as guest:
+        report = guest.layer_mount(spec)
+    session.show(report, lambda: describe_layer(report))
+
+
+@layer.command("unmount")
+@click.argument("layer_id", shell_complete=complete_layers)
+@click.option("--force", is_flag=True, help="Also clean up a layer whose parts are half gone.")
+@pass_session
+def unmount(session: Session, layer_id: str, force: bool) -> None:
+    """Unmount a layer and remove its devices."""
+    with session.agent() as guest:
+        reply = guest.layer_unmount(layer_id, force=force)
+    gone = ", ".join((*reply.unmounted, *reply.removed_devices))
+    session.show(reply, lambda: f"gone: {gone}" if gone else "nothing was mounted")
+
+
+@layer.command("list")
+@pass_session
+def list_layers(session: Session) -> None:
+    """List the layers of a guest."""
+    with session.agent() as guest:
+        reports = guest.layer_list()
+    header = ("LAYER", "STATE", "FS", "SIZE", "VERITY", "DEVICE", "TARGET")
+    rows = [
+        (
+            report.layer_id,
+            report.state,
+            report.filesystem,
+            human_bytes(report.size_bytes),
+            report.verity.status if report.verity else "-",
+            report.device_node,
+            report.target,
+        )
+        for report in reports
+    ]
+    session.show(LayerListReply(layers=reports), lambda: table(header, rows))
+
+
+@layer.command("get")
+@click.argument("layer_id", shell_complete=complete_layers)
+@pass_session
+def get(session: Session, layer_id: str) -> None:
+    """Describe a layer: devices, tables, options, timings."""
+    with session.agent() as guest:
+        report = guest.layer_get(layer_id)
+    session.show(report, lambda: describe_layer(report))
+
+
+@layer.command("check")
+@click.argument("layer_id", shell_complete=complete_layers)
+@pass_session
+def check(session: Session, layer_id: str) -> None:
+    """Read a whole layer in the guest, through verity, and name every corrupt block.
+
+    Exits with status 1 when there is one. `layer verify` does it for an image on this host.
+    """
+    with session.agent() as guest, progress_bar(session, f"reading {layer_id}") as progress:
+        deadline_ms = max(session.deadline_ms, _CHECK_MS)
+        reply = guest.layer_verify(layer_id, progress=progress, deadline_ms=deadline_ms)
+    blocks = ", ".join(map(str, reply.corrupt_blocks[:_SHOWN_BLOCKS]))
+    more = len(reply.corrupt_blocks) - _SHOWN_BLOCKS
+    if reply.corrupt_blocks:
+        text = f"{paint('corrupt', 'red')}: blocks {blocks}" + (f" and {more} more" * (more > 0))
+    else:
+        text = f"{paint('intact', 'green')}: {human_bytes(reply.read_bytes)} read"
+    session.show(reply, lambda: f"layer {layer_id}: {text}")
+    if reply.corrupt_blocks:
+        sys.exit(1)
+
+
+def describe_layer(report: LayerReport) -> str:
+    """Return what a person wants to know of a mounted layer."""
+    state = paint(report.state, tint(report.state))
+    state = f"{state}, was mounted already" if report.already else state
+    lines = [
+        f"layer {report.layer_id}: {state}",
+        f"  target      {report.target} (mount {report.mount_id}, {','.join(report.options)})",
+        f"  filesystem  {report.filesystem} on {report.device_node} ({report.dev}), "
+        f"{report.size_bytes} bytes ({human_bytes(report.size_bytes)})",
+    ]
+    if report.verity is not None:
+        verity = report.verity
+        lines.append(f"  verity      {verity.algorithm} {verity.root_digest} ({verity.status})")
+    lines += [f"  dm          {dm.name} {dm.dev}: {dm.table}" for dm in report.dm]
+    lines += [f"  shares bytes with {other}" for other in report.overlaps]
+    spent = "  ".join(f"{step} {ms:.1f}" for step, ms in report.timings_ms.items())
+    lines.append(f"  ms          {spent}")
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""What every command shares: which agent, which output, and how an error ends the program."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import update_wrapper
+from typing import Concatenate, NoReturn, ParamSpec, TypeVar
+
+import click
+
+from guestagent.host.client import GuestAgent
+from guestagent.host.ctl.advice import advice, unreachable
+from guestagent.host.ctl.style import plain
+from vsock.errors import CallError, ConnectionClosed, RpcError, errno_name
+from vsock.record import Record
+
+__all__ = ("Session", "fail", "pass_session", "uses_session")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """The options that stand before the command."""
+
+    address: str | None
+    as_json: bool
+    connect_seconds: float
+    deadline_ms: int
+    traceparent: str | None = None
+
+    @contextmanager
+    def agent(self, *, reconnect: bool = False) -> Iterator[GuestAgent]:
+        """Connect to the agent that ``--connect`` names."""
+        if self.address is None:
+            raise click.UsageError(
+                "which agent? say --connect ADDRESS, e.g. --connect hybrid:///run/vm.vsock:1024, "
+                "set GUESTCTL_CONNECT, or keep it: guestctl connect NAME ADDRESS"
+            )
+        try:
+            handle = GuestAgent(
+                self.address,
+                connect_seconds=self.connect_seconds,
+                deadline_ms=self.deadline_ms,
+                reconnect=reconnect,
+                traceparent=self.traceparent,
+            )
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+        with handle:
+            yield handle
+
+    def show(self, value: Record, text: Callable[[], str]) -> None:
+        """Print a reply: as JSON where asked, else what ``text`` makes of it."""
+        if self.as_json:
+            self.emit(value.to_wire())
+        else:
+            click.echo(text())
+
+    def say(self, value: object, text: str) -> None:
+        """Print a plain value as JSON where asked, else ``text``."""
+        if self.as_json:
+            self.emit(value)
+        else:
+            click.echo(text)
+
+    def emit(self, value: object, *, is_line: bool = False) -> None:
+        """Print a value as JSON; ``is_line`` for one of many, each on a line of its own."""
+        click.echo(json.dumps(value, default=_json, indent=None if is_line else 2))
+        if is_line:
+            sys.stdout.flush()
+
+
+def pass_session(function: Callable[Concatenate[Session, P], R]) -> Callable[P, R]:
+    """Hand the session to a command, and end the program on the errors of a call."""
+
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        session = click.get_current_context().find_object(Session)
+        assert session is not None
+        try:
+            return function(session, *args, **kwargs)
+        except CallError as error:
+            fail(session, error)
+        except ConnectionClosed as error:
+            hint = unreachable(session.address)
+            fail(session, CallError("device", str(error), step="talk to the agent", hint=hint))
+        except (RpcError, OSError) as error:
+            fail(session, CallError("internal", f"cannot talk to the agent: {error}"))
+
+    update_wrapper(wrapper, function)
+    wrapper.uses_session = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def uses_session(command: click.Command) -> bool:
+    """Say whether a command is one that ``pass_session`` hands the session to."""
+    return getattr(command.callback, "uses_session", False) is True
+
+
+def fail(session: Session, error: CallError) -> NoReturn:
+    """Print an error for a person, or as JSON, and exit with status 1."""
+    if session.as_json:
+        session.emit({"error": error.to_wire()})
+        sys.exit(1)
+    click.echo(f"guestctl: {plain(str(error))}", err=True)
+    context = click.get_current_context(silent=True)
+    command = context.command_path.partition(" ")[2] if context is not None else ""
+    details = (
+        ("step", error.step),
+        ("object", error.object),
+        ("errno", errno_name(error.errno)),
+        ("hint", error.hint),
+    )
+    for name, value in details:
+        if value is not None:
+            click.echo(f"  {name}: {plain(value)}", err=True)
+    for line in error.kernel_log:
+        click.echo(f"  kernel: {plain(line)}", err=True)
+    next_step = advice(error, command) if error.hint is None else None
+    if next_step is not None:
+        click.echo(f"  next: {next_step}", err=True)
+    sys.exit(1)
+
+
+def _json(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.hex()
+    raise TypeError(f"cannot write {type(value).__name__} as JSON")

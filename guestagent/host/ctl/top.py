@@ -1,0 +1,265 @@
+"""``guestctl top``: layers, devices, timings and events of a guest, as they change."""
+
+import contextlib
+import shutil
+import sys
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from guestagent.api import DmDevice, Event, LayerReport, OverlayReport, StatusReply
+from guestagent.host.client import GuestAgent
+from guestagent.host.ctl.events import describe_event
+from guestagent.host.ctl.exposition import parsed
+from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.status import LAYER_HEADER, count_of, layer_rows
+from guestagent.host.ctl.style import human_bytes, human_seconds, paint, plain, tint
+from guestagent.host.ctl.table import elided, table
+from guestagent.host.ctl.timings import Timing, step_timings, totals
+from vsock.errors import ConnectionClosed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ("Picture", "look", "screen", "top")
+
+_EVENTS_KEPT = 200
+#: What one look asks, which is not what one wants to see.
+_OWN_REQUESTS = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One look at a guest. ``requests`` and ``seconds_cpu`` are totals since its agent began."""
+
+    name: str
+    status: StatusReply
+    layers: tuple[LayerReport, ...]
+    overlays: tuple[OverlayReport, ...]
+    devices: tuple[DmDevice, ...]
+    timings: tuple[Timing, ...]
+    events: tuple[Event, ...]
+    requests: float
+    failures: float
+    seconds_cpu: float
+
+
+def look(guest: GuestAgent, name: str) -> Picture:
+    """Ask a guest for everything that is shown."""
+    text = guest.metrics()
+    status = guest.status()
+    samples = tuple(parsed(text))
+    found = totals(samples)
+    failed = (
+        sample.value
+        for sample in samples
+        if sample.name == "guestagent_requests_total" and sample.label("code") != "ok"
+    )
+    since = max(0, status.event_sequence - _EVENTS_KEPT)
+    return Picture(
+        name=name,
+        status=status,
+        layers=guest.layer_list(),
+        overlays=guest.overlay_list(),
+        devices=guest.dm_list().devices,
+        timings=step_timings(text),
+        events=guest.events(since).events,
+        requests=found.get("guestagent_requests_total", 0.0),
+        failures=sum(failed),
+        seconds_cpu=found.get("process_cpu_seconds_total", 0.0),
+    )
+
+
+@click.command()
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.2, 60),
+    default=1.0,
+    show_default=True,
+    help="Seconds between looks.",
+)
+@click.option("--once", is_flag=True, help="Look once and end, as where there is no terminal.")
+@pass_session
+def top(session: Session, interval: float, once: bool) -> None:
+    """Watch layers, devices, timings and events of a guest; Ctrl-C ends it."""
+    if session.as_json:
+        with session.agent() as guest:
+            session.emit(_plain(look(guest, str(session.address))))
+    elif once or not sys.stdout.isatty():
+        with session.agent() as guest:
+            picture = look(guest, str(session.address))
+        size = shutil.get_terminal_size((120, 0))
+        click.echo(screen(picture, None, columns=size.columns, lines=size.lines or None))
+    else:
+        _watch(session, interval)
+
+
+def _watch(session: Session, interval: float) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console()
+    changed = threading.Event()
+    before: Picture | None = None
+    shown = "connecting"
+    with (
+        contextlib.suppress(KeyboardInterrupt),  # the way to end it, whenever it comes
+        session.agent(reconnect=True) as guest,
+        Live(console=console, screen=True) as live,
+    ):
+        guest.set_event_callback(lambda _event: changed.set())
+        while True:
+            lost = f"{paint('no connection', 'yellow')}: trying again\n"
+            try:
+                if not guest.closed:  # else it would wait for the next connection
+                    picture = look(guest, str(session.address))
+                    shown, lost = _fitting(console, picture, before), ""
+                    before = picture
+            except ConnectionClosed:
+                pass
+            live.update(Text.from_ansi(lost + shown), refresh=True)
+            # something happened: do not wait for the next turn, but let more of it gather
+            if changed.wait(interval):
+                threading.Event().wait(min(0.2, interval))
+            changed.clear()
+
+
+def _fitting(console: "Console", picture: Picture, before: Picture | None) -> str:
+    return screen(picture, before, columns=console.width, lines=console.height)
+
+
+def screen(picture: Picture, before: Picture | None, *, columns: int, lines: int | None) -> str:
+    """Return the whole of what is shown, in at most ``lines`` lines."""
+    head = _head(picture, before, columns)
+    events = [describe_event(event) for event in reversed(picture.events)]
+    sections = [
+        _layers(picture, columns),
+        _overlays(picture, columns),
+        _devices(picture, columns),
+        _timings(picture, columns),
+        [paint("EVENTS", None, bold=True), *events] if events else [],
+    ]
+    filled = [rows for rows in sections if rows]
+    room = None if lines is None else max(0, lines - len(head))
+    out = head
+    for rows in _shared(filled, room):
+        out += ["", *(_cut(row, columns) for row in rows)]
+    return "\n".join(out if lines is None else out[:lines])
+
+
+def _shared(sections: list[list[str]], room: int | None) -> list[list[str]]:
+    """Give each section its share of the lines: who needs less leaves the rest to the others."""
+    if room is None:
+        return [_first(rows, 30) for rows in sections]
+    left = room - len(sections)
+    shares: dict[int, int] = {}
+    waiting = sorted(range(len(sections)), key=lambda place: len(sections[place]))
+    while waiting:
+        place = waiting.pop(0)
+        shares[place] = min(len(sections[place]), max(0, left // (len(waiting) + 1)))
+        left -= shares[place]
+    # a header and a line that says how many more is nothing
+    return [_first(rows, shares[place]) for place, rows in enumerate(sections) if shares[place] > 2]
+
+
+def _first(rows: list[str], count: int) -> list[str]:
+    if len(rows) <= count:
+        return rows
+    return [*rows[: count - 1], f"... and {len(rows) - count + 1} more"]
+
+
+def _head(picture: Picture, before: Picture | None, columns: int) -> list[str]:
+    status = picture.status
+    state = paint(status.state, tint(status.state), bold=True)
+    again = f", {status.restarts} lives before it" if status.restarts else ""
+    head = [
+        f"{state}  {picture.name}  up {human_seconds(status.uptime_seconds)}{again}",
+        f"       {human_bytes(status.rss_bytes)}, {count_of(status.threads, 'thread')}, "
+        f"{count_of(status.connections, 'connection')}, {_rates(picture, before)}, "
+        f"{count_of(status.event_sequence, 'event')}",
+    ]
+    head += [paint(f"       {plain(problem)}", "yellow") for problem in status.problems[:3]]
+    return [_cut(line, columns) for line in head]
+
+
+def _rates(picture: Picture, before: Picture | None) -> str:
+    text = f"{count_of(int(picture.requests), 'request')} ({picture.failures:.0f} refused)"
+    if before is None or picture.status.pid != before.status.pid:
+        return text
+    seconds = picture.status.uptime_seconds - before.status.uptime_seconds
+    if seconds <= 0:
+        return text
+    asked = max(0.0, picture.requests - before.requests - _OWN_REQUESTS) / seconds
+    busy = (picture.seconds_cpu - before.seconds_cpu) / seconds * 100
+    return f"{text}, {asked:.1f}/s, cpu {busy:.0f}%"
+
+
+def _layers(picture: Picture, columns: int) -> list[str]:
+    ordered = sorted(picture.layers, key=lambda layer: layer.state == "mounted")
+    rows = layer_rows(tuple(ordered))
+    return table(LAYER_HEADER, rows, columns=columns).splitlines() if rows else []
+
+
+def _overlays(picture: Picture, columns: int) -> list[str]:
+    rows = [
+        (one.overlay_id, one.state, str(len(one.layers)), one.method, one.target)
+        for one in picture.overlays
+    ]
+    header = ("OVERLAY", "STATE", "LAYERS", "METHOD", "TARGET")
+    return table(header, rows, columns=columns).splitlines() if rows else []
+
+
+def _devices(picture: Picture, columns: int) -> list[str]:
+    rows = [
+        (one.name, one.dev, one.target_type, str(one.open_count), one.status or "-")
+        for one in picture.devices
+    ]
+    header = ("DEVICE", "DEV", "TYPE", "OPEN", "STATUS")
+    return table(header, rows, columns=columns).splitlines() if rows else []
+
+
+def _timings(picture: Picture, columns: int) -> list[str]:
+    rows = [
+        (
+            one.step,
+            str(one.count),
+            str(one.failures),
+            f"{one.mean_ms:.1f}",
+            f"{one.quantile_ms(0.5):.1f}",
+            f"{one.quantile_ms(0.95):.1f}",
+            f"{one.seconds * 1000:.0f}",
+        )
+        for one in picture.timings
+    ]
+    header = ("STEP", "COUNT", "FAILED", "MEAN", "P50", "P95", "TOTAL")
+    return table(header, rows, columns=columns).splitlines() if rows else []
+
+
+def _cut(text: str, columns: int) -> str:
+    bare = click.unstyle(text)
+    return text if len(bare) <= columns else elided(bare, columns)
+
+
+def _plain(picture: Picture) -> dict[str, object]:
+    return {
+        "status": picture.status.to_wire(),
+        "layers": [layer.to_wire() for layer in picture.layers],
+        "overlays": [overlay.to_wire() for overlay in picture.overlays],
+        "devices": [device.to_wire() for device in picture.devices],
+        "timings": [
+            {
+                "step": one.step,
+                "count": one.count,
+                "failures": one.failures,
+                "mean_ms": round(one.mean_ms, 3),
+                "p50_ms": round(one.quantile_ms(0.5), 3),
+                "p95_ms": round(one.quantile_ms(0.95), 3),
+                "total_ms": round(one.seconds * 1000, 3),
+            }
+            for one in picture.timings
+        ],
+        "events": [event.to_wire() for event in picture.events],
+    }

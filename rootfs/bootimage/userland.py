@@ -1,0 +1,111 @@
+"""The files that Python code takes to run in a guest: interpreter, shared libraries, modules.
+
+They are found, not listed: modules by ``rootfs.bootimage.closure``, libraries by
+``rootfs.bootimage.elf``. The boot image holds them, and so do images that distributions make with
+our hooks in them.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rootfs.bootimage.bytecode import compile_module
+from rootfs.bootimage.closure import Module, interpreter_path, module_closure, site_packages
+from rootfs.bootimage.elf import library_closure, without_debug_information
+from rootfs.bootimage.features import FEATURES
+
+__all__ = ("PROJECT", "PYTHON_DIR", "Item", "userland")
+
+PROJECT = Path(__file__).resolve().parents[2]
+#: Our packages that the guest may hold; a test keeps the guest's imports within them.
+_GUEST_PACKAGES = ("vsock", "guestagent")
+PYTHON_DIR = f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
+#: hashlib does without OpenSSL: the interpreter has the same functions built in, and the library
+#: would be a quarter of the image.
+_ABSENT = ("_hashlib",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One file before it is built: ``build`` makes its bytes from ``source``. ``path`` has no /."""
+
+    path: str
+    part: str
+    source: bytes | Path
+    build: Callable[[bytes], bytes] = bytes
+    permissions: int = 0o644
+
+    def read(self) -> bytes:
+        return self.source.read_bytes() if isinstance(self.source, Path) else self.source
+
+
+def userland(
+    entry_module: str,
+    *,
+    features: Iterable[str],
+    imports: tuple[str, ...] = (),
+    project: Path = PROJECT,
+    optimize: int = 2,
+) -> tuple[tuple[Module, ...], list[Item]]:
+    """Return the Python modules that running ``entry_module`` takes, and all files for them: the
+    interpreter, its libraries and the modules.
+
+    Raises:
+        ClosureError, ElfError: something needed is not there.
+    """
+    modules = module_closure(
+        [entry_module],
+        project=project,
+        packages=(*_GUEST_PACKAGES, entry_module.partition(".")[0]),
+        late=[name for feature in features for name in FEATURES[feature].packages],
+        extra=imports,
+        search=[site_packages()],
+        absent=_ABSENT,
+    )
+    return modules, [*_interpreter_items(modules), *_python_items(modules, optimize)]
+
+
+def _interpreter_items(modules: tuple[Module, ...]) -> Iterator[Item]:
+    program = interpreter_path()
+    extensions = tuple(module.path for module in modules if module.is_extension)
+    strip = without_debug_information
+    yield Item(
+        path="usr/bin/python3", part="interpreter", source=program, build=strip, permissions=0o755
+    )
+    for library in library_closure((program, *extensions)):
+        yield Item(
+            path=_library_path(library),
+            part="shared libraries",
+            source=library,
+            build=strip,
+            permissions=0o755,
+        )
+
+
+def _library_path(library: Path) -> str:
+    """Return where a library goes: those bundled with a package keep their place beside it."""
+    with contextlib.suppress(ValueError):
+        return f"{PYTHON_DIR}/{library.relative_to(site_packages())}"
+    return str(library).lstrip("/")
+
+
+def _python_items(modules: tuple[Module, ...], optimize: int) -> Iterator[Item]:
+    for module in modules:
+        base = module.name.replace(".", "/")
+        own = module.name.partition(".")[0] in _GUEST_PACKAGES
+        top = module.name.partition(".")[0]
+        standard = top in sys.stdlib_module_names
+        part = "agent" if own else "standard library" if standard else f"package {top}"
+        if module.is_extension:
+            path = f"{PYTHON_DIR}/{base.rpartition('/')[0]}/{module.path.name}".replace("//", "/")
+            yield Item(path=path, part=part, source=module.path, build=without_debug_information)
+            continue
+        inner = f"{base}/__init__.py" if module.package else f"{base}.py"
+        yield Item(
+            path=f"{PYTHON_DIR}/{inner}c",
+            part=part,
+            source=module.path,
+            build=lambda source, name=inner: compile_module(source, name, optimize),  # type: ignore[misc]
+        )

@@ -1,0 +1,1 @@
+"""The commands that join guestctl: images, layers, packs, signatures, machines."""

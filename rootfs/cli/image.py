@@ -1,0 +1,133 @@
+"""``guestctl layer build``: file system images from directories, tars and container images."""
+
+from pathlib import Path
+
+import click
+
+from rootfs.cli.pack import pack
+from rootfs.cli.progress import meter
+from rootfs.cli.reporting import emit, reports_errors
+from rootfs.image.images import FILESYSTEMS, ImageResult, build_image, build_layers
+from rootfs.image.source import FORMATS
+from rootfs.image.spool import DEFAULT_MAX_BYTES
+from rootfs.image.tartree import Whiteouts
+from rootfs.pack.sidecar import Sidecar
+
+__all__ = ("COMMANDS", "LAYER_COMMANDS")
+
+_WHITEOUTS = tuple(each.value for each in Whiteouts if each is not Whiteouts.APPLY)
+
+
+@click.command("build")
+@click.argument("source")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--filesystem", type=click.Choice(FILESYSTEMS), default="erofs", show_default=True)
+@click.option("--compression", metavar="NAME", help="lz4hc, zstd...; default: none.")
+@click.option("--dax", is_flag=True, help="EROFS: start every file at a block of its own.")
+@click.option("--verity", is_flag=True, help="Put a dm-verity hash area behind it.")
+@click.option("--vhd", is_flag=True, help="End it with the footer of a fixed VHD.")
+@click.option("--sidecar", is_flag=True, help="Write OUTPUT.dmverity, as containerd does.")
+@click.option(
+    "--layers", is_flag=True, help="One image for each layer of a container image, in OUTPUT/."
+)
+@click.option("--format", "source_format", type=click.Choice(FORMATS), default="auto")
+@click.option(
+    "--whiteouts",
+    type=click.Choice(_WHITEOUTS),
+    default="overlay",
+    show_default=True,
+    help="What .wh. markers become: overlayfs form (-user: for userxattr mounts), or plain files.",
+)
+@click.option("--platform", metavar="OS/ARCH", help="Which image of several, e.g. linux/arm64.")
+@click.option("--reference", metavar="NAME", help="Which image of several, by name.")
+@click.option(
+    "--max-bytes",
+    type=click.IntRange(min=1),
+    default=DEFAULT_MAX_BYTES,
+    show_default=True,
+    help="What the source may grow to uncompressed.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@reports_errors
+def build_command(
+    *,
+    source: str,
+    output: Path,
+    filesystem: str,
+    compression: str | None,
+    dax: bool,
+    verity: bool,
+    vhd: bool,
+    sidecar: bool,
+    layers: bool,
+    source_format: str,
+    whiteouts: str,
+    platform: str | None,
+    reference: str | None,
+    max_bytes: int,
+    as_json: bool,
+) -> None:
+    """Build a layer image from SOURCE: a directory, a tar, an OCI layout, a docker archive, or -.
+
+    The same source gives the same image, byte for byte.
+    """
+    if sidecar and not verity:
+        raise click.UsageError("--sidecar tells of a hash area: it needs --verity")
+    if dax and (filesystem != "erofs" or compression):
+        raise click.UsageError("--dax is of uncompressed EROFS")
+    build = build_layers if layers else build_image
+    with meter("building", as_json) as progress:
+        built = build(
+            source,
+            output,
+            filesystem=filesystem,
+            compression=compression,
+            inline_tails=not dax,
+            verity=verity,
+            vhd_footer=vhd,
+            source_format=source_format,
+            whiteouts=Whiteouts(whiteouts),
+            platform=platform,
+            reference=reference,
+            max_bytes=max_bytes,
+            progress=progress,
+        )
+    results = (built,) if isinstance(built, ImageResult) else built
+    if sidecar:
+        for result in results:
+            _write_sidecar(result)
+    facts = [_facts(result) for result in results]
+    if as_json:
+        emit(facts if layers else facts[0])
+        return
+    for each in facts:
+        width = max(map(len, each))
+        click.echo("\n".join(f"{name:{width}}  {value}" for name, value in each.items()))
+
+
+def _write_sidecar(result: ImageResult) -> None:
+    assert result.verity is not None
+    Sidecar.of(result.verity).save(Sidecar.path_of(result.path))
+
+
+def _facts(result: ImageResult) -> dict[str, object]:
+    facts: dict[str, object] = {
+        "path": str(result.path),
+        "filesystem": result.filesystem,
+        "compression": result.compression or "none",
+        "size_bytes": result.size_bytes,
+        "inodes": result.inode_count,
+        "source_digest": result.source_digest,
+        "uuid": str(result.uuid),
+    }
+    if result.verity is not None:
+        facts["hash_offset_bytes"] = result.verity.hash_offset_bytes
+        facts["salt"] = result.verity.salt.hex()
+        facts["root_digest"] = result.verity.root_digest.hex()
+    return facts
+
+
+#: For ``guestctl layer``.
+LAYER_COMMANDS: tuple[click.Command, ...] = (build_command,)
+#: For ``guestctl``.
+COMMANDS: tuple[click.Command, ...] = (pack,)

@@ -1,0 +1,306 @@
+"""``guestctl layer format | verify | dump``: hash areas of images on this host.
+
+The root digest is the last thing printed, when all is on disk. Nothing half made is left behind.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+from uuid import UUID
+
+import click
+
+from guestagent.storage.verity import DIGEST_SIZES, VerityParameters
+from rootfs.cli.progress import meter
+from rootfs.cli.reporting import emit, hex_bytes, reports_errors
+from rootfs.cli.sign import COMMANDS
+from rootfs.imagefile.errors import from_os_error
+from rootfs.pack.sidecar import Sidecar
+from rootfs.verity.formatter import Geometry, derive_identity, format_image
+from rootfs.verity.runs import Run
+from rootfs.verity.verifier import Layer, Terms, VerifyResult, read_layer, verify_image
+from vsock.errors import CallError
+
+__all__ = ("COMMANDS", "LAYER_COMMANDS")
+
+Command = TypeVar("Command", bound=Callable[..., None])
+_SHOWN_RUNS = 100
+
+
+def _block_range(text: str) -> tuple[int, int | None]:
+    """Read FIRST:END; either may be left out."""
+    first, colon, end = text.partition(":")
+    if not colon or not (f"0{first}0{end}".isascii() and f"0{first}0{end}".isdigit()):
+        raise click.BadParameter(f"{text!r} is not FIRST:END")
+    return int(first or 0), int(end) if end else None
+
+
+def _json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def _place_options(command: Command) -> Command:
+    """Add what says where the hash area is and what a superblock would say."""
+    for option in reversed(
+        (
+            click.option("--hash-file", type=click.Path(), help="The hash area is in this file."),
+            click.option("--hash-offset", type=int, metavar="BYTES", help="Where it starts."),
+            click.option(
+                "--no-superblock", is_flag=True, help="There is none: --salt, --data-blocks... say."
+            ),
+            click.option("--salt", type=hex_bytes, metavar="HEX", help="Salt; - is none."),
+            click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_SIZES))),
+            click.option("--hash-type", type=click.Choice(("0", "1"))),
+            click.option("--data-blocks", type=int),
+            click.option("--data-block-size", type=int, metavar="BYTES"),
+            click.option("--hash-block-size", type=int, metavar="BYTES"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _terms(root_digest: bytes | None, options: dict[str, object]) -> Terms:
+    names = {
+        "hash_offset": "hash_offset_bytes",
+        "data_block_size": "data_block_size_bytes",
+        "hash_block_size": "hash_block_size_bytes",
+    }
+    fields = {names.get(name, name): value for name, value in options.items()}
+    fields["superblock"] = not fields.pop("no_superblock")
+    hash_type = fields["hash_type"]
+    fields["hash_type"] = None if hash_type is None else int(str(hash_type))
+    return Terms(root_digest=root_digest, **fields)  # type: ignore[arg-type]  # click has checked
+
+
+@click.command("format")
+@click.argument("image", type=click.Path())
+@click.option("--salt", type=hex_bytes, metavar="HEX", help="Salt; - is none. Default: random.")
+@click.option("--uuid", type=click.UUID, help="Default: random.")
+@click.option(
+    "--reproducible", is_flag=True, help="Derive salt and UUID from the content of the image."
+)
+@click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_SIZES)), default="sha256")
+@click.option("--hash-type", type=click.Choice(("0", "1")), default="1", help="0: Chrome OS.")
+@click.option("--data-block-size", type=int, metavar="BYTES", default=4096, show_default=True)
+@click.option("--hash-block-size", type=int, metavar="BYTES", default=4096, show_default=True)
+@click.option("--data-blocks", type=int, help="Hash only so many blocks.")
+@click.option("--hash-offset", type=int, metavar="BYTES", help="Default: behind the data.")
+@click.option("--hash-file", type=click.Path(), help="Put the hash area there, not behind.")
+@click.option("--no-superblock", is_flag=True, help="Write the tree alone.")
+@click.option("--sidecar", is_flag=True, help="Write IMAGE.dmverity, as containerd does.")
+@click.option("--force", is_flag=True, help="Replace a hash area, or a hash file.")
+@click.option("--workers", type=click.IntRange(min=1), help="Default: one for each core.")
+@_json_option
+@reports_errors
+def format_command(
+    *,
+    image: str,
+    salt: bytes | None,
+    uuid: UUID | None,
+    reproducible: bool,
+    algorithm: str,
+    hash_type: str,
+    data_block_size: int,
+    hash_block_size: int,
+    data_blocks: int | None,
+    hash_offset: int | None,
+    hash_file: str | None,
+    no_superblock: bool,
+    sidecar: bool,
+    force: bool,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Add a dm-verity hash area to IMAGE, in place."""
+    if reproducible:
+        if salt is not None or uuid is not None:
+            raise click.UsageError("--reproducible makes --salt and --uuid itself")
+        salt, uuid = _identity(image, data_blocks, data_block_size)
+    if sidecar and (no_superblock or hash_file is not None):
+        raise click.UsageError("a sidecar tells where the superblock is in IMAGE")
+    with meter("hashing", as_json) as progress:
+        result = format_image(
+            image,
+            salt=salt,
+            uuid=uuid,
+            geometry=Geometry(
+                algorithm=algorithm,
+                hash_type=int(hash_type),
+                data_block_size_bytes=data_block_size,
+                hash_block_size_bytes=hash_block_size,
+                superblock=not no_superblock,
+            ),
+            data_blocks=data_blocks,
+            hash_offset_bytes=hash_offset,
+            hash_file=hash_file,
+            force=force,
+            durable=True,
+            workers=workers,
+            progress=progress,
+        )
+    if sidecar:
+        Sidecar.of(result.parameters).save(Sidecar.path_of(image))
+    uuid_text = None if result.uuid is None else str(result.uuid)
+    _show(_facts(result.parameters, uuid_text), as_json)
+
+
+def _identity(image: str, data_blocks: int | None, block_size_bytes: int) -> tuple[bytes, UUID]:
+    digest = hashlib.sha256()
+    left = None if data_blocks is None else data_blocks * block_size_bytes
+    try:
+        with open(image, "rb") as file:
+            if left is None:
+                with contextlib.suppress(CallError):  # formatted before: its data only
+                    left = read_layer(image).parameters.data_size_bytes
+            left = os.fstat(file.fileno()).st_size if left is None else left
+            while left > 0 and (piece := file.read(min(left, 1 << 20))):
+                digest.update(piece)
+                left -= len(piece)
+    except OSError as problem:
+        raise from_os_error(problem, step="read", object=image) from problem
+    return derive_identity(digest.digest())
+
+
+@click.command("dump")
+@click.argument("image", type=click.Path())
+@_place_options
+@_json_option
+@reports_errors
+def dump_command(*, image: str, hash_file: str | None, as_json: bool, **options: object) -> None:
+    """Print what the hash area of IMAGE says. Checks nothing but that it is there."""
+    layer = read_layer(image, terms=_terms(None, options), hash_file=hash_file)
+    vhd = {} if layer.footer is None else {"vhd_uuid": str(layer.footer.uuid)}
+    _show({**vhd, **_facts(layer.parameters, _uuid(layer))}, as_json)
+
+
+def _uuid(layer: Layer) -> str | None:
+    return None if layer.superblock is None else str(UUID(bytes=layer.superblock.uuid))
+
+
+def _facts(parameters: VerityParameters, uuid: str | None) -> dict[str, object]:
+    facts: dict[str, object] = {} if uuid is None else {"uuid": uuid}
+    facts |= parameters.to_wire()
+    facts["tree_offset_bytes"] = parameters.tree_offset_bytes
+    facts["hash_blocks"] = parameters.hash_blocks
+    facts["levels"] = parameters.levels
+    facts["end_bytes"] = parameters.end_bytes
+    facts["root_digest"] = facts.pop("root_digest")  # last, where the eye is
+    return facts
+
+
+def _show(facts: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        emit(facts)
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        shown = value.hex() or "-" if isinstance(value, bytes) else value
+        click.echo(f"{name:{width}}  {shown}")
+
+
+@click.command("verify")
+@click.argument("image", type=click.Path())
+@click.option(
+    "--root-digest",
+    type=hex_bytes,
+    metavar="HEX",
+    help="Without it, data and tree vouch for each other.",
+)
+@click.option(
+    "--sidecar", is_flag=True, help="Root digest and offset are in IMAGE.dmverity, of containerd."
+)
+@click.option(
+    "--range",
+    "block_range",
+    type=_block_range,
+    metavar="FIRST:END",
+    help="Data blocks FIRST to END - 1.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Default: one for each core.")
+@_place_options
+@_json_option
+@reports_errors
+def verify_command(
+    *,
+    image: str,
+    root_digest: bytes | None,
+    sidecar: bool,
+    block_range: tuple[int, int | None] | None,
+    workers: int | None,
+    hash_file: str | None,
+    as_json: bool,
+    **options: object,
+) -> None:
+    """Check IMAGE against its hash tree and name every corrupt block (exit status 1)."""
+    if sidecar:
+        if root_digest is not None or options["hash_offset"] is not None or hash_file is not None:
+            raise click.UsageError("--sidecar says the root digest, and where the hash area is")
+        known = Sidecar.load(Sidecar.path_of(image))
+        root_digest, options["hash_offset"] = known.root_digest, known.hash_offset_bytes
+    first, end = block_range or (0, None)
+    with meter("verifying", as_json) as progress:
+        result = verify_image(
+            image,
+            terms=_terms(root_digest, options),
+            hash_file=hash_file,
+            first_block=first,
+            end_block=end,
+            workers=workers,
+            progress=progress,
+        )
+    if as_json:
+        emit({"intact": result.intact, **_found(result)})
+    else:
+        _describe(image, result, trusted=root_digest is not None)
+    if not result.intact:
+        sys.exit(1)
+
+
+def _found(result: VerifyResult) -> dict[str, object]:
+    return {
+        "first_block": result.first_block,
+        "end_block": result.end_block,
+        "root_digest": result.parameters.root_digest,
+        "corrupt_data_blocks": result.corrupt_data_blocks,
+        "corrupt_data": [_run(run) for run in result.corrupt_data],
+        "corrupt_hash": [{"level": level, "block": block} for level, block in result.corrupt_hash],
+        "unproven_data": [_run(run) for run in result.unproven_data],
+    }
+
+
+def _run(run: Run) -> dict[str, object]:
+    fields = dataclasses.asdict(run)
+    del fields["alike"]
+    return fields
+
+
+def _describe(image: str, result: VerifyResult, *, trusted: bool) -> None:
+    where = f"data blocks {result.first_block}:{result.end_block} of {image}"
+    if result.intact:
+        against = "the root digest" if trusted else "their own tree (no root digest was given)"
+        click.echo(f"intact: {where} match {against}")
+        return
+    click.echo(f"corrupt: {where}")
+    for level, block in result.corrupt_hash[:_SHOWN_RUNS]:
+        click.echo(f"  hash block {block} of level {level}")
+    for run in result.corrupt_data[:_SHOWN_RUNS]:
+        click.echo(f"  data block {_range(run)}")
+    for run in result.unproven_data[:_SHOWN_RUNS]:
+        click.echo(f"  unproven: data block {_range(run)}")
+    lists = (result.corrupt_hash, result.corrupt_data, result.unproven_data)
+    hidden = sum(max(0, len(found) - _SHOWN_RUNS) for found in lists)
+    if hidden:
+        click.echo(f"  and {hidden} more (--json lists them)")
+
+
+def _range(run: Run) -> str:
+    return str(run.first) if run.count == 1 else f"{run.first}-{run.end - 1}"
+
+
+#: For ``guestctl layer``.
+LAYER_COMMANDS: tuple[click.Command, ...] = (format_command, verify_command, dump_command)

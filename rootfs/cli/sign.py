@@ -1,0 +1,147 @@
+"""``guestctl sign``: make and check signatures of manifests and of root digests."""
+
+import os
+
+import click
+
+from rootfs.cli.reporting import emit, hex_bytes, reports_errors
+from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.output import new_file
+from rootfs.pack.canonical import parse_json
+from vsock.errors import CallError
+
+__all__ = ("COMMANDS",)
+
+_MAX_FILE_BYTES = 64 << 20
+
+
+@click.command("sign")
+@click.argument("manifest", type=click.Path(), required=False)
+@click.option(
+    "--root-digest",
+    type=hex_bytes,
+    metavar="HEX",
+    help="Sign this, for the kernel, not a manifest.",
+)
+@click.option("--key", type=click.Path(), help="Private key; with --verify the public one.")
+@click.option("--certificate", type=click.Path(), help="Of the key, for --root-digest.")
+@click.option(
+    "--password-file", type=click.Path(), help="Its first line is the password of the key."
+)
+@click.option("--signature", type=click.Path(), help="Default: MANIFEST.sig.")
+@click.option("--verify", is_flag=True, help="Check a signature instead of making one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@reports_errors
+def sign_command(
+    *,
+    manifest: str | None,
+    root_digest: bytes | None,
+    key: str | None,
+    certificate: str | None,
+    password_file: str | None,
+    signature: str | None,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """Sign MANIFEST (Ed25519 or ECDSA P-256), or a root digest (PKCS#7, as the kernel checks it).
+
+    \b
+    guestctl sign --key KEY MANIFEST
+    guestctl sign --verify --key PUBLIC-KEY MANIFEST
+    guestctl sign --key KEY --certificate CRT --root-digest HEX --signature FILE
+    guestctl sign --verify --certificate CRT --root-digest HEX --signature FILE
+    """
+    if (manifest is None) == (root_digest is None):
+        raise click.UsageError("what is to be signed: a MANIFEST, or --root-digest?")
+    if manifest is not None:
+        path = signature or f"{manifest}.sig"
+        by = _needed("--key", key)
+        signer = (_verify_manifest if verify else _sign_manifest)(manifest, path, by, password_file)
+    else:
+        assert root_digest is not None
+        path = _needed("--signature", signature)
+        named = _needed("--certificate", certificate)
+        signer = named
+        if verify:
+            _verify_root(root_digest, path, named)
+        else:
+            _sign_root(root_digest, path, named, _needed("--key", key), password_file)
+    if as_json:
+        emit({"signature": path, "signer": signer, "verified": verify})
+    else:
+        click.echo(f"{'good signature' if verify else 'signed'}: {path} by {signer}")
+
+
+def _needed(name: str, value: str | None) -> str:
+    if value is None:
+        raise click.UsageError(f"{name} is needed for this")
+    return value
+
+
+def _sign_manifest(manifest: str, path: str, key: str, password_file: str | None) -> str:
+    from rootfs.pack.keys import load_private_key
+    from rootfs.pack.signing import sign_manifest
+
+    private = load_private_key(key, password=_password(password_file))
+    made = sign_manifest(_manifest(manifest), private)
+    _write(path, made.to_json())
+    return made.key_id
+
+
+def _verify_manifest(manifest: str, path: str, key: str, password_file: str | None) -> str:
+    from rootfs.pack.keys import load_public_key
+    from rootfs.pack.signing import Signature, verify_manifest
+
+    found = Signature.parse(_read(path))
+    verify_manifest(_manifest(manifest), found, load_public_key(key))
+    return found.key_id
+
+
+def _sign_root(
+    root_digest: bytes, path: str, certificate: str, key: str, password_file: str | None
+) -> None:
+    from rootfs.pack.keys import load_certificate, load_private_key
+    from rootfs.pack.pkcs7 import sign_root_digest
+
+    private = load_private_key(key, password=_password(password_file))
+    _write(path, sign_root_digest(root_digest, load_certificate(certificate), private))
+
+
+def _verify_root(root_digest: bytes, path: str, certificate: str) -> None:
+    from rootfs.pack.keys import load_certificate
+    from rootfs.pack.pkcs7 import verify_root_digest
+
+    verify_root_digest(root_digest, _read(path), load_certificate(certificate))
+
+
+def _manifest(path: str) -> dict[str, object]:
+    try:
+        return parse_json(_read(path))
+    except ValueError as problem:
+        raise CallError(
+            "invalid", f"cannot read the manifest {path!r}: {problem}", step="read", object=path
+        ) from None
+
+
+def _password(path: str | None) -> bytes | None:
+    return None if path is None else _read(path).split(b"\n", 1)[0]
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(_MAX_FILE_BYTES)
+    except OSError as problem:
+        raise from_os_error(problem, step="read", object=path) from problem
+
+
+def _write(path: str, content: bytes) -> None:
+    with new_file(path) as (fd, _):
+        try:
+            os.write(fd, content)
+        except OSError as problem:
+            raise from_os_error(problem, step="write", object=path) from problem
+
+
+#: For ``guestctl`` itself.
+COMMANDS: tuple[click.Command, ...] = (sign_command,)

@@ -1,0 +1,1 @@
+"""Sources (directories, tars, container images) and the file systems made from them."""

@@ -1,0 +1,298 @@
+"""Images from sources: the front door of the image tools.
+
+The same source gives the same bytes: the UUID of the file system, and salt and UUID for a hash tree
+over it, derive from the source's digest. Nothing is seen under a final name before it is whole.
+"""
+
+import contextlib
+import gc
+import hashlib
+import os
+import uuid as uuid_module
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+from guestagent.storage.verity import VerityParameters
+from rootfs.image import mkfs
+from rootfs.image.erofs import ErofsImage
+from rootfs.image.source import SourceLayer, SourceOptions, open_source
+from rootfs.image.spool import DEFAULT_MAX_BYTES
+from rootfs.image.tartree import Whiteouts
+from rootfs.image.tree import Progress, TreeDigest
+from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.output import new_file
+from rootfs.imagefile.ranges import round_up
+from rootfs.imagefile.vhd import append_footer
+from rootfs.verity.formatter import derive_identity, format_image
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+__all__ = (
+    "FILESYSTEMS",
+    "BuildOptions",
+    "ImageResult",
+    "build_image",
+    "build_layers",
+    "derive_uuid",
+)
+
+FILESYSTEMS = ("erofs", "squashfs", "ext4")
+#: Images are whole blocks of a hash tree and whole pages.
+_BLOCK_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageResult:
+    """A finished image. ``size_bytes`` is of the whole file, hash area and footer included.
+
+    ``source_digest`` is ``sha256:HEX``: of the uncompressed tar (a layer's diff_id), of the tree a
+    directory holds (``rootfs.image.tree.digest_tree``), or the ChainID of the layers that were
+    merged.
+    """
+
+    path: Path
+    filesystem: str
+    compression: str | None
+    size_bytes: int
+    inode_count: int
+    source_digest: str
+    uuid: uuid_module.UUID
+    verity: VerityParameters | None = None
+
+    @property
+    def verity_salt(self) -> bytes:
+        """The salt to format a hash tree with, so that it is reproducible; 32 bytes."""
+        return derive_identity(bytes.fromhex(self.source_digest.removeprefix("sha256:")))[0]
+
+    @property
+    def verity_uuid(self) -> uuid_module.UUID:
+        """The UUID for the superblock of that hash tree."""
+        return derive_identity(bytes.fromhex(self.source_digest.removeprefix("sha256:")))[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recipe:
+    """What to make of a tree. ``inline_tails`` is of EROFS: False lets every file be mapped."""
+
+    filesystem: str
+    compression: str | None
+    inline_tails: bool
+    verity: bool
+    vhd_footer: bool
+    progress: Progress | None
+    cancel: Deadline | None
+
+    def __post_init__(self) -> None:
+        if self.filesystem not in FILESYSTEMS:
+            known = ", ".join(FILESYSTEMS)
+            raise CallError(
+                "invalid",
+                f"cannot build the image: filesystem {self.filesystem!r} is none of {known}",
+                step="build the image",
+                object="filesystem",
+            )
+        mkfs.check_compression(self.filesystem, self.compression)
+
+    def uuid(self, source_digest: str) -> uuid_module.UUID:
+        return derive_uuid(source_digest, self.filesystem)
+
+
+def derive_uuid(source_digest: str, purpose: str) -> uuid_module.UUID:
+    """Return a UUID (version 8, RFC 9562) that depends on nothing but the arguments."""
+    raw = bytearray(hashlib.sha256(f"uuid\0{purpose}\0{source_digest}".encode()).digest()[:16])
+    raw[6] = raw[6] & 0x0F | 0x80
+    raw[8] = raw[8] & 0x3F | 0x80
+    return uuid_module.UUID(bytes=bytes(raw))
+
+
+class BuildOptions(TypedDict, total=False):
+    """What ``build_image`` and ``build_layers`` can be told.
+
+    filesystem: one of ``FILESYSTEMS``; erofs unless said otherwise.
+    compression: as the file system has it (``lz4hc``, ``zstd``...); None is uncompressed.
+    inline_tails: False starts every file of an EROFS image at a block (for DAX).
+    verity: put a dm-verity hash area behind it, with salt and UUID from the source's digest.
+    vhd_footer: end the file as a fixed VHD; with ext4 and ``verity`` it is a layer of hcsshim.
+    source_format: one of ``rootfs.image.source.FORMATS``; ``auto`` unless said otherwise.
+    whiteouts: what markers in a tar become.
+    platform: which image of an index, ``linux/amd64``; this machine's when there are several.
+    reference: which image of a layout or archive, by its name there.
+    max_bytes: what the source may grow to when it is decompressed.
+    progress: called with bytes done and in all, from the start for each phase of the work.
+    cancel: ends the work, by its time or from outside.
+    """
+
+    filesystem: str
+    compression: str | None
+    inline_tails: bool
+    verity: bool
+    vhd_footer: bool
+    source_format: str
+    whiteouts: Whiteouts
+    platform: str | None
+    reference: str | None
+    max_bytes: int
+    progress: Progress | None
+    cancel: Deadline | None
+
+
+def build_image(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    **options: Unpack[BuildOptions],
+) -> ImageResult:
+    """Build one file system image from a directory, a tar or a container image.
+
+    ``source`` is a path, or ``-`` for a tar on the standard input. A container image of several
+    layers becomes one image of them all; see ``build_layers`` for the other way.
+
+    Raises:
+        CallError: ``invalid``, a wrong argument or source; ``integrity``, a damaged source;
+            ``unsupported``, what the format cannot hold; ``resource``, a full disk or a limit;
+            ``denied``; ``conflict``, the source changed; ``cancelled``, ``timeout`` by ``cancel``.
+    """
+    recipe = _recipe(options)
+    with (
+        _collector_paused(),
+        open_source(source, _source_options(Path(output).parent, options)) as opened,
+        opened.tree() as layer,
+    ):
+        return _write(layer, Path(output), recipe)
+
+
+def build_layers(
+    source: str | os.PathLike[str],
+    output_directory: str | os.PathLike[str],
+    **options: Unpack[BuildOptions],
+) -> tuple[ImageResult, ...]:
+    """Build one image for each layer of a container image, the lowest first.
+
+    The images are ``HEX.FILESYSTEM`` in ``output_directory``, HEX being the layer's diff_id. A
+    layer that comes more than once is built once, for its highest place. After an error the images
+    of earlier layers are there, each whole.
+
+    Raises:
+        CallError: as ``build_image``.
+    """
+    recipe = _recipe(options)
+    directory = Path(output_directory)
+    results = []
+    with _collector_paused(), open_source(source, _source_options(directory, options)) as opened:
+        for each in opened.layers():
+            layer = each.digested(progress=recipe.progress, cancel=recipe.cancel)
+            assert layer.digest is not None
+            name = f"{layer.digest.removeprefix('sha256:')}.{recipe.filesystem}"
+            results.append(_write(layer, directory / name, recipe))
+    return tuple(results)
+
+
+def _recipe(options: BuildOptions) -> _Recipe:
+    return _Recipe(
+        filesystem=options.get("filesystem", "erofs"),
+        compression=options.get("compression"),
+        inline_tails=options.get("inline_tails", True),
+        verity=options.get("verity", False),
+        vhd_footer=options.get("vhd_footer", False),
+        progress=options.get("progress"),
+        cancel=options.get("cancel"),
+    )
+
+
+def _source_options(spool_directory: Path, options: BuildOptions) -> SourceOptions:
+    return SourceOptions(
+        format=options.get("source_format", "auto"),
+        whiteouts=options.get("whiteouts", Whiteouts.OVERLAY),
+        platform=options.get("platform"),
+        reference=options.get("reference"),
+        max_bytes=options.get("max_bytes", DEFAULT_MAX_BYTES),
+        spool_directory=spool_directory,
+        progress=options.get("progress"),
+        cancel=options.get("cancel"),
+    )
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A tree of many inodes is all alive until the end; looking for garbage in it, again and again
+    as it grows, costs an eighth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _write(layer: SourceLayer, output: Path, recipe: _Recipe) -> ImageResult:
+    try:
+        with new_file(output) as (fd, temporary):
+            result = _make_filesystem(layer, fd, temporary, recipe)
+            parameters = _add_hash_area(temporary, result, recipe) if recipe.verity else None
+            if recipe.vhd_footer:
+                with temporary.open("r+b") as image:
+                    append_footer(image.fileno(), derive_uuid(result.source_digest, "vhd"))
+            size_bytes = temporary.stat().st_size
+    except OSError as problem:
+        raise from_os_error(problem, step="write", object=output) from problem
+    return replace(result, path=output, size_bytes=size_bytes, verity=parameters)
+
+
+def _make_filesystem(layer: SourceLayer, fd: int, path: Path, recipe: _Recipe) -> ImageResult:
+    """Write the file system to ``fd``, which is ``path``."""
+    if recipe.filesystem == "erofs" and recipe.compression is None:
+        return _make_erofs(layer, fd, path, recipe)
+    layer = layer.digested(progress=recipe.progress, cancel=recipe.cancel)
+    assert layer.digest is not None
+    inodes = mkfs.make_image(
+        layer.root,
+        path,
+        filesystem=recipe.filesystem,
+        compression=recipe.compression,
+        uuid=recipe.uuid(layer.digest),
+        cancel=recipe.cancel,
+    )
+    size_bytes = path.stat().st_size
+    os.truncate(path, round_up(size_bytes, _BLOCK_BYTES))
+    return _result(path, recipe, layer.digest, inodes)
+
+
+def _make_erofs(layer: SourceLayer, fd: int, path: Path, recipe: _Recipe) -> ImageResult:
+    image = ErofsImage(layer.root, inline_tails=recipe.inline_tails)
+    digest = TreeDigest()  # taken of what has none yet
+
+    def source_digest() -> str:
+        return layer.digest or "sha256:" + digest.digest().hex()
+
+    image.write(
+        fd,
+        lambda: recipe.uuid(source_digest()),
+        digest=None if layer.digest else digest,
+        progress=recipe.progress,
+        cancel=recipe.cancel,
+    )
+    return _result(path, recipe, source_digest(), image.inode_count)
+
+
+def _result(path: Path, recipe: _Recipe, source_digest: str, inodes: int) -> ImageResult:
+    return ImageResult(
+        path=path,
+        filesystem=recipe.filesystem,
+        compression=recipe.compression,
+        size_bytes=0,
+        inode_count=inodes,
+        source_digest=source_digest,
+        uuid=recipe.uuid(source_digest),
+    )
+
+
+def _add_hash_area(path: Path, result: ImageResult, recipe: _Recipe) -> VerityParameters:
+    return format_image(
+        path,
+        salt=result.verity_salt,
+        uuid=result.verity_uuid,
+        progress=recipe.progress,
+        deadline=recipe.cancel,
+    ).parameters

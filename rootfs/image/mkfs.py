@@ -1,0 +1,148 @@
+"""File systems made by the programs of the distribution: squashfs, ext4, compressed EROFS.
+
+What the installed program can do is asked of the program, not assumed from its version. Where a
+program takes a tar, the tree goes to it as one and no privilege is needed.
+"""
+
+import functools
+import os
+import re
+import stat
+import subprocess
+import uuid as uuid_module
+from collections.abc import Iterator
+from pathlib import Path
+
+from rootfs.image.ext4 import make_ext4
+from rootfs.image.squashfs import set_root
+from rootfs.image.staging import staged
+from rootfs.image.tarwriter import write_tar
+from rootfs.image.tree import Node, link_counts, walk
+from rootfs.imagefile.program import feed, missing, run
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+__all__ = ("check_compression", "make_image")
+
+_SQUASHFS_COMPRESSIONS = ("gzip", "lzo", "lz4", "xz", "zstd")
+_MAX_TIME = (1 << 32) - 1
+
+
+def check_compression(filesystem: str, compression: str | None) -> None:
+    """Refuse a compression that the file system, or the installed program, does not have.
+
+    Raises:
+        CallError: ``unsupported``.
+    """
+    if compression is None:
+        return
+    known = _compressions(filesystem)
+    if compression.partition(",")[0] not in known:
+        names = ", ".join(known) or "none"
+        raise CallError(
+            "unsupported",
+            f"cannot compress {filesystem} with {compression!r}; available: {names}",
+            step="check the compression",
+            object="compression",
+        )
+
+
+def _compressions(filesystem: str) -> tuple[str, ...]:
+    if filesystem == "squashfs":
+        return _SQUASHFS_COMPRESSIONS
+    if filesystem == "erofs":
+        found = re.search(r"Available compressors are: (.*)", _help("mkfs.erofs"))
+        if found is not None:
+            return tuple(found[1].split(", "))
+        return tuple(re.findall(r"^\s+(lz4hc|lz4|lzma|deflate|zstd)\b", _help("mkfs.erofs"), re.M))
+    return ()
+
+
+@functools.cache
+def _help(program: str) -> str:
+    try:
+        done = subprocess.run([program, "--help"], capture_output=True, check=False, timeout=10)
+    except FileNotFoundError as problem:
+        raise missing(program, problem) from problem
+    return (done.stdout + done.stderr).decode(errors="replace")
+
+
+def make_image(
+    root: Node,
+    path: Path,
+    *,
+    filesystem: str,
+    compression: str | None,
+    uuid: uuid_module.UUID,
+    cancel: Deadline | None = None,
+) -> int:
+    """Make the image in the file ``path`` and return how many inodes it has.
+
+    Raises:
+        CallError: ``unsupported``, the tree holds what the file system or the program cannot, or
+            privilege is missing; ``resource``, a full disk; ``device``, the program failed.
+    """
+    if filesystem == "squashfs":
+        _make_squashfs(root, path, compression, cancel)
+    elif filesystem == "erofs":
+        assert compression is not None
+        _make_erofs(root, path, compression, uuid, cancel)
+    else:
+        make_ext4(root, path, uuid, cancel)
+    return len(link_counts(root))
+
+
+def _make_squashfs(
+    root: Node, path: Path, compression: str | None, cancel: Deadline | None
+) -> None:
+    _check_squashfs(root)
+    command = ["sqfstar", "-no-progress", "-quiet", "-exit-on-error", "-force", "-mkfs-time", "0"]
+    command += ["-root-mode", f"{stat.S_IMODE(root.mode):o}"]
+    # inodes stay uncompressed, so that the root's owner and time can be put right
+    command += ["-noI"] if compression else ["-noI", "-noD", "-noF", "-noX"]
+    command += ["-comp", compression] if compression else []
+    feed([*command, str(path)], _without_root(write_tar(root)), cancel)
+    with path.open("r+b") as image:
+        set_root(image.fileno(), root.uid, root.gid, root.mtime_ns // 10**9)
+
+
+def _without_root(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The root comes first, and is described by options."""
+    next(pieces)
+    yield from pieces
+
+
+def _check_squashfs(root: Node) -> None:
+    if root.xattrs:
+        raise _cannot("squashfs", (), "attributes on the root directory")
+    for path, node in walk(root):
+        if not 0 <= node.mtime_ns // 10**9 <= _MAX_TIME:
+            raise _cannot("squashfs", path, "a time that is no unsigned 32-bit number of seconds")
+        for name in node.xattrs:
+            if not name.startswith((b"user.", b"trusted.", b"security.")):
+                raise _cannot("squashfs", path, f"the attribute {os.fsdecode(name)}")
+
+
+def _make_erofs(
+    root: Node, path: Path, compression: str, uuid: uuid_module.UUID, cancel: Deadline | None
+) -> None:
+    command = ["mkfs.erofs", "--quiet", f"-z{compression}", "-U", str(uuid)]
+    # later than every file, so that it only sets the time of the image
+    latest = max(node.mtime_ns // 10**9 for _, node in walk(root))
+    environment = {"SOURCE_DATE_EPOCH": str(max(latest + 1, 0))}
+    if "--tar" in _help("mkfs.erofs"):
+        command += ["--tar=f", str(path)]
+        feed(command, write_tar(root), cancel, environment=environment)
+        return
+    with staged(root, path.parent, "a compressed EROFS image, with this mkfs.erofs") as directory:
+        run([*command, str(path), str(directory)], cancel, environment=environment)
+
+
+def _cannot(filesystem: str, path: tuple[bytes, ...], what: str) -> CallError:
+    text = os.fsdecode(b"/".join(path)) or "/"
+    return CallError(
+        "unsupported",
+        f"cannot put {text!r} into a {filesystem} image: it has {what}",
+        step="lay out the image",
+        object=text,
+    )

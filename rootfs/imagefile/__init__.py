@@ -1,0 +1,1 @@
+"""Files that hold images: atomic outputs, holes, ranges, locks, VHD footers."""

@@ -1,0 +1,1 @@
+"""Packs: many layers in one device, with a manifest and signatures."""

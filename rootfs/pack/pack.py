@@ -1,0 +1,371 @@
+"""Many layers in one raw image, for a VPMem, NVDIMM or disk device of a virtual machine.
+
+A layer (a file system image with its hash tree behind it) lies at an aligned offset; freed ranges
+are used again, first fit. The image is a whole number of 2 MiB. The manifest beside it says what
+lies where, and is only ever replaced whole: a process that dies leaves, at worst, bytes in a range
+that no layer claims.
+
+Whoever attaches the image to a machine holds a shared flock(2) on it, whoever changes it an
+exclusive one; neither ever waits.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from guestagent.storage.verity import FieldError, VerityParameters, check_tree_spines
+from rootfs.image.tree import Progress
+from rootfs.imagefile.attached import refuse_attached
+from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.holes import copy_range, data_extents, punch_hole
+from rootfs.imagefile.imagelock import open_locked
+from rootfs.imagefile.output import new_file
+from rootfs.imagefile.ranges import ByteRange, first_fit, round_up
+from rootfs.pack.manifest import IMAGE_STEP_BYTES, Manifest, ManifestLayer
+from rootfs.pack.packcheck import PackReport, check_pack, digest_range
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+__all__ = ("DAX_ALIGNMENT_BYTES", "PAGE_ALIGNMENT_BYTES", "Pack", "manifest_path_of", "new_pack")
+
+#: Enough to map a layer; what dm-linear and dm-verity need.
+PAGE_ALIGNMENT_BYTES = 4096
+#: Lets the guest map a layer with huge pages.
+DAX_ALIGNMENT_BYTES = 2 << 20
+
+
+def manifest_path_of(image: str | os.PathLike[str]) -> Path:
+    """Return where the manifest of an image is by custom: IMAGE.json."""
+    return Path(os.fspath(image) + ".json")
+
+
+class Pack:
+    """An open pack, locked until ``close``. Use as a context manager.
+
+    Not for several threads at once.
+    """
+
+    def __init__(self, fd: int, manifest_path: Path, manifest: Manifest, *, writable: bool) -> None:
+        """Take over ``fd`` (consumed); ``create`` and ``open`` are the ways to get a pack."""
+        self._fd = fd
+        self._manifest_path = manifest_path
+        self._manifest = manifest
+        self._writable = writable
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        manifest_path: str | os.PathLike[str] | None = None,
+        alignment_bytes: int = PAGE_ALIGNMENT_BYTES,
+    ) -> "Pack":
+        """Make an empty pack and open it for writing.
+
+        Raises:
+            CallError: ``conflict``, one of the files exists; ``invalid``, an argument; by errno.
+        """
+        image, beside = Path(path), _beside(path, manifest_path)
+        try:
+            manifest = Manifest(image=image.name, size_bytes=0, alignment_bytes=alignment_bytes)
+        except FieldError as problem:
+            raise _invalid("create a pack", image, str(problem)) from None
+        if beside.exists():
+            raise from_os_error(
+                FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)),
+                step="create the manifest",
+                object=beside,
+            )
+        with new_file(image, replace=False):
+            pass
+        fd = open_locked(image, writable=True)
+        pack = cls(fd, beside, manifest, writable=True)
+        try:
+            manifest.save(beside)
+        except BaseException:
+            pack.close()
+            image.unlink()
+            raise
+        return pack
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        manifest_path: str | os.PathLike[str] | None = None,
+        *,
+        writable: bool = False,
+    ) -> "Pack":
+        """Open the pack whose image is ``path``.
+
+        Raises:
+            CallError: ``busy``, someone holds it in a way that excludes this; ``invalid`` or
+                ``unsupported``, its manifest; by errno.
+        """
+        image, beside = Path(path), _beside(path, manifest_path)
+        fd = open_locked(image, writable=writable)
+        try:
+            if writable:
+                refuse_attached(fd, str(image))
+            manifest = Manifest.load(beside)
+            if manifest.image != image.name:
+                raise _invalid("open the pack", beside, f"it is the manifest of {manifest.image!r}")
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd, beside, manifest, writable=writable)
+
+    def __enter__(self) -> "Pack":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the lock. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._manifest
+
+    @property
+    def layers(self) -> tuple[ManifestLayer, ...]:
+        """The layers, topmost first."""
+        return self._manifest.layers
+
+    @property
+    def path(self) -> Path:
+        return self._manifest_path.with_name(self._manifest.image)
+
+    def add(
+        self,
+        layer_image: str | os.PathLike[str],
+        layer_id: str,
+        *,
+        filesystem: str = "erofs",
+        verity: VerityParameters | None = None,
+        source_digest: str | None = None,
+        position: int = 0,
+        progress: Progress | None = None,
+        cancel: Deadline | None = None,
+    ) -> ManifestLayer:
+        """Copy a layer into the image; ``position`` counts from the top of the overlay.
+
+        With ``verity`` the layer's tree must be in the file, at ``verity.hash_offset_bytes``.
+
+        Raises:
+            CallError: ``conflict``, the id is taken, or the layer is being changed; ``invalid``, an
+                argument; ``integrity``, the tree does not match; ``resource``, the disk is full; by
+                errno.
+        """
+        self._require_writable("add to the pack")
+        if self._manifest.find(layer_id) is not None:
+            raise CallError(
+                "conflict",
+                f"cannot add layer {layer_id!r}: the pack {str(self.path)!r} has one of that id",
+                step="add to the pack",
+                object=layer_id,
+            )
+        source = _open_layer(layer_image)
+        try:
+            layer = self._describe(source, layer_id, filesystem, verity, source_digest)
+            self._copy_in(source, layer, progress, cancel)
+        except OSError as problem:
+            raise from_os_error(problem, step="copy the layer", object=layer_image) from problem
+        finally:
+            os.close(source)
+        layers = list(self._manifest.layers)
+        layers.insert(position, layer)
+        self._commit(tuple(layers), max(self._manifest.size_bytes, self._end_with(layer)))
+        return layer
+
+    def _describe(
+        self,
+        source: int,
+        layer_id: str,
+        filesystem: str,
+        verity: VerityParameters | None,
+        source_digest: str | None,
+    ) -> ManifestLayer:
+        file_bytes = os.fstat(source).st_size
+        if not file_bytes:
+            raise _invalid("add to the pack", layer_id, "the layer is empty")
+        size_bytes = round_up(file_bytes, PAGE_ALIGNMENT_BYTES)
+        used = [layer.range for layer in self._manifest.layers]
+        content_digest = None
+        if verity is None:
+            content_digest = digest_range(
+                source,
+                ByteRange(offset_bytes=0, size_bytes=file_bytes),
+                padding_bytes=size_bytes - file_bytes,
+            )
+        else:
+            check_tree_spines(verity, lambda at, size: os.pread(source, size, at))
+        try:
+            return ManifestLayer(
+                layer_id=layer_id,
+                offset_bytes=first_fit(used, size_bytes, self._manifest.alignment_bytes),
+                size_bytes=size_bytes,
+                filesystem=filesystem,
+                verity=verity,
+                source_digest=source_digest,
+                content_digest=content_digest,
+            )
+        except FieldError as problem:
+            raise _invalid("add to the pack", layer_id, str(problem)) from None
+
+    def _end_with(self, layer: ManifestLayer) -> int:
+        return round_up(layer.range.end_bytes, IMAGE_STEP_BYTES)
+
+    def _copy_in(
+        self,
+        source: int,
+        layer: ManifestLayer,
+        progress: Progress | None,
+        cancel: Deadline | None,
+    ) -> None:
+        """Copy before the manifest tells of it; on failure the image has its old size again."""
+        total = os.fstat(source).st_size
+        if round_up(total, PAGE_ALIGNMENT_BYTES) != layer.size_bytes:
+            # more of it would go over the layer behind
+            raise CallError(
+                "conflict",
+                f"cannot copy layer {layer.layer_id!r}: its size changed while it was read",
+                step="copy the layer",
+                object=layer.layer_id,
+            )
+        old_bytes = os.fstat(self._fd).st_size
+        new_bytes = max(old_bytes, self._end_with(layer))
+        done = 0
+        try:
+            os.ftruncate(self._fd, new_bytes)
+            punch_hole(self._fd, layer.range)
+            for extent in data_extents(source, total):
+                place = layer.offset_bytes + extent.offset_bytes
+                for count in copy_range(source, extent, self._fd, place):
+                    done += count
+                    if cancel is not None:
+                        cancel.check("copy the layer")
+                    if progress is not None:
+                        progress(done, total)
+            os.fsync(self._fd)
+        except BaseException:
+            os.ftruncate(self._fd, old_bytes)
+            raise
+
+    def remove(self, layer_id: str, *, trim: bool = False) -> ManifestLayer:
+        """Take a layer out and free its range; ``trim`` also cuts free space off the image's end.
+
+        Raises:
+            CallError: ``not_found``; by errno.
+        """
+        self._require_writable("remove from the pack")
+        layer = self._manifest.find(layer_id)
+        if layer is None:
+            raise CallError(
+                "not_found",
+                f"cannot remove layer {layer_id!r}: the pack {str(self.path)!r} has none such",
+                step="remove from the pack",
+                object=layer_id,
+            )
+        rest = tuple(other for other in self._manifest.layers if other is not layer)
+        size_bytes = self._manifest.size_bytes
+        if trim:
+            size_bytes = max((self._end_with(other) for other in rest), default=0)
+        self._commit(rest, size_bytes)
+        try:
+            punch_hole(self._fd, layer.range)
+            if trim:
+                os.ftruncate(self._fd, size_bytes)
+            os.fsync(self._fd)
+        except OSError as problem:
+            raise from_os_error(
+                problem, step="free the layer's range", object=self.path
+            ) from problem
+        return layer
+
+    def check(
+        self, *, progress: Progress | None = None, cancel: Deadline | None = None
+    ) -> PackReport:
+        """Read all layers and compare them with the manifest.
+
+        Raises:
+            CallError: by errno; ``cancelled``, ``timeout`` by ``cancel``. What is wrong with the
+                pack is in the report.
+        """
+        try:
+            return check_pack(self._fd, self._manifest, progress=progress, cancel=cancel)
+        except OSError as problem:
+            raise from_os_error(problem, step="check the pack", object=self.path) from problem
+
+    def _commit(self, layers: tuple[ManifestLayer, ...], size_bytes: int) -> None:
+        manifest = Manifest(
+            image=self._manifest.image,
+            size_bytes=size_bytes,
+            alignment_bytes=self._manifest.alignment_bytes,
+            layers=layers,
+        )
+        manifest.save(self._manifest_path)
+        self._manifest = manifest
+
+    def _require_writable(self, step: str) -> None:
+        if self._fd < 0 or not self._writable:
+            state = "closed" if self._fd < 0 else "open for reading only"
+            raise CallError("invalid", f"cannot {step}: it is {state}", step=step)
+
+
+@contextlib.contextmanager
+def new_pack(
+    path: str | os.PathLike[str], *, alignment_bytes: int = PAGE_ALIGNMENT_BYTES
+) -> Iterator[Pack]:
+    """Make a pack and fill it in a ``with`` block; when that ends by an error, nothing is left.
+
+    Raises:
+        CallError: as ``Pack.create``.
+    """
+    with Pack.create(path, alignment_bytes=alignment_bytes) as pack:
+        try:
+            yield pack
+        except BaseException:
+            # the manifest first: without it the image is no pack
+            for made in (manifest_path_of(path), Path(path)):
+                made.unlink(missing_ok=True)
+            raise
+
+
+def _beside(path: Path | str | os.PathLike[str], manifest: str | os.PathLike[str] | None) -> Path:
+    """Return the manifest's path; it names its image by file name, so both share a directory."""
+    image = Path(path)
+    if manifest is None:
+        return manifest_path_of(image)
+    beside = Path(manifest)
+    if beside.parent.resolve() != image.parent.resolve():
+        raise _invalid("use the manifest", beside, f"it is not in the directory of {str(image)!r}")
+    return beside
+
+
+def _open_layer(path: str | os.PathLike[str]) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as problem:
+        raise from_os_error(problem, step="open the layer", object=path) from problem
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise _invalid("open the layer", path, "not a regular file")
+    return fd
+
+
+def _invalid(step: str, object: str | os.PathLike[str], why: str) -> CallError:
+    name = os.fspath(object)
+    return CallError("invalid", f"cannot {step} {name!r}: {why}", step=step, object=name)

@@ -1,0 +1,1 @@
+"""Hash trees: formatter, verifier and the hashing below them."""

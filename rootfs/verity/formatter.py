@@ -1,0 +1,355 @@
+"""Make an image a dm-verity layer: superblock and hash tree behind the data, or in a file apart.
+
+The bytes are those of ``veritysetup format`` with the same salt and UUID. The tree grows in a file
+without a name; the image is touched only when the tree is whole, and is cut back to its size if
+that last step fails. Killed in that step (milliseconds), an image may keep a tail without a
+superblock: format it again with ``data_blocks`` and ``force``.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import secrets
+import stat
+import tempfile
+import uuid as uuid_module
+from collections.abc import Iterator
+from pathlib import Path
+
+from guestagent.storage.verity import (
+    DIGEST_SIZES,
+    HASH_TYPE_NORMAL,
+    SUPERBLOCK_BYTES,
+    FieldError,
+    Superblock,
+    VerityParameters,
+)
+from rootfs.imagefile.attached import refuse_attached
+from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.hasharea import find_hash_area
+from rootfs.imagefile.holes import copy_range
+from rootfs.imagefile.imagelock import open_locked
+from rootfs.imagefile.output import new_file, unnamed_file
+from rootfs.imagefile.ranges import ByteRange
+from rootfs.verity import workers as crew
+from rootfs.verity.hashtree import Progress, build_tree
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+__all__ = ("FormatResult", "Geometry", "derive_identity", "format_image", "opened")
+
+#: A tree up to this size (that of a 2 GiB image) grows in memory, a larger one beside the image.
+_TREE_IN_MEMORY_BYTES = 16 * 1024 * 1024
+_SALT_BYTES = 32
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """The choices of a format; the defaults are those of veritysetup and fit every kernel."""
+
+    algorithm: str = "sha256"
+    hash_type: int = HASH_TYPE_NORMAL
+    data_block_size_bytes: int = 4096
+    hash_block_size_bytes: int = 4096
+    superblock: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FormatResult:
+    """What was made. ``uuid`` is None without a superblock, ``hash_file`` when it was appended."""
+
+    image: str
+    hash_file: str | None
+    parameters: VerityParameters
+    uuid: uuid_module.UUID | None
+
+    @property
+    def root_digest(self) -> bytes:
+        return self.parameters.root_digest
+
+
+def derive_identity(content_digest: bytes) -> tuple[bytes, uuid_module.UUID]:
+    """Return salt (32 bytes) and UUID that follow from a digest of the content alone.
+
+    So the same content always gives the same layer, byte for byte.
+    """
+    if not content_digest:
+        raise ValueError("the digest of the content is empty")
+    salt = hashlib.sha256(b"verity layer salt\0" + content_digest).digest()
+    seed = hashlib.sha256(b"verity layer uuid\0" + content_digest).digest()
+    return salt, uuid_module.UUID(bytes=seed[:16], version=5)
+
+
+def format_image(
+    image: str | os.PathLike[str],
+    *,
+    salt: bytes | None = None,
+    uuid: uuid_module.UUID | None = None,
+    geometry: Geometry | None = None,
+    data_blocks: int | None = None,
+    hash_offset_bytes: int | None = None,
+    hash_file: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    durable: bool = False,
+    workers: int | None = None,
+    accelerate: bool = True,
+    progress: Progress | None = None,
+    deadline: Deadline | None = None,
+) -> FormatResult:
+    """Add a hash area to ``image`` in place, or write it to ``hash_file``.
+
+    Args:
+        salt: up to 256 bytes; random (32 bytes) when None.
+        uuid: for the superblock; random when None.
+        data_blocks: hash only so many blocks; the whole file when None. What is behind them, in
+            the way of an appended hash area, is lost only with ``force``.
+        hash_offset_bytes: where the hash area starts; behind the data when None (at 0 in a
+            ``hash_file``).
+        force: format again what has a hash area already, and replace ``hash_file``.
+        durable: wait until the disk has it (a ``hash_file`` always does).
+        workers: processes or threads; one for each core when None.
+        deadline: ends the work when it passes or is cancelled; the image is then as before.
+
+    Raises:
+        CallError: ``invalid`` (``object`` names the parameter), ``conflict`` (formatted already),
+            ``busy`` (mounted, attached, locked), ``resource`` (disk full), ``denied``,
+            ``not_found``, ``timeout``, ``cancelled``.
+    """
+    path, apart = os.fspath(image), None if hash_file is None else os.fspath(hash_file)
+    geometry = geometry or Geometry()
+    with contextlib.ExitStack() as cleanup:
+        fd = cleanup.enter_context(opened(path, writable=apart is None))
+        size_bytes, before = os.lseek(fd, 0, os.SEEK_END), os.fstat(fd)
+        if data_blocks is None and apart is None:
+            size_bytes = _size_without_hash_area(path, fd, size_bytes, force)
+        parameters = _parameters(
+            path,
+            size_bytes,
+            geometry,
+            secrets.token_bytes(_SALT_BYTES) if salt is None else salt,
+            data_blocks,
+            hash_offset_bytes,
+            apart,
+            force,
+        )
+        try:
+            tree_fd = cleanup.enter_context(_tree_file(parameters, path))
+            root_digest = build_tree(
+                parameters,
+                fd,
+                tree_fd,
+                0,
+                workers=crew.available_cores() if workers is None else workers,
+                accelerate=accelerate,
+                deadline=deadline or Deadline(),
+                progress=progress,
+            )
+            _refuse_change(path, before, os.fstat(fd))
+            parameters = parameters.replace(root_digest=root_digest)
+            if parameters.has_superblock:
+                uuid = uuid or uuid_module.uuid4()
+            header = _superblock(parameters, uuid)
+            if apart is not None:
+                with new_file(apart, replace=force) as (hash_fd, _):
+                    _store(hash_fd, parameters, header, tree_fd)
+            else:
+                _append(fd, parameters, header, tree_fd, durable=durable)
+        except OSError as problem:
+            raise from_os_error(problem, step="format", object=apart or path) from problem
+    return FormatResult(
+        image=path,
+        hash_file=apart,
+        parameters=parameters,
+        uuid=uuid if parameters.has_superblock else None,
+    )
+
+
+@contextlib.contextmanager
+def opened(path: str, *, writable: bool) -> Iterator[int]:
+    """Open and lock an image; a block device (to read only) has no lock.
+
+    Raises:
+        CallError: ``busy``, ``invalid``, or by errno.
+    """
+    if not writable and _is_block_device(path):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as problem:
+            raise from_os_error(problem, step="open", object=path) from problem
+    else:
+        fd = open_locked(Path(path), writable=writable)
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(os.close, fd)
+        if writable:
+            refuse_attached(fd, path)
+        with contextlib.suppress(OSError):  # advice only; devices may not take it
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        yield fd
+
+
+def _is_block_device(path: str) -> bool:
+    with contextlib.suppress(OSError):
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    return False
+
+
+def _size_without_hash_area(path: str, fd: int, size_bytes: int, force: bool) -> int:
+    found = find_hash_area(fd, size_bytes)
+    if found is None:
+        return size_bytes
+    if not force:
+        raise CallError(
+            "conflict",
+            f"cannot format {path!r}: it has a hash area at {found} already",
+            step="format",
+            object=path,
+            hint="force replaces it",
+        )
+    return found
+
+
+def _parameters(
+    path: str,
+    size_bytes: int,
+    geometry: Geometry,
+    salt: bytes,
+    data_blocks: int | None,
+    hash_offset_bytes: int | None,
+    hash_file: str | None,
+    force: bool,
+) -> VerityParameters:
+    block_size_bytes = geometry.data_block_size_bytes
+    try:
+        # before any arithmetic with them, the block sizes must be sane
+        draft = VerityParameters(
+            root_digest=bytes(DIGEST_SIZES.get(geometry.algorithm, 0)),
+            salt=salt,
+            algorithm=geometry.algorithm,
+            hash_type=geometry.hash_type,
+            data_blocks=1,
+            data_block_size_bytes=block_size_bytes,
+            hash_block_size_bytes=geometry.hash_block_size_bytes,
+            hash_offset_bytes=0,
+            has_superblock=geometry.superblock,
+        )
+        if data_blocks is None:
+            data_blocks = _whole_blocks(path, size_bytes, block_size_bytes)
+        data_size_bytes = data_blocks * block_size_bytes
+        if hash_offset_bytes is None:
+            unit = SUPERBLOCK_BYTES if geometry.superblock else geometry.hash_block_size_bytes
+            hash_offset_bytes = 0 if hash_file else -(-data_size_bytes // unit) * unit
+        parameters = draft.replace(data_blocks=data_blocks, hash_offset_bytes=hash_offset_bytes)
+    except FieldError as problem:
+        raise _refused(path, problem.field, str(problem)) from None
+    if data_size_bytes > size_bytes:
+        raise _refused(
+            path, "data_blocks", f"{data_size_bytes} bytes of data, but it has {size_bytes}"
+        )
+    if hash_file is None and hash_offset_bytes < data_size_bytes:
+        raise _refused(path, "hash_offset_bytes", f"{hash_offset_bytes} lies within the data")
+    if hash_file is None and hash_offset_bytes < size_bytes and not force:
+        raise CallError(
+            "conflict",
+            f"cannot format {path!r}: a hash area at {hash_offset_bytes} would overwrite what is "
+            f"there up to {size_bytes}",
+            step="format",
+            object=path,
+            hint="force gives that up",
+        )
+    return parameters
+
+
+def _refuse_change(path: str, before: os.stat_result, after: os.stat_result) -> None:
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise CallError(
+            "conflict",
+            f"cannot format {path!r}: it changed while it was read",
+            step="format",
+            object=path,
+        )
+
+
+def _whole_blocks(path: str, size_bytes: int, block_size_bytes: int) -> int:
+    if not size_bytes:
+        raise _refused(path, "image", "it is empty")
+    if size_bytes % block_size_bytes:
+        raise _refused(
+            path,
+            "data_block_size",
+            f"its {size_bytes} bytes are no multiple of {block_size_bytes}",
+            hint=f"truncate -s %{block_size_bytes} fills it up with zeros",
+        )
+    return size_bytes // block_size_bytes
+
+
+def _refused(path: str, field: str, problem: str, *, hint: str | None = None) -> CallError:
+    return CallError(
+        "invalid", f"cannot format {path!r}: {problem}", step="format", object=field, hint=hint
+    )
+
+
+@contextlib.contextmanager
+def _tree_file(parameters: VerityParameters, path: str) -> Iterator[int]:
+    """Open a file of zeros, without a name, as large as the tree."""
+    size_bytes = parameters.end_bytes - parameters.tree_offset_bytes
+    with contextlib.ExitStack() as cleanup:
+        if size_bytes <= _TREE_IN_MEMORY_BYTES:
+            fd = os.memfd_create("verity-tree", os.MFD_CLOEXEC)
+            cleanup.callback(os.close, fd)
+        else:
+            fd = _spool_file(os.path.dirname(path) or ".", cleanup)
+        os.ftruncate(fd, size_bytes)
+        yield fd
+
+
+def _spool_file(directory: str, cleanup: contextlib.ExitStack) -> int:
+    try:
+        return cleanup.enter_context(unnamed_file(directory))
+    except CallError:  # a directory or a file system that takes none
+        return cleanup.enter_context(tempfile.TemporaryFile()).fileno()
+
+
+def _superblock(parameters: VerityParameters, uuid: uuid_module.UUID | None) -> bytes:
+    if uuid is None or not parameters.has_superblock:
+        return b""
+    return Superblock(
+        uuid=uuid.bytes,
+        hash_type=parameters.hash_type,
+        algorithm=parameters.algorithm,
+        data_block_size_bytes=parameters.data_block_size_bytes,
+        hash_block_size_bytes=parameters.hash_block_size_bytes,
+        data_blocks=parameters.data_blocks,
+        salt=parameters.salt,
+    ).pack()
+
+
+def _append(
+    fd: int, parameters: VerityParameters, header: bytes, tree_fd: int, *, durable: bool
+) -> None:
+    old_size_bytes = os.fstat(fd).st_size
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.ftruncate, fd, old_size_bytes)
+        _store(fd, parameters, header, tree_fd)
+        if durable:
+            os.fsync(fd)
+        undo.pop_all()
+
+
+def _store(fd: int, parameters: VerityParameters, header: bytes, tree_fd: int) -> None:
+    """Write tree and superblock, the superblock last: where it is, all is.
+
+    The room is reserved first, so that a full disk is known before anything is overwritten.
+    """
+    start, end = parameters.hash_offset_bytes, parameters.end_bytes
+    if end == start:
+        return
+    os.posix_fallocate(fd, start, end - start)
+    os.ftruncate(fd, end)
+    os.pwrite(fd, bytes(parameters.tree_offset_bytes - start), start)
+    if parameters.levels:
+        tree = ByteRange(offset_bytes=0, size_bytes=end - parameters.tree_offset_bytes)
+        for _ in copy_range(tree_fd, tree, fd, parameters.tree_offset_bytes):
+            pass
+    if header:
+        os.pwrite(fd, header, start)
