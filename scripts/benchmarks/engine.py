@@ -23,8 +23,8 @@ from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import Target, parse_line
 from guestagent.storage.mount import mount_filesystem, unmount
 from scripts.benchmarks.rows import Row, milliseconds, print_rows, row, timed, write_rows
-from tests.kernel.agentbed import AgentProcess, Pack, attached_pack, overlay
-from tests.kernel.supervised import SupervisedAgent
+from tests.beds.agentbed import AgentProcess, Pack, attached_pack, overlay
+from tests.beds.supervised import SupervisedAgent
 from vsock.deadline import Deadline
 from vsock.errors import ConnectionClosed
 

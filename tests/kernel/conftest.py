@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel import loopbed
+from tests.beds import loopbed
 
 # linux/dm-ioctl.h: _IOWR(0xfd, 2, struct dm_ioctl), asked for without the code under test
 DM_LIST_DEVICES = 0xC138FD02

@@ -8,7 +8,7 @@ import pytest
 
 from guestagent.api import LayersMountRequest, LayerSpec
 from guestagent.host.client import GuestAgent
-from tests.kernel.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
+from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
 from vsock.client import Client
 from vsock.deadline import Deadline
 from vsock.errors import CallError

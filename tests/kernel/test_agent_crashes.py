@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import LayersMountRequest
-from tests.kernel.agentbed import PROJECT, SITE, AgentProcess, Pack, attached_pack
-from tests.kernel.soak import Soak, answered_within
-from tests.kernel.supervised import SupervisedAgent
+from tests.beds.agentbed import PROJECT, SITE, AgentProcess, Pack, attached_pack
+from tests.beds.soak import Soak, answered_within
+from tests.beds.supervised import SupervisedAgent
 
 #: On top of what bringing up the interpreter takes at that time: others may load the machine.
 MEDIAN_SECONDS = 1.0

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import msgpack
 import pytest
 
-from tests.kernel.agentbed import AgentProcess
+from tests.beds.agentbed import AgentProcess
 
 WAIT_SECONDS = 60.0
 

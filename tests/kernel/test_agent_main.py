@@ -20,8 +20,8 @@ from guestagent.api import (
     Verity,
 )
 from guestagent.host.client import GuestAgent
-from tests.kernel.agentbed import AgentProcess, Pack, World, attached_pack, settled_world, who
-from tests.kernel.dmbed import loop_device
+from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world, who
+from tests.beds.dmbed import loop_device
 from vsock.client import Client
 from vsock.errors import CallError
 

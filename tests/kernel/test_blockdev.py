@@ -20,7 +20,7 @@ from guestagent.storage.keyring import signature_key
 from guestagent.storage.kmsg import KernelLog
 from guestagent.storage.node import ensure_node
 from guestagent.storage.uevents import LOST, UeventSocket
-from tests.kernel import dmbed
+from tests.beds import dmbed
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

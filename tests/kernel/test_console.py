@@ -19,8 +19,8 @@ import pytest
 from guestagent.api import LayersMountRequest, LayersUnmountRequest, OverlaySpec
 from guestagent.host.client import GuestAgent
 from guestagent.storage import syscalls
-from tests.kernel.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
-from tests.unit.consolebed import END, HELLO, Client, frame
+from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
+from tests.beds.consolebed import END, HELLO, Client, frame
 
 PROJECT = Path(__file__).resolve().parents[2]
 GUESTCTL = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containerbed import ContainerImage, make_container_image
 from test_images import assert_same, facts, mounted
 
 from rootfs.image.images import build_image, build_layers
-from tests.kernel import dmbed
+from tests.beds import dmbed
+from tests.beds.containerbed import ContainerImage, make_container_image
 
 pytestmark = pytest.mark.kernel
 

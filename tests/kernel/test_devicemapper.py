@@ -23,7 +23,7 @@ from guestagent.storage.devicemapper.targets import (
 from guestagent.storage.mount import mount_filesystem, unmount
 from guestagent.storage.node import ensure_node
 from guestagent.storage.uevents import Uevent, UeventSocket
-from tests.kernel import dmbed
+from tests.beds import dmbed
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import LayersMountRequest, Verity
-from tests.kernel.agentbed import AgentProcess, attached_pack
+from tests.beds.agentbed import AgentProcess, attached_pack
 from vsock.errors import CallError
 
 

@@ -10,7 +10,7 @@ import pytest
 from guestagent.api import LayersMountRequest, LayersUnmountRequest, TmpfsScratch
 from guestagent.engine.state import Rules
 from guestagent.engine.transaction import Operation
-from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 
 Request = Callable[[EngineBed, Operation], object]
 MAX_STEPS = 200

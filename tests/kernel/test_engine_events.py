@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import Event
-from tests.kernel.agentbed import AgentProcess, EngineBed, Pack, attached_pack, overlay
+from tests.beds.agentbed import AgentProcess, EngineBed, Pack, attached_pack, overlay
 from vsock.errors import CallError
 
 LOOP_CLR_FD = 0x4C01  # linux/loop.h

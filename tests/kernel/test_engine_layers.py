@@ -23,8 +23,8 @@ from guestagent.api import (
 from guestagent.engine.state import Rules
 from guestagent.storage.devicemapper.control import Control
 from rootfs.verity.formatter import format_image
-from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
-from tests.kernel.dmbed import loop_device
+from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from tests.beds.dmbed import loop_device
 from vsock.errors import CallError
 
 LOOP_SET_CAPACITY = 0x4C07  # linux/loop.h

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from guestagent.api import LayersMountRequest, LayersUnmountRequest, TmpfsScratch
 from guestagent.engine.transaction import Operation
-from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 from vsock.errors import CallError
 
 LAYERS = 5

@@ -20,8 +20,8 @@ from guestagent.api import (
     TmpfsScratch,
 )
 from guestagent.storage.mountinfo import find_mount
-from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world, who
-from tests.kernel.dmbed import loop_device
+from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world, who
+from tests.beds.dmbed import loop_device
 from vsock.errors import CallError
 
 MANY = 500

@@ -13,7 +13,7 @@ import pytest
 
 from guestagent.api import LayersMountReply, LayersMountRequest, LayersUnmountRequest
 from guestagent.engine.state import Rules
-from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 from vsock.errors import CallError
 
 LAYERS = 12

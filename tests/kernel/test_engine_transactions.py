@@ -18,8 +18,8 @@ from guestagent.api import (
     TmpfsScratch,
 )
 from guestagent.engine.transaction import Operation
-from tests.kernel.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
-from tests.kernel.dmbed import loop_device
+from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from tests.beds.dmbed import loop_device
 from vsock.errors import CallError
 
 Request = Callable[[EngineBed, Operation], Any]

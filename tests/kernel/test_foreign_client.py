@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agentbed import AgentProcess, attached_pack
 from pynvim.msgpack_rpc.async_session import AsyncSession
 from pynvim.msgpack_rpc.event_loop import EventLoop
 from pynvim.msgpack_rpc.msgpack_stream import MsgpackStream
 from pynvim.msgpack_rpc.session import Session
+
+from tests.beds.agentbed import AgentProcess, attached_pack
 
 Request = Callable[..., object]
 

@@ -7,7 +7,6 @@ import hashlib
 import os
 import socket
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +17,9 @@ from rootfs.image.images import build_image, build_layers
 from rootfs.image.tartree import Whiteouts
 from rootfs.pack.manifest import ManifestLayer
 from rootfs.pack.pack import Pack
-from tests.kernel import dmbed
+from tests.beds import dmbed
+from tests.beds.imagebed import Layout, Member, directory, make_tar
 from vsock.errors import CallError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from imagebed import Layout, Member, directory, make_tar
 
 pytestmark = pytest.mark.kernel
 

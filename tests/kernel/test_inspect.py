@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agentbed import AgentProcess, overlay
-from dmbed import loop_device, run
 
 from guestagent.api import LayerSpec, PathDevice, TmpfsScratch, Verity
 from guestagent.host.client import GuestAgent
 from guestagent.storage import syscalls
 from rootfs.verity.formatter import format_image
+from tests.beds.agentbed import AgentProcess, overlay
+from tests.beds.dmbed import loop_device, run
 from vsock.errors import CallError
 
 BLOCK_BYTES = 4096

@@ -1,19 +1,16 @@
 """Links to files of lower layers, and odd markers: an overlay shows what umoci unpacks."""
 
 import contextlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from containerbed import run
 from test_images import assert_same, facts, mounted
 
 from rootfs.image.images import build_layers
-from tests.kernel import dmbed
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from imagebed import Layout, Member, directory, hard_link, symlink
+from tests.beds import dmbed
+from tests.beds.containerbed import run
+from tests.beds.imagebed import Layout, Member, directory, hard_link, symlink
 
 pytestmark = pytest.mark.kernel
 

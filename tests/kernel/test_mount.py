@@ -18,7 +18,7 @@ from guestagent.storage.holders import find_holders
 from guestagent.storage.kmsg import KernelLog
 from guestagent.storage.mountinfo import find_mount, mounts_of_dev, read_mounts
 from guestagent.storage.openonce import OpenOnce
-from tests.kernel import dmbed
+from tests.beds import dmbed
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agentbed import PROJECT, AgentProcess, Pack, attached_pack
 from test_agent_crashes import SupervisedAgent
 
 from guestagent.api import LayersMountRequest, OverlaySpec
 from guestagent.host.client import GuestAgent
+from tests.beds.agentbed import PROJECT, AgentProcess, Pack, attached_pack
 from vsock.client import Client
 from vsock.errors import CallError
 

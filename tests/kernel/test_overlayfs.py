@@ -19,7 +19,7 @@ from guestagent.storage.fscontext import FsContextError
 from guestagent.storage.mount import mount_filesystem, unmount
 from guestagent.storage.mountinfo import Mount, find_mount
 from guestagent.storage.overlayfs import lowerdirs_of, mount_overlay, remove_links
-from tests.kernel import dmbed
+from tests.beds import dmbed
 from vsock.errors import CallError
 
 pytestmark = pytest.mark.kernel

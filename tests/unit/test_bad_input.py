@@ -21,9 +21,18 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from imagebed import Layout, Member, digest, directory, hard_link, make_tar, symlink, zstd
 
 from guestagent.host.ctl import main
+from tests.beds.imagebed import (
+    Layout,
+    Member,
+    digest,
+    directory,
+    hard_link,
+    make_tar,
+    symlink,
+    zstd,
+)
 
 FILES = [directory("etc"), Member("etc/hosts", b"127.0.0.1 localhost\n" * 4000)]
 TAR = make_tar(FILES)

@@ -13,13 +13,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from handlebed import WAIT_SECONDS, Agent
 
 from guestagent.api import METHODS, Empty, Event
 from guestagent.host.client import ALL_EVENTS, ClosedHandleError, GuestAgent, event_mask
 from guestagent.host.client.aio import AsyncGuestAgent
 from guestagent.host.client.events import EventHub
-from tests.unit.consolebed import wait_until
+from tests.beds.consolebed import wait_until
+from tests.beds.handlebed import WAIT_SECONDS, Agent
 from vsock.client import ClosedHandleError as LowerClosedHandleError
 from vsock.errors import CallError, ConnectionClosed
 

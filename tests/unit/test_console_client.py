@@ -13,14 +13,14 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
-from inspectbed import serving as agent_serving
 
 from guestagent.api.console import Size
 from guestagent.host.ctl import console_client
 from guestagent.host.ctl.console import console_address
 from guestagent.host.ctl.main import collect
 from guestagent.host.ctl.terminal import HELP, LEAVE, Escapes
-from tests.unit.consolebed import Bed, serving, wait_until
+from tests.beds.consolebed import Bed, serving, wait_until
+from tests.beds.inspectbed import serving as agent_serving
 from vsock.address import parse_address
 
 PROJECT = Path(__file__).resolve().parents[2]

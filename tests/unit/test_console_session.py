@@ -17,7 +17,7 @@ from guestagent.console import shell as shell_module
 from guestagent.console.commands import COMMANDS, GROUPS
 from guestagent.console.service import MAX_SESSIONS
 from guestagent.engine.reconciliation import Finding
-from tests.unit.consolebed import (
+from tests.beds.consolebed import (
     DATA,
     END,
     HELLO,

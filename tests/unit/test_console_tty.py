@@ -11,7 +11,7 @@ import pytest
 
 from guestagent.console.lineedit import History, LineEditor
 from guestagent.console.serial import find_device, line_term
-from tests.unit.consolebed import serving
+from tests.beds.consolebed import serving
 from tests.unit.test_console_line import Line
 
 PROMPT = "guest> "

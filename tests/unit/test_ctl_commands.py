@@ -13,12 +13,12 @@ from pathlib import Path
 import pexpect
 import pytest
 from click.testing import CliRunner, Result
-from handlebed import WAIT_SECONDS, Agent
 
 from guestagent.api.observe import CrashReport, LogLine
 from guestagent.host.ctl import complete, main
 from guestagent.host.ctl.main import collect
 from guestagent.host.ctl.man import pages
+from tests.beds.handlebed import WAIT_SECONDS, Agent
 from vsock.errors import CallError
 
 GUESTCTL = Path(sys.executable).parent / "guestctl"

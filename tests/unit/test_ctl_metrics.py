@@ -10,7 +10,6 @@ from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
-from handlebed import WAIT_SECONDS, Agent
 from hypothesis import given
 from hypothesis import strategies as st
 from test_metrics import check, full, samples
@@ -18,6 +17,7 @@ from test_metrics import check, full, samples
 from guestagent.host.ctl.exporter import Exporter, MetricsServer
 from guestagent.host.ctl.exposition import merged, parsed
 from guestagent.host.ctl.timings import quantile, step_timings
+from tests.beds.handlebed import WAIT_SECONDS, Agent
 from vsock.errors import ConnectionClosed
 
 ONE = "# HELP a_total a\n# TYPE a_total counter\na_total 1\n"

@@ -11,7 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from crewbed import (
+
+from guestagent.engine.crew import Crew
+from guestagent.engine.faults import Faults
+from guestagent.engine.reserve import Reserve
+from guestagent.engine.transaction import Operation
+from tests.beds.crewbed import (
     die,
     do,
     never,
@@ -21,11 +26,6 @@ from crewbed import (
     touch_and_work_on,
     work_on,
 )
-
-from guestagent.engine.crew import Crew
-from guestagent.engine.faults import Faults
-from guestagent.engine.reserve import Reserve
-from guestagent.engine.transaction import Operation
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

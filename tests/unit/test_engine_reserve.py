@@ -10,7 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from crewbed import (
+
+from guestagent.engine.crew import Crew
+from guestagent.engine.member import Errand, Member, Verdict
+from guestagent.engine.reserve import Reserve, await_earlier_members
+from guestagent.engine.transaction import Operation, Terms
+from tests.beds.crewbed import (
     WAIT_SECONDS,
     do,
     is_child,
@@ -24,11 +29,6 @@ from crewbed import (
     watched,
     work_on,
 )
-
-from guestagent.engine.crew import Crew
-from guestagent.engine.member import Errand, Member, Verdict
-from guestagent.engine.reserve import Reserve, await_earlier_members
-from guestagent.engine.transaction import Operation, Terms
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

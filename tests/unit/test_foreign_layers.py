@@ -11,10 +11,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from imagebed import Member, make_tar
 from test_bad_input import guestctl
 
 from rootfs.imagefile.vhd import FOOTER_BYTES
+from tests.beds.imagebed import Member, make_tar
 
 FIXED_DISK = 2
 

@@ -9,12 +9,12 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
-from imagebed import Layout, Member, directory, make_tar
 
 from guestagent.api import LayersMountRequest
 from rootfs.cli.image import COMMANDS, LAYER_COMMANDS
 from rootfs.pack.manifest import Manifest
 from rootfs.pack.pack import Pack
+from tests.beds.imagebed import Layout, Member, directory, make_tar
 from vsock.errors import CallError
 
 Run = Callable[..., Result]

@@ -11,7 +11,13 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from imagebed import (
+
+from rootfs.image.directory import DirectorySource
+from rootfs.image.erofs import ErofsImage
+from rootfs.image.images import ImageResult, build_image, build_layers
+from rootfs.image.tartree import Whiteouts
+from rootfs.image.tree import Node
+from tests.beds.imagebed import (
     Layout,
     Member,
     directory,
@@ -22,12 +28,6 @@ from imagebed import (
     tar_of,
     zstd,
 )
-
-from rootfs.image.directory import DirectorySource
-from rootfs.image.erofs import ErofsImage
-from rootfs.image.images import ImageResult, build_image, build_layers
-from rootfs.image.tartree import Whiteouts
-from rootfs.image.tree import Node
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from inspectbed import serving
 
 from guestagent.host.ctl.fs import fs, printable
 from guestagent.host.ctl.main import guestctl
+from tests.beds.inspectbed import serving
 
 Run = Callable[..., Result]
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Peer
-from inspectbed import WAIT_SECONDS, Bed, connect, peer_of, serving
 
 from guestagent.host.client import GuestAgent
 from guestagent.host.client.streams import WINDOW_CHUNKS
 from guestagent.service.streams import MAX_STREAMS
+from tests.beds.inspectbed import WAIT_SECONDS, Bed, connect, peer_of, serving
+from tests.beds.peer import Peer
 from vsock.errors import CallError, ConnectionClosed
 
 GIB = 1 << 30
@@ -271,7 +271,7 @@ def test_descriptors_are_given_back(guest: GuestAgent, bed: Bed) -> None:
 SERVE = """
 import sys
 from pathlib import Path
-from inspectbed import serving
+from tests.beds.inspectbed import serving
 with serving(Path(sys.argv[1]), {"base": Path(sys.argv[2])}):
     print("ready", flush=True)
     sys.stdin.read()
@@ -290,7 +290,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     for number in range(1, 12_000):  # links, for some file systems are slow at so many new files
         os.link(crowd / "entry number 0", crowd / f"entry number {number}")
     socket_path = tmp_path / "other.sock"
-    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{os.getcwd()}"}
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(
         [sys.executable, "-c", SERVE, str(socket_path), str(tree)],
         stdin=subprocess.PIPE,

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inspectbed import serving
 
 from guestagent.api.inspect import PathRequest, StatReply
 from guestagent.host.client import GuestAgent
 from guestagent.inspect.acl import from_mode, parse_acl, show_acl
+from tests.beds.inspectbed import serving
 from vsock.errors import CallError
 
 ODD_NAME = b"na\xff\nme"

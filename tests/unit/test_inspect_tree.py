@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inspectbed import serving
 
 from guestagent.host.client import GuestAgent
 from guestagent.inspect import pax
 from guestagent.inspect.listing import matches
 from guestagent.inspect.walk import MAX_DEPTH
+from tests.beds.inspectbed import serving
 from vsock.errors import CallError
 
 LONG = "long" * 40

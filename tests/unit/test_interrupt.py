@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from imagebed import Member, make_tar, zstd
+
+from tests.beds.imagebed import Member, make_tar, zstd
 
 SECONDS = 30
 COMMANDS = (

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from imagebed import (
+from test_tar import facts
+
+from rootfs.image.images import build_image, build_layers
+from rootfs.image.source import SourceOptions, open_source
+from rootfs.image.tartree import Whiteouts
+from rootfs.image.tree import walk
+from tests.beds.imagebed import (
     EPOCH,
     Layout,
     Member,
@@ -21,12 +27,6 @@ from imagebed import (
     make_tar,
     symlink,
 )
-from test_tar import facts
-
-from rootfs.image.images import build_image, build_layers
-from rootfs.image.source import SourceOptions, open_source
-from rootfs.image.tartree import Whiteouts
-from rootfs.image.tree import walk
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

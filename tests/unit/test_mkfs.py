@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
 
 from rootfs.image import mkfs
 from rootfs.image.images import build_image
 from rootfs.imagefile.program import run
+from tests.beds.imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from imagebed import MEDIA, Layout, Member, digest, docker_archive, make_tar
 
 from rootfs.image.images import build_image, build_layers
 from rootfs.image.oci import default_platform
+from tests.beds.imagebed import MEDIA, Layout, Member, digest, docker_archive, make_tar
 from vsock.errors import CallError
 
 FILES = [Member("etc/hosts", b"127.0.0.1")]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from imagebed import Layout, Member, directory
 
 from rootfs.bootimage import initramfs
 from rootfs.bootimage.kernel import cached_kernel
@@ -19,6 +18,7 @@ from rootfs.machine import vmlinux
 from rootfs.machine.run_image import mount_request
 from rootfs.machine.vmlinux import unpack_kernel
 from rootfs.pack.manifest import Manifest
+from tests.beds.imagebed import Layout, Member, directory
 from vsock.errors import CallError
 
 CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
 
 from rootfs.image.tar import TarEntry, TarReader
 from rootfs.image.tartree import TarTree, Whiteouts
 from rootfs.image.tarwriter import write_tar
 from rootfs.image.tree import Node, read_content, walk
+from tests.beds.imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
 from vsock.errors import CallError
 
 

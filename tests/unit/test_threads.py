@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handlebed import WAIT_SECONDS, Agent
 
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.interrupt import wait_for_interrupt
+from tests.beds.handlebed import WAIT_SECONDS, Agent
 from vsock.threads import start_thread
 
 OURS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH}

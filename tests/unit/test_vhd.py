@@ -6,11 +6,11 @@ import uuid
 from pathlib import Path
 
 import pytest
-from imagebed import Member, make_tar
 
 from rootfs.image.images import build_image
 from rootfs.imagefile.vhd import FOOTER_BYTES, VhdFooter, read_layer_layout
 from rootfs.pack.sidecar import Sidecar
+from tests.beds.imagebed import Member, make_tar
 from vsock.errors import CallError
 
 FOOTER = VhdFooter(size_bytes=64 << 20, uuid=uuid.UUID(int=7))

@@ -8,7 +8,8 @@ import struct
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vsock_frontend import (
+
+from tests.beds.vsock_frontend import (
     BUFFERS,
     CID,
     GUEST_BASE,
@@ -24,7 +25,6 @@ from vsock_frontend import (
     FrontEnd,
     bench,
 )
-
 from vsock.device.packet import (
     OP_CREDIT_REQUEST,
     OP_CREDIT_UPDATE,

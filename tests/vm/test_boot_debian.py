@@ -7,11 +7,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from debianbed import DebianRoot, InitramfsTools, debian_root
 
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel
 from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
+from tests.beds.debianbed import DebianRoot, InitramfsTools, debian_root
 from vsock.deadline import Deadline
 
 CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"

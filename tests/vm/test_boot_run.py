@@ -1,15 +1,12 @@
 """``guestctl run`` with the machine that it starts."""
 
 import json
-import sys
 from pathlib import Path
 
 from click.testing import CliRunner
 
 from rootfs.cli import run as run_cli
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from imagebed import Layout, Member, directory  # the bed of another tier
+from tests.beds.imagebed import Layout, Member, directory  # the bed of another tier
 
 
 def test_an_image_is_mounted_and_reported(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from trustbed import Signer, kernel_trusting
 
 from guestagent.api import LayerSpec, PmemDevice, Verity
 from guestagent.host.client import GuestAgent
@@ -14,6 +13,7 @@ from rootfs.bootimage.kernel import Kernel
 from rootfs.image.images import ImageResult, build_image
 from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
 from rootfs.pack.pkcs7 import sign_root_digest, verify_root_digest
+from tests.beds.trustbed import Signer, kernel_trusting
 from vsock.deadline import Deadline
 from vsock.errors import CallError, errno_name
 

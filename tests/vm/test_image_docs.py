@@ -9,8 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from imagebed import Layout, Member, directory, make_tar
+from tests.beds.imagebed import Layout, Member, directory, make_tar
 
 PROJECT = Path(__file__).resolve().parents[2]
 GUESTCTL = f"{sys.executable} -c 'from guestagent.host.ctl import main; main()'"

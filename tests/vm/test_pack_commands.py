@@ -20,10 +20,8 @@ from guestagent.host.client import GuestAgent
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import cached_kernel
 from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
+from tests.beds.imagebed import Layout, Member, directory
 from vsock.deadline import Deadline
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from imagebed import Layout, Member, directory
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 FEATURES = ("pmem", "verity", "erofs", "squashfs", "overlay", "vsock")

@@ -3,9 +3,10 @@
 import shutil
 
 import pytest
-from vsock_bed import QemuBed
-from vsock_cases import DeviceCases, echo_speed
-from vsock_guest import ECHO
+
+from tests.beds.vsock_cases import DeviceCases, echo_speed
+from tests.beds.vsock_guest import ECHO
+from tests.beds.vsockbed import QemuBed
 
 pytestmark = [
     pytest.mark.timeout(400),

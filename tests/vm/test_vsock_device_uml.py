@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
-from vsock_bed import UmlBed
-from vsock_cases import DeviceCases
+
+from tests.beds.vsock_cases import DeviceCases
+from tests.beds.vsockbed import UmlBed
 
 pytestmark = [
     pytest.mark.timeout(300),

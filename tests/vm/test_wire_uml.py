@@ -11,8 +11,8 @@ import time
 
 import msgpack
 import pytest
-from vsock_bed import HERE, PROJECT, UmlBed
 
+from tests.beds.vsockbed import HERE, PROJECT, UmlBed
 from vsock.client import Client
 from vsock.errors import CallError, ConnectionClosed
 

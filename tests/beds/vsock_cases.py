@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 
 import pytest
-from vsock_bed import Bed
-from vsock_guest import ECHO, HOLD, SINK, SOURCE
+
+from tests.beds.vsock_guest import ECHO, HOLD, SINK, SOURCE
+from tests.beds.vsockbed import Bed
 
 MEBIBYTE = 1 << 20
 

@@ -19,7 +19,7 @@ from guestagent.api import (
     Verity,
 )
 from guestagent.host.client import GuestAgent
-from tests.kernel.agentbed import Pack, World, overlay, settled_world
+from tests.beds.agentbed import Pack, World, overlay, settled_world
 from vsock.errors import CallError, ConnectionClosed
 
 __all__ = ("Gate", "Soak", "Tally", "Worker")

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import msgpack
 
-from tests.kernel.agentbed import AgentProcess, attached_pack
-from tests.kernel.soak import Soak, Tally, answered_within
+from tests.beds.agentbed import AgentProcess, attached_pack
+from tests.beds.soak import Soak, Tally, answered_within
 from vsock.errors import ConnectionClosed
 
 _PACKED = 64

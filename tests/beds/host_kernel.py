@@ -1,6 +1,6 @@
 """Whether mounts can be tested on the kernel of this machine.
 
-``python -m tests.kernel.host_kernel`` prints why not, and nothing where they can.
+``python -m tests.beds.host_kernel`` prints why not, and nothing where they can.
 
 User Mode Linux has a kernel from before the interfaces that take an overlay's layers one by one;
 a newer kernel outside of it is where those are tried.

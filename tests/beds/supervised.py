@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.kernel.agentbed import PROJECT, SITE, AgentProcess
+from tests.beds.agentbed import PROJECT, SITE, AgentProcess
 
 __all__ = ("SupervisedAgent",)
 

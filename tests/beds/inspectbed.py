@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-from conftest import Peer
-
 from guestagent.api import LayerSpec, OverlaySpec, PathDevice
 from guestagent.engine.engine import Engine
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
@@ -17,6 +15,7 @@ from guestagent.engine.transaction import Operation
 from guestagent.host.client import GuestAgent
 from guestagent.inspect.methods import Inspection
 from guestagent.service.dispatch import QUICK_METHODS, Service
+from tests.beds.peer import Peer
 from vsock.address import UnixAddress
 from vsock.deadline import Deadline
 from vsock.server import Connection, Server

@@ -24,7 +24,7 @@ from guestagent.host.client import GuestAgent
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.mountinfo import read_mounts
 from rootfs.verity.formatter import format_image
-from tests.kernel.dmbed import loop_device
+from tests.beds.dmbed import loop_device
 from vsock.deadline import Deadline
 
 PROJECT = Path(__file__).resolve().parents[2]

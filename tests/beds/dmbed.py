@@ -14,7 +14,7 @@ from pathlib import Path
 from guestagent.storage import syscalls
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.mountinfo import read_mounts
-from tests.kernel import loopbed
+from tests.beds import loopbed
 
 
 def run(*command: object) -> str:
