@@ -9,6 +9,7 @@ Source: mke2fs(8), debugfs(8), ext4(5) of e2fsprogs 1.47.0.
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import uuid as uuid_module
@@ -33,6 +34,11 @@ _FEATURES = (
 )
 _EPOCH_SECONDS = 1 << 32
 _MIN_SECONDS, _MAX_SECONDS = -(1 << 31), (1 << 34) - (1 << 31) - 1
+_MAX_ATTRIBUTE_BYTES = 255
+#: Printable ASCII without space, quote and backslash, which debugfs does not take as they are.
+_PLAIN_ATTRIBUTE = re.compile(rb"[!#-\[\]-~]+")
+#: debugfs reads a line into 8192 bytes, and would take the rest of a longer one as a command.
+_MAX_LINE_BYTES = 4095
 #: The programs stamp the superblock with this time; 0 would mean "not set" to them.
 _ENVIRONMENT = {"E2FSPROGS_FAKE_TIME": "1", "MKE2FS_CONFIG": os.devnull}
 
@@ -67,11 +73,13 @@ def _check(root: Node) -> None:
         text = os.fsdecode(b"/".join(path))
         if any(bad in text for bad in '"\n\\'):
             raise _cannot(text, "a quote, a backslash or a line break in its name")
+        if any(byte < 0x20 or byte == 0x7F for name in path[-1:] for byte in name):
+            raise _cannot(text, "a control character in its name")
         if not _MIN_SECONDS <= node.mtime_ns // 10**9 <= _MAX_SECONDS:
             raise _cannot(text, "a time outside the years 1901 to 2446")
         for name in node.xattrs:
-            if any(bad in name for bad in b' "\n\\\t'):
-                raise _cannot(text, f"the attribute {name!r}")
+            if len(name) > _MAX_ATTRIBUTE_BYTES or not _PLAIN_ATTRIBUTE.fullmatch(name):
+                raise _cannot(text, f"the attribute {name[:_MAX_ATTRIBUTE_BYTES]!r}")
 
 
 def _estimate(root: Node, inodes: int, data_blocks: int) -> int:
@@ -166,7 +174,14 @@ def _inode_commands(name: str, node: Node) -> Iterator[str]:
 
 
 def _debugfs(path: Path, commands: list[str], cancel: Deadline | None) -> None:
-    """Run commands of debugfs, which itself never fails: what it complains about is the failure."""
+    """Run commands of debugfs, which itself never fails: what it complains about is the failure.
+
+    Raises:
+        CallError: ``unsupported``, a command is too long for its line buffer; ``device``.
+    """
+    for line in commands:
+        if len(os.fsencode(line)) > _MAX_LINE_BYTES or not line[:1].isalpha():
+            raise _cannot(line[:200], "a path or an attribute name too long for debugfs")
     with tempfile.NamedTemporaryFile("w", errors="surrogateescape") as script:
         script.write("\n".join(commands) + "\n")
         script.flush()

@@ -88,6 +88,18 @@ def test_ext4_has_owners_devices_times_and_attributes(tmp_path: Path, tar: Path)
     assert "has_journal" not in said("dumpe2fs", "-h", tmp_path / "image")
 
 
+def test_an_attribute_name_runs_no_command(tmp_path: Path) -> None:
+    """debugfs reads lines of at most 8191 bytes; the rest of a longer line would be a command."""
+    proof = tmp_path / "proof"
+    before = f'ea_set -f {tmp_path}/.staging-12345678/values/2-0 "/x" '
+    attribute = "user." + "a" * (8191 - len(before) - len("user.")) + f"!touch${{IFS}}{proof}"
+    (tmp_path / "t").write_bytes(make_tar([Member("x", xattrs={attribute: b"v"})]))
+    with pytest.raises(CallError, match="attribute") as caught:
+        build_image(tmp_path / "t", tmp_path / "image", filesystem="ext4")
+    assert not proof.exists()
+    assert caught.value.code == "unsupported"
+
+
 def test_the_clock_leaves_no_trace(tmp_path: Path, tar: Path) -> None:
     kinds = [("squashfs", None), ("squashfs", "zstd"), ("ext4", None)]
     if os.geteuid() == 0:  # mkfs.erofs 1.5 reads directories only, which takes root
@@ -128,6 +140,10 @@ def test_a_root_whose_owner_squashfs_does_not_know(tmp_path: Path) -> None:
         ("squashfs", Member("x", xattrs={"system.posix_acl_access": b"\2\0\0\0"}), "posix_acl"),
         ("ext4", Member("a\nb"), "line break"),
         ("ext4", Member('a"b'), "quote"),
+        ("ext4", Member("a\rb"), "control character"),
+        ("ext4", Member("x", xattrs={"user." + "a" * 251: b""}), "attribute"),
+        ("ext4", Member("x", xattrs={"user.\r": b""}), "attribute"),
+        ("ext4", Member("/".join(["d" * 200] * 19), xattrs={"user." + "a" * 250: b""}), "too long"),
         ("ext4", Member("x", mtime=1 << 40), "1901 to 2446"),
     ],
 )
