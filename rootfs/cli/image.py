@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
+from guestagent.host.ctl.progress import progress_bar
+from guestagent.host.ctl.session import emit, reports_errors
 from rootfs.cli.pack import pack
-from rootfs.cli.progress import meter
-from rootfs.cli.reporting import emit, reports_errors
 from rootfs.image.images import FILESYSTEMS, ImageResult, build_image, build_layers
 from rootfs.image.source import FORMATS
 from rootfs.image.spool import DEFAULT_MAX_BYTES
@@ -47,7 +47,6 @@ _WHITEOUTS = tuple(each.value for each in Whiteouts if each is not Whiteouts.APP
     show_default=True,
     help="What the source may grow to uncompressed.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @reports_errors
 def build_command(
     *,
@@ -76,7 +75,7 @@ def build_command(
     if dax and (filesystem != "erofs" or compression):
         raise click.UsageError("--dax is of uncompressed EROFS")
     build = build_layers if layers else build_image
-    with meter("building", as_json) as progress:
+    with progress_bar("building", as_json) as progress:
         built = build(
             source,
             output,

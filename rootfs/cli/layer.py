@@ -14,9 +14,10 @@ from uuid import UUID
 
 import click
 
+from guestagent.host.ctl.layer import hex_bytes
+from guestagent.host.ctl.progress import progress_bar
+from guestagent.host.ctl.session import emit, reports_errors
 from guestagent.storage.verity import DIGEST_SIZES, VerityParameters
-from rootfs.cli.progress import meter
-from rootfs.cli.reporting import emit, hex_bytes, reports_errors
 from rootfs.cli.sign import COMMANDS
 from rootfs.imagefile.errors import from_os_error
 from rootfs.pack.sidecar import Sidecar
@@ -37,10 +38,6 @@ def _block_range(text: str) -> tuple[int, int | None]:
     if not colon or not (f"0{first}0{end}".isascii() and f"0{first}0{end}".isdigit()):
         raise click.BadParameter(f"{text!r} is not FIRST:END")
     return int(first or 0), int(end) if end else None
-
-
-def _json_option(command: Command) -> Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
 def _place_options(command: Command) -> Command:
@@ -95,7 +92,6 @@ def _terms(root_digest: bytes | None, options: dict[str, object]) -> Terms:
 @click.option("--sidecar", is_flag=True, help="Write IMAGE.dmverity, as containerd does.")
 @click.option("--force", is_flag=True, help="Replace a hash area, or a hash file.")
 @click.option("--workers", type=click.IntRange(min=1), help="Default: one for each core.")
-@_json_option
 @reports_errors
 def format_command(
     *,
@@ -123,7 +119,7 @@ def format_command(
         salt, uuid = _identity(image, data_blocks, data_block_size)
     if sidecar and (no_superblock or hash_file is not None):
         raise click.UsageError("a sidecar tells where the superblock is in IMAGE")
-    with meter("hashing", as_json) as progress:
+    with progress_bar("hashing", as_json) as progress:
         result = format_image(
             image,
             salt=salt,
@@ -169,7 +165,6 @@ def _identity(image: str, data_blocks: int | None, block_size_bytes: int) -> tup
 @click.command("dump")
 @click.argument("image", type=click.Path())
 @_place_options
-@_json_option
 @reports_errors
 def dump_command(*, image: str, hash_file: str | None, as_json: bool, **options: object) -> None:
     """Print what the hash area of IMAGE says. Checks nothing but that it is there."""
@@ -223,7 +218,6 @@ def _show(facts: dict[str, object], as_json: bool) -> None:
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Default: one for each core.")
 @_place_options
-@_json_option
 @reports_errors
 def verify_command(
     *,
@@ -243,7 +237,7 @@ def verify_command(
         known = Sidecar.load(Sidecar.path_of(image))
         root_digest, options["hash_offset"] = known.root_digest, known.hash_offset_bytes
     first, end = block_range or (0, None)
-    with meter("verifying", as_json) as progress:
+    with progress_bar("verifying", as_json) as progress:
         result = verify_image(
             image,
             terms=_terms(root_digest, options),

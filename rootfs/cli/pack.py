@@ -9,9 +9,10 @@ import click
 
 from guestagent.api import LayersMountReply, LayersMountRequest, LayerSpec, OverlaySpec
 from guestagent.host.client import GuestAgent
+from guestagent.host.ctl.layer import hex_bytes
+from guestagent.host.ctl.progress import progress_bar
+from guestagent.host.ctl.session import emit, reports_errors
 from guestagent.storage.verity import VerityParameters
-from rootfs.cli.progress import meter
-from rootfs.cli.reporting import emit, hex_bytes, reports_errors
 from rootfs.image.images import build_layers
 from rootfs.image.magic import detect_filesystem
 from rootfs.image.source import FORMATS
@@ -30,7 +31,6 @@ from vsock.errors import CallError, RpcError
 
 __all__ = ("pack",)
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _ID_DIGITS = 16
 
 
@@ -52,7 +52,6 @@ def _image_of(path: Path) -> Path:
 @pack.command("create")
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option("--dax", is_flag=True, help="Align layers to 2 MiB, for huge pages.")
-@_JSON
 @reports_errors
 def create_command(*, image: Path, dax: bool, as_json: bool) -> None:
     """Make an empty pack."""
@@ -69,7 +68,6 @@ def create_command(*, image: Path, dax: bool, as_json: bool) -> None:
 @click.option("--format", "source_format", type=click.Choice(FORMATS), default="auto")
 @click.option("--platform", metavar="OS/ARCH", help="Which image of several, e.g. linux/arm64.")
 @click.option("--reference", metavar="NAME", help="Which image of several, by name.")
-@_JSON
 @reports_errors
 def build_command(
     *,
@@ -88,7 +86,7 @@ def build_command(
     except OSError as problem:
         raise from_os_error(problem, step="create a directory in", object=image.parent) from problem
     alignment = DAX_ALIGNMENT_BYTES if dax else PAGE_ALIGNMENT_BYTES
-    with holder as directory, meter("building", as_json) as progress:
+    with holder as directory, progress_bar("building", as_json) as progress:
         results = build_layers(
             source,
             directory,
@@ -122,7 +120,6 @@ def build_command(
 @click.option(
     "--position", type=click.IntRange(min=0), default=0, help="Layers above it; default: none."
 )
-@_JSON
 @reports_errors
 def add_command(
     *,
@@ -140,7 +137,7 @@ def add_command(
     verity = None if no_verity else _verity_of(layer, root_digest, sidecar)
     with (
         Pack.open(_image_of(image), writable=True) as opened,
-        meter("copying", as_json) as progress,
+        progress_bar("copying", as_json) as progress,
     ):
         added = opened.add(
             layer,
@@ -193,7 +190,6 @@ def _filesystem_of(layer: Path) -> str:
 @click.argument("image", type=click.Path(path_type=Path))
 @click.argument("layer_id")
 @click.option("--trim", is_flag=True, help="Cut free space off the end of the image.")
-@_JSON
 @reports_errors
 def remove_command(*, image: Path, layer_id: str, trim: bool, as_json: bool) -> None:
     """Take a layer out; its range is used again."""
@@ -205,7 +201,6 @@ def remove_command(*, image: Path, layer_id: str, trim: bool, as_json: bool) -> 
 
 @pack.command("list")
 @click.argument("image", type=click.Path(path_type=Path))
-@_JSON
 @reports_errors
 def list_command(*, image: Path, as_json: bool) -> None:
     """List the layers, topmost first."""
@@ -215,11 +210,10 @@ def list_command(*, image: Path, as_json: bool) -> None:
 
 @pack.command("check")
 @click.argument("image", type=click.Path(path_type=Path))
-@_JSON
 @reports_errors
 def check_command(*, image: Path, as_json: bool) -> None:
     """Read every layer and compare it with the manifest (exit status 1 if it differs)."""
-    with Pack.open(_image_of(image)) as opened, meter("checking", as_json) as progress:
+    with Pack.open(_image_of(image)) as opened, progress_bar("checking", as_json) as progress:
         report = opened.check(progress=progress)
     if as_json:
         emit({"sound": report.is_sound, **dataclasses.asdict(report)})
@@ -244,7 +238,6 @@ def check_command(*, image: Path, as_json: bool) -> None:
 @click.option("--path", metavar="DEVICE", help="Attached as this block device.")
 @click.option("--overlay", metavar="ID", help="Overlay the layers under this id.")
 @click.option("--target", metavar="DIR", help="Where the overlay goes.")
-@_JSON
 @reports_errors
 def mount_command(
     *,

@@ -14,6 +14,8 @@ import click
 
 from guestagent.api import LayersMountReply
 from guestagent.host.client import GuestAgent
+from guestagent.host.ctl.progress import progress_bar
+from guestagent.host.ctl.session import emit, reports_errors
 from guestagent.host.ctl.table import table
 from rootfs.bootimage.closure import ClosureError
 from rootfs.bootimage.elf import ElfError
@@ -33,8 +35,6 @@ from rootfs.bootimage.kernel import (
     cached_kernel,
     open_kernel,
 )
-from rootfs.cli.progress import meter
-from rootfs.cli.reporting import emit, reports_errors
 from rootfs.image.source import FORMATS
 from rootfs.imagefile.errors import from_os_error
 from rootfs.machine.qemu import Machine, MachineError, MachineSpec, PmemSpec
@@ -67,7 +67,6 @@ _CONSOLE = "guestagent.console=vsock:1025 guestagent.console_shell=1"
 @click.option("--cpus", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--kernel", "kernel_root", metavar="DIR", help="With boot/ and lib/modules/.")
 @click.option("--directory", metavar="DIR", help="Where the pack is made, and stays.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @reports_errors
 def run_command(
     *,
@@ -95,7 +94,7 @@ def run_command(
     if vmm != "qemu" and directory is None:
         raise click.UsageError(f"--vmm {vmm} starts nothing: say --directory, where all is to stay")
     with _failures(), _place(directory) as place:
-        with meter("building", as_json) as progress:
+        with progress_bar("building", as_json) as progress:
             prepared = prepare(
                 image,
                 place,
@@ -249,7 +248,6 @@ def initramfs() -> None:
     "--module-signatures", is_flag=True, help="Keep them, for a kernel that loads no other modules."
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Default: it stays in the cache.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @reports_errors
 def initramfs_build_command(
     *,
@@ -295,7 +293,6 @@ def _facts(report: InitramfsReport) -> dict[str, object]:
 
 
 @initramfs.command("features")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @reports_errors
 def initramfs_features_command(*, as_json: bool) -> None:
     """List what a boot image can be asked to serve."""

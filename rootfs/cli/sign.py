@@ -4,7 +4,8 @@ import os
 
 import click
 
-from rootfs.cli.reporting import emit, hex_bytes, reports_errors
+from guestagent.host.ctl.layer import hex_bytes
+from guestagent.host.ctl.session import emit, reports_errors
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import new_file
 from rootfs.pack.canonical import parse_json
@@ -30,7 +31,6 @@ _MAX_FILE_BYTES = 64 << 20
 )
 @click.option("--signature", type=click.Path(), help="Default: MANIFEST.sig.")
 @click.option("--verify", is_flag=True, help="Check a signature instead of making one.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @reports_errors
 def sign_command(
     *,

@@ -9,7 +9,7 @@ import click
 from guestagent.api import EVENT_KINDS, Event
 from guestagent.host.client import ALL_EVENTS, event_mask
 from guestagent.host.ctl.interrupt import wait_for_interrupt
-from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.session import Session, emit, pass_session
 from guestagent.host.ctl.style import paint, plain, tint
 
 __all__ = ("describe_event", "events")
@@ -67,7 +67,7 @@ def _follow(session: Session, since: int, mask: int, kinds: tuple[str, ...]) -> 
 
 def _print(session: Session, event: Event) -> None:
     if session.as_json:
-        session.emit(event.to_wire(), is_line=True)
+        emit(event.to_wire(), is_line=True)
     else:
         click.echo(describe_event(event))
 

@@ -191,7 +191,7 @@ def checksum(session: Session, place: Where, path: bytes, algorithm: str) -> Non
     """Hash a file, or every file below a directory, in the form of sha256sum."""
     reply = None
     entries: dict[bytes, Checksum] = {}
-    with session.agent() as guest, progress_bar(session, "hashing") as progress:
+    with session.agent() as guest, progress_bar("hashing", session.as_json) as progress:
         if guest.fs_lstat(path, **place).kind != "d":
             reply = guest.fs_checksum(path, algorithm=algorithm, progress=progress, **place)
         else:
@@ -213,7 +213,7 @@ def checksum(session: Session, place: Where, path: bytes, algorithm: str) -> Non
 @pass_session
 def tar(session: Session, place: Where, path: bytes, output: str, xattrs: bool) -> None:
     """Write a directory as a tar archive."""
-    bar = progress_bar(session, "reading")
+    bar = progress_bar("reading", session.as_json)
     with session.agent() as guest, _writing(output) as target, bar as progress:
         reply = guest.fs_tar_out(path, target, xattrs=xattrs, progress=progress, **place)
     _done(session, output, reply, f"{reply.entries} entries, {reply.size_bytes} bytes")
@@ -226,7 +226,7 @@ def tar(session: Session, place: Where, path: bytes, output: str, xattrs: bool) 
 @pass_session
 def download(session: Session, place: Where, path: bytes, output: str) -> None:
     """Copy a file to OUTPUT, or to standard output."""
-    bar = progress_bar(session, "reading")
+    bar = progress_bar("reading", session.as_json)
     with session.agent() as guest, _writing(output) as target, bar as progress:
         reply = guest.fs_download(path, target, progress=progress, **place)
     _done(session, output, reply, f"{reply.size_bytes} bytes")

@@ -21,7 +21,7 @@ from guestagent.host.ctl.session import Session, pass_session
 from guestagent.host.ctl.style import human_bytes, paint, tint
 from guestagent.host.ctl.table import table
 
-__all__ = ("describe_layer", "layer", "parse_device")
+__all__ = ("describe_layer", "hex_bytes", "layer", "parse_device")
 
 #: Reading a whole layer takes longer than other requests.
 _CHECK_MS = 3_600_000
@@ -39,6 +39,19 @@ def parse_device(text: str) -> Device:
         return device_from_text(text)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def hex_bytes(text: str) -> bytes:
+    """Read bytes in hexadecimal; ``-`` is no bytes at all, as for veritysetup.
+
+    Raises:
+        click.BadParameter: it is not hexadecimal.
+    """
+    if text == "-":
+        return b""
+    if not text or len(text) % 2 or not all(c in "0123456789abcdefABCDEF" for c in text):
+        raise click.BadParameter(f"{text!r} is not hexadecimal")
+    return bytes.fromhex(text)
 
 
 def _parse_range(text: str | None) -> ByteRange | None:
@@ -152,7 +165,7 @@ def check(session: Session, layer_id: str) -> None:
 
     Exits with status 1 when there is one. `layer verify` does it for an image on this host.
     """
-    with session.agent() as guest, progress_bar(session, f"reading {layer_id}") as progress:
+    with session.agent() as guest, progress_bar(f"reading {layer_id}", session.as_json) as progress:
         deadline_ms = max(session.deadline_ms, _CHECK_MS)
         reply = guest.layer_verify(layer_id, progress=progress, deadline_ms=deadline_ms)
     blocks = ", ".join(map(str, reply.corrupt_blocks[:_SHOWN_BLOCKS]))

@@ -11,7 +11,7 @@ import click
 from guestagent.api.observe import LOG_LEVELS, LogLine
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.interrupt import wait_for_interrupt
-from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.session import Session, emit, pass_session
 from guestagent.host.ctl.style import paint, plain, tint
 from vsock.address import UnixAddress, parse_address
 from vsock.errors import CallError
@@ -64,7 +64,7 @@ def log(
     if lines is not None:
         found = _last(found, lines)
     if session.as_json:
-        session.emit([line.to_wire() for line in found])
+        emit([line.to_wire() for line in found])
     else:
         for line in found:
             click.echo(describe_line(line))
@@ -88,7 +88,7 @@ def _last(found: list[LogLine], count: int) -> list[LogLine]:
 def _follow(session: Session, since: int | None, lines: int | None, level: str) -> None:
     def show(line: LogLine) -> None:
         if session.as_json:
-            session.emit(line.to_wire(), is_line=True)
+            emit(line.to_wire(), is_line=True)
         else:
             click.echo(describe_line(line))
 
@@ -195,7 +195,7 @@ class _Receiver:
             return number
         self._seen[sender.boot_id] = number
         if self._session.as_json:
-            self._session.emit({**line, "boot_id": sender.boot_id}, is_line=True)
+            emit({**line, "boot_id": sender.boot_id}, is_line=True)
         else:
             click.echo(f"{plain(sender.boot_id[:8])} {_described(uptime, level, words, fields)}")
         return number

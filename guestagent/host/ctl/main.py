@@ -93,7 +93,7 @@ def _connected(session: Session, text: str | None) -> Session:
     try:
         return dataclasses.replace(session, address=resolve(text))
     except CallError as error:
-        fail(session, error)
+        fail(error, as_json=session.as_json)
 
 
 def _json_everywhere(group: click.Group) -> dict[str, object]:

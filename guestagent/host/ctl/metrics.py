@@ -6,7 +6,7 @@ import click
 
 from guestagent.host.ctl.exposition import parsed
 from guestagent.host.ctl.profiles import resolve
-from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.session import Session, emit, pass_session
 from vsock.address import parse_address
 from vsock.errors import CallError
 
@@ -75,7 +75,7 @@ def _print(session: Session) -> None:
     with session.agent() as guest:
         text = guest.metrics()
     if session.as_json:
-        session.emit(
+        emit(
             [
                 {"name": sample.name, "labels": dict(sample.labels), "value": _value(sample.number)}
                 for sample in parsed(text)

@@ -1,4 +1,7 @@
-"""What every command shares: which agent, which output, and how an error ends the program."""
+"""The frame of every command: which agent, which output, and how an error ends the program.
+
+Exit status: 0 success, 1 with a message on the standard error (or as JSON), 2 wrong usage.
+"""
 
 import json
 import sys
@@ -16,10 +19,11 @@ from guestagent.host.ctl.style import plain
 from vsock.errors import CallError, ConnectionClosed, RpcError, errno_name
 from vsock.record import Record
 
-__all__ = ("Session", "fail", "pass_session", "uses_session")
+__all__ = ("Session", "emit", "fail", "pass_session", "reports_errors", "uses_session")
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Command = TypeVar("Command", bound=Callable[..., None])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,26 +60,27 @@ class Session:
     def show(self, value: Record, text: Callable[[], str]) -> None:
         """Print a reply: as JSON where asked, else what ``text`` makes of it."""
         if self.as_json:
-            self.emit(value.to_wire())
+            emit(value.to_wire())
         else:
             click.echo(text())
 
     def say(self, value: object, text: str) -> None:
         """Print a plain value as JSON where asked, else ``text``."""
         if self.as_json:
-            self.emit(value)
+            emit(value)
         else:
             click.echo(text)
 
-    def emit(self, value: object, *, is_line: bool = False) -> None:
-        """Print a value as JSON; ``is_line`` for one of many, each on a line of its own."""
-        click.echo(json.dumps(value, default=_json, indent=None if is_line else 2))
-        if is_line:
-            sys.stdout.flush()
+
+def emit(value: object, *, is_line: bool = False) -> None:
+    """Print a value as JSON, bytes as hexadecimal; ``is_line`` for one line of many."""
+    click.echo(json.dumps(value, default=_json, indent=None if is_line else 2))
+    if is_line:
+        sys.stdout.flush()
 
 
 def pass_session(function: Callable[Concatenate[Session, P], R]) -> Callable[P, R]:
-    """Hand the session to a command, and end the program on the errors of a call."""
+    """Hand the session to a command that talks to an agent, and end the program on its errors."""
 
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         session = click.get_current_context().find_object(Session)
@@ -83,12 +88,14 @@ def pass_session(function: Callable[Concatenate[Session, P], R]) -> Callable[P, 
         try:
             return function(session, *args, **kwargs)
         except CallError as error:
-            fail(session, error)
+            fail(error, as_json=session.as_json)
         except ConnectionClosed as error:
             hint = unreachable(session.address)
-            fail(session, CallError("device", str(error), step="talk to the agent", hint=hint))
+            lost = CallError("device", str(error), step="talk to the agent", hint=hint)
+            fail(lost, as_json=session.as_json)
         except (RpcError, OSError) as error:
-            fail(session, CallError("internal", f"cannot talk to the agent: {error}"))
+            broken = CallError("internal", f"cannot talk to the agent: {error}")
+            fail(broken, as_json=session.as_json)
 
     update_wrapper(wrapper, function)
     wrapper.uses_session = True  # type: ignore[attr-defined]
@@ -100,10 +107,25 @@ def uses_session(command: click.Command) -> bool:
     return getattr(command.callback, "uses_session", False) is True
 
 
-def fail(session: Session, error: CallError) -> NoReturn:
+def reports_errors(function: Command) -> Command:
+    """Give a command of the host its ``as_json``, and end the program on a CallError."""
+
+    def wrapper(*args: object, as_json: bool, **options: object) -> None:
+        session = click.get_current_context().find_object(Session)
+        as_json = as_json or (session is not None and session.as_json)
+        try:
+            function(*args, as_json=as_json, **options)
+        except CallError as error:
+            fail(error, as_json=as_json)
+
+    wrapped = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(wrapper)
+    return update_wrapper(wrapped, function)  # type: ignore[return-value]  # but for its errors
+
+
+def fail(error: CallError, *, as_json: bool) -> NoReturn:
     """Print an error for a person, or as JSON, and exit with status 1."""
-    if session.as_json:
-        session.emit({"error": error.to_wire()})
+    if as_json:
+        emit({"error": error.to_wire()})
         sys.exit(1)
     click.echo(f"guestctl: {plain(str(error))}", err=True)
     context = click.get_current_context(silent=True)

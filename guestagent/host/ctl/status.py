@@ -7,7 +7,7 @@ import click
 
 from guestagent.api import Event, EventsReply, HelloReply, LayerReport, OverlayReport, StatusReply
 from guestagent.host.ctl.events import describe_event
-from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.session import Session, emit, pass_session
 from guestagent.host.ctl.style import ago, human_bytes, human_seconds, paint, plain, tint
 from guestagent.host.ctl.table import elided, table, terminal_columns, width_of
 
@@ -32,7 +32,7 @@ def status(session: Session, check: bool) -> None:
             events = guest.events(max(0, reply.event_sequence - _EVENTS))
             hello = guest.hello
     if session.as_json:
-        session.emit(reply.to_wire())
+        emit(reply.to_wire())
     else:
         click.echo(_screen(session, hello, reply, layers, overlays, events))
     if check and reply.state != "ready":

@@ -13,7 +13,7 @@ from guestagent.api import DmDevice, Event, LayerReport, OverlayReport, StatusRe
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.events import describe_event
 from guestagent.host.ctl.exposition import parsed
-from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.session import Session, emit, pass_session
 from guestagent.host.ctl.status import LAYER_HEADER, count_of, layer_rows
 from guestagent.host.ctl.style import human_bytes, human_seconds, paint, plain, tint
 from guestagent.host.ctl.table import elided, table
@@ -86,7 +86,7 @@ def top(session: Session, interval: float, once: bool) -> None:
     """Watch layers, devices, timings and events of a guest; Ctrl-C ends it."""
     if session.as_json:
         with session.agent() as guest:
-            session.emit(_plain(look(guest, str(session.address))))
+            emit(_plain(look(guest, str(session.address))))
     elif once or not sys.stdout.isatty():
         with session.agent() as guest:
             picture = look(guest, str(session.address))
