@@ -378,16 +378,17 @@ def test_a_profile_is_not_kept_when_nobody_is_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["junk", "[]", '{"version": 2, "profiles": {}}', '{"profiles": 1}']
 )
-def test_damaged_profiles_are_told(tmp_path: Path, text: str) -> None:
+def test_damaged_profiles_stop_only_commands_that_need_them(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config/guestctl/profiles.json"
     path.parent.mkdir(parents=True)
     path.write_text(text)
     done = CliRunner().invoke(collect(), ["status"])
     assert done.exit_code == 1
     assert str(path) in done.stderr
-    # who says the address needs no profiles
     done = CliRunner().invoke(collect(), ["--connect", "unix:///x", "--wait", "0", "status"])
     assert "profiles" not in done.stderr
+    done = CliRunner().invoke(collect(), ["completion", "bash"])  # connects to no agent
+    assert (done.exit_code, done.stderr) == (0, "")
 
 
 # --- manual pages and completion

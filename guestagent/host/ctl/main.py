@@ -20,11 +20,10 @@ from guestagent.host.ctl.log import log
 from guestagent.host.ctl.man import man
 from guestagent.host.ctl.metrics import metrics
 from guestagent.host.ctl.overlay import overlay
-from guestagent.host.ctl.profiles import complete_profiles, connect, resolve
-from guestagent.host.ctl.session import Session, fail, uses_session
+from guestagent.host.ctl.profiles import complete_profiles
+from guestagent.host.ctl.session import Session, uses_session
 from guestagent.host.ctl.status import status
 from guestagent.host.ctl.top import top
-from vsock.errors import CallError
 
 __all__ = ("collect", "guestctl", "main")
 
@@ -76,24 +75,15 @@ def guestctl(
 
     Exit status: 0 it is done, 1 it failed (the error says what to do next), 2 wrong usage.
     """
-    session = Session(
-        address=None,
+    context.obj = Session(
+        agent_name=address,
         as_json=as_json,
         connect_seconds=connect_seconds,
         deadline_ms=deadline_ms,
         traceparent=traceparent,
     )
-    context.obj = _connected(session, address)
     if as_json:
         context.default_map = _json_everywhere(guestctl)
-
-
-def _connected(session: Session, text: str | None) -> Session:
-    """Return the session with the agent that is meant."""
-    try:
-        return dataclasses.replace(session, address=resolve(text))
-    except CallError as error:
-        fail(error, as_json=session.as_json)
 
 
 def _json_everywhere(group: click.Group) -> dict[str, object]:
@@ -107,7 +97,7 @@ def _json_everywhere(group: click.Group) -> dict[str, object]:
 def _set_address(context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
     session = context.find_object(Session)
     if value is not None and session is not None:
-        context.obj = _connected(session, value)
+        context.obj = dataclasses.replace(session, agent_name=value)
 
 
 def _set_json(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -155,7 +145,7 @@ def collect() -> click.Group:
     and ``LAYER_COMMANDS`` (for ``guestctl layer``): so the host's tools appear here although this
     package must not import them.
     """
-    own = (status, top, events, log, crashes, metrics, connect, console, completion, man)
+    own = (status, top, events, log, crashes, metrics, console, completion, man)
     for command in (*AGENT_COMMANDS, *own, layer, overlay, dm, fs):
         guestctl.add_command(command)
     for entry in sorted(entry_points(group="guestctl.commands"), key=lambda entry: entry.name):

@@ -1,4 +1,7 @@
-"""``guestctl man``: manual pages, made from the texts that --help shows."""
+"""``guestctl man``: manual pages, made from the texts that --help shows.
+
+Not by click-man: its pages lose examples that keep their line breaks, and mandoc warns of them.
+"""
 
 import datetime
 import os

@@ -1,20 +1,16 @@
-"""Names for agents: ``guestctl connect NAME ADDRESS``, then ``--connect NAME``."""
+"""Names for agents, which ``guestctl connect NAME ADDRESS`` keeps and ``--connect NAME`` takes."""
 
 import json
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
-from guestagent.host.client import GuestAgent
-from guestagent.host.ctl.session import Session, pass_session
-from guestagent.host.ctl.table import table
 from vsock.address import parse_address
 from vsock.errors import CallError
 
-__all__ = ("Profiles", "complete_profiles", "connect", "resolve")
+__all__ = ("Profiles", "complete_profiles", "resolve")
 
 _VERSION = 1
 
@@ -108,71 +104,3 @@ def complete_profiles(
     except CallError:
         return []
     return sorted(name for name in names if name.startswith(incomplete))
-
-
-@click.command()
-@click.argument("name", required=False, shell_complete=complete_profiles)
-@click.argument("address", required=False)
-@click.option("--no-check", is_flag=True, help="Do not ask the agent whether it is there.")
-@click.option("--delete", is_flag=True, help="Forget NAME.")
-@pass_session
-def connect(
-    session: Session, name: str | None, address: str | None, no_check: bool, delete: bool
-) -> None:
-    """Give an agent a name, or choose or list those that have one.
-
-    With NAME and ADDRESS the name is kept, and used where no --connect is given. With NAME alone
-    that one is used from now on; with neither, all are listed.
-    """
-    profiles = Profiles()
-    if name is None:
-        _list(session, profiles)
-        return
-    if "://" in name:
-        raise click.UsageError(f"{name!r} is an address: say `guestctl connect NAME {name}`")
-    if address is None and name not in profiles.addresses:
-        resolve(name)
-    if delete:
-        del profiles.addresses[name]
-        profiles.default = None if profiles.default == name else profiles.default
-        _keep(profiles)
-        session.say({"deleted": name}, f"{name} is forgotten")
-        return
-    if address is not None:
-        _add(session, profiles, name, address, check=not no_check)
-    profiles.default = name
-    _keep(profiles)
-    kept = profiles.addresses[name]
-    session.say({"name": name, "address": kept}, f"{name} is {kept}, from now on without --connect")
-
-
-def _add(session: Session, profiles: Profiles, name: str, address: str, *, check: bool) -> None:
-    try:
-        profiles.addresses[name] = str(parse_address(address))
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    if check:
-        with GuestAgent(address, connect_seconds=session.connect_seconds) as guest:
-            about = f"{address}: agent {guest.hello.agent} on Linux {guest.hello.kernel}"
-        if not session.as_json:
-            click.echo(about, err=True)
-
-
-def _keep(profiles: Profiles) -> None:
-    try:
-        profiles.save()
-    except OSError as problem:
-        text = f"cannot write {str(profiles.path)!r}: {problem.strerror}"
-        raise CallError("denied", text, errno=problem.errno, object=str(profiles.path)) from problem
-
-
-def _list(session: Session, profiles: Profiles) -> None:
-    if session.as_json:
-        value = {"default": profiles.default, "profiles": profiles.addresses}
-        sys.stdout.write(json.dumps(value, indent=2) + "\n")
-        return
-    rows = [
-        ("*" if name == profiles.default else "", name, address)
-        for name, address in sorted(profiles.addresses.items())
-    ]
-    click.echo(table(("", "NAME", "ADDRESS"), rows))

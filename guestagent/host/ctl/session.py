@@ -15,6 +15,7 @@ import click
 
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.advice import advice, unreachable
+from guestagent.host.ctl.profiles import resolve
 from guestagent.host.ctl.style import plain
 from vsock.errors import CallError, ConnectionClosed, RpcError, errno_name
 from vsock.record import Record
@@ -28,25 +29,39 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """The options that stand before the command."""
+    """The options that stand before the command.
 
-    address: str | None
+    agent_name: an address, the name of a profile, or None for the default profile.
+    """
+
+    agent_name: str | None
     as_json: bool
     connect_seconds: float
     deadline_ms: int
     traceparent: str | None = None
 
+    @property
+    def address(self) -> str | None:
+        """The address that ``agent_name`` means; profiles are read only where they are needed.
+
+        Raises:
+            UsageError: there is no profile of that name.
+            CallError: the profiles cannot be read.
+        """
+        return resolve(self.agent_name)
+
     @contextmanager
     def agent(self, *, reconnect: bool = False) -> Iterator[GuestAgent]:
         """Connect to the agent that ``--connect`` names."""
-        if self.address is None:
+        address = self.address
+        if address is None:
             raise click.UsageError(
                 "which agent? say --connect ADDRESS, e.g. --connect hybrid:///run/vm.vsock:1024, "
                 "set GUESTCTL_CONNECT, or keep it: guestctl connect NAME ADDRESS"
             )
         try:
             handle = GuestAgent(
-                self.address,
+                address,
                 connect_seconds=self.connect_seconds,
                 deadline_ms=self.deadline_ms,
                 reconnect=reconnect,

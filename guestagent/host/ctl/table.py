@@ -1,4 +1,7 @@
-"""Plain tables that fit the terminal."""
+"""Plain tables that fit the terminal.
+
+Not by rich.table: it cuts cells at their end, and names of dm devices differ there.
+"""
 
 import os
 import shutil

@@ -84,19 +84,20 @@ def look(guest: GuestAgent, name: str) -> Picture:
 @pass_session
 def top(session: Session, interval: float, once: bool) -> None:
     """Watch layers, devices, timings and events of a guest; Ctrl-C ends it."""
+    address = str(session.address)
     if session.as_json:
         with session.agent() as guest:
-            emit(_plain(look(guest, str(session.address))))
+            emit(_plain(look(guest, address)))
     elif once or not sys.stdout.isatty():
         with session.agent() as guest:
-            picture = look(guest, str(session.address))
+            picture = look(guest, address)
         size = shutil.get_terminal_size((120, 0))
         click.echo(screen(picture, None, columns=size.columns, lines=size.lines or None))
     else:
-        _watch(session, interval)
+        _watch(session, address, interval)
 
 
-def _watch(session: Session, interval: float) -> None:
+def _watch(session: Session, address: str, interval: float) -> None:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -115,7 +116,7 @@ def _watch(session: Session, interval: float) -> None:
             lost = f"{paint('no connection', 'yellow')}: trying again\n"
             try:
                 if not guest.closed:  # else it would wait for the next connection
-                    picture = look(guest, str(session.address))
+                    picture = look(guest, address)
                     shown, lost = _fitting(console, picture, before), ""
                     before = picture
             except ConnectionClosed:
