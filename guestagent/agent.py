@@ -80,7 +80,6 @@ def _live(
         rules=Rules(
             target_root=config.target_root,
             require_verity=config.require_verity,
-            processes=config.batch_processes,
         ),
         faults=Faults.parse(config.fault),
     )

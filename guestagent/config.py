@@ -19,8 +19,6 @@ __all__ = ("KEYS", "Config", "Key", "Problem", "parse_command_line", "read_setti
 
 PREFIX = "guestagent."
 _SINKS = ("console", "kmsg")
-#: A batch has at most 500 layers, of which a process gets no fewer than a few.
-_PROCESSES_MAX = 64
 
 
 class Config(Record):
@@ -38,7 +36,6 @@ class Config(Record):
     state_directory: str = "/run/guestagent"
     require_verity: bool = False
     deadline_seconds: int = 60
-    batch_processes: int = 0
     modules: tuple[str, ...] = ()
     fault: str = ""
     rcu_expedited: bool = True
@@ -137,12 +134,6 @@ def _directory(text: str) -> str:
 def _seconds(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 86_400:
         raise ValueError(f"expected 1 to 86400 seconds, got {text!r}")
-    return int(text)
-
-
-def _processes(text: str) -> int:
-    if not text.isdigit() or int(text) > _PROCESSES_MAX:
-        raise ValueError(f"expected 0 to {_PROCESSES_MAX} processes, got {text!r}")
     return int(text)
 
 
@@ -249,13 +240,6 @@ KEYS: tuple[Key, ...] = (
         field="deadline_seconds",
         read=_seconds,
         summary="seconds that a request may take when it names no deadline_ms",
-    ),
-    Key(
-        name="batch_processes",
-        field="batch_processes",
-        read=_processes,
-        summary="processes that share a batch of layers: 0 one for each processor, 1 none but the "
-        "agent's own",
     ),
     Key(name="modules", field="modules", read=_words, summary="kernel modules to load besides"),
     Key(

@@ -34,7 +34,6 @@ def mount_plan(plan: BootPlan, config: Config) -> None:
         rules=Rules(
             target_root=config.target_root,
             require_verity=config.require_verity,
-            processes=config.batch_processes,
         ),
         faults=Faults.parse(config.fault),
     )

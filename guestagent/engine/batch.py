@@ -1,5 +1,10 @@
-"""Many layers at once: brought up in parallel and taken down in parallel, all or nothing."""
+"""Many layers in one request: mounted and unmounted on a few threads, all or nothing.
 
+Each layer is a transaction of its own, whose undos the transaction of the batch takes over. So a
+batch that fails anywhere undoes everything in reverse.
+"""
+
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -13,15 +18,15 @@ from guestagent.api import (
     OverlayReport,
     UnmountReply,
 )
-from guestagent.engine.inventory import LiveLayer, LiveOverlay
+from guestagent.engine.inventory import LayerClaim, LiveLayer, LiveOverlay
 from guestagent.engine.layers import Layers
-from guestagent.engine.making import ManyLayers, reserve_for
 from guestagent.engine.overlays import Overlays
 from guestagent.engine.parallel import for_each
-from guestagent.engine.readback import LayerSeen, report_of
+from guestagent.engine.readback import LayerSeen, report_of, see_layer
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import nothing_to_unmount
 from guestagent.engine.transaction import Operation
+from guestagent.storage.mountinfo import mounts_by_target
 from vsock.errors import CallError
 
 __all__ = ("Batches",)
@@ -39,11 +44,6 @@ class Batches:
         self._state = state
         self._layers = layers
         self._overlays = overlays
-        self._reserve = reserve_for(state, layers)
-
-    def close(self) -> None:
-        """End the processes that wait for the next batch. Idempotent."""
-        self._reserve.close()
 
     # --- mount
 
@@ -63,25 +63,23 @@ class Batches:
             # the name is never used again, so that what was begun is not another batch's
             begun = f"batch-{time.monotonic_ns()}-{request.layers[0].layer_id}"
             missing = [spec for spec in request.layers if not self._layers.is_mounted(spec)]
-            with ManyLayers(self._state, self._layers, self._reserve, begun, op) as many:
-                with op:
-                    made = self._bring_layers_up(missing, many, begun, op)
-                    overlay = self._bring_overlay_up(request, made, op)
-                    with op.step("read back", f"{len(request.layers)} layers"):
-                        there = self._look_at_others(request, made)
-                        overlay_report = self._report_overlay(request, overlay)
-                    with op.step("commit", begun, code="resource"):
-                        if overlay is not None:
-                            self._overlays.write(overlay, begun, op)
-                        self._state.journal.decide(begun)
-                    op.commit()
-                many.keep()
-                self._keep(made, overlay)
-                for each in made:
-                    self._layers.announce(each.live, op)
-                if overlay is not None:
-                    self._overlays.announce(overlay, op)
-                reports = self._report(made, there)
+            with op:
+                made = self._bring_layers_up(missing, begun, op)
+                overlay = self._bring_overlay_up(request, made, op)
+                with op.step("read back", f"{len(request.layers)} layers"):
+                    there = self._look_at_others(request, made)
+                    overlay_report = self._report_overlay(request, overlay)
+                with op.step("commit", begun, code="resource"):
+                    if overlay is not None:
+                        self._overlays.write(overlay, begun, op)
+                    self._state.journal.decide(begun)
+                op.commit()
+            self._keep(made, overlay)
+            for each in made:
+                self._layers.announce(each.live, op)
+            if overlay is not None:
+                self._overlays.announce(overlay, op)
+            reports = self._report(made, there)
         op.timings_ms["total"] = round((time.perf_counter() - begin) * 1000, 3)
         return LayersMountReply(
             layers=tuple(reports[spec.layer_id] for spec in request.layers),
@@ -90,8 +88,10 @@ class Batches:
         )
 
     def _bring_layers_up(
-        self, specs: Sequence[LayerSpec], many: ManyLayers, begun: str, op: Operation
+        self, specs: Sequence[LayerSpec], begun: str, op: Operation
     ) -> list[LayerSeen]:
+        if not specs:
+            return []
         claims = []
         for spec in specs:
             try:
@@ -100,7 +100,33 @@ class Batches:
                 self._layers.announce_failure(spec, error, op)
                 raise
         self._layers.begin(begun, claims, op)
-        return many.make(claims)
+        what = f"{len(claims)} layers"
+        with op.step("layers", what, code="resource"):
+            lives = self._make(claims, op)
+            with op.step("journal", what, code="resource"):
+                self._layers.write(lives, begun, op)
+            with op.step("read back", what):
+                mounts = mounts_by_target(live.spec.mount_point for live in lives)
+                return [see_layer(self._state.control, live, mounts) for live in lives]
+
+    def _make(self, claims: Sequence[LayerClaim], op: Operation) -> list[LiveLayer]:
+        """Make the devices and mounts of all claims.
+
+        Raises:
+            CallError: of the layer that caused the failure, which it names.
+        """
+
+        def make(claim: LayerClaim, child: Operation) -> LiveLayer:
+            spec = claim.spec
+            try:
+                return self._layers.make(claim, child)
+            except CallError as error:
+                self._layers.announce_failure(spec, error, op)
+                if repr(spec.layer_id) not in error.message:
+                    error.message = f"layer {spec.layer_id!r}: {error.message}"
+                raise
+
+        return self._in_parallel(claims, make, op, _mount_threads())
 
     def _bring_overlay_up(
         self, request: LayersMountRequest, made: list[LayerSeen], op: Operation
@@ -216,7 +242,7 @@ class Batches:
         op: Operation,
         threads: int,
     ) -> "list[Result]":
-        """Do ``work`` for each item on a few threads; what it can undo becomes ``op``'s to undo."""
+        """Do ``work`` for each item, each under a child of ``op``, which takes over its undos."""
         children = [op.child() for _ in items]
         try:
             return for_each(
@@ -227,3 +253,8 @@ class Batches:
         finally:
             for child in children:
                 op.adopt(child)
+
+
+def _mount_threads() -> int:
+    """Return how many threads mount: one waits for the kernel while the others run Python."""
+    return (os.cpu_count() or 1) + 1

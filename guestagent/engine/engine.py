@@ -74,7 +74,6 @@ class Engine:
     def close(self) -> None:
         """Idempotent."""
         self._monitor.close()
-        self.batches.close()
         self._state.close()
 
     def operation(self, deadline: Deadline, *, traceparent: str | None = None) -> Operation:

@@ -64,28 +64,12 @@ class Faults:
     def parse(cls, text: str) -> "Faults":
         return cls(_parse_all(text))
 
-    def arm(
-        self,
-        faults: "tuple[Fault, ...] | str",
-        *,
-        others: "tuple[Fault, ...] | str | None" = None,
-    ) -> None:
-        """Replace the faults and count from 0 again.
-
-        ``others`` are those of other processes that share a request; the same unless given.
-        """
+    def arm(self, faults: "tuple[Fault, ...] | str") -> None:
+        """Replace the faults and count from 0 again."""
         faults = _parse_all(faults)
         with self._lock:
             self._faults = faults
-            self._others = faults if others is None else _parse_all(others)
             self._reached: dict[str, int] = {"": 0}
-
-    def armed(self) -> tuple[Fault, ...]:
-        return self._faults
-
-    def for_others(self) -> tuple[Fault, ...]:
-        """Return what another process is to be armed with that does a part of a request."""
-        return self._others
 
     def reach(self, step: str, deadline: Deadline) -> None:
         """Strike if a fault is due at this coming of ``step``.

@@ -114,10 +114,7 @@ class LayerStack:
     # --- what is made of the kernel's
 
     def make(self, planned: LiveLayer, op: Operation, held: OpenOnce | None = None) -> LiveLayer:
-        """Make the devices and the mount; return the layer as it became.
-
-        Works by system calls alone, so that a forked process can do it (see ``reserve``).
-        """
+        """Make the devices and the mount; return the layer as it became."""
         dev, node = self._make_devices(planned, op)
         # open until it is mounted, so that what was read and verified stays cached
         with self._open(planned, node, op) as reader:

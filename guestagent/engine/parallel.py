@@ -1,9 +1,10 @@
-"""The same work for many items on a few threads: what waits for the kernel waits together."""
+"""The same work for many items on a few threads, which wait for the kernel at the same time."""
 
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
 
+from vsock.errors import CallError
 from vsock.threads import start_thread
 
 __all__ = ("for_each",)
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 def for_each(
     items: "Sequence[Item]", work: "Callable[[int, Item], Result]", *, threads: int
 ) -> "list[Result]":
-    """Return ``work(number, item)`` for each item, in order of items; the caller works too, and
-    alone where there can be no other thread.
+    """Return ``work(number, item)`` for each item, in order of items.
 
-    After a failure nothing new is begun; when all have ended the first error, in the order of
-    items, is raised.
+    The calling thread works too, and alone where no other can be started. After a failure no
+    further item is begun. When all threads have ended, the error of the first item is raised; that
+    of an item which the deadline or a cancel stopped only if there is no other.
     """
     results: dict[int, Result] = {}
     errors: dict[int, BaseException] = {}
@@ -56,5 +57,9 @@ def for_each(
         for thread in started:
             thread.join()
     if errors:
-        raise errors[min(errors)]
+        raise errors[min(errors, key=lambda number: (_was_stopped(errors[number]), number))]
     return [results[number] for number in range(len(items))]
+
+
+def _was_stopped(error: BaseException) -> bool:
+    return isinstance(error, CallError) and error.code in ("timeout", "cancelled")

@@ -11,7 +11,6 @@ from functools import partial
 from guestagent.engine.inventory import LayerTraces, LiveLayer, LiveOverlay
 from guestagent.engine.journal import Written
 from guestagent.engine.parallel import for_each
-from guestagent.engine.reserve import await_earlier_members
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
     remove_devices,
@@ -33,7 +32,6 @@ __all__ = (
     "layer_is_there",
     "overlay_is_there",
     "recover",
-    "remove_traces",
     "undo_layer",
     "undo_orphan",
     "undo_overlay",
@@ -73,7 +71,6 @@ class KernelView(Record):
 
 def recover(state: EngineState) -> Recovered:
     """Fill an empty inventory from the journal and the kernel. Nothing else may run meanwhile."""
-    _await_earlier_members(state)
     kernel = KernelView.look(state)
     written = state.journal.read()
     half = list(written.begun_layers)
@@ -95,14 +92,6 @@ def recover(state: EngineState) -> Recovered:
         overlays=tuple(live.spec.overlay_id for live in state.inventory.overlays()),
         undone=tuple(undone),
     )
-
-
-def _await_earlier_members(state: EngineState) -> None:
-    with undo_deadline(state) as deadline:
-        try:
-            await_earlier_members(state.directory, deadline)
-        except CallError as error:  # stuck in the kernel: better to serve without what it has
-            state.inventory.note_problem("crew", f"an earlier life is not over: {error}")
 
 
 def _undo_layers(state: EngineState, kernel: KernelView, half: Sequence[LayerTraces]) -> list[str]:
@@ -203,13 +192,7 @@ def undo_overlay(state: EngineState, kernel: KernelView, live: LiveOverlay) -> N
 
 
 def undo_layer(state: EngineState, kernel: KernelView, traces: LayerTraces) -> None:
-    """Take away what there is of a layer, then what the journal says of it."""
-    remove_traces(state, kernel, traces)
-    state.journal.strike_layer(traces.layer_id)
-
-
-def remove_traces(state: EngineState, kernel: KernelView, traces: LayerTraces) -> None:
-    """Take away what there is of a layer, whole or half made.
+    """Take away what there is of a layer, whole or half made, then what the journal says of it.
 
     Raises:
         CallError: ``busy``, ``timeout`` or ``conflict``; OSError: something stays.
@@ -222,6 +205,7 @@ def remove_traces(state: EngineState, kernel: KernelView, traces: LayerTraces) -
             unmount_target(target, op, dev=mount.dev)
         remove_devices(state, tuple(name for name, _ in own), op)
         remove_directories(traces.created)
+    state.journal.strike_layer(traces.layer_id)
 
 
 def _undo_orphans(state: EngineState, prefix: str) -> list[str]:

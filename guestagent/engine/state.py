@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 
 
 class Rules(Record):
-    """What requests may ask for. ``undo_seconds`` bounds the clean-up after a failure. A batch
-    works on at most ``parallel`` threads of each of ``processes`` (0: one for each processor)."""
+    """What requests may ask for. ``undo_seconds`` bounds the clean-up after a failure; unmounts and
+    recovery use at most ``parallel`` threads."""
 
     target_root: str = "/run"
     require_verity: bool = False
     undo_seconds: float = 10.0
     parallel: int = 8
-    processes: int = 0
 
 
 class EngineState:

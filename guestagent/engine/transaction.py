@@ -11,16 +11,15 @@ import time
 from collections.abc import Callable
 
 from guestagent.api import Device
-from guestagent.engine.faults import Fault, Faults
+from guestagent.engine.faults import Faults
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.kmsg import KernelLog
 from guestagent.storage.space import describe_space
 from vsock.deadline import Deadline
 from vsock.errors import CallError, errno_name
 from vsock.log import log
-from vsock.record import Record
 
-__all__ = ("Operation", "Terms", "code_of_errno")
+__all__ = ("Operation", "code_of_errno")
 
 #: Not allowed, or a signature that the kernel does not accept: by no key it has, revoked or past
 #: its time, wrong, or made in a way that it cannot check.
@@ -93,11 +92,6 @@ class Operation:
             parent=self,
         )
 
-    def terms(self) -> "Terms":
-        """Return the bounds of this operation, for a part of it that another process does."""
-        faults = self.faults.for_others() if self.faults is not None else ()
-        return Terms(seconds=self.deadline.remaining(), faults=faults)
-
     def adopt(self, child: "Operation") -> None:
         """Take over what ``child`` would have to undo."""
         self._undos.extend(child._undos)
@@ -163,20 +157,6 @@ class Operation:
         )
         failed.is_placed = True
         return failed
-
-
-class Terms(Record):
-    """Under what another process does a part of an operation: nothing that is shared.
-
-    Faults count from 0 there. What the kernel logs, and each step, is told by who asked for it.
-    """
-
-    seconds: float | None
-    faults: tuple[Fault, ...]
-
-    def operation(self) -> Operation:
-        """Begin the part, with a deadline of its own that the caller closes."""
-        return Operation(Deadline(self.seconds), faults=Faults(self.faults))
 
 
 class _Step:

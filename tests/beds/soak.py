@@ -255,7 +255,6 @@ class Worker(threading.Thread):
         self.overlay = ()
 
     def _mount_batch(self) -> None:
-        # the largest are shared by processes, see guestagent/engine/crew.py
         count = min(self._random.choice((1, 2, 3, 4, 12)), len(self._numbers))
         names = self._random.sample(sorted(self._numbers), count)
         stacked = names if not self.overlay else []

@@ -145,7 +145,7 @@ def main() -> int:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         pack = stack.enter_context(attached_pack(directory / "pack", _PACKED))
         first = f"fault={faults(random.Random(options.seed))}" if options.kills else "log=error"
-        agent = AgentProcess("log=error", "batch_processes=2")
+        agent = AgentProcess("log=error")
         agent.directory.mkdir()
         agent.start(first)
         stack.callback(agent.__exit__)

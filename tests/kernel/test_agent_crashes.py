@@ -2,18 +2,14 @@
 
 import os
 import random
-import select
-import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from guestagent.api import LayersMountRequest
 from tests.beds.agentbed import PROJECT, SITE, AgentProcess, Pack, attached_pack
 from tests.beds.soak import Soak, answered_within
 from tests.beds.supervised import SupervisedAgent
@@ -87,7 +83,7 @@ def test_killed_under_supervision(pack: Pack) -> None:
 
 
 def test_killed_without_supervision(pack: Pack) -> None:
-    with AgentProcess("log=error", "batch_processes=2") as agent:
+    with AgentProcess("log=error") as agent:
         answered_within(agent.address)
         soak = Soak(pack, agent.address)
 
@@ -100,34 +96,6 @@ def test_killed_without_supervision(pack: Pack) -> None:
         report("unsupervised", soak, seconds, start)
         # one start is its own
         assert statistics.median(seconds) < MEDIAN_SECONDS + 2 * start
-
-
-@pytest.mark.parametrize(
-    ("end", "status", "signs_left"), [(signal.SIGTERM, 0, 0), (signal.SIGKILL, -signal.SIGKILL, 1)]
-)
-def test_processes_that_wait_for_a_batch_end_with_the_agent(
-    pack: Pack, end: signal.Signals, status: int, signs_left: int
-) -> None:
-    request = LayersMountRequest(layers=tuple(pack.spec(number) for number in range(8)))
-    with AgentProcess("log=error", "batch_processes=2") as agent:
-        with agent.client() as guest:
-            guest.layers_mount(request)
-        assert agent.process is not None
-        tasks = Path(f"/proc/{agent.process.pid}/task")
-        (pid,) = " ".join(file.read_text() for file in tasks.glob("*/children")).split()
-        pidfd = os.pidfd_open(int(pid))
-        agent.process.send_signal(end)
-        assert agent.wait() == status
-        assert select.select([pidfd], [], [], 10)[0]
-        os.close(pidfd)
-        assert len(list(Path(agent.state).glob("*.members"))) == signs_left
-        agent.start()
-        with agent.client() as guest:
-            assert not list(Path(agent.state).glob("*.members"))
-            assert guest.status().problems == ()
-            assert len(guest.layer_list()) == 8
-            guest.shutdown("exit")
-        assert agent.wait() == 0
 
 
 def test_an_agent_that_cannot_start_is_not_started_in_a_rush() -> None:

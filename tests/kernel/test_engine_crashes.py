@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import LayersMountRequest, LayersUnmountRequest, TmpfsScratch
-from guestagent.engine.state import Rules
 from guestagent.engine.transaction import Operation
 from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 
@@ -22,14 +21,14 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
         yield pack
 
 
-def die_in(directory: Path, request: Request, step: int, rules: Rules | None = None) -> bool:
+def die_in(directory: Path, request: Request, step: int) -> bool:
     """Do ``request`` in a child that dies at its ``step``-th step; return whether it did."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            bed = EngineBed(directory, rules)
-            bed.faults.arm(f"#{step}:KILL", others="")
+            bed = EngineBed(directory)
+            bed.faults.arm(f"#{step}:KILL")
             with bed.operation() as op:
                 request(bed, op)
             status = 0
@@ -52,7 +51,6 @@ def crash_at_every_step(
     prepare: list[Request],
     request: Request,
     stride: int = 1,
-    rules: Rules | None = None,
 ) -> None:
     """Whatever the step, the next life has the state from before, or the one from after."""
     for step in range(1, MAX_STEPS, stride):
@@ -62,7 +60,7 @@ def crash_at_every_step(
                     action(bed, op)
             before, ids_before = World.now(), ids(bed)
             bed.engine.close()
-            died = die_in(directory, request, step, rules)
+            died = die_in(directory, request, step)
             bed.reopen()
             world = settled_world(before, seconds=0.3) if died else World.now()
             if ids(bed) == ids_before:
@@ -135,32 +133,11 @@ def test_a_batch_that_was_decided_is_adopted_whole(tmp_path: Path, pack: Pack) -
         assert report.lowerdirs == ("/run/layers/layer0", "/run/layers/layer1")
 
 
-def test_a_batch_of_processes(tmp_path: Path, pack: Pack) -> None:
-    """The processes that share a batch end with the agent, and all that they made is undone."""
+def test_a_large_batch(tmp_path: Path, pack: Pack) -> None:
+    """More layers than threads: some are mounted, some half made, some not begun."""
     request = LayersMountRequest(layers=tuple(pack.spec(number) for number in range(9)))
     make: Request = lambda bed, op: bed.engine.batches.mount(request, op)  # noqa: E731
-    rules = Rules(processes=2)
-    crash_at_every_step(tmp_path / "state", [mount(pack, 9)], make, stride=5, rules=rules)
-
-
-def test_a_batch_of_a_process_that_was_kept(tmp_path: Path, pack: Pack) -> None:
-    """It was forked for an earlier batch, and ends with the agent all the same."""
-    numbers = range(9)
-    request = LayersMountRequest(layers=tuple(pack.spec(number) for number in numbers))
-    gone = LayersUnmountRequest(layers=tuple(f"layer{number}" for number in numbers))
-
-    def make_again(bed: EngineBed, op: Operation) -> None:
-        armed = bed.faults.armed()
-        bed.faults.arm(())
-        with bed.operation() as first:
-            bed.engine.batches.mount(request, first)
-        with bed.operation() as second:
-            bed.engine.batches.unmount(gone, second)
-        bed.faults.arm(armed, others="")
-        bed.engine.batches.mount(request, op)
-
-    rules = Rules(processes=2)
-    crash_at_every_step(tmp_path / "state", [mount(pack, 9)], make_again, stride=17, rules=rules)
+    crash_at_every_step(tmp_path / "state", [mount(pack, 9)], make, stride=5)
 
 
 def test_a_damaged_entry_is_put_aside_and_told(tmp_path: Path, pack: Pack) -> None:

@@ -37,7 +37,6 @@ def test_every_key_names_a_field() -> None:
         ("require-verity=0", "require_verity", False),
         ("target_root=/run/", "target_root", "/run"),
         ("deadline=5", "deadline_seconds", 5),
-        ("batch_processes=2", "batch_processes", 2),
         ("modules=/a.ko,/b.ko", "modules", ("/a.ko", "/b.ko")),
         ("agent=stay", "agent", "stay"),
     ],
@@ -70,8 +69,6 @@ def test_a_guarding_setting_cannot_be_turned_by_a_second_one() -> None:
     [
         ("log=loud", False),
         ("deadline=0", False),
-        ("batch_processes=65", False),
-        ("batch_processes=-1", False),
         ("port=99999999999", False),
         ("nonsense=1", False),
         ("require_verity=maybe", True),

@@ -43,16 +43,6 @@ def test_by_number_of_any_name():
     assert reach(Faults.parse("#2:EIO"), "a", "b", "c") == [None, errno.EIO, None]
 
 
-def test_other_processes_have_the_same_unless_told():
-    faults = Faults.parse("mount:EIO")
-    assert faults.for_others() == faults.armed()
-    faults.arm("mount:EIO", others="verity:EIO:3")
-    assert faults.armed() == Faults.parse("mount:EIO").armed()
-    assert faults.for_others() == Faults.parse("verity:EIO:3").armed()
-    faults.arm("mount:EIO", others=())
-    assert faults.for_others() == ()
-
-
 def test_several_and_armed_again():
     faults = Faults.parse("#1:EIO,c:ENOSPC")
     assert reach(faults, "a", "b", "c") == [errno.EIO, None, errno.ENOSPC]
