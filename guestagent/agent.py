@@ -22,10 +22,10 @@ from guestagent.service.dispatch import QUICK_METHODS, Service
 from guestagent.storage.syscalls import bound_malloc
 from vsock.address import parse_address
 from vsock.deadline import Deadline
+from vsock.dial import dial, listen
 from vsock.errors import CallError, RpcError
 from vsock.log import log
 from vsock.server import Server
-from vsock.stream import dial, listen
 from vsock.threads import start_thread
 
 TYPE_CHECKING = False

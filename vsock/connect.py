@@ -4,8 +4,9 @@ import errno
 
 from vsock.address import Address
 from vsock.deadline import Deadline
+from vsock.dial import dial
 from vsock.errors import CallError, ConnectionClosed
-from vsock.stream import Stream, dial
+from vsock.stream import Stream
 
 __all__ = ("connect",)
 

@@ -11,8 +11,8 @@ import threading
 import time
 from collections.abc import Iterable
 
+from vsock.closeable import Closeable
 from vsock.errors import CallError
-from vsock.owner import Owner
 
 __all__ = ("Deadline",)
 
@@ -20,7 +20,7 @@ __all__ = ("Deadline",)
 _MAX_POLL_MS = 2**31 - 1
 
 
-class Deadline(Owner):
+class Deadline(Closeable):
     """A point in monotonic time, and a flag that ends the wait early.
 
     Usable from several threads. ``close()`` frees the descriptor that a blocked ``wait`` needs;

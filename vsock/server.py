@@ -39,7 +39,7 @@ from vsock.rpc import (
     encode_notification,
 )
 from vsock.stream import Listener, Stream
-from vsock.waker import Waker
+from vsock.threads import Waker
 
 __all__ = ("Call", "Connection", "Outcome", "Server")
 

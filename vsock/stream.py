@@ -1,7 +1,7 @@
-"""Connected byte streams over AF_VSOCK, Unix sockets, hybrid vsock and serial devices.
+"""Connected byte streams, and the listeners that they come from.
 
-``dial`` and ``listen`` take an address and hide what kind it is. A stream knows nothing of
-messages. Three facts of vsock shape it:
+A stream knows nothing of messages; ``vsock.dial`` makes streams and listeners from addresses. Three
+facts of vsock shape both:
 
 - Writes are at most 32 KiB each. Guest kernels since 6.17 build non-linear buffers for larger ones,
   which several device back-ends truncate or corrupt.
@@ -14,36 +14,21 @@ cost the guest more start-up time than this whole package.
 """
 
 import _socket
-import errno
 import os
-import stat
 import struct
 
-from vsock.address import (
-    VMADDR_CID_ANY,
-    Address,
-    HybridAddress,
-    SerialAddress,
-    VsockAddress,
-)
+from vsock.address import Address
+from vsock.closeable import Closeable
 from vsock.deadline import Deadline
-from vsock.errors import ConnectionClosed
-from vsock.owner import Owner
 
-__all__ = ("MAX_WRITE_BYTES", "Listener", "Stream", "dial", "listen")
+__all__ = ("AF_VSOCK", "MAX_WRITE_BYTES", "Listener", "Stream", "UnixListener")
 
 MAX_WRITE_BYTES = 32 * 1024
 
-_AF_VSOCK = 40  # include/linux/socket.h; absent from _socket where the build lacked the header
-_SO_VM_SOCKETS_CONNECT_TIMEOUT = 6  # include/uapi/linux/vm_sockets.h
-_BACKLOG = 128
-#: A hybrid back-end answers ``OK`` and a number of 32 bits; more is not an answer.
-_MAX_HANDSHAKE_BYTES = 32
-#: A dial to a full Unix backlog blocks in the kernel, in slices so that a cancel gets through.
-_CONNECT_SLICE_SECONDS = 0.25
+AF_VSOCK = 40  # include/linux/socket.h; absent from _socket where the build lacked the header
 
 
-class Stream(Owner):
+class Stream(Closeable):
     """A connected byte stream. Not locked: one reader and one writer at a time."""
 
     #: True where the other end is wired, not one of many that may connect.
@@ -105,7 +90,7 @@ class Stream(Owner):
         self._sock.close()
 
 
-class Listener(Owner):
+class Listener(Closeable):
     """Where streams come from. ``fileno`` is readable when ``accept`` would not block."""
 
     def __init__(self, address: Address, sock: "_socket.socket") -> None:
@@ -157,205 +142,9 @@ class UnixListener(Listener):
             super().close()
 
 
-def dial(address: Address, deadline: Deadline) -> Stream:
-    """Connect to ``address`` once; the stream is blocking.
-
-    Raises:
-        OSError: with errno and the address; ECONNREFUSED, ENOENT, ENODEV and ETIMEDOUT mean that
-            nobody is there, or not yet.
-        ConnectionClosed: the VMM is there, but nobody listens on the port in its guest.
-        CallError: ``timeout`` or ``cancelled``.
-        ValueError: the address is for listening only.
-    """
-    if isinstance(address, SerialAddress):
-        from vsock.serial import open_serial
-
-        return open_serial(address)
-    if isinstance(address, VsockAddress) and address.cid is None:
-        raise ValueError(f"{address} can be listened on, not dialled")
-    family = _AF_VSOCK if isinstance(address, VsockAddress) else _socket.AF_UNIX
-    sock = _open_socket(family, address)
-    try:
-        if isinstance(address, VsockAddress):
-            _connect_vsock(sock, address, deadline)
-        else:
-            _connect_unix(sock, address.path, address, deadline)
-        stream = Stream(sock, str(address))
-        if isinstance(address, HybridAddress):
-            _ask_for_port(stream, address, deadline)
-    except BaseException:
-        sock.close()
-        raise
-    return stream
-
-
-def listen(address: Address) -> Listener:
-    """Listen on ``address``.
-
-    A Unix socket is made with mode 0600. A socket file that nobody answers on is replaced; any
-    other file stays, and the call fails with EADDRINUSE.
-
-    Raises:
-        OSError: with errno and the address.
-    """
-    if isinstance(address, SerialAddress):
-        from vsock.serial import SerialListener
-
-        return SerialListener(address)
-    if isinstance(address, VsockAddress):
-        sock = _open_socket(_AF_VSOCK, address)
-        cid = VMADDR_CID_ANY if address.cid is None else address.cid
-        return Listener(address, _bind(sock, (cid, address.port), address))
-    path = address.listen_path if isinstance(address, HybridAddress) else address.path
-    sock = _open_socket(_socket.AF_UNIX, address)
-    if path.startswith("@"):
-        return Listener(address, _bind(sock, _sockaddr_path(path), address))
-    try:
-        _remove_stale_socket(path, address)
-        # bind() gives the file the mode of the socket, less the umask: never open to others
-        os.fchmod(sock.fileno(), 0o600)
-    except BaseException:
-        sock.close()
-        raise
-    return UnixListener(address, _bind(sock, path, address), path)
-
-
-def _open_socket(family: int, address: Address) -> "_socket.socket":
-    try:
-        return _socket.socket(family, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
-    except OSError as error:
-        raise _at(error, address) from None
-
-
-def _bind(
-    sock: "_socket.socket", where: "str | bytes | tuple[int, int]", address: Address
-) -> "_socket.socket":
-    try:
-        sock.bind(where)
-        sock.listen(_BACKLOG)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        raise _at(error, address) from None
-    return sock
-
-
-def _remove_stale_socket(path: str, address: Address) -> None:
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise OSError(errno.EADDRINUSE, "exists and is no socket", str(address))
-    probe = _open_socket(_socket.AF_UNIX, address)
-    try:
-        probe.setblocking(False)
-        probe.connect(path)
-    except ConnectionRefusedError:
-        os.unlink(path)
-        return
-    except BlockingIOError:
-        pass  # a full backlog: somebody is there
-    except FileNotFoundError:
-        return
-    finally:
-        probe.close()
-    raise OSError(errno.EADDRINUSE, "somebody listens there", str(address))
-
-
-def _connect_unix(sock: "_socket.socket", path: str, address: Address, deadline: Deadline) -> None:
-    step = f"connect to {address}"
-    while True:
-        deadline.check(step)
-        left = deadline.remaining()
-        seconds = _CONNECT_SLICE_SECONDS
-        if left is not None:
-            # the kernel reads 0 as "no limit", which a deadline about to pass must not become
-            seconds = min(seconds, max(left, 0.001))
-        _set_timeout(sock, _socket.SOL_SOCKET, _socket.SO_SNDTIMEO, seconds)
-        try:
-            sock.connect(_sockaddr_path(path))
-        except BlockingIOError:
-            continue
-        except OSError as error:
-            raise _at(error, address) from None
-        _set_timeout(sock, _socket.SOL_SOCKET, _socket.SO_SNDTIMEO, 0.0)
-        return
-
-
-def _connect_vsock(sock: "_socket.socket", address: VsockAddress, deadline: Deadline) -> None:
-    assert address.cid is not None
-    step = f"connect to {address}"
-    deadline.check(step)
-    seconds = deadline.remaining()
-    if seconds is not None:
-        # the kernel gives up by itself after 2 s, which is short for a guest that is booting
-        _set_timeout(sock, _AF_VSOCK, _SO_VM_SOCKETS_CONNECT_TIMEOUT, seconds)
-    sock.setblocking(False)
-    error_number = sock.connect_ex((address.cid, address.port))
-    if error_number == errno.EINPROGRESS:
-        deadline.wait((), step, writable=(sock.fileno(),))
-        error_number = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
-    if error_number:
-        raise OSError(error_number, os.strerror(error_number), str(address))
-    sock.setblocking(True)
-
-
-def _ask_for_port(stream: Stream, address: HybridAddress, deadline: Deadline) -> None:
-    """Do the hybrid handshake: one line there, one line back, and not a byte more.
-
-    The request goes out in one write because some VMMs take a partial line for an error; the
-    answer is read to its newline exactly, because the guest's bytes may follow at once.
-    """
-    step = f"wait for the guest of {address}"
-    request = f"CONNECT {address.port}\n".encode()
-    try:
-        taken = stream.send(request)
-    except (BrokenPipeError, ConnectionResetError):
-        taken = len(request)  # the answer, or its absence, says more
-    if taken != len(request):
-        raise OSError(errno.EIO, "the handshake was cut short", str(address))
-    answer = b""
-    while not answer.endswith(b"\n"):
-        deadline.wait((stream.fileno(),), step)
-        try:
-            byte = stream.recv(1)
-        except ConnectionResetError:
-            byte = b""
-        if not byte:
-            raise ConnectionClosed(
-                f"nobody listens on guest port {address.port}: "
-                f"the VMM closed {address.path!r} after {answer!r}"
-            )
-        answer += byte
-        if len(answer) > _MAX_HANDSHAKE_BYTES:
-            raise ConnectionClosed(f"{address} answered CONNECT with {answer!r}, not with OK")
-    if answer.split()[:1] != [b"OK"]:
-        raise ConnectionClosed(f"{address} answered CONNECT with {answer!r}, not with OK")
-
-
-def _set_timeout(sock: "_socket.socket", level: int, option: int, seconds: float) -> None:
-    whole, rest = divmod(seconds, 1.0)
-    # On an AF_VSOCK socket Python takes integers only, and this is a struct timeval: so the same
-    # descriptor is dressed as a socket of another family, which is all that Python looks at.
-    plain = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, sock.fileno())
-    try:
-        plain.setsockopt(level, option, struct.pack("ll", int(whole), int(rest * 1e6)))
-    finally:
-        plain.detach()
-
-
-def _sockaddr_path(path: str) -> "str | bytes":
-    return b"\0" + os.fsencode(path[1:]) if path.startswith("@") else path
-
-
 def _peer_text(sock: "_socket.socket", peer: object) -> str:
-    if sock.family == _AF_VSOCK and isinstance(peer, tuple):
+    if sock.family == AF_VSOCK and isinstance(peer, tuple):
         return f"vsock://{peer[0]}:{peer[1]}"
     packed = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
     pid, uid, _ = struct.unpack("iII", packed)
     return f"unix:pid={pid},uid={uid}"
-
-
-def _at(error: OSError, address: Address) -> OSError:
-    return OSError(error.errno, error.strerror, str(address))

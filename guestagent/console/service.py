@@ -18,11 +18,11 @@ from guestagent.console.serial import find_device, line_term
 from guestagent.console.session import Session
 from vsock.acceptor import Acceptor
 from vsock.address import SerialAddress, parse_address
+from vsock.dial import listen
 from vsock.errors import CallError, RemoteProtocolError
 from vsock.log import log
-from vsock.stream import Stream, listen
-from vsock.threads import start_thread
-from vsock.waker import Waker
+from vsock.stream import Stream
+from vsock.threads import Waker, start_thread
 
 __all__ = ("MAX_SESSIONS", "Console")
 

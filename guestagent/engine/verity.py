@@ -27,8 +27,8 @@ from guestagent.storage.verity import (
     check_tree_spines,
     resolve,
 )
+from vsock.closeable import FdOwner
 from vsock.errors import CallError
-from vsock.owner import FdOwner
 from vsock.record import Record
 
 __all__ = ("Reader", "VerifiedParameters", "open_proved", "read_parameters")

@@ -15,9 +15,10 @@ from collections.abc import Callable
 
 from vsock.address import Address, parse_address
 from vsock.deadline import Deadline
+from vsock.dial import dial
 from vsock.errors import CallError, RpcError
 from vsock.log import LEVELS, Line, Log, render_json
-from vsock.stream import Stream, dial
+from vsock.stream import Stream
 from vsock.threads import start_thread
 
 __all__ = ("LogShipper",)

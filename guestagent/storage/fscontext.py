@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection
 
 from guestagent.storage import syscalls
-from vsock.owner import FdOwner
+from vsock.closeable import FdOwner
 
 __all__ = ("FsContext", "FsContextError", "attach", "flag_bits", "is_supported")
 

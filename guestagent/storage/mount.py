@@ -18,8 +18,8 @@ from guestagent.storage.fscontext import (
     is_supported,
 )
 from guestagent.storage.openonce import OpenOnce
+from vsock.closeable import FdOwner
 from vsock.errors import CallError
-from vsock.owner import FdOwner
 
 __all__ = (
     "READONLY_FLAGS",

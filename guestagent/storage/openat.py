@@ -15,7 +15,7 @@ import os
 import stat
 
 from guestagent.storage import syscalls
-from vsock.owner import Owner
+from vsock.closeable import Closeable
 
 __all__ = ("Root", "reopen")
 
@@ -25,7 +25,7 @@ _RESOLVE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
-class Root(Owner):
+class Root(Closeable):
     """The top of a tree. A context manager. ``is_clone`` tells whether mounts below are hidden."""
 
     def __init__(self, directory: str) -> None:

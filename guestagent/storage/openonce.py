@@ -2,12 +2,12 @@
 
 import os
 
-from vsock.owner import Owner
+from vsock.closeable import Closeable
 
 __all__ = ("OpenOnce",)
 
 
-class OpenOnce(Owner):
+class OpenOnce(Closeable):
     """Owns descriptors, by path. Not thread-safe."""
 
     def __init__(self) -> None:

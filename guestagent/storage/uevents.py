@@ -14,7 +14,7 @@ import errno
 import struct
 from collections.abc import Mapping
 
-from vsock.owner import Owner
+from vsock.closeable import Closeable
 from vsock.record import Record
 
 __all__ = ("LOST", "Uevent", "UeventSocket", "parse")
@@ -61,7 +61,7 @@ def parse(message: bytes) -> Uevent | None:
     )
 
 
-class UeventSocket(Owner):
+class UeventSocket(Closeable):
     """A subscription; events count from its making on. Use as a context manager."""
 
     def __init__(self, *, is_about_disks: bool = False) -> None:

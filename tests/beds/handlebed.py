@@ -6,9 +6,9 @@ from pathlib import Path
 from guestagent.api import METHODS, Event, OverlayReport
 from guestagent.api.observe import CrashReport
 from vsock.address import UnixAddress
+from vsock.dial import listen
 from vsock.errors import CallError
 from vsock.server import Call, Connection, Outcome, Server
-from vsock.stream import listen
 
 WAIT_SECONDS = 60.0
 

@@ -18,8 +18,8 @@ from guestagent.service.dispatch import QUICK_METHODS, Service
 from tests.beds.peer import Peer
 from vsock.address import UnixAddress
 from vsock.deadline import Deadline
+from vsock.dial import listen
 from vsock.server import Connection, Server
-from vsock.stream import listen
 
 WAIT_SECONDS = 60.0
 

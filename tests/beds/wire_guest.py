@@ -10,9 +10,9 @@ sys.path[:0] = [str(PROJECT), str(VENV)]
 
 from vsock.address import parse_address  # noqa: E402
 from vsock.deadline import Deadline  # noqa: E402
+from vsock.dial import dial, listen  # noqa: E402
 from vsock.errors import CallError  # noqa: E402
 from vsock.server import Call, Outcome, Server  # noqa: E402
-from vsock.stream import dial, listen  # noqa: E402
 
 PORT = 5000
 CONTROL = 900

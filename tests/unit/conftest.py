@@ -9,9 +9,9 @@ import pytest
 
 from tests.beds.peer import WAIT_SECONDS, Peer
 from vsock.address import UnixAddress
+from vsock.dial import listen
 from vsock.errors import CallError
 from vsock.server import Call, Outcome, Server
-from vsock.stream import listen
 
 
 class Handler:

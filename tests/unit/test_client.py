@@ -12,10 +12,10 @@ import pytest
 from vsock.address import UnixAddress
 from vsock.client import Client, ClosedHandleError
 from vsock.deadline import Deadline
+from vsock.dial import listen
 from vsock.errors import CallError, ConnectionClosed, LocalProtocolError
 from vsock.inbox import Inbox
 from vsock.rpc import MAX_MSGID, Limits, Notification
-from vsock.stream import listen
 
 WAIT_SECONDS = 60.0
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 import vsock.peers
 from vsock.address import UnixAddress, parse_address
+from vsock.dial import listen
 from vsock.rpc import Limits
 from vsock.server import Outcome, Server
-from vsock.stream import Listener, Stream, listen
+from vsock.stream import Listener, Stream
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

@@ -14,10 +14,10 @@ from guestagent.engine.events import EventLog
 from guestagent.engine.journal import Journal
 from guestagent.service.dispatch import QUICK_METHODS, Service
 from vsock.address import UnixAddress
+from vsock.dial import listen
 from vsock.errors import CallError
 from vsock.rpc import Limits
 from vsock.server import Server
-from vsock.stream import listen
 
 WAIT_SECONDS = 60.0
 

@@ -13,15 +13,9 @@ import pytest
 
 from vsock.address import HybridAddress, SerialAddress, UnixAddress, VsockAddress
 from vsock.deadline import Deadline
+from vsock.dial import _SO_VM_SOCKETS_CONNECT_TIMEOUT, _set_timeout, dial, listen
 from vsock.errors import CallError, ConnectionClosed
-from vsock.stream import (
-    _AF_VSOCK,
-    _SO_VM_SOCKETS_CONNECT_TIMEOUT,
-    MAX_WRITE_BYTES,
-    _set_timeout,
-    dial,
-    listen,
-)
+from vsock.stream import AF_VSOCK, MAX_WRITE_BYTES
 
 
 @pytest.fixture
@@ -225,13 +219,13 @@ def test_the_connect_timeout_reaches_a_vsock_socket():
     """Python's own setsockopt takes no struct on such a socket, and getsockopt gives none."""
     libc = ctypes.CDLL(None, use_errno=True)
     try:
-        sock = _socket.socket(_AF_VSOCK, _socket.SOCK_STREAM, 0)
+        sock = _socket.socket(AF_VSOCK, _socket.SOCK_STREAM, 0)
     except OSError as error:
         pytest.skip(f"this kernel has no AF_VSOCK: {error}")
-    _set_timeout(sock, _AF_VSOCK, _SO_VM_SOCKETS_CONNECT_TIMEOUT, 7.25)
+    _set_timeout(sock, AF_VSOCK, _SO_VM_SOCKETS_CONNECT_TIMEOUT, 7.25)
     value, size = (ctypes.c_long * 2)(), ctypes.c_uint(16)
     status = libc.getsockopt(
-        sock.fileno(), _AF_VSOCK, _SO_VM_SOCKETS_CONNECT_TIMEOUT, value, ctypes.byref(size)
+        sock.fileno(), AF_VSOCK, _SO_VM_SOCKETS_CONNECT_TIMEOUT, value, ctypes.byref(size)
     )
     sock.close()
     assert status == 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vsock.waker import Waker
+from vsock.threads import Waker
 
 
 @pytest.fixture

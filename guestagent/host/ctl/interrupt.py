@@ -3,7 +3,7 @@
 import select
 import signal
 
-from vsock.waker import Waker
+from vsock.threads import Waker
 
 __all__ = ("wait_for_interrupt",)
 

@@ -14,8 +14,9 @@ from guestagent.host.ctl.interrupt import wait_for_interrupt
 from guestagent.host.ctl.session import Session, emit, pass_session
 from guestagent.host.ctl.style import paint, plain, tint
 from vsock.address import UnixAddress, parse_address
+from vsock.dial import listen
 from vsock.errors import CallError
-from vsock.stream import Listener, Stream, listen
+from vsock.stream import Listener, Stream
 
 __all__ = ("describe_line", "log")
 

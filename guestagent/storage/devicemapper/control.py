@@ -19,8 +19,8 @@ from guestagent.storage import syscalls
 from guestagent.storage.devicemapper import dmioctl
 from guestagent.storage.devicemapper.dmioctl import DeviceInfo, Reply
 from guestagent.storage.devicemapper.targets import Target, TargetStatus
+from vsock.closeable import FdOwner
 from vsock.deadline import Deadline
-from vsock.owner import FdOwner
 
 __all__ = ("CONTROL_PATH", "Control", "DeviceInfo")
 

@@ -1,4 +1,4 @@
-"""Objects that own something of the kernel's: closed by hand, or by the end of a ``with`` block."""
+"""Objects that own kernel resources: closed by ``close``, or by the end of a ``with`` block."""
 
 import os
 
@@ -6,11 +6,11 @@ TYPE_CHECKING = False  # as typing's, without its import
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ("FdOwner", "Owner")
+__all__ = ("Closeable", "FdOwner")
 
 
-class Owner:
-    """Whoever derives from it frees what is owned in ``close``, which is idempotent."""
+class Closeable:
+    """Base of owners. A subclass frees what it owns in ``close``, which is idempotent."""
 
     def close(self) -> None:
         raise NotImplementedError
@@ -22,7 +22,7 @@ class Owner:
         self.close()
 
 
-class FdOwner(Owner):
+class FdOwner(Closeable):
     """Owns one descriptor, ``_fd``: -1 before there is one, and after ``close``."""
 
     _fd: int = -1
