@@ -70,16 +70,15 @@ def settings() -> str:
 
 def console_commands() -> str:
     """Return a table of the console's commands for each group of them."""
-    from guestagent.console.commands import COMMANDS, GROUPS
+    from guestagent.console.commands import GROUPS
 
     tables = []
-    for group, title in GROUPS.items():
+    for group in GROUPS:
         rows = [
-            f"| `{command.synopsis.replace('|', chr(92) + '|')}` | {command.summary} |"
-            for command in COMMANDS.values()
-            if command.group == group
+            f"| `{command.usage.replace('|', chr(92) + '|')}` | {command.summary} |"
+            for command in group.commands.values()
         ]
-        tables.append("\n".join([f"| {title} | |", "|---|---|", *rows]))
+        tables.append("\n".join([f"| {group.title} | |", "|---|---|", *rows]))
     return "\n\n".join(tables).replace("\\xNN", "`\\xNN`").replace("* and ?", "`*` and `?`")
 
 

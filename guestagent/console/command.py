@@ -1,7 +1,7 @@
-"""What a command is, and what it is given when it runs."""
+"""What a command of the console is, and what it is given when it runs."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from guestagent.api import StatusReply
 from guestagent.console.channel import Channel
@@ -10,13 +10,19 @@ from guestagent.engine.engine import Engine
 from guestagent.engine.transaction import Operation
 from vsock.deadline import Deadline
 from vsock.errors import CallError
-from vsock.record import Record
 
-__all__ = ("Command", "Guest", "Run", "Usage")
+__all__ = ("Command", "Group", "Guest", "Leave", "Run", "Usage", "not_found", "number")
+
+#: The most words that a usage ending in ``...`` takes.
+MAX_WORDS = 500
 
 
 class Usage(Exception):
     """A command was not used as it must be; the text says how not."""
+
+
+class Leave(Exception):
+    """The session is to end."""
 
 
 class Guest:
@@ -57,7 +63,7 @@ class Run:
         options: Mapping[str, str],
         early_input: bytearray,
     ) -> None:
-        """``early_input`` is what was typed already and belongs to whoever reads next."""
+        """``early_input`` was typed already; a program that the command starts reads it first."""
         self.guest = guest
         self.engine = guest.engine
         self.channel = channel
@@ -77,47 +83,54 @@ class Run:
         """Return an option's value as a number.
 
         Raises:
-            Usage: it is none, or out of range.
+            Usage: it is no number, or out of range.
         """
         text = self.options.get(option)
         return default if text is None else number(text, option, low=low, high=high)
 
 
-def number(text: str, name: str, *, low: int = 0, high: int = 1 << 62) -> int:
-    """Read a number, decimal or with 0x.
-
-    Raises:
-        Usage: it is none, or out of range.
-    """
-    try:
-        value = int(text, 16) if text.startswith("0x") else int(text, 10)
-    except ValueError:
-        raise Usage(f"{name} takes a number, not {text!r}") from None
-    if not low <= value <= high:
-        raise Usage(f"{name} must be in {low}..{high}, not {value}")
-    return value
+#: What a command does; returns its exit status, None for 0.
+Function = Callable[[Run], int | None]
+#: Returns the words that could stand for an unfinished one.
+Completer = Callable[[Guest, str, Deadline], Sequence[str]]
 
 
-class Command(Record):
-    """One command. ``usage`` is what follows the name; ``function`` returns an exit status or None
-    for 0.
+class Command:
+    """One command, as its usage states it: ``name [-l] [-n COUNT] [--long] WORD [WORD...]``.
 
-    ``options`` are the letters that it takes, with ``=`` after one that has a value; an option of
-    several letters has two dashes. ``least`` and ``most`` bound the number of its other words.
-    ``completes`` says what these are: layer, overlay, device, dm, path or command; ``rest`` hands
-    everything to the function as it is.
+    ``options`` are the names of those with a dash, with ``=`` after one that has a value. ``least``
+    and ``most`` bound the number of the other words. What brackets enclose may be left out.
     """
 
-    name: str
-    summary: str
-    function: Callable[[Run], int | None]
-    usage: str = ""
-    options: tuple[str, ...] = ()
-    least: int = 0
-    most: int = 0
-    completes: str = ""
-    is_paged: bool = True
-    group: str = "guest"
+    def __init__(
+        self,
+        usage: str,
+        summary: str,
+        function: Function,
+        *,
+        completers: Mapping[str, Completer],
+        is_paged: bool,
+    ) -> None:
+        self.usage = usage
+        self.summary = summary
+        self.function = function
+        self.is_paged = is_paged
+        self.name, *rest = usage.split()
+        options, words = [], []
+        tokens = iter(rest)
+        for token in tokens:
+            if token.startswith("[-"):
+                options.append(token.strip("[-]") + ("" if token.endswith("]") else "="))
+                if not token.endswith("]"):
+                    next(tokens)
+            else:
+                words.append(token)
+        self.options = tuple(options)
+        self.least = sum(not word.startswith("[") for word in words)
+        self.most = MAX_WORDS if "..." in usage else len(words)
+        self.complete = next(
+            (completers[w] for w in (word.strip("[].") for word in words) if w in completers), None
+        )
 
     def parse(self, words: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
         """Return the plain words and the options.
@@ -130,30 +143,63 @@ class Command(Record):
         rest = list(words)
         while rest:
             word = rest.pop(0)
+            name = word.lstrip("-")
             if word == "--":
                 plain += rest
                 break
             if len(word) < 2 or not word.startswith("-") or word[1].isdigit():
                 plain.append(word)
-                continue
-            name = word.lstrip("-")
-            if f"{name}=" in self.options:
-                if not rest:
-                    raise Usage(f"{word} needs a value")
-                options[name] = rest.pop(0)
             elif name in self.options:
                 options[name] = ""
-            else:
+            elif f"{name}=" not in self.options:
                 raise Usage(f"there is no option {word}")
+            elif not rest:
+                raise Usage(f"{word} needs a value")
+            else:
+                options[name] = rest.pop(0)
         if len(plain) < self.least:
             raise Usage("something is missing")
         if len(plain) > self.most:
             raise Usage(f"{plain[self.most]!r} is too much")
         return tuple(plain), options
 
-    @property
-    def synopsis(self) -> str:
-        return f"{self.name} {self.usage}".rstrip()
+
+class Group:
+    """Commands under one title. ``completers`` has a function for a word of their usages."""
+
+    def __init__(self, title: str, completers: Mapping[str, Completer] | None = None) -> None:
+        self.title = title
+        self.commands: dict[str, Command] = {}
+        self._completers = completers or {}
+
+    def command(
+        self, usage: str, summary: str, *, is_paged: bool = True
+    ) -> Callable[[Function], Function]:
+        """Make a command of a function."""
+
+        def add(function: Function) -> Function:
+            command = Command(
+                usage, summary, function, completers=self._completers, is_paged=is_paged
+            )
+            self.commands[command.name] = command
+            return function
+
+        return add
+
+
+def number(text: str, name: str, *, low: int = 0, high: int = 1 << 62) -> int:
+    """Read a number, decimal or with 0x.
+
+    Raises:
+        Usage: it is no number, or out of range.
+    """
+    try:
+        value = int(text, 16) if text.startswith("0x") else int(text, 10)
+    except ValueError:
+        raise Usage(f"{name} takes a number, not {text!r}") from None
+    if not low <= value <= high:
+        raise Usage(f"{name} must be in {low}..{high}, not {value}")
+    return value
 
 
 def not_found(what: str, hint: str) -> CallError:

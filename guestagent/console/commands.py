@@ -1,23 +1,120 @@
-"""The table of commands: help, completion and the documentation are made from it."""
+"""The table of commands, and those about the console itself.
 
-from guestagent.console.command import Command
-from guestagent.console.commands_files import FILE_COMMANDS
-from guestagent.console.commands_layers import LAYER_COMMANDS
-from guestagent.console.commands_session import SESSION_COMMANDS
-from guestagent.console.commands_system import SYSTEM_COMMANDS
+Help, completion and the documentation are made from the table.
+"""
+
+from guestagent.api.console import Size
+from guestagent.console.command import Command, Group, Leave, Run, Usage, number
+from guestagent.console.commands_files import FILES
+from guestagent.console.commands_layers import LAYERS
+from guestagent.console.commands_system import SYSTEM
+from vsock.errors import CallError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 __all__ = ("COMMANDS", "GROUPS", "suggest")
 
-#: Group -> its title.
-GROUPS = {
-    "layers": "Layers, overlays and their devices",
-    "guest": "The guest",
-    "files": "Files: ID:/path in a layer or overlay, /path in the guest",
-    "session": "The console",
-}
+_END_SECONDS = 60.0
+_KEYS = (
+    "Keys: left right home end ^A ^E ^K ^U ^W ^Y ^L, up and down for lines that",
+    "begin alike, tab to complete, ^C to interrupt, ^D to leave.",
+    "At --more--: space for a page, enter for a line, G for the rest, q for no more.",
+)
+SESSION = Group("The console", {"COMMAND": lambda guest, word, deadline: tuple(COMMANDS)})
+
+
+@SESSION.command("help [COMMAND]", "list the commands, or tell of one")
+def _help(run: Run) -> int | None:
+    if run.words:
+        command = COMMANDS.get(run.words[0])
+        if command is None:
+            raise Usage(f"there is no command {run.words[0]!r}{suggest(run.words[0])}")
+        run.screen.line(f"{command.usage}")
+        run.screen.line(f"  {command.summary}")
+        return None
+    for group in GROUPS:
+        run.screen.line(group.title)
+        for command in group.commands.values():
+            run.screen.line(f"  {command.name:10} {command.summary}")
+    run.screen.line()
+    run.screen.lines(_KEYS)
+    return None
+
+
+@SESSION.command(
+    "sh [-c COMMAND]",
+    "run the guest's shell, where that is permitted and there is one",
+    is_paged=False,
+)
+def _sh(run: Run) -> int | None:
+    if not run.guest.shell:
+        raise CallError(
+            "denied",
+            "the shell is disabled: guestagent.console_shell=",
+            hint="boot with guestagent.console_shell=1 to permit it",
+        )
+    from guestagent.console.shell import run_shell
+
+    return run_shell(run, run.options.get("c"))
+
+
+@SESSION.command("term [NAME] [COLUMNSxROWS]", "say or set the terminal, for a bare line")
+def _term(run: Run) -> int | None:
+    """A bare line cannot tell its terminal's name and size; the person can."""
+    channel = run.channel
+    for word in run.words:
+        columns, x, rows = word.partition("x")
+        if x and columns.isdigit() and rows.isdigit():
+            try:
+                channel.size = Size(rows=int(rows), columns=int(columns))
+            except ValueError as error:
+                raise Usage(str(error)) from None
+        elif word.isascii() and word.isprintable() and len(word) <= 64:
+            channel.hello = channel.hello.replace(term=word)
+            run.screen.term = word
+        else:
+            raise Usage(f"{word!r} is no name of a terminal and no size")
+    run.screen.line(f"{channel.hello.term} {channel.size.columns}x{channel.size.rows}")
+    return None
+
+
+@SESSION.command("sleep SECONDS", "wait")
+def _sleep(run: Run) -> int | None:
+    """For scripts, and to see that an interrupt works."""
+    seconds = number(run.words[0], "SECONDS", low=0, high=86_400)
+    run.deadline.wait((), "sleep", at_most=float(seconds))
+    return None
+
+
+@SESSION.command("reboot [--force]", "unmount everything, reboot; --force though something is busy")
+def _reboot(run: Run) -> int | None:
+    _end(run, "reboot")
+
+
+@SESSION.command(
+    "poweroff [--force]", "unmount everything, power off; --force though something is busy"
+)
+def _poweroff(run: Run) -> int | None:
+    _end(run, "poweroff")
+
+
+def _end(run: Run, mode: str) -> "NoReturn":
+    if not run.guest.boot.get("pid1"):
+        raise CallError("unsupported", "this agent is not the init of a machine", step=mode)
+    with run.deadline.part(_END_SECONDS) as limit:
+        op = run.engine.operation(limit)
+        run.engine.unmount_everything(op, force="force" in run.options)
+    run.screen.line(f"everything is unmounted; {mode}")
+    run.screen.flush()
+    run.guest.end(mode)
+    raise Leave
+
+
+GROUPS = (LAYERS, SYSTEM, FILES, SESSION)
 COMMANDS: dict[str, Command] = {
-    command.name: command
-    for command in (*LAYER_COMMANDS, *SYSTEM_COMMANDS, *FILE_COMMANDS, *SESSION_COMMANDS)
+    name: command for group in GROUPS for name, command in group.commands.items()
 }
 
 

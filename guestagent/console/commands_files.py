@@ -17,17 +17,21 @@ from guestagent.api.inspect import (
     PathRequest,
     StreamRequest,
 )
-from guestagent.console.command import Command, Run, Usage, number
+from guestagent.console.command import Group, Guest, Run, Usage, not_found, number
 from guestagent.console.commands_layers import size_text
-from guestagent.console.places import resolve
 from guestagent.console.screen import show
+from guestagent.engine.engine import Engine
 from guestagent.inspect import listing, metadata
 from guestagent.inspect.place import Place
 from guestagent.inspect.reading import WHOLE, Meter, Reader
 from guestagent.inspect.sink import Sink
+from guestagent.inspect.walk import walk
+from guestagent.storage.openat import Root
+from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("FILE_COMMANDS",)
+__all__ = ("FILES",)
+
 
 MAX_ENTRIES = 10_000
 MAX_CAT_BYTES = 1024 * 1024
@@ -35,6 +39,111 @@ MAX_DUMP_BYTES = 1024 * 1024
 _DUMP_BYTES = 256
 _DUMP_WIDTH = 16
 _TYPE_MARKS = {"d": "/", "l": "@", "p": "|", "s": "=", "b": "%", "c": "%"}
+_MAX_COMPLETED = 2000
+
+
+class _GuestRoot(Root):
+    """The guest's own root, with everything that is mounted below it.
+
+    Still nothing but regular files and directories is opened, and no magic link followed.
+    """
+
+    def __init__(self) -> None:
+        self._directory_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.fd = os.dup(self._directory_fd)
+        self.is_clone = False
+
+
+class _GuestPlace(Place):
+    """The guest as a place to look into, as a layer is one."""
+
+    def __init__(self) -> None:
+        self.name = "the guest"
+        self.mount_point = "/"
+        self._layers = ()
+        self.root = _GuestRoot()
+
+
+class Named:
+    """A path and where it leads. ``request`` is what the inspection's functions want to have."""
+
+    def __init__(self, engine: Engine, path: bytes, request: PathRequest | None) -> None:
+        self.path = path
+        self._engine = engine
+        self._request = request
+
+    @property
+    def is_guest(self) -> bool:
+        """Whether it is the guest's own path, not one of a layer or overlay."""
+        return self._request is None
+
+    @property
+    def request(self) -> PathRequest:
+        return self._request or PathRequest(layer_id="guest", path=self.path)
+
+    @contextmanager
+    def open(self) -> Iterator[Place]:
+        """Open the place.
+
+        Raises:
+            CallError: ``not_found``, it is not mounted any more.
+        """
+        if self._request is None:
+            place: Place = _GuestPlace()
+        else:
+            place = self._engine.debug.place(self._request)
+        with place:
+            yield place
+
+
+def resolve(engine: Engine, word: str) -> Named:
+    """Say what a path leads to. A layer goes before an overlay of the same id, which
+    ``overlay:ID:/path`` names.
+
+    Raises:
+        CallError: ``not_found``, there is no such layer or overlay.
+        Usage: it is no path.
+    """
+    if word.startswith("/"):
+        return Named(engine, os.fsencode(word), None)
+    head, colon, path = word.rpartition(":") if ":/" not in word else _split(word)
+    if not colon:
+        raise Usage(f"{word!r} is no path: ID:/path in a layer or overlay, /path in the guest")
+    kind, _, name = head.rpartition(":")
+    encoded = os.fsencode(path or "/")
+    if kind in ("", "layer") and name in engine.debug.layer_ids():
+        return Named(engine, encoded, PathRequest(layer_id=name, path=encoded))
+    if kind in ("", "overlay") and name in engine.debug.overlay_ids():
+        return Named(engine, encoded, PathRequest(overlay_id=name, path=encoded))
+    raise not_found(
+        f"there is no layer or overlay {head!r}", "`layers` and `overlays` list what is mounted"
+    )
+
+
+def _split(word: str) -> tuple[str, str, str]:
+    head, _, path = word.partition(":/")
+    return head, ":", "/" + path
+
+
+def complete_path(guest: Guest, word: str, deadline: Deadline) -> list[str]:
+    """Return the paths that begin as a word does, up to its last slash."""
+    if "/" not in word:
+        ids = (*guest.engine.debug.layer_ids(), *guest.engine.debug.overlay_ids())
+        return ["/", *(f"{name}:/" for name in ids)]
+    head = word[: word.rindex("/") + 1]
+    name = resolve(guest.engine, head)
+    found = []
+    with name.open() as place, place.errors(name.path):
+        for entry in walk(place.root.open_directory(name.path), max_depth=1):
+            deadline.check("complete a path")
+            is_directory = entry.entry.is_dir(follow_symlinks=False)
+            found.append(head + os.fsdecode(entry.path) + ("/" if is_directory else ""))
+            if len(found) >= _MAX_COMPLETED:
+                break
+    return found
+
+
+FILES = Group("Files: ID:/path in a layer or overlay, /path in the guest", {"PATH": complete_path})
 
 
 class _Full(Exception):
@@ -78,6 +187,7 @@ def _place_words(run: Run, default: str | None = None) -> tuple[str, ...]:
 # --- directories
 
 
+@FILES.command("ls [-l] [PATH...]", "list a directory; -l in detail")
 def _ls(run: Run) -> int | None:
     for word in _place_words(run, "/"):
         if len(run.words) > 1:
@@ -150,6 +260,7 @@ def _clock(time_ns: int) -> str:
         return str(time_ns // 1_000_000_000)
 
 
+@FILES.command("stat PATH...", "describe a file")
 def _stat(run: Run) -> int | None:
     for word in run.words:
         _stat_word(run, word)
@@ -179,6 +290,10 @@ def _stat_word(run: Run, word: str) -> None:
         run.screen.line(f"xattr {show(xattr.name)} = {show(xattr.value[:256])}")
 
 
+@FILES.command(
+    "find [--type LETTER] [--depth N] PATH [PATTERN]",
+    "list what is below a directory; the pattern may have * and ?",
+)
 def _find(run: Run) -> int | None:
     word, *patterns = run.words
     named = resolve(run.engine, word)
@@ -208,6 +323,7 @@ def _find(run: Run) -> int | None:
     return None
 
 
+@FILES.command("df [PATH...]", "say how full file systems are")
 def _df(run: Run) -> int | None:
     rows = []
     if run.words:
@@ -281,6 +397,7 @@ def _is_block_device(run: Run, node: str) -> bool:
     return any(info.node == node for info in infos)
 
 
+@FILES.command("cat [-n BYTES] PATH...", "print files, what is not printable as \\xNN")
 def _cat(run: Run) -> int | None:
     most = run.number("n", MAX_CAT_BYTES, high=MAX_CAT_BYTES)
     for word in run.words:
@@ -301,6 +418,7 @@ def _cat(run: Run) -> int | None:
     return None
 
 
+@FILES.command("hexdump PATH [OFFSET [LENGTH]]", "print bytes of a file or block device")
 def _hexdump(run: Run) -> int | None:
     offset = number(run.words[1], "OFFSET") if len(run.words) > 1 else 0
     length = _DUMP_BYTES
@@ -325,6 +443,7 @@ def _dump_row(offset: int, data: bytes) -> str:
     return f"{offset:08x}  {halves[0]:23}  {halves[1]:23}  |{shown}|"
 
 
+@FILES.command("checksum [-a sha256|sha512|sha1] PATH...", "hash files or block devices")
 def _checksum(run: Run) -> int | None:
     algorithm = run.options.get("a", CHECKSUM_ALGORITHMS[0])
     if algorithm not in CHECKSUM_ALGORITHMS:
@@ -342,58 +461,3 @@ def _checksum(run: Run) -> int | None:
             continue
         run.screen.line(f"{digest}  {show(word)}")
     return status
-
-
-def _command(name: str, summary: str, function: object, **fields: object) -> Command:
-    return Command(
-        name=name,
-        summary=summary,
-        function=function,  # type: ignore[arg-type]
-        group="files",
-        completes="path",
-        **fields,  # type: ignore[arg-type]
-    )
-
-
-FILE_COMMANDS = (
-    _command(
-        "ls", "list a directory; -l in detail", _ls, usage="[-l] [PATH...]", options=("l",), most=64
-    ),
-    _command("stat", "describe a file", _stat, usage="PATH...", least=1, most=64),
-    _command(
-        "cat",
-        "print files, what is not printable as \\xNN",
-        _cat,
-        usage="[-n BYTES] PATH...",
-        options=("n=",),
-        least=1,
-        most=64,
-    ),
-    _command(
-        "hexdump",
-        "print bytes of a file or block device",
-        _hexdump,
-        usage="PATH [OFFSET [LENGTH]]",
-        least=1,
-        most=3,
-    ),
-    _command(
-        "checksum",
-        "hash files or block devices",
-        _checksum,
-        usage="[-a sha256|sha512|sha1] PATH...",
-        options=("a=",),
-        least=1,
-        most=64,
-    ),
-    _command(
-        "find",
-        "list what is below a directory; the pattern may have * and ?",
-        _find,
-        usage="[--type LETTER] [--depth N] PATH [PATTERN]",
-        options=("type=", "depth="),
-        least=1,
-        most=2,
-    ),
-    _command("df", "say how full file systems are", _df, usage="[PATH...]", most=64),
-)

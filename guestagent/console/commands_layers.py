@@ -2,10 +2,12 @@
 
 from guestagent.api import LayerReport, OverlayReport
 from guestagent.api.texts import layer_from_text
-from guestagent.console.command import Command, Run, Usage, not_found
+from guestagent.console.command import Group, Guest, Run, Usage, not_found
 from guestagent.storage.holders import find_holders
+from vsock.deadline import Deadline
 
-__all__ = ("LAYER_COMMANDS",)
+__all__ = ("LAYERS",)
+
 
 #: A dry run waits this long for a device that is not there.
 _PLAN_SECONDS = 3.0
@@ -22,6 +24,29 @@ def size_text(size_bytes: int) -> str:
     raise AssertionError("unreachable")
 
 
+def _complete_layer(guest: Guest, word: str, deadline: Deadline) -> tuple[str, ...]:
+    return guest.engine.debug.layer_ids()
+
+
+def _complete_device(guest: Guest, word: str, deadline: Deadline) -> tuple[str, ...]:
+    devices = guest.engine.inspection.devices
+    infos = (*devices.list_devices().devices, *devices.list_partitions().devices)
+    return (*(info.node for info in infos), *guest.engine.debug.layer_ids())
+
+
+LAYERS = Group(
+    "Layers, overlays and their devices",
+    {
+        "LAYER": _complete_layer,
+        "ID": _complete_layer,
+        "OVERLAY": lambda guest, word, deadline: guest.engine.debug.overlay_ids(),
+        "NAME": lambda guest, word, deadline: [n for n, _ in guest.engine.debug.dm_devices()],
+        "DEVICE": _complete_device,
+    },
+)
+
+
+@LAYERS.command("layers [LAYER...]", "list the layers, or describe some")
 def _layers(run: Run) -> int | None:
     if run.words:
         for layer_id in run.words:
@@ -81,6 +106,7 @@ def _describe_layer(run: Run, report: LayerReport) -> None:
         run.screen.line(f"   {device.table}")
 
 
+@LAYERS.command("overlays [OVERLAY...]", "list the overlays, or describe some")
 def _overlays(run: Run) -> int | None:
     reports = run.engine.overlays.list()
     if run.words:
@@ -131,6 +157,7 @@ def _describe_overlay(run: Run, report: OverlayReport) -> None:
         run.screen.line(f"  {position:3} {layer_id}  {directory}")
 
 
+@LAYERS.command("devices", "list the block devices and what is at their start")
 def _devices(run: Run) -> int | None:
     devices = run.engine.inspection.devices
     types = devices.list_filesystems(run.operation()).filesystems
@@ -152,6 +179,7 @@ def _devices(run: Run) -> int | None:
     return None
 
 
+@LAYERS.command("tables [NAME...]", "print tables and status of the dm devices")
 def _tables(run: Run) -> int | None:
     found = run.engine.dm.list()
     if run.words:
@@ -170,6 +198,7 @@ def _tables(run: Run) -> int | None:
     return None
 
 
+@LAYERS.command("mounts", "list everything that is mounted")
 def _mounts(run: Run) -> int | None:
     header = ("TARGET", "TYPE", "DEV", "SOURCE", "OPTIONS")
     rows = [
@@ -180,6 +209,9 @@ def _mounts(run: Run) -> int | None:
     return None
 
 
+@LAYERS.command(
+    "plan LAYER...", "print the steps of a layer's mount, a dry run if it is not mounted"
+)
 def _plan(run: Run) -> int | None:
     for word in run.words:
         if len(run.words) > 1:
@@ -201,6 +233,7 @@ def _plan(run: Run) -> int | None:
     return None
 
 
+@LAYERS.command("holders DEVICE", "say who keeps a device busy")
 def _holders(run: Run) -> int | None:
     word = run.words[0]
     dev = _dev_of(run, word)
@@ -233,6 +266,7 @@ def _dev_of(run: Run, word: str) -> str:
     )
 
 
+@LAYERS.command("timings [ID...]", "say how long each step of boot and of each mount took")
 def _timings(run: Run) -> int | None:
     boot = [
         (name, value)
@@ -254,6 +288,9 @@ def _timings(run: Run) -> int | None:
     return None
 
 
+@LAYERS.command(
+    "reconcile [--dry-run]", "compare journal, inventory, kernel; undo what none accounts for"
+)
 def _reconcile(run: Run) -> int | None:
     reconciliation = run.engine.debug.reconciliation
     op = run.operation()
@@ -273,70 +310,3 @@ def _reconcile(run: Run) -> int | None:
         run.screen.line(f"  {finding.action or 'no action'}: {outcome.result}{detail}")
         status = max(status, int(outcome.result == "failed"))
     return status
-
-
-def _command(name: str, summary: str, function: object, **fields: object) -> Command:
-    return Command(name=name, summary=summary, function=function, group="layers", **fields)  # type: ignore[arg-type]
-
-
-LAYER_COMMANDS = (
-    _command(
-        "layers",
-        "list the layers, or describe some",
-        _layers,
-        usage="[LAYER...]",
-        most=500,
-        completes="layer",
-    ),
-    _command(
-        "overlays",
-        "list the overlays, or describe some",
-        _overlays,
-        usage="[OVERLAY...]",
-        most=500,
-        completes="overlay",
-    ),
-    _command("devices", "list the block devices and what is at their start", _devices),
-    _command(
-        "tables",
-        "print tables and status of the dm devices",
-        _tables,
-        usage="[NAME...]",
-        most=500,
-        completes="dm",
-    ),
-    _command("mounts", "list everything that is mounted", _mounts),
-    _command(
-        "plan",
-        "print the steps of a layer's mount, a dry run if it is not mounted",
-        _plan,
-        usage="LAYER...",
-        least=1,
-        most=500,
-        completes="layer",
-    ),
-    _command(
-        "holders",
-        "say who keeps a device busy",
-        _holders,
-        usage="DEVICE",
-        least=1,
-        most=1,
-        completes="device",
-    ),
-    _command(
-        "timings",
-        "say how long each step of boot and of each mount took",
-        _timings,
-        usage="[ID...]",
-        most=500,
-        completes="layer",
-    ),
-    _command(
-        "reconcile",
-        "compare journal, inventory, kernel; undo what none accounts for",
-        _reconcile,
-        usage="[--dry-run]",
-        options=("dry-run",),
-    ),
-)

@@ -5,14 +5,17 @@ import os
 import time
 
 from guestagent.api import Event
-from guestagent.console.command import Command, Run, number
+from guestagent.console.command import Group, Run, number
 from guestagent.console.commands_layers import size_text
 from guestagent.console.follow import Queue
 from guestagent.console.processes import Process, open_files, read_processes
 from vsock.errors import CallError
 from vsock.log import Line, log, render
 
-__all__ = ("SYSTEM_COMMANDS",)
+__all__ = ("SYSTEM",)
+
+SYSTEM = Group("The guest")
+
 
 _TOP_SECONDS = 2.0
 _KMSG_RECORD_BYTES = 8 * 1024
@@ -20,6 +23,7 @@ _LEVELS = ("emerg", "alert", "crit", "err", "warn", "notice", "info", "debug")
 _SECRETS = ("PASSWORD", "SECRET", "TOKEN", "PASSPHRASE", "PRIVATE")
 
 
+@SYSTEM.command("status", "say how the agent is")
 def _status(run: Run) -> int | None:
     status = run.guest.status()
     run.screen.line(status.state)
@@ -51,6 +55,7 @@ def _event_text(event: Event) -> str:
     return f"{event.sequence:6} {clock}.{ms:03} {event.kind} {named} {event.detail}".rstrip()
 
 
+@SYSTEM.command("events [-f] [-n COUNT]", "list what has happened; -f goes on")
 def _events(run: Run) -> int | None:
     queue: Queue[Event] = Queue()
     is_followed = "f" in run.options
@@ -74,6 +79,7 @@ def _events(run: Run) -> int | None:
     return None
 
 
+@SYSTEM.command("log [-f] [-n COUNT]", "print the agent's log; -f goes on")
 def _log(run: Run) -> int | None:
     queue: Queue[Line] = Queue()
     is_followed = "f" in run.options
@@ -101,6 +107,7 @@ def _tell_dropped(run: Run, dropped: int) -> None:
         run.screen.line(f"... {dropped} more came too fast to show")
 
 
+@SYSTEM.command("dmesg [-f]", "print the kernel's log; -f goes on")
 def _dmesg(run: Run) -> int | None:
     """Print the kernel's log (Documentation/ABI/testing/dev-kmsg)."""
     fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -143,6 +150,7 @@ def _kernel_line(record: bytes) -> str:
 # --- processes
 
 
+@SYSTEM.command("ps [-a]", "list the processes; -a the kernel's too")
 def _ps(run: Run) -> int | None:
     rows = [
         (str(p.pid), str(p.ppid), p.state, str(p.threads), size_text(p.rss_bytes), p.command)
@@ -153,6 +161,7 @@ def _ps(run: Run) -> int | None:
     return None
 
 
+@SYSTEM.command("top [-n COUNT]", "show the busiest processes, every two seconds", is_paged=False)
 def _top(run: Run) -> int | None:
     count = run.number("n", 1 if not run.screen.is_terminal else 1 << 30)
     screen = run.screen
@@ -211,6 +220,7 @@ def _duration(seconds: float) -> str:
     return f"{days} d {text}" if days else text
 
 
+@SYSTEM.command("fds [PID]", "list the open files of the agent, or of a process")
 def _fds(run: Run) -> int | None:
     pid = number(run.words[0], "PID", low=1) if run.words else os.getpid()
     rows = [(str(fd), target) for fd, target in open_files(pid)]
@@ -221,6 +231,7 @@ def _fds(run: Run) -> int | None:
 # --- settings
 
 
+@SYSTEM.command("env", "print the agent's environment")
 def _env(run: Run) -> int | None:
     for name, value in sorted(os.environ.items()):
         hidden = any(word in name.upper() for word in _SECRETS)
@@ -228,12 +239,14 @@ def _env(run: Run) -> int | None:
     return None
 
 
+@SYSTEM.command("cmdline", "print the kernel's command line")
 def _cmdline(run: Run) -> int | None:
     with open("/proc/cmdline", encoding="utf-8", errors="surrogateescape") as stream:
         run.screen.line(stream.read().strip())
     return None
 
 
+@SYSTEM.command("modules", "list the kernel's modules")
 def _modules(run: Run) -> int | None:
     try:
         with open("/proc/modules", encoding="ascii", errors="replace") as stream:
@@ -249,6 +262,7 @@ def _modules(run: Run) -> int | None:
     return None
 
 
+@SYSTEM.command("uptime", "say how long guest and agent have been up")
 def _uptime(run: Run) -> int | None:
     up = time.clock_gettime(time.CLOCK_BOOTTIME)
     agent = time.monotonic() - run.guest.started
@@ -257,49 +271,9 @@ def _uptime(run: Run) -> int | None:
     return None
 
 
+@SYSTEM.command("metrics", "print the agent's metrics")
 def _metrics(run: Run) -> int | None:
     if run.guest.metrics is None:
         raise CallError("unsupported", "this agent keeps no metrics")
     run.screen.write(run.guest.metrics())
     return None
-
-
-def _command(name: str, summary: str, function: object, **fields: object) -> Command:
-    return Command(name=name, summary=summary, function=function, **fields)  # type: ignore[arg-type]
-
-
-SYSTEM_COMMANDS = (
-    _command("status", "say how the agent is", _status),
-    _command(
-        "events",
-        "list what has happened; -f goes on",
-        _events,
-        usage="[-f] [-n COUNT]",
-        options=("f", "n="),
-    ),
-    _command(
-        "log",
-        "print the agent's log; -f goes on",
-        _log,
-        usage="[-f] [-n COUNT]",
-        options=("f", "n="),
-    ),
-    _command("dmesg", "print the kernel's log; -f goes on", _dmesg, usage="[-f]", options=("f",)),
-    _command("ps", "list the processes; -a the kernel's too", _ps, usage="[-a]", options=("a",)),
-    _command(
-        "top",
-        "show the busiest processes, every two seconds",
-        _top,
-        usage="[-n COUNT]",
-        options=("n=",),
-        is_paged=False,
-    ),
-    _command("env", "print the agent's environment", _env),
-    _command("cmdline", "print the kernel's command line", _cmdline),
-    _command("modules", "list the kernel's modules", _modules),
-    _command("uptime", "say how long guest and agent have been up", _uptime),
-    _command(
-        "fds", "list the open files of the agent, or of a process", _fds, usage="[PID]", most=1
-    ),
-    _command("metrics", "print the agent's metrics", _metrics),
-)

@@ -1,23 +1,21 @@
 """One person at the console: read a line, run it, again. A thread of its own."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from guestagent import __version__
 from guestagent.api.console import CONSOLE_VERSIONS, Exit, Refusal, Welcome
 from guestagent.console import words
 from guestagent.console.channel import EDITING, INTERRUPT, RUNNING, Channel, FramedChannel
-from guestagent.console.command import Command, Guest, Run, Usage
+from guestagent.console.command import Command, Guest, Leave, Run, Usage
 from guestagent.console.commands import COMMANDS, suggest
-from guestagent.console.completion import complete
-from guestagent.console.keys import decode_key
-from guestagent.console.lineedit import History, LineEditor
+from guestagent.console.lineedit import History, LineEditor, decode_key
 from guestagent.console.screen import Quit, Screen
 from vsock.deadline import Deadline
 from vsock.errors import CallError, ConnectionClosed
 from vsock.log import log
 
-__all__ = ("Leave", "Session")
+__all__ = ("Session",)
 
 OK, FAILED, WRONG_USAGE, NO_COMMAND, INTERRUPTED = 0, 1, 2, 127, 130
 #: A command that was forgotten ends some day.
@@ -25,10 +23,7 @@ _COMMAND_SECONDS = 24 * 3600.0
 _PROMPT = "guest> "
 _ENTER_PROMPT = "Press Enter for the guest's console.\r\n"
 _MAX_SCRIPT_LINE_BYTES = 4096
-
-
-class Leave(Exception):
-    """The person asked to leave."""
+_COMPLETION_SECONDS = 2.0
 
 
 class Session:
@@ -137,7 +132,7 @@ class Session:
             _PROMPT,
             columns=channel.size.columns,
             history=self._history,
-            complete=lambda partial: complete(self._guest, partial, channel.life),
+            complete=self._complete,
             clears=screen.clears,
         )
         _print(screen, editor.start())
@@ -155,6 +150,23 @@ class Session:
             self._status = INTERRUPTED
             return ""
         return editor.text if editor.outcome == "line" else None
+
+    def _complete(self, partial: words.Partial) -> list[str]:
+        """Return the words that could stand for the unfinished one; none after an error."""
+        found: Sequence[str] = ()
+        if not partial.before:
+            found = (*COMMANDS, "exit")
+        elif command := COMMANDS.get(partial.before[0]):
+            if partial.word.startswith("-"):
+                names = [name.rstrip("=") for name in command.options]
+                found = [f"--{name}" if len(name) > 1 else f"-{name}" for name in names]
+            elif command.complete is not None:
+                try:
+                    with self.channel.life.part(_COMPLETION_SECONDS) as deadline:
+                        found = command.complete(self._guest, partial.word, deadline)
+                except (CallError, OSError, Usage):
+                    return []
+        return [word for word in found if word.startswith(partial.word)]
 
     def _read_script(self) -> None:
         """Run the lines that the peer sends, up to its end of input."""
@@ -290,7 +302,7 @@ class Session:
             screen.flush()
             return OK
         except Usage as error:
-            life.error(f"{command.name}: {error}; usage: {command.synopsis}")
+            life.error(f"{command.name}: {error}; usage: {command.usage}")
             return WRONG_USAGE
         except CallError as error:
             return self._tell(command, error, screen, life)

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guestagent.console.keys import MAX_KEY_BYTES, decode_key
-from guestagent.console.lineedit import History, LineEditor, width_of
+from guestagent.console.lineedit import MAX_KEY_BYTES, History, LineEditor, decode_key, width_of
 from guestagent.console.words import Partial, quote, split, unfinished
 
 PROMPT = "> "
