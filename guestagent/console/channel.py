@@ -1,8 +1,8 @@
-"""One peer of the console: what it sends is kept within bounds, what it gets goes out at its pace.
+"""One peer of the console: its input is kept within bounds, its output goes out at its pace.
 
-Two threads meet here. That of the console reads the stream and calls ``take``; that of the session
-waits for input and writes. So an interrupt gets through while a command works, and a peer that does
-not read holds up its own session alone, until it is cut off.
+Two threads use a channel. The console's thread reads the stream and calls ``take``; the session's
+thread waits for input and writes. So an interrupt gets through while a command works, and a peer
+that does not read holds up its own session alone, until it is cut off.
 """
 
 import os
@@ -51,26 +51,26 @@ MAX_INPUT_BYTES = 64 * 1024
 MAX_TYPED_AHEAD_BYTES = 4096
 INTERRUPT = b"\x03"
 
-#: What input is for: the editor, nobody for now (an interrupt apart), a program.
+#: Which part of the session takes the input: the editor; none, but for an interrupt; a program.
 EDITING, RUNNING, RAW = "editing", "running", "raw"
 
 
 class Channel:
-    """``hello`` says what the peer is. ``life`` is cancelled when the peer has gone."""
+    """``hello`` describes the peer. ``life`` is cancelled when the peer has gone."""
 
     #: Whether the peer is a bare line, without frames.
     is_line = False
 
-    def __init__(self, stream: Stream, *, wake: "Callable[[], object]") -> None:
-        """``wake`` has the console's thread look whether it is to read again."""
+    def __init__(self, stream: Stream) -> None:
         self.stream = stream
+        #: Has the console's thread check ``wants_input``; the console sets it.
+        self.wake: Callable[[], None] = lambda: None
         self.hello = Hello(versions=CONSOLE_VERSIONS)
         self.size = Size()
         self.life = Deadline()
-        #: Where a signal of the peer's goes; the session sets it.
-        self.on_signal: Callable[[str], None] = self._interrupt_on
+        #: Takes a signal from the peer; a program that runs sets it.
+        self.on_signal: Callable[[str], None] = self.interrupt_on
         self.on_size: Callable[[Size], None] = lambda size: None
-        self._wake = wake
         self._lock = threading.Lock()
         self._mode = EDITING
         self._running: Deadline | None = None
@@ -137,7 +137,7 @@ class Channel:
             if self._mode == EDITING:
                 os.eventfd_write(self._input_fd, 1)
 
-    def _interrupt_on(self, name: str) -> None:
+    def interrupt_on(self, name: str) -> None:
         if name in ("INT", "TERM", "HUP", "QUIT", "KILL"):
             with self._lock:
                 self._interrupt()
@@ -153,7 +153,7 @@ class Channel:
         with self._lock:
             self._mode = mode
             self._running = running
-        self._wake()
+        self.wake()
 
     @property
     def input_fd(self) -> int:
@@ -175,7 +175,7 @@ class Channel:
             data = bytes(self._input)
             self._input.clear()
         if len(data) >= MAX_INPUT_BYTES:
-            self._wake()
+            self.wake()
         return data
 
     def take_resize(self) -> bool:
@@ -226,8 +226,8 @@ class Channel:
 class FramedChannel(Channel):
     """A peer that speaks the protocol. ``is_open`` once it has said hello."""
 
-    def __init__(self, stream: Stream, *, wake: "Callable[[], object]") -> None:
-        super().__init__(stream, wake=wake)
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(stream)
         self.is_open = False
         self._decoder = Decoder(from_client=True)
 
@@ -287,8 +287,8 @@ class LineChannel(Channel):
 
     is_line = True
 
-    def __init__(self, stream: Stream, *, wake: "Callable[[], object]", term: str) -> None:
-        super().__init__(stream, wake=wake)
+    def __init__(self, stream: Stream, *, term: str) -> None:
+        super().__init__(stream)
         self.hello = Hello(versions=CONSOLE_VERSIONS, terminal=True, term=term)
 
     def take(self, data: bytes) -> None:

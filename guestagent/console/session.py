@@ -30,7 +30,7 @@ class Session:
     """Talks to one peer until it leaves or has gone. ``run`` is the thread's function."""
 
     def __init__(
-        self, number: int, channel: Channel, guest: Guest, on_end: "Callable[[Session], None]"
+        self, number: int, channel: Channel, guest: Guest, on_end: Callable[[], None]
     ) -> None:
         self.number = number
         self.channel = channel
@@ -60,7 +60,7 @@ class Session:
             if not self._is_told:
                 text = "the console failed"
                 self._refuse(CallError("internal", text, hint="this is a bug; the log has more"))
-            self._on_end(self)
+            self._on_end()
 
     def _welcome(self) -> None:
         if not isinstance(self.channel, FramedChannel):

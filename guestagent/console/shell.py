@@ -94,7 +94,7 @@ class _Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._channel.on_signal = self._channel._interrupt_on
+        self._channel.on_signal = self._channel.interrupt_on
         self._channel.on_size = lambda size: None
         with self._lock:
             self._is_over = True

@@ -161,7 +161,7 @@ def test_a_line_that_ends_at_once_is_left_alone_for_a_while(
 ) -> None:
     monkeypatch.setattr(service_module, "_REST_SECONDS", 0.1)
     console, dead = Console(cast(Guest, SimpleNamespace(shell=False)), ()), _DeadLine()
-    console._acceptor.add(dead)
+    console._add_listener(dead)
     console.start()
     wait_until(lambda: len(dead.opened_at) >= 4, "it is not looked for again")
     console.close()

@@ -581,7 +581,7 @@ def test_a_slow_peer_gets_all_that_a_program_wrote_before_it_ended(bed: Bed) -> 
     """The pipe holds all of this, so that the program ends whoever reads; the socket, little."""
     with bed.client(command="sh -c 'read line; head -c 60000 /dev/zero'") as script:
         wait_until(lambda: bed.console.session_count == 1, "no session")
-        (peer,) = bed.console._peers.values()
+        (peer,) = bed.console._peers
         peer.channel.stream._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 0)
         script.type("\n")
         while len(script._buffer) < 36_000:

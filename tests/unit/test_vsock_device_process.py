@@ -12,8 +12,8 @@ import pytest
 from vsock.device import process as process_module
 from vsock.device.device import Settings
 from vsock.device.hybrid import HostStream, ListenerInUse, listen
-from vsock.device.loop import Loop
 from vsock.device.process import DeviceError, start_device
+from vsock.loop import Loop
 
 
 def connect(path) -> socket.socket:

@@ -8,11 +8,11 @@ import os
 import struct
 from collections.abc import Callable
 
-from vsock.device.loop import Loop
 from vsock.device.memory import GuestMemory, MemoryFault, Region
 from vsock.device.vhost_user import Channel, ChannelError, ConfigRange, Message, Request, VringState
 from vsock.device.virtqueue import MAX_QUEUE_SIZE
 from vsock.device.vring import Vring
+from vsock.loop import Loop
 
 __all__ = ("DEVICE_FEATURES", "EVENT", "PROTOCOL_FEATURES", "RX", "TX", "Backend")
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from vsock.device.backend import RX, TX, Backend
 from vsock.device.hybrid import listen
 from vsock.device.line import Limits
-from vsock.device.loop import Loop
 from vsock.device.switchboard import Switchboard
 from vsock.device.vhost_user import Channel, ChannelError
 from vsock.device.virtqueue import Virtqueue, VirtqueueError
 from vsock.device.vring import Vring
+from vsock.loop import Loop
 
 __all__ = ("Device", "Settings")
 

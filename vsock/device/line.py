@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vsock.device.connections import Connection, State
 from vsock.device.hybrid import HostStream
-from vsock.device.loop import Timer
+from vsock.loop import Timer
 
 __all__ = ("Limits", "Line")
 

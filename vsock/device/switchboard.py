@@ -14,7 +14,6 @@ import socket
 from vsock.device.connections import ConnectionTable, State
 from vsock.device.hybrid import HostStream, dial
 from vsock.device.line import Limits, Line
-from vsock.device.loop import Loop, Timer
 from vsock.device.outbox import Outbox
 from vsock.device.packet import (
     CID_HOST,
@@ -35,6 +34,7 @@ from vsock.device.packet import (
     take,
 )
 from vsock.device.virtqueue import Virtqueue
+from vsock.loop import Loop, Timer
 
 __all__ = ("Switchboard",)
 

@@ -10,9 +10,9 @@ import os
 import select
 import struct
 
-from vsock.device.loop import Loop
 from vsock.device.memory import GuestMemory, MemoryFault
 from vsock.device.virtqueue import RingAddress, Virtqueue
+from vsock.loop import Loop
 
 __all__ = ("Vring",)
 

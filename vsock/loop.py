@@ -1,4 +1,4 @@
-"""One thread, one epoll, a heap of timers: what every part of the device waits with."""
+"""One thread's wait: callbacks for the events of descriptors, and a heap of timers."""
 
 import heapq
 import itertools
@@ -46,6 +46,10 @@ class Loop:
         self._epoll.register(fd, events)
         self._handlers[fd] = handler
         self._fresh.add(fd)
+
+    def modify(self, fd: int, events: int) -> None:
+        """Call the handler of ``fd`` on these events alone from now on."""
+        self._epoll.modify(fd, events)
 
     def remove(self, fd: int) -> None:
         """Forget ``fd``; to be called before it is closed."""
