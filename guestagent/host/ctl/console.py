@@ -7,7 +7,7 @@ import click
 from guestagent.api import AGENT_PORT
 from guestagent.api.console import CONSOLE_PORT, DISABLED
 from guestagent.host.client import GuestAgent
-from guestagent.host.ctl.console_client import ConsoleClient, LineClient
+from guestagent.host.ctl.console_client import ConsoleClient, attach_line
 from guestagent.host.ctl.profiles import resolve
 from guestagent.host.ctl.session import Session, pass_session
 from vsock.address import (
@@ -60,7 +60,7 @@ def console(
     if is_line or isinstance(place, SerialAddress):
         if command is not None:
             raise click.UsageError("a bare line takes no -c")
-        sys.exit(LineClient(connect(place, session.connect_seconds)).run())
+        sys.exit(attach_line(connect(place, session.connect_seconds)))
     dialler = Dialler(place, session.connect_seconds, is_agent=address is None)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     client = ConsoleClient(
