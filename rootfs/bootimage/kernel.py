@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 __all__ = (
+    "MODULE_PLACES",
     "Kernel",
     "KernelNotFoundError",
     "ModuleIndex",
@@ -26,6 +27,8 @@ __all__ = (
     "open_kernel",
 )
 
+#: Where a tree has its modules. Debian before 13 has the second only, and elsewhere one is a link.
+MODULE_PLACES = ("usr/lib/modules", "lib/modules")
 _SUFFIXES = (".ko", ".ko.gz", ".ko.xz", ".ko.zst")
 
 
@@ -235,19 +238,21 @@ class Kernel:
 def open_kernel(root: Path) -> Kernel:
     """Return the newest kernel below ``root``, a tree such as a kernel package unpacks to.
 
+    The modules are in ``usr/lib/modules/VERSION`` or ``lib/modules/VERSION``. The image is
+    ``boot/vmlinuz-VERSION``, or ``vmlinuz`` beside the modules.
+
     Raises:
-        KernelNotFoundError: no ``boot/vmlinuz-VERSION`` with its ``lib/modules/VERSION`` there.
+        KernelNotFoundError: there is no image with its modules.
     """
-    found = [
-        image
-        for image in root.glob("boot/vmlinuz-*")
-        if (root / "lib/modules" / image.name.removeprefix("vmlinuz-")).is_dir()
-    ]
+    found: dict[str, Kernel] = {}
+    for modules_dir in (path for place in MODULE_PLACES for path in root.glob(f"{place}/*")):
+        version = modules_dir.name
+        for image in (root / "boot" / f"vmlinuz-{version}", modules_dir / "vmlinuz"):
+            if version not in found and image.is_file() and modules_dir.is_dir():
+                found[version] = Kernel(version=version, image=image, modules_dir=modules_dir)
     if not found:
         raise KernelNotFoundError(f"no kernel with its modules below {root}")
-    newest = max(found, key=lambda image: _version_key(image.name))
-    version = newest.name.removeprefix("vmlinuz-")
-    return Kernel(version=version, image=newest, modules_dir=root / "lib/modules" / version)
+    return found[max(found, key=_version_key)]
 
 
 def cached_kernel(cache_dir: Path) -> Kernel:
@@ -256,7 +261,8 @@ def cached_kernel(cache_dir: Path) -> Kernel:
     Raises:
         KernelNotFoundError: there is none yet.
     """
-    roots = [path for path in (cache_dir / "kernel").glob("*") if (path / "boot").is_dir()]
+    # a name that begins with a dot is of a tree that scripts/setup has not finished
+    roots = [path for path in (cache_dir / "kernel").glob("[!.]*") if path.is_dir()]
     if not roots:
         raise KernelNotFoundError(f"no kernel in {cache_dir / 'kernel'}: run scripts/setup")
     return open_kernel(max(roots, key=lambda path: _version_key(path.name)))

@@ -17,6 +17,7 @@ from rootfs.bootimage.elf import ElfError
 from rootfs.bootimage.features import FEATURES
 from rootfs.bootimage.initramfs import feature_modules
 from rootfs.bootimage.kernel import (
+    MODULE_PLACES,
     KernelNotFoundError,
     ModuleIndex,
     ModuleNotFoundInKernelError,
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in features if name not in FEATURES]
     if unknown:
         parser.error(f"unknown feature {unknown[0]!r}; known: {', '.join(FEATURES)}")
-    modules_dir = options.modules_root / "lib/modules" / options.kernel
+    places = [options.modules_root / place / options.kernel for place in MODULE_PLACES]
+    modules_dir = next((path for path in places if path.is_dir()), places[0])
     try:
         names = install(options.directory, features, ModuleIndex(modules_dir=modules_dir))
     except (OSError, ClosureError, ElfError, KernelNotFoundError, ModuleNotFoundInKernelError) as e:

@@ -133,6 +133,35 @@ def test_the_newest_kernel_with_modules_is_taken(tmp_path: Path) -> None:
     assert open_kernel(tmp_path).version == "6.1.0-56-cloud-amd64"
 
 
+@pytest.mark.parametrize("image", ["boot/vmlinuz-6.12-x", "usr/lib/modules/6.12-x/vmlinuz"])
+@pytest.mark.parametrize("link", [None, "usr/lib"])
+def test_modules_below_usr_are_found_with_the_image_beside_them_or_in_boot(
+    tmp_path: Path, image: str, link: str | None
+) -> None:
+    modules = tmp_path / "usr/lib/modules/6.12-x"
+    modules.mkdir(parents=True)
+    (tmp_path / image).parent.mkdir(exist_ok=True)
+    (tmp_path / image).write_bytes(b"kernel")
+    if link is not None:
+        (tmp_path / "lib").symlink_to(link)
+    kernel = open_kernel(tmp_path)
+    assert kernel.version == "6.12-x"
+    assert (kernel.image, kernel.modules_dir) == (tmp_path / image, modules)
+
+
+def test_a_kernel_without_a_boot_directory_is_found_in_the_cache(tmp_path: Path) -> None:
+    modules = tmp_path / "kernel/7.2-x/usr/lib/modules/7.2-x"
+    modules.mkdir(parents=True)
+    (modules / "vmlinuz").write_bytes(b"kernel")
+    assert cached_kernel(tmp_path).version == "7.2-x"
+
+
+def test_a_kernel_that_setup_has_not_finished_is_not_taken(tmp_path: Path) -> None:
+    _kernel_tree(tmp_path / "kernel/6.1-x", "6.1-x")
+    _kernel_tree(tmp_path / "kernel/.new-XYZ", "9.9-x")
+    assert cached_kernel(tmp_path).version == "6.1-x"
+
+
 def test_the_newest_cached_kernel_is_taken(tmp_path: Path) -> None:
     for version in ("6.1.0-9-x", "6.1.0-10-x"):
         _kernel_tree(tmp_path / "kernel" / version, version)
