@@ -19,9 +19,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from rootfs.image.crc32c import crc32c
-from rootfs.image.erofs_inode import BLOCK_BYTES, SLOT_BYTES, Inode, write_at
+from rootfs.image.erofs_inode import BLOCK_BYTES, SLOT_BYTES, Inode
 from rootfs.image.erofs_xattr import unsupported
 from rootfs.image.tree import Node, Progress, TreeDigest, link_counts, walk
+from rootfs.imagefile.output import write_at
 from vsock.deadline import Deadline
 
 __all__ = ("ErofsImage",)

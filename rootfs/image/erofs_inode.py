@@ -10,14 +10,13 @@ Source: fs/erofs/erofs_fs.h, inode.c, data.c, dir.c (Linux 6.1).
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rootfs.image.erofs_xattr import XATTR_HEADER_BYTES, pack_xattrs, unsupported
-from rootfs.image.tree import CHUNK_BYTES, Extent, Node, shrunk, zeros
+from rootfs.image.tree import CHUNK_BYTES, Absorb, Extent, Node, copy_content, shrunk, zeros
+from rootfs.imagefile.output import write_at
 
-__all__ = ("BLOCK_BYTES", "SLOT_BYTES", "Inode", "write_at")
-
-Absorb = Callable[[bytes], object]
+__all__ = ("BLOCK_BYTES", "SLOT_BYTES", "Inode")
 
 BLOCK_BYTES = 4096
 SLOT_BYTES = 32
@@ -309,7 +308,9 @@ class Inode:
                 end = offset + length
                 for at, size, place in self._places(offset, length):
                     source_at = source_offset + at - offset
-                    yield from self._copy(source, source_at, fd, place, size, absorb)
+                    yield from copy_content(
+                        self.path, (source, source_at), (fd, place), size, absorb
+                    )
         if absorb is not None:
             _absorb_zeros(absorb, self._size_bytes - end)
 
@@ -341,35 +342,10 @@ class Inode:
             yield at, size, block_start + within
             at += size
 
-    def _copy(
-        self, source: int, at: int, fd: int, place: int, size: int, absorb: Absorb | None
-    ) -> Iterator[int]:
-        while size:
-            piece = os.pread(source, min(CHUNK_BYTES, size), at)
-            if not piece:
-                raise shrunk(b"/".join(self.path))
-            if absorb is not None:
-                absorb(piece)
-            write_at(fd, piece, place)
-            count = len(piece)
-            at, place, size = at + count, place + count, size - count
-            yield count
-
 
 def _absorb_zeros(absorb: Absorb, count: int) -> None:
     for piece in zeros(count):
         absorb(piece)
-
-
-def write_at(fd: int, data: bytes, offset_bytes: int) -> None:
-    """Write all of ``data``.
-
-    Raises:
-        OSError: as write(2).
-    """
-    count = os.pwrite(fd, data, offset_bytes)
-    while count < len(data):
-        count += os.pwrite(fd, memoryview(data)[count:], offset_bytes + count)
 
 
 def _covered_chunks(extents: tuple[Extent, ...], chunk_bytes: int) -> set[int]:

@@ -3,10 +3,10 @@
 Source: fs/erofs/erofs_fs.h, xattr.h (Linux 6.1).
 """
 
-import os
 import struct
 from collections.abc import Mapping
 
+from rootfs.imagefile.errors import cannot_hold
 from vsock.errors import CallError
 
 __all__ = ("XATTR_HEADER_BYTES", "pack_xattrs", "unsupported")
@@ -60,10 +60,4 @@ def _prefix(path: Path, name: bytes) -> tuple[bytes, int]:
 
 def unsupported(path: Path, what: str) -> CallError:
     """Return the error for what an EROFS image cannot hold."""
-    text = os.fsdecode(b"/".join(path)) or "/"
-    return CallError(
-        "unsupported",
-        f"cannot put {text!r} into an EROFS image: it has {what}",
-        step="lay out the image",
-        object=text,
-    )
+    return cannot_hold("an EROFS image", path, what)

@@ -1,206 +1,332 @@
-"""ext4 images by mke2fs and debugfs, from a tree, without privilege.
+"""Writing ext4 images from a tree: no root, no staging directory, no external program.
 
-``mke2fs -d`` copies contents and names from a staging directory; what only root could put there
-(owners, devices, attributes) and what would differ from one run to the next (times) is then written
-into the image by debugfs. The image has no journal and no spare room: it is for reading.
+Read-only, 4096-byte blocks, without journal and spare room; deterministic: the image is a function
+of the tree and the UUID.
 
-Source: mke2fs(8), debugfs(8), ext4(5) of e2fsprogs 1.47.0.
+    block 0         superblock at 1024
+    then            group descriptors, bitmaps of blocks, bitmaps of inodes, inode tables
+    then            directories, long symbolic links, attributes, extent trees
+    then            the blocks of file data, in the order of the inodes
+
+Linux mounts it since 4.0, always read-only (``readonly``). Metadata has checksums. Directories of
+more than one block have an index, without which a look-up reads the whole directory. The inode
+tables of all groups are together (``flex_bg``) and there are no copies of the superblock
+(``sparse_super2`` with none), so that data is contiguous. Inode 2 is the root, the others follow
+from 11; ``lost+found`` is a name like any other.
+
+Source: fs/ext4/ext4.h, super.c and Documentation/filesystems/ext4 (Linux 6.1).
 """
 
-import contextlib
+import functools
 import os
-import re
-import shutil
-import tempfile
+import struct
 import uuid as uuid_module
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain, count, islice
 
-from rootfs.image.staging import write_content
-from rootfs.image.tree import Node, link_counts, walk
-from rootfs.imagefile.errors import from_os_error
-from rootfs.imagefile.program import run
+from rootfs.image.crc32c import crc32c, crc32c_of_rows
+from rootfs.image.ext4_directory import HASH_VERSION, LEAF_BYTES
+from rootfs.image.ext4_inode import BLOCK_BYTES, EXTRA_BYTES, INODE_BYTES, Inode
+from rootfs.image.tree import Node, Progress, link_counts, walk
+from rootfs.imagefile.errors import cannot_hold
+from rootfs.imagefile.output import write_at
 from vsock.deadline import Deadline
-from vsock.errors import CallError
 
-__all__ = ("make_ext4",)
+__all__ = ("Ext4Image",)
 
-_BLOCK_BYTES = 4096
-_INODE_BYTES = 256
-#: Said in full, as /etc/mke2fs.conf is another on every machine. All are known to Linux 4.
-_FEATURES = (
-    "none,ext_attr,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,"
-    "dir_nlink,extra_isize,metadata_csum"
-)
-_EPOCH_SECONDS = 1 << 32
-_MIN_SECONDS, _MAX_SECONDS = -(1 << 31), (1 << 34) - (1 << 31) - 1
-_MAX_ATTRIBUTE_BYTES = 255
-#: Printable ASCII without space, quote and backslash, which debugfs does not take as they are.
-_PLAIN_ATTRIBUTE = re.compile(rb"[!#-\[\]-~]+")
-#: debugfs reads a line into 8192 bytes, and would take the rest of a longer one as a command.
-_MAX_LINE_BYTES = 4095
-#: The programs stamp the superblock with this time; 0 would mean "not set" to them.
-_ENVIRONMENT = {"E2FSPROGS_FAKE_TIME": "1", "MKE2FS_CONFIG": os.devnull}
+_SUPERBLOCK_OFFSET_BYTES = 1024
+_SUPERBLOCK_BYTES = 1024
+_DESCRIPTOR = struct.Struct("<IIIHHHHIHHHH")
+_ROOT_NUMBER = 2
+_FIRST_NUMBER = 11
+_INODES_PER_BLOCK = BLOCK_BYTES // INODE_BYTES
+#: As many bits as a block of a bitmap has.
+_MAX_PER_GROUP = 8 * BLOCK_BYTES
+_MAX_TABLE_BLOCKS = _MAX_PER_GROUP // _INODES_PER_BLOCK
+_INODE_TABLE_IS_ZEROED = 4
 
+_COMPAT = 0x8 | 0x20 | 0x200  # ext_attr, dir_index, sparse_super2
+_INCOMPAT = 0x2 | 0x40 | 0x200  # filetype, extents, flex_bg
+#: large_file, huge_file, dir_nlink, extra_isize, metadata_csum, readonly
+_RO_COMPAT = 0x2 | 0x8 | 0x20 | 0x40 | 0x400 | 0x1000
+_UNSIGNED_HASH = 2
+#: Half MD4 starts from these where there is no seed.
+_NO_SEED = (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476)
 
-def make_ext4(root: Node, path: Path, uuid: uuid_module.UUID, cancel: Deadline | None) -> None:
-    """Make the image in the file ``path``.
+#: How many rows of metadata get their checksums together.
+_BATCH = 1024
+#: Where in an inode the bytes of its checksum are.
+_INODE_CHECKSUM_AT = (0x7C, 0x7D, 0x82, 0x83)
 
-    Raises:
-        CallError: ``unsupported``, the tree holds what the format or the programs cannot;
-            ``resource``, a full disk; ``device``, a program failed.
-    """
-    _check(root)
-    links = link_counts(root)
-    with _staged(root, path.parent) as (top, values, data_blocks):
-        os.truncate(path, _estimate(root, len(links), data_blocks))
-        command = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", str(_BLOCK_BYTES), "-m", "0"]
-        command += ["-I", str(_INODE_BYTES), "-N", str(len(links) + 16), "-O", _FEATURES]
-        command += ["-U", str(uuid), "-E", f"hash_seed={uuid},root_owner=0:0,lazy_itable_init=0"]
-        run([*command, "-d", str(top), str(path)], cancel, environment=_ENVIRONMENT)
-        _describe(root, path, values, cancel)
-        run(["e2fsck", "-f", "-y", str(path)], cancel, environment=_ENVIRONMENT, accept=(0, 1))
-        run(["resize2fs", "-M", str(path)], cancel, environment=_ENVIRONMENT)
-    # what mounting and checking count is no part of the content
-    commands = ["ssv mtime 0", "ssv wtime @1", "ssv lastcheck @1", "ssv kbytes_written 0"]
-    if b"lost+found" not in root.children:
-        commands.append("rmdir /lost+found")  # mke2fs and e2fsck always make it
-    _debugfs(path, commands, cancel)
+#: Metadata: where it is in the image, the eight bytes before it in its checksum, its bytes.
+_Row = tuple[int, bytes, bytes]
 
 
-def _check(root: Node) -> None:
-    for path, node in walk(root):
-        text = os.fsdecode(b"/".join(path))
-        if any(bad in text for bad in '"\n\\'):
-            raise _cannot(text, "a quote, a backslash or a line break in its name")
-        if any(byte < 0x20 or byte == 0x7F for name in path[-1:] for byte in name):
-            raise _cannot(text, "a control character in its name")
-        if not _MIN_SECONDS <= node.mtime_ns // 10**9 <= _MAX_SECONDS:
-            raise _cannot(text, "a time outside the years 1901 to 2446")
-        for name in node.xattrs:
-            if len(name) > _MAX_ATTRIBUTE_BYTES or not _PLAIN_ATTRIBUTE.fullmatch(name):
-                raise _cannot(text, f"the attribute {name[:_MAX_ATTRIBUTE_BYTES]!r}")
-
-
-def _estimate(root: Node, inodes: int, data_blocks: int) -> int:
-    """Return a size that is surely enough; the file is sparse, and cut to size at the end."""
-    blocks = data_blocks
-    for _, node in walk(root):
-        size = sum(map(len, node.xattrs.values()))
-        size += sum(len(name) + 264 for name in node.children)
-        blocks += -(-size // _BLOCK_BYTES) + 2
-    inode_blocks = -(-inodes * _INODE_BYTES // _BLOCK_BYTES)
-    return (blocks + inode_blocks + 4096) * _BLOCK_BYTES * 9 // 8 // (1 << 20) * (1 << 20)
-
-
-@contextlib.contextmanager
-def _staged(root: Node, beside: Path) -> Iterator[tuple[Path, Path, int]]:
-    """Yield a directory with the names and contents, how many blocks these take, and another for
-    values of attributes: (contents, values, blocks)."""
-    try:
-        holder = Path(tempfile.mkdtemp(prefix=".staging-", dir=beside))
-    except OSError as problem:
-        raise from_os_error(problem, step="stage the tree in", object=beside) from problem
-    try:
-        (holder / "values").mkdir()
-        try:
-            data_blocks = _stage(root, os.fsencode(holder / "root"))
-        except OSError as problem:
-            raise from_os_error(problem, step="stage the tree") from problem
-        yield holder / "root", holder / "values", data_blocks
-    finally:
-        shutil.rmtree(holder)
-
-
-def _stage(root: Node, top: bytes) -> int:
-    blocks = 0
-    first_names: dict[int, bytes] = {}
-    for path, node in walk(root):
-        place = b"/".join((top, *path))
-        if node.is_directory:
-            os.mkdir(place, 0o700)
-        elif id(node) in first_names:
-            os.link(first_names[id(node)], place, follow_symlinks=False)
-            continue
-        elif node.is_symlink:
-            os.symlink(node.target, place)
-        else:
-            # devices and the like start as empty files, which hold their place and their links
-            fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                blocks += -(-write_content(node, fd, place) // _BLOCK_BYTES)
-            finally:
-                os.close(fd)
-        first_names[id(node)] = place
-    return blocks
-
-
-def _describe(root: Node, path: Path, values: Path, cancel: Deadline | None) -> None:
-    commands: list[str] = []
-    seen: set[int] = set()
-    for where, node in walk(root):
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        name = '"/' + os.fsdecode(b"/".join(where)) + '"'
-        commands += _inode_commands(name, node)
-        for number, attribute in enumerate(sorted(node.xattrs)):
-            value = values / f"{len(seen)}-{number}"
-            value.write_bytes(node.xattrs[attribute])
-            commands.append(f"ea_set -f {value} {name} {os.fsdecode(attribute)}")
-    _debugfs(path, commands, cancel)
-
-
-def _inode_commands(name: str, node: Node) -> Iterator[str]:
-    seconds, nanoseconds = divmod(node.mtime_ns, 10**9)
-    low = seconds & 0xFFFFFFFF
-    signed = low - (1 << 32) if low >= 1 << 31 else low
-    extra = nanoseconds << 2 | (seconds - signed) // _EPOCH_SECONDS & 3
-    yield f"sif {name} mode 0{node.mode:o}"
-    yield f"sif {name} uid {node.uid}"
-    yield f"sif {name} gid {node.gid}"
-    for field in ("atime", "ctime", "mtime", "crtime"):
-        yield f"sif {name} {field} @{low}"
-        yield f"sif {name} {field}_extra {extra}"
-    yield f"sif {name} generation 0"
-    if node.is_device:
-        major, minor = os.major(node.rdev), os.minor(node.rdev)
-        old = major << 8 | minor if major < 256 and minor < 256 else 0
-        new = 0 if old else minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
-        yield f"sif {name} block[0] {old}"
-        yield f"sif {name} block[1] {new}"
-    if not (node.is_regular or node.is_directory or node.is_symlink):
-        yield f"sif {name} flags 0"
-
-
-def _debugfs(path: Path, commands: list[str], cancel: Deadline | None) -> None:
-    """Run commands of debugfs, which itself never fails: what it complains about is the failure.
+class Ext4Image:
+    """The layout of an image, computed; ``write`` puts it into a file.
 
     Raises:
-        CallError: ``unsupported``, a command is too long for its line buffer; ``device``.
+        CallError: ``unsupported``, the tree holds what the format cannot.
     """
-    for line in commands:
-        if len(os.fsencode(line)) > _MAX_LINE_BYTES or not line[:1].isalpha():
-            raise _cannot(line[:200], "a path or an attribute name too long for debugfs")
-    with tempfile.NamedTemporaryFile("w", errors="surrogateescape") as script:
-        script.write("\n".join(commands) + "\n")
-        script.flush()
-        command = ["debugfs", "-w", "-f", script.name, str(path)]
-        said = run(command, cancel, environment=_ENVIRONMENT)
-    complaints = [line for line in said.splitlines() if line and not line.startswith("debugfs")]
-    if complaints:
-        raise CallError(
-            "device",
-            f"cannot describe the files of the image: debugfs says {complaints[0]!r}",
-            step="run debugfs",
-            object="debugfs",
+
+    def __init__(self, root: Node, uuid: uuid_module.UUID) -> None:
+        self._uuid = uuid
+        self._seed = crc32c(uuid.bytes)
+        self._inodes = self._plan(root)
+        self._place()
+        if self._blocks >= 1 << 32:
+            raise cannot_hold("an ext4 image", (), f"{self._blocks} blocks, more than 2^32 - 1")
+
+    @property
+    def size_bytes(self) -> int:
+        return self._blocks * BLOCK_BYTES
+
+    @property
+    def data_size_bytes(self) -> int:
+        """Bytes of content that ``write`` copies; what its progress counts to."""
+        return sum(
+            length
+            for inode in self._inodes
+            if inode.node.is_regular
+            for _, length, _ in inode.node.content.extents
         )
 
+    @property
+    def inode_count(self) -> int:
+        return len(self._inodes)
 
-def _cannot(text: str, what: str) -> CallError:
-    return CallError(
-        "unsupported",
-        f"cannot put {text or '/'!r} into an ext4 image: it has {what}",
-        step="lay out the image",
-        object=text or "/",
-    )
+    def _plan(self, root: Node) -> list[Inode]:
+        """Return the inodes in the order of their numbers: a directory's names stay together."""
+        numbers = chain((_ROOT_NUMBER,), count(_FIRST_NUMBER))
+        inodes: dict[int, Inode] = {}
+        for path, node in walk(root):
+            if id(node) not in inodes:
+                inodes[id(node)] = Inode(node, path, next(numbers))
+        links = link_counts(root)
+        for inode in inodes.values():
+            for child in inode.node.children.values():
+                if child.is_directory:
+                    inodes[id(child)].parent = inode
+        words = struct.unpack("<4I", self._uuid.bytes)
+        for key, inode in inodes.items():
+            inode.settle(links[key], inodes, words if any(words) else _NO_SEED)
+        return list(inodes.values())
+
+    def _place(self) -> None:
+        """Choose the groups, and give every inode its blocks: first what is no file data."""
+        data_blocks = sum(inode.data_blocks for inode in self._inodes if inode.node.is_regular)
+        blocks = sum(inode.metadata_blocks + inode.data_blocks for inode in self._inodes)
+        self._choose_groups(blocks)
+        at = self._tables_start + self._groups * self._table_blocks
+        data_at = at + blocks - data_blocks
+        for inode in self._inodes:
+            metadata_at = at
+            at += inode.metadata_blocks
+            if inode.node.is_regular:
+                inode.place(metadata_at, data_at)
+                data_at += inode.data_blocks
+            else:
+                inode.place(metadata_at, at)
+                at += inode.data_blocks
+
+    def _choose_groups(self, blocks: int) -> None:
+        """Choose the groups for ``blocks``, their own tables and the inodes.
+
+        A group has at most 32768 inodes. Where there are more inodes than blocks of the largest
+        groups allow, groups have fewer blocks.
+        """
+        self._last_number = max(self._inodes[-1].number, _FIRST_NUMBER - 1)
+        self._group_blocks = _MAX_PER_GROUP
+        self._fit(blocks)
+        while self._table_blocks > _MAX_TABLE_BLOCKS:
+            self._group_blocks //= 2
+            self._fit(blocks)
+        # groups have tables of equal size, so that one more group can take fewer blocks in all:
+        # the last group then has one block, and what is not used is free
+        self._blocks = max(self._used_blocks, (self._groups - 1) * self._group_blocks + 1)
+        self._directories = Counter(
+            (inode.number - 1) // self._group_inodes
+            for inode in self._inodes
+            if inode.node.is_directory
+        )
+
+    def _fit(self, blocks: int) -> None:
+        """Choose as many groups as hold ``blocks`` and their own tables."""
+        needed = 1
+        self._groups = 0
+        while needed > self._groups:
+            self._groups = needed
+            self._table_blocks = -(-self._last_number // (needed * _INODES_PER_BLOCK))
+            descriptor_blocks = -(-needed * _DESCRIPTOR.size // BLOCK_BYTES)
+            self._bitmaps_start = 1 + descriptor_blocks
+            self._tables_start = self._bitmaps_start + 2 * needed
+            self._used_blocks = self._tables_start + needed * self._table_blocks + blocks
+            needed = -(-self._used_blocks // self._group_blocks)
+
+    @property
+    def _group_inodes(self) -> int:
+        return self._table_blocks * _INODES_PER_BLOCK
+
+    def write(
+        self, fd: int, *, progress: Progress | None = None, cancel: Deadline | None = None
+    ) -> None:
+        """Write the image to the empty file ``fd`` (borrowed). Holes are left where zeros are due.
+
+        Raises:
+            CallError: ``conflict``, a source changed; ``cancelled``, ``timeout`` by ``cancel``.
+            OSError: as write(2): ENOSPC, EIO.
+        """
+        os.ftruncate(fd, self.size_bytes)
+        total = self.data_size_bytes
+        done = 0
+        for step_bytes in self._write_parts(fd):
+            done += step_bytes
+            if progress is not None and step_bytes:
+                progress(done, total)
+            if cancel is not None:
+                cancel.check("write the image")
+        write_at(fd, self._superblock(), _SUPERBLOCK_OFFSET_BYTES)
+
+    def _write_parts(self, fd: int) -> Iterator[int]:
+        """Write all but the superblock; yield the bytes of file data just copied, often."""
+        for inode in self._inodes:
+            if inode.node.is_regular:
+                yield from inode.write_content(fd)
+            elif inode.node.is_symlink and inode.data_blocks:
+                write_at(fd, inode.node.target, inode.data_start * BLOCK_BYTES)
+            elif inode.directory is not None:
+                seed = crc32c(_owner(inode), self._seed)
+                for at, block in enumerate(inode.directory.index_blocks(seed), inode.data_start):
+                    write_at(fd, block, at * BLOCK_BYTES)
+        at = BLOCK_BYTES - 4
+        yield from self._write_sealed(fd, self._leaf_blocks(), LEAF_BYTES, range(at, at + 4))
+        yield from self._write_sealed(fd, self._tree_blocks(), at, range(at, at + 4))
+        yield from self._write_sealed(fd, self._xattr_blocks(), BLOCK_BYTES, range(16, 20))
+        yield from self._write_sealed(fd, self._inode_rows(), INODE_BYTES, _INODE_CHECKSUM_AT)
+        descriptors = [self._write_group(fd, group) for group in range(self._groups)]
+        write_at(fd, b"".join(descriptors), BLOCK_BYTES)
+
+    def _leaf_blocks(self) -> Iterator[_Row]:
+        for inode in self._inodes:
+            if inode.directory is not None:
+                start = inode.data_start + inode.data_blocks - inode.directory.leaf_count
+                for at, block in enumerate(inode.directory.leaf_blocks(), start):
+                    yield at * BLOCK_BYTES, _owner(inode), block
+
+    def _tree_blocks(self) -> Iterator[_Row]:
+        for inode in self._inodes:
+            for at, block in inode.tree_blocks():
+                yield at * BLOCK_BYTES, _owner(inode), block
+
+    def _xattr_blocks(self) -> Iterator[_Row]:
+        for inode in self._inodes:
+            for at, block in inode.xattr_blocks():
+                yield at * BLOCK_BYTES, struct.pack("<Q", at), block
+
+    def _inode_rows(self) -> Iterator[_Row]:
+        """The tables of all groups follow each other."""
+        start = self._tables_start * BLOCK_BYTES
+        for inode in self._inodes:
+            yield start + (inode.number - 1) * INODE_BYTES, _owner(inode), inode.pack()
+
+    def _write_sealed(
+        self, fd: int, rows: Iterator[_Row], covered_bytes: int, places: Sequence[int]
+    ) -> Iterator[int]:
+        """Write rows of equal length with the checksums of their first ``covered_bytes``.
+
+        ``places`` say where in a row the bytes of the checksum go, the lowest first. They are zero
+        before. Yields 0, often.
+        """
+        while batch := list(islice(rows, _BATCH)):
+            owners = b"".join(owner for _, owner, _ in batch)
+            data = b"".join(row for _, _, row in batch)
+            size = len(data) // len(batch)
+            columns = chain(
+                (owners[at::8] for at in range(8)), (data[at::size] for at in range(covered_bytes))
+            )
+            sealed = bytearray(data)
+            checksums = crc32c_of_rows(columns, len(batch), self._seed)
+            for place, column in zip(places, checksums, strict=True):
+                sealed[place::size] = column
+            for number, (offset_bytes, _, _) in enumerate(batch):
+                write_at(fd, bytes(sealed[number * size : (number + 1) * size]), offset_bytes)
+            yield 0
+
+    def _write_group(self, fd: int, group: int) -> bytes:
+        """Write the bitmaps of a group and return its descriptor."""
+        first_block, first_inode = group * self._group_blocks, group * self._group_inodes
+        blocks = min(self._group_blocks, self._blocks - first_block)
+        used_blocks = max(0, min(self._used_blocks - first_block, blocks))
+        used_inodes = max(0, min(self._last_number - first_inode, self._group_inodes))
+        block_bitmap = _bitmap(used_blocks, blocks)
+        inode_bitmap = _bitmap(used_inodes, self._group_inodes)
+        block_bitmap_at = self._bitmaps_start + group
+        inode_bitmap_at = block_bitmap_at + self._groups
+        write_at(fd, block_bitmap, block_bitmap_at * BLOCK_BYTES)
+        write_at(fd, inode_bitmap, inode_bitmap_at * BLOCK_BYTES)
+        facts = (
+            block_bitmap_at,
+            inode_bitmap_at,
+            self._tables_start + group * self._table_blocks,
+            blocks - used_blocks,
+            self._group_inodes - used_inodes,
+            self._directories[group],
+            _INODE_TABLE_IS_ZEROED,
+            0,
+            _bitmap_checksum(block_bitmap[: self._group_blocks // 8], self._seed) & 0xFFFF,
+            _bitmap_checksum(inode_bitmap[: self._group_inodes // 8], self._seed) & 0xFFFF,
+            self._group_inodes - used_inodes,
+        )
+        covered = group.to_bytes(4, "little") + _DESCRIPTOR.pack(*facts, 0)
+        return _DESCRIPTOR.pack(*facts, crc32c(covered, self._seed) & 0xFFFF)
+
+    def _superblock(self) -> bytes:
+        inodes = self._groups * self._group_inodes
+        fields = (
+            (0x00, "I", inodes),
+            (0x04, "I", self._blocks),
+            (0x0C, "I", self._blocks - self._used_blocks),  # free
+            (0x10, "I", inodes - self._last_number),  # free
+            (0x18, "I", BLOCK_BYTES.bit_length() - 11),
+            (0x1C, "I", BLOCK_BYTES.bit_length() - 11),  # of a cluster, the same
+            (0x20, "I", self._group_blocks),
+            (0x24, "I", self._group_blocks),  # in clusters
+            (0x28, "I", self._group_inodes),
+            (0x36, "H", 0xFFFF),  # is never checked for being mounted often
+            (0x38, "H", 0xEF53),  # magic
+            (0x3A, "H", 1),  # cleanly unmounted
+            (0x3C, "H", 1),  # errors: continue
+            (0x4C, "I", 1),  # revision
+            (0x54, "I", _FIRST_NUMBER),
+            (0x58, "H", INODE_BYTES),
+            (0x5C, "I", _COMPAT),
+            (0x60, "I", _INCOMPAT),
+            (0x64, "I", _RO_COMPAT),
+            (0x68, "16s", self._uuid.bytes),
+            (0xEC, "16s", self._uuid.bytes),  # seed of the hashes of names
+            (0xFC, "B", HASH_VERSION),
+            (0x15C, "H", EXTRA_BYTES),
+            (0x15E, "H", EXTRA_BYTES),
+            (0x160, "I", _UNSIGNED_HASH),
+            (0x175, "B", 1),  # checksums are CRC-32C
+        )
+        packed = bytearray(_SUPERBLOCK_BYTES)
+        for at, form, value in fields:
+            struct.pack_into("<" + form, packed, at, value)
+        packed[-4:] = crc32c(bytes(packed[:-4])).to_bytes(4, "little")
+        return bytes(packed)
+
+
+def _owner(inode: Inode) -> bytes:
+    """Return what goes before an inode's metadata in its checksums: number and generation."""
+    return struct.pack("<II", inode.number, 0)
+
+
+def _bitmap(used: int, count: int) -> bytes:
+    """Return a block of bits: set for ``used``, unset up to ``count``, and set for what is not."""
+    return ((1 << _MAX_PER_GROUP) - 1 ^ (1 << count) - (1 << used)).to_bytes(BLOCK_BYTES, "little")
+
+
+#: Most bitmaps are all ones.
+_bitmap_checksum = functools.lru_cache(maxsize=8)(crc32c)

@@ -17,6 +17,7 @@ from typing import TypedDict, Unpack
 from guestagent.storage.verity import VerityParameters
 from rootfs.image import mkfs
 from rootfs.image.erofs import ErofsImage
+from rootfs.image.ext4 import Ext4Image
 from rootfs.image.source import SourceLayer, SourceOptions, open_source
 from rootfs.image.spool import DEFAULT_MAX_BYTES
 from rootfs.image.tartree import Whiteouts
@@ -246,6 +247,10 @@ def _make_filesystem(layer: SourceLayer, fd: int, path: Path, recipe: _Recipe) -
         return _make_erofs(layer, fd, path, recipe)
     layer = layer.digested(progress=recipe.progress, cancel=recipe.cancel)
     assert layer.digest is not None
+    if recipe.filesystem == "ext4":
+        image = Ext4Image(layer.root, recipe.uuid(layer.digest))
+        image.write(fd, progress=recipe.progress, cancel=recipe.cancel)
+        return _result(path, recipe, layer.digest, image.inode_count)
     inodes = mkfs.make_image(
         layer.root,
         path,

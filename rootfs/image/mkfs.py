@@ -1,4 +1,4 @@
-"""File systems made by the programs of the distribution: squashfs, ext4, compressed EROFS.
+"""File systems made by the programs of the distribution: squashfs and compressed EROFS.
 
 What the installed program can do is asked of the program, not assumed from its version. Where a
 program takes a tar, the tree goes to it as one and no privilege is needed.
@@ -13,11 +13,11 @@ import uuid as uuid_module
 from collections.abc import Iterator
 from pathlib import Path
 
-from rootfs.image.ext4 import make_ext4
 from rootfs.image.squashfs import set_root
 from rootfs.image.staging import staged
 from rootfs.image.tarwriter import write_tar
 from rootfs.image.tree import Node, link_counts, walk
+from rootfs.imagefile.errors import cannot_hold
 from rootfs.imagefile.program import feed, missing, run
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -84,11 +84,10 @@ def make_image(
     """
     if filesystem == "squashfs":
         _make_squashfs(root, path, compression, cancel)
-    elif filesystem == "erofs":
+    else:
+        assert filesystem == "erofs"
         assert compression is not None
         _make_erofs(root, path, compression, uuid, cancel)
-    else:
-        make_ext4(root, path, uuid, cancel)
     return len(link_counts(root))
 
 
@@ -114,13 +113,15 @@ def _without_root(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 def _check_squashfs(root: Node) -> None:
     if root.xattrs:
-        raise _cannot("squashfs", (), "attributes on the root directory")
+        raise cannot_hold("a squashfs image", (), "attributes on the root directory")
     for path, node in walk(root):
         if not 0 <= node.mtime_ns // 10**9 <= _MAX_TIME:
-            raise _cannot("squashfs", path, "a time that is no unsigned 32-bit number of seconds")
+            raise cannot_hold(
+                "a squashfs image", path, "a time that is no unsigned 32-bit number of seconds"
+            )
         for name in node.xattrs:
             if not name.startswith((b"user.", b"trusted.", b"security.")):
-                raise _cannot("squashfs", path, f"the attribute {os.fsdecode(name)}")
+                raise cannot_hold("a squashfs image", path, f"the attribute {os.fsdecode(name)}")
 
 
 def _make_erofs(
@@ -136,13 +137,3 @@ def _make_erofs(
         return
     with staged(root, path.parent, "a compressed EROFS image, with this mkfs.erofs") as directory:
         run([*command, str(path), str(directory)], cancel, environment=environment)
-
-
-def _cannot(filesystem: str, path: tuple[bytes, ...], what: str) -> CallError:
-    text = os.fsdecode(b"/".join(path)) or "/"
-    return CallError(
-        "unsupported",
-        f"cannot put {text!r} into a {filesystem} image: it has {what}",
-        step="lay out the image",
-        object=text,
-    )

@@ -12,7 +12,7 @@ from rootfs.image.tree import Node, read_content, walk
 from rootfs.imagefile.errors import from_os_error
 from vsock.errors import CallError
 
-__all__ = ("staged", "write_content")
+__all__ = ("staged",)
 
 
 @contextlib.contextmanager
@@ -70,29 +70,23 @@ def _create(node: Node, place: bytes) -> None:
     elif node.is_regular:
         fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            write_content(node, fd, place)
+            _write_content(node, fd, place)
         finally:
             os.close(fd)
     else:
         os.mknod(place, stat.S_IFMT(node.mode) | 0o600, node.rdev)
 
 
-def write_content(node: Node, fd: int, place: bytes) -> int:
-    """Write a file's bytes to the empty file ``fd``; pieces of zeros become holes.
-
-    Returns how many bytes are not in holes.
-    """
-    written = 0
+def _write_content(node: Node, fd: int, place: bytes) -> None:
+    """Write a file's bytes to the empty file ``fd``; pieces of zeros become holes."""
     for piece in read_content(node.content, place):
         if piece.count(0) == len(piece):
             os.lseek(fd, len(piece), os.SEEK_CUR)
             continue
-        written += len(piece)
         view = memoryview(piece)
         while view:
             view = view[os.write(fd, view) :]
     os.ftruncate(fd, node.content.size_bytes)
-    return written
 
 
 def _describe(node: Node, place: bytes) -> None:

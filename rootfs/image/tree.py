@@ -2,7 +2,7 @@
 
 Names, link targets and extended attributes are bytes, as in the kernel. Content stays where it is
 (a file, a tar) and is read when the image is written. A hard link is one ``Node`` under several
-names. Nothing here touches a file system.
+names. Nothing here opens a file.
 """
 
 import contextlib
@@ -13,18 +13,21 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from rootfs.imagefile.output import write_at
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
 __all__ = (
     "CHUNK_BYTES",
     "EMPTY",
+    "Absorb",
     "Content",
     "Extent",
     "FdContent",
     "Node",
     "Progress",
     "TreeDigest",
+    "copy_content",
     "digest_tree",
     "link_counts",
     "walk",
@@ -32,6 +35,10 @@ __all__ = (
 
 #: How much is read or copied at once.
 CHUNK_BYTES = 1 << 20
+_ZEROS = bytes(CHUNK_BYTES)
+
+#: Takes the next piece of a file's content.
+Absorb = Callable[[bytes], object]
 
 #: Called with (bytes done, bytes in all) while bulk data is read.
 Progress = Callable[[int, int], None]
@@ -250,7 +257,34 @@ def read_content(content: Content, name: bytes) -> Iterator[bytes]:
         yield from zeros(content.size_bytes - at)
 
 
-_ZEROS = bytes(CHUNK_BYTES)
+def copy_content(
+    path: tuple[bytes, ...],
+    source: tuple[int, int],
+    target: tuple[int, int],
+    size_bytes: int,
+    absorb: Absorb | None = None,
+) -> Iterator[int]:
+    """Copy bytes of a file's content to a new image; yield each count.
+
+    ``source`` and ``target`` are descriptors with offsets in bytes; ``absorb`` takes what is read;
+    ``path`` is of the file, for errors. A piece of nothing but zeros stays a hole of the image.
+
+    Raises:
+        CallError: ``conflict``, the source is shorter than it was.
+        OSError: as read(2) and write(2).
+    """
+    (source_fd, source_at), (target_fd, target_at) = source, target
+    while size_bytes:
+        piece = os.pread(source_fd, min(CHUNK_BYTES, size_bytes), source_at)
+        if not piece:
+            raise shrunk(b"/".join(path))
+        if absorb is not None:
+            absorb(piece)
+        if not _ZEROS.startswith(piece):
+            write_at(target_fd, piece, target_at)
+        count = len(piece)
+        source_at, target_at, size_bytes = source_at + count, target_at + count, size_bytes - count
+        yield count
 
 
 def zeros(count: int) -> Iterator[bytes]:

@@ -5,7 +5,10 @@ import os
 
 from vsock.errors import CallError
 
-__all__ = ("from_os_error",)
+__all__ = ("cannot_hold", "from_os_error")
+
+#: How much of a path a message shows.
+_MAX_PATH_BYTES = 200
 
 _CODES = {
     errno.ENOENT: "not_found",
@@ -50,4 +53,20 @@ def from_os_error(
         errno=number,
         step=step,
         object=str(name) if name is not None else None,
+    )
+
+
+def cannot_hold(image: str, path: tuple[bytes, ...], what: str) -> CallError:
+    """Return the ``unsupported`` error for a file that an image, "an ext4 image", cannot hold.
+
+    ``path`` is of the file; a long one is shown by its start and end.
+    """
+    name = os.fsdecode(b"/".join(path)) or "/"
+    if len(name) > _MAX_PATH_BYTES:
+        name = f"{name[: _MAX_PATH_BYTES // 2]}...{name[-_MAX_PATH_BYTES // 2 :]}"
+    return CallError(
+        "unsupported",
+        f"cannot put {name!r} into {image}: it has {what}",
+        step="lay out the image",
+        object=name,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rootfs.imagefile.errors import from_os_error
 
-__all__ = ("new_file", "sync_directory", "unnamed_file")
+__all__ = ("new_file", "sync_directory", "unnamed_file", "write_at")
 
 
 @contextlib.contextmanager
@@ -92,3 +92,14 @@ def unnamed_file(directory: str | os.PathLike[str]) -> Iterator[int]:
         raise from_os_error(problem, step="create a spool file in", object=directory) from problem
     with file:
         yield file.fileno()
+
+
+def write_at(fd: int, data: bytes, offset_bytes: int) -> None:
+    """Write all of ``data``.
+
+    Raises:
+        OSError: as write(2).
+    """
+    count = os.pwrite(fd, data, offset_bytes)
+    while count < len(data):
+        count += os.pwrite(fd, memoryview(data)[count:], offset_bytes + count)

@@ -22,18 +22,17 @@ def run(
     cancel: Deadline | None,
     *,
     environment: dict[str, str] | None = None,
-    accept: tuple[int, ...] = (0,),
-) -> str:
-    """Run a program to its end and return what it said; it is killed when ``cancel`` says so.
+) -> None:
+    """Run a program to its end; it is killed when ``cancel`` says so.
 
-    ``environment`` is added to this process's; ``accept`` are the exit statuses of success.
+    ``environment`` is added to this process's.
 
     Raises:
         CallError: ``unsupported``, there is no such program; ``device``, it failed; ``resource``,
             it says that the disk is full, or a limit on files ended it.
     """
     with _started(command, subprocess.DEVNULL, environment) as (program, said):
-        return _finish(program, said, command, cancel, accept)
+        _finish(program, said, command, cancel)
 
 
 def feed(
@@ -55,7 +54,7 @@ def feed(
                 if cancel is not None:
                     cancel.check(f"run {command[0]}")
                 pipe.write(piece)
-        _finish(program, said, command, cancel, (0,))
+        _finish(program, said, command, cancel)
 
 
 @contextlib.contextmanager
@@ -88,8 +87,7 @@ def _finish(
     said: IO[bytes],
     command: list[str],
     cancel: Deadline | None,
-    accept: tuple[int, ...],
-) -> str:
+) -> None:
     """Wait for the program's end, and judge its exit status."""
     process_fd = os.pidfd_open(program.pid)
     try:
@@ -98,10 +96,10 @@ def _finish(
         status = program.wait()
     finally:
         os.close(process_fd)
+    if status == 0:
+        return
     said.seek(0)
     text = said.read(_MAX_SAID_BYTES).decode(errors="replace").strip()
-    if status in accept:
-        return text
     full = status == -signal.SIGXFSZ or "No space left" in text or "File too large" in text
     how = f"status {status}" if status >= 0 else f"signal {-status}"
     raise CallError(

@@ -4,17 +4,23 @@ import contextlib
 import errno
 import gzip
 import hashlib
+import itertools
 import os
 import socket
 import stat
-from collections.abc import Iterator
+import struct
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from rootfs.image.ext4 import Ext4Image
+from rootfs.image.ext4_directory import name_hash
 from rootfs.image.images import build_image, build_layers
 from rootfs.image.tartree import Whiteouts
+from rootfs.image.tree import FdContent, Node
 from rootfs.pack.manifest import ManifestLayer
 from rootfs.pack.pack import Pack
 from tests.beds import dmbed
@@ -161,6 +167,90 @@ def test_every_kind_of_inode_in_ext4(tmp_path: Path, everything: Path) -> None:
     build_image(everything, tmp_path / "image", filesystem="ext4")
     with mounted(tmp_path / "image", "ext4", tmp_path / "mnt") as target:
         assert_same(facts(target), facts(everything))
+
+
+#: Two names of one hash in a file system of this UUID.
+COLLISION_UUID = uuid.UUID(int=5)
+COLLIDING = (b"c046645", b"c111726")
+
+
+def names_that_collide_across_blocks() -> list[bytes]:
+    """Names whose order by hash puts the first of two equal hashes at the very end of a block."""
+    seed = struct.unpack("<4I", COLLISION_UUID.bytes)
+    lengths = [255] * 15 + [100]
+    before = (b"%d" % number for number in itertools.count())
+    names = []
+    for length in lengths:
+        padded = (name.ljust(length, b"x") for name in before)
+        names.append(next(name for name in padded if name_hash(name, seed) < 0xEC75B48E))
+    assert [name_hash(name, seed) for name in COLLIDING] == [0xEC75B48E] * 2
+    assert sum(8 + -(-len(name) // 4) * 4 for name in (*names, COLLIDING[0])) == 4096 - 12
+    return [*names, *COLLIDING]
+
+
+def test_what_only_ext4_has(tmp_path: Path) -> None:
+    """The index of a directory is looked up by hash, the extent tree by block, an ACL by id."""
+
+    def directory_of(names: Iterable[bytes]) -> Node:
+        node = Node(stat.S_IFDIR | 0o755)
+        node.children.update((name, Node(stat.S_IFREG | 0o644)) for name in names)
+        return node
+
+    directories = {
+        # more than a group of full size has inodes
+        b"one level": [b"%d" % number for number in range(33_000)],
+        b"two levels": [(b"%d" % number).ljust(255, b"x") for number in range(9000)],
+        b"collision": names_that_collide_across_blocks(),
+    }
+    root = Node(stat.S_IFDIR | 0o1777)
+    root.children.update((name, directory_of(names)) for name, names in directories.items())
+    piece, step, count = 5000, 16384, 1361
+    data = os.urandom(piece * count)
+    (tmp_path / "data").write_bytes(data)
+    extents = tuple((4196 + step * n, piece, piece * n) for n in range(count))
+    size = step * (count + 1)
+    expected = bytearray(size)
+    for offset, length, at in extents:
+        expected[offset : offset + length] = data[at : at + length]
+    no_id = 0xFFFFFFFF
+    entries = (
+        (1, 7, no_id),
+        (2, 5, 70_000),
+        (4, 5, no_id),
+        (8, 6, 12),
+        (16, 7, no_id),
+        (32, 4, no_id),
+    )
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    attributes = {b"system.posix_acl_access": acl, b"user.large": os.urandom(3000)}
+    with (tmp_path / "data").open("rb") as source:
+        root.children[b"holes"] = Node(
+            stat.S_IFREG | 0o674,
+            content=FdContent(source.fileno(), size, extents),
+            xattrs=attributes,
+        )
+        with (tmp_path / "image").open("w+b") as output:
+            Ext4Image(root, COLLISION_UUID).write(output.fileno())
+    (tmp_path / "mnt").mkdir()
+    dmbed.run("mount", "-t", "ext4", "-o", "loop", tmp_path / "image", tmp_path / "mnt")
+    try:
+        top = os.fsencode(tmp_path / "mnt")
+        assert os.statvfs(top).f_flag & os.ST_RDONLY
+        for name, names in directories.items():
+            place = os.path.join(top, name)
+            assert sorted(os.listdir(place)) == sorted(names)
+            looked_up = {*names[::50], *names[-2:]}
+            inodes = {os.stat(os.path.join(place, each)).st_ino for each in looked_up}
+            assert len(inodes) == len(looked_up)
+            assert not os.path.exists(os.path.join(place, b"absent"))
+        holes = os.path.join(top, b"holes")
+        assert Path(os.fsdecode(holes)).read_bytes() == expected
+        assert os.stat(holes).st_blocks == 8 * (2 * count + 6 + 1)
+        assert {name.encode() for name in os.listxattr(holes)} == set(attributes)
+        for attribute, value in attributes.items():
+            assert os.getxattr(holes, attribute) == value
+    finally:
+        dmbed.run("umount", tmp_path / "mnt")
 
 
 @pytest.mark.parametrize("compression", [None, "gzip"])
