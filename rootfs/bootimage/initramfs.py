@@ -19,7 +19,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ from rootfs.bootimage.features import DEFAULT_FEATURES, FEATURES
 from rootfs.bootimage.kernel import Kernel, ModuleIndex, module_bytes
 from rootfs.bootimage.modsig import without_signature
 from rootfs.bootimage.userland import PROJECT, PYTHON_DIR, Item, userland
+from rootfs.imagefile.output import check_output, new_file, write_file
 
 __all__ = (
     "COMPRESSIONS",
@@ -137,10 +137,13 @@ def build_initramfs(
 
     Raises:
         ClosureError, ElfError, ModuleNotFoundInKernelError: something needed is not there.
-        OSError: reading or writing failed.
+        CallError: the image cannot be written; as ``new_file``.
+        OSError: reading failed.
         subprocess.CalledProcessError: the compressor failed.
     """
     started = time.monotonic()
+    if output is not None:
+        check_output(output)
     modules, items = userland(
         spec.entry_module,
         features=spec.features,
@@ -159,7 +162,7 @@ def build_initramfs(
         _remember(report)
         _prune(store)
     if output is not None:
-        shutil.copyfile(report.path, output)
+        write_file(output, report.path.read_bytes(), inputs=(report.path,))
         report = replace(report, path=output)
     return report
 
@@ -239,7 +242,7 @@ def _build(
         data = item.build(item.read())
         parts[item.part] = parts.get(item.part, 0) + len(data)
         entries.append(regular(item.path, data, item.permissions))
-    with _replacing(path) as file:
+    with new_file(path) as (fd, _), open(fd, "wb", closefd=False) as file:
         unpacked_bytes = _compress(spec.compression, entries, file)
     return InitramfsReport(
         path=path,
@@ -268,32 +271,19 @@ def _compress(compression: str, entries: list[CpioEntry], file: BinaryIO) -> int
     return size_bytes
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file under another name, and give it its own when it is whole."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=".building-")
-    try:
-        with open(fd, "wb") as file:
-            yield file
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
 def _remember(report: InitramfsReport) -> None:
     fields = asdict(report) | {"path": str(report.path)}
-    with _replacing(report.path.with_suffix(".json")) as file:
-        file.write(json.dumps(fields).encode())
+    write_file(report.path.with_suffix(".json"), json.dumps(fields).encode())
 
 
 def _cached(path: Path) -> InitramfsReport | None:
     try:
         fields = json.loads(path.with_suffix(".json").read_bytes())
-        os.utime(path)
     except FileNotFoundError:
         return None
+    # the time of use is for pruning only, which a cache of another owner leaves to that owner
+    with contextlib.suppress(PermissionError):
+        os.utime(path)
     for name in ("kernel_modules", "python_modules"):
         fields[name] = tuple(fields[name])
     return InitramfsReport(**fields | {"path": path, "cached": True})

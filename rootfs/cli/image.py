@@ -1,7 +1,5 @@
 """``guestctl layer build``: file system images from directories, tars and container images."""
 
-from pathlib import Path
-
 import click
 
 from guestagent.host.ctl.progress import progress_bar
@@ -20,7 +18,7 @@ _WHITEOUTS = tuple(each.value for each in Whiteouts if each is not Whiteouts.APP
 
 @click.command("build")
 @click.argument("source")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path())
 @click.option("--filesystem", type=click.Choice(FILESYSTEMS), default="erofs", show_default=True)
 @click.option("--compression", metavar="NAME", help="lz4hc, zstd...; default: none.")
 @click.option("--dax", is_flag=True, help="EROFS: start every file at a block of its own.")
@@ -51,7 +49,7 @@ _WHITEOUTS = tuple(each.value for each in Whiteouts if each is not Whiteouts.APP
 def build_command(
     *,
     source: str,
-    output: Path,
+    output: str,
     filesystem: str,
     compression: str | None,
     dax: bool,

@@ -3,7 +3,6 @@
 The root digest is the last thing printed, when all is on disk. Nothing half made is left behind.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -20,11 +19,11 @@ from guestagent.host.ctl.session import emit, reports_errors
 from guestagent.storage.verity import DIGEST_SIZES, VerityParameters
 from rootfs.cli.sign import COMMANDS
 from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.hasharea import data_end
 from rootfs.pack.sidecar import Sidecar
 from rootfs.verity.formatter import Geometry, derive_identity, format_image
 from rootfs.verity.runs import Run
 from rootfs.verity.verifier import Layer, Terms, VerifyResult, read_layer, verify_image
-from vsock.errors import CallError
 
 __all__ = ("COMMANDS", "LAYER_COMMANDS")
 
@@ -151,9 +150,7 @@ def _identity(image: str, data_blocks: int | None, block_size_bytes: int) -> tup
     try:
         with open(image, "rb") as file:
             if left is None:
-                with contextlib.suppress(CallError):  # formatted before: its data only
-                    left = read_layer(image).parameters.data_size_bytes
-            left = os.fstat(file.fileno()).st_size if left is None else left
+                left = data_end(file.fileno(), os.fstat(file.fileno()).st_size, image)
             while left > 0 and (piece := file.read(min(left, 1 << 20))):
                 digest.update(piece)
                 left -= len(piece)

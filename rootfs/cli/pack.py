@@ -13,10 +13,10 @@ from guestagent.host.ctl.layer import hex_bytes
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
 from guestagent.storage.verity import VerityParameters
-from rootfs.image.images import build_layers
-from rootfs.image.magic import detect_filesystem
+from rootfs.image.images import FILESYSTEMS, build_layers
 from rootfs.image.source import FORMATS
 from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.hasharea import identify
 from rootfs.pack.manifest import Manifest, ManifestLayer, layer_spec
 from rootfs.pack.pack import (
     DAX_ALIGNMENT_BYTES,
@@ -81,13 +81,13 @@ def build_command(
     as_json: bool,
 ) -> None:
     """Make a pack of all layers of SOURCE, a container image, with hash trees."""
-    try:
-        holder = tempfile.TemporaryDirectory(prefix=".layers-", dir=image.parent)
-    except OSError as problem:
-        raise from_os_error(problem, step="create a directory in", object=image.parent) from problem
     alignment = DAX_ALIGNMENT_BYTES if dax else PAGE_ALIGNMENT_BYTES
-    with holder as directory, progress_bar("building", as_json) as progress:
-        results = build_layers(
+    with (
+        progress_bar("building", as_json) as progress,
+        new_pack(image, alignment_bytes=alignment) as made,
+        tempfile.TemporaryDirectory(prefix="layers-", dir=made.path.parent) as directory,
+    ):
+        for result in build_layers(
             source,
             directory,
             inline_tails=not dax,
@@ -96,17 +96,15 @@ def build_command(
             platform=platform,
             reference=reference,
             progress=progress,
-        )
-        with new_pack(image, alignment_bytes=alignment) as made:
-            for result in results:
-                made.add(
-                    result.path,
-                    result.source_digest.removeprefix("sha256:")[:_ID_DIGITS],
-                    verity=result.verity,
-                    source_digest=result.source_digest,
-                )
-                result.path.unlink()
-        _show(made.manifest, as_json)
+        ):
+            made.add(
+                result.path,
+                result.source_digest.removeprefix("sha256:")[:_ID_DIGITS],
+                verity=result.verity,
+                source_digest=result.source_digest,
+            )
+            result.path.unlink()
+    _show(made.manifest, as_json)
 
 
 @pack.command("add")
@@ -173,10 +171,11 @@ def _verity_of(layer: Path, root_digest: bytes | None, sidecar: bool) -> VerityP
 
 def _filesystem_of(layer: Path) -> str:
     try:
-        found = detect_filesystem(layer)
+        with layer.open("rb") as file:
+            found = identify(file.fileno())
     except OSError as problem:
         raise from_os_error(problem, step="open", object=layer) from problem
-    if found is None:
+    if found not in FILESYSTEMS:
         raise CallError(
             "invalid",
             f"cannot add {str(layer)!r}: it holds no erofs, squashfs or ext4",

@@ -1,13 +1,11 @@
 """``guestctl sign``: make and check signatures of manifests and of root digests."""
 
-import os
-
 import click
 
 from guestagent.host.ctl.layer import hex_bytes
 from guestagent.host.ctl.session import emit, reports_errors
 from rootfs.imagefile.errors import from_os_error
-from rootfs.imagefile.output import new_file
+from rootfs.imagefile.output import write_file
 from rootfs.pack.canonical import parse_json
 from vsock.errors import CallError
 
@@ -84,7 +82,7 @@ def _sign_manifest(manifest: str, path: str, key: str, password_file: str | None
 
     private = load_private_key(key, password=_password(password_file))
     made = sign_manifest(_manifest(manifest), private)
-    _write(path, made.to_json())
+    write_file(path, made.to_json(), inputs=(manifest, key))
     return made.key_id
 
 
@@ -104,7 +102,8 @@ def _sign_root(
     from rootfs.pack.pkcs7 import sign_root_digest
 
     private = load_private_key(key, password=_password(password_file))
-    _write(path, sign_root_digest(root_digest, load_certificate(certificate), private))
+    made = sign_root_digest(root_digest, load_certificate(certificate), private)
+    write_file(path, made, inputs=(key, certificate))
 
 
 def _verify_root(root_digest: bytes, path: str, certificate: str) -> None:
@@ -133,14 +132,6 @@ def _read(path: str) -> bytes:
             return file.read(_MAX_FILE_BYTES)
     except OSError as problem:
         raise from_os_error(problem, step="read", object=path) from problem
-
-
-def _write(path: str, content: bytes) -> None:
-    with new_file(path) as (fd, _):
-        try:
-            os.write(fd, content)
-        except OSError as problem:
-            raise from_os_error(problem, step="write", object=path) from problem
 
 
 #: For ``guestctl`` itself.

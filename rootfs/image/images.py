@@ -8,6 +8,7 @@ import contextlib
 import gc
 import hashlib
 import os
+import sys
 import uuid as uuid_module
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from rootfs.image.spool import DEFAULT_MAX_BYTES
 from rootfs.image.tartree import Whiteouts
 from rootfs.image.tree import Progress, TreeDigest
 from rootfs.imagefile.errors import from_os_error
-from rootfs.imagefile.output import new_file
+from rootfs.imagefile.output import check_output, new_file
 from rootfs.imagefile.ranges import round_up
 from rootfs.imagefile.vhd import append_footer
 from rootfs.verity.formatter import derive_identity, format_image
@@ -155,12 +156,17 @@ def build_image(
             ``denied``; ``conflict``, the source changed; ``cancelled``, ``timeout`` by ``cancel``.
     """
     recipe = _recipe(options)
+    check_output(output, inputs=_inputs(source))
     with (
         _collector_paused(),
         open_source(source, _source_options(Path(output).parent, options)) as opened,
         opened.tree() as layer,
     ):
-        return _write(layer, Path(output), recipe)
+        return _write(layer, output, recipe, _inputs(source))
+
+
+def _inputs(source: str | os.PathLike[str]) -> tuple[str | os.PathLike[str] | int, ...]:
+    return (sys.stdin.fileno() if os.fspath(source) == "-" else source,)
 
 
 def build_layers(
@@ -185,7 +191,7 @@ def build_layers(
             layer = each.digested(progress=recipe.progress, cancel=recipe.cancel)
             assert layer.digest is not None
             name = f"{layer.digest.removeprefix('sha256:')}.{recipe.filesystem}"
-            results.append(_write(layer, directory / name, recipe))
+            results.append(_write(layer, directory / name, recipe, _inputs(source)))
     return tuple(results)
 
 
@@ -227,9 +233,14 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _write(layer: SourceLayer, output: Path, recipe: _Recipe) -> ImageResult:
+def _write(
+    layer: SourceLayer,
+    output: str | os.PathLike[str],
+    recipe: _Recipe,
+    inputs: tuple[str | os.PathLike[str] | int, ...],
+) -> ImageResult:
     try:
-        with new_file(output) as (fd, temporary):
+        with new_file(output, inputs=inputs) as (fd, temporary):
             result = _make_filesystem(layer, fd, temporary, recipe)
             parameters = _add_hash_area(temporary, result, recipe) if recipe.verity else None
             if recipe.vhd_footer:
@@ -238,7 +249,7 @@ def _write(layer: SourceLayer, output: Path, recipe: _Recipe) -> ImageResult:
             size_bytes = temporary.stat().st_size
     except OSError as problem:
         raise from_os_error(problem, step="write", object=output) from problem
-    return replace(result, path=output, size_bytes=size_bytes, verity=parameters)
+    return replace(result, path=Path(output), size_bytes=size_bytes, verity=parameters)
 
 
 def _make_filesystem(layer: SourceLayer, fd: int, path: Path, recipe: _Recipe) -> ImageResult:
@@ -298,6 +309,8 @@ def _add_hash_area(path: Path, result: ImageResult, recipe: _Recipe) -> VerityPa
         path,
         salt=result.verity_salt,
         uuid=result.verity_uuid,
+        # told, not found: the last file of the tree may be a formatted image
+        data_blocks=path.stat().st_size // _BLOCK_BYTES,
         progress=recipe.progress,
         deadline=recipe.cancel,
     ).parameters

@@ -1,37 +1,63 @@
-"""A file that appears under its name whole, or not at all.
+"""Output files: every command writes its files here, each whole or not at all.
 
 Content is written to a temporary file in the same directory, synced, and renamed. A failure at any
 point leaves what was there before. Only a killed process leaves the temporary file,
 ``.NAME.XXXXXXXX.part``, behind.
+
+An output replaces a regular file or nothing: a device, a FIFO, a directory and a symbolic link are
+refused, and so is a file that the command reads.
 """
 
 import contextlib
+import errno
 import os
 import secrets
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rootfs.imagefile.errors import from_os_error
+from vsock.errors import CallError
 
-__all__ = ("new_file", "sync_directory", "unnamed_file", "write_at")
+__all__ = (
+    "check_output",
+    "new_file",
+    "sync_directory",
+    "unnamed_file",
+    "write_all",
+    "write_at",
+    "write_file",
+)
+
+#: Of the final name, in the temporary one: with the rest it stays below 255 bytes.
+_KEPT_NAME_BYTES = 200
 
 
 @contextlib.contextmanager
 def new_file(
-    path: str | os.PathLike[str], *, mode: int = 0o644, replace: bool = True
+    path: str | os.PathLike[str],
+    *,
+    mode: int = 0o644,
+    replace: bool = True,
+    inputs: Iterable[str | os.PathLike[str] | int] = (),
 ) -> Iterator[tuple[int, Path]]:
     """Open a new file for writing; it takes the name ``path`` when the block ends without error.
 
     Yields its descriptor (borrowed, read and write) and its temporary path, for programs that want
     a name. A program may replace the file under that path: what the path names at the end is what
-    is kept. ``replace=False`` refuses an existing ``path`` (FileExistsError becomes ``conflict``).
+    is kept. ``replace=False`` refuses an existing ``path``. ``inputs`` are as for
+    ``check_output``.
 
     Raises:
-        CallError: ``denied``, ``resource``, ``not_found``..., by errno; step "create".
+        CallError: as ``check_output``; ``denied``, ``resource``, ``not_found``..., by errno; step
+            "create".
     """
+    inputs = tuple(inputs)
+    check_output(path, replace=replace, inputs=inputs)
     final = Path(path)
-    temporary = final.with_name(f".{final.name[:200]}.{secrets.token_hex(4)}.part")
+    kept = os.fsdecode(os.fsencode(final.name)[:_KEPT_NAME_BYTES])
+    temporary = final.with_name(f".{kept}.{secrets.token_hex(4)}.part")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         fd = os.open(temporary, flags, mode)
@@ -41,10 +67,108 @@ def new_file(
         undo.callback(_unlink, temporary)
         undo.callback(os.close, fd)
         yield fd, temporary
+        check_output(path, replace=replace, inputs=inputs)
         try:
             _publish(temporary, final, replace=replace)
         except OSError as problem:
             raise from_os_error(problem, step="write", object=final) from problem
+
+
+def write_file(
+    path: str | os.PathLike[str],
+    content: bytes,
+    *,
+    replace: bool = True,
+    inputs: Iterable[str | os.PathLike[str] | int] = (),
+) -> None:
+    """Write a whole small file.
+
+    Raises:
+        CallError: as ``new_file``.
+    """
+    with new_file(path, replace=replace, inputs=inputs) as (fd, _):
+        try:
+            write_all(fd, content)
+        except OSError as problem:
+            raise from_os_error(problem, step="write", object=path) from problem
+
+
+def write_all(fd: int, content: bytes) -> None:
+    """Write all of ``content`` at the file's position.
+
+    Raises:
+        OSError: as write(2).
+    """
+    view = memoryview(content)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def check_output(
+    path: str | os.PathLike[str],
+    *,
+    replace: bool = True,
+    inputs: Iterable[str | os.PathLike[str] | int] = (),
+) -> None:
+    """Refuse a path that an output cannot have, before any work is done for it.
+
+    ``inputs`` are paths and descriptors (borrowed) of what the command reads: the output must be
+    none of them, under whatever name, and no existing file in a directory among them.
+
+    Raises:
+        CallError: ``invalid``, no name of a file, not a regular file, or one of the inputs;
+            ``conflict``, it exists and ``replace`` is False; by errno.
+    """
+    text = os.fspath(path)
+    # pathlib drops a slash at the end, which says that a directory is meant
+    if os.path.basename(text) in ("", ".", ".."):
+        raise _refused(text, "it is no name of a file")
+    try:
+        existing = os.lstat(text)
+    except FileNotFoundError:
+        return
+    except ValueError:  # a NUL byte
+        raise _refused(text, "it is no name of a file") from None
+    except OSError as problem:
+        raise from_os_error(problem, step="create", object=text) from problem
+    if not stat.S_ISREG(existing.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(existing.st_mode), "no regular file")
+        target = f" to {os.path.realpath(text)!r}" if stat.S_ISLNK(existing.st_mode) else ""
+        raise _refused(text, f"it is {kind}{target}, and only a regular file is ever replaced")
+    if not replace:
+        refusal = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        raise from_os_error(refusal, step="create", object=text)
+    for each in inputs:
+        _refuse_input(text, existing, each)
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def _refuse_input(text: str, existing: os.stat_result, read: str | os.PathLike[str] | int) -> None:
+    try:
+        facts = os.stat(read)
+    except (OSError, ValueError):  # whoever reads it says so
+        return
+    if os.path.samestat(facts, existing):
+        raise _refused(text, "the command reads this file")
+    if stat.S_ISDIR(facts.st_mode) and not isinstance(read, int):
+        top, place = os.path.realpath(read), os.path.realpath(text)
+        if os.path.commonpath((top, place)) == top:
+            raise _refused(text, f"it is a file of the source {os.fspath(read)!r}")
+
+
+def _refused(text: str, why: str) -> CallError:
+    return CallError(
+        "invalid", f"cannot write the output {text!r}: {why}", step="create", object=text
+    )
 
 
 def _publish(temporary: Path, final: Path, *, replace: bool) -> None:

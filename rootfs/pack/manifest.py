@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from guestagent.storage.verity import FieldError, VerityParameters
 from rootfs.imagefile.errors import from_os_error
-from rootfs.imagefile.output import new_file
+from rootfs.imagefile.output import write_file
 from rootfs.imagefile.ranges import ByteRange, overlapping
 from vsock.errors import CallError
 
@@ -127,18 +127,14 @@ class Manifest:
             "layers": [layer.to_json() for layer in self.layers],
         }
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, replace: bool = True) -> None:
         """Write the manifest so that a reader sees the old one or this one, never a part.
 
         Raises:
-            CallError: by errno.
+            CallError: as ``write_file``.
         """
         text = json.dumps(self.to_json(), indent=2) + "\n"
-        with new_file(path) as (fd, _):
-            try:
-                _write_all(fd, text.encode())
-            except OSError as problem:
-                raise from_os_error(problem, step="write", object=path) from problem
+        write_file(path, text.encode(), replace=replace)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Manifest":
@@ -357,9 +353,3 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
     if len(raw) > _MAX_MANIFEST_BYTES:
         raise OSError(27, f"over {_MAX_MANIFEST_BYTES} bytes", os.fspath(path))
     return raw
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

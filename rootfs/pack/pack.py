@@ -10,9 +10,9 @@ exclusive one; neither ever waits.
 """
 
 import contextlib
-import errno
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ from rootfs.imagefile.attached import refuse_attached
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.holes import copy_range, data_extents, punch_hole
 from rootfs.imagefile.imagelock import open_locked
-from rootfs.imagefile.output import new_file
+from rootfs.imagefile.output import check_output, new_file, sync_directory
 from rootfs.imagefile.ranges import ByteRange, first_fit, round_up
 from rootfs.pack.manifest import IMAGE_STEP_BYTES, Manifest, ManifestLayer
 from rootfs.pack.packcheck import PackReport, check_pack, digest_range
@@ -73,18 +73,13 @@ class Pack:
             manifest = Manifest(image=image.name, size_bytes=0, alignment_bytes=alignment_bytes)
         except FieldError as problem:
             raise _invalid("create a pack", image, str(problem)) from None
-        if beside.exists():
-            raise from_os_error(
-                FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)),
-                step="create the manifest",
-                object=beside,
-            )
+        check_output(beside, replace=False)
         with new_file(image, replace=False):
             pass
         fd = open_locked(image, writable=True)
         pack = cls(fd, beside, manifest, writable=True)
         try:
-            manifest.save(beside)
+            manifest.save(beside, replace=False)
         except BaseException:
             pack.close()
             image.unlink()
@@ -110,6 +105,7 @@ class Pack:
         try:
             if writable:
                 refuse_attached(fd, str(image))
+                check_output(beside)
             manifest = Manifest.load(beside)
             if manifest.image != image.name:
                 raise _invalid("open the pack", beside, f"it is the manifest of {manifest.image!r}")
@@ -329,19 +325,35 @@ class Pack:
 def new_pack(
     path: str | os.PathLike[str], *, alignment_bytes: int = PAGE_ALIGNMENT_BYTES
 ) -> Iterator[Pack]:
-    """Make a pack and fill it in a ``with`` block; when that ends by an error, nothing is left.
+    """Make a pack and fill it in a ``with`` block; it takes its name when that ends without error.
+
+    Killed meanwhile, the process leaves a directory ``.pack-XXXX`` beside the name.
 
     Raises:
         CallError: as ``Pack.create``.
     """
-    with Pack.create(path, alignment_bytes=alignment_bytes) as pack:
-        try:
+    image, manifest = Path(path), manifest_path_of(path)
+    for output in (image, manifest):
+        check_output(output, replace=False)
+    try:
+        holder = tempfile.TemporaryDirectory(prefix=".pack-", dir=image.parent)
+    except OSError as problem:
+        raise from_os_error(problem, step="create a directory in", object=image.parent) from problem
+    with holder as directory:
+        made = Path(directory, image.name)
+        with Pack.create(made, alignment_bytes=alignment_bytes) as pack:
             yield pack
-        except BaseException:
-            # the manifest first: without it the image is no pack
-            for made in (manifest_path_of(path), Path(path)):
-                made.unlink(missing_ok=True)
-            raise
+        try:
+            # the manifest last: without it the image is no pack
+            os.link(made, image)
+            try:
+                os.link(manifest_path_of(made), manifest)
+            except BaseException:
+                image.unlink()
+                raise
+            sync_directory(image.parent)
+        except OSError as problem:
+            raise from_os_error(problem, step="create", object=image) from problem
 
 
 def _beside(path: Path | str | os.PathLike[str], manifest: str | os.PathLike[str] | None) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from guestagent.storage.verity import VerityParameters
 from rootfs.imagefile.errors import from_os_error
-from rootfs.imagefile.output import new_file
+from rootfs.imagefile.output import write_file
 from vsock.errors import CallError
 
 __all__ = ("Sidecar",)
@@ -48,14 +48,10 @@ class Sidecar:
         """Write the file, whole or not at all.
 
         Raises:
-            CallError: by errno.
+            CallError: as ``write_file``.
         """
         value = {"roothash": self.root_digest.hex(), "hashoffset": self.hash_offset_bytes}
-        with new_file(path) as (fd, _):
-            try:
-                os.write(fd, json.dumps(value).encode())
-            except OSError as problem:
-                raise from_os_error(problem, step="write", object=path) from problem
+        write_file(path, json.dumps(value).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Sidecar":

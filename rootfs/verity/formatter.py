@@ -27,10 +27,10 @@ from guestagent.storage.verity import (
 )
 from rootfs.imagefile.attached import refuse_attached
 from rootfs.imagefile.errors import from_os_error
-from rootfs.imagefile.hasharea import find_hash_area
+from rootfs.imagefile.hasharea import data_end, filesystem_size
 from rootfs.imagefile.holes import copy_range
 from rootfs.imagefile.imagelock import open_locked
-from rootfs.imagefile.output import new_file, unnamed_file
+from rootfs.imagefile.output import check_output, new_file, unnamed_file
 from rootfs.imagefile.ranges import ByteRange
 from rootfs.verity import workers as crew
 from rootfs.verity.hashtree import Progress, build_tree
@@ -102,8 +102,9 @@ def format_image(
     Args:
         salt: up to 256 bytes; random (32 bytes) when None.
         uuid: for the superblock; random when None.
-        data_blocks: hash only so many blocks; the whole file when None. What is behind them, in
-            the way of an appended hash area, is lost only with ``force``.
+        data_blocks: hash only so many blocks; up to the hash area that the file has, or else the
+            whole file, when None (see ``rootfs.imagefile.hasharea``). What is behind them, in the
+            way of an appended hash area, is lost only with ``force``, and a file system never.
         hash_offset_bytes: where the hash area starts; behind the data when None (at 0 in a
             ``hash_file``).
         force: format again what has a hash area already, and replace ``hash_file``.
@@ -120,6 +121,8 @@ def format_image(
     geometry = geometry or Geometry()
     with contextlib.ExitStack() as cleanup:
         fd = cleanup.enter_context(opened(path, writable=apart is None))
+        if apart is not None:
+            check_output(apart, replace=force, inputs=(fd,))
         size_bytes, before = os.lseek(fd, 0, os.SEEK_END), os.fstat(fd)
         if data_blocks is None and apart is None:
             size_bytes = _size_without_hash_area(path, fd, size_bytes, force)
@@ -133,6 +136,8 @@ def format_image(
             apart,
             force,
         )
+        if apart is None:
+            _refuse_data_loss(path, fd, parameters.hash_offset_bytes)
         try:
             tree_fd = cleanup.enter_context(_tree_file(parameters, path))
             root_digest = build_tree(
@@ -151,7 +156,7 @@ def format_image(
                 uuid = uuid or uuid_module.uuid4()
             header = _superblock(parameters, uuid)
             if apart is not None:
-                with new_file(apart, replace=force) as (hash_fd, _):
+                with new_file(apart, replace=force, inputs=(fd,)) as (hash_fd, _):
                     _store(hash_fd, parameters, header, tree_fd)
             else:
                 _append(fd, parameters, header, tree_fd, durable=durable)
@@ -195,10 +200,8 @@ def _is_block_device(path: str) -> bool:
 
 
 def _size_without_hash_area(path: str, fd: int, size_bytes: int, force: bool) -> int:
-    found = find_hash_area(fd, size_bytes)
-    if found is None:
-        return size_bytes
-    if not force:
+    found = data_end(fd, size_bytes, path)
+    if found < size_bytes and not force:
         raise CallError(
             "conflict",
             f"cannot format {path!r}: it has a hash area at {found} already",
@@ -207,6 +210,18 @@ def _size_without_hash_area(path: str, fd: int, size_bytes: int, force: bool) ->
             hint="force replaces it",
         )
     return found
+
+
+def _refuse_data_loss(path: str, fd: int, hash_offset_bytes: int) -> None:
+    """See that the hash area is not written over a file system's own bytes, forced or not."""
+    needed_bytes = filesystem_size(fd)
+    if needed_bytes is not None and hash_offset_bytes < min(needed_bytes, os.fstat(fd).st_size):
+        raise _refused(
+            path,
+            "data_blocks",
+            f"a hash area at {hash_offset_bytes} would overwrite its file system, which ends at "
+            f"{needed_bytes}",
+        )
 
 
 def _parameters(

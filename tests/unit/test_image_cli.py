@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from guestagent.api import LayersMountRequest
-from rootfs.cli.image import COMMANDS, LAYER_COMMANDS
+from rootfs.cli import image, layer
 from rootfs.pack.manifest import Manifest
 from rootfs.pack.pack import Pack
 from tests.beds.imagebed import Layout, Member, directory, make_tar
@@ -27,8 +27,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     files = [directory("etc"), Member("etc/hosts", b"localhost")]
     (tmp_path / "layer.tar").write_bytes(make_tar(files))
     Layout(tmp_path / "layout").layer(files).layer([Member("etc/.wh.hosts")], "+gzip").finish()
-    group = click.Group("guestctl", commands={each.name or "": each for each in COMMANDS})
-    group.add_command(click.Group("layer", commands={e.name or "": e for e in LAYER_COMMANDS}))
+    top = (*image.COMMANDS, *layer.COMMANDS)
+    layers = (*image.LAYER_COMMANDS, *layer.LAYER_COMMANDS)
+    group = click.Group("guestctl", commands={each.name or "": each for each in top})
+    group.add_command(click.Group("layer", commands={each.name or "": each for each in layers}))
 
     def invoke(*words: str, status: int = 0) -> Result:
         result = CliRunner().invoke(group, [*words])
@@ -215,3 +217,23 @@ def test_a_hostile_name_does_not_reach_the_terminal(run: Run, tmp_path: Path) ->
     assert "owned" in output
     assert "\x1b" not in output
     assert "\x07" not in output
+
+
+def test_no_output_replaces_what_a_command_reads(run: Run, tmp_path: Path) -> None:
+    run("pack", "create", "p.img")
+    for name in ("manifest", "key.pem"):
+        (tmp_path / name).write_bytes((tmp_path / "p.img.json").read_bytes())
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", tmp_path / "key.pem"])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for words in (
+        ("sign", "--key", "key.pem", "manifest", "--signature", "manifest"),
+        ("sign", "--key", "key.pem", "manifest", "--signature", "key.pem"),
+        ("layer", "build", "layer.tar", "layer.tar"),
+        ("layer", "build", "layout", "layout/index.json"),
+        ("layer", "build", "layer.tar", ""),
+        ("layer", "build", "layer.tar", "."),
+        ("layer", "build", "layer.tar", "/"),
+        ("layer", "format", "layer.tar", "--hash-file", "."),
+    ):
+        assert "cannot write the output" in run(*words, status=1).output
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before

@@ -1,3 +1,5 @@
+import resource
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +18,7 @@ from rootfs.bootimage.initramfs import (
     build_initramfs,
 )
 from rootfs.bootimage.kernel import Kernel, ModuleNotFoundInKernelError
+from vsock.errors import CallError
 
 _UNPACK = {"zstd": ["zstd", "-dcq"], "lz4": ["lz4", "-dcq"], "gzip": ["gzip", "-dc"]}
 
@@ -173,6 +176,27 @@ def test_a_copy_is_put_where_it_is_wanted(spec: InitramfsSpec, cache: Path, tmp_
     report = build_initramfs(spec, cache_dir=cache, output=tmp_path / "image")
     assert report.path == tmp_path / "image"
     assert report.path.stat().st_size == report.size_bytes
+
+
+def test_a_copy_is_whole_or_not_at_all(spec: InitramfsSpec, cache: Path, tmp_path: Path) -> None:
+    build_initramfs(spec, cache_dir=cache)
+    output = tmp_path / "boot.img"
+    output.write_bytes(b"good")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(CallError) as caught:
+            build_initramfs(spec, cache_dir=cache, output=output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert (caught.value.code, caught.value.object) == ("resource", str(output))
+    assert output.read_bytes() == b"good"
+    output.unlink()
+    output.symlink_to("elsewhere")
+    with pytest.raises(CallError, match="a symbolic link"):
+        build_initramfs(spec, cache_dir=cache, output=output)
 
 
 def test_added_files_keep_their_permissions(

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rootfs",
         "guestagent.api",
         "guestagent.host",
+        "guestagent.storage.filesystems",
         "guestagent.storage.verity",
     ),
 }

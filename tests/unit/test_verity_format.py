@@ -19,12 +19,14 @@ from uuid import UUID
 
 import pytest
 
+from rootfs.image.images import build_image
 from rootfs.imagefile import attached as busy
 from rootfs.imagefile.hasharea import find_hash_area
 from rootfs.verity import hashing, hashtree, multibuffer
 from rootfs.verity import workers as crew
 from rootfs.verity.formatter import FormatResult, Geometry, derive_identity, format_image
 from rootfs.verity.hashing import BlockHash, HashlibHasher
+from rootfs.verity.verifier import read_layer, verify_image
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -499,6 +501,66 @@ def test_what_is_behind_the_data_is_kept_unless_forced(image: Path) -> None:
     result = format_image(image, data_blocks=600, force=True)
     assert result.parameters.data_blocks == 600
     assert image.stat().st_size == result.parameters.end_bytes
+
+
+@pytest.fixture
+def outer(tmp_path: Path) -> Path:
+    """An EROFS image whose last file is an image with a hash area."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "noise").write_bytes(NOISE[:1_000_000])
+    (tmp_path / "b").mkdir()
+    build_image(tmp_path / "a", tmp_path / "b" / "inner", verity=True)
+    build_image(tmp_path / "b", tmp_path / "outer")
+    return tmp_path / "outer"
+
+
+def test_a_formatted_file_at_the_end_of_an_image_is_data(outer: Path, tmp_path: Path) -> None:
+    data = outer.read_bytes()
+    with open(outer, "rb") as file:
+        assert find_hash_area(file.fileno(), len(data)) is None
+    with pytest.raises(CallError, match="no verity superblock"):
+        read_layer(outer)
+    result = format_image(outer)
+    assert result.parameters.data_size_bytes == len(data)
+    with pytest.raises(CallError, match=f"has a hash area at {len(data)} already"):
+        format_image(outer)
+    assert format_image(outer, force=True).parameters.data_size_bytes == len(data)
+    assert read_layer(outer).parameters.data_size_bytes == len(data)
+    assert outer.read_bytes()[: len(data)] == data
+    assert verify_image(outer).intact
+
+
+def test_an_image_is_built_and_formatted_over_a_formatted_file(outer: Path, tmp_path: Path) -> None:
+    built = build_image(tmp_path / "b", tmp_path / "again", verity=True)
+    assert built.verity is not None
+    assert built.verity.data_size_bytes == outer.stat().st_size
+    assert verify_image(tmp_path / "again").intact
+
+
+def test_a_file_system_is_not_overwritten_even_if_forced(outer: Path) -> None:
+    data = outer.read_bytes()
+    blocks = len(data) // 4096
+    with pytest.raises(CallError, match="would overwrite its file system"):
+        format_image(outer, data_blocks=blocks - 1, force=True)
+    with pytest.raises(CallError, match="would overwrite its file system"):
+        format_image(outer, data_blocks=1, hash_offset_bytes=8192, force=True)
+    assert outer.read_bytes() == data
+    assert format_image(outer, data_blocks=blocks).parameters.data_blocks == blocks
+
+
+def test_a_hash_area_in_bytes_of_no_file_system_is_not_guessed_at(image: Path) -> None:
+    format_image(image)
+    inner = image.read_bytes()
+    image.write_bytes(NOISE[:4096] + inner)
+    for force in (False, True):
+        with pytest.raises(CallError, match="cannot tell where the data of") as caught:
+            format_image(image, force=force)
+        assert caught.value.code == "conflict"
+        assert caught.value.hint == "say data_blocks"
+    assert image.read_bytes() == NOISE[:4096] + inner
+    image.write_bytes(NOISE[:4096] + inner + bytes(-len(inner) % 4096))
+    blocks = image.stat().st_size // 4096
+    assert format_image(image, data_blocks=blocks).parameters.data_blocks == blocks
 
 
 def test_an_existing_hash_file_is_kept_unless_forced(image: Path, tmp_path: Path) -> None:
