@@ -1,38 +1,34 @@
-"""What a dynamic linker wants to know of an ELF file: interpreter, needed libraries, search paths.
+"""Which shared libraries a program needs, as the dynamic linker finds them, and its bytes without
+what only debuggers read.
 
 Only 64-bit little-endian files, which is what this project's guests run.
-
-Source: the System V ABI, chapter "Program Loading and Dynamic Linking"; elf.h.
 """
 
+import io
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
 
 __all__ = ("ElfError", "ElfFile", "library_closure", "without_debug_information")
 
-_PT_LOAD, _PT_DYNAMIC, _PT_INTERP = 1, 2, 3
-_DT_NEEDED, _DT_STRTAB, _DT_SONAME, _DT_RPATH, _DT_RUNPATH = 1, 5, 14, 15, 29
-_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
-_SEGMENT = struct.Struct("<IIQQQQQQ")
-_DYNAMIC = struct.Struct("<qQ")
 _MAGIC = b"\x7fELF\x02\x01"  # 64 bits, little-endian
+#: e_shoff; e_shnum and e_shstrndx (elf.h, Elf64_Ehdr).
+_SECTION_FIELDS = (slice(0x28, 0x30), slice(0x3C, 0x40))
+
+#: What reading a damaged file ends in.
+_DAMAGED = (ELFError, ValueError, OverflowError)
 
 
 class ElfError(Exception):
     """The file is no ELF file that can be handled, or a library that it needs is missing."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    kind: int
-    offset: int
-    address: int
-    size: int
-
-
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ElfFile:
     """The dynamic-linking facts of one file.
 
@@ -40,100 +36,73 @@ class ElfFile:
     libraries, ``search_paths`` the run path with $ORIGIN put in.
     """
 
-    def __init__(self, path: Path) -> None:
+    path: Path
+    interpreter: str | None
+    needed: tuple[str, ...]
+    search_paths: tuple[Path, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> "ElfFile":
         """Read ``path``.
 
         Raises:
             ElfError: not a 64-bit little-endian ELF file, or damaged.
             OSError: it cannot be read.
         """
-        self.path = path
-        data = path.read_bytes()
+        interpreter, tags = None, []
         try:
-            segments = list(_segments(data))
-            self.interpreter = self._interpreter(data, segments)
-            tags = list(_dynamic(data, segments))
-            strings = _strings_offset(tags, segments)
-            self.needed = tuple(_text(data, strings + v) for t, v in tags if t == _DT_NEEDED)
-            self.search_paths = tuple(self._search_paths(data, tags, strings))
-        except (struct.error, ValueError) as problem:
-            raise ElfError(f"{path}: {problem}") from problem
-
-    def _interpreter(self, data: bytes, segments: list[_Segment]) -> str | None:
-        for segment in segments:
-            if segment.kind == _PT_INTERP:
-                return _text(data, segment.offset)
-        return None
-
-    def _search_paths(
-        self, data: bytes, tags: list[tuple[int, int]], strings: int
-    ) -> Iterator[Path]:
-        # a RUNPATH makes the linker ignore an RPATH
-        kinds = [t for t, _ in tags]
-        wanted = _DT_RUNPATH if _DT_RUNPATH in kinds else _DT_RPATH
-        for tag, value in tags:
-            if tag == wanted:
-                for part in _text(data, strings + value).split(":"):
-                    origin = str(self.path.resolve().parent)
-                    yield Path(part.replace("$ORIGIN", origin).replace("${ORIGIN}", origin))
+            for segment in _segments(path.read_bytes()):
+                if segment["p_type"] == "PT_INTERP":
+                    interpreter = segment.get_interp_name()
+                elif segment["p_type"] == "PT_DYNAMIC":
+                    tags = list(segment.iter_tags())
+            needed = tuple(tag.needed for tag in tags if tag["d_tag"] == "DT_NEEDED")
+            search_paths = tuple(_search_paths(path, tags))
+        except _DAMAGED as problem:
+            raise ElfError(f"{path}: {problem or 'damaged'}") from problem
+        return cls(path=path, interpreter=interpreter, needed=needed, search_paths=search_paths)
 
 
-def _segments(data: bytes) -> Iterator[_Segment]:
+def _segments(data: bytes) -> Iterator[Any]:
     if not data.startswith(_MAGIC):
         raise ValueError("not a 64-bit little-endian ELF file")
-    header = _HEADER.unpack_from(data)
-    table, entry_size, count = header[5], header[9], header[10]
-    for number in range(count):
-        kind, _, offset, address, _, size, _, _ = _SEGMENT.unpack_from(
-            data, table + number * entry_size
-        )
-        yield _Segment(kind, offset, address, size)
+    yield from ELFFile(io.BytesIO(data)).iter_segments()
 
 
-def _dynamic(data: bytes, segments: list[_Segment]) -> Iterator[tuple[int, int]]:
-    for segment in segments:
-        if segment.kind == _PT_DYNAMIC:
-            for offset in range(segment.offset, segment.offset + segment.size, _DYNAMIC.size):
-                tag, value = _DYNAMIC.unpack_from(data, offset)
-                if tag == 0:
-                    return
-                yield tag, value
-
-
-def _strings_offset(tags: list[tuple[int, int]], segments: list[_Segment]) -> int:
-    """Turn the address of the string table into an offset in the file."""
-    for tag, address in tags:
-        if tag == _DT_STRTAB:
-            for segment in segments:
-                inside = address - segment.address
-                if segment.kind == _PT_LOAD and 0 <= inside < segment.size:
-                    return segment.offset + inside
-            raise ValueError(f"the string table at {address:#x} lies in no segment")
-    return 0
-
-
-def _text(data: bytes, offset: int) -> str:
-    return os.fsdecode(data[offset : data.index(b"\0", offset)])
+def _search_paths(path: Path, tags: list[Any]) -> Iterator[Path]:
+    # a RUNPATH makes the linker ignore an RPATH
+    found = [tag.runpath for tag in tags if tag["d_tag"] == "DT_RUNPATH"]
+    found = found or [tag.rpath for tag in tags if tag["d_tag"] == "DT_RPATH"]
+    origin = str(path.resolve().parent)
+    for part in (part for paths in found for part in paths.split(":")):
+        yield Path(part.replace("$ORIGIN", origin).replace("${ORIGIN}", origin))
 
 
 def without_debug_information(data: bytes) -> bytes:
     """Return a program or shared library without what only debuggers and linkers read.
 
     Everything past the last loaded byte goes, the section table with it, as no loader reads
-    those. Anything else (an object file, a kernel module, a text) comes back as it is.
+    those. Anything else (an object file, a kernel module, a text) comes back as it is. The bytes
+    depend on ``data`` alone; those of strip(1) depend on its version, too.
+
+    Raises:
+        ElfError: it is damaged.
     """
     if not data.startswith(_MAGIC):
         return data
-    loaded = [s for s in _segments(data) if s.kind == _PT_LOAD]
-    if not loaded:
+    try:
+        loaded = [each for each in _segments(data) if each["p_type"] == "PT_LOAD"]
+        header = ELFFile(io.BytesIO(data)).header
+    except _DAMAGED as problem:
+        raise ElfError(f"a damaged ELF file: {problem}") from problem
+    ends = [segment["p_offset"] + segment["p_filesz"] for segment in loaded]
+    end = max([*ends, header["e_phoff"] + header["e_phentsize"] * header["e_phnum"]])
+    if not ends or end >= len(data):
         return data
-    end = max(segment.offset + segment.size for segment in loaded)
-    fields = list(_HEADER.unpack_from(data))
-    end = max(end, fields[5] + fields[9] * fields[10])
-    if end >= len(data):
-        return data
-    fields[6] = fields[12] = fields[13] = 0  # e_shoff, e_shnum, e_shstrndx
-    return _HEADER.pack(*fields) + data[_HEADER.size : end]
+    kept = bytearray(data[:end])
+    for field in _SECTION_FIELDS:
+        kept[field] = bytes(field.stop - field.start)
+    return bytes(kept)
 
 
 def library_closure(roots: tuple[Path, ...]) -> tuple[Path, ...]:
@@ -145,7 +114,7 @@ def library_closure(roots: tuple[Path, ...]) -> tuple[Path, ...]:
         ElfError: a library is not found.
     """
     found: dict[str, Path] = {}
-    waiting = [ElfFile(path) for path in roots]
+    waiting = [ElfFile.read(path) for path in roots]
     interpreters = {Path(elf.interpreter) for elf in waiting if elf.interpreter}
     for path in interpreters:
         found[path.name] = path
@@ -154,7 +123,7 @@ def library_closure(roots: tuple[Path, ...]) -> tuple[Path, ...]:
         for name in elf.needed:
             if name not in found:
                 found[name] = _find_library(name, elf)
-                waiting.append(ElfFile(found[name]))
+                waiting.append(ElfFile.read(found[name]))
     return tuple(sorted(found.values()))
 
 

@@ -9,11 +9,12 @@ import hashlib
 import os
 import stat
 import zlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import zstandard
+
 from rootfs.image.tree import CHUNK_BYTES, Progress
-from rootfs.image.zstd import ZSTD_MAGIC, decompress_zstd
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import unnamed_file
 from vsock.deadline import Deadline
@@ -26,8 +27,12 @@ DEFAULT_MAX_BYTES = 64 << 30
 _GZIP_MAGIC = b"\x1f\x8b"
 #: What an inflater is given at once: at the end of each gzip member the rest of it is copied, and
 #: a member may be as short as 20 bytes.
-_SLICE_BYTES = 16 << 10
-_FOREVER_SECONDS = float(1 << 40)
+_GZIP_SLICE_BYTES = 16 << 10
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+#: Four bytes are enough for a block of 128 KiB, and all blocks of a slice come at once: 32 MiB.
+_ZSTD_SLICE_BYTES = 1 << 10
+#: A frame that needs a larger window is refused: bounds the decompressor's memory.
+_ZSTD_WINDOW_BYTES = 512 << 20
 _OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x04\x22\x4d\x18": "lz4"}
 
 
@@ -65,8 +70,7 @@ def spooled(
             ``max_bytes``, or a full disk; ``unsupported``, a compression; by errno; by ``cancel``.
     """
     with contextlib.ExitStack() as stack:
-        ending = stack.enter_context((cancel or Deadline()).part(_FOREVER_SECONDS))
-        source = _Source(fd, start_bytes, size_bytes, progress, ending)
+        source = _Source(fd, start_bytes, size_bytes, progress, cancel or Deadline())
         try:
             spool = _spool(source, stack, directory, max_bytes)
         except OSError as problem:
@@ -89,8 +93,7 @@ def _spool(
         fd, start, size, digest = source.fd, source.start_bytes, source.count, source.digest
     else:
         fd, start = stack.enter_context(unnamed_file(directory)), 0
-        with contextlib.closing(_decompress(compression, source)) as pieces:
-            size, digest = _store(pieces, fd, max_bytes)
+        size, digest = _store(_decompress(compression, source), fd, max_bytes)
     return Spool(
         fd=fd,
         start_bytes=start,
@@ -159,10 +162,6 @@ class _Source:
         self._cancel.wait([self.fd], "read the source")
         return os.read(self.fd, CHUNK_BYTES)
 
-    def stop(self) -> None:
-        """End a read that another thread waits in; for when nobody wants more."""
-        self._cancel.cancel()
-
     @property
     def digest(self) -> str:
         return "sha256:" + self._hash.hexdigest()
@@ -171,7 +170,7 @@ class _Source:
 def _compression_of(head: bytes) -> str | None:
     if head.startswith(_GZIP_MAGIC):
         return "gzip"
-    if head.startswith(ZSTD_MAGIC) or (head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):
+    if head.startswith(_ZSTD_MAGIC) or (head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):
         return "zstd"
     for magic, name in _OTHERS.items():
         if head.startswith(magic):
@@ -183,21 +182,34 @@ def _compression_of(head: bytes) -> str | None:
     return None
 
 
-def _decompress(compression: str | None, source: _Source) -> Generator[bytes, None, None]:
+def _decompress(compression: str | None, source: _Source) -> Iterable[bytes]:
     if compression == "gzip":
-        yield from _gunzip(source)
-    elif compression == "zstd":
-        with contextlib.closing(decompress_zstd(iter(source), stop=source.stop)) as pieces:
-            yield from pieces
-    else:
-        yield from source
+        return _gunzip(source)
+    return _unzstd(source) if compression == "zstd" else source
+
+
+def _unzstd(source: Iterable[bytes]) -> Iterator[bytes]:
+    """Decompress all frames of a zstd stream, over skippable ones."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
+    frame = decompressor.decompressobj()
+    for data in _sliced(source, _ZSTD_SLICE_BYTES):
+        while data:
+            if frame.eof:
+                frame = decompressor.decompressobj()
+            try:
+                yield frame.decompress(data)
+            except zstandard.ZstdError as problem:
+                raise _damaged("zstd", str(problem)) from None
+            data = frame.unused_data
+    if not frame.eof:
+        raise _damaged("zstd", "it ends early: the stream is cut short")
 
 
 def _gunzip(source: _Source) -> Iterator[bytes]:
     """Decompress all members of a gzip stream; zeros behind the last are padding."""
     inflater = zlib.decompressobj(wbits=31)
     begun = False
-    for data in _sliced(source):
+    for data in _sliced(source, _GZIP_SLICE_BYTES):
         while data:
             if inflater.eof:
                 inflater = zlib.decompressobj(wbits=31)
@@ -214,13 +226,13 @@ def _gunzip(source: _Source) -> Iterator[bytes]:
         raise _damaged("gzip", "it ends early: the stream is cut short")
 
 
-def _sliced(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def _sliced(pieces: Iterable[bytes], size_bytes: int) -> Iterator[bytes]:
     for piece in pieces:
-        for at in range(0, len(piece), _SLICE_BYTES):
-            yield piece[at : at + _SLICE_BYTES]
+        for at in range(0, len(piece), size_bytes):
+            yield piece[at : at + size_bytes]
 
 
-def _store(pieces: Iterator[bytes], target: int, max_bytes: int) -> tuple[int, str]:
+def _store(pieces: Iterable[bytes], target: int, max_bytes: int) -> tuple[int, str]:
     """Write pieces to ``target``; return how many bytes, and their digest."""
     digest = hashlib.sha256()
     size = 0

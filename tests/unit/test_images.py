@@ -358,6 +358,27 @@ def test_cut_and_damaged_streams(tmp_path: Path) -> None:
             assert name in problem.message or "tar" in problem.message, what
 
 
+def test_frames_of_zstd_are_read_over_skippable_ones(tmp_path: Path) -> None:
+    tar = make_tar([Member("random", os.urandom(300_000))])
+    skippable = b"\x53\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"extra"
+    whole = skippable + zstd(tar[:100_000]) + skippable + zstd(tar[100_000:]) + skippable
+    (tmp_path / "tar").write_bytes(tar)
+    (tmp_path / "source").write_bytes(whole)
+    build_image(tmp_path / "tar", tmp_path / "plain")
+    build_image(tmp_path / "source", tmp_path / "image")
+    assert (tmp_path / "image").read_bytes() == (tmp_path / "plain").read_bytes()
+    for what, data in {
+        "cut in the last skippable frame": whole[:-2],
+        "cut in its header": whole[: 6 - len(skippable)],
+        "cut in a frame": whole[: -len(skippable) - 1],
+        "followed by zeros": whole + bytes(64),
+        "a window of 1 GiB": b"\x28\xb5\x2f\xfd\x00\xa0" + whole,
+    }.items():
+        (tmp_path / "source").write_bytes(data)
+        problem = refused("integrity", tmp_path / "source", tmp_path / "other")
+        assert "zstd" in problem.message, what
+
+
 def test_a_bomb_ends_at_the_limit(tmp_path: Path) -> None:
     bomb = make_tar([Member("zeros", bytes(8 << 20))])
     for packed in (gzip.compress(bomb), zstd(bomb), bomb):

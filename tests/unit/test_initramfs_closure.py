@@ -138,7 +138,7 @@ def test_needed_libraries_are_those_of_readelf() -> None:
     expected = {Path(line.split("=>")[-1].split()[0]).name for line in output.splitlines()}
     found = {path.name for path in library_closure((program,))}
     assert found == expected - {"linux-vdso.so.1"}
-    interpreter = ElfFile(program).interpreter
+    interpreter = ElfFile.read(program).interpreter
     assert interpreter is not None
     assert Path(interpreter) in library_closure((program,))
 
@@ -159,10 +159,20 @@ def test_files_of_other_kinds_are_left_as_they_are(data: bytes, tmp_path: Path) 
     assert without_debug_information(data) == data
     (tmp_path / "f").write_bytes(data)
     with pytest.raises(ElfError, match="not a 64-bit"):
-        ElfFile(tmp_path / "f")
+        ElfFile.read(tmp_path / "f")
 
 
 def test_a_damaged_elf_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes(interpreter_path().read_bytes()[:100])
     with pytest.raises(ElfError, match="cut"):
-        ElfFile(tmp_path / "cut")
+        ElfFile.read(tmp_path / "cut")
+
+
+def test_a_segment_table_outside_of_the_file_is_an_error(tmp_path: Path) -> None:
+    data = bytearray(interpreter_path().read_bytes())
+    data[0x20:0x28] = b"\xff" * 8  # e_phoff
+    (tmp_path / "bad").write_bytes(data)
+    with pytest.raises(ElfError, match="bad"):
+        ElfFile.read(tmp_path / "bad")
+    with pytest.raises(ElfError, match="damaged"):
+        without_debug_information(bytes(data))
