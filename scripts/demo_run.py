@@ -95,10 +95,10 @@ def _run(keep: bool) -> None:
         pmem=(PmemSpec(path=layers.pack),),
         console_path=directory / "console.log",
     )
-    with Machine(spec) as machine:
+    with Machine(spec) as machine, machine.while_up() as up:
         print(f"  accelerator: {machine.accel} ({machine.accel_reason})")
         with _progress("boot to the agent's first reply"):
-            guest = GuestAgent(machine.agent_address(), connect_seconds=_BOOT_SECONDS)
+            guest = GuestAgent(machine.agent_address(), connect_seconds=_BOOT_SECONDS, until=up)
         with guest:
             _drive(guest, layers, expected)
             if keep:

@@ -168,7 +168,10 @@ def _run(
     request = mount_request(prepared.manifest, {"kind": "pmem", "number": 0}, scratch_bytes=scratch)
     with Machine(spec, cache_dir=_CACHE_DIR) as machine:
         address = machine.agent_address()
-        with GuestAgent(address, connect_seconds=_BOOT_SECONDS) as guest:
+        with (
+            machine.while_up() as up,
+            GuestAgent(address, connect_seconds=_BOOT_SECONDS, until=up) as guest,
+        ):
             reply = guest.layers_mount(request)
             _show(reply, as_json)
             if shell:

@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import subprocess
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -38,13 +40,16 @@ from rootfs.machine.qmp import QmpClient, QmpClosedError
 from rootfs.machine.rundir import run_directory
 from vsock.deadline import Deadline
 from vsock.device.process import DeviceProcess, start_device
-from vsock.errors import CallError
+from vsock.errors import CallError, ConnectionClosed, RpcError
+from vsock.threads import start_thread
 
 __all__ = ("DiskSpec", "Machine", "MachineError", "MachineSpec", "PmemSpec")
 
 AGENT_PORT = 1024
 _CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"
+_PANIC = "Kernel panic - not syncing"
 _START_SECONDS = 20.0
+_END_SECONDS = 1.0
 _STOP_SECONDS = 5.0
 
 
@@ -176,6 +181,41 @@ class Machine:
         """
         if not self.console.wait_for(text, deadline, until=[self._pid_fd]):
             raise MachineError(f"the machine ended before it printed {text!r}", self.console.tail())
+
+    @contextlib.contextmanager
+    def while_up(self) -> Iterator[Deadline]:
+        """Yield a deadline that is cancelled when the guest panics or QEMU ends.
+
+        For what waits for the guest in the block: it need not wait for a guest that is gone.
+
+        Raises:
+            MachineError: the block raised, and the guest had panicked or QEMU had ended; with the
+                tail of the console.
+        """
+        with contextlib.ExitStack() as stack:
+            up = stack.enter_context(contextlib.closing(Deadline()))
+            watched = stack.enter_context(contextlib.closing(Deadline()))
+            watcher = threading.Thread(target=self._cancel_at_end, args=(up, watched), daemon=True)
+            start_thread(watcher)
+            stack.callback(watcher.join)
+            stack.callback(watched.cancel)
+            try:
+                yield up
+            except (OSError, RpcError) as problem:
+                # a connection ends a little before QEMU does
+                seconds = _END_SECONDS if isinstance(problem, ConnectionClosed) else 0.0
+                with contextlib.suppress(CallError):
+                    up.wait((), "the end of the machine", at_most=seconds)
+                if not up.cancelled:
+                    raise
+                panicked = _PANIC in self.console.read()
+                what = "the guest's kernel panicked" if panicked else "the machine ended"
+                raise MachineError(what, self.console.tail()) from problem
+
+    def _cancel_at_end(self, up: Deadline, watched: Deadline) -> None:
+        with contextlib.suppress(CallError):
+            self.console.wait_for(_PANIC, watched, until=[self._pid_fd])
+            up.cancel()
 
     def powerdown(self, deadline: Deadline) -> int:
         """Press the power button, wait for the guest to end the machine, return QEMU's status.

@@ -46,7 +46,11 @@ def test_a_plain_machine(runtime: Runtime) -> None:
     argv = qemu_command(spec(cmdline="guestagent.log=debug"), runtime)
     assert argv[0] == "qemu"
     assert values(argv, "-accel") == ["tcg,thread=multi"]
-    assert values(argv, "-cpu") == ["max,-erms,-xsave"]
+    (cpu,) = values(argv, "-cpu")
+    model, *without = cpu.split(",")
+    assert model == "max"
+    # what needs XSAVE is not promised without it: Linux uses it and ends by a panic
+    assert {"-xsave", "-avx", "-avx2", "-fma", "-f16c", "-vaes", "-vpclmulqdq"} <= set(without)
     assert values(argv, "-m") == ["512M"]
     (cmdline,) = values(argv, "-append")
     assert {"console=ttyS0", "panic=-1"} <= set(cmdline.split())

@@ -52,7 +52,10 @@ def mount_root(machine: Machine, pack: PackedLayers, *, connect_seconds: float) 
     overlay = OverlaySpec(
         overlay_id="root", layers=("top", "base"), scratch=TmpfsScratch(size_bytes=1 << 20)
     )
-    with GuestAgent(machine.agent_address(), connect_seconds=connect_seconds) as guest:
+    with (
+        machine.while_up() as up,
+        GuestAgent(machine.agent_address(), connect_seconds=connect_seconds, until=up) as guest,
+    ):
         guest.layers_mount(LayersMountRequest(layers=tuple(specs), overlay=overlay))
 
 

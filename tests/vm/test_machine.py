@@ -15,6 +15,7 @@ from rootfs.bootimage.kernel import Kernel
 from rootfs.machine.accelerator import choose_accelerator
 from rootfs.machine.qemu import DiskSpec, Machine, MachineError, MachineSpec, PmemSpec
 from rootfs.machine.qmp import QmpError
+from tests.vm.conftest import TEST_SECONDS
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -69,6 +70,28 @@ def test_a_disk_comes_and_goes_while_it_runs(
     # the port and the names are free again
     node = machine.plug_disk(disk, deadline, root_port=1)
     machine.unplug(node, deadline)
+
+
+@pytest.mark.parametrize("panic", ["-1", "0"], ids=["ends", "hangs"])
+def test_nothing_waits_for_a_guest_whose_kernel_panicked(
+    kernel: Kernel, initramfs: Path, panic: str
+) -> None:
+    spec = MachineSpec(
+        kernel=kernel.image, initrd=initramfs, cmdline=f"rdinit=/none root=none panic={panic}"
+    )
+    with (
+        Machine(spec) as machine,
+        pytest.raises(MachineError, match=r"kernel panicked\n(.*\n)*.*Kernel panic"),
+        machine.while_up() as up,
+    ):
+        GuestAgent(machine.agent_address(), connect_seconds=TEST_SECONDS, until=up)
+
+
+def test_an_error_of_a_guest_that_is_up_is_told_as_it_is(
+    machine: Machine, agent: GuestAgent
+) -> None:
+    with pytest.raises(CallError, match="nothing"), machine.while_up():
+        agent.layer_get("nothing")
 
 
 def test_a_serial_port_is_a_socket(machine: Machine) -> None:
