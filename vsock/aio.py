@@ -104,7 +104,7 @@ class AsyncClient:
         self._on_end = on_end
         self._cancel_method = cancel_method
         self._loop = asyncio.get_running_loop()
-        self._decoder = Decoder(self._limits, max_message_bytes=self._limits.max_reply_bytes)
+        self._decoder = Decoder(self._limits, of_replies=True)
         self._pending: dict[int, asyncio.Future[object]] = {}
         self._msgids = itertools.count(1)
         self._unsent = bytearray()
@@ -295,9 +295,9 @@ class AsyncClient:
         if not data:
             self._lost("the peer closed the connection")
             return
-        for message in self._decoder.feed(data):
-            if self._over is None:
-                self._take(message)
+        self._decoder.feed(data)
+        while self._over is None and (message := self._decoder.next()) is not None:
+            self._take(message)
 
     def _lost(self, why: str) -> None:
         if self._complaint is not None:

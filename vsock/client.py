@@ -312,11 +312,12 @@ class Client:
 
     def _read(self) -> None:
         """Read until the connection ends; then fail whatever is pending."""
-        decoder = Decoder(self._limits, max_message_bytes=self._limits.max_reply_bytes)
+        decoder = Decoder(self._limits, of_replies=True)
         why = "the peer closed the connection"
         try:
             while data := self._receive():
-                for message in decoder.feed(data):
+                decoder.feed(data)
+                while (message := decoder.next()) is not None:
                     self._take(message)
         except CallError:
             why = self._why_ended()

@@ -1,5 +1,6 @@
 """One peer of a server: what it has asked, what it has been answered, and whether it is there."""
 
+import errno
 import itertools
 import threading
 import time
@@ -8,20 +9,18 @@ from collections.abc import Callable, Mapping
 
 from vsock.deadline import Deadline
 from vsock.errors import CallError
-from vsock.outbox import Outbox, OutboxFull
 from vsock.record import Record
 from vsock.rpc import (
     ERROR_METHOD,
     Decoder,
     Limits,
-    Message,
     Request,
     encode_notification,
     encode_response,
 )
 from vsock.stream import Stream
 
-__all__ = ("MAX_DEADLINE_MS", "Call", "Connection", "Outcome")
+__all__ = ("MAX_DEADLINE_MS", "Call", "Connection", "Outbox", "OutboxFull", "Outcome")
 
 MAX_DEADLINE_MS = 86_400_000
 _PAUSE_BYTES = 256 * 1024
@@ -53,10 +52,10 @@ class Call:
         "_taken",
         "connection",
         "deadline",
+        "memory_bytes",
         "method",
         "msgid",
         "params",
-        "size_bytes",
         "traceparent",
     )
 
@@ -72,7 +71,7 @@ class Call:
         self.msgid = request.msgid
         self.method = request.method
         self.params = params
-        self.size_bytes = request.size_bytes
+        self.memory_bytes = request.memory_bytes
         self.connection = connection
         self._cancel_on_disconnect = False
         self._taken = threading.Lock()
@@ -97,6 +96,89 @@ class Call:
             self.deadline.cancel()
 
 
+class OutboxFull(Exception):
+    """The peer does not read, and its share of memory is used up. Nothing was queued."""
+
+
+class Outbox:
+    """Bytes on their way to one stream, in the order of ``put``. Usable from several threads."""
+
+    def __init__(self, stream: Stream, max_bytes: int) -> None:
+        """Send on ``stream``, which is non-blocking and stays the caller's."""
+        self._stream = stream
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._chunks: deque[bytes | memoryview] = deque()
+        self._closed = False
+        #: Bytes taken and not written yet.
+        self.pending_bytes = 0
+        #: Monotonic time at which the stream last took something, while bytes are pending.
+        self.progress_at = 0.0
+
+    def put(self, data: bytes, *, max_bytes: int | None = None) -> int:
+        """Write ``data``, or queue what does not fit now; return the bytes pending.
+
+        Raises:
+            OutboxFull: more than ``max_bytes`` (by default the bound of this outbox) would pend.
+            OSError: the stream is closed or broken.
+        """
+        bound = self._max_bytes if max_bytes is None else max_bytes
+        with self._lock:
+            if self._closed:
+                raise BrokenPipeError(errno.EPIPE, "the connection is closed")
+            if self._chunks:
+                if self.pending_bytes + len(data) > bound:
+                    raise OutboxFull
+                self._chunks.append(data)
+                self.pending_bytes += len(data)
+                return self.pending_bytes
+            rest = self._write(data)
+            if rest:
+                self._chunks.append(rest)
+                self.pending_bytes = len(rest)
+                self.progress_at = time.monotonic()
+            return self.pending_bytes
+
+    def flush(self) -> int:
+        """Write what the stream takes now; return the bytes still pending.
+
+        Raises:
+            OSError: the stream is closed or broken.
+        """
+        with self._lock:
+            before = self.pending_bytes
+            while self._chunks and not self._closed:
+                chunk = self._chunks.popleft()
+                rest = self._write(chunk)
+                self.pending_bytes -= len(chunk) - len(rest)
+                if rest:
+                    self._chunks.appendleft(rest)
+                    break
+            if self.pending_bytes != before:
+                self.progress_at = time.monotonic()
+            return self.pending_bytes
+
+    def close(self) -> None:
+        """Drop what pends; no byte is written to the stream from now on."""
+        with self._lock:
+            self._closed = True
+            self._chunks.clear()
+            self.pending_bytes = 0
+
+    def _write(self, data: "bytes | memoryview") -> "bytes | memoryview":
+        """Return the part that did not fit."""
+        rest = data
+        try:
+            while rest:
+                taken = self._stream.send(rest)
+                if taken == len(rest):
+                    return b""
+                rest = memoryview(rest)[taken:]
+        except BlockingIOError:
+            pass
+        return rest
+
+
 class Connection:
     """A peer. ``cancel``, ``notify``, ``on_close`` and ``close`` may be called from any thread."""
 
@@ -107,9 +189,9 @@ class Connection:
         *,
         max_in_flight: int,
         must_introduce: bool,
-        attend: "Callable[[Connection], None]",
+        request_service: "Callable[[Connection], None]",
     ) -> None:
-        """Take over ``stream``; ``attend`` asks the thread of the server to look at this."""
+        """Take over ``stream``; ``request_service`` has the server thread serve this."""
         self.id = next(_numbers)
         self.peer = stream.peer
         #: Set by the handler once the peer has introduced itself.
@@ -118,18 +200,18 @@ class Connection:
         self.stream = stream
         self.limits = limits
         self.decoder = Decoder(limits)
-        #: Decoded, and not yet looked at.
-        self.messages: deque[Message] = deque()
+        #: True while there may be whole messages that wait until the peer has read its answers.
+        self.has_more = False
         # below one reply, so that there is always room for one more
         self._pause_bytes = min(_PAUSE_BYTES, limits.max_reply_bytes)
         self.outbox = Outbox(stream, 2 * limits.max_reply_bytes)
         self.closed = False
         self.read_ended = False
         #: Why the server is to end this connection, None while it is to live.
-        self.doom: str | None = None
+        self.close_reason: str | None = None
         self.heard_at = time.monotonic()
         self._max_in_flight = max_in_flight
-        self._attend = attend
+        self._request_service = request_service
         self._lock = threading.Lock()
         self._calls: dict[int, Call] = {}
         self._unanswered = 0
@@ -200,16 +282,16 @@ class Connection:
 
     def close(self, why: str = "closed by the server") -> None:
         """Have the server end the connection. Idempotent."""
-        if self.doom is None:
-            self.doom = why
-        self._attend(self)
+        if self.close_reason is None:
+            self.close_reason = why
+        self._request_service(self)
 
     # What follows is for the server.
 
     @property
     def idle(self) -> bool:
         """True when nothing is owed to the peer."""
-        return not (self._unanswered or self.messages or self.outbox.pending_bytes)
+        return not (self._unanswered or self.has_more or self.outbox.pending_bytes)
 
     @property
     def must_read(self) -> bool:
@@ -218,7 +300,7 @@ class Connection:
 
     @property
     def wants_input(self) -> bool:
-        return not (self.read_ended or self.messages or self.must_read)
+        return not (self.read_ended or self.has_more or self.must_read)
 
     @property
     def owes_answers(self) -> bool:
@@ -258,7 +340,7 @@ class Connection:
         with self._lock:
             self._unanswered -= 1
         if self.read_ended:
-            self._attend(self)
+            self._request_service(self)
 
     def answer_over(self, call: Call) -> None:
         """Answer a call whose deadline passed, or that was cancelled, before it was run."""
@@ -313,7 +395,7 @@ class Connection:
             self.close(f"cannot write: {error}")
             return False
         if pending_bytes:
-            self._attend(self)
+            self._request_service(self)
         return True
 
 

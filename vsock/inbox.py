@@ -27,9 +27,9 @@ class Inbox:
         with self._ready:
             self._put += 1
             self._waiting.append(message)
-            self._waiting_bytes += message.size_bytes
+            self._waiting_bytes += message.memory_bytes
             while len(self._waiting) > _MAX_MESSAGES or self._waiting_bytes > _MAX_BYTES:
-                self._waiting_bytes -= self._waiting.popleft().size_bytes
+                self._waiting_bytes -= self._waiting.popleft().memory_bytes
                 self.dropped += 1
             self._ready.notify_all()
 
@@ -45,7 +45,7 @@ class Inbox:
             if not self._waiting:
                 return None
             message = self._waiting.popleft()
-            self._waiting_bytes -= message.size_bytes
+            self._waiting_bytes -= message.memory_bytes
             return message
 
     def wait_handled(self, seconds: float) -> bool:

@@ -2,17 +2,17 @@
 
     [0, msgid, method, [params]]     request; params is one map, or the array is empty
     [1, msgid, error, result]        response; error is nil or one map
-    [2, method, [params]]            notification, answered by nobody
+    [2, method, [params]]            notification, which is not answered
 
-``Decoder.feed`` is total: whatever the bytes, it returns messages and ``Malformed`` values and
-raises nothing. Where anything is wrong with a message, or it is large, it finds where that ends by
-walking the headers itself. So a message that is too large or too deep is skipped without more of it
-being stored than a message of ordinary size, and the connection lives on. Only the byte 0xc1, which
-MessagePack never uses, loses the framing.
+A ``Decoder`` is total: whatever the bytes, it returns messages and ``Malformed`` values and raises
+nothing. It walks the headers of a message as they come, and decodes the message only once it is
+whole and within its limits of bytes, depth and number of values. A message past a limit ends the
+decoder at the first header that says so, as the byte 0xc1 does, which MessagePack never uses. A
+message that is only of the wrong shape is answered, and the next one is read.
 
-What a ``Malformed`` request gets as its answer: an error response where the msgid could be read,
-else the notification ``rpc.error`` with the error map, because MessagePack-RPC has no response
-without a msgid. A run of values that are no messages is reported once.
+The answer to a ``Malformed`` request is an error response where the msgid could be read, else the
+notification ``rpc.error`` with the error map, because MessagePack-RPC has no response without a
+msgid. A run of values that are no messages is reported once.
 
 Source: https://github.com/msgpack/msgpack/blob/master/spec.md and
 https://github.com/msgpack-rpc/msgpack-rpc/blob/master/spec.md
@@ -24,8 +24,6 @@ import msgpack
 
 from vsock.errors import CallError, LocalProtocolError
 from vsock.record import Record, wire_fields
-from vsock.scanner import Scanner
-from vsock.unpacker import BadKey, Unpacker, Unusual, brief, strict_map
 
 __all__ = (
     "ERROR_METHOD",
@@ -48,36 +46,47 @@ MAX_MSGID = (1 << 32) - 1
 
 _REQUEST, _RESPONSE, _NOTIFICATION = 0, 1, 2
 _LENGTHS = {_REQUEST: 4, _RESPONSE: 4, _NOTIFICATION: 3}
+_MAX_METHOD_CHARACTERS = 128
 #: Enough of a message to hold its type and its msgid, however wastefully they are encoded.
 _HEAD_BYTES = 32
+#: What a decoded value takes at most beside its own bytes: an empty map, one byte on the wire.
+_VALUE_BYTES = 64
 
 
 class Limits(Record):
-    """What one connection may ask of us; past them the answer is a ``resource`` error."""
+    """What one connection may ask of us; past a limit the answer is a ``resource`` error.
 
-    max_request_bytes: int = 1024 * 1024
+    ``max_hello_bytes`` bounds a message of a peer that has yet to say hello. The ``values`` are the
+    items of arrays and the keys and values of maps, at all depths of a message: an empty map takes
+    a byte on the wire and 64 bytes of memory, so that their number is bounded as well.
+    """
+
+    max_request_bytes: int = 256 * 1024
+    max_hello_bytes: int = 16 * 1024
+    max_request_values: int = 32 * 1024
     max_reply_bytes: int = 4 * 1024 * 1024
+    max_reply_values: int = 128 * 1024
     max_depth: int = 32
-    #: A byte of an empty map becomes 64 bytes of memory; so their number is bounded as well.
-    max_values: int = 128 * 1024
 
     def check(self) -> None:
-        if self.max_request_bytes < 1024 or self.max_reply_bytes < 1024:
+        if min(self.max_request_bytes, self.max_hello_bytes, self.max_reply_bytes) < 1024:
             raise ValueError("a limit below 1024 bytes leaves no room for an error reply")
         if not 4 <= self.max_depth <= 256:
             raise ValueError(f"max_depth {self.max_depth} is outside of 4..256")
 
 
 class Request:
-    """A call; ``params`` is {} where the peer sent none, ``size_bytes`` what it took to say."""
+    """A call; ``params`` is {} where the peer sent none, ``memory_bytes`` what it takes decoded."""
 
-    __slots__ = ("method", "msgid", "params", "size_bytes")
+    __slots__ = ("memory_bytes", "method", "msgid", "params")
 
-    def __init__(self, msgid: int, method: str, params: dict[str, object], size_bytes: int) -> None:
+    def __init__(
+        self, msgid: int, method: str, params: dict[str, object], memory_bytes: int
+    ) -> None:
         self.msgid = msgid
         self.method = method
         self.params = params
-        self.size_bytes = size_bytes
+        self.memory_bytes = memory_bytes
 
 
 class Response:
@@ -92,21 +101,21 @@ class Response:
 
 
 class Notification:
-    """A message that nobody answers; ``size_bytes`` is what it took on the wire."""
+    """A message that is not answered; ``memory_bytes`` is what it takes decoded."""
 
-    __slots__ = ("method", "params", "size_bytes")
+    __slots__ = ("memory_bytes", "method", "params")
 
-    def __init__(self, method: str, params: dict[str, object], size_bytes: int) -> None:
+    def __init__(self, method: str, params: dict[str, object], memory_bytes: int) -> None:
         self.method = method
         self.params = params
-        self.size_bytes = size_bytes
+        self.memory_bytes = memory_bytes
 
 
 class Malformed:
     """What was not a message.
 
     ``msgid`` is that of the request (``kind`` "request") or response (``kind`` "response") that it
-    was to be, None where that could not be read. After ``fatal`` the decoder is dead.
+    was to be, None where that could not be read. After ``fatal`` the decoder takes nothing more.
     """
 
     __slots__ = ("error", "fatal", "kind", "msgid")
@@ -124,165 +133,213 @@ Message = Request | Response | Notification | Malformed
 
 
 class Decoder:
-    """Turns a byte stream into messages, within limits. Not locked."""
+    """Turns a byte stream into messages, within limits. Not locked.
 
-    def __init__(self, limits: Limits, *, max_message_bytes: int | None = None) -> None:
-        """Refuse messages over ``max_message_bytes``; by default the limit of a request."""
-        self._limits = limits
-        self._max_bytes = (
-            limits.max_request_bytes if max_message_bytes is None else max_message_bytes
-        )
+    Undecoded bytes are all that it holds: ``next`` decodes one message at a time, so that a caller
+    who has no room for another message leaves it in bytes.
+    """
+
+    def __init__(self, limits: Limits, *, of_replies: bool = False) -> None:
+        """Hold each message to the limits of a request, or ``of_replies`` to those of a reply."""
+        #: May be changed between messages.
+        self.max_bytes = limits.max_reply_bytes if of_replies else limits.max_request_bytes
+        self._max_values = limits.max_reply_values if of_replies else limits.max_request_values
+        self._max_depth = limits.max_depth
         self._buffer = bytearray()
-        self._dead = False
+        self._ended = False
         self._in_junk = False
-        #: Reads what is usual, from the first byte of a message on to the end of what has come;
-        #: None once it has met something else, for the rest of that.
-        self._unpacker: Unpacker | None = None
-        self._start()
+        self._start_message()
 
-    def _start(self) -> None:
-        """Forget the message before: the next header is the first of a new one."""
-        self._scanner = Scanner(self._limits.max_depth, self._limits.max_values)
-        self._dropped_bytes = 0  # of this message, already taken out of the buffer
-        self._head: bytes | None = None  # its first bytes, once any have been dropped
+    def _start_message(self) -> None:
+        self._at = 0  # offset of the next header; once the message is whole, of its end
+        self._values = 0
+        self._open = [1]  # values still missing at each level
+        self._has_extension = False
 
     @property
     def buffered_bytes(self) -> int:
         return len(self._buffer)
 
-    def feed(self, data: "bytes | memoryview") -> list[Message]:
-        """Take bytes in; return every message that they complete."""
-        messages: list[Message] = []
-        if self._dead:
-            return messages
-        if not self._buffer and not self._size_bytes():
-            self._unpacker = self._new_unpacker()
-        self._buffer += data
-        while self._buffer and (message := self._next(data)) is not None:
-            data = b""
-            is_junk = isinstance(message, Malformed) and message.msgid is None
-            if not (is_junk and self._in_junk):
-                messages.append(message)
-            self._in_junk = is_junk
-        if self._scanner.lost:
-            self._dead = True
-            messages.append(self._fatal())
-        elif self._scanner.problem or self._size_bytes() > self._max_bytes:
-            self._skip()
-        return messages
+    def feed(self, data: "bytes | memoryview") -> None:
+        """Take bytes in. What ``next`` leaves of them is less than ``max_bytes`` and one ``data``,
+        if it is asked until it returns None."""
+        if not self._ended:
+            self._buffer += data
 
-    def _new_unpacker(self) -> Unpacker:
-        # each of its values takes a byte at least
-        max_bytes = min(self._max_bytes, self._limits.max_values)
-        return Unpacker(max_bytes=max_bytes, max_depth=self._limits.max_depth)
-
-    def _next(self, data: "bytes | memoryview") -> Message | None:
-        """Return the next message if it is whole; ``data`` is what has just been buffered."""
-        if self._unpacker is not None:
+    def next(self) -> Message | None:
+        """Return the next message, None when there is no whole one."""
+        while self._buffer:
             try:
-                found = self._unpacker.next(data)
-                if found is None:
+                if not self._walk():
                     return None
-                value, size_bytes = found
-                message = _message(value, size_bytes)
-            except (Unusual, _WrongShape):
-                self._unpacker = None  # walk it from its start, to say what is wrong
+            except _Refused as refusal:
+                message: Message = _malformed(refusal, self._buffer, fatal=True)
+                self._ended = True
+                self._buffer.clear()
             else:
-                del self._buffer[:size_bytes]
-                if not self._buffer:
-                    self._unpacker = None  # with the memory that it has
+                message = self._take()
+            is_junk = isinstance(message, Malformed) and message.msgid is None
+            if not (is_junk and self._in_junk) or self._ended:
+                self._in_junk = is_junk
                 return message
-        return self._take() if self._scanner.walk(self._buffer) else None
+        return None
 
-    def _size_bytes(self) -> int:
-        return self._dropped_bytes + self._scanner.at
+    def _walk(self) -> bool:
+        """Walk headers as far as the bytes go; True when the message is whole.
 
-    def _skip(self) -> None:
-        """Throw away what has been walked of a message that is refused already."""
-        if not self._dropped_bytes:
-            if len(self._buffer) < _HEAD_BYTES:
-                return  # this much may stay, until the head is whole
-            self._head = bytes(self._buffer[:_HEAD_BYTES])
-        count = min(self._scanner.at, len(self._buffer))
-        del self._buffer[:count]
-        self._scanner.at -= count
-        self._dropped_bytes += count
+        Raises:
+            _Refused: a limit is passed, or the framing is lost.
+        """
+        open_values, at, sizes = self._open, self._at, _FIXED_SIZES
+        buffer, end = self._buffer, len(self._buffer)
+        while open_values and at < end:
+            left = open_values[-1]
+            while left and at < end and (size := sizes[buffer[at]]):  # most headers are of these
+                at += size
+                left -= 1
+            open_values[-1] = left
+            if left and at < end:
+                after = self._walk_header(at)
+                if after is None:
+                    break
+                at = after
+            while open_values and not open_values[-1]:
+                open_values.pop()
+        self._at = at
+        if at > self.max_bytes:
+            raise _Refused("resource", f"at least {at} bytes, more than {self.max_bytes}")
+        return not open_values and at <= end
+
+    def _walk_header(self, at: int) -> int | None:
+        """Return the offset after a header whose size is not fixed; None if it is not whole."""
+        first = self._buffer[at]
+        if first < 0xA0:  # fixmap, fixarray
+            self._descend((first & 0x0F) * (2 if first < 0x90 else 1))
+            return at + 1
+        if first == _NEVER_USED:
+            raise _Refused("invalid", "byte 0xc1 is not MessagePack, the framing is lost")
+        if first in _FIXED_EXTENSIONS:
+            self._has_extension = True
+            self._open[-1] -= 1
+            return at + _FIXED_EXTENSIONS[first]
+        width, rest = _SIZED.get(first) or _COUNTED[first]
+        after = at + 1 + width
+        if after > len(self._buffer):
+            return None
+        number = int.from_bytes(self._buffer[at + 1 : after], "big")
+        if first in _COUNTED:
+            self._descend(number * rest)
+            return after
+        self._has_extension |= rest > 0
+        self._open[-1] -= 1
+        return after + rest + number
+
+    def _descend(self, values: int) -> None:
+        self._open[-1] -= 1
+        if not values:
+            return
+        self._values += values
+        if self._values > self._max_values:
+            raise _Refused("resource", f"more than {self._max_values} values")
+        if len(self._open) > self._max_depth:
+            raise _Refused("resource", f"deeper than {self._max_depth} levels")
+        self._open.append(values)
 
     def _take(self) -> Message:
         """Cut the whole message off the buffer and decode it."""
-        size_bytes, at = self._size_bytes(), self._scanner.at
-        error = self._refusal(size_bytes)
-        if error is None:
-            with memoryview(self._buffer) as view, view[:at] as body:
-                message = _decode(body, size_bytes)
-        else:
-            message = _malformed(error, self._first_bytes())
-        del self._buffer[:at]
-        self._start()
-        return message
-
-    def _refusal(self, size_bytes: int) -> CallError | None:
-        if size_bytes > self._max_bytes:
-            return _refused("resource", f"{size_bytes} bytes, more than {self._max_bytes}")
-        if self._scanner.problem:
-            return _refused(
-                "resource" if self._scanner.too_much else "invalid", self._scanner.problem
-            )
-        return None
-
-    def _first_bytes(self) -> bytes:
-        return self._head or bytes(self._buffer[: min(self._scanner.at, _HEAD_BYTES)])
-
-    def _fatal(self) -> Malformed:
-        error = _refused("invalid", "byte 0xc1 is not MessagePack, the framing is lost")
-        malformed = _malformed(error, self._first_bytes())
-        malformed.fatal = True
-        self._buffer.clear()
-        return malformed
+        size_bytes = self._at
+        body = bytes(memoryview(self._buffer)[:size_bytes])
+        del self._buffer[:size_bytes]
+        try:
+            if self._has_extension:
+                raise _Refused("invalid", "extension types are not part of this protocol")
+            return _message(_decode(body), size_bytes + self._values * _VALUE_BYTES)
+        except _Refused as refusal:
+            return _malformed(refusal, body)
+        finally:
+            self._start_message()
 
 
-def _decode(body: memoryview, size_bytes: int) -> Message:
-    """Decode one whole value, whose extent and depth have been checked."""
-    try:
-        value = msgpack.unpackb(body, raw=False, strict_map_key=False, object_pairs_hook=strict_map)
-    except (ValueError, msgpack.UnpackException, BadKey) as problem:
-        text = "text is not UTF-8" if isinstance(problem, UnicodeDecodeError) else str(problem)
-        return _malformed(_refused("invalid", text), bytes(body[:_HEAD_BYTES]))
-    try:
-        return _message(value, size_bytes)
-    except _WrongShape as problem:
-        return _malformed(_refused("invalid", str(problem)), bytes(body[:_HEAD_BYTES]))
+def _fixed_sizes() -> bytes:
+    """Return the size of a value by its first byte, 0 where that alone does not tell."""
+    sizes = bytearray(256)
+    sizes[0x00:0x80] = b"\x01" * 0x80  # positive fixint
+    sizes[0xE0:0x100] = b"\x01" * 0x20  # negative fixint
+    for length in range(32):
+        sizes[0xA0 + length] = 1 + length  # fixstr
+    for first, size in {0xC0: 1, 0xC2: 1, 0xC3: 1, 0xCA: 5, 0xCB: 9}.items():
+        sizes[first] = size  # nil, false, true, float 32, float 64
+    for first in (0xCC, 0xD0):
+        sizes[first : first + 4] = b"\x02\x03\x05\x09"  # unsigned and signed integers
+    return bytes(sizes)
 
 
-def _refused(code: str, problem: str) -> CallError:
-    return CallError(code, f"message refused: {problem}", step="decode")
+_FIXED_SIZES = _fixed_sizes()
+#: First byte -> (bytes of its length field, bytes between that and the payload).
+_SIZED = {
+    0xC4: (1, 0), 0xC5: (2, 0), 0xC6: (4, 0),  # bin
+    0xC7: (1, 1), 0xC8: (2, 1), 0xC9: (4, 1),  # ext, with its type byte
+    0xD9: (1, 0), 0xDA: (2, 0), 0xDB: (4, 0),  # str
+}  # fmt: skip
+#: First byte -> (bytes of its count field, values for each counted item).
+_COUNTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
+#: First byte -> size of the whole value, for the extension types of fixed size.
+_FIXED_EXTENSIONS = {0xD4: 3, 0xD5: 4, 0xD6: 6, 0xD7: 10, 0xD8: 18}
+_NEVER_USED = 0xC1
 
 
-class _WrongShape(Exception):
+class _Refused(Exception):
+    def __init__(self, code: str, problem: str) -> None:
+        super().__init__(problem)
+        self.code = code
+
+
+class _BadKey(Exception):
     pass
 
 
-def _message(value: object, size_bytes: int) -> Message:
+def _decode(body: bytes) -> object:
+    try:
+        return msgpack.unpackb(body, strict_map_key=False, object_pairs_hook=_strict_map)
+    except (ValueError, msgpack.UnpackException, _BadKey) as problem:
+        text = "text is not UTF-8" if isinstance(problem, UnicodeDecodeError) else str(problem)
+        raise _Refused("invalid", text) from None
+
+
+def _strict_map(pairs: list[tuple[object, object]]) -> dict[str, object]:
+    result: dict[str, object] = {}
+    for key, value in pairs:
+        if type(key) is not str:
+            raise _BadKey(f"map key {_brief(key)} is not text")
+        result[key] = value
+    if len(result) != len(pairs):
+        raise _BadKey("a map holds the same key twice")
+    return result
+
+
+def _message(value: object, memory_bytes: int) -> Message:
     if not isinstance(value, list):
-        raise _WrongShape(f"expected an array, got {brief(value)}")
+        raise _Refused("invalid", f"expected an array, got {_brief(value)}")
     kind = value[0] if value else None
     if isinstance(kind, bool) or not isinstance(kind, int) or kind not in _LENGTHS:
-        raise _WrongShape(f"message type {brief(kind)} is none of 0, 1, 2")
+        raise _Refused("invalid", f"message type {_brief(kind)} is none of 0, 1, 2")
     if len(value) != _LENGTHS[kind]:
-        raise _WrongShape(f"{len(value)} elements where type {kind} has {_LENGTHS[kind]}")
+        raise _Refused("invalid", f"{len(value)} elements where type {kind} has {_LENGTHS[kind]}")
     if kind == _NOTIFICATION:
-        return Notification(_method(value[1]), _params(value[2]), size_bytes)
+        return Notification(_method(value[1]), _params(value[2]), memory_bytes)
     msgid = value[1]
     if not _is_msgid(msgid):
-        raise _WrongShape(f"msgid {brief(msgid)} is not a number of 32 bits")
+        raise _Refused("invalid", f"msgid {_brief(msgid)} is not a number of 32 bits")
     if kind == _RESPONSE:
         return Response(msgid, value[2], value[3])
-    return Request(msgid, _method(value[2]), _params(value[3]), size_bytes)
+    return Request(msgid, _method(value[2]), _params(value[3]), memory_bytes)
 
 
 def _method(value: object) -> str:
     if not isinstance(value, str):
-        raise _WrongShape(f"method {brief(value)} is not text")
+        raise _Refused("invalid", f"method {_brief(value)} is not text")
+    if len(value) > _MAX_METHOD_CHARACTERS:
+        raise _Refused("invalid", f"a method name of {len(value)} characters")
     return value
 
 
@@ -292,17 +349,30 @@ def _params(value: object) -> dict[str, object]:
             return {}
         if len(value) == 1 and isinstance(value[0], dict):
             return value[0]
-    raise _WrongShape("params are not an array of one map")
+    raise _Refused("invalid", "params are not an array of one map")
 
 
 def _is_msgid(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_MSGID
 
 
-def _malformed(error: CallError, head: bytes) -> Malformed:
-    """Read from the first bytes of a message whose answer it would be."""
+def _brief(value: object) -> str:
+    """Return what a value is, short enough for an error."""
+    if isinstance(value, (list, dict, bytes)):
+        return f"of type {type(value).__name__}"
+    if isinstance(value, str):
+        value = value[:40]
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _malformed(
+    refusal: _Refused, message: "bytes | bytearray", *, fatal: bool = False
+) -> Malformed:
+    """Read from the first bytes of a message which request or response it was to be."""
+    error = CallError(refusal.code, f"message refused: {refusal}", step="decode")
     unpacker = msgpack.Unpacker(max_buffer_size=_HEAD_BYTES)
-    unpacker.feed(head[:_HEAD_BYTES])
+    unpacker.feed(message[:_HEAD_BYTES])
     kind = msgid = None
     try:
         if unpacker.read_array_header() >= 1:
@@ -311,11 +381,11 @@ def _malformed(error: CallError, head: bytes) -> Malformed:
     except (ValueError, msgpack.UnpackException):
         pass
     if type(kind) is not int or kind not in _LENGTHS:
-        return Malformed(error, None, None)
+        return Malformed(error, None, None, fatal=fatal)
     if kind == _NOTIFICATION:
-        return Malformed(error, "notification", None)
+        return Malformed(error, "notification", None, fatal=fatal)
     name = "request" if kind == _REQUEST else "response"
-    return Malformed(error, name, msgid if _is_msgid(msgid) else None)
+    return Malformed(error, name, msgid if _is_msgid(msgid) else None, fatal=fatal)
 
 
 def encode_request(msgid: int, method: str, params: Mapping[str, object] | None = None) -> bytes:

@@ -7,9 +7,9 @@ peer reads, and a peer that does not read is cut off.
 
 What a peer may count on:
 
-- Each request is answered once. A malformed one is answered too, and the connection lives; only
-  bytes that are not MessagePack at all end it. Where no msgid can be read, the answer is the
-  notification ``rpc.error`` with the error map.
+- Each request is answered once. A malformed one is answered too, and the connection lives. A message
+  past a limit, or bytes that are not MessagePack, end it, after an answer. Where no msgid can be
+  read, the answer is the notification ``rpc.error`` with the error map.
 - The connection above ``max_connections`` gets ``rpc.error`` with code ``resource`` and is closed.
   A serial line has a place of its own.
 - Who sends no whole message for ``hello_seconds``, has said no hello and waits for no answer is
@@ -19,16 +19,15 @@ What a peer may count on:
 """
 
 import contextlib
+import errno
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from vsock.acceptor import Acceptor
 from vsock.calls import Calls, Handler
 from vsock.connection import Call, Connection, Outcome
 from vsock.errors import CallError
-from vsock.peers import Peers
 from vsock.rpc import (
     ERROR_METHOD,
     Limits,
@@ -41,7 +40,7 @@ from vsock.rpc import (
 from vsock.stream import Listener, Stream
 from vsock.threads import Waker
 
-__all__ = ("Call", "Connection", "Outcome", "Server")
+__all__ = ("Acceptor", "Call", "Connection", "Outcome", "Server")
 
 #: What cancelled requests get for undoing what they made, when the server stops.
 _UNDO_SECONDS = 5.0
@@ -51,6 +50,11 @@ _IN_FLIGHT_REQUESTS = 16
 #: Called when a connection has ended.
 OnClose = Callable[[], None] | None
 NotificationHandler = Callable[[Connection, Notification], None]
+#: How long accepting rests when it fails, as it does with no descriptor left.
+_REST_SECONDS = 0.5
+_READ_BYTES = 64 * 1024
+#: A peer that takes nothing for this long is cut off.
+_STALL_SECONDS = 30.0
 
 
 class Server:
@@ -148,23 +152,10 @@ class Server:
     def limits(self) -> dict[str, int]:
         """Return every limit by name, as a peer may want to know them."""
         return {
-            "max_request_bytes": self._limits.max_request_bytes,
-            "max_reply_bytes": self._limits.max_reply_bytes,
-            "max_depth": self._limits.max_depth,
-            "max_values": self._limits.max_values,
+            **vars(self._limits),
             "max_connections": self._max_connections,
             "max_in_flight": self._max_in_flight,
         }
-
-    def broadcast(self, method: str, params: Mapping[str, object] | None = None) -> int:
-        """Notify every peer that has said hello; return how many of them keep up and got it.
-
-        Raises:
-            LocalProtocolError: the parameters have no place in MessagePack.
-        """
-        data = encode_notification(method, params)
-        peers = [peer for peer in self._peers.all() if peer.said_hello]
-        return sum(peer.send_notification(data) for peer in peers)
 
     def serve_forever(self) -> None:
         """Serve until ``stop``. Everything is closed on return."""
@@ -204,7 +195,7 @@ class Server:
 
     def _turn(self, until: float | None = None) -> None:
         """Wait for something to happen, and see to it."""
-        due = (until, self._acceptor.resume_at, self._peers.look_at, self._expiry_at)
+        due = (until, self._acceptor.resume_at, self._peers.timer_at, self._expiry_at)
         times = [at for at in due if at is not None]
         seconds = max(0.0, min(times) - time.monotonic()) if times else None
         for fd, events in self._epoll.poll(seconds):
@@ -218,14 +209,14 @@ class Server:
                 if stream is not None:
                     self._accepted(stream)
         if times and time.monotonic() >= min(times):
-            self._look_around()
+            self._run_timers()
 
-    def _look_around(self) -> None:
+    def _run_timers(self) -> None:
         """See to everything that time alone brings about."""
         now = time.monotonic()
         if self._acceptor.resume_at is not None and now >= self._acceptor.resume_at:
             self._acceptor.resume()
-        self._peers.look_around()
+        self._peers.run_timers()
         if self._expiry_at is not None and now >= self._expiry_at:
             self._expiry_at = self._calls.expire()
 
@@ -254,7 +245,7 @@ class Server:
                 self._acceptor.add(new)
             else:
                 self._peers.add(new, must_introduce=False, on_close=on_close)
-        self._peers.settle_attended()
+        self._peers.serve_requested()
 
     def _accepted(self, stream: Stream) -> None:
         # a wired stream that is refused would be accepted anew at once, and so on for ever
@@ -297,3 +288,248 @@ class Server:
             name = "notifications" if isinstance(message, Notification) else "responses"
             refusal = CallError("unsupported", f"{name} have no place here", step="take message")
             connection.answer_error(None, refusal)
+
+
+class Acceptor:
+    """Listeners registered with an epoll set that belongs to the caller."""
+
+    def __init__(self, epoll: select.epoll, report: Callable[[str], None]) -> None:
+        self._epoll = epoll
+        self._report = report
+        self._listeners: dict[int, Listener] = {}
+        #: Monotonic time at which ``resume`` is due, None while accepting goes on.
+        self.resume_at: float | None = None
+
+    def add(self, listener: Listener) -> None:
+        """Take over ``listener``."""
+        self._listeners[listener.fileno()] = listener
+        if self.resume_at is None:
+            self._epoll.register(listener.fileno(), select.EPOLLIN)
+
+    def accept(self, fd: int) -> Stream | None:
+        """Return the next stream of the listener with descriptor ``fd``, None if there is none.
+
+        A listener stays ready while its accept fails, so that watching it would be a busy loop:
+        after a failure all of them rest for a moment.
+        """
+        listener = self._listeners.get(fd)
+        if listener is None:
+            return None
+        try:
+            return listener.accept()
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno != errno.ECONNABORTED:
+                self._report(f"cannot accept on {listener.address}: {error}")
+                self._rest()
+            return None
+
+    def resume(self) -> None:
+        """Accept again."""
+        self.resume_at = None
+        for fd in self._listeners:
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def close(self) -> None:
+        """Close every listener."""
+        if self.resume_at is None:
+            for fd in self._listeners:
+                self._epoll.unregister(fd)
+        self.resume_at = None
+        for listener in self._listeners.values():
+            listener.close()
+        self._listeners.clear()
+
+    def _rest(self) -> None:
+        if self.resume_at is None:
+            self.resume_at = time.monotonic() + _REST_SECONDS
+            for fd in self._listeners:
+                self._epoll.unregister(fd)
+
+
+class Peers:
+    """Connections registered with an epoll set that belongs to the caller.
+
+    All of it is for the thread of the server, but for ``request_service`` and ``all``.
+    """
+
+    def __init__(
+        self,
+        epoll: select.epoll,
+        limits: Limits,
+        *,
+        max_in_flight: int,
+        hello_seconds: float | None,
+        take: Callable[[Connection, Message], None],
+        wake: Callable[[], object],
+        report: Callable[[str], None],
+    ) -> None:
+        """``take`` gets each message; ``wake`` has the thread call ``serve_requested``."""
+        self._epoll = epoll
+        self._limits = limits
+        self._max_in_flight = max_in_flight
+        self._hello_seconds = hello_seconds
+        self._take = take
+        self._wake = wake
+        self._report = report
+        self._connections: dict[int, Connection] = {}
+        self._events: dict[int, int] = {}
+        self._requested: deque[Connection] = deque()
+        #: Monotonic time at which ``run_timers`` is due, None for never.
+        self.timer_at: float | None = None
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def all(self) -> list[Connection]:
+        """Return those that are there now. From any thread."""
+        return list(self._connections.values())
+
+    def find(self, fd: int) -> Connection | None:
+        """Return the connection with descriptor ``fd``, None if there is none."""
+        return self._connections.get(fd)
+
+    @property
+    def idle(self) -> bool:
+        """True when nothing is owed to any of them."""
+        return all(connection.idle for connection in self._connections.values())
+
+    def add(
+        self, stream: Stream, *, must_introduce: bool, on_close: Callable[[], None] | None = None
+    ) -> None:
+        """Take over ``stream``. ``must_introduce``: it ends if no hello comes in time."""
+        stream.setblocking(False)
+        connection = Connection(
+            stream,
+            self._limits,
+            max_in_flight=self._max_in_flight,
+            must_introduce=must_introduce and self._hello_seconds is not None,
+            request_service=self.request_service,
+        )
+        self._connections[stream.fileno()] = connection
+        if on_close is not None:
+            connection.on_close(on_close)
+        if connection.must_introduce and self._hello_seconds is not None:
+            self._set_timer(connection.heard_at + self._hello_seconds)
+        self._update_interest(connection)
+
+    def serve(self, connection: Connection, events: int) -> None:
+        """Write, read and take messages, as ``events`` and the connection allow."""
+        broken = events & (select.EPOLLHUP | select.EPOLLERR)
+        try:
+            if connection.outbox.pending_bytes and (broken or events & select.EPOLLOUT):
+                connection.outbox.flush()
+            if connection.wants_input and (broken or events & select.EPOLLIN):
+                self._read(connection)
+            self._take_messages(connection)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._drop(connection, str(error))
+            return
+        self._update_interest(connection)
+
+    def request_service(self, connection: Connection) -> None:
+        """Have the thread of the server look at ``connection``. From any thread."""
+        self._requested.append(connection)
+        self._wake()
+
+    def serve_requested(self) -> None:
+        """Look at those that ``request_service`` was called for."""
+        while self._requested:
+            self._update_interest(self._requested.popleft())
+
+    def run_timers(self) -> None:
+        """See to what time alone brings about, if it is due."""
+        now = time.monotonic()
+        if self.timer_at is None or now < self.timer_at:
+            return
+        self.timer_at = None
+        for connection in self.all():
+            self._check_times(connection, now)
+
+    def close(self) -> None:
+        """End every connection."""
+        for connection in self.all():
+            self._drop(connection, "the server ends")
+
+    def _read(self, connection: Connection) -> None:
+        data = connection.stream.recv(_READ_BYTES)
+        if not data:
+            connection.end_of_input()
+            return
+        connection.decoder.feed(data)
+
+    def _take_messages(self, connection: Connection) -> None:
+        # one read may ask for more than the peer can take: the rest waits until the peer has read
+        while not connection.must_read:
+            message = connection.decoder.next()
+            if message is None:
+                connection.has_more = False
+                return
+            connection.heard_at = time.monotonic()
+            self._take(connection, message)
+        connection.has_more = True
+
+    def _update_interest(self, connection: Connection) -> None:
+        """End the connection if its time has come, else wait for what it waits for."""
+        if connection.closed:
+            return
+        if connection.close_reason is not None:
+            self._drop(connection, connection.close_reason)
+            return
+        if connection.read_ended and connection.idle:
+            self._drop(connection, "the peer ended it")
+            return
+        pending_bytes = connection.outbox.pending_bytes
+        wanted = select.EPOLLOUT if pending_bytes else 0
+        if connection.wants_input:
+            wanted |= select.EPOLLIN
+        if pending_bytes:
+            self._set_timer(connection.outbox.progress_at + _STALL_SECONDS)
+        self._watch(connection.stream.fileno(), wanted)
+
+    def _watch(self, fd: int, wanted: int) -> None:
+        # with nothing wanted it is taken out: epoll reports a hang-up to whoever asks or not
+        before = self._events.get(fd, 0)
+        if wanted == before:
+            return
+        if not before:
+            self._epoll.register(fd, wanted)
+        elif wanted:
+            self._epoll.modify(fd, wanted)
+        else:
+            self._epoll.unregister(fd)
+        self._events[fd] = wanted
+
+    def _drop(self, connection: Connection, why: str) -> None:
+        fd = connection.stream.fileno()
+        self._watch(fd, 0)
+        self._events.pop(fd, None)
+        self._report(f"connection {connection.id} with {connection.peer} ended: {why}")
+        try:
+            connection.end()
+        finally:
+            # last, so that who sees the count fall can rely on the descriptor being closed
+            del self._connections[fd]
+
+    def _set_timer(self, at: float) -> None:
+        self.timer_at = at if self.timer_at is None else min(at, self.timer_at)
+
+    def _check_times(self, connection: Connection, now: float) -> None:
+        if connection.outbox.pending_bytes:
+            stalled_at = connection.outbox.progress_at + _STALL_SECONDS
+            if now >= stalled_at:
+                self._drop(connection, f"it took nothing for {_STALL_SECONDS:.0f} s")
+                return
+            self._set_timer(stalled_at)
+        if connection.must_introduce and not connection.said_hello:
+            assert self._hello_seconds is not None
+            if connection.owes_answers:
+                connection.heard_at = now
+            silent_at = connection.heard_at + self._hello_seconds
+            if now >= silent_at:
+                self._drop(connection, f"it was silent for {self._hello_seconds:g} s")
+                return
+            self._set_timer(silent_at)

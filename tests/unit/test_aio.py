@@ -38,7 +38,7 @@ def run(serve):
 def test_calls_and_errors(run):
     async def scenario(client, running):
         assert await client.call("echo", {"a": 1}) == {"a": 1}
-        assert await client.call("slow_echo", {"a": bytes(1_000_000)}) == {"a": bytes(1_000_000)}
+        assert await client.call("slow_echo", {"a": bytes(250_000)}) == {"a": bytes(250_000)}
         assert await client.call("big", {"bytes": 4_000_000}) == b"x" * 4_000_000
         with pytest.raises(CallError, match="no method"):
             await client.call("nonsense")
@@ -56,9 +56,9 @@ def test_many_at_once(run):
 
 def test_much_to_send_waits_for_the_reader(run):
     async def scenario(client, running):
-        value = {"a": bytes(900_000)}
-        answers = await asyncio.gather(*(client.call("echo", value) for _ in range(12)))
-        assert answers == [value] * 12
+        value = {"a": bytes(250_000)}
+        answers = await asyncio.gather(*(client.call("echo", value) for _ in range(50)))
+        assert answers == [value] * 50
 
     run(scenario)
 
@@ -126,12 +126,13 @@ def test_what_cannot_be_sent_is_our_error(run):
     run(scenario)
 
 
-def test_an_answer_over_the_limit_fails_its_call_only(run):
+def test_an_answer_over_the_limit_fails_its_call_and_ends_the_connection(run):
     async def scenario(client, running):
         with pytest.raises(CallError) as caught:
             await client.call("big", {"bytes": 100_000})
         assert caught.value.code == "resource"
-        assert await client.call("echo") == {}
+        with pytest.raises(ConnectionClosed, match="more than 4096"):
+            await client.call("echo")
 
     run(scenario, limits=Limits(max_reply_bytes=4096))
 
@@ -195,12 +196,12 @@ def test_a_connect_that_is_cancelled_leaves_no_descriptor(serve, monkeypatch):
 def test_what_waits_to_be_sent_is_bounded(run):
     async def scenario(client, running):
         client._stream.send, send = lambda _: 0, client._stream.send
-        tasks = [asyncio.create_task(client.call("echo", {"a": bytes(900_000)})) for _ in range(9)]
+        tasks = [asyncio.create_task(client.call("echo", {"a": bytes(250_000)})) for _ in range(30)]
         for _ in range(20):
             await asyncio.sleep(0)
         assert len(client._unsent) < 2_000_000
         client._stream.send = send
-        assert len(await asyncio.gather(*tasks)) == 9
+        assert len(await asyncio.gather(*tasks)) == 30
 
     run(scenario)
 

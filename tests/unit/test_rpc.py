@@ -1,10 +1,11 @@
-import itertools
+from itertools import pairwise
 
 import msgpack
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from guestagent.api import ByteRange, LayersMountRequest, LayerSpec, OverlaySpec, PmemDevice, Verity
 from vsock.errors import CODES, CallError, LocalProtocolError
 from vsock.rpc import (
     MAX_MSGID,
@@ -20,8 +21,6 @@ from vsock.rpc import (
 )
 
 LIMITS = Limits()
-#: As much of a message is stored before it is looked at closely.
-ORDINARY_BYTES = LIMITS.max_values
 PING = encode_request(99, "ping")
 
 
@@ -37,19 +36,27 @@ def plain(message):
     return (2, message.method, message.params)
 
 
+def feed(decoder, data):
+    decoder.feed(data)
+    return [plain(message) for message in iter(decoder.next, None)]
+
+
 def decode(data, limits=LIMITS):
-    return [plain(message) for message in Decoder(limits).feed(data)]
+    return feed(Decoder(limits), data)
 
 
 def three_ways(data, limits=LIMITS):
     """Decode whole, byte by byte, and with a message behind; all must agree."""
     whole = decode(data, limits)
     decoder = Decoder(limits)
-    bytewise = [plain(m) for byte in data for m in decoder.feed(bytes((byte,)))]
+    bytewise = [message for byte in data for message in feed(decoder, bytes((byte,)))]
     assert bytewise == whole
-    if not any(one[-1] is True and one[0] == "malformed" for one in whole):
+    if any(one[-1] is True and one[0] == "malformed" for one in whole):
+        assert decode(data + PING, limits) == whole
+        assert feed(decoder, PING) == []
+    else:
         assert decode(data + PING, limits) == [*whole, (0, 99, "ping", {})]
-        assert [plain(m) for m in decoder.feed(PING)] == [(0, 99, "ping", {})]
+        assert feed(decoder, PING) == [(0, 99, "ping", {})]
     return whole
 
 
@@ -102,6 +109,7 @@ INVALID = [
     (msgpack.packb([0, True, "m", [{}]]), "request", None),
     (msgpack.packb([0, "5", "m", [{}]]), "request", None),
     (msgpack.packb([0]), "request", None),
+    (msgpack.packb([0, 5, "m" * 129, [{}]]), "request", 5),
     (msgpack.packb([1, 5, None]), "response", 5),
     (msgpack.packb([1, 5, None, msgpack.ExtType(1, b"")]), "response", 5),
     (msgpack.packb([2, "m"]), "notification", None),
@@ -135,88 +143,94 @@ def test_the_byte_that_is_never_used_ends_the_decoder():
         (0, 99, "ping", {}),
         ("malformed", "request", 5, "invalid", True),
     ]
+
+
+REFUSED = ("malformed", "request", 9, "resource", True)
+
+
+def test_a_message_past_the_byte_limit_ends_the_decoder_at_the_header_that_says_so():
     decoder = Decoder(LIMITS)
-    assert len(decoder.feed(b"\xc1")) == 1
-    assert decoder.feed(PING) == []
+    assert feed(
+        decoder, b"\x94\x00\x09\xa1m\x91\x81\xa1a\xc6" + (256 << 10).to_bytes(4, "big")
+    ) == [REFUSED]
+    assert feed(decoder, bytes(100_000) + PING) == []
+    assert decoder.buffered_bytes == 0
 
 
-@pytest.mark.parametrize("size_bytes", [1 << 20, 2 << 20])
-def test_too_large_is_skipped_without_storing_it(size_bytes):
-    data = msgpack.packb([0, 9, "m", [{"a": bytes(size_bytes)}]])
-    decoder = Decoder(LIMITS)
-    messages = []
-    for at in range(0, len(data), 4096):
-        messages += decoder.feed(data[at : at + 4096])
-        assert decoder.buffered_bytes <= (ORDINARY_BYTES if at < ORDINARY_BYTES else 8192)
-    assert [plain(m) for m in messages] == [("malformed", "request", 9, "resource", False)]
-    assert [plain(m) for m in decoder.feed(PING)] == [(0, 99, "ping", {})]
+def test_a_length_field_of_4_gib_is_refused_at_once():
+    for header in (b"\xc6", b"\xc9", b"\xdb", b"\xdd", b"\xdf"):
+        data = b"\x94\x00\x09" + header + b"\xff\xff\xff\xff"
+        assert three_ways(data) == [REFUSED]
 
 
-def test_too_large_by_many_small_values_is_skipped():
+def test_a_message_past_the_byte_limit_by_many_small_values():
     limits = Limits(max_request_bytes=4096)
     data = msgpack.packb([0, 9, "m", [{"a": list(range(5000))}]])
-    assert three_ways(data, limits) == [("malformed", "request", 9, "resource", False)]
+    assert three_ways(data, limits) == [REFUSED]
 
 
-def test_the_limit_is_exact():
+def test_the_byte_limit_is_exact():
     limits = Limits(max_request_bytes=2048)
     overhead = len(encode_request(9, "m", {"a": bytes(1000)})) - 1000
     fits = encode_request(9, "m", {"a": bytes(2048 - overhead)})
     assert len(fits) == 2048
     assert three_ways(fits, limits)[0][0] == 0
     over = encode_request(9, "m", {"a": bytes(2049 - overhead)})
-    assert three_ways(over, limits) == [("malformed", "request", 9, "resource", False)]
+    assert three_ways(over, limits) == [REFUSED]
 
 
-def test_a_large_notification_and_a_large_response():
-    limits = Limits(max_request_bytes=1024)
+def test_a_reply_has_limits_of_its_own():
+    limits = Limits(max_request_bytes=1024, max_request_values=100)
     assert three_ways(encode_notification("m", {"a": bytes(2000)}), limits) == [
-        ("malformed", "notification", None, "resource", False)
+        ("malformed", "notification", None, "resource", True)
     ]
-    data = encode_response(3, None, bytes(2000), LIMITS)
-    assert three_ways(data, limits) == [("malformed", "response", 3, "resource", False)]
-    decoder = Decoder(limits, max_message_bytes=limits.max_reply_bytes)
-    assert [plain(m) for m in decoder.feed(data)] == [(1, 3, None, bytes(2000))]
+    data = encode_response(3, None, [0] * 2000, LIMITS)
+    assert three_ways(data, limits) == [("malformed", "response", 3, "resource", True)]
+    assert feed(Decoder(limits, of_replies=True), data) == [(1, 3, None, [0] * 2000)]
+    over = b"\x94\x01\x03\xc0\xdd" + (LIMITS.max_reply_values + 1).to_bytes(4, "big")
+    assert feed(Decoder(limits, of_replies=True), over) == [
+        ("malformed", "response", 3, "resource", True)
+    ]
+
+
+def test_the_byte_limit_can_change_between_messages():
+    decoder = Decoder(Limits())
+    decoder.max_bytes = 1024
+    large = encode_request(1, "m", {"a": bytes(2000)})
+    decoder.feed(PING + large)
+    assert plain(decoder.next()) == (0, 99, "ping", {})
+    decoder.max_bytes = 4096
+    assert plain(decoder.next()) == (0, 1, "m", {"a": bytes(2000)})
 
 
 def nested(levels):
-    return b"\x94\x00\x05\xa1m" + b"\x91" * levels + b"\x80"
+    return b"\x94\x00\x09\xa1m" + b"\x91" * levels + b"\x80"
 
 
 def test_depth_is_bounded_exactly():
     # the message, the params, and 30 levels in them
-    inside = msgpack.packb([0, 5, "m", [{"a": None}]])[:-1]
+    inside = msgpack.packb([0, 9, "m", [{"a": None}]])[:-1]
     assert three_ways(inside + b"\x91" * 29 + b"\xc0")[0][0] == 0
-    assert three_ways(inside + b"\x91" * 30 + b"\xc0") == [
-        ("malformed", "request", 5, "resource", False)
-    ]
+    assert three_ways(inside + b"\x91" * 30 + b"\xc0") == [REFUSED]
 
 
-@pytest.mark.parametrize("levels", [33, 1000, 200_000])
-def test_deep_nesting_costs_no_memory(levels):
+@pytest.mark.parametrize("levels", [32, 1000, 200_000])
+def test_deep_nesting_is_refused_before_it_is_decoded(levels):
+    assert decode(nested(levels)[:-1]) == [REFUSED]
+
+
+def test_the_number_of_values_is_bounded_exactly():
+    head = b"\x94\x00\x09\xa1m\x91\x81\xa1a\xdd"
+    # the message has 4, its params 1, the map 2
+    fits = LIMITS.max_request_values - 7
+    assert decode(head + fits.to_bytes(4, "big") + b"\x80" * fits)[0][0] == 0
+    assert decode(head + (fits + 1).to_bytes(4, "big")) == [REFUSED]
+
+
+def test_a_message_tells_what_it_takes_in_memory():
     decoder = Decoder(LIMITS)
-    assert decoder.feed(nested(levels)[:-1]) == []
-    assert len(decoder._scanner._open) <= LIMITS.max_depth + 1
-    messages = decoder.feed(nested(levels)[-1:])
-    assert [plain(m) for m in messages] == [("malformed", "request", 5, "resource", False)]
-    assert [plain(m) for m in decoder.feed(PING)] == [(0, 99, "ping", {})]
-
-
-def test_the_number_of_values_is_bounded():
-    data = b"\x94\x00\x05\xa1m\x91\x81\xa1a\xdd" + (500_000).to_bytes(4, "big") + b"\x80" * 500_000
-    assert decode(data + PING) == [
-        ("malformed", "request", 5, "resource", False),
-        (0, 99, "ping", {}),
-    ]
-
-
-def test_a_length_that_never_comes_keeps_nothing():
-    decoder = Decoder(LIMITS)
-    assert decoder.feed(b"\x94\x00\x05\xc6\xff\xff\xff\xff" + bytes(100)) == []
-    for _ in range(64):
-        assert decoder.feed(bytes(65536)) == []
-        assert decoder.buffered_bytes <= ORDINARY_BYTES
-    assert decoder.buffered_bytes <= 65536
+    decoder.feed(msgpack.packb([0, 9, "m", [{"a": [{}] * 1000}]]))
+    assert decoder.next().memory_bytes >= 1000 * 64
 
 
 def test_truncated_is_nothing_yet():
@@ -241,16 +255,9 @@ def test_what_msgpack_writes_is_read_the_same_in_any_pieces(msgid, method, param
     stream = msgpack.packb([0, msgid, method, [params]]) + msgpack.packb([1, msgid, None, params])
     cut = data.draw(st.integers(0, len(stream)))
     decoder = Decoder(Limits(max_depth=64))
-    messages = decoder.feed(stream[:cut]) + decoder.feed(stream[cut:])
-    assert [plain(m) for m in messages] == [(0, msgid, method, params), (1, msgid, None, params)]
+    messages = feed(decoder, stream[:cut]) + feed(decoder, stream[cut:])
+    assert messages == [(0, msgid, method, params), (1, msgid, None, params)]
     assert decoder.buffered_bytes == 0
-
-
-class Walking(Decoder):
-    """One that takes nothing for usual."""
-
-    def _new_unpacker(self):
-        return None
 
 
 ODD = st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=5)) | st.just(
@@ -275,18 +282,43 @@ MESSAGES = st.one_of(
 )
 
 
+def judge(stream, limits):
+    """Return the whole values of a stream as msgpack reads them, each with its end."""
+    unpacker = msgpack.Unpacker(strict_map_key=False, raw=True, object_pairs_hook=tuple)
+    unpacker.feed(stream)
+    begin = 0
+    while True:
+        try:
+            unpacker.skip()
+        except (msgpack.OutOfData, ValueError, msgpack.UnpackException):
+            return
+        end = unpacker.tell()
+        yield stream[begin:end]
+        begin = end
+
+
 @settings(max_examples=400)
 @given(st.lists(MESSAGES, max_size=6), st.lists(st.integers(0, 200), max_size=4))
-def test_what_is_unpacked_is_what_walking_finds(messages, cuts):
-    limits = Limits(max_request_bytes=1024, max_depth=8, max_values=200)
+def test_a_stream_is_read_in_pieces_as_its_messages_are_one_by_one(messages, cuts):
+    limits = Limits(max_request_bytes=1024, max_depth=8, max_request_values=200)
     stream = b"".join(messages)
     edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
-    found, walking = [], Walking(limits)
     decoder = Decoder(limits)
-    for begin, end in itertools.pairwise(edges):
-        found += [plain(m) for m in decoder.feed(stream[begin:end])]
-    assert repr(found) == repr([plain(m) for m in walking.feed(stream)])  # a NaN is a NaN
-    assert decoder.buffered_bytes <= max(limits.max_values, walking.buffered_bytes)
+    found = [m for begin, end in pairwise(edges) for m in feed(decoder, stream[begin:end])]
+    one_by_one = []
+    for value in judge(stream, limits):
+        messages = decode(value, limits)
+        junk = all(m[0] == "malformed" and m[2] is None for m in messages)
+        was_junk = one_by_one and one_by_one[-1][0] == "malformed" and one_by_one[-1][2] is None
+        if not (junk and was_junk) or messages[-1][-1] is True:
+            one_by_one += messages
+        if messages[-1][0] == "malformed" and messages[-1][-1] is True:
+            break
+    assert repr(found[: len(one_by_one)]) == repr(one_by_one)  # a NaN is a NaN
+    assert all(
+        m[-1] is True for m in found[len(one_by_one) :]
+    )  # an end that msgpack never comes to
+    assert decoder.buffered_bytes <= limits.max_request_bytes
 
 
 @settings(max_examples=400)
@@ -296,7 +328,7 @@ def test_what_is_unpacked_is_what_walking_finds(messages, cuts):
 def test_garbage_is_malformed_or_a_message_and_nothing_else(pieces):
     limits = Limits(max_request_bytes=1024, max_depth=8)
     decoder = Decoder(limits)
-    split = [plain(m) for piece in pieces for m in decoder.feed(piece)]
+    split = [message for piece in pieces for message in feed(decoder, piece)]
     whole = decode(b"".join(pieces), limits)
     assert split == whole
     assert all(one[0] in ("malformed", 0, 1, 2) for one in whole)
@@ -318,7 +350,7 @@ def test_the_boundaries_are_those_that_msgpack_finds(data):
         return
     end = unpacker.tell()
     decoder = Decoder(Limits(max_depth=256))
-    assert len(decoder.feed(data[:end])) == 1
+    assert len(feed(decoder, data[:end])) == 1
     assert decoder.buffered_bytes == 0
     if end > 1:
         assert decode(data[: end - 1], Limits(max_depth=256)) == []
@@ -363,3 +395,27 @@ def test_a_request_that_cannot_be_said_is_our_own_error():
 def test_limits_that_leave_no_room_are_refused(limits):
     with pytest.raises(ValueError, match=r"limit|max_depth"):
         Limits(**limits)
+
+
+@pytest.mark.parametrize("to_wire", ["to_wire", "to_sparse_wire"])
+def test_a_batch_of_500_verity_layers_with_their_overlay_fits_a_request(to_wire):
+    names = [f"{number:064x}" for number in range(500)]
+    batch = LayersMountRequest(
+        layers=tuple(
+            LayerSpec(
+                layer_id=name,
+                device=PmemDevice(number=number % 128),
+                filesystem="erofs",
+                mapping=ByteRange(offset_bytes=number << 30, size_bytes=1 << 30),
+                verity=Verity(root_digest=bytes(32)),
+            )
+            for number, name in enumerate(names)
+        ),
+        overlay=OverlaySpec(overlay_id="root", layers=tuple(names), target="/run/root"),
+    )
+    [(_, _, method, params)] = decode(
+        encode_request(1, "layers.mount", {**getattr(batch, to_wire)(), "deadline_ms": 60_000})
+    )
+    assert method == "layers.mount"
+    del params["deadline_ms"]
+    assert LayersMountRequest.from_wire(params) == batch

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import vsock.peers
+import vsock.server
 from vsock.address import UnixAddress, parse_address
 from vsock.dial import listen
 from vsock.rpc import Limits
@@ -116,8 +116,6 @@ def big(size_bytes):
 @pytest.mark.parametrize(
     ("data", "code"),
     [
-        (big(2 << 20), "resource"),
-        (b"\x94\x00\x07\xa1m" + b"\x91" * 5000 + b"\xc0", "resource"),
         (msgpack.packb([0, 7, "echo", [1]]), "invalid"),
         (msgpack.packb([0, 7, 5, [{}]]), "invalid"),
         (msgpack.packb([0, 7, "echo", [{"a": msgpack.ExtType(4, b"")}]]), "invalid"),
@@ -145,23 +143,50 @@ def test_a_bad_request_is_answered_by_its_msgid_and_the_connection_lives(serve, 
         msgpack.packb([0, -1, "echo", [{}]]),
         msgpack.packb([1, 3, None, None]),
         msgpack.packb([2, "event", [{}]]),
-        msgpack.packb([2, "event", [{"a": bytes(2 << 20)}]]),
     ],
 )
 def test_what_has_no_msgid_is_answered_by_rpc_error_and_the_connection_lives(serve, data):
     peer = serve().peer()
     peer.send(data)
-    assert peer.complaint() in ("invalid", "resource", "unsupported")
+    assert peer.complaint() in ("invalid", "unsupported")
     assert peer.ask(8, "echo", a=1) == {"a": 1}
 
 
-def test_lost_framing_ends_the_connection_after_what_is_in_flight(serve):
+@pytest.mark.parametrize(
+    "data",
+    [
+        big(2 << 20)[: 64 << 10],
+        b"\x94\x00\x07\xa1m" + b"\x91" * 5000,
+        b"\x94\x00\x07\xa1m\x91\xdd\x00\x01\x00\x00",
+    ],
+)
+def test_a_request_past_a_limit_is_answered_and_ends_the_connection(serve, data):
+    running = serve()
+    peer = running.peer()
+    peer.send(data)
+    assert peer.error() == (7, "resource")
+    assert peer.at_end()
+    assert running.handler.calls == []
+
+
+def test_a_client_that_sends_on_past_a_limit_still_gets_the_answer(serve):
+    peer = serve().peer()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        peer.send(big(8 << 20))
+    assert peer.error() == (7, "resource")
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [(b"\xc1", "invalid"), (msgpack.packb([2, "event", [{"a": bytes(1 << 20)}]])[:99], "resource")],
+)
+def test_what_ends_the_connection_waits_for_the_answers_in_flight(serve, data, code):
     running = serve()
     peer = running.peer()
     peer.request(1, "gate")
     running.handler.passed(running.handler.at_gate)
-    peer.send(b"\xc1")
-    assert peer.complaint() == "invalid"
+    peer.send(data)
+    assert peer.complaint() == code
     running.handler.gate.set()
     assert peer.next() == [1, 1, None, "through"]
     assert peer.at_end()
@@ -309,11 +334,11 @@ def test_the_257th_request_in_flight_is_refused(serve):
 def test_requests_in_flight_are_bounded_in_bytes_as_well(serve):
     running = serve(workers=1, limits=Limits(max_request_bytes=4096))
     peer = running.peer()
-    for msgid in range(17):
-        peer.request(msgid, "gate", a=bytes(4000))
+    for msgid in range(16):
+        peer.request(msgid, "gate", a=bytes(3700))  # and 7 values of 64 bytes
     assert peer.error()[1] == "resource"
     running.handler.gate.set()
-    assert all(peer.next()[2] is None for _ in range(16))
+    assert all(peer.next()[2] is None for _ in range(15))
     for msgid in range(20):
         assert len(peer.ask(msgid, "slow_echo", a=bytes(4000))["a"]) == 4000
 
@@ -535,7 +560,7 @@ def test_who_does_not_read_is_cut_off_and_stalls_nobody(serve):
 
 
 def test_who_stops_reading_is_cut_off_in_time(serve, monkeypatch):
-    monkeypatch.setattr(vsock.peers, "_STALL_SECONDS", 0.05)
+    monkeypatch.setattr(vsock.server, "_STALL_SECONDS", 0.05)
     running = serve()
     slow, other = running.peer(), running.peer()
     slow.request(1, "big", bytes=2 << 20)
@@ -572,16 +597,15 @@ def test_notifications_reach_who_keeps_up_and_are_dropped_for_others(serve):
     running = serve(limits=Limits(max_reply_bytes=64 * 1024))
     reader, slow = running.peer(), running.peer()
     reader.ask(1, "hello")
-    assert running.server.broadcast("event", {"a": 1}) == 1
-    assert reader.next() == [2, "event", [{"a": 1}]]
     slow.ask(1, "hello")
-    counts = [running.server.broadcast("event", {"a": bytes(32 * 1024)}) for _ in range(1)]
+    to_reader, to_slow = (call.connection for call in running.handler.calls)
+    taken = 0
     for _ in range(100):
-        reader.next()
-        counts.append(running.server.broadcast("event", {"a": bytes(32 * 1024)}))
-    assert counts[0] == 2
-    assert counts[-1] == 1
-    for _ in range(counts.count(2)):
+        assert to_reader.notify("event", {"a": bytes(32 * 1024)})
+        assert reader.next()[0] == 2
+        taken += to_slow.notify("event", {"a": bytes(32 * 1024)})
+    assert 0 < taken < 100
+    for _ in range(taken):
         assert slow.next()[0] == 2
     assert slow.ask(2, "echo") == {}
 
@@ -592,7 +616,7 @@ def test_notifications_leave_room_for_answers(serve):
     peer.ask(1, "hello")
     peer.request(2, "late_big", bytes=500 * 1024)
     peer.ask(3, "echo")
-    while running.server.broadcast("event", {"a": bytes(32 * 1024)}):
+    while running.handler.calls[0].connection.notify("event", {"a": bytes(32 * 1024)}):
         pass
     running.handler.gate.set()
     other = running.peer()

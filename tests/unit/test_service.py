@@ -148,7 +148,7 @@ def test_hello_agrees_on_a_version_and_status_tells_all(bed):
         ["fs-erofs"],
         {"pid1": False},
     )
-    assert hello["limits"]["max_request_bytes"] == 1 << 20
+    assert hello["limits"]["max_request_bytes"] == 256 << 10
     _, status = peer.ask("agent.status")
     assert (status["state"], status["problems"]) == ("degraded", ["a is odd"])
     assert (status["layers"], status["overlays"], status["dm_devices"]) == (1, 2, 3)
