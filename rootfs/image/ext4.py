@@ -8,11 +8,11 @@ of the tree and the UUID.
     then            directories, long symbolic links, attributes, extent trees
     then            the blocks of file data, in the order of the inodes
 
-Linux mounts it since 4.0, always read-only (``readonly``). Metadata has checksums. Directories of
-more than one block have an index, without which a look-up reads the whole directory. The inode
-tables of all groups are together (``flex_bg``) and there are no copies of the superblock
-(``sparse_super2`` with none), so that data is contiguous. Inode 2 is the root, the others follow
-from 11; ``lost+found`` is a name like any other.
+Linux mounts it since 4.0, always read-only (``readonly``). All metadata has checksums
+(``metadata_csum``). A directory of more than one block has an index (``dir_index``), without which
+a look-up reads the whole directory. The inode tables of all groups are together (``flex_bg``) and
+there are no copies of the superblock (``sparse_super2``), so that file data is contiguous. The root
+is inode 2, the others follow from 11. ``lost+found`` is a name like any other.
 
 Source: fs/ext4/ext4.h, super.c and Documentation/filesystems/ext4 (Linux 6.1).
 """
@@ -189,7 +189,7 @@ class Ext4Image:
         write_at(fd, self._superblock(), _SUPERBLOCK_OFFSET_BYTES)
 
     def _write_parts(self, fd: int) -> Iterator[int]:
-        """Write all but the superblock; yield the bytes of file data just copied, often."""
+        """Write all but the superblock; yield how many bytes of file data each step copied."""
         for inode in self._inodes:
             if inode.node.is_regular:
                 yield from inode.write_content(fd)
@@ -236,7 +236,7 @@ class Ext4Image:
         """Write rows of equal length with the checksums of their first ``covered_bytes``.
 
         ``places`` say where in a row the bytes of the checksum go, the lowest first. They are zero
-        before. Yields 0, often.
+        before. Yields 0 after each batch.
         """
         while batch := list(islice(rows, _BATCH)):
             owners = b"".join(owner for _, owner, _ in batch)

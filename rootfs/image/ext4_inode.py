@@ -53,9 +53,9 @@ _FILE_TYPES = {
 
 
 class Inode:
-    """An inode being laid out: ``settle`` tells how many blocks it has, ``place`` where they are.
+    """An inode being laid out: ``settle`` decides how many blocks it has, ``place`` where they are.
 
-    ``number`` is its inode number, ``path`` its first name.
+    ``path`` is its first name. ``parent`` is for directories; the root is its own.
     """
 
     __slots__ = (
@@ -84,7 +84,7 @@ class Inode:
         self.directory: Directory | None = None
         #: How many blocks of content there are: of a file, a directory or a long symbolic link.
         self.data_blocks = 0
-        #: How many blocks there are beside it: of attributes, and of the extent tree.
+        #: How many further blocks there are: of attributes, and of the extent tree.
         self.metadata_blocks = 0
         #: Where in the image the content starts.
         self.data_start = 0
@@ -102,14 +102,14 @@ class Inode:
         return _FILE_TYPES[stat.S_IFMT(self.node.mode)]
 
     def settle(self, links: int, below: dict[int, "Inode"], hash_seed: tuple[int, ...]) -> None:
-        """Decide which blocks there are. ``below`` has the inodes of children, by ``id(node)``.
+        """Decide form and number of blocks. ``below`` has the inodes of children by ``id(node)``.
 
         Raises:
             CallError: ``unsupported``, the format cannot hold it; ``object`` is the path.
         """
         node = self.node
         self._check(links)
-        # what a directory has too many of is not counted: the count is then 1
+        # 1 is the link count of a directory with too many directories in it (dir_nlink)
         self._links = links if links <= _MAX_LINKS else 1
         self._inline_xattrs, self._block_xattrs = pack_xattrs(
             self.path, node.xattrs, _XATTR_ROOM_BYTES
@@ -166,7 +166,7 @@ class Inode:
         return self.node.content.size_bytes if self.node.is_regular else 0
 
     def place(self, metadata_start: int, data_start: int) -> None:
-        """Say where in the image its blocks start: those beside the content, and the content."""
+        """Set where in the image the blocks start: of metadata, and of content."""
         self._xattr_start = metadata_start if self._block_xattrs else 0
         self._tree_start = metadata_start + bool(self._block_xattrs)
         self.data_start = data_start

@@ -1,7 +1,7 @@
 """Extended attributes of an ext4 inode: behind its fields, and in one block of their own.
 
-An area of attributes is a list of entries from its start, each with an attribute's name, four zero
-bytes, and the values from its end downwards.
+An area of attributes starts with the entries, each with a name, and four zero bytes that end them;
+the values are at its end, the first one last.
 
 Source: fs/ext4/xattr.h, xattr.c, acl.h and Documentation/filesystems/ext4/attributes.rst.
 """
@@ -49,7 +49,7 @@ def pack_xattrs(
     outside: list[Attribute] = []
     area_bytes = room_bytes - _MAGIC.size
     room = area_bytes - _END_BYTES
-    # the kernel looks into the block by halving, in this order: number, length of the name, name
+    # the kernel stops searching a block at the first entry that is past the name in this order
     for attribute in sorted(
         (_attribute(path, name, xattrs[name]) for name in xattrs),
         key=lambda each: (each[0], len(each[1]), each[1]),
