@@ -1,52 +1,34 @@
-"""A MessagePack-RPC client for asyncio: the twin of ``vsock.client.Client``. For hosts only."""
+"""A MessagePack-RPC client for asyncio. For hosts only."""
 
 import asyncio
 import concurrent.futures
 import contextlib
-import itertools
-import logging
 from collections.abc import Callable, Mapping
 from typing import Self
 
 from vsock.address import Address, parse_address
-from vsock.client import MARGIN_SECONDS, ClosedHandleError, NotificationCallback, given_up
-from vsock.connect import connect
-from vsock.errors import CallError, ConnectionClosed, LocalProtocolError
-from vsock.rpc import (
-    ERROR_METHOD,
-    MAX_MSGID,
-    Decoder,
-    Limits,
-    Malformed,
-    Message,
-    Notification,
-    Request,
-    Response,
-    encode_notification,
-    encode_request,
-    encode_response,
-)
+from vsock.deadline import Deadline
+from vsock.dial import connect
+from vsock.errors import ConnectionClosed
+from vsock.protocol import ClientProtocol, NotificationCallback, answer_seconds, no_answer
+from vsock.rpc import Limits
 from vsock.stream import MAX_WRITE_BYTES, Stream
 
 __all__ = ("AsyncClient", "AsyncPendingCall")
 
-log = logging.getLogger(__name__)
-
 _READ_BYTES = 256 * 1024
-#: More than this to send, and ``call`` waits before it adds to it.
+#: With more than this to send, ``call`` waits before it adds to it.
 _HIGH_WATER_BYTES = 1024 * 1024
 
 
 class AsyncPendingCall:
     """A call whose answer is on its way."""
 
-    def __init__(
-        self, client: "AsyncClient", msgid: int, method: str, answer: "asyncio.Future[object]"
-    ) -> None:
+    def __init__(self, client: "AsyncClient", msgid: int, method: str) -> None:
         self.msgid = msgid
         self.method = method
         self._client = client
-        self._answer = answer
+        self._answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
 
     @property
     def done(self) -> bool:
@@ -62,16 +44,13 @@ class AsyncPendingCall:
         """
         done, _ = await asyncio.wait((self._answer,), timeout=timeout_seconds)
         if not done:
-            raise CallError(
-                "timeout",
-                f"no answer to {self.method} within {timeout_seconds:g} s",
-                step=f"wait for the answer to {self.method}",
-            )
+            assert timeout_seconds is not None
+            raise no_answer(self.method, timeout_seconds)
         return self._answer.result()
 
     def forget(self) -> None:
         """Give up on the answer: when it comes it is dropped. The peer is not told."""
-        self._client._forget(self.msgid)
+        self._client._protocol.forget(self.msgid)
 
     async def cancel(self) -> None:
         """Ask the peer to stop; the call then ends as ``cancelled``, or as it ended meanwhile.
@@ -81,6 +60,16 @@ class AsyncPendingCall:
         """
         if not self.done:
             await self._client._cancel(self.msgid)
+
+    def settle(self, error: Exception | None, result: object) -> None:
+        """Take the outcome. For the client."""
+        if self._answer.done():
+            return
+        if error is None:
+            self._answer.set_result(result)
+        else:
+            self._answer.set_exception(error)
+            self._answer.exception()  # a call that nobody awaits is no error of the loop
 
 
 class AsyncClient:
@@ -99,19 +88,14 @@ class AsyncClient:
         """Take over ``stream``, which is connected and non-blocking. Needs a running loop."""
         self.address = address
         self._stream = stream
-        self._limits = limits or Limits()
+        self._protocol = ClientProtocol(address, limits)
         self._on_notification = on_notification
         self._on_end = on_end
         self._cancel_method = cancel_method
         self._loop = asyncio.get_running_loop()
-        self._decoder = Decoder(self._limits, of_replies=True)
-        self._pending: dict[int, asyncio.Future[object]] = {}
-        self._msgids = itertools.count(1)
         self._unsent = bytearray()
         self._room = asyncio.Event()
         self._room.set()
-        self._over: ConnectionClosed | None = None
-        self._complaint: CallError | None = None
         self._loop.add_reader(stream.fileno(), self._readable)
 
     @classmethod
@@ -124,20 +108,21 @@ class AsyncClient:
         on_notification: NotificationCallback | None = None,
         on_end: Callable[[ConnectionClosed], None] | None = None,
         cancel_method: str = "agent.cancel",
+        until: Deadline | None = None,
     ) -> Self:
-        """Connect, trying again for ``connect_seconds`` while nobody is there yet.
+        """Connect, trying again for ``connect_seconds`` while no server is there yet.
 
-        ``on_notification`` is called by the event loop, in the order of arrival, and ``on_end``
-        once when the connection has ended.
+        Connecting ends when ``until`` passes or is cancelled. ``on_notification`` is called by the
+        event loop, in the order of arrival, and ``on_end`` once when the connection has ended.
 
         Raises:
             ValueError: the address is not one.
-            ConnectionClosed: nobody answered in time, or access is denied.
+            ConnectionClosed: no server was there in time, or access is denied.
         """
         where = parse_address(address) if isinstance(address, str) else address
         # a future of its own thread, which outlives the event loop: see the cancellation below
         thread = concurrent.futures.ThreadPoolExecutor(1, "rpc-connect")
-        connecting = thread.submit(connect, where, connect_seconds)
+        connecting = thread.submit(connect, where, connect_seconds, until)
         thread.shutdown(wait=False)
         try:
             stream = await asyncio.wrap_future(connecting)
@@ -156,7 +141,7 @@ class AsyncClient:
     @property
     def closed(self) -> bool:
         """True once no call can succeed any more."""
-        return self._over is not None
+        return self._protocol.closed
 
     async def call(
         self,
@@ -173,11 +158,9 @@ class AsyncClient:
             ConnectionClosed: the connection ended before the answer.
             LocalProtocolError: the request cannot be sent.
         """
-        if timeout_seconds is None and deadline_ms is not None:
-            timeout_seconds = deadline_ms / 1000 + MARGIN_SECONDS
         pending = await self.start_call(method, params, deadline_ms=deadline_ms)
         try:
-            return await pending.result(timeout_seconds)
+            return await pending.result(answer_seconds(deadline_ms, timeout_seconds))
         finally:
             pending.forget()
 
@@ -194,20 +177,15 @@ class AsyncClient:
             ConnectionClosed: the connection has ended.
             LocalProtocolError: the request cannot be sent.
         """
-        if deadline_ms is not None:
-            params = {**(params or {}), "deadline_ms": deadline_ms}
-        msgid = next(self._msgids) & MAX_MSGID
-        while msgid in self._pending:
-            msgid = next(self._msgids) & MAX_MSGID
-        data = encode_request(msgid, method, params)
-        answer: asyncio.Future[object] = self._loop.create_future()
-        self._pending[msgid] = answer
+        pending, data = self._protocol.start_call(
+            method, params, deadline_ms, lambda msgid: AsyncPendingCall(self, msgid, method)
+        )
         try:
             await self._send(data)
         except BaseException:
-            self._forget(msgid)
+            pending.forget()
             raise
-        return AsyncPendingCall(self, msgid, method, answer)
+        return pending
 
     async def notify(self, method: str, params: Mapping[str, object] | None = None) -> None:
         """Send a notification.
@@ -216,11 +194,12 @@ class AsyncClient:
             ConnectionClosed: the connection has ended.
             LocalProtocolError: the notification cannot be sent.
         """
-        await self._send(encode_notification(method, params))
+        await self._send(self._protocol.notification(method, params))
 
     async def close(self) -> None:
         """End the connection; every pending call fails. Idempotent."""
-        self._end(ClosedHandleError(f"the client of {self.address} is closed"))
+        self._protocol.close()
+        self._end("the client was closed")
 
     async def __aenter__(self) -> Self:
         return self
@@ -232,25 +211,10 @@ class AsyncClient:
         pending = await self.start_call(self._cancel_method, {"msgid": msgid})
         pending.forget()
 
-    def _forget(self, msgid: int) -> None:
-        answer = self._pending.pop(msgid, None)
-        if answer is not None and not answer.done():
-            answer.set_exception(given_up(f"msgid {msgid}"))
-            answer.exception()
-
-    def _check_open(self) -> None:
-        if self._over is not None:
-            raise type(self._over)(str(self._over))
-
     async def _send(self, data: bytes) -> None:
-        if len(data) > self._limits.max_request_bytes:
-            raise LocalProtocolError(
-                f"a message of {len(data)} bytes is over {self._limits.max_request_bytes}"
-            )
-        self._check_open()
         while not self._room.is_set():
             await self._room.wait()
-            self._check_open()
+            self._protocol.check_open()
         self._write(data)
 
     def _write(self, data: bytes) -> None:
@@ -261,8 +225,8 @@ class AsyncClient:
             except BlockingIOError:
                 taken = 0
             except OSError as error:
-                self._end(ConnectionClosed(f"cannot send to {self.address}: {error}"))
-                self._check_open()
+                self._end(f"cannot send: {error}")
+                raise self._protocol.broken(error) from error
             if taken == len(data):
                 return
             data = data[taken:]
@@ -277,7 +241,7 @@ class AsyncClient:
         except BlockingIOError:
             return
         except OSError as error:
-            self._end(ConnectionClosed(f"cannot send to {self.address}: {error}"))
+            self._end(f"cannot send: {error}")
             return
         if not self._unsent:
             self._loop.remove_writer(self._stream.fileno())
@@ -290,75 +254,39 @@ class AsyncClient:
         except BlockingIOError:
             return
         except OSError as error:
-            self._lost(str(error))
+            self._end(str(error))
             return
         if not data:
-            self._lost("the peer closed the connection")
+            self._end("the peer closed the connection")
             return
-        self._decoder.feed(data)
-        while self._over is None and (message := self._decoder.next()) is not None:
-            self._take(message)
+        try:
+            for found in self._protocol.receive(data):
+                if isinstance(found, bytes):
+                    self._refuse(found)
+                elif self._on_notification is not None:
+                    self._on_notification(found.method, found.params)
+                if self._protocol.closed:
+                    return
+        except ConnectionClosed as error:
+            self._end(str(error))
 
-    def _lost(self, why: str) -> None:
-        if self._complaint is not None:
-            why = f"{why}, after {self._complaint}"
-        self._end(ConnectionClosed(f"connection to {self.address} ended: {why}"))
-
-    def _end(self, over: ConnectionClosed) -> None:
-        if self._over is not None:
+    def _end(self, why: str) -> None:
+        over = self._protocol.end(why)
+        if over is None:
             return
-        self._over = over
         self._loop.remove_reader(self._stream.fileno())
         self._loop.remove_writer(self._stream.fileno())
         self._stream.close()
         self._room.set()
-        pending, self._pending = self._pending, {}
-        for answer in pending.values():
-            if not answer.done():
-                answer.set_exception(type(over)(str(over)))
-                answer.exception()  # a call that nobody awaits is no error of the loop
         if self._on_end is not None:
             self._on_end(over)
 
-    def _take(self, message: Message) -> None:
-        if isinstance(message, Response):
-            error = None if message.error is None else CallError.from_wire(message.error)
-            self._settle(message.msgid, error, message.result)
-        elif isinstance(message, Notification):
-            if message.method == ERROR_METHOD:
-                self._complaint = CallError.from_wire(message.params)
-                log.warning("%s complains: %s", self.address, self._complaint)
-            if self._on_notification is not None:
-                self._on_notification(message.method, message.params)
-        elif isinstance(message, Request):
-            refusal = CallError("unsupported", "this side answers no requests", step="take message")
-            self._refuse(encode_response(message.msgid, refusal.to_wire(), None, self._limits))
-        else:
-            self._malformed(message)
-
     def _refuse(self, data: bytes) -> None:
         if not self._room.is_set():
-            self._lost("the peer asks and does not read")
+            self._end("the peer asks and does not read")
             return
         with contextlib.suppress(ConnectionClosed):
             self._write(data)
-
-    def _settle(self, msgid: int, error: CallError | None, result: object) -> None:
-        answer = self._pending.pop(msgid, None)
-        if answer is None or answer.done():
-            log.debug("answer to msgid %d, which nobody waits for", msgid)
-        elif error is None:
-            answer.set_result(result)
-        else:
-            answer.set_exception(error)
-            answer.exception()
-
-    def _malformed(self, message: Malformed) -> None:
-        log.warning("%s sent what is no message: %s", self.address, message.error)
-        if message.kind == "response" and message.msgid is not None:
-            self._settle(message.msgid, message.error, None)
-        if message.fatal:
-            self._lost(str(message.error))
 
 
 def _close_result(connecting: "concurrent.futures.Future[Stream]") -> None:

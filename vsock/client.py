@@ -1,54 +1,46 @@
 """A MessagePack-RPC client: calls from any thread, many at once, on one connection.
 
-One thread reads and hands each answer to whoever waits for it; another runs the callbacks for
-notifications, so that a callback may call back into the client.
+One thread reads and hands each answer to the thread that waits for it; another runs the callbacks
+for notifications, so that a callback may call back into the client.
 """
 
 import contextlib
-import itertools
-import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Self
 
 from vsock.address import Address, parse_address
-from vsock.connect import connect
 from vsock.deadline import Deadline
-from vsock.errors import CallError, ConnectionClosed, LocalProtocolError
-from vsock.inbox import Inbox
-from vsock.rpc import (
-    ERROR_METHOD,
-    MAX_MSGID,
-    Decoder,
-    Limits,
-    Malformed,
-    Message,
-    Notification,
-    Request,
-    Response,
-    encode_notification,
-    encode_request,
-    encode_response,
+from vsock.dial import connect
+from vsock.errors import CallError, ConnectionClosed
+from vsock.protocol import (
+    MARGIN_SECONDS,
+    ClientProtocol,
+    ClosedHandleError,
+    NotificationCallback,
+    answer_seconds,
+    no_answer,
 )
+from vsock.rpc import Limits, Notification
+from vsock.stream import Stream
 from vsock.threads import start_thread
 
-__all__ = ("Client", "ClosedHandleError", "NotificationCallback", "PendingCall")
-
-log = logging.getLogger(__name__)
+__all__ = (
+    "MARGIN_SECONDS",
+    "Client",
+    "ClosedHandleError",
+    "NotificationCallback",
+    "NotificationQueue",
+    "PendingCall",
+)
 
 _READ_BYTES = 256 * 1024
-#: What a peer may owe us in reading before a call gives up on sending.
+#: How long a peer may leave a message unread before a call gives up on sending.
 _SEND_SECONDS = 30.0
 _LAST_WORDS_SECONDS = 2.0
-#: Beyond the deadline of a call, how long its answer may be on its way.
-MARGIN_SECONDS = 5.0
-
-#: Gets the method and the params of a notification.
-NotificationCallback = Callable[[str, dict[str, object]], None]
-
-
-class ClosedHandleError(ConnectionClosed):
-    """The client has been closed on this side; nothing was sent."""
+_MAX_WAITING_MESSAGES = 4096
+_MAX_WAITING_BYTES = 16 * 1024 * 1024
 
 
 class PendingCall:
@@ -75,18 +67,15 @@ class PendingCall:
             ConnectionClosed: no answer will come.
         """
         if not self._done.wait(timeout_seconds):
-            raise CallError(
-                "timeout",
-                f"no answer to {self.method} within {timeout_seconds:g} s",
-                step=f"wait for the answer to {self.method}",
-            )
+            assert timeout_seconds is not None
+            raise no_answer(self.method, timeout_seconds)
         if self._error is not None:
             raise self._error
         return self._result
 
     def forget(self) -> None:
         """Give up on the answer: when it comes it is dropped. The peer is not told."""
-        self._client._forget(self.msgid)
+        self._client._protocol.forget(self.msgid)
 
     def cancel(self) -> None:
         """Ask the peer to stop; the call then ends as ``cancelled``, or as it ended meanwhile.
@@ -97,7 +86,8 @@ class PendingCall:
         if not self.done:
             self._client._cancel(self.msgid)
 
-    def _settle(self, error: Exception | None, result: object) -> None:
+    def settle(self, error: Exception | None, result: object) -> None:
+        """Take the outcome. For the client."""
         self._error, self._result = error, result
         self._done.set()
 
@@ -115,8 +105,11 @@ class Client:
         on_end: "Callable[[ConnectionClosed], None] | None" = None,
         cancel_method: str = "agent.cancel",
         until: Deadline | None = None,
+        stream: Stream | None = None,
     ) -> None:
-        """Connect, trying again for ``connect_seconds`` while nobody is there yet.
+        """Connect, trying again for ``connect_seconds`` while no server is there yet.
+
+        A ``stream`` that is connected to ``address`` already is taken over instead.
 
         When ``until`` passes or is cancelled, connecting ends, and so does the connection.
         ``on_notification`` runs on a thread of its own, one notification at a time; if it raises,
@@ -125,22 +118,16 @@ class Client:
 
         Raises:
             ValueError: the address is not one.
-            ConnectionClosed: nobody answered in time, access is denied, or ``until`` was over.
+            ConnectionClosed: no server was there in time, access is denied, or ``until`` was over.
         """
         self.address = parse_address(address) if isinstance(address, str) else address
-        self._limits = limits or Limits()
+        self._protocol = ClientProtocol(self.address, limits)
         self._on_notification = on_notification
         self._on_end = on_end
         self._cancel_method = cancel_method
-        self._lock = threading.Lock()
         self._send_lock = threading.Lock()
-        self._pending: dict[int, PendingCall] = {}
-        self._msgids = itertools.count(1)
-        self._closed = False
-        self._over: ConnectionClosed | None = None
-        self._complaint: CallError | None = None
-        self._inbox = Inbox()
-        self._stream = connect(self.address, connect_seconds, until)
+        self._notifications = NotificationQueue()
+        self._stream = stream or connect(self.address, connect_seconds, until)
         self._until = until
         self._ended = Deadline() if until is None else until.part()
         self._reader = threading.Thread(target=self._read, name="rpc-reader", daemon=True)
@@ -159,12 +146,12 @@ class Client:
     @property
     def closed(self) -> bool:
         """True once no call can succeed any more."""
-        return self._closed or self._over is not None
+        return self._protocol.closed
 
     @property
     def dropped_notifications(self) -> int:
         """How many notifications were dropped because callbacks did not keep up."""
-        return self._inbox.dropped
+        return self._notifications.dropped
 
     def call(
         self,
@@ -184,11 +171,9 @@ class Client:
             ConnectionClosed: the connection ended before the answer.
             LocalProtocolError: the request cannot be sent.
         """
-        if timeout_seconds is None and deadline_ms is not None:
-            timeout_seconds = deadline_ms / 1000 + MARGIN_SECONDS
         pending = self.start_call(method, params, deadline_ms=deadline_ms)
         try:
-            return pending.result(timeout_seconds)
+            return pending.result(answer_seconds(deadline_ms, timeout_seconds))
         finally:
             pending.forget()
 
@@ -205,18 +190,13 @@ class Client:
             ConnectionClosed: the connection has ended.
             LocalProtocolError: the request cannot be sent.
         """
-        if deadline_ms is not None:
-            params = {**(params or {}), "deadline_ms": deadline_ms}
-        with self._lock:
-            self._check_open()
-            msgid = next(self._msgids) & MAX_MSGID
-            while msgid in self._pending:
-                msgid = next(self._msgids) & MAX_MSGID
-            pending = self._pending[msgid] = PendingCall(self, msgid, method)
+        pending, data = self._protocol.start_call(
+            method, params, deadline_ms, lambda msgid: PendingCall(self, msgid, method)
+        )
         try:
-            self._send(encode_request(msgid, method, params))
+            self._send(data)
         except BaseException:
-            self._forget(msgid)
+            pending.forget()
             raise
         return pending
 
@@ -227,9 +207,7 @@ class Client:
             ConnectionClosed: the connection has ended.
             LocalProtocolError: the notification cannot be sent.
         """
-        with self._lock:
-            self._check_open()
-        self._send(encode_notification(method, params))
+        self._send(self._protocol.notification(method, params))
 
     def wait_for_callbacks(self, seconds: float) -> bool:
         """Wait until the callbacks have had every notification that is here now.
@@ -238,14 +216,13 @@ class Client:
         """
         if self._dispatcher is None or self._dispatcher is threading.current_thread():
             return True
-        return self._inbox.wait_handled(seconds)
+        return self._notifications.wait_handled(seconds)
 
     def close(self) -> None:
         """End the connection; every pending call fails. Idempotent."""
-        with self._lock:
-            self._closed = True
+        self._protocol.close()
         self._ended.cancel()
-        self._inbox.close()
+        self._notifications.close()
         for thread in (self._reader, self._dispatcher):
             if thread is None or thread.ident is None:  # never asked for, or not to be had
                 continue
@@ -261,30 +238,20 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedHandleError(f"the client of {self.address} is closed")
-        if self._over is not None:
-            raise ConnectionClosed(str(self._over))
-
     def _send(self, data: bytes) -> None:
-        if len(data) > self._limits.max_request_bytes:
-            raise LocalProtocolError(
-                f"a message of {len(data)} bytes is over {self._limits.max_request_bytes}"
-            )
         try:
             with self._send_lock:
                 self._write(data)
         except CallError as error:
             # half a message is out: no other may follow it
             self._ended.cancel()
-            raise self._broken(error) from error
+            raise self._protocol.broken(error) from error
         except OSError as error:
             # what the peer said before it went is still to be read, and says more than EPIPE does
             if threading.current_thread() is not self._reader:
                 self._reader.join(_LAST_WORDS_SECONDS)
             self._ended.cancel()
-            raise self._broken(error) from error
+            raise self._protocol.broken(error) from error
 
     def _write(self, data: bytes) -> None:
         try:
@@ -296,48 +263,33 @@ class Client:
         with self._ended.part(_SEND_SECONDS) as deadline:
             self._stream.sendall(memoryview(data)[taken:], deadline)
 
-    def _broken(self, error: Exception) -> ConnectionClosed:
-        if self._closed:
-            return ClosedHandleError(f"the client of {self.address} is closed")
-        return ConnectionClosed(f"cannot send to {self.address}: {self._over or error}")
-
     def _cancel(self, msgid: int) -> None:
         self.start_call(self._cancel_method, {"msgid": msgid})
 
-    def _forget(self, msgid: int) -> None:
-        with self._lock:
-            call = self._pending.pop(msgid, None)
-        if call is not None:
-            call._settle(given_up(call.method), None)
-
     def _read(self) -> None:
-        """Read until the connection ends; then fail whatever is pending."""
-        decoder = Decoder(self._limits, of_replies=True)
+        """Read until the connection ends; then fail the pending calls."""
         why = "the peer closed the connection"
         try:
             while data := self._receive():
-                decoder.feed(data)
-                while (message := decoder.next()) is not None:
-                    self._take(message)
+                self._received(data)
         except CallError:
             why = self._why_ended()
         except (OSError, ConnectionClosed) as error:
             why = str(error)
-        if self._complaint is not None:
-            why = f"{why}, after {self._complaint}"
-        kind = ClosedHandleError if self._closed else ConnectionClosed
-        over = kind(f"connection to {self.address} ended: {why}")
-        with self._lock:
-            self._over = over
-            pending, self._pending = list(self._pending.values()), {}
-        for call in pending:
-            call._settle(kind(f"{over} (before the answer to {call.method})"), None)
-        self._inbox.close()
-        if self._on_end is not None:
+        over = self._protocol.end(why)
+        self._notifications.close()
+        if self._on_end is not None and over is not None:
             self._on_end(over)
 
+    def _received(self, data: bytes) -> None:
+        for found in self._protocol.receive(data):
+            if isinstance(found, bytes):
+                self._send(found)
+            elif self._on_notification is not None:
+                self._notifications.put(found)
+
     def _why_ended(self) -> str:
-        if self._closed:
+        if self._protocol.over is None and self._protocol.closed:
             return "the client was closed"
         if self._until is not None and self._until.over:
             return "it was given up"
@@ -349,45 +301,58 @@ class Client:
             with contextlib.suppress(BlockingIOError):
                 return self._stream.recv(_READ_BYTES)
 
-    def _take(self, message: Message) -> None:
-        if isinstance(message, Response):
-            error = None if message.error is None else CallError.from_wire(message.error)
-            self._answer(message.msgid, error, message.result)
-        elif isinstance(message, Notification):
-            self._notified(message)
-        elif isinstance(message, Request):
-            refusal = CallError("unsupported", "this side answers no requests", step="take message")
-            self._send(encode_response(message.msgid, refusal.to_wire(), None, self._limits))
-        else:
-            self._malformed(message)
-
-    def _answer(self, msgid: int, error: CallError | None, result: object) -> None:
-        with self._lock:
-            call = self._pending.pop(msgid, None)
-        if call is None:
-            log.debug("answer to msgid %d, which nobody waits for", msgid)
-        else:
-            call._settle(error, result)
-
-    def _notified(self, message: Notification) -> None:
-        if message.method == ERROR_METHOD:
-            self._complaint = CallError.from_wire(message.params)
-            log.warning("%s complains: %s", self.address, self._complaint)
-        if self._on_notification is not None:
-            self._inbox.put(message)
-
-    def _malformed(self, message: Malformed) -> None:
-        log.warning("%s sent what is no message: %s", self.address, message.error)
-        if message.kind == "response" and message.msgid is not None:
-            self._answer(message.msgid, message.error, None)
-        if message.fatal:
-            raise ConnectionClosed(str(message.error))
-
     def _dispatch(self, callback: NotificationCallback) -> None:
-        while (message := self._inbox.get()) is not None:
+        while (message := self._notifications.get()) is not None:
             callback(message.method, message.params)
 
 
-def given_up(method: str) -> CallError:
-    """Return what a thread sees that still waits for a call which another has forgotten."""
-    return CallError("cancelled", f"the answer to {method} was given up", step="wait for an answer")
+class NotificationQueue:
+    """Notifications that wait for their callback; past a bound the oldest are dropped."""
+
+    def __init__(self) -> None:
+        self._ready = threading.Condition()
+        self._waiting: deque[Notification] = deque()
+        self._waiting_bytes = 0
+        self._closed = False
+        self._put = 0
+        self._handled = 0
+        self.dropped = 0
+
+    def put(self, message: Notification) -> None:
+        with self._ready:
+            self._put += 1
+            self._waiting.append(message)
+            self._waiting_bytes += message.memory_bytes
+            while (
+                len(self._waiting) > _MAX_WAITING_MESSAGES
+                or self._waiting_bytes > _MAX_WAITING_BYTES
+            ):
+                self._waiting_bytes -= self._waiting.popleft().memory_bytes
+                self.dropped += 1
+            self._ready.notify_all()
+
+    def get(self) -> Notification | None:
+        """Return the next notification; None when there is none and will be none.
+
+        Calling this marks the notification before as handled.
+        """
+        with self._ready:
+            self._handled = self._put - len(self._waiting)
+            self._ready.notify_all()
+            self._ready.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return None
+            message = self._waiting.popleft()
+            self._waiting_bytes -= message.memory_bytes
+            return message
+
+    def wait_handled(self, seconds: float) -> bool:
+        """Wait until the notifications here now are handled; False if that takes longer."""
+        with self._ready:
+            last = self._put
+            return self._ready.wait_for(lambda: self._handled >= last or self._closed, seconds)
+
+    def close(self) -> None:
+        with self._ready:
+            self._closed = True
+            self._ready.notify_all()

@@ -1,6 +1,6 @@
 """Streams and listeners from addresses: AF_VSOCK, Unix sockets, hybrid vsock, serial devices.
 
-``dial`` and ``listen`` take an address and hide what kind it is.
+``dial``, ``connect`` and ``listen`` take an address and hide what kind it is.
 """
 
 import _socket
@@ -17,10 +17,11 @@ from vsock.address import (
     VsockAddress,
 )
 from vsock.deadline import Deadline
-from vsock.errors import ConnectionClosed
+from vsock.errors import CallError, ConnectionClosed
+from vsock.retry import has_errno, retry
 from vsock.stream import AF_VSOCK, Listener, Stream, UnixListener
 
-__all__ = ("dial", "listen")
+__all__ = ("connect", "dial", "listen")
 
 _SO_VM_SOCKETS_CONNECT_TIMEOUT = 6  # include/uapi/linux/vm_sockets.h
 _BACKLOG = 128
@@ -28,6 +29,20 @@ _BACKLOG = 128
 _MAX_HANDSHAKE_BYTES = 32
 #: A dial to a full Unix backlog blocks in the kernel, in slices so that a cancel gets through.
 _CONNECT_SLICE_SECONDS = 0.25
+#: One attempt of ``connect``; a back-end may take a connection of a dead guest and never answer.
+_ATTEMPT_SECONDS = 5.0
+#: What "not there yet" looks like. A silent vsock back-end times out where others refuse.
+_is_absent = has_errno(
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.ENOENT,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.EPIPE,
+    errno.ETIMEDOUT,
+)
 
 
 def dial(address: Address, deadline: Deadline) -> Stream:
@@ -60,6 +75,37 @@ def dial(address: Address, deadline: Deadline) -> Stream:
         sock.close()
         raise
     return stream
+
+
+def connect(address: Address, seconds: float, until: Deadline | None = None) -> Stream:
+    """Dial until a server is there, for at most ``seconds``; return a non-blocking stream.
+
+    ``until`` ends that too, when it passes or is cancelled. The server may be a guest that boots or
+    an agent that restarts. Trying again is safe: nothing has been asked of it before this returns.
+
+    Raises:
+        ConnectionClosed: no server was there in time, or the address cannot be reached at all.
+    """
+
+    def attempt() -> Stream:
+        with whole.part(_ATTEMPT_SECONDS) as once:
+            return dial(address, once)
+
+    with Deadline(seconds) if until is None else until.part(seconds) as whole:
+        try:
+            stream = retry(attempt, whole, when=_is_not_there, step=f"wait for {address}")
+        except (OSError, ConnectionClosed, CallError) as error:
+            raise ConnectionClosed(
+                f"cannot connect to {address} within {seconds:g} s: {error}"
+            ) from error
+    stream.setblocking(False)
+    return stream
+
+
+def _is_not_there(error: BaseException) -> bool:
+    if isinstance(error, CallError):
+        return error.code == "timeout"
+    return isinstance(error, ConnectionClosed) or _is_absent(error)
 
 
 def listen(address: Address) -> Listener:

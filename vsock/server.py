@@ -7,9 +7,9 @@ peer reads, and a peer that does not read is cut off.
 
 What a peer may count on:
 
-- Each request is answered once. A malformed one is answered too, and the connection lives. A message
-  past a limit, or bytes that are not MessagePack, end it, after an answer. Where no msgid can be
-  read, the answer is the notification ``rpc.error`` with the error map.
+- Each request is answered once. A malformed one is answered too, and the connection lives. After
+  a message past a limit, or bytes that are not MessagePack, it is answered and closed. Where no
+  msgid can be read, the answer is the notification ``rpc.error`` with the error map.
 - The connection above ``max_connections`` gets ``rpc.error`` with code ``resource`` and is closed.
   A serial line has a place of its own.
 - Who sends no whole message for ``hello_seconds``, has said no hello and waits for no answer is

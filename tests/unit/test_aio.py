@@ -9,7 +9,7 @@ import pytest
 import vsock.aio
 from vsock.aio import AsyncClient
 from vsock.client import ClosedHandleError
-from vsock.connect import connect
+from vsock.dial import connect
 from vsock.errors import CallError, ConnectionClosed, LocalProtocolError
 from vsock.rpc import Limits
 
@@ -90,12 +90,12 @@ def test_deadlines_timeouts_and_cancel(run):
 def test_a_cancelled_task_leaves_nothing_behind(run):
     async def scenario(client, running):
         task = asyncio.create_task(client.call("gate"))
-        while not client._pending:
+        while not client._protocol.pending:
             await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert client._pending == {}
+        assert client._protocol.pending == {}
         running.handler.gate.set()
         assert await client.call("echo") == {}
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_sent_is_our_error(run):
         for params in ({"a": object()}, {"a": bytes(1 << 20)}):
             with pytest.raises(LocalProtocolError):
                 await client.call("echo", params)
-        assert client._pending == {}
+        assert client._protocol.pending == {}
         assert await client.call("echo") == {}
 
     run(scenario)

@@ -10,11 +10,10 @@ import msgpack
 import pytest
 
 from vsock.address import UnixAddress
-from vsock.client import Client, ClosedHandleError
+from vsock.client import Client, ClosedHandleError, NotificationQueue
 from vsock.deadline import Deadline
 from vsock.dial import listen
 from vsock.errors import CallError, ConnectionClosed, LocalProtocolError
-from vsock.inbox import Inbox
 from vsock.rpc import MAX_MSGID, Limits, Notification
 
 WAIT_SECONDS = 60.0
@@ -110,11 +109,11 @@ def test_our_own_timeout_leaves_the_connection_alive_and_a_late_answer_unheard(c
     with pytest.raises(CallError, match=r"no answer to gate within 0\.02 s") as caught:
         client.call("gate", timeout_seconds=0.02)
     assert caught.value.code == "timeout"
-    assert client._pending == {}
+    assert client._protocol.pending == {}
     running.handler.gate.set()
     running.handler.passed(running.handler.finished)
     assert client.call("echo") == {}
-    assert client._pending == {}
+    assert client._protocol.pending == {}
 
 
 def test_a_pending_call_outlasts_a_result_that_timed_out(client, running):
@@ -184,9 +183,9 @@ def test_what_the_peer_said_before_it_went_is_in_the_error(tmp_path):
     class Late(Client):
         """Hears of nothing before it has failed to send."""
 
-        def _take(self, message):
+        def _received(self, data):
             assert send_failed.wait(WAIT_SECONDS)
-            super()._take(message)
+            super()._received(data)
 
         def _write(self, data):
             try:
@@ -217,11 +216,11 @@ def test_what_the_peer_said_before_it_went_is_in_the_error(tmp_path):
 
 def test_a_msgid_that_is_pending_is_not_used_again(client, running):
     held = client.start_call("gate")
-    client._msgids = itertools.count(held.msgid)
+    client._protocol.msgids = itertools.count(held.msgid)
     assert client.call("echo", {"a": 1}) == {"a": 1}
     running.handler.gate.set()
     assert held.result(WAIT_SECONDS) == "through"
-    client._msgids = itertools.count(MAX_MSGID)
+    client._protocol.msgids = itertools.count(MAX_MSGID)
     assert [client.call("echo", {"a": n}) for n in range(3)] == [{"a": n} for n in range(3)]
 
 
@@ -232,7 +231,7 @@ def test_what_cannot_be_sent_is_our_error_and_harms_nothing(client, params):
     with pytest.raises(LocalProtocolError):
         client.call("echo", params)
     assert client.call("echo") == {}
-    assert client._pending == {}
+    assert client._protocol.pending == {}
 
 
 def test_an_answer_over_the_limit_fails_its_call_and_ends_the_connection(running):
@@ -443,16 +442,16 @@ def test_no_thread_and_no_descriptor_is_left(running):
     assert len(os.listdir("/proc/self/fd")) == fds
 
 
-def test_the_inbox_drops_the_oldest_past_its_bounds():
-    inbox = Inbox()
+def test_a_full_notification_queue_drops_the_oldest():
+    queue = NotificationQueue()
     for n in range(5000):
-        inbox.put(Notification(str(n), {}, 10))
-    assert inbox.dropped == 5000 - 4096
-    assert inbox.get().method == str(5000 - 4096)
-    inbox.put(Notification("large", {}, 16 << 20))
-    assert inbox.get().method == "large"
-    inbox.close()
-    assert inbox.get() is None
+        queue.put(Notification(str(n), {}, 10))
+    assert queue.dropped == 5000 - 4096
+    assert queue.get().method == str(5000 - 4096)
+    queue.put(Notification("large", {}, 16 << 20))
+    assert queue.get().method == "large"
+    queue.close()
+    assert queue.get() is None
 
 
 def test_a_client_without_threads_leaves_nothing_open(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import os
 import pydoc
 import queue
 import socket
@@ -390,6 +391,38 @@ def test_nobody_there_is_told_and_closing_does_not_wait(agent: Agent) -> None:
         begin = time.monotonic()
     assert time.monotonic() - begin < 5
     agent.start()
+
+
+def lose_one_hello(path: str) -> threading.Thread:
+    """Listen at ``path``; take one connection, close it and the listener."""
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    server.listen()
+
+    def lose() -> None:
+        with server:
+            server.accept()[0].close()
+            os.unlink(path)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    return thread
+
+
+def test_an_agent_that_cannot_be_reached_is_told_with_the_whole_wait(tmp_path: Path) -> None:
+    path = str(tmp_path / "agent")
+    thread = lose_one_hello(path)
+    with pytest.raises(ConnectionClosed, match=r"within 0\.4 s: .*No such file"):
+        GuestAgent(f"unix://{path}", connect_seconds=0.4)
+    thread.join(WAIT_SECONDS)
+
+    async def main() -> None:
+        await AsyncGuestAgent(f"unix://{path}", connect_seconds=0.4).open()
+
+    thread = lose_one_hello(path)
+    with pytest.raises(ConnectionClosed, match=r"within 0\.4 s: .*No such file"):
+        asyncio.run(main())
+    thread.join(WAIT_SECONDS)
 
 
 def test_threads_share_a_handle_over_a_lost_connection(agent: Agent) -> None:

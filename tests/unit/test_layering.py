@@ -69,7 +69,13 @@ HEAVY = frozenset(
     ]
 )
 GUEST = ("vsock", "guestagent")
-NOT_IN_THE_GUEST = ("vsock.client", "vsock.aio", "vsock.device", "guestagent.host")
+NOT_IN_THE_GUEST = (
+    "vsock.protocol",
+    "vsock.client",
+    "vsock.aio",
+    "vsock.device",
+    "guestagent.host",
+)
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

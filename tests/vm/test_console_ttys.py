@@ -17,8 +17,8 @@ from rootfs.bootimage.kernel import Kernel
 from rootfs.machine.qemu import Machine, MachineError, PmemSpec
 from tests.vm.conftest import BOOT_SECONDS, CACHE_DIR, PackedLayers, mount_root
 from vsock.address import parse_address
-from vsock.connect import connect
 from vsock.deadline import Deadline
+from vsock.dial import connect
 from vsock.errors import ConnectionClosed
 
 BUSYBOX = Path("/usr/bin/busybox")

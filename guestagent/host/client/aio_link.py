@@ -1,25 +1,27 @@
-"""The connection under an asyncio handle: the twin of ``guestagent.host.client.link``."""
+"""The connection under an asyncio handle, as ``guestagent.host.client.link`` is for threads."""
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 from guestagent.api import PROTOCOL_VERSIONS, HelloReply, HelloRequest
 from guestagent.host.client.link import (
-    HELLO_PAUSE_SECONDS,
+    FIRST_PAUSE_SECONDS,
+    MOST_PAUSE_SECONDS,
     Traceparent,
     common_params,
     hello_seconds,
+    is_lost,
 )
 from vsock.address import Address, parse_address
 from vsock.aio import AsyncClient, AsyncPendingCall
 from vsock.client import ClosedHandleError, NotificationCallback
+from vsock.deadline import Deadline
 from vsock.errors import ConnectionClosed, RpcError
+from vsock.retry import retry_async
 
 __all__ = ("AsyncLink",)
-
-_PAUSES_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0)
 
 
 class AsyncLink:
@@ -44,6 +46,8 @@ class AsyncLink:
         self._on_reconnect = on_reconnect
         self._reconnect = reconnect
         self._closed = False
+        #: Cancelled by ``close``. No thread or task waits on it, so that it has no descriptor.
+        self._ending = Deadline()
         self._changed = asyncio.Condition()
         self._lost = asyncio.Event()
         self._why: Exception | None = None
@@ -77,6 +81,7 @@ class AsyncLink:
     async def close(self) -> None:
         """Idempotent."""
         self._closed = True
+        self._ending.cancel()
         if self._reviver is not None and self._reviver is not asyncio.current_task():
             self._reviver.cancel()
             await asyncio.wait((self._reviver,))
@@ -89,24 +94,24 @@ class AsyncLink:
         return {**params, **common_params(self._traceparent)}
 
     async def _connect(self) -> tuple[AsyncClient, HelloReply]:
-        """Connect and say hello; again where the connection ends before that is answered."""
-        ends_at = time.monotonic() + self._connect_seconds
-        while True:
-            left = max(0.0, ends_at - time.monotonic())
-            try:
-                return await self._connect_once(left)
-            except ConnectionClosed:
-                if self._closed or time.monotonic() + HELLO_PAUSE_SECONDS >= ends_at:
-                    raise
-            await asyncio.sleep(HELLO_PAUSE_SECONDS)
+        """Connect and say hello; again where the connection is lost before hello is answered."""
+        with self._ending.part(self._connect_seconds) as whole:
+            return await retry_async(
+                partial(self._connect_once, whole),
+                whole,
+                when=is_lost,
+                first_seconds=FIRST_PAUSE_SECONDS,
+                most_seconds=MOST_PAUSE_SECONDS,
+            )
 
-    async def _connect_once(self, connect_seconds: float) -> tuple[AsyncClient, HelloReply]:
+    async def _connect_once(self, whole: Deadline) -> tuple[AsyncClient, HelloReply]:
         self._lost.clear()
         client = await AsyncClient.connect(
             self.address,
-            connect_seconds=connect_seconds,
+            connect_seconds=self._connect_seconds,
             on_notification=self._on_notification,
             on_end=self._ended,
+            until=whole,
         )
         try:
             request = HelloRequest(versions=PROTOCOL_VERSIONS, client=self._name).to_wire()
@@ -147,22 +152,25 @@ class AsyncLink:
     async def _revive(self) -> None:
         while True:
             await self._lost.wait()
-            attempt = 0
-            while not await self._made_again():
-                await asyncio.sleep(_PAUSES_SECONDS[min(attempt, len(_PAUSES_SECONDS) - 1)])
-                attempt += 1
+            client = await retry_async(
+                self._make_again,
+                self._ending,
+                when=lambda error: isinstance(error, (RpcError, OSError)),
+                first_seconds=FIRST_PAUSE_SECONDS,
+                most_seconds=MOST_PAUSE_SECONDS,
+            )
+            # a loss meanwhile is noticed as any other
+            with contextlib.suppress(RpcError, OSError):
+                await self._on_reconnect(client)
 
-    async def _made_again(self) -> bool:
+    async def _make_again(self) -> AsyncClient:
         try:
             client, hello = await self._connect()
         except (RpcError, OSError) as error:
             self._why = error
-            return False
+            raise
         async with self._changed:
             self.client, self.hello = client, hello
             self.reconnects += 1
             self._changed.notify_all()
-        # a loss meanwhile is noticed as any other
-        with contextlib.suppress(RpcError, OSError):
-            await self._on_reconnect(client)
-        return True
+        return client

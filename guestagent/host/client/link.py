@@ -2,23 +2,27 @@
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from guestagent.api import PROTOCOL_VERSIONS, HelloReply, HelloRequest
 from vsock.address import Address, parse_address
 from vsock.client import Client, ClosedHandleError, NotificationCallback, PendingCall
 from vsock.deadline import Deadline
-from vsock.errors import ConnectionClosed, RpcError
+from vsock.dial import connect
+from vsock.errors import CallError, ConnectionClosed, RpcError
+from vsock.retry import retry
 from vsock.threads import start_thread
 
 __all__ = (
+    "FIRST_PAUSE_SECONDS",
     "HELLO_MS",
-    "HELLO_PAUSE_SECONDS",
+    "MOST_PAUSE_SECONDS",
     "Link",
     "Traceparent",
     "common_params",
     "hello_seconds",
+    "is_lost",
 )
 
 #: W3C text that every request carries, or what returns it for each.
@@ -26,15 +30,22 @@ Traceparent = str | Callable[[], str | None] | None
 
 HELLO_MS = 10_000
 _HELLO_SECONDS = (5.0, 60.0)
-#: Before the next attempt, when a connection ended before hello was answered.
-HELLO_PAUSE_SECONDS = 0.1
-#: Pauses between attempts to make the connection again; each attempt dials again and again itself.
-_PAUSES_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0)
+#: Pauses between attempts to say hello, which double; each attempt dials repeatedly by itself.
+FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.1, 2.0
 
 
 def hello_seconds(connect_seconds: float) -> float:
     """Return what an agent that is connected to gets to say hello in."""
     return max(_HELLO_SECONDS[0], min(_HELLO_SECONDS[1], connect_seconds))
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether a connection ended before its hello was answered.
+
+    An agent that is about to die, or about to be there, still or already takes connections.
+    Nothing was asked of it yet, so that asking again does no harm.
+    """
+    return isinstance(error, ConnectionClosed) and not isinstance(error, ClosedHandleError)
 
 
 def common_params(traceparent: Traceparent) -> dict[str, object]:
@@ -69,6 +80,8 @@ class Link:
         self._on_notification = on_notification
         self._on_reconnect = on_reconnect
         self._until = until
+        #: For connecting: passes and is cancelled with ``until``, and is cancelled by ``close``.
+        self._ending = Deadline() if until is None else until.part()
         self._changed = threading.Condition()
         self._closed = False
         self._is_lost = False
@@ -77,8 +90,14 @@ class Link:
         self.reconnect = reconnect
         #: How often the connection was made again.
         self.reconnects = 0
-        self.client, self.hello = self._connect()
-        if reconnect:
+        try:
+            self.client, self.hello = self._connect()
+        except BaseException:
+            self._ending.close()
+            raise
+        if not reconnect:
+            self._ending.close()
+        else:
             self._reviver = threading.Thread(target=self._revive, name="reconnect", daemon=True)
             start_thread(self._reviver)
 
@@ -103,6 +122,7 @@ class Link:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._ending.cancel()
         self.client.close()
         if self._reviver is not None and self._reviver is not threading.current_thread():
             self._reviver.join()
@@ -112,26 +132,26 @@ class Link:
         return {**params, **common_params(self._traceparent)}
 
     def _connect(self) -> tuple[Client, HelloReply]:
-        """Connect and say hello; again where the connection ends before that is answered.
-
-        An agent that is about to die, or about to be there, still or already takes connections.
-        Nothing was asked of it yet, so that asking again does no harm.
-        """
-        ends_at = time.monotonic() + self._connect_seconds
-        while True:
-            left = max(0.0, ends_at - time.monotonic())
+        """Connect and say hello; again where the connection is lost before hello is answered."""
+        with self._ending.part(self._connect_seconds) as whole:
             try:
-                return self._connect_once(left)
-            except ConnectionClosed:
-                if self._is_over() or time.monotonic() + HELLO_PAUSE_SECONDS >= ends_at:
+                return retry(
+                    partial(self._connect_once, whole),
+                    whole,
+                    when=is_lost,
+                    step=f"connect to {self.address}",
+                    first_seconds=FIRST_PAUSE_SECONDS,
+                    most_seconds=MOST_PAUSE_SECONDS,
+                )
+            except CallError as error:
+                if error.code != "cancelled":
                     raise
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed, HELLO_PAUSE_SECONDS)
+                raise ConnectionClosed(f"cannot connect to {self.address}: {error}") from error
 
-    def _connect_once(self, connect_seconds: float) -> tuple[Client, HelloReply]:
+    def _connect_once(self, whole: Deadline) -> tuple[Client, HelloReply]:
         client = Client(
             self.address,
-            connect_seconds=connect_seconds,
+            stream=connect(self.address, self._connect_seconds, whole),
             on_notification=self._on_notification,
             on_end=self._ended,
             until=self._until,
@@ -144,10 +164,6 @@ class Link:
         except BaseException:
             client.close()
             raise
-
-    def _is_over(self) -> bool:
-        """Return whether there is to be no connection any more."""
-        return self._closed or (self._until is not None and self._until.over)
 
     def _usable(self) -> Client:
         """Return the connection; wait for it, for as long as connecting may take.
@@ -177,22 +193,34 @@ class Link:
             self._changed.notify_all()
 
     def _revive(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._is_lost)
-                if self._closed:
-                    return
-            self.client.close()
-            attempt = 0
-            while not self._made_again():
-                pause = _PAUSES_SECONDS[min(attempt, len(_PAUSES_SECONDS) - 1)]
-                attempt += 1
-                with self._changed:
-                    if self._changed.wait_for(lambda: self._closed, pause):
-                        return
+        with self._ending:
+            while self._revive_once():
+                pass
 
-    def _made_again(self) -> bool:
-        """Make the connection again; return whether there is nothing left to do."""
+    def _revive_once(self) -> bool:
+        """Wait for a loss and make the connection again; False when the handle needs none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._is_lost)
+            if self._closed:
+                return False
+        self.client.close()
+        try:
+            client = retry(
+                self._make_again,
+                self._ending,
+                when=lambda error: isinstance(error, (RpcError, OSError)),
+                step=f"connect to {self.address}",
+                first_seconds=FIRST_PAUSE_SECONDS,
+                most_seconds=MOST_PAUSE_SECONDS,
+            )
+        except (RpcError, OSError):
+            return False  # the handle was closed, or its time is over
+        # in use by now, because callbacks may ask; a loss meanwhile is noticed as any other
+        with contextlib.suppress(RpcError, OSError):
+            self._on_reconnect(client)
+        return True
+
+    def _make_again(self) -> Client:
         with self._changed:
             self._is_lost = False
         try:
@@ -200,12 +228,9 @@ class Link:
         except (RpcError, OSError) as error:
             with self._changed:
                 self._why = error
-            return self._is_over()
+            raise
         with self._changed:
             self.client, self.hello = client, hello
             self.reconnects += 1
             self._changed.notify_all()
-        # in use by now, because callbacks may ask; a loss meanwhile is noticed as any other
-        with contextlib.suppress(RpcError, OSError):
-            self._on_reconnect(client)
-        return True
+        return client

@@ -18,7 +18,7 @@ from vsock.address import (
     VsockAddress,
     parse_address,
 )
-from vsock.connect import connect
+from vsock.dial import connect
 from vsock.errors import CallError, ConnectionClosed
 from vsock.stream import Stream
 
