@@ -7,7 +7,8 @@ unless the setting guards security, where a boot must not go on by guessing.
 
 from collections.abc import Callable, Mapping
 
-from guestagent.api import AGENT_PORT, TARGET_ROOT
+from guestagent.api.agent import AGENT_PORT
+from guestagent.api.layers import TARGET_ROOT
 from vsock.log import FORMATS, LEVELS
 from vsock.record import Record
 

@@ -32,18 +32,23 @@ _MEANING = {
 def methods() -> str:
     """Return the table of methods."""
     lines = ["| method | parameters | result | |", "|---|---|---|---|"]
-    for name, method in METHODS.items():
-        request, reply = method.request.__name__, method.reply.__name__
-        lines.append(f"| `{name}` | {_link(request)} | {_link(reply)} | {method.summary} |")
+    for name, request in METHODS.items():
+        fields = _field_class(request)
+        parameters = "" if fields is None else _link(fields.__name__)
+        reply = _link(request.reply.__name__) if request.reply._fields else ""
+        lines.append(f"| `{name}` | {parameters} | {reply} | {request.summary} |")
     return "\n".join(lines)
 
 
 def records() -> str:
     """Return a section for each record that a request or a reply can hold, in order of use."""
     found: dict[str, type[Record]] = {}
-    for method in METHODS.values():
-        _collect(method.request, found)
-        _collect(method.reply, found)
+    for request in METHODS.values():
+        fields = _field_class(request)
+        if fields is not None:
+            _collect(fields, found)
+        if request.reply._fields:
+            _collect(request.reply, found)
     return "\n\n".join(_record(record) for record in found.values())
 
 
@@ -142,6 +147,13 @@ def update(text: str) -> str:
 
     pattern = r"<!-- begin ([a-z-]+) -->.*?<!-- end \1 -->"
     return re.sub(pattern, fresh, text, flags=re.DOTALL)
+
+
+def _field_class(request: type[Record]) -> type[Record] | None:
+    """Return the class whose fields a request has: itself or a base, None for no fields."""
+    if not request._fields:
+        return None
+    return next(cls for cls in request.__mro__ if vars(cls).get("__annotations__"))
 
 
 def _collect(kind: object, found: dict[str, type[Record]]) -> None:

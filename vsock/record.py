@@ -68,7 +68,7 @@ class RecordType(type):
     _decoders: dict[str, _Decoder]
 
     def __new__(
-        mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object]
+        mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object], **keywords: object
     ) -> "RecordType":
         fields: dict[str, tuple[object, object]] = {}
         for base in bases:
@@ -78,11 +78,11 @@ class RecordType(type):
         for field, kind in own.items():
             fields[field] = (kind, namespace.pop(field, _REQUIRED))
         namespace["__match_args__"] = ()
-        cls = super().__new__(mcs, name, bases, namespace)
+        cls = super().__new__(mcs, name, bases, namespace, **keywords)
         cls._fields = fields
         blank = {field: default for field, (_, default) in fields.items()}
         required = frozenset(field for field, default in blank.items() if default is _REQUIRED)
-        has_check = any("check" in vars(base) for base in cls.__mro__[:-2])  # but for Record's own
+        has_check = bool(bases) and getattr(cls, "check", None) is not Record.check
         cls._plan = blank, len(blank), required, has_check
         cls._shapes = {}
         cls._decoders = {}

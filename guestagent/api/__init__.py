@@ -1,139 +1,62 @@
 """The contract between a host and the agent: every request, reply and event, with its checks.
 
-One frozen record for each method's parameters and for its reply; ``METHODS`` lists them all.
-Imported by host and guest alike. A record that exists is valid by itself: what can be judged
-without the kernel is judged here, and a refusal names the field (see ``vsock.record``).
+One frozen record for each method's parameters (see ``guestagent.api.request``) and for its reply;
+``METHODS`` has them all. Imported by host and guest alike. A record that exists is valid by itself:
+what can be judged without the kernel is judged here, and a refusal names the field (see
+``vsock.record``). The records are in the modules named below; the package itself has what a caller
+needs most.
 
 Conventions: sizes and offsets are in bytes unless the name says sectors or blocks; digests and
 salts travel as binary or hexadecimal text in requests and as hexadecimal text in replies; layers
 of an overlay are listed topmost first, as in the kernel's ``lowerdir``.
 """
 
-from guestagent.api.agent import (
-    AGENT_PORT,
-    EVENT_KINDS,
-    PROTOCOL_VERSIONS,
-    CancelReply,
-    CancelRequest,
-    DmListReply,
-    DmName,
-    DmStatusReply,
-    DmTableReply,
-    Empty,
-    Event,
-    EventsReply,
-    EventsRequest,
-    HelloReply,
-    HelloRequest,
-    ShutdownRequest,
-    StatusReply,
-    SubscribeReply,
-)
+from guestagent.api import agent, devicemapper, inspect, inspect_devices, layers, observe, overlays
+from guestagent.api.agent import Event
 from guestagent.api.devices import (
-    DIGEST_BYTES,
-    SECTOR_BYTES,
-    VERITY_PRESETS,
     ByteRange,
-    Device,
     PathDevice,
     PmemDevice,
     ScsiDevice,
     Verity,
     VirtioBlkDevice,
 )
-from guestagent.api.layers import (
-    FILESYSTEMS,
-    MOUNT_OPTIONS,
-    TARGET_ROOT,
-    DmDevice,
-    DroppedOption,
-    Holder,
-    LayerId,
-    LayerListReply,
-    LayerReport,
-    LayerSpec,
-    LayerUnmountRequest,
-    UnmountReply,
-    VerifyReply,
-    VerifyRequest,
-    VerityReport,
-)
-from guestagent.api.methods import METHODS, Method
+from guestagent.api.layers import LayerReport, LayerSpec
 from guestagent.api.overlays import (
     DeviceScratch,
     DirectoryScratch,
-    LayersMountReply,
-    LayersMountRequest,
-    LayersUnmountReply,
-    LayersUnmountRequest,
-    OverlayListReply,
+    LayersMount,
+    LayersUnmount,
     OverlayOptions,
     OverlayReport,
     OverlaySpec,
-    OverlayUnmountRequest,
-    Scratch,
-    ScratchReport,
     TmpfsScratch,
 )
+from guestagent.api.request import Request, collect_methods
 
 __all__ = (
-    "AGENT_PORT",
-    "DIGEST_BYTES",
-    "EVENT_KINDS",
-    "FILESYSTEMS",
     "METHODS",
-    "MOUNT_OPTIONS",
-    "PROTOCOL_VERSIONS",
-    "SECTOR_BYTES",
-    "TARGET_ROOT",
-    "VERITY_PRESETS",
     "ByteRange",
-    "CancelReply",
-    "CancelRequest",
-    "Device",
     "DeviceScratch",
     "DirectoryScratch",
-    "DmDevice",
-    "DmListReply",
-    "DmName",
-    "DmStatusReply",
-    "DmTableReply",
-    "DroppedOption",
-    "Empty",
     "Event",
-    "EventsReply",
-    "EventsRequest",
-    "HelloReply",
-    "HelloRequest",
-    "Holder",
-    "LayerId",
-    "LayerListReply",
     "LayerReport",
     "LayerSpec",
-    "LayerUnmountRequest",
-    "LayersMountReply",
-    "LayersMountRequest",
-    "LayersUnmountReply",
-    "LayersUnmountRequest",
-    "Method",
-    "OverlayListReply",
+    "LayersMount",
+    "LayersUnmount",
     "OverlayOptions",
     "OverlayReport",
     "OverlaySpec",
-    "OverlayUnmountRequest",
     "PathDevice",
     "PmemDevice",
-    "Scratch",
-    "ScratchReport",
+    "Request",
     "ScsiDevice",
-    "ShutdownRequest",
-    "StatusReply",
-    "SubscribeReply",
     "TmpfsScratch",
-    "UnmountReply",
-    "VerifyReply",
-    "VerifyRequest",
     "Verity",
-    "VerityReport",
     "VirtioBlkDevice",
+)
+
+#: Every method of the contract by name: the class of its request.
+METHODS = collect_methods(
+    (agent, observe, layers, overlays, devicemapper, inspect_devices, inspect)
 )

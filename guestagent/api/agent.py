@@ -1,9 +1,9 @@
-"""The agent itself: hello, status, events, and the device-mapper as it stands."""
+"""The agent itself: hello, status, cancel, shutdown, and events."""
 
 from collections.abc import Mapping
 
-from guestagent.api.checks import check_choice, check_range, check_word
-from guestagent.api.layers import DmDevice
+from guestagent.api.checks import check_choice, check_range
+from guestagent.api.request import Empty, Request
 from vsock.record import Record
 
 #: Versions of this contract that the agent speaks, newest first.
@@ -25,20 +25,6 @@ EVENT_KINDS = (
 )
 
 
-class Empty(Record):
-    """No parameters, or nothing to say."""
-
-
-class HelloRequest(Record):
-    versions: tuple[int, ...]
-    client: str = ""
-
-    def check(self) -> None:
-        if not self.versions:
-            raise ValueError("versions is empty")
-        check_range("client length", len(self.client), 0, 256)
-
-
 class HelloReply(Record):
     """``features`` are names that a client may test for; ``limits`` are those of the wire."""
 
@@ -48,6 +34,21 @@ class HelloReply(Record):
     features: tuple[str, ...]
     limits: Mapping[str, int]
     boot: Mapping[str, object]
+
+
+class AgentHello(
+    Request[HelloReply], method="agent.hello", quick=True, summary="agree on a version"
+):
+    """The first call of every connection. ``versions`` are those of this contract that the client
+    speaks; ``client`` is a name for the agent's log."""
+
+    versions: tuple[int, ...]
+    client: str = ""
+
+    def check(self) -> None:
+        if not self.versions:
+            raise ValueError("versions is empty")
+        check_range("client length", len(self.client), 0, 256)
 
 
 class StatusReply(Record):
@@ -70,8 +71,10 @@ class StatusReply(Record):
     events_dropped: int
 
 
-class CancelRequest(Record):
-    msgid: int
+class AgentStatus(
+    Request[StatusReply], method="agent.status", quick=True, summary="say how the agent is"
+):
+    pass
 
 
 class CancelReply(Record):
@@ -80,7 +83,15 @@ class CancelReply(Record):
     cancelled: bool
 
 
-class ShutdownRequest(Record):
+class AgentCancel(
+    Request[CancelReply], method="agent.cancel", quick=True, summary="stop a waiting request"
+):
+    """``msgid`` is that of the request to stop, on the same connection."""
+
+    msgid: int
+
+
+class AgentShutdown(Request[Empty], method="agent.shutdown", summary="unmount all, then end"):
     """``mode``: poweroff or reboot the machine (only as PID 1), or exit the agent alone.
 
     Layers and overlays are unmounted first; ``force`` goes on when some are busy.
@@ -91,32 +102,6 @@ class ShutdownRequest(Record):
 
     def check(self) -> None:
         check_choice("mode", self.mode, ("poweroff", "reboot", "exit"))
-
-
-class DmName(Record):
-    """The name of a device-mapper device (kernel: at most 127 bytes)."""
-
-    name: str
-
-    def check(self) -> None:
-        check_word("name", self.name, 127)
-
-
-class DmListReply(Record):
-    devices: tuple[DmDevice, ...]
-
-
-class DmTableReply(Record):
-    """Table lines as ``dmsetup table`` prints them: start, length, type, arguments."""
-
-    name: str
-    lines: tuple[str, ...]
-
-
-class DmStatusReply(Record):
-    name: str
-    device: DmDevice
-    lines: tuple[str, ...]
 
 
 class Event(Record):
@@ -145,8 +130,13 @@ class SubscribeReply(Record):
     sequence: int
 
 
-class EventsRequest(Record):
-    since: int = 0
+class AgentSubscribe(
+    Request[SubscribeReply],
+    method="agent.subscribe",
+    quick=True,
+    summary="send events to this connection",
+):
+    pass
 
 
 class EventsReply(Record):
@@ -154,4 +144,31 @@ class EventsReply(Record):
 
     events: tuple[Event, ...]
     dropped: int
+    sequence: int
+
+
+class AgentEvents(
+    Request[EventsReply],
+    method="agent.events",
+    quick=True,
+    summary="list events since a sequence number",
+):
+    since: int = 0
+
+
+class MoreReply(Record):
+    """``known`` is false when no such request is in flight on this connection."""
+
+    known: bool
+
+
+class AgentMore(
+    Request[MoreReply],
+    method="agent.more",
+    quick=True,
+    summary="ask for more chunks of an answer",
+):
+    """All chunks before ``sequence`` of the request ``msgid`` have been dealt with."""
+
+    msgid: int
     sequence: int

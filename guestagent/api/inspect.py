@@ -12,10 +12,16 @@ dealt with; with 0 it sends as fast as the connection takes them. ``agent.progre
 between. ``agent.cancel`` ends it, and so does the end of the connection.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 
 from guestagent.api.checks import MAX_BYTES, check_choice, check_range, check_word
+from guestagent.api.request import Item_co, R_co, Request, Streamed
 from vsock.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 #: Algorithms of checksums.
 CHECKSUM_ALGORITHMS = ("sha256", "sha512", "sha1")
@@ -72,7 +78,7 @@ class PathRequest(PlaceRequest):
         return path if path.startswith(b"/") or not path else b"/" + path
 
 
-class StreamRequest(PathRequest):
+class StreamRequest(Request[R_co], Streamed[Item_co], PathRequest):
     """A path inside, and an answer that comes in chunks."""
 
     window_chunks: int = 0
@@ -81,20 +87,23 @@ class StreamRequest(PathRequest):
         super().check()
         check_range("window_chunks", self.window_chunks, 0, _WINDOW_MAX_CHUNKS)
 
+    @classmethod
+    def items(cls, chunk: Mapping[str, object]) -> "Iterator[Item_co]":
+        """Return what an ``agent.chunk`` of the answer holds.
 
-class ChecksumsRequest(StreamRequest):
-    """Hash every regular file of a tree.
+        Raises:
+            KeyError, TypeError, ValueError: the chunk is not of the contract.
+        """
+        raise NotImplementedError
 
-    Entries are ``[path, type, size, value]`` with the path relative to the request's, and value the
-    digest in hexadecimal digits for files, the target for symlinks, ``MAJOR:MINOR`` for device
-    nodes and the empty text for others. The top directory itself has no entry.
-    """
 
-    algorithm: str = "sha256"
+class DataRequest(StreamRequest[R_co, bytes]):
+    """A request whose answer is bytes."""
 
-    def check(self) -> None:
-        super().check()
-        check_choice("algorithm", self.algorithm, CHECKSUM_ALGORITHMS)
+    @classmethod
+    def items(cls, chunk: Mapping[str, object]) -> Iterator[bytes]:
+        """Return the bytes of a chunk, as one item."""
+        yield _bytes(chunk["data"])
 
 
 class ChecksumsReply(Record):
@@ -109,6 +118,53 @@ class ChecksumsReply(Record):
     timings_ms: Mapping[str, float]
 
 
+class Checksum(Record):
+    """An entry of a tree. ``kind`` is a letter of ``ENTRY_TYPES``.
+
+    ``digest`` (hexadecimal digits) is that of a regular file. ``target`` is that of a symlink, as
+    ``os.fsdecode`` has it: ``os.fsencode`` gives the bytes. ``device`` is MAJOR:MINOR of a node.
+    """
+
+    path: bytes
+    kind: str
+    size_bytes: int
+    digest: str | None = None
+    target: str | None = None
+    device: str | None = None
+
+
+class FsChecksums(
+    StreamRequest[ChecksumsReply, Checksum],
+    method="fs.checksums",
+    summary="hash every file of a tree",
+):
+    """Hash every regular file of a tree.
+
+    Entries are ``[path, type, size, value]`` with the path relative to the request's, and value the
+    digest in hexadecimal digits for files, the target for symlinks, ``MAJOR:MINOR`` for device
+    nodes and the empty text for others. The top directory itself has no entry.
+    """
+
+    algorithm: str = "sha256"
+
+    def check(self) -> None:
+        super().check()
+        check_choice("algorithm", self.algorithm, CHECKSUM_ALGORITHMS)
+
+    @classmethod
+    def items(cls, chunk: Mapping[str, object]) -> Iterator[Checksum]:
+        """Return the entries of a chunk."""
+        for path, kind, size_bytes, value in _entries(chunk):
+            yield Checksum(
+                path=path,
+                kind=kind,
+                size_bytes=size_bytes,
+                digest=value if kind == "f" else None,
+                target=os.fsdecode(value) if kind == "l" else None,
+                device=value if kind in "bc" else None,
+            )
+
+
 class StatvfsReply(Record):
     """How large and how full a file system is."""
 
@@ -121,6 +177,15 @@ class StatvfsReply(Record):
     free_inodes: int
     name_max_bytes: int
     readonly: bool
+
+
+class FsStatvfs(
+    Request[StatvfsReply],
+    PathRequest,
+    method="fs.statvfs",
+    summary="tell how full a file system is",
+):
+    pass
 
 
 class StatReply(Record):
@@ -143,8 +208,23 @@ class StatReply(Record):
     target: bytes | None
 
 
+class FsLstat(
+    Request[StatReply],
+    PathRequest,
+    method="fs.lstat",
+    summary="describe a file or a symlink itself",
+):
+    pass
+
+
 class ReadlinkReply(Record):
     target: bytes
+
+
+class FsReadlink(
+    Request[ReadlinkReply], PathRequest, method="fs.readlink", summary="tell where a symlink leads"
+):
+    pass
 
 
 class Xattr(Record):
@@ -158,14 +238,10 @@ class XattrsReply(Record):
     xattrs: tuple[Xattr, ...]
 
 
-class AclRequest(PathRequest):
-    """``acl`` is access, or default for that which a directory hands on."""
-
-    acl: str = "access"
-
-    def check(self) -> None:
-        super().check()
-        check_choice("acl", self.acl, ACL_KINDS)
+class FsGetxattrs(
+    Request[XattrsReply], PathRequest, method="fs.getxattrs", summary="list extended attributes"
+):
+    pass
 
 
 class AclEntry(Record):
@@ -185,30 +261,28 @@ class AclReply(Record):
     text: str
 
 
+class FsAclGetFile(
+    Request[AclReply], PathRequest, method="fs.acl_get_file", summary="list an access control list"
+):
+    """``acl`` is access, or default for that which a directory hands on."""
+
+    acl: str = "access"
+
+    def check(self) -> None:
+        super().check()
+        check_choice("acl", self.acl, ACL_KINDS)
+
+
 class ExistsReply(Record):
     """Whether something is there, symlinks followed."""
 
     exists: bool
 
 
-class PreadRequest(PathRequest):
-    """A range of a regular file, at most 32 KiB."""
-
-    offset_bytes: int = 0
-    size_bytes: int = REPLY_DATA_BYTES
-
-    def check(self) -> None:
-        super().check()
-        check_range("offset_bytes", self.offset_bytes, 0, MAX_BYTES - REPLY_DATA_BYTES)
-        check_range("size_bytes", self.size_bytes, 1, REPLY_DATA_BYTES)
-
-
-class HeadRequest(PathRequest):
-    lines: int = 10
-
-    def check(self) -> None:
-        super().check()
-        check_range("lines", self.lines, 1, REPLY_DATA_BYTES)
+class FsExists(
+    Request[ExistsReply], PathRequest, method="fs.exists", summary="tell if something is there"
+):
+    pass
 
 
 class DataReply(Record):
@@ -220,7 +294,37 @@ class DataReply(Record):
     is_whole: bool
 
 
-class ReadFileRequest(StreamRequest):
+class FsPread(Request[DataReply], PathRequest, method="fs.pread", summary="read a range of a file"):
+    """A range of a regular file, at most 32 KiB."""
+
+    offset_bytes: int = 0
+    size_bytes: int = REPLY_DATA_BYTES
+
+    def check(self) -> None:
+        super().check()
+        check_range("offset_bytes", self.offset_bytes, 0, MAX_BYTES - REPLY_DATA_BYTES)
+        check_range("size_bytes", self.size_bytes, 1, REPLY_DATA_BYTES)
+
+
+class FsHead(
+    Request[DataReply], PathRequest, method="fs.head", summary="read the first lines of a file"
+):
+    lines: int = 10
+
+    def check(self) -> None:
+        super().check()
+        check_range("lines", self.lines, 1, REPLY_DATA_BYTES)
+
+
+class DownloadReply(Record):
+    """The chunks hold ``size_bytes`` of data in all."""
+
+    chunks: int
+    size_bytes: int
+    timings_ms: Mapping[str, float]
+
+
+class FsReadFile(DataRequest[DownloadReply], method="fs.read_file", summary="read a file whole"):
     """A whole regular file, refused with ``resource`` where it is longer than ``max_bytes``."""
 
     max_bytes: int = 4 * 1024 * 1024
@@ -230,7 +334,9 @@ class ReadFileRequest(StreamRequest):
         check_range("max_bytes", self.max_bytes, 0, MAX_BYTES)
 
 
-class DownloadRequest(StreamRequest):
+class FsDownload(
+    DataRequest[DownloadReply], method="fs.download", summary="read a file of any size"
+):
     """A regular file of any size, or a range of it; None is up to the end."""
 
     offset_bytes: int = 0
@@ -240,14 +346,6 @@ class DownloadRequest(StreamRequest):
         super().check()
         check_range("offset_bytes", self.offset_bytes, 0, MAX_BYTES)
         check_range("size_bytes", self.size_bytes, 0, MAX_BYTES)
-
-
-class DownloadReply(Record):
-    """The chunks hold ``size_bytes`` of data in all."""
-
-    chunks: int
-    size_bytes: int
-    timings_ms: Mapping[str, float]
 
 
 class ListReply(Record):
@@ -263,7 +361,56 @@ class ListReply(Record):
     timings_ms: Mapping[str, float]
 
 
-class FindRequest(StreamRequest):
+class FsLs(
+    StreamRequest[ListReply, bytes], method="fs.ls", summary="list the names in a directory"
+):
+    """The items are names."""
+
+    @classmethod
+    def items(cls, chunk: Mapping[str, object]) -> Iterator[bytes]:
+        """Return the names of a chunk."""
+        for (name,) in _entries(chunk):
+            yield _bytes(name)
+
+
+class DirectoryEntry(Record):
+    """An entry of a directory, as in ``StatReply``."""
+
+    name: bytes
+    kind: str
+    mode: int
+    uid: int
+    gid: int
+    size_bytes: int
+    links: int
+    inode: int
+    mtime_ns: int
+    rdev: str | None
+    target: bytes | None
+
+
+class FsReaddir(
+    StreamRequest[ListReply, DirectoryEntry],
+    method="fs.readdir",
+    summary="list a directory with the status of each",
+):
+    @classmethod
+    def items(cls, chunk: Mapping[str, object]) -> Iterator[DirectoryEntry]:
+        """Return the entries of a chunk."""
+        for entry in _entries(chunk):
+            yield DirectoryEntry(**dict(zip(DirectoryEntry._fields, entry, strict=True)))
+
+
+class FoundEntry(Record):
+    """Something below a directory; ``path`` is relative to it."""
+
+    path: bytes
+    kind: str
+
+
+class FsFind(
+    StreamRequest[ListReply, FoundEntry], method="fs.find", summary="list what is below a directory"
+):
     """Everything below a directory.
 
     ``name`` admits names that match, where ``*`` stands for any bytes and ``?`` for one;
@@ -284,6 +431,12 @@ class FindRequest(StreamRequest):
     def name_bytes(self) -> bytes | None:
         return self.name.encode() if isinstance(self.name, str) else self.name
 
+    @classmethod
+    def items(cls, chunk: Mapping[str, object]) -> Iterator[FoundEntry]:
+        """Return the entries of a chunk."""
+        for path, kind in _entries(chunk):
+            yield FoundEntry(path=path, kind=kind)
+
 
 class DuReply(Record):
     """What a tree takes; a file of many links counts once, unless ``is_exact`` is false: then there
@@ -300,14 +453,8 @@ class DuReply(Record):
     timings_ms: Mapping[str, float]
 
 
-class ChecksumRequest(PathRequest):
-    """Hash a regular file."""
-
-    algorithm: str = "sha256"
-
-    def check(self) -> None:
-        super().check()
-        check_choice("algorithm", self.algorithm, CHECKSUM_ALGORITHMS)
+class FsDu(Request[DuReply], PathRequest, method="fs.du", summary="add up what a tree takes"):
+    pass
 
 
 class ChecksumReply(Record):
@@ -318,11 +465,14 @@ class ChecksumReply(Record):
     timings_ms: Mapping[str, float]
 
 
-class TarOutRequest(StreamRequest):
-    """A directory as a tar archive (POSIX pax), paths relative to it. ``xattrs`` also says whether
-    access control lists are part of it."""
+class FsChecksum(Request[ChecksumReply], PathRequest, method="fs.checksum", summary="hash a file"):
+    """Hash a regular file."""
 
-    xattrs: bool = True
+    algorithm: str = "sha256"
+
+    def check(self) -> None:
+        super().check()
+        check_choice("algorithm", self.algorithm, CHECKSUM_ALGORITHMS)
 
 
 class TarOutReply(Record):
@@ -336,14 +486,23 @@ class TarOutReply(Record):
     timings_ms: Mapping[str, float]
 
 
-class MoreRequest(Record):
-    """All chunks before ``sequence`` of the request ``msgid`` have been dealt with."""
+class FsTarOut(
+    DataRequest[TarOutReply], method="fs.tar_out", summary="read a directory as a tar archive"
+):
+    """A directory as a tar archive (POSIX pax), paths relative to it. ``xattrs`` also says whether
+    access control lists are part of it."""
 
-    msgid: int
-    sequence: int
+    xattrs: bool = True
 
 
-class MoreReply(Record):
-    """``known`` is false when no such request is in flight on this connection."""
+def _entries(chunk: Mapping[str, object]) -> "list[list[Any]]":
+    entries = chunk["entries"]
+    if not isinstance(entries, list):
+        raise TypeError(f"entries are of type {type(entries).__name__}")
+    return entries
 
-    known: bool
+
+def _bytes(value: object) -> bytes:
+    if not isinstance(value, bytes):
+        raise TypeError(f"expected bytes, got {type(value).__name__}")
+    return value

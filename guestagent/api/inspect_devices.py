@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from guestagent.api.checks import check_choice, check_path, check_range
-from guestagent.api.inspect import CHECKSUM_ALGORITHMS
+from guestagent.api.inspect import CHECKSUM_ALGORITHMS, ChecksumReply
+from guestagent.api.request import Request
 from vsock.record import Record
 
 
@@ -36,10 +37,26 @@ class DeviceListReply(Record):
     devices: tuple[DeviceInfo, ...]
 
 
+class FsListDevices(Request[DeviceListReply], method="fs.list_devices", summary="list the disks"):
+    pass
+
+
+class FsListPartitions(
+    Request[DeviceListReply], method="fs.list_partitions", summary="list the partitions of disks"
+):
+    pass
+
+
 class FilesystemsReply(Record):
     """Node -> file system at its start: a type that layers may have, or unknown."""
 
     filesystems: Mapping[str, str]
+
+
+class FsListFilesystems(
+    Request[FilesystemsReply], method="fs.list_filesystems", summary="say what is on each device"
+):
+    pass
 
 
 class TextReply(Record):
@@ -48,12 +65,69 @@ class TextReply(Record):
     value: str
 
 
+class FsVfsType(
+    Request[TextReply],
+    DeviceRequest,
+    method="fs.vfs_type",
+    summary="name the file system of a device",
+):
+    pass
+
+
+class FsVfsUuid(
+    Request[TextReply],
+    DeviceRequest,
+    method="fs.vfs_uuid",
+    summary="tell the uuid of a file system",
+):
+    pass
+
+
+class FsVfsLabel(
+    Request[TextReply],
+    DeviceRequest,
+    method="fs.vfs_label",
+    summary="tell the label of a file system",
+):
+    pass
+
+
 class SizeReply(Record):
     size_bytes: int
 
 
+class FsBlockdevGetsize64(
+    Request[SizeReply],
+    DeviceRequest,
+    method="fs.blockdev_getsize64",
+    summary="tell how large a device is",
+):
+    pass
+
+
 class ReadonlyReply(Record):
     readonly: bool
+
+
+class FsBlockdevGetro(
+    Request[ReadonlyReply],
+    DeviceRequest,
+    method="fs.blockdev_getro",
+    summary="tell if it is read-only",
+):
+    pass
+
+
+class FsChecksumDevice(
+    Request[ChecksumReply], DeviceRequest, method="fs.checksum_device", summary="hash a device"
+):
+    """Hash a whole block device."""
+
+    algorithm: str = "sha256"
+
+    def check(self) -> None:
+        super().check()
+        check_choice("algorithm", self.algorithm, CHECKSUM_ALGORITHMS)
 
 
 class MountPoint(Record):
@@ -71,23 +145,8 @@ class MountPointsReply(Record):
     mounts: tuple[MountPoint, ...]
 
 
-class ChecksumDeviceRequest(DeviceRequest):
-    """Hash a whole block device."""
-
-    algorithm: str = "sha256"
-
-    def check(self) -> None:
-        super().check()
-        check_choice("algorithm", self.algorithm, CHECKSUM_ALGORITHMS)
-
-
-class AvailableRequest(Record):
-    """Names of features, as hello lists them."""
-
-    features: tuple[str, ...]
-
-    def check(self) -> None:
-        check_range("number of features", len(self.features), 0, 256)
+class FsMountpoints(Request[MountPointsReply], method="fs.mountpoints", summary="list every mount"):
+    pass
 
 
 class AvailableReply(Record):
@@ -97,9 +156,26 @@ class AvailableReply(Record):
     missing: tuple[str, ...]
 
 
+class FsAvailable(
+    Request[AvailableReply], method="fs.available", summary="tell which features are there"
+):
+    """Names of features, as hello lists them."""
+
+    features: tuple[str, ...]
+
+    def check(self) -> None:
+        check_range("number of features", len(self.features), 0, 256)
+
+
 class VersionReply(Record):
     agent: str
     protocol: int
     kernel: str
     machine: str
     python: str
+
+
+class FsVersion(
+    Request[VersionReply], method="fs.version", summary="tell the versions of agent and kernel"
+):
+    pass

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from guestagent.api.checks import check_choice, check_path, check_word
 from guestagent.api.devices import ByteRange, Device, Verity
+from guestagent.api.request import Request
 from vsock.record import Record
 
 #: Targets lie below this directory unless the agent's configuration allows another.
@@ -12,50 +13,6 @@ TARGET_ROOT = "/run"
 FILESYSTEMS = ("erofs", "squashfs", "ext4", "auto")
 #: Per-layer mount options a request may ask for, beside ro,nodev,nosuid which always hold.
 MOUNT_OPTIONS = ("noexec", "noatime", "nodiratime", "dax")
-
-
-class LayerSpec(Record):
-    """A layer to mount, read-only. ``target`` defaults to /run/layers/LAYER_ID."""
-
-    layer_id: str
-    device: Device
-    filesystem: str
-    mapping: ByteRange | None = None
-    verity: Verity | None = None
-    target: str | None = None
-    options: tuple[str, ...] = ()
-
-    def check(self) -> None:
-        check_word("layer_id", self.layer_id)
-        check_choice("filesystem", self.filesystem, FILESYSTEMS)
-        if self.target is not None:
-            check_path("target", self.target)
-        for option in self.options:
-            check_choice("option", option, MOUNT_OPTIONS)
-        if "dax" in self.options and self.verity is not None:
-            raise ValueError("option dax cannot be had through dm-verity")
-
-    @property
-    def mount_point(self) -> str:
-        return self.target or f"{TARGET_ROOT}/layers/{self.layer_id}"
-
-
-class LayerId(Record):
-    layer_id: str
-
-    def check(self) -> None:
-        check_word("layer_id", self.layer_id)
-
-
-class LayerUnmountRequest(Record):
-    """``force`` also removes a layer whose device is lost or whose parts are half gone; never one
-    that is in use."""
-
-    layer_id: str
-    force: bool = False
-
-    def check(self) -> None:
-        check_word("layer_id", self.layer_id)
 
 
 class DmDevice(Record):
@@ -126,8 +83,30 @@ class LayerReport(Record):
     already: bool
 
 
-class LayerListReply(Record):
-    layers: tuple[LayerReport, ...]
+class LayerSpec(Request[LayerReport], method="layer.mount", summary="mount a read-only layer"):
+    """A layer to mount, read-only. ``target`` defaults to /run/layers/LAYER_ID."""
+
+    layer_id: str
+    device: Device
+    filesystem: str
+    mapping: ByteRange | None = None
+    verity: Verity | None = None
+    target: str | None = None
+    options: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        check_word("layer_id", self.layer_id)
+        check_choice("filesystem", self.filesystem, FILESYSTEMS)
+        if self.target is not None:
+            check_path("target", self.target)
+        for option in self.options:
+            check_choice("option", option, MOUNT_OPTIONS)
+        if "dax" in self.options and self.verity is not None:
+            raise ValueError("option dax cannot be had through dm-verity")
+
+    @property
+    def mount_point(self) -> str:
+        return self.target or f"{TARGET_ROOT}/layers/{self.layer_id}"
 
 
 class Holder(Record):
@@ -147,9 +126,30 @@ class UnmountReply(Record):
     already: bool
 
 
-class VerifyRequest(Record):
-    """Read a whole layer through its verity device; progress comes as notifications."""
+class LayerUnmount(Request[UnmountReply], method="layer.unmount", summary="unmount a layer"):
+    """``force`` also removes a layer whose device is lost or whose parts are half gone; never one
+    that is in use."""
 
+    layer_id: str
+    force: bool = False
+
+    def check(self) -> None:
+        check_word("layer_id", self.layer_id)
+
+
+class LayerListReply(Record):
+    layers: tuple[LayerReport, ...]
+
+
+class LayerList(
+    Request[LayerListReply],
+    method="layer.list",
+    summary="list the layers, read back from the kernel",
+):
+    pass
+
+
+class LayerGet(Request[LayerReport], method="layer.get", summary="describe one layer"):
     layer_id: str
 
     def check(self) -> None:
@@ -162,3 +162,14 @@ class VerifyReply(Record):
     corrupt_blocks: tuple[int, ...]
     status: str
     timings_ms: Mapping[str, float]
+
+
+class LayerVerify(
+    Request[VerifyReply], method="layer.verify", summary="read a layer through verity"
+):
+    """Read a whole layer through its verity device; progress comes as notifications."""
+
+    layer_id: str
+
+    def check(self) -> None:
+        check_word("layer_id", self.layer_id)

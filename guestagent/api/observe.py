@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from guestagent.api.checks import check_choice, check_range
+from guestagent.api.request import Request
 from vsock.record import Record
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -23,7 +24,22 @@ class LogLine(Record):
     fields: Mapping[str, str]
 
 
-class LogRequest(Record):
+class LogReply(Record):
+    """``next`` is what to ask for as ``since`` to go on; ``more`` says that there are lines right
+    now. ``dropped`` counts lines after ``since``, of any level, that are no longer kept."""
+
+    lines: tuple[LogLine, ...]
+    dropped: int
+    next: int
+    more: bool
+
+
+class AgentLog(
+    Request[LogReply],
+    method="agent.log",
+    quick=True,
+    summary="list lines of the log, and follow it",
+):
     """Lines after ``since``, of ``level`` and above. A negative ``since`` counts from the end.
 
     With ``follow`` later lines come as notifications ``agent.log`` (a `LogReply` each) on this
@@ -40,20 +56,18 @@ class LogRequest(Record):
         check_range("since", self.since, -(1 << 62), 1 << 62)
 
 
-class LogReply(Record):
-    """``next`` is what to ask for as ``since`` to go on; ``more`` says that there are lines right
-    now. ``dropped`` counts lines after ``since``, of any level, that are no longer kept."""
-
-    lines: tuple[LogLine, ...]
-    dropped: int
-    next: int
-    more: bool
-
-
 class MetricsReply(Record):
     """Prometheus text exposition format, version 0.0.4."""
 
     text: str
+
+
+class AgentMetrics(
+    Request[MetricsReply],
+    method="agent.metrics",
+    summary="tell the metrics in Prometheus text",
+):
+    pass
 
 
 class CrashReport(Record):
@@ -86,14 +100,16 @@ class CrashReport(Record):
         check_choice("kind", self.kind, CRASH_KINDS)
 
 
-class CrashesRequest(Record):
-    """Reports whose number is over ``since``."""
-
-    since: int = 0
-
-
 class CrashesReply(Record):
     """The reports that are kept, oldest first; ``total`` counts all there ever were."""
 
     crashes: tuple[CrashReport, ...]
     total: int
+
+
+class AgentCrashes(
+    Request[CrashesReply], method="agent.crashes", summary="tell how earlier lives ended"
+):
+    """Reports whose number is over ``since``."""
+
+    since: int = 0

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from guestagent.api.checks import MAX_BYTES, check_choice, check_path, check_range, check_word
 from guestagent.api.devices import Device
 from guestagent.api.layers import TARGET_ROOT, LayerReport, LayerSpec, UnmountReply
+from guestagent.api.request import Request
 from vsock.record import Record
 
 
@@ -60,7 +61,34 @@ class OverlayOptions(Record):
             raise ValueError("userxattr excludes metacopy=on and redirect_dir=on")
 
 
-class OverlaySpec(Record):
+class ScratchReport(Record):
+    """Where changes go, and how full it is."""
+
+    kind: str
+    path: str
+    filesystem: str
+    size_bytes: int
+    free_bytes: int
+    formatted: bool
+
+
+class OverlayReport(Record):
+    """An overlay as the kernel has it. ``method`` is fsconfig or mount, whichever carried it."""
+
+    overlay_id: str
+    state: str
+    target: str
+    layers: tuple[str, ...]
+    lowerdirs: tuple[str, ...]
+    scratch: ScratchReport | None
+    method: str
+    mount_id: int
+    options: tuple[str, ...]
+    timings_ms: Mapping[str, float]
+    already: bool
+
+
+class OverlaySpec(Request[OverlayReport], method="overlay.mount", summary="overlay mounted layers"):
     """An overlay of mounted layers, topmost first; read-only unless there is a scratch.
 
     ``target`` defaults to /run/overlays/OVERLAY_ID.
@@ -92,7 +120,9 @@ class OverlaySpec(Record):
         return self.target or f"{TARGET_ROOT}/overlays/{self.overlay_id}"
 
 
-class OverlayUnmountRequest(Record):
+class OverlayUnmount(Request[UnmountReply], method="overlay.unmount", summary="unmount an overlay"):
+    """The layers stay; ``force`` also removes what is half gone, never what is in use."""
+
     overlay_id: str
     force: bool = False
 
@@ -100,38 +130,23 @@ class OverlayUnmountRequest(Record):
         check_word("overlay_id", self.overlay_id)
 
 
-class ScratchReport(Record):
-    """Where changes go, and how full it is."""
-
-    kind: str
-    path: str
-    filesystem: str
-    size_bytes: int
-    free_bytes: int
-    formatted: bool
-
-
-class OverlayReport(Record):
-    """An overlay as the kernel has it. ``method`` is fsconfig or mount, whichever carried it."""
-
-    overlay_id: str
-    state: str
-    target: str
-    layers: tuple[str, ...]
-    lowerdirs: tuple[str, ...]
-    scratch: ScratchReport | None
-    method: str
-    mount_id: int
-    options: tuple[str, ...]
-    timings_ms: Mapping[str, float]
-    already: bool
-
-
 class OverlayListReply(Record):
     overlays: tuple[OverlayReport, ...]
 
 
-class LayersMountRequest(Record):
+class OverlayList(Request[OverlayListReply], method="overlay.list", summary="list the overlays"):
+    pass
+
+
+class LayersMountReply(Record):
+    layers: tuple[LayerReport, ...]
+    overlay: OverlayReport | None
+    timings_ms: Mapping[str, float]
+
+
+class LayersMount(
+    Request[LayersMountReply], method="layers.mount", summary="mount many, all or nothing"
+):
     """Mount layers in parallel, then the overlay if one is given: all or nothing."""
 
     layers: tuple[LayerSpec, ...]
@@ -150,13 +165,13 @@ class LayersMountRequest(Record):
                 raise ValueError(f"{name} {twice!r} is named twice")
 
 
-class LayersMountReply(Record):
-    layers: tuple[LayerReport, ...]
-    overlay: OverlayReport | None
+class LayersUnmountReply(Record):
+    layers: Mapping[str, UnmountReply]
+    overlay: UnmountReply | None
     timings_ms: Mapping[str, float]
 
 
-class LayersUnmountRequest(Record):
+class LayersUnmount(Request[LayersUnmountReply], method="layers.unmount", summary="unmount many"):
     """Take an overlay and layers down in parallel; what is not named stays."""
 
     layers: tuple[str, ...] = ()
@@ -170,9 +185,3 @@ class LayersUnmountRequest(Record):
             check_word("overlay", self.overlay)
         if not self.layers and self.overlay is None:
             raise ValueError("nothing is named to unmount")
-
-
-class LayersUnmountReply(Record):
-    layers: Mapping[str, UnmountReply]
-    overlay: UnmountReply | None
-    timings_ms: Mapping[str, float]

@@ -2,7 +2,7 @@
 
 import os
 
-from guestagent.api import ByteRange, LayersMountRequest, LayerSpec
+from guestagent.api import ByteRange, LayersMount, LayerSpec
 from guestagent.boot.plan import BootPlan
 from guestagent.config import Config
 from guestagent.engine.engine import Engine
@@ -42,7 +42,7 @@ def mount_plan(plan: BootPlan, config: Config) -> None:
         for spec in plan.layers:
             if spec.verity is None:
                 refuse_hidden_verity(spec, deadline)
-        request = LayersMountRequest(layers=plan.layers, overlay=plan.overlay)
+        request = LayersMount(layers=plan.layers, overlay=plan.overlay)
         reply = engine.batches.mount(request, engine.operation(deadline))
         for layer in reply.layers:
             verified = layer.verity.root_digest if layer.verity else "not verified"

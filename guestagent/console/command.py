@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from guestagent.api import StatusReply
+from guestagent.api.agent import StatusReply
 from guestagent.console.channel import Channel
 from guestagent.console.screen import Screen
 from guestagent.engine.engine import Engine

@@ -10,13 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from guestagent.api.inspect import (
-    CHECKSUM_ALGORITHMS,
-    ENTRY_TYPES,
-    FindRequest,
-    PathRequest,
-    StreamRequest,
-)
+from guestagent.api.inspect import CHECKSUM_ALGORITHMS, ENTRY_TYPES, FsFind, PathRequest
 from guestagent.console.command import Group, Guest, Run, Usage, not_found, number
 from guestagent.console.commands_layers import size_text
 from guestagent.console.screen import show
@@ -204,14 +198,11 @@ def _ls(run: Run) -> int | None:
 def _list(run: Run, place: Place, request: PathRequest) -> None:
     """List a directory in the order of its names."""
     entries: list[tuple[object, ...]] = []
-    stream = StreamRequest(
-        layer_id=request.layer_id, overlay_id=request.overlay_id, path=request.path
-    )
     sink = _Entries(lambda *fields: entries.append(fields), MAX_ENTRIES)
     is_long = "l" in run.options
     is_cut = False
     try:
-        listing.readdir(place, stream, run.operation(), sink)
+        listing.readdir(place, request, run.operation(), sink)
     except _Full:
         is_cut = True
     entries.sort(key=lambda entry: bytes(entry[0]))  # type: ignore[call-overload]
@@ -299,7 +290,7 @@ def _find(run: Run) -> int | None:
     named = resolve(run.engine, word)
     request = named.request
     try:
-        find = FindRequest(
+        find = FsFind(
             layer_id=request.layer_id,
             overlay_id=request.overlay_id,
             path=request.path,

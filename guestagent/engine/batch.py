@@ -8,16 +8,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from guestagent.api import (
-    LayerReport,
-    LayersMountReply,
-    LayersMountRequest,
-    LayerSpec,
-    LayersUnmountReply,
-    LayersUnmountRequest,
-    OverlayReport,
-    UnmountReply,
-)
+from guestagent.api import LayerReport, LayersMount, LayerSpec, LayersUnmount, OverlayReport
+from guestagent.api.layers import UnmountReply
+from guestagent.api.overlays import LayersMountReply, LayersUnmountReply
 from guestagent.engine.inventory import LayerClaim, LiveLayer, LiveOverlay
 from guestagent.engine.layers import Layers
 from guestagent.engine.overlays import Overlays
@@ -47,7 +40,7 @@ class Batches:
 
     # --- mount
 
-    def mount(self, request: LayersMountRequest, op: Operation) -> LayersMountReply:
+    def mount(self, request: LayersMount, op: Operation) -> LayersMountReply:
         """Mount layers in parallel, then the overlay; all or nothing.
 
         Layers that are there already, with the same specification, are left alone and reported.
@@ -129,7 +122,7 @@ class Batches:
         return self._in_parallel(claims, make, op, _mount_threads())
 
     def _bring_overlay_up(
-        self, request: LayersMountRequest, made: list[LayerSeen], op: Operation
+        self, request: LayersMount, made: list[LayerSeen], op: Operation
     ) -> LiveOverlay | None:
         spec = request.overlay
         if spec is None or self._overlays.is_mounted(spec):
@@ -141,16 +134,14 @@ class Batches:
             self._overlays.announce_failure(spec, error, op)
             raise
 
-    def _look_at_others(
-        self, request: LayersMountRequest, made: Sequence[LayerSeen]
-    ) -> list[LayerSeen]:
+    def _look_at_others(self, request: LayersMount, made: Sequence[LayerSeen]) -> list[LayerSeen]:
         """Look at the layers that were there already."""
         new = {each.live.spec.layer_id for each in made}
         ids = (spec.layer_id for spec in request.layers)
         return list(self._layers.look_at([name for name in ids if name not in new]))
 
     def _report_overlay(
-        self, request: LayersMountRequest, overlay: LiveOverlay | None
+        self, request: LayersMount, overlay: LiveOverlay | None
     ) -> OverlayReport | None:
         if overlay is not None:
             return self._overlays.report(overlay)
@@ -178,7 +169,7 @@ class Batches:
 
     # --- unmount
 
-    def unmount(self, request: LayersUnmountRequest, op: Operation) -> LayersUnmountReply:
+    def unmount(self, request: LayersUnmount, op: Operation) -> LayersUnmountReply:
         """Take an overlay down, then layers in parallel; all or nothing.
 
         Raises:

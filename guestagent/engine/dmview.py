@@ -2,7 +2,7 @@
 
 import errno
 
-from guestagent.api import DmDevice
+from guestagent.api.layers import DmDevice
 from guestagent.engine.readback import dm_device
 from guestagent.storage.devicemapper.control import Control
 from vsock.errors import CallError

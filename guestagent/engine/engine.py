@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 
-from guestagent.api import FILESYSTEMS, LayersUnmountRequest
+from guestagent.api import LayersUnmount
+from guestagent.api.layers import FILESYSTEMS
 from guestagent.engine.batch import Batches
 from guestagent.engine.dmview import DmView
 from guestagent.engine.events import EventLog
@@ -152,7 +153,7 @@ class Engine:
             for layer_id in ids:
                 self._go_on(partial(self.layers.unmount, layer_id, op, force=True), force)
         else:
-            self.batches.unmount(LayersUnmountRequest(layers=ids), op)
+            self.batches.unmount(LayersUnmount(layers=ids), op)
 
     def _go_on(self, action: Callable[[], object], force: bool) -> None:
         try:

@@ -7,7 +7,8 @@ that is never held across a system call.
 import threading
 from collections.abc import Callable, Container, Mapping
 
-from guestagent.api import ByteRange, Holder, LayerSpec, OverlaySpec
+from guestagent.api import ByteRange, LayerSpec, OverlaySpec
+from guestagent.api.layers import Holder
 from guestagent.engine.claims import Owner, PathClaims, SharedRanges, parent_of
 from guestagent.engine.plan import LayerPlan, VerityOptions, dm_uuid
 from guestagent.storage.blockdev import BlockDevice

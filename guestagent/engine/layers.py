@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from guestagent.api import LayerReport, LayerSpec, UnmountReply, VerifyReply
+from guestagent.api import LayerReport, LayerSpec
+from guestagent.api.layers import UnmountReply, VerifyReply
 from guestagent.engine.inventory import LayerClaim, LiveLayer, refuse_other_spec
 from guestagent.engine.journal import Begun
 from guestagent.engine.layerstack import LayerStack

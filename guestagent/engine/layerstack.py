@@ -8,7 +8,8 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-from guestagent.api import Device, LayerSpec
+from guestagent.api import LayerSpec
+from guestagent.api.devices import Device
 from guestagent.engine.inventory import LayerClaim, LiveLayer
 from guestagent.engine.plan import (
     LayerPlan,

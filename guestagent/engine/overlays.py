@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 
-from guestagent.api import OverlayReport, OverlaySpec, ScratchReport, UnmountReply
+from guestagent.api import OverlayReport, OverlaySpec
+from guestagent.api.layers import UnmountReply
+from guestagent.api.overlays import ScratchReport
 from guestagent.engine.inventory import LiveOverlay, LiveScratch, refuse_other_spec
 from guestagent.engine.journal import Begun
 from guestagent.engine.plan import check_target

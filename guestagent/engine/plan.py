@@ -6,16 +6,9 @@ refusal that can be foreseen is made before anything exists.
 
 import functools
 
-from guestagent.api import (
-    ByteRange,
-    Device,
-    DroppedOption,
-    LayerSpec,
-    PathDevice,
-    PmemDevice,
-    ScsiDevice,
-    VirtioBlkDevice,
-)
+from guestagent.api import ByteRange, LayerSpec, PathDevice, PmemDevice, ScsiDevice, VirtioBlkDevice
+from guestagent.api.devices import Device
+from guestagent.api.layers import DroppedOption
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper.targets import Target, linear_target, verity_target
 from guestagent.storage.verity import VerityParameters

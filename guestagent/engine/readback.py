@@ -3,7 +3,8 @@
 import errno
 from collections.abc import Mapping
 
-from guestagent.api import DmDevice, LayerReport, VerityReport
+from guestagent.api import LayerReport
+from guestagent.api.layers import DmDevice, VerityReport
 from guestagent.engine.inventory import LiveLayer
 from guestagent.engine.plan import VerityStep
 from guestagent.engine.state import EngineState

@@ -3,13 +3,8 @@
 import os
 import stat
 
-from guestagent.api import (
-    DeviceScratch,
-    DirectoryScratch,
-    Scratch,
-    ScratchReport,
-    TmpfsScratch,
-)
+from guestagent.api import DeviceScratch, DirectoryScratch, TmpfsScratch
+from guestagent.api.overlays import Scratch, ScratchReport
 from guestagent.engine.inventory import LiveScratch
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import remove_directories, undo_deadline, unmount_target

@@ -3,7 +3,7 @@
 import errno
 import os
 
-from guestagent.api import Holder, UnmountReply
+from guestagent.api.layers import Holder, UnmountReply
 from guestagent.engine.claims import parent_of
 from guestagent.engine.inventory import Inventory, Owner
 from guestagent.engine.state import EngineState

@@ -10,7 +10,7 @@ import errno
 import time
 from collections.abc import Callable
 
-from guestagent.api import Device
+from guestagent.api.devices import Device
 from guestagent.engine.faults import Faults
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.kmsg import KernelLog

@@ -4,7 +4,7 @@ import errno
 import os
 from collections.abc import Callable
 
-from guestagent.api import VerifyReply
+from guestagent.api.layers import VerifyReply
 from guestagent.engine.inventory import LiveLayer
 from guestagent.engine.readback import verity_status
 from guestagent.engine.state import EngineState

@@ -4,7 +4,7 @@ import os
 import stat
 from contextlib import closing
 
-from guestagent.api.inspect import ChecksumsReply, ChecksumsRequest
+from guestagent.api.inspect import ChecksumsReply, FsChecksums
 from guestagent.engine.transaction import Operation
 from guestagent.inspect.place import Place
 from guestagent.inspect.reading import Meter, Reader
@@ -15,9 +15,7 @@ from guestagent.storage.openat import reopen
 __all__ = ("checksum_tree",)
 
 
-def checksum_tree(
-    place: Place, request: ChecksumsRequest, op: Operation, sink: Sink
-) -> ChecksumsReply:
+def checksum_tree(place: Place, request: FsChecksums, op: Operation, sink: Sink) -> ChecksumsReply:
     """Hash every regular file below a directory; the entries go to ``sink``."""
     meter = Meter(sink)
     hasher = _TreeHasher(Reader(place.error_of, op, meter), request.algorithm)
@@ -45,7 +43,7 @@ def checksum_tree(
 
 
 class _TreeHasher:
-    """Says of an entry what ``ChecksumsRequest`` promises: type, size and value."""
+    """Says of an entry what ``FsChecksums`` promises: type, size and value."""
 
     def __init__(self, reader: Reader, algorithm: str) -> None:
         self._reader = reader

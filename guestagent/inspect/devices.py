@@ -7,11 +7,11 @@ import stat
 from guestagent.api.devices import PathDevice
 from guestagent.api.inspect import ChecksumReply
 from guestagent.api.inspect_devices import (
-    ChecksumDeviceRequest,
     DeviceInfo,
     DeviceListReply,
     DeviceRequest,
     FilesystemsReply,
+    FsChecksumDevice,
     MountPoint,
     MountPointsReply,
     ReadonlyReply,
@@ -83,7 +83,7 @@ class Devices:
         """Say whether a device is read-only."""
         return ReadonlyReply(readonly=_find(request.device).readonly)
 
-    def checksum(self, request: ChecksumDeviceRequest, op: Operation, sink: Sink) -> ChecksumReply:
+    def checksum(self, request: FsChecksumDevice, op: Operation, sink: Sink) -> ChecksumReply:
         """Hash a whole device."""
         device = _find(request.device)
         with op.step("checksum_device", request.device):

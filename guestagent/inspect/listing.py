@@ -5,13 +5,7 @@ import stat
 from collections.abc import Generator
 from contextlib import closing
 
-from guestagent.api.inspect import (
-    DuReply,
-    FindRequest,
-    ListReply,
-    PathRequest,
-    StreamRequest,
-)
+from guestagent.api.inspect import DuReply, FsFind, ListReply, PathRequest
 from guestagent.engine.transaction import Operation
 from guestagent.inspect.place import Place
 from guestagent.inspect.sink import Sink
@@ -36,7 +30,7 @@ def _directory(
     return closing(walk(top_fd, max_depth=max_depth))
 
 
-def ls(place: Place, request: StreamRequest, op: Operation, sink: Sink) -> ListReply:
+def ls(place: Place, request: PathRequest, op: Operation, sink: Sink) -> ListReply:
     """Send the names in a directory."""
     count = 0
     with place.errors(request.path_bytes), _directory(place, request, 1) as entries:
@@ -48,7 +42,7 @@ def ls(place: Place, request: StreamRequest, op: Operation, sink: Sink) -> ListR
     return ListReply(chunks=chunks, entries=count, timings_ms=op.timings_ms)
 
 
-def readdir(place: Place, request: StreamRequest, op: Operation, sink: Sink) -> ListReply:
+def readdir(place: Place, request: PathRequest, op: Operation, sink: Sink) -> ListReply:
     """Send the names in a directory, with what lstat says of each."""
     count = 0
     with place.errors(request.path_bytes), _directory(place, request, 1) as entries:
@@ -82,7 +76,7 @@ def _fields(found: Found) -> tuple[object, ...]:
     )
 
 
-def find(place: Place, request: FindRequest, op: Operation, sink: Sink) -> ListReply:
+def find(place: Place, request: FsFind, op: Operation, sink: Sink) -> ListReply:
     """Send the paths below a directory that the request admits."""
     count = 0
     pattern, depth = request.name_bytes, request.max_depth

@@ -7,8 +7,8 @@ import stat
 from guestagent.api.inspect import (
     AclEntry,
     AclReply,
-    AclRequest,
     ExistsReply,
+    FsAclGetFile,
     PathRequest,
     ReadlinkReply,
     StatReply,
@@ -110,7 +110,7 @@ def xattrs_of(path_fd: int) -> list[tuple[bytes, bytes]]:
     return found
 
 
-def acl(place: Place, request: AclRequest) -> AclReply:
+def acl(place: Place, request: FsAclGetFile) -> AclReply:
     """Return an access control list, made up from the mode where there is none."""
     with _Opened(place, request.path_bytes, follow=True) as opened:
         name = f"system.posix_acl_{request.acl}"

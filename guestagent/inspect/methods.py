@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from guestagent.api import inspect, inspect_devices
 from guestagent.api.inspect import PlaceRequest
+from guestagent.api.request import Request
 from guestagent.engine.state import EngineState
 from guestagent.engine.transaction import Operation
 from guestagent.inspect import archive, listing, metadata, reading
@@ -14,30 +16,42 @@ from guestagent.inspect.sink import Sink
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("LOOKS", "STREAMS", "Inspection")
+__all__ = ("DEVICE_LOOKS", "LOOKS", "STREAMS", "Inspection")
 
-#: Name -> function of a place and the request: answers at once.
-LOOKS: dict[str, Callable[..., Record]] = {
-    "acl_get_file": metadata.acl,
-    "exists": metadata.exists,
-    "getxattrs": metadata.xattrs,
-    "head": reading.head,
-    "lstat": metadata.lstat,
-    "pread": reading.pread,
-    "readlink": metadata.readlink,
-    "statvfs": metadata.statvfs,
+#: Request -> function of a place and the request: answers at once.
+LOOKS: dict[type[Request[Record]], Callable[..., Record]] = {
+    inspect.FsAclGetFile: metadata.acl,
+    inspect.FsExists: metadata.exists,
+    inspect.FsGetxattrs: metadata.xattrs,
+    inspect.FsHead: reading.head,
+    inspect.FsLstat: metadata.lstat,
+    inspect.FsPread: reading.pread,
+    inspect.FsReadlink: metadata.readlink,
+    inspect.FsStatvfs: metadata.statvfs,
 }
-#: Name -> function of a place, the request, the operation and a sink: takes its time.
-STREAMS: dict[str, Callable[..., Record]] = {
-    "checksum": reading.checksum,
-    "checksums": checksum_tree,
-    "download": reading.download,
-    "du": listing.du,
-    "find": listing.find,
-    "ls": listing.ls,
-    "read_file": reading.read_file,
-    "readdir": listing.readdir,
-    "tar_out": archive.tar_out,
+#: Request -> function of a place, the request, the operation and a sink: takes its time.
+STREAMS: dict[type[Request[Record]], Callable[..., Record]] = {
+    inspect.FsChecksum: reading.checksum,
+    inspect.FsChecksums: checksum_tree,
+    inspect.FsDownload: reading.download,
+    inspect.FsDu: listing.du,
+    inspect.FsFind: listing.find,
+    inspect.FsLs: listing.ls,
+    inspect.FsReadFile: reading.read_file,
+    inspect.FsReaddir: listing.readdir,
+    inspect.FsTarOut: archive.tar_out,
+}
+#: Request -> function of the devices, the request and the operation: answers at once.
+DEVICE_LOOKS: dict[type[Request[Record]], Callable[..., Record]] = {
+    inspect_devices.FsListDevices: lambda devices, request, op: devices.list_devices(),
+    inspect_devices.FsListPartitions: lambda devices, request, op: devices.list_partitions(),
+    inspect_devices.FsListFilesystems: lambda devices, request, op: devices.list_filesystems(op),
+    inspect_devices.FsVfsType: lambda devices, request, op: devices.vfs_type(request),
+    inspect_devices.FsVfsUuid: lambda devices, request, op: devices.vfs_uuid(request),
+    inspect_devices.FsVfsLabel: lambda devices, request, op: devices.vfs_label(request),
+    inspect_devices.FsBlockdevGetsize64: lambda devices, request, op: devices.getsize64(request),
+    inspect_devices.FsBlockdevGetro: lambda devices, request, op: devices.getro(request),
+    inspect_devices.FsMountpoints: lambda devices, request, op: devices.mountpoints(),
 }
 
 
@@ -48,19 +62,25 @@ class Inspection:
         self._state = state
         self.devices = Devices(state)
 
-    def look(self, name: str, request: PlaceRequest, op: Operation) -> Record:
-        """Do one of ``LOOKS``."""
-        with self._place(name, request, op) as place:
-            return LOOKS[name](place, request)
+    def look(self, request: Request[Record], op: Operation) -> Record:
+        """Answer one of ``LOOKS``."""
+        with self._place(request, op) as place:
+            return LOOKS[type(request)](place, request)
 
-    def stream(self, name: str, request: PlaceRequest, op: Operation, sink: Sink) -> Record:
-        """Do one of ``STREAMS``."""
-        with self._place(name, request, op) as place:
-            return STREAMS[name](place, request, op, sink)
+    def stream(self, request: Request[Record], op: Operation, sink: Sink) -> Record:
+        """Answer one of ``STREAMS``."""
+        with self._place(request, op) as place:
+            return STREAMS[type(request)](place, request, op, sink)
+
+    def device_look(self, request: Request[Record], op: Operation) -> Record:
+        """Answer one of ``DEVICE_LOOKS``."""
+        return DEVICE_LOOKS[type(request)](self.devices, request, op)
 
     @contextmanager
-    def _place(self, name: str, request: PlaceRequest, op: Operation) -> Iterator[Place]:
-        with open_place(self._state, request) as place, op.step(name, place.name):
+    def _place(self, request: Request[Record], op: Operation) -> Iterator[Place]:
+        assert isinstance(request, PlaceRequest)
+        step = request.method.removeprefix("fs.")
+        with open_place(self._state, request) as place, op.step(step, place.name):
             try:
                 yield place
             except CallError as error:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from guestagent.api.inspect import (
     REPLY_DATA_BYTES,
     ChecksumReply,
-    ChecksumRequest,
     DataReply,
     DownloadReply,
-    DownloadRequest,
-    HeadRequest,
-    PreadRequest,
-    ReadFileRequest,
+    FsChecksum,
+    FsDownload,
+    FsHead,
+    FsPread,
+    FsReadFile,
 )
 from guestagent.engine.transaction import Operation
 from guestagent.inspect.place import Place, show_path
@@ -110,7 +110,7 @@ class _File:
         os.close(self.fd)
 
 
-def pread(place: Place, request: PreadRequest) -> DataReply:
+def pread(place: Place, request: FsPread) -> DataReply:
     """Return a range of a file, shorter at its end."""
     path = request.path_bytes
     with _File(place, path) as file:
@@ -118,7 +118,7 @@ def pread(place: Place, request: PreadRequest) -> DataReply:
         return DataReply(data=data, size_bytes=file.size_bytes, is_whole=True)
 
 
-def head(place: Place, request: HeadRequest) -> DataReply:
+def head(place: Place, request: FsHead) -> DataReply:
     """Return the first lines of a file, with their ends."""
     with _File(place, request.path_bytes) as file:
         data = _read_range(place, file, 0, REPLY_DATA_BYTES)
@@ -147,7 +147,7 @@ def _read_range(place: Place, file: _File, offset_bytes: int, size_bytes: int) -
     return b"".join(parts)
 
 
-def download(place: Place, request: DownloadRequest, op: Operation, sink: Sink) -> DownloadReply:
+def download(place: Place, request: FsDownload, op: Operation, sink: Sink) -> DownloadReply:
     """Send a file, or a range of it."""
     with _File(place, request.path_bytes) as file:
         start = min(request.offset_bytes, file.size_bytes)
@@ -157,7 +157,7 @@ def download(place: Place, request: DownloadRequest, op: Operation, sink: Sink) 
         return _send(place, file, start, end, min(size_bytes, rest_bytes), op, sink)
 
 
-def read_file(place: Place, request: ReadFileRequest, op: Operation, sink: Sink) -> DownloadReply:
+def read_file(place: Place, request: FsReadFile, op: Operation, sink: Sink) -> DownloadReply:
     """Send a whole file, if it is not too long."""
     with _File(place, request.path_bytes) as file:
         if file.size_bytes > request.max_bytes:
@@ -188,7 +188,7 @@ def _send(
     )
 
 
-def checksum(place: Place, request: ChecksumRequest, op: Operation, sink: Sink) -> ChecksumReply:
+def checksum(place: Place, request: FsChecksum, op: Operation, sink: Sink) -> ChecksumReply:
     """Hash a file."""
     with _File(place, request.path_bytes) as file:
         reader = Reader(place.error_of, op, Meter(sink, file.size_bytes))

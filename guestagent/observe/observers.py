@@ -11,21 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from guestagent import __version__
-from guestagent.api import METHODS, Empty, Event
-from guestagent.api.observe import (
-    CrashesReply,
-    CrashesRequest,
-    LogReply,
-    LogRequest,
-    MetricsReply,
-)
+from guestagent.api import METHODS, Event
+from guestagent.api.observe import AgentLog, CrashesReply, LogReply
 from guestagent.observe.collector import Collector, one
 from guestagent.observe.metrics import Metrics, Sample
 from vsock.log import json_object, log
-from vsock.record import Record
 from vsock.server import Call
 
-__all__ = ("OBSERVE_METHODS", "Observers")
+__all__ = ("Observers",)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,8 +26,7 @@ if TYPE_CHECKING:
     from guestagent.observe.crashes import CrashReports
     from guestagent.observe.following import LogFollowers
     from guestagent.observe.shipping import LogShipper
-
-OBSERVE_METHODS = ("agent.log", "agent.metrics", "agent.crashes")
+    from vsock.server import Connection
 
 
 class Observers:
@@ -49,12 +41,6 @@ class Observers:
         self._followers: LogFollowers | None = None
         self._shippers: list[LogShipper] = []
         self._stops: list[Callable[[], None]] = []
-        #: Method name -> function of the decoded request and the call.
-        self.functions: dict[str, Callable[..., Record]] = {
-            "agent.log": self._log,
-            "agent.metrics": self._tell_metrics,
-            "agent.crashes": self._tell_crashes,
-        }
 
     def watch(self, engine: "Engine") -> None:
         """Count the engine's steps and events, and tell its numbers."""
@@ -96,17 +82,24 @@ class Observers:
     # --- for the service
 
     @contextmanager
-    def request(self, call: Call) -> Iterator[None]:
-        """Keep a request in mind while it is worked on, for the report if it is the last."""
+    def request(
+        self, call: Call | None, method: str, params: Mapping[str, object]
+    ) -> Iterator[None]:
+        """Keep a request in mind while it is worked on, for the crash report if it is the last.
+
+        ``call`` is None for a request from this process.
+        """
         if self._crashes is None:
             yield
             return
         uptime_seconds = time.clock_gettime(time.CLOCK_BOOTTIME)
-        text = f"{call.method} msgid={call.msgid} connection={call.connection.id}"
+        text = method
+        if call is not None:
+            text += f" msgid={call.msgid} connection={call.connection.id}"
         for name in ("layer_id", "overlay_id"):
-            if name in call.params:
-                text += f" {name}={str(call.params[name])[:64]}"
-        if call.traceparent:
+            if params.get(name) is not None:
+                text += f" {name}={str(params[name])[:64]}"
+        if call is not None and call.traceparent:
             text += f" traceparent={call.traceparent}"
         slot = self._crashes.begin_request(f"{text} since={uptime_seconds:.3f}")
         try:
@@ -114,10 +107,9 @@ class Observers:
         finally:
             self._crashes.end_request(slot)
 
-    def answered(self, method: str, error: Mapping[str, object] | None, seconds: float) -> None:
-        """Count an answer."""
+    def answered(self, method: str, code: str, seconds: float) -> None:
+        """Count an answer; ``code`` is ok or that of an error."""
         known = METHODS.get(method)
-        code = "ok" if error is None else str(error["code"])
         name = "unknown" if known is None else method
         self.metrics.count("guestagent_requests_total", name, code)
         if known is not None and not known.quick:
@@ -127,14 +119,21 @@ class Observers:
         """Return what the status has to say of this life."""
         return () if self._crashes is None else self._crashes.problems()
 
-    def _log(self, request: LogRequest, call: Call) -> LogReply:
+    def read_log(self, request: AgentLog, follower: "Connection | None") -> LogReply:
+        """Return lines of the log; ``follower`` is sent the later ones until it ends."""
         from guestagent.observe.following import read_log
 
         reply = read_log(log, request.since, request.level)
-        if not request.follow:
+        if follower is None:
             return reply
-        self._following().add(call.connection, reply.next, request.level)
+        self._following().add(follower, reply.next, request.level)
         return reply.replace(more=False)
+
+    def read_crashes(self, since: int) -> CrashesReply:
+        """Return the kept crash reports whose number is over ``since``."""
+        if self._crashes is None:
+            return CrashesReply(crashes=(), total=0)
+        return self._crashes.since(since)
 
     def _following(self) -> "LogFollowers":
         from guestagent.observe.following import LogFollowers
@@ -143,14 +142,6 @@ class Observers:
             if self._followers is None:
                 self._followers = LogFollowers(log)
             return self._followers
-
-    def _tell_metrics(self, _request: Empty, _call: Call) -> MetricsReply:
-        return MetricsReply(text=self.collector.text())
-
-    def _tell_crashes(self, request: CrashesRequest, _call: Call) -> CrashesReply:
-        if self._crashes is None:
-            return CrashesReply(crashes=(), total=0)
-        return self._crashes.since(request.since)
 
     # --- for the metrics
 

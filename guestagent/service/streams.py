@@ -1,25 +1,30 @@
-"""The ``fs.`` methods: bulk answers in chunks, at the pace of who asked for them."""
+"""The ``fs.`` methods: bulk answers in chunks, at the pace of their reader."""
 
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from guestagent import __version__
-from guestagent.api.agent import PROTOCOL_VERSIONS, Empty
-from guestagent.api.inspect import MoreReply, MoreRequest, PlaceRequest, StreamRequest
-from guestagent.api.inspect_devices import AvailableReply, AvailableRequest, VersionReply
+from guestagent.api.agent import PROTOCOL_VERSIONS, AgentMore, MoreReply
+from guestagent.api.inspect_devices import (
+    AvailableReply,
+    FsAvailable,
+    FsChecksumDevice,
+    FsVersion,
+    VersionReply,
+)
+from guestagent.api.request import Request
 from guestagent.engine.engine import Engine
 from guestagent.engine.transaction import Operation
-from guestagent.inspect.methods import LOOKS, STREAMS
+from guestagent.inspect.methods import DEVICE_LOOKS, LOOKS, STREAMS
 from guestagent.inspect.sink import Sink
+from guestagent.service.context import Context, Handler, handlers_of, handles
 from vsock.errors import CallError
 from vsock.record import Record
-from vsock.server import Call
 
-__all__ = ("InspectService",)
-
-Function = Callable[..., Record]
+__all__ = ("InspectHandlers",)
 
 #: A stream holds a worker thread while its reader takes its time; the others are for the rest.
 MAX_STREAMS = 4
@@ -30,20 +35,25 @@ _FIELD_BYTES = 9
 
 
 class _Stream(Sink):
-    """The chunks of one answer. Made and used by the thread of the call; ``more`` by any."""
+    """The chunks of one answer. Made and used by the thread of the call; ``more`` by any.
 
-    def __init__(self, call: Call, window_chunks: int) -> None:
+    Without a window each chunk goes as soon as the peer, or the caller in this process, has room.
+    """
+
+    def __init__(self, call: Context, window_chunks: int) -> None:
         self._call = call
         self._window_chunks = window_chunks
         self._sent = 0
         self._taken = 0
-        self._more_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._more_fd = -1
+        if window_chunks:
+            self._more_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
         self._held = bytearray()
         self._entries: list[list[object]] = []
         self._entries_bytes = 0
-        # nobody else wants what is sent here
-        call.cancel_on_disconnect = True
+        if call.call is not None:  # chunks are of no use without their connection
+            call.call.cancel_on_disconnect = True
 
     def more(self, sequence: int) -> None:
         """Note that all chunks before ``sequence`` were dealt with."""
@@ -54,7 +64,8 @@ class _Stream(Sink):
 
     def close(self) -> None:
         with self._lock:
-            os.close(self._more_fd)
+            if self._more_fd >= 0:
+                os.close(self._more_fd)
             self._more_fd = -1
 
     def data(self, data: "bytes | memoryview") -> None:
@@ -86,9 +97,9 @@ class _Stream(Sink):
         return self._sent
 
     def progress(self, done_bytes: int, total_bytes: int) -> None:
-        """Tell the peer, if it keeps up."""
+        """Tell the caller, if it keeps up."""
         place = {"msgid": self._call.msgid, "done_bytes": done_bytes, "total_bytes": total_bytes}
-        self._call.connection.notify("agent.progress", place)
+        self._call.notify("agent.progress", place)
 
     def _flush(self) -> None:
         entries, self._entries, self._entries_bytes = self._entries, [], 0
@@ -97,7 +108,7 @@ class _Stream(Sink):
     def _send(self, kind: str, content: object) -> None:
         self._wait_for_window()
         chunk = {"msgid": self._call.msgid, "sequence": self._sent, kind: content}
-        self._call.connection.notify_wait("agent.chunk", chunk, self._call.deadline)
+        self._call.notify_wait("agent.chunk", chunk)
         self._sent += 1
 
     def _wait_for_window(self) -> None:
@@ -120,52 +131,35 @@ def _wire_bytes(value: object) -> int:
     return _FIELD_BYTES
 
 
-class InspectService:
-    """Offers ``functions``, one for each ``fs.`` method and for ``agent.more``."""
+class InspectHandlers:
+    """``table`` has the handler of each ``fs.`` method and of ``agent.more``."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._inspection = engine.inspection
         self._lock = threading.Lock()
         self._streams: dict[tuple[int, int], _Stream] = {}
-        #: Method name -> function of the decoded request and the call.
-        self.functions: dict[str, Function] = {
-            "agent.more": self._more,
-            "fs.available": self._available,
-            "fs.version": self._version,
-            **{f"fs.{name}": self._look(name) for name in LOOKS},
-            **{f"fs.{name}": self._stream(name) for name in STREAMS},
-            **self._device_functions(),
+        #: Method -> handler.
+        self.table: dict[str, Handler] = {
+            **handlers_of(self),
+            **{kind.method: self._look(self._inspection.look) for kind in LOOKS},
+            **{kind.method: self._look(self._inspection.device_look) for kind in DEVICE_LOOKS},
+            **{kind.method: self._stream(self._inspection.stream) for kind in STREAMS},
+            FsChecksumDevice.method: self._stream(self._inspection.devices.checksum),
         }
 
-    def _device_functions(self) -> dict[str, Function]:
-        devices = self._inspection.devices
-        return {
-            "fs.list_devices": lambda request, call: devices.list_devices(),
-            "fs.list_partitions": lambda request, call: devices.list_partitions(),
-            "fs.list_filesystems": lambda request, call: devices.list_filesystems(
-                self._operation(call)
-            ),
-            "fs.mountpoints": lambda request, call: devices.mountpoints(),
-            "fs.vfs_type": lambda request, call: devices.vfs_type(request),
-            "fs.vfs_uuid": lambda request, call: devices.vfs_uuid(request),
-            "fs.vfs_label": lambda request, call: devices.vfs_label(request),
-            "fs.blockdev_getsize64": lambda request, call: devices.getsize64(request),
-            "fs.blockdev_getro": lambda request, call: devices.getro(request),
-            "fs.checksum_device": self._long(devices.checksum),
-        }
-
-    def _operation(self, call: Call) -> Operation:
-        return self._engine.operation(call.deadline, traceparent=call.traceparent)
-
-    def _available(self, request: AvailableRequest, _call: Call) -> AvailableReply:
+    @handles(FsAvailable)
+    def available(self, request: FsAvailable, _call: Context) -> AvailableReply:
+        """Tell which features are there."""
         features = frozenset(self._engine.features())
         return AvailableReply(
             available=tuple(name for name in request.features if name in features),
             missing=tuple(name for name in request.features if name not in features),
         )
 
-    def _version(self, _request: Empty, _call: Call) -> VersionReply:
+    @handles(FsVersion)
+    def version(self, _request: FsVersion, _call: Context) -> VersionReply:
+        """Tell the versions of agent, protocol, kernel and interpreter."""
         system = os.uname()
         return VersionReply(
             agent=__version__,
@@ -175,41 +169,37 @@ class InspectService:
             python=sys.version.partition(" ")[0],
         )
 
-    def _more(self, request: MoreRequest, call: Call) -> MoreReply:
+    @handles(AgentMore)
+    def more(self, request: AgentMore, call: Context) -> MoreReply:
+        """Let a stream of the same connection send further chunks."""
         with self._lock:
             stream = self._streams.get((call.connection.id, request.msgid))
             if stream is not None:
                 stream.more(request.sequence)
         return MoreReply(known=stream is not None)
 
-    def _look(self, name: str) -> Function:
-        def run(request: PlaceRequest, call: Call) -> Record:
-            return self._inspection.look(name, request, self._operation(call))
+    def _operation(self, call: Context) -> Operation:
+        return self._engine.operation(call.deadline, traceparent=call.traceparent)
 
-        return run
+    def _look(self, function: Callable[..., Record]) -> Handler:
+        return lambda request, call: function(request, self._operation(call))
 
-    def _stream(self, name: str) -> Function:
-        def run(request: PlaceRequest, op: Operation, sink: Sink) -> Record:
-            return self._inspection.stream(name, request, op, sink)
-
-        return self._long(run)
-
-    def _long(self, function: Callable[..., Record]) -> Function:
+    def _stream(self, function: Callable[..., Record]) -> Handler:
         """Give a function that takes its time a stream to answer through."""
 
-        def run(request: Record, call: Call) -> Record:
-            stream = self._begin(request, call)
-            try:
+        def run(request: Request[Record], call: Context) -> Record:
+            with self._open(request, call) as stream:
                 return function(request, self._operation(call), stream)
-            finally:
-                with self._lock:
-                    del self._streams[call.connection.id, call.msgid]
-                stream.close()
 
         return run
 
-    def _begin(self, request: Record, call: Call) -> _Stream:
-        window_chunks = request.window_chunks if isinstance(request, StreamRequest) else 0
+    @contextmanager
+    def _open(self, request: Request[Record], call: Context) -> Iterator[_Stream]:
+        """Make the stream of a call; ``agent.more`` finds that of a call from a connection."""
+        if call.call is None:
+            yield _Stream(call, 0)
+            return
+        key = call.connection.id, call.msgid
         with self._lock:
             if len(self._streams) >= MAX_STREAMS:
                 raise CallError(
@@ -218,6 +208,11 @@ class InspectService:
                     step=call.method,
                     hint="take them, or cancel one",
                 )
-            stream = _Stream(call, window_chunks)
-            self._streams[call.connection.id, call.msgid] = stream
-        return stream
+            window_chunks = getattr(request, "window_chunks", 0)
+            stream = self._streams[key] = _Stream(call, window_chunks)
+        try:
+            yield stream
+        finally:
+            with self._lock:
+                del self._streams[key]
+            stream.close()

@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Callable
 
-from guestagent import api
+from guestagent.api import devices as api
 from guestagent.storage import syscalls
 from guestagent.storage.node import ensure_node
 from guestagent.storage.uevents import UeventSocket

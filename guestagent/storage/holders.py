@@ -8,7 +8,7 @@ stand on a directory; device-mapper devices, loop devices and swap that stand on
 import os
 import stat
 
-from guestagent.api import Holder
+from guestagent.api.layers import Holder
 from guestagent.storage.mountinfo import Mount, lowerdirs_of, read_mounts
 from vsock.deadline import Deadline
 

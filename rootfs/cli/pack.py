@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from guestagent.api import LayersMountReply, LayersMountRequest, LayerSpec, OverlaySpec
+from guestagent.api import LayersMount, LayerSpec, OverlaySpec
+from guestagent.api.overlays import LayersMountReply
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.layer import hex_bytes
 from guestagent.host.ctl.progress import progress_bar
@@ -257,7 +258,7 @@ def mount_command(
     _show_mounted(_ask_agent(connect, _mount_request(manifest, device, overlay, target)), as_json)
 
 
-def _ask_agent(connect: str | None, request: LayersMountRequest) -> LayersMountReply:
+def _ask_agent(connect: str | None, request: LayersMount) -> LayersMountReply:
     """Have the agent mount it: ``connect``, or else the one of the command line's start."""
     session = click.get_current_context().obj
     address = connect or getattr(session, "address", None)
@@ -293,7 +294,7 @@ def _device(pmem: int | None, virtio_blk: str | None, path: str | None) -> dict[
 
 def _mount_request(
     manifest: Manifest, device: dict[str, object], overlay: str | None, target: str | None
-) -> LayersMountRequest:
+) -> LayersMount:
     """Build the request; it is checked here as the agent will check it.
 
     Raises:
@@ -308,7 +309,7 @@ def _mount_request(
         spec = None
         if overlay is not None:
             spec = OverlaySpec(overlay_id=overlay, layers=ids, target=target)
-        return LayersMountRequest(layers=specs, overlay=spec)
+        return LayersMount(layers=specs, overlay=spec)
     except ValueError as problem:
         raise CallError("invalid", f"cannot mount the pack: {problem}", step="plan") from None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from guestagent.api import LayersMountReply
+from guestagent.api.overlays import LayersMountReply
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from guestagent.api import LayersMountRequest, LayerSpec, OverlaySpec, TmpfsScratch
+from guestagent.api import LayersMount, LayerSpec, OverlaySpec, TmpfsScratch
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel
 from rootfs.image.images import build_layers
@@ -84,7 +84,7 @@ def prepare(
 
 def mount_request(
     manifest: Manifest, device: dict[str, object], *, scratch_bytes: int | None = None
-) -> LayersMountRequest:
+) -> LayersMount:
     """Ask for all layers and their overlay; writable in memory, if ``scratch_bytes`` is given.
 
     Raises:
@@ -92,7 +92,7 @@ def mount_request(
     """
     try:
         scratch = None if scratch_bytes is None else TmpfsScratch(size_bytes=scratch_bytes)
-        return LayersMountRequest(
+        return LayersMount(
             layers=tuple(
                 LayerSpec.from_wire(layer_spec(layer, device)) for layer in manifest.layers
             ),

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from guestagent.api import LayersMountRequest, LayerSpec, LayersUnmountRequest
+from guestagent.api import LayersMount, LayerSpec, LayersUnmount
 from guestagent.host.client import GuestAgent
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import Control
@@ -162,9 +162,9 @@ def _batches(guest: GuestAgent, pack: Pack) -> Iterator[Row]:
             specs = tuple(pack.spec(number) for number in range(size))
             names = tuple(spec.layer_id for spec in specs)
             with timed(mounts):
-                guest.layers_mount(LayersMountRequest(layers=specs))
+                guest.layers_mount(LayersMount(layers=specs))
             with timed(unmounts):
-                guest.layers_unmount(LayersUnmountRequest(layers=names))
+                guest.layers_unmount(LayersUnmount(layers=names))
     many = f"{PACKED} single requests"
     yield row(BED, f"mount by {many}", "ms", singles[0])
     yield row(BED, f"unmount by {many}", "ms", singles[1])
@@ -187,7 +187,7 @@ def _overlays(guest: GuestAgent, pack: Pack) -> Iterator[Row]:
     up: list[float] = []
     down: list[float] = []
     with timed(up):
-        guest.layers_mount(LayersMountRequest(layers=specs))
+        guest.layers_mount(LayersMount(layers=specs))
     for size in OVERLAYS:
         mounts: list[float] = []
         unmounts: list[float] = []
@@ -199,7 +199,7 @@ def _overlays(guest: GuestAgent, pack: Pack) -> Iterator[Row]:
         yield row(BED, f"mount an overlay of {size} layers", "ms", mounts)
         yield row(BED, f"unmount an overlay of {size} layers", "ms", unmounts)
     with timed(down):
-        guest.layers_unmount(LayersUnmountRequest(layers=names))
+        guest.layers_unmount(LayersUnmount(layers=names))
     yield row(BED, f"mount {len(names)} linear layers in a batch", "ms", up)
     yield row(BED, f"unmount {len(names)} linear layers in a batch", "ms", down)
 
@@ -239,7 +239,7 @@ def _answers_after(
     names = tuple(f"kept{number}" for number in range(RECOVERED))
     specs = tuple(pack.spec(number % PACKED, name) for number, name in enumerate(names))
     with agent.client() as guest:
-        guest.layers_mount(LayersMountRequest(layers=specs))
+        guest.layers_mount(LayersMount(layers=specs))
     answers: list[float] = []
     engines: list[float] = []
     for _ in range(5):
@@ -252,7 +252,7 @@ def _answers_after(
             assert boot["adopted_layers"] == RECOVERED
             engines.append(float(str(boot["engine_ms"])))
     with agent.client() as guest:
-        guest.layers_unmount(LayersUnmountRequest(layers=names))
+        guest.layers_unmount(LayersUnmount(layers=names))
     return answers, engines
 
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from guestagent.api import LayersMountRequest, LayerSpec, LayersUnmountRequest, OverlaySpec
+from guestagent.api import LayersMount, LayerSpec, LayersUnmount, OverlaySpec
 from guestagent.host.client import GuestAgent
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import cached_kernel
@@ -158,9 +158,9 @@ def _batches(guest: GuestAgent, specs: list[LayerSpec]) -> list[Row]:
             for layer_id in ids:
                 guest.layer_unmount(layer_id)
         with timed(batch_up):
-            guest.layers_mount(LayersMountRequest(layers=tuple(specs)))
+            guest.layers_mount(LayersMount(layers=tuple(specs)))
         with timed(batch_down):
-            guest.layers_unmount(LayersUnmountRequest(layers=ids))
+            guest.layers_unmount(LayersUnmount(layers=ids))
     count = len(specs)
     each = f"{count} requests"
     what = f"{count} verity layers"

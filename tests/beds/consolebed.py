@@ -16,7 +16,8 @@ from typing import cast
 
 import msgpack
 
-from guestagent.api import Event, LayerReport, OverlayReport, PathDevice, StatusReply
+from guestagent.api import Event, LayerReport, OverlayReport, PathDevice
+from guestagent.api.agent import StatusReply
 from guestagent.api.inspect import PlaceRequest
 from guestagent.api.inspect_devices import DeviceListReply, FilesystemsReply, MountPointsReply
 from guestagent.console.command import Guest

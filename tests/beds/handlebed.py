@@ -29,11 +29,15 @@ class Agent:
         self.problems: list[str] = []
         self.crashes: list[CrashReport] = []
         self.metrics = "guestagent_up 1\n"
+        #: Set while a request for the layer "slow" waits, and after it was cancelled.
+        self.waiting, self.cancelled = threading.Event(), threading.Event()
         self.start()
 
     def start(self) -> None:
         self._path.unlink(missing_ok=True)
-        self.server = Server(self._handle, quick=frozenset(METHODS), hello_seconds=None)
+        self.server = Server(
+            self._handle, quick=frozenset(METHODS) - {"layer.verify"}, hello_seconds=None
+        )
         self.server.add_listener(listen(UnixAddress(path=str(self._path))))
         self._thread = threading.Thread(target=self.server.serve_forever)
         self._thread.start()
@@ -79,6 +83,11 @@ class Agent:
         except CallError as error:
             return Outcome(error.to_wire(), None)
 
+    def agent_cancel(self, call: Call) -> object:
+        msgid = call.params["msgid"]
+        assert isinstance(msgid, int)
+        return {"cancelled": call.connection.cancel(msgid)}
+
     def agent_hello(self, call: Call) -> object:
         call.connection.said_hello = True
         return {
@@ -116,6 +125,12 @@ class Agent:
         return {"text": self.metrics}
 
     def layer_verify(self, call: Call) -> object:
+        if call.params["layer_id"] == "slow":
+            self.waiting.set()
+            try:
+                call.deadline.wait((), "verify")
+            finally:
+                self.cancelled.set()
         for done in (1, 2):
             place = {"msgid": call.msgid, "done_bytes": done, "total_bytes": 2}
             call.connection.notify("agent.progress", place)

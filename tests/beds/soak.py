@@ -12,12 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from guestagent.api import (
-    LayersMountRequest,
-    LayersUnmountRequest,
-    TmpfsScratch,
-    Verity,
-)
+from guestagent.api import LayersMount, LayersUnmount, TmpfsScratch, Verity
 from guestagent.host.client import GuestAgent
 from tests.beds.agentbed import Pack, World, overlay, settled_world
 from vsock.errors import CallError, ConnectionClosed
@@ -129,7 +124,7 @@ class Worker(threading.Thread):
         for start in range(0, len(names), _FILL_BATCH):
             batch = names[start : start + _FILL_BATCH]
             specs = tuple(self._pack.spec(self._numbers[name], name) for name in batch)
-            self._connected().layers_mount(LayersMountRequest(layers=specs))
+            self._connected().layers_mount(LayersMount(layers=specs))
             self.mounted.update(batch)
         return len(names)
 
@@ -258,7 +253,7 @@ class Worker(threading.Thread):
         count = min(self._random.choice((1, 2, 3, 4, 12)), len(self._numbers))
         names = self._random.sample(sorted(self._numbers), count)
         stacked = names if not self.overlay else []
-        request = LayersMountRequest(
+        request = LayersMount(
             layers=tuple(self._pack.spec(self._numbers[name], name) for name in names),
             overlay=self._overlay_spec(stacked) if stacked else None,
         )
@@ -270,7 +265,7 @@ class Worker(threading.Thread):
 
     def _unmount_batch(self) -> None:
         names = self.overlay or tuple(self._random.sample(sorted(self._numbers), 3))
-        request = LayersUnmountRequest(layers=names, overlay=self._overlay_id)
+        request = LayersUnmount(layers=names, overlay=self._overlay_id)
         self._connected().layers_unmount(request)
         self.mounted.difference_update(names)
         self.overlay = ()
@@ -407,7 +402,7 @@ class Soak:
                 guest.overlay_unmount(found.overlay_id)
             names = tuple(report.layer_id for report in guest.layer_list())
             for start in range(0, len(names), 64):
-                guest.layers_unmount(LayersUnmountRequest(layers=names[start : start + 64]))
+                guest.layers_unmount(LayersUnmount(layers=names[start : start + 64]))
         world = settled_world(self.before, skip=("/run/agent-",))
         skipped = World(dm=self.before.dm, mounts=self.before.mounts, files=world.files)
         return [*world.minus(skipped), *_left_directories(world)]

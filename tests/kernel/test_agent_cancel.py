@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import LayersMountRequest, LayerSpec
+from guestagent.api import LayersMount, LayerSpec
 from guestagent.host.client import GuestAgent
 from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
 from vsock.client import Client
@@ -78,7 +78,7 @@ def test_a_batch(pack: Pack, step: str) -> None:
     # what comes before the first step of a layer is done once, by the thread of the request
     threads = 1 if step == "superblock" else (os.cpu_count() or 1) + 1
     with faulty(step) as agent:
-        request = LayersMountRequest(layers=layers)
+        request = LayersMount(layers=layers)
         error = cancelled_at(agent, step, "layers.mount", request, threads=threads)
     assert (error.code, error.step) == ("cancelled", step)
 

@@ -11,9 +11,9 @@ import pytest
 from guestagent.api import (
     METHODS,
     ByteRange,
-    LayersMountRequest,
+    LayersMount,
     LayerSpec,
-    LayersUnmountRequest,
+    LayersUnmount,
     OverlaySpec,
     PathDevice,
     TmpfsScratch,
@@ -104,7 +104,7 @@ def _walk_overlays(guest: GuestAgent, pack: Pack) -> None:
     spec = OverlaySpec(
         overlay_id="o", layers=("layer1", "layer0"), scratch=TmpfsScratch(size_bytes=1 << 20)
     )
-    batch = LayersMountRequest(layers=(pack.spec(0), pack.spec(1)))
+    batch = LayersMount(layers=(pack.spec(0), pack.spec(1)))
     reply = guest.layers_mount(batch)
     assert [layer.layer_id for layer in reply.layers] == ["layer0", "layer1"]
     overlay = guest.overlay_mount(spec)
@@ -117,7 +117,7 @@ def _walk_overlays(guest: GuestAgent, pack: Pack) -> None:
     assert caught.value.code == "busy"
     assert "overlay o" in (caught.value.hint or "")
     assert not guest.overlay_unmount("o").already
-    guest.layers_unmount(LayersUnmountRequest(layers=("layer0", "layer1")))
+    guest.layers_unmount(LayersUnmount(layers=("layer0", "layer1")))
 
 
 def _walk_agent(guest: GuestAgent) -> None:

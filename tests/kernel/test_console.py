@@ -16,7 +16,7 @@ import msgpack
 import pexpect
 import pytest
 
-from guestagent.api import LayersMountRequest, LayersUnmountRequest, OverlaySpec
+from guestagent.api import LayersMount, LayersUnmount, OverlaySpec
 from guestagent.host.client import GuestAgent
 from guestagent.storage import syscalls
 from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
@@ -83,14 +83,14 @@ def guest(agent: ConsoleAgent) -> Iterator[GuestAgent]:
             guest.overlay_unmount("root")
         ids = tuple(layer.layer_id for layer in guest.layer_list())
         if ids:
-            guest.layers_unmount(LayersUnmountRequest(layers=ids))
+            guest.layers_unmount(LayersUnmount(layers=ids))
 
 
 @pytest.fixture
 def mounted(guest: GuestAgent, pack: Pack) -> GuestAgent:
     """Two layers and an overlay of them."""
     guest.layers_mount(
-        LayersMountRequest(
+        LayersMount(
             layers=(pack.spec(0), pack.spec(1)),
             overlay=OverlaySpec(overlay_id="root", layers=("layer1", "layer0")),
         )

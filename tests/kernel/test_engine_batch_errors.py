@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import LayersMountRequest, Verity
+from guestagent.api import LayersMount, Verity
 from tests.beds.agentbed import AgentProcess, attached_pack
 from vsock.errors import CallError
 
@@ -14,7 +14,7 @@ def test_the_layer_is_named(tmp_path: Path) -> None:
         specs = [pack.spec(number) for number in range(3)]
         specs[1] = specs[1].replace(verity=Verity(root_digest=bytes(32)))
         with pytest.raises(CallError) as caught:
-            guest.layers_mount(LayersMountRequest(layers=tuple(specs)))
+            guest.layers_mount(LayersMount(layers=tuple(specs)))
         assert caught.value.code == "integrity"
         assert "layer 'layer1'" in caught.value.message
         assert guest.layer_list() == ()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import LayersMountRequest, LayersUnmountRequest, TmpfsScratch
+from guestagent.api import LayersMount, LayersUnmount, TmpfsScratch
 from guestagent.engine.transaction import Operation
 from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 
@@ -97,7 +97,7 @@ def test_overlay_mount_and_unmount(tmp_path: Path, pack: Pack) -> None:
 def test_batch_mount(tmp_path: Path, pack: Pack) -> None:
     """A batch is all there or not there at all, also through a crash."""
     spec = overlay("o", "layer2", "layer0", scratch=TmpfsScratch(size_bytes=1 << 20))
-    request = LayersMountRequest(layers=(pack.spec(0), pack.spec(1)), overlay=spec)
+    request = LayersMount(layers=(pack.spec(0), pack.spec(1)), overlay=spec)
     make: Request = lambda bed, op: bed.engine.batches.mount(request, op)  # noqa: E731
     # its layers go through the same steps in turn, so that every third is enough
     crash_at_every_step(tmp_path / "state", [mount(pack, 2)], make, stride=3)
@@ -105,7 +105,7 @@ def test_batch_mount(tmp_path: Path, pack: Pack) -> None:
 
 def test_batch_unmount(tmp_path: Path, pack: Pack) -> None:
     layers = ("layer0", "layer1")
-    request = LayersUnmountRequest(layers=layers, overlay="o")
+    request = LayersUnmount(layers=layers, overlay="o")
     make: Request = lambda bed, op: bed.engine.overlays.mount(overlay("o", *layers), op)  # noqa: E731
     unmake: Request = lambda bed, op: bed.engine.batches.unmount(request, op)  # noqa: E731
     crash_at_every_step(tmp_path / "state", [mount(pack, 0), mount(pack, 1), make], unmake)
@@ -113,7 +113,7 @@ def test_batch_unmount(tmp_path: Path, pack: Pack) -> None:
 
 def test_a_batch_that_was_decided_is_adopted_whole(tmp_path: Path, pack: Pack) -> None:
     """Killed right after the decision: what the overlay noted of its beginning is still there."""
-    request = LayersMountRequest(
+    request = LayersMount(
         layers=(pack.spec(0), pack.spec(1)),
         overlay=overlay("o", "layer0", "layer1", scratch=TmpfsScratch(size_bytes=1 << 20)),
     )
@@ -135,7 +135,7 @@ def test_a_batch_that_was_decided_is_adopted_whole(tmp_path: Path, pack: Pack) -
 
 def test_a_large_batch(tmp_path: Path, pack: Pack) -> None:
     """More layers than threads: some are mounted, some half made, some not begun."""
-    request = LayersMountRequest(layers=tuple(pack.spec(number) for number in range(9)))
+    request = LayersMount(layers=tuple(pack.spec(number) for number in range(9)))
     make: Request = lambda bed, op: bed.engine.batches.mount(request, op)  # noqa: E731
     crash_at_every_step(tmp_path / "state", [mount(pack, 9)], make, stride=5)
 

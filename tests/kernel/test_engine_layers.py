@@ -12,14 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import (
-    ByteRange,
-    DeviceScratch,
-    LayersMountRequest,
-    LayerSpec,
-    PathDevice,
-    Verity,
-)
+from guestagent.api import ByteRange, DeviceScratch, LayersMount, LayerSpec, PathDevice, Verity
 from guestagent.engine.state import Rules
 from guestagent.storage.devicemapper.control import Control
 from rootfs.verity.formatter import format_image
@@ -423,7 +416,7 @@ def test_the_rule_that_layers_are_verified(tmp_path: Path, pack: Pack) -> None:
 
 def test_a_batch_keeps_its_order_and_takes_what_is_there(bed: EngineBed, pack: Pack) -> None:
     mount(bed, pack.spec(2))
-    request = LayersMountRequest(
+    request = LayersMount(
         layers=tuple(pack.spec(number) for number in (3, 2, 1, 0)),
         overlay=overlay("o", "layer1", "layer2", "layer0"),
     )
@@ -449,7 +442,7 @@ def test_one_bad_layer_undoes_the_batch_and_is_named(bed: EngineBed, pack: Pack)
     mount(bed, pack.spec(3))
     before = World.now(), bed.books()
     bad = pack.spec(1, verity=Verity(root_digest=bytes(32)))
-    request = LayersMountRequest(
+    request = LayersMount(
         layers=(pack.spec(0), bad, pack.spec(2), pack.spec(3)), overlay=overlay("o", "layer0")
     )
     with bed.operation() as op, pytest.raises(CallError) as caught:

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from guestagent.api import LayersMountRequest, LayersUnmountRequest, TmpfsScratch
+from guestagent.api import LayersMount, LayersUnmount, TmpfsScratch
 from guestagent.engine.transaction import Operation
 from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 from vsock.errors import CallError
@@ -109,7 +109,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(layers=some, step=st.one_of(st.none(), st.integers(1, 40)))
     def mount_batch(self, layers: list[int], step: int | None) -> None:
-        request = LayersMountRequest(layers=tuple(self.pack.spec(number) for number in layers))
+        request = LayersMount(layers=tuple(self.pack.spec(number) for number in layers))
         faults = "" if step is None else f"#{step}:ENOMEM"
         reply, error = self.ask(lambda op: self.bed.engine.batches.mount(request, op), faults)
         if reply is None:
@@ -123,7 +123,7 @@ class EngineMachine(RuleBasedStateMachine):
         rest = [stacked for other, (stacked, _) in self.overlays.items() if other != name]
         used = any(number in stacked for stacked in rest for number in layers)
         names = tuple(f"layer{number}" for number in layers)
-        request = LayersUnmountRequest(layers=names, overlay=name)
+        request = LayersUnmount(layers=names, overlay=name)
         _, error = self.ask(lambda op: self.bed.engine.batches.unmount(request, op))
         if used:
             assert error.code == "busy"

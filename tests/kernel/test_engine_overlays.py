@@ -11,8 +11,8 @@ import pytest
 from guestagent.api import (
     DeviceScratch,
     DirectoryScratch,
-    LayersMountRequest,
-    LayersUnmountRequest,
+    LayersMount,
+    LayersUnmount,
     OverlayOptions,
     OverlayReport,
     OverlaySpec,
@@ -37,7 +37,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
 def bed(tmp_path: Path, pack: Pack) -> Iterator[EngineBed]:
     """An engine with three layers."""
     with EngineBed(tmp_path / "state") as bed:
-        request = LayersMountRequest(layers=tuple(pack.spec(number) for number in range(3)))
+        request = LayersMount(layers=tuple(pack.spec(number) for number in range(3)))
         with bed.operation() as op:
             bed.engine.batches.mount(request, op)
         yield bed
@@ -258,7 +258,7 @@ def test_five_hundred_layers(tmp_path: Path, pack: Pack) -> None:
         layers = tuple(
             pack.spec(number % 3, name, verity=None) for number, name in enumerate(names)
         )
-        request = LayersMountRequest(layers=layers, overlay=overlay("o", *reversed(names)))
+        request = LayersMount(layers=layers, overlay=overlay("o", *reversed(names)))
         with bed.operation(100.0) as op:
             reply = bed.engine.batches.mount(request, op)
         assert reply.overlay is not None
@@ -271,5 +271,5 @@ def test_five_hundred_layers(tmp_path: Path, pack: Pack) -> None:
         assert adopted.lowerdirs == expected
         assert len(bed.engine.layers.list()) == MANY
         with bed.operation(100.0) as op:
-            bed.engine.batches.unmount(LayersUnmountRequest(layers=tuple(names), overlay="o"), op)
+            bed.engine.batches.unmount(LayersUnmount(layers=tuple(names), overlay="o"), op)
         assert not os.path.exists("/run/layers")

@@ -12,8 +12,8 @@ import pytest
 from guestagent.api import (
     DeviceScratch,
     DirectoryScratch,
-    LayersMountRequest,
-    LayersUnmountRequest,
+    LayersMount,
+    LayersUnmount,
     PathDevice,
     TmpfsScratch,
 )
@@ -146,7 +146,7 @@ def test_overlay_mount(
 
 def test_batch_mount_with_overlay(bed: EngineBed, pack: Pack) -> None:
     prepare(bed, mount_layer(pack, 3))
-    request = LayersMountRequest(
+    request = LayersMount(
         layers=tuple(pack.spec(number) for number in range(4)),
         overlay=overlay("o", "layer3", "layer0", scratch=TmpfsScratch(size_bytes=1 << 20)),
     )
@@ -187,7 +187,7 @@ def test_batch_unmount_with_overlay(bed: EngineBed, pack: Pack) -> None:
         *(mount_layer(pack, number) for number in range(3)),
         mount_overlay("o", *layers, scratch=TmpfsScratch(size_bytes=1 << 20)),
     )
-    request = LayersUnmountRequest(layers=layers, overlay="o")
+    request = LayersUnmount(layers=layers, overlay="o")
     assert fail_at_every_step(bed, lambda bed, op: bed.engine.batches.unmount(request, op)) >= 10
 
 
@@ -201,7 +201,7 @@ def cancel_when_blocked(bed: EngineBed, op: Operation, before: int) -> None:
 
 @pytest.mark.parametrize("what", ["layer", "batch", "unmount"])
 def test_cancelled_at_every_step(bed: EngineBed, pack: Pack, what: str) -> None:
-    batch = LayersMountRequest(
+    batch = LayersMount(
         layers=(pack.spec(0), pack.spec(1)), overlay=overlay("o", "layer0", "layer1")
     )
     mount = mount_layer(pack, 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from test_agent_crashes import SupervisedAgent
 
-from guestagent.api import LayersMountRequest, OverlaySpec
+from guestagent.api import LayersMount, OverlaySpec
 from guestagent.host.client import GuestAgent
 from tests.beds.agentbed import PROJECT, AgentProcess, Pack, attached_pack
 from vsock.client import Client
@@ -47,7 +47,7 @@ def samples(text: str) -> dict[str, float]:
 def mount_and_unmount(guest: GuestAgent, pack: Pack) -> None:
     specs = tuple(pack.spec(number) for number in range(3))
     guest.layers_mount(
-        LayersMountRequest(
+        LayersMount(
             layers=specs,
             overlay=OverlaySpec(overlay_id="o", layers=("layer0", "layer1", "layer2")),
         )

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import Device, PathDevice, PmemDevice, ScsiDevice, VirtioBlkDevice
+from guestagent.api import PathDevice, PmemDevice, ScsiDevice, VirtioBlkDevice
+from guestagent.api.devices import Device
 from guestagent.storage import blockdev
 from guestagent.storage.blockdev import BlockDevice
 from vsock.deadline import Deadline

@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from guestagent.api import LayersMountRequest
+from guestagent.api import LayersMount
 from rootfs.cli import image, layer
 from rootfs.pack.manifest import Manifest
 from rootfs.pack.pack import Pack
@@ -148,7 +148,7 @@ def test_a_wrong_root_digest_is_refused(run: Run) -> None:
 class FakeGuest:
     """Stands where a connection would be; keeps the request."""
 
-    request: LayersMountRequest
+    request: LayersMount
 
     def __init__(self, address: str) -> None:
         assert address == "unix:///agent"
@@ -159,7 +159,7 @@ class FakeGuest:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def layers_mount(self, request: LayersMountRequest) -> Any:
+    def layers_mount(self, request: LayersMount) -> Any:
         from vsock.errors import CallError
 
         type(self).request = request

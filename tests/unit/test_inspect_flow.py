@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from guestagent.api.inspect import FsDownload, FsLs
 from guestagent.host.client import GuestAgent
 from guestagent.host.client.streams import WINDOW_CHUNKS
 from guestagent.service.streams import MAX_STREAMS
 from tests.beds.inspectbed import WAIT_SECONDS, Bed, connect, peer_of, serving
 from tests.beds.peer import Peer
+from vsock.deadline import Deadline
 from vsock.errors import CallError, ConnectionClosed
 
 GIB = 1 << 30
@@ -175,7 +177,7 @@ def test_the_garbage_collector_takes_no_lock(guest: GuestAgent) -> None:
     stream = guest.fs_download_stream("sparse", layer_id="base")
     next(stream)
     msgid = stream._pending.msgid
-    with guest._streams._lock:
+    with guest._streams.lock:
         guest._streams._streams.pop(msgid)
         del stream
         gc.collect()
@@ -320,3 +322,43 @@ def _peak_bytes(pid: int) -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("no VmHWM")
+
+
+# --- in the process of the agent
+
+
+def test_the_service_streams_in_its_own_process(bed: Bed, tree: Path) -> None:
+    pieces: list[bytes] = []
+    names: list[bytes] = []
+    with Deadline(WAIT_SECONDS) as deadline:
+        request = FsDownload(path="big", layer_id="base")
+        reply = bed.service.stream(request, pieces.append, deadline=deadline)
+        bed.service.stream(FsLs(layer_id="base"), names.append, deadline=deadline)
+    assert b"".join(pieces) == (tree / "big").read_bytes()
+    assert max(map(len, pieces)) <= CHUNK_BYTES
+    assert (reply.size_bytes, reply.chunks) == (8 << 20, len(pieces))
+    assert sorted(names) == [b"big", b"small", b"sparse"]
+
+
+def test_a_stream_in_the_process_reads_no_further_than_its_reader(bed: Bed) -> None:
+    taken: list[bytes] = []
+
+    def take(piece: bytes) -> None:
+        taken.append(piece)
+        if len(taken) == 3:
+            raise CallError("cancelled", "enough")
+
+    with Deadline(WAIT_SECONDS) as deadline, pytest.raises(CallError, match="enough"):
+        bed.service.stream(FsDownload(path="big", layer_id="base"), take, deadline=deadline)
+    assert len(taken) == 3
+
+    def take_and_cancel(piece: bytes) -> None:
+        taken.append(piece)
+        deadline.cancel()
+
+    with Deadline(WAIT_SECONDS) as deadline, pytest.raises(CallError) as caught:
+        bed.service.stream(
+            FsDownload(path="sparse", layer_id="base"), take_and_cancel, deadline=deadline
+        )
+    assert caught.value.code == "cancelled"
+    assert len(taken) == 4

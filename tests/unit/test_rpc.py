@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from guestagent.api import ByteRange, LayersMountRequest, LayerSpec, OverlaySpec, PmemDevice, Verity
+from guestagent.api import ByteRange, LayersMount, LayerSpec, OverlaySpec, PmemDevice, Verity
 from vsock.errors import CODES, CallError, LocalProtocolError
 from vsock.rpc import (
     MAX_MSGID,
@@ -400,7 +400,7 @@ def test_limits_that_leave_no_room_are_refused(limits):
 @pytest.mark.parametrize("to_wire", ["to_wire", "to_sparse_wire"])
 def test_a_batch_of_500_verity_layers_with_their_overlay_fits_a_request(to_wire):
     names = [f"{number:064x}" for number in range(500)]
-    batch = LayersMountRequest(
+    batch = LayersMount(
         layers=tuple(
             LayerSpec(
                 layer_id=name,
@@ -418,4 +418,4 @@ def test_a_batch_of_500_verity_layers_with_their_overlay_fits_a_request(to_wire)
     )
     assert method == "layers.mount"
     del params["deadline_ms"]
-    assert LayersMountRequest.from_wire(params) == batch
+    assert LayersMount.from_wire(params) == batch

@@ -1,19 +1,27 @@
 """The service: every method has its function, every error its form, every subscriber its bounds."""
 
-import inspect
 import socket
 import threading
 import time
+import typing
 
 import msgpack
 import pytest
 
-from guestagent.api import METHODS, Event, LayerId
+from guestagent.api import METHODS, Event
+from guestagent.api.agent import AgentCancel, AgentStatus, AgentSubscribe
+from guestagent.api.layers import LayerGet, LayerVerify, VerifyReply
+from guestagent.api.observe import AgentLog
 from guestagent.config import Problem
 from guestagent.engine.events import EventLog
 from guestagent.engine.journal import Journal
+from guestagent.inspect.methods import DEVICE_LOOKS, LOOKS, STREAMS
+from guestagent.service.agent import AgentHandlers
 from guestagent.service.dispatch import QUICK_METHODS, Service
+from guestagent.service.layers import LayerHandlers
+from guestagent.service.streams import InspectHandlers
 from vsock.address import UnixAddress
+from vsock.deadline import Deadline
 from vsock.dial import listen
 from vsock.errors import CallError
 from vsock.rpc import Limits
@@ -130,11 +138,21 @@ def bed(tmp_path):
     bed.close()
 
 
-def test_every_method_has_its_function():
-    for name in METHODS:
-        function = getattr(Service, "_" + name.replace(".", "_"), None)
-        if function is not None:
-            assert len(inspect.signature(function).parameters) == 3
+def test_each_method_has_one_handler(bed):
+    parts = (AgentHandlers, LayerHandlers, InspectHandlers)
+    declared = [
+        function
+        for part in parts
+        for function in vars(part).values()
+        if hasattr(function, "handles")
+    ]
+    names = [function.handles.method for function in declared]
+    tables = [kind.method for table in (LOOKS, STREAMS, DEVICE_LOOKS) for kind in table]
+    assert sorted([*names, *tables, "fs.checksum_device"]) == sorted(METHODS)
+    for function in declared:
+        hints = typing.get_type_hints(function)
+        assert hints["return"] is function.handles.reply, function
+        assert function.handles in hints.values(), function
 
 
 def test_hello_agrees_on_a_version_and_status_tells_all(bed):
@@ -184,7 +202,7 @@ def test_a_bug_is_internal_and_tells_no_secrets(bed):
     assert error["code"] == "internal"
     assert "secret" not in str(error)
     assert "Traceback" not in str(error)
-    bed.engine.layers.answer = lambda layer_id: LayerId(layer_id=layer_id)
+    bed.engine.layers.answer = lambda layer_id: LayerGet(layer_id=layer_id)
     assert peer.ask("layer.get", layer_id="a") == (None, {"layer_id": "a"})
 
 
@@ -224,7 +242,7 @@ def test_a_subscriber_hears_and_stops_with_its_connection(bed):
     assert [item["sequence"] for item in caught_up["events"]] == [1, 2]
     peer.close()
     end = time.monotonic() + WAIT_SECONDS
-    followers = bed.service._subscribers._followers
+    followers = bed.service._agent._subscribers._followers
     while followers and time.monotonic() < end:
         bed.peer()
     assert not followers
@@ -269,3 +287,57 @@ def test_lists_are_made_one_after_the_other(bed):
     may_go_on.set()
     assert first.next()[2:] == [None, {"layers": []}]
     assert second.ask("layer.list") == (None, {"layers": []})
+
+
+# --- calls from this process
+
+
+def test_a_request_of_this_process_goes_the_same_way(bed):
+    bed.engine.layers.answer = lambda layer_id: LayerGet(layer_id=layer_id)
+    with Deadline(WAIT_SECONDS) as deadline:
+        assert bed.service.call(LayerGet(layer_id="a"), deadline=deadline).layer_id == "a"
+        status = bed.service.call(AgentStatus(), deadline=deadline)
+    assert status.problems == ("a is odd",)
+
+
+def test_an_error_in_this_process_is_a_call_error(bed):
+    def refuse(layer_id):
+        raise CallError("busy", "no")
+
+    bed.engine.layers.answer = refuse
+    with Deadline(WAIT_SECONDS) as deadline:
+        with pytest.raises(CallError, match="no") as caught:
+            bed.service.call(LayerGet(layer_id="a"), deadline=deadline)
+        assert caught.value.code == "busy"
+        bed.engine.layers.answer = lambda layer_id: 1 / 0
+        with pytest.raises(CallError) as caught:
+            bed.service.call(LayerGet(layer_id="a"), deadline=deadline)
+        assert caught.value.code == "internal"
+        assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "request_", [AgentSubscribe(), AgentCancel(msgid=1), AgentLog(follow=True)], ids=repr
+)
+def test_this_process_has_no_connection_to_act_on(bed, request_):
+    with Deadline(WAIT_SECONDS) as deadline, pytest.raises(CallError) as caught:
+        bed.service.call(request_, deadline=deadline)
+    assert caught.value.code == "unsupported"
+
+
+def test_progress_reaches_this_process(bed):
+    def verify(layer_id, operation, progress):
+        progress(1, 2)
+        return VerifyReply(
+            layer_id=layer_id, read_bytes=2, corrupt_blocks=(), status="V", timings_ms={}
+        )
+
+    bed.engine.layers.verify = verify
+    told = []
+    with Deadline(WAIT_SECONDS) as deadline:
+        bed.service.call(
+            LayerVerify(layer_id="a"),
+            deadline=deadline,
+            notify=lambda method, params: told.append((method, dict(params))),
+        )
+    assert told == [("agent.progress", {"msgid": 0, "done_bytes": 1, "total_bytes": 2})]

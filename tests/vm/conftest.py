@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import LayersMountRequest, LayerSpec, OverlaySpec, TmpfsScratch
+from guestagent.api import LayersMount, LayerSpec, OverlaySpec, TmpfsScratch
 from guestagent.host.client import GuestAgent
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel, cached_kernel
@@ -56,7 +56,7 @@ def mount_root(machine: Machine, pack: PackedLayers, *, connect_seconds: float) 
         machine.while_up() as up,
         GuestAgent(machine.agent_address(), connect_seconds=connect_seconds, until=up) as guest,
     ):
-        guest.layers_mount(LayersMountRequest(layers=tuple(specs), overlay=overlay))
+        guest.layers_mount(LayersMount(layers=tuple(specs), overlay=overlay))
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import (
-    Device,
     Event,
     LayerReport,
-    LayersMountRequest,
+    LayersMount,
     LayerSpec,
-    LayersUnmountRequest,
+    LayersUnmount,
     OverlaySpec,
     PmemDevice,
     ScsiDevice,
@@ -22,6 +21,7 @@ from guestagent.api import (
     Verity,
     VirtioBlkDevice,
 )
+from guestagent.api.devices import Device
 from guestagent.host.client import GuestAgent
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import cached_kernel
@@ -154,7 +154,7 @@ def test_a_batch_with_its_overlay(bed: Bed) -> None:
     overlay = OverlaySpec(
         overlay_id="root", layers=LAYERS, scratch=TmpfsScratch(size_bytes=1 << 20)
     )
-    request = LayersMountRequest(layers=tuple(map(bed.spec, LAYERS)), overlay=overlay)
+    request = LayersMount(layers=tuple(map(bed.spec, LAYERS)), overlay=overlay)
     reply = bed.guest.layers_mount(request)
     assert [layer.layer_id for layer in reply.layers] == list(LAYERS)
     assert reply.overlay is not None
@@ -163,7 +163,7 @@ def test_a_batch_with_its_overlay(bed: Bed) -> None:
         bed.guest.layer_unmount("middle")
     assert caught.value.code == "busy"
     assert "overlay root" in (caught.value.hint or "")
-    bed.guest.layers_unmount(LayersUnmountRequest(layers=LAYERS, overlay="root"))
+    bed.guest.layers_unmount(LayersUnmount(layers=LAYERS, overlay="root"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The host's handle on an agent; see ``guestagent.host.client.handle``, for asyncio ``.aio``."""
+"""The host's handle on an agent: ``handle`` for threads, ``aio`` for asyncio."""
 
 from guestagent.host.client.events import ALL_EVENTS, EVENT_BITS, event_mask
 from guestagent.host.client.handle import GuestAgent

@@ -1,39 +1,176 @@
-"""The host's handle on one agent for asyncio: the twin of ``GuestAgent``.
+"""The host's handle on one agent for asyncio: one ``call`` for every request of the contract.
 
 async with AsyncGuestAgent("hybrid:///run/vm.vsock:1024") as guest:
-    await guest.layer_mount(LayerSpec(layer_id="base", device=PmemDevice(number=0), ...))
-    async for name in await guest.fs_ls("/", layer_id="base"):
+    report = await guest.call(LayerSpec(layer_id="base", device=PmemDevice(number=0), ...))
+    async for name in await guest.stream(FsLs(path="/", layer_id="base")):
         ...
 """
 
+import asyncio
+import contextlib
+import os
+from collections import deque
 from collections.abc import Mapping
-from typing import Self
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Generic, Self, TypeVar
 
 from guestagent import __version__
-from guestagent.api import Empty, Event, EventsReply, EventsRequest, HelloReply, SubscribeReply
-from guestagent.api.observe import LogReply, LogRequest
-from guestagent.host.client.aio_inspect import AsyncInspectMethods
-from guestagent.host.client.aio_inspect_devices import AsyncDeviceMethods
+from guestagent.api.agent import AgentMore, HelloReply, SubscribeReply
+from guestagent.api.inspect import StreamRequest
+from guestagent.api.observe import LogReply
+from guestagent.api.request import Request
 from guestagent.host.client.aio_link import AsyncLink
-from guestagent.host.client.aio_methods import AsyncAgentMethods
-from guestagent.host.client.aio_streams import AsyncStreams
-from guestagent.host.client.events import ALL_EVENTS, EventCallback, EventHub
-from guestagent.host.client.handle import LogCallback
+from guestagent.host.client.events import ALL_EVENTS, EventCallback, Feeds, LogCallback, Steps
 from guestagent.host.client.link import HELLO_MS, Traceparent
+from guestagent.host.client.methods import STREAM_DEADLINE_MS
+from guestagent.host.client.streams import (
+    CANCEL_SECONDS,
+    ByteTarget,
+    Chunks,
+    ProgressCallback,
+    StreamTable,
+    atomic_write,
+    stream_params,
+)
 from vsock.address import Address
-from vsock.aio import AsyncClient
-from vsock.client import ClosedHandleError
+from vsock.aio import AsyncClient, AsyncPendingCall
+from vsock.client import MARGIN_SECONDS, ClosedHandleError
+from vsock.errors import CallError, ConnectionClosed, RpcError
 from vsock.record import Record
 
-__all__ = ("AsyncGuestAgent",)
+__all__ = ("AsyncFsStream", "AsyncGuestAgent")
+
+R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 
 
-class AsyncGuestAgent(AsyncAgentMethods, AsyncInspectMethods, AsyncDeviceMethods):
+class AsyncFsStream(Generic[T]):
+    """An answer piece by piece: an asynchronous iterator and context manager.
+
+    As ``FsStream``: the agent waits while nothing is taken, and leaving the block cancels the rest.
+    """
+
+    def __init__(
+        self,
+        link: AsyncLink,
+        table: StreamTable,
+        request: StreamRequest[Record, T],
+        pending: AsyncPendingCall,
+        timeout_seconds: float,
+    ) -> None:
+        self._link = link
+        self._table = table
+        self._pending = pending
+        self._chunks = Chunks(request)
+        self._items: deque[T] = deque()
+        self._changed = asyncio.Event()
+        self._waiter = asyncio.create_task(self._await_answer(timeout_seconds))
+
+    @property
+    def reply(self) -> Mapping[str, object]:
+        """The final reply. Only after the end of the iteration."""
+        return self._chunks.reply
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        """Return the next piece.
+
+        Raises:
+            CallError: what the agent answered in the end.
+            ConnectionClosed: the connection ended before the answer.
+        """
+        try:
+            while not self._items:
+                items = await self._next_items()
+                if items is None:
+                    await self.aclose()
+                    raise StopAsyncIteration
+                self._items.extend(items)
+        except (RpcError, OSError):
+            await self.aclose()
+            raise
+        return self._items.popleft()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancel what is still to come, and wait until the agent has let go. Idempotent."""
+        if not self._pending.done:
+            # where the peer cannot be asked, its answer will not come either
+            with contextlib.suppress(ConnectionClosed):
+                await self._pending.cancel()
+            await asyncio.wait((self._waiter,), timeout=CANCEL_SECONDS)
+            self._pending.forget()
+        await asyncio.wait((self._waiter,))
+        self._table.drop(self._pending.msgid, self)
+        self._chunks.close()
+        self._items.clear()
+
+    async def drain(self) -> Mapping[str, object]:
+        """Read to the end and return the final reply."""
+        async for _ in self:
+            pass
+        return self.reply
+
+    async def save(self, target: ByteTarget) -> Mapping[str, object]:
+        """Write a stream of bytes to ``target``, to its end; return the final reply."""
+        async with self:
+            if isinstance(target, (str, os.PathLike)):
+                with atomic_write(Path(target)) as file:
+                    await self._write_to(file)
+                    # the long part of an atomic write, where the event loop would wait for a disk
+                    await asyncio.to_thread(_flush_to_disk, file)
+            else:
+                await self._write_to(target)
+            return self.reply
+
+    async def _write_to(self, file: BinaryIO) -> None:
+        async for piece in self:
+            file.write(piece)  # type: ignore[call-overload]  # T is bytes
+
+    def take(self, chunk: Mapping[str, object]) -> None:
+        """Receive a chunk; for ``StreamTable``."""
+        self._chunks.take(chunk)
+        self._changed.set()
+
+    async def _await_answer(self, timeout_seconds: float) -> None:
+        reply, error = None, None
+        try:
+            reply = await self._pending.result(timeout_seconds)
+        except (CallError, ConnectionClosed) as problem:
+            error = problem
+        self._chunks.answer(reply, error)
+        self._changed.set()
+
+    async def _next_items(self) -> list[T] | None:
+        more = self._chunks.handled()
+        if more is not None:
+            request = AgentMore(msgid=self._pending.msgid, sequence=more)
+            await self._link.start_call(request.method, request.to_wire())
+        while not self._chunks.is_ready and not self._chunks.is_answered:
+            self._changed.clear()
+            await self._changed.wait()
+        return self._chunks.next_items()
+
+
+class AsyncGuestAgent:
     """A connection to an agent, for the tasks of one event loop. Connects when it is entered.
 
-    The methods are those of ``GuestAgent``, as coroutines, with the same arguments, replies and
-    errors; methods that answer piece by piece return an asynchronous iterator, which is a context
-    manager, too. Callbacks are plain functions, called by the event loop.
+    ``call`` sends any request; errors and reconnecting are as of ``GuestAgent``. A task that is
+    cancelled while it waits cancels its request. Callbacks are plain functions, called by the event
+    loop.
     """
 
     def __init__(
@@ -52,12 +189,8 @@ class AsyncGuestAgent(AsyncAgentMethods, AsyncInspectMethods, AsyncDeviceMethods
             ValueError: the address is none.
         """
         self._deadline_ms = deadline_ms
-        self._hub = EventHub()
-        self._held: list[Event] | None = None
-        self._is_subscribed = False
-        self._on_log: LogCallback | None = None
-        self._log_level = "info"
-        self._log_place = 0
+        self._feeds = Feeds()
+        self._streams = StreamTable()
         self._link = AsyncLink(
             address,
             name=name,
@@ -67,7 +200,6 @@ class AsyncGuestAgent(AsyncAgentMethods, AsyncInspectMethods, AsyncDeviceMethods
             on_notification=self._notified,
             on_reconnect=self._catch_up,
         )
-        self._streams = AsyncStreams(self._link)
 
     @property
     def hello(self) -> HelloReply:
@@ -107,14 +239,50 @@ class AsyncGuestAgent(AsyncAgentMethods, AsyncInspectMethods, AsyncDeviceMethods
         return self._link.reconnects
 
     async def call(
-        self, method: str, request: Record, *, deadline_ms: int | None = None
-    ) -> dict[str, object]:
-        """Send any request of the contract and return the reply as a plain map."""
-        reply = await self._link.call(
-            method, request.to_sparse_wire(), deadline_ms=deadline_ms or self._deadline_ms
+        self,
+        request: Request[R],
+        *,
+        deadline_ms: int | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> R:
+        """Send a request and return its reply.
+
+        ``deadline_ms`` is the handle's by default. ``progress`` gets (done_bytes, total_bytes),
+        where 0 in all means unknown.
+        """
+        deadline_ms = deadline_ms or self._deadline_ms
+        pending = await self._link.start_call(
+            request.method, request.to_sparse_wire(), deadline_ms=deadline_ms
         )
-        assert isinstance(reply, dict)
-        return reply
+        with self._streams.lock:
+            self._streams.add(pending.msgid, None, progress)
+        try:
+            value = await pending.result(deadline_ms / 1000 + MARGIN_SECONDS)
+        except asyncio.CancelledError:
+            with contextlib.suppress(ConnectionClosed):
+                await pending.cancel()
+            raise
+        finally:
+            pending.forget()
+            self._streams.drop(pending.msgid, None)
+        return request.read_reply(value)
+
+    async def stream(
+        self,
+        request: StreamRequest[Record, T],
+        *,
+        deadline_ms: int = STREAM_DEADLINE_MS,
+        progress: ProgressCallback | None = None,
+    ) -> AsyncFsStream[T]:
+        """Send a request whose answer comes in chunks; iterate over its items."""
+        pending = await self._link.start_call(
+            request.method, stream_params(request), deadline_ms=deadline_ms
+        )
+        seconds = deadline_ms / 1000 + MARGIN_SECONDS
+        stream = AsyncFsStream(self._link, self._streams, request, pending, seconds)
+        with self._streams.lock:
+            self._streams.add(pending.msgid, stream, progress)
+        return stream
 
     # --- events
 
@@ -123,8 +291,8 @@ class AsyncGuestAgent(AsyncAgentMethods, AsyncInspectMethods, AsyncDeviceMethods
 
         The reply has the number of the last event before.
         """
-        self._hub.add(callback, mask)
-        return await self._subscribe()
+        self._feeds.add(callback, mask)
+        return await self._run(self._feeds.subscribe())
 
     async def set_event_callback(self, callback: EventCallback, mask: int = ALL_EVENTS) -> int:
         """As ``subscribe``; return what ``delete_event_callback`` takes.
@@ -134,14 +302,14 @@ class AsyncGuestAgent(AsyncAgentMethods, AsyncInspectMethods, AsyncDeviceMethods
         Raises:
             ValueError: the mask holds no bits of events, or others.
         """
-        number = self._hub.add(callback, mask)
-        if not self._is_subscribed:
-            await self._subscribe()
+        number = self._feeds.add(callback, mask)
+        if not self._feeds.is_subscribed:
+            await self._run(self._feeds.subscribe())
         return number
 
-    async def delete_event_callback(self, number: int) -> bool:
+    def delete_event_callback(self, number: int) -> bool:
         """Call it no more; return False when there is no such callback."""
-        return self._hub.remove(number)
+        return self._feeds.remove(number)
 
     async def follow_log(
         self, callback: LogCallback, *, since: int | None = None, level: str = "info"
@@ -151,69 +319,34 @@ class AsyncGuestAgent(AsyncAgentMethods, AsyncInspectMethods, AsyncDeviceMethods
         With ``since``, first those after that number; negative, so many from the end. The reply
         holds none of them. A second call replaces the callback.
         """
-        start = (await self.log(-1, level="error")).next if since is None else since
-        self._on_log, self._log_level = callback, level
-        request = LogRequest(since=start, level=level, follow=True)
-        reply = LogReply.from_wire(await self.call("agent.log", request), "reply")
-        self._take_log(reply)
-        return reply.replace(lines=())
+        return await self._run(self._feeds.follow_log(callback, since, level))
 
     # --- inside
 
-    async def _subscribe(self) -> SubscribeReply:
-        self._is_subscribed = True
-        reply = SubscribeReply.from_wire(await self.call("agent.subscribe", Empty()), "reply")
-        self._hub.begin(reply.sequence)
-        return reply
+    async def _run(self, steps: Steps[T], client: AsyncClient | None = None) -> T:
+        """Send the requests of some steps, on a new connection where one is given."""
+        with contextlib.closing(steps):
+            reply = None
+            while True:
+                try:
+                    request = steps.send(reply)
+                except StopIteration as end:
+                    return end.value  # type: ignore[no-any-return]
+                if client is None:
+                    reply = await self.call(request)
+                else:
+                    params = request.to_sparse_wire()
+                    value = await client.call(request.method, params, deadline_ms=HELLO_MS)
+                    reply = request.read_reply(value)
 
     def _notified(self, method: str, params: Mapping[str, object]) -> None:
-        if method == "agent.event":
-            event = Event.from_wire(params, "event")
-            if self._held is None:
-                self._hub.deliver(event)
-            else:
-                self._held.append(event)
-        elif method == "agent.chunk":
-            self._streams.chunk(params)
-        elif method == "agent.progress":
-            self._streams.progress(params)
-        elif method == "agent.log":
-            self._take_log(LogReply.from_wire(params, "log"))
-
-    def _take_log(self, reply: LogReply) -> None:
-        for line in reply.lines:
-            if self._on_log is not None and line.number > self._log_place:
-                self._on_log(line)
-        self._log_place = max(self._log_place, reply.next)
+        self._streams.notified(method, params)
+        self._feeds.notified(method, params)
 
     async def _catch_up(self, client: AsyncClient) -> None:
-        """Follow events and log on a new connection, and hand on what was missed before it."""
-        if self._is_subscribed:
-            self._held = []
-            try:
-                await client.call("agent.subscribe", {}, deadline_ms=HELLO_MS)
-                missed = await self._missed(client)
-            finally:
-                held, self._held = self._held, None
-            for event in (*missed, *held):
-                self._hub.deliver(event)
-        if self._on_log is not None:
-            request = LogRequest(since=self._log_place, level=self._log_level, follow=True)
-            answer = await client.call("agent.log", request.to_wire(), deadline_ms=HELLO_MS)
-            reply = LogReply.from_wire(answer, "reply")
-            if reply.next < self._log_place:  # of another boot
-                self._log_place = 0
-            self._take_log(reply)
+        await self._run(self._feeds.catch_up(), client)
 
-    async def _missed(self, client: AsyncClient) -> tuple[Event, ...]:
-        since = EventsRequest(since=self._hub.sequence).to_wire()
-        reply = await client.call("agent.events", since, deadline_ms=HELLO_MS)
-        missed = EventsReply.from_wire(reply, "reply")
-        if missed.sequence < self._hub.sequence:  # another boot counts from 1 again
-            self._hub.sequence = 0
-            again = await client.call("agent.events", {"since": 0}, deadline_ms=HELLO_MS)
-            missed = EventsReply.from_wire(again, "reply")
-        if missed.events and missed.dropped:
-            first = missed.events[0].replace(dropped=missed.dropped)
-            return (first, *missed.events[1:])
-        return missed.events
+
+def _flush_to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

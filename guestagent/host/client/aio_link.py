@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
-from guestagent.api import PROTOCOL_VERSIONS, HelloReply, HelloRequest
+from guestagent.api.agent import PROTOCOL_VERSIONS, AgentHello, HelloReply
 from guestagent.host.client.link import (
     FIRST_PAUSE_SECONDS,
     MOST_PAUSE_SECONDS,
@@ -66,11 +66,6 @@ class AsyncLink:
             self._reviver = asyncio.create_task(self._revive())
         return self.hello
 
-    async def call(self, method: str, params: Mapping[str, object], *, deadline_ms: int) -> object:
-        """Call a method; see ``AsyncClient.call``."""
-        client = await self._usable()
-        return await client.call(method, self._with_common(params), deadline_ms=deadline_ms)
-
     async def start_call(
         self, method: str, params: Mapping[str, object], *, deadline_ms: int | None = None
     ) -> AsyncPendingCall:
@@ -114,7 +109,7 @@ class AsyncLink:
             until=whole,
         )
         try:
-            request = HelloRequest(versions=PROTOCOL_VERSIONS, client=self._name).to_wire()
+            request = AgentHello(versions=PROTOCOL_VERSIONS, client=self._name).to_wire()
             seconds = hello_seconds(self._connect_seconds)
             reply = await client.call("agent.hello", request, timeout_seconds=seconds)
             return client, HelloReply.from_wire(reply, "reply")

@@ -1,14 +1,34 @@
-"""Events as bits, and who is called for which."""
+"""The events and the log that a handle follows, without input or output.
+
+Both handles drive the same steps: a generator that yields each request to send, is sent its reply,
+and returns the result.
+"""
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, TypeVar
 
-from guestagent.api import EVENT_KINDS, Event
+from guestagent.api.agent import EVENT_KINDS, AgentEvents, AgentSubscribe, Event, SubscribeReply
+from guestagent.api.observe import AgentLog, LogLine, LogReply
+from guestagent.api.request import Request
+from vsock.record import Record
 
-__all__ = ("ALL_EVENTS", "EVENT_BITS", "EventCallback", "EventHub", "event_mask")
+__all__ = (
+    "ALL_EVENTS",
+    "EVENT_BITS",
+    "EventCallback",
+    "Feeds",
+    "LogCallback",
+    "Steps",
+    "event_mask",
+)
 
 EventCallback = Callable[[Event], None]
+LogCallback = Callable[[LogLine], None]
+
+T = TypeVar("T")
+#: Yields requests, is sent their replies, returns the result.
+Steps = Generator[Request[Record], Any, T]
 
 #: Kind of event -> its bit.
 EVENT_BITS: dict[str, int] = {kind: 1 << place for place, kind in enumerate(EVENT_KINDS)}
@@ -29,29 +49,28 @@ def event_mask(*kinds: str) -> int:
     return mask
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Entry:
-    callback: EventCallback
-    mask: int
+class Feeds:
+    """Hands events and lines of the log to callbacks: each once, in order, also over reconnects.
 
-
-class EventHub:
-    """Calls the callbacks whose mask has an event's bit; one event after the other, each once.
-
-    What comes twice, because a connection was lost between the two, is known by its number.
+    Thread-safe. One callback runs at a time.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        #: Held while events are handed on, so that those caught up on come before later ones.
-        self.order = threading.RLock()
-        self._entries: dict[int, _Entry] = {}
-        self._next = 1
+        #: Held while callbacks run, so that what was missed comes before what is new.
+        self._order = threading.RLock()
+        self._callbacks: dict[int, tuple[EventCallback, int]] = {}
+        self._next_number = 1
+        self._is_subscribed = False
+        #: Events that arrived while missed ones are fetched, None outside of that.
+        self._held: list[Event] | None = None
         #: The number of the last event that was handed on.
         self.sequence = 0
+        self._on_log: LogCallback | None = None
+        self._log_level = "info"
+        self._log_place = 0
 
-    def __bool__(self) -> bool:
-        return bool(self._entries)
+    # --- events
 
     def add(self, callback: EventCallback, mask: int) -> int:
         """Return the number by which ``remove`` knows the callback.
@@ -62,29 +81,109 @@ class EventHub:
         if not 0 < mask <= ALL_EVENTS:
             raise ValueError(f"mask {mask:#x} is not made of EVENT_BITS")
         with self._lock:
-            number = self._next
-            self._next += 1
-            self._entries[number] = _Entry(callback=callback, mask=mask)
+            number = self._next_number
+            self._next_number += 1
+            self._callbacks[number] = callback, mask
             return number
 
     def remove(self, number: int) -> bool:
         """Return False when there is no such callback."""
         with self._lock:
-            return self._entries.pop(number, None) is not None
+            return self._callbacks.pop(number, None) is not None
 
-    def begin(self, sequence: int) -> None:
-        """Note that events up to ``sequence`` were before anyone asked."""
-        with self.order:
-            self.sequence = max(self.sequence, sequence)
+    @property
+    def is_subscribed(self) -> bool:
+        """Whether the agent was asked for events."""
+        return self._is_subscribed
+
+    def subscribe(self) -> Steps[SubscribeReply]:
+        """Ask for events. Those before the reply are not missed by any callback."""
+        self._is_subscribed = True
+        reply: SubscribeReply = yield AgentSubscribe()
+        with self._order:
+            self.sequence = max(self.sequence, reply.sequence)
+        return reply
 
     def deliver(self, event: Event) -> None:
         """Hand on an event that was not handed on before."""
-        with self.order:
+        with self._order:
             if event.sequence <= self.sequence:
                 return
             self.sequence = event.sequence
             bit = EVENT_BITS.get(event.kind, 0)
             with self._lock:
-                wanted = [entry for entry in self._entries.values() if entry.mask & bit]
-            for entry in wanted:
-                entry.callback(event)
+                wanted = [callback for callback, mask in self._callbacks.values() if mask & bit]
+            for callback in wanted:
+                callback(event)
+
+    # --- the log
+
+    def follow_log(self, callback: LogCallback, since: int | None, level: str) -> Steps[LogReply]:
+        """Ask for lines of the log after ``since``; None is from now on."""
+        if since is None:
+            last: LogReply = yield AgentLog(since=-1, level="error")
+            since = last.next
+        self._on_log, self._log_level = callback, level
+        reply: LogReply = yield AgentLog(since=since, level=level, follow=True)
+        self._take_log(reply)
+        return reply.replace(lines=())
+
+    def _take_log(self, reply: LogReply) -> None:
+        callback = self._on_log
+        with self._order:
+            for line in reply.lines:
+                if callback is not None and line.number > self._log_place:
+                    callback(line)
+            self._log_place = max(self._log_place, reply.next)
+
+    # --- both
+
+    def notified(self, method: str, params: Mapping[str, object]) -> None:
+        """Take a notification ``agent.event`` or ``agent.log``; others are ignored."""
+        if method == "agent.event":
+            event = Event.from_wire(params, "event")
+            with self._lock:
+                if self._held is not None:
+                    self._held.append(event)
+                    return
+            self.deliver(event)
+        elif method == "agent.log":
+            self._take_log(LogReply.from_wire(params, "log"))
+
+    def catch_up(self) -> Steps[None]:
+        """Follow events and log on a new connection; hand on what was missed before it."""
+        if self._is_subscribed:
+            yield from self._catch_up_events()
+        if self._on_log is not None:
+            reply: LogReply = yield AgentLog(
+                since=self._log_place, level=self._log_level, follow=True
+            )
+            if reply.next < self._log_place:  # of another boot
+                self._log_place = 0
+            self._take_log(reply)
+
+    def _catch_up_events(self) -> Steps[None]:
+        with self._lock:
+            self._held = []
+        missed: tuple[Event, ...] = ()
+        try:
+            yield AgentSubscribe()
+            missed = yield from self._missed()
+        finally:
+            with self._order:
+                for event in missed:
+                    self.deliver(event)
+                with self._lock:
+                    held, self._held = self._held or [], None
+                for event in held:
+                    self.deliver(event)
+
+    def _missed(self) -> Steps[tuple[Event, ...]]:
+        reply = yield AgentEvents(since=self.sequence)
+        if reply.sequence < self.sequence:  # another boot counts from 1 again
+            self.sequence = 0
+            reply = yield AgentEvents(since=0)
+        events: tuple[Event, ...] = reply.events
+        if events and reply.dropped:
+            return (events[0].replace(dropped=reply.dropped), *events[1:])
+        return events

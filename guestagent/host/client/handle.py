@@ -1,39 +1,50 @@
-"""The host's handle on one agent: typed methods, one for each RPC.
+"""The host's handle on one agent, for threads: a typed method for each RPC.
 
     with GuestAgent("hybrid:///run/vm.vsock:1024") as guest:
         guest.layer_mount(LayerSpec(layer_id="base", device=PmemDevice(number=0), ...))
+        guest.call(LayerGet(layer_id="base"))  # any request of the contract, the same
 
-Requests and replies are the records of ``guestagent.api``. ``guestagent.host.client.aio`` has
-the twin for asyncio.
+Requests and replies are the records of ``guestagent.api``. ``guestagent.host.client.aio`` has the
+handle for asyncio.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import closing, nullcontext
+from typing import TypeVar
 
 from guestagent import __version__
-from guestagent.api import Empty, Event, EventsReply, EventsRequest, SubscribeReply
-from guestagent.api.observe import LogLine, LogReply, LogRequest
-from guestagent.host.client.events import ALL_EVENTS, EventCallback, EventHub
-from guestagent.host.client.inspect import InspectMethods
-from guestagent.host.client.inspect_devices import DeviceMethods
+from guestagent.api.agent import SubscribeReply
+from guestagent.api.inspect import StreamRequest
+from guestagent.api.observe import LogReply
+from guestagent.api.request import Request
+from guestagent.host.client.events import ALL_EVENTS, EventCallback, Feeds, LogCallback, Steps
+from guestagent.host.client.fs import FsMethods
 from guestagent.host.client.link import HELLO_MS, Link, Traceparent
-from guestagent.host.client.methods import AgentMethods
-from guestagent.host.client.streams import Streams
+from guestagent.host.client.methods import STREAM_DEADLINE_MS, AgentMethods
+from guestagent.host.client.streams import (
+    HAND_OVER_SECONDS,
+    FsStream,
+    ProgressCallback,
+    StreamTable,
+)
 from vsock.address import Address
-from vsock.client import Client
+from vsock.client import MARGIN_SECONDS, Client
 from vsock.deadline import Deadline
+from vsock.errors import RpcError
 from vsock.record import Record
 
 __all__ = ("GuestAgent", "LogCallback")
 
-LogCallback = Callable[[LogLine], None]
+R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 
 
-class GuestAgent(AgentMethods, InspectMethods, DeviceMethods):
+class GuestAgent(AgentMethods, FsMethods):
     """A connection to an agent that has said hello. A context manager.
 
     Every method may be called from any thread; calls from several threads are in flight at once.
-    Each RPC has a method of its name: ``layer.mount`` is ``layer_mount``, ``agent.status`` is
-    ``status``. All of them raise:
+    ``call`` sends any request and returns its reply. Each RPC has a method of its name as well:
+    ``layer.mount`` is ``layer_mount``, ``agent.status`` is ``status``. All of them raise:
 
         CallError         the agent's answer: ``code`` (decide by it), ``message`` (for a person),
                           ``errno`` (this machine's number, or None), ``step``, ``object``, ``hint``
@@ -75,20 +86,17 @@ class GuestAgent(AgentMethods, InspectMethods, DeviceMethods):
             reconnect: make a lost connection again.
             traceparent: W3C trace context for every request, or what returns it for each; the
                 agent's log and events carry it.
-            name: what the agent may log of who is there.
+            name: what the agent may log as the name of the client.
             until: when it passes or is cancelled, connecting ends, and so does the connection;
-                calls in flight raise ``ConnectionClosed``. For who gives up from another thread.
+                calls in flight raise ``ConnectionClosed``. For giving up from another thread.
 
         Raises:
             ValueError: the address is none.
             ConnectionClosed: nobody answered in time, or ``until`` was over.
         """
         self._deadline_ms = deadline_ms
-        self._hub = EventHub()
-        self._is_subscribed = False
-        self._on_log: LogCallback | None = None
-        self._log_level = "info"
-        self._log_place = 0
+        self._feeds = Feeds()
+        self._streams = StreamTable()
         self._link = Link(
             address,
             name=name,
@@ -99,7 +107,6 @@ class GuestAgent(AgentMethods, InspectMethods, DeviceMethods):
             on_reconnect=self._catch_up,
             until=until,
         )
-        self._streams = Streams(self._link)
         #: What the agent answered to the first hello: version, features, limits, boot.
         self.hello = self._link.hello
 
@@ -128,14 +135,48 @@ class GuestAgent(AgentMethods, InspectMethods, DeviceMethods):
         return self._link.client
 
     def call(
-        self, method: str, request: Record, *, deadline_ms: int | None = None
-    ) -> dict[str, object]:
-        """Send any request of the contract and return the reply as a plain map."""
-        reply = self._link.call(
-            method, request.to_sparse_wire(), deadline_ms=deadline_ms or self._deadline_ms
+        self,
+        request: Request[R],
+        *,
+        deadline_ms: int | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> R:
+        """Send a request and return its reply. An exception meanwhile cancels the request.
+
+        ``deadline_ms`` is the handle's by default. ``progress`` gets (done_bytes, total_bytes) on a
+        thread of the handle's, where 0 in all means unknown.
+        """
+        deadline_ms = deadline_ms or self._deadline_ms
+        with self._streams.lock if progress is not None else nullcontext():
+            pending = self._link.start_call(
+                request.method, request.to_sparse_wire(), deadline_ms=deadline_ms
+            )
+            self._streams.add(pending.msgid, None, progress)
+        try:
+            value = pending.result(deadline_ms / 1000 + MARGIN_SECONDS)
+            if progress is not None:  # what was told before the answer comes before it here
+                self._link.wait_for_callbacks(HAND_OVER_SECONDS)
+        except RpcError:
+            raise
+        except BaseException:
+            pending.cancel()
+            raise
+        finally:
+            pending.forget()
+            self._streams.drop(pending.msgid, None)
+        return request.read_reply(value)
+
+    def stream(
+        self,
+        request: StreamRequest[Record, T],
+        *,
+        deadline_ms: int = STREAM_DEADLINE_MS,
+        progress: ProgressCallback | None = None,
+    ) -> FsStream[T]:
+        """Send a request whose answer comes in chunks; iterate over its items."""
+        return FsStream(
+            self._link, self._streams, request, deadline_ms=deadline_ms, progress=progress
         )
-        assert isinstance(reply, dict)
-        return reply
 
     # --- events
 
@@ -144,8 +185,8 @@ class GuestAgent(AgentMethods, InspectMethods, DeviceMethods):
 
         The reply has the number of the last event before.
         """
-        self._hub.add(callback, mask)
-        return self._subscribe()
+        self._feeds.add(callback, mask)
+        return self._run(self._feeds.subscribe())
 
     def set_event_callback(self, callback: EventCallback, mask: int = ALL_EVENTS) -> int:
         """As ``subscribe``; return what ``delete_event_callback`` takes.
@@ -155,14 +196,14 @@ class GuestAgent(AgentMethods, InspectMethods, DeviceMethods):
         Raises:
             ValueError: the mask holds no bits of events, or others.
         """
-        number = self._hub.add(callback, mask)
-        if not self._is_subscribed:
-            self._subscribe()
+        number = self._feeds.add(callback, mask)
+        if not self._feeds.is_subscribed:
+            self._run(self._feeds.subscribe())
         return number
 
     def delete_event_callback(self, number: int) -> bool:
         """Call it no more; return False when there is no such callback."""
-        return self._hub.remove(number)
+        return self._feeds.remove(number)
 
     def follow_log(
         self, callback: LogCallback, *, since: int | None = None, level: str = "info"
@@ -172,63 +213,29 @@ class GuestAgent(AgentMethods, InspectMethods, DeviceMethods):
         With ``since``, first those after that number; negative, so many from the end. The reply
         holds none of them. A second call replaces the callback.
         """
-        start = self.log(-1, level="error").next if since is None else since
-        self._on_log, self._log_level = callback, level
-        request = LogRequest(since=start, level=level, follow=True)
-        reply = LogReply.from_wire(self.call("agent.log", request), "reply")
-        self._take_log(reply)
-        return reply.replace(lines=())
+        return self._run(self._feeds.follow_log(callback, since, level))
 
     # --- inside
 
-    def _subscribe(self) -> SubscribeReply:
-        self._is_subscribed = True
-        reply = SubscribeReply.from_wire(self.call("agent.subscribe", Empty()), "reply")
-        self._hub.begin(reply.sequence)
-        return reply
+    def _run(self, steps: Steps[T], client: Client | None = None) -> T:
+        """Send the requests of some steps, on a new connection where one is given."""
+        with closing(steps):
+            reply = None
+            while True:
+                try:
+                    request = steps.send(reply)
+                except StopIteration as end:
+                    return end.value  # type: ignore[no-any-return]
+                if client is None:
+                    reply = self.call(request)
+                else:
+                    params = request.to_sparse_wire()
+                    value = client.call(request.method, params, deadline_ms=HELLO_MS)
+                    reply = request.read_reply(value)
 
     def _notified(self, method: str, params: Mapping[str, object]) -> None:
-        if method == "agent.event":
-            self._hub.deliver(Event.from_wire(params, "event"))
-        elif method == "agent.chunk":
-            self._streams.chunk(params)
-        elif method == "agent.progress":
-            self._streams.progress(params)
-        elif method == "agent.log":
-            self._take_log(LogReply.from_wire(params, "log"))
-
-    def _take_log(self, reply: LogReply) -> None:
-        callback = self._on_log
-        with self._hub.order:
-            for line in reply.lines:
-                if callback is not None and line.number > self._log_place:
-                    callback(line)
-            self._log_place = max(self._log_place, reply.next)
+        self._streams.notified(method, params)
+        self._feeds.notified(method, params)
 
     def _catch_up(self, client: Client) -> None:
-        """Follow events and log on a new connection, and hand on what was missed before it."""
-        with self._hub.order:
-            if self._is_subscribed:
-                client.call("agent.subscribe", {}, deadline_ms=HELLO_MS)
-                for event in self._missed(client):
-                    self._hub.deliver(event)
-        if self._on_log is not None:
-            request = LogRequest(since=self._log_place, level=self._log_level, follow=True)
-            answer = client.call("agent.log", request.to_wire(), deadline_ms=HELLO_MS)
-            reply = LogReply.from_wire(answer, "reply")
-            if reply.next < self._log_place:  # of another boot
-                self._log_place = 0
-            self._take_log(reply)
-
-    def _missed(self, client: Client) -> tuple[Event, ...]:
-        since = EventsRequest(since=self._hub.sequence).to_wire()
-        reply = client.call("agent.events", since, deadline_ms=HELLO_MS)
-        missed = EventsReply.from_wire(reply, "reply")
-        if missed.sequence < self._hub.sequence:  # another boot counts from 1 again
-            self._hub.sequence = 0
-            again = client.call("agent.events", {"since": 0}, deadline_ms=HELLO_MS)
-            missed = EventsReply.from_wire(again, "reply")
-        if missed.events and missed.dropped:
-            first = missed.events[0].replace(dropped=missed.dropped)
-            return (first, *missed.events[1:])
-        return missed.events
+        self._run(self._feeds.catch_up(), client)

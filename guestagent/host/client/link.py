@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from guestagent.api import PROTOCOL_VERSIONS, HelloReply, HelloRequest
+from guestagent.api.agent import PROTOCOL_VERSIONS, AgentHello, HelloReply
 from vsock.address import Address, parse_address
 from vsock.client import Client, ClosedHandleError, NotificationCallback, PendingCall
 from vsock.deadline import Deadline
@@ -101,11 +101,6 @@ class Link:
             self._reviver = threading.Thread(target=self._revive, name="reconnect", daemon=True)
             start_thread(self._reviver)
 
-    def call(self, method: str, params: Mapping[str, object], *, deadline_ms: int) -> object:
-        """Call a method; see ``Client.call``."""
-        client = self._usable()
-        return client.call(method, self._with_common(params), deadline_ms=deadline_ms)
-
     def start_call(
         self, method: str, params: Mapping[str, object], *, deadline_ms: int | None = None
     ) -> PendingCall:
@@ -157,7 +152,7 @@ class Link:
             until=self._until,
         )
         try:
-            request = HelloRequest(versions=PROTOCOL_VERSIONS, client=self._name).to_wire()
+            request = AgentHello(versions=PROTOCOL_VERSIONS, client=self._name).to_wire()
             seconds = hello_seconds(self._connect_seconds)
             reply = client.call("agent.hello", request, timeout_seconds=seconds)
             return client, HelloReply.from_wire(reply, "reply")

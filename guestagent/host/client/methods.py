@@ -2,77 +2,93 @@
 
 from typing import TypeVar
 
-from guestagent.api import (
+from guestagent.api.agent import (
+    AgentCancel,
+    AgentEvents,
+    AgentShutdown,
+    AgentStatus,
     CancelReply,
-    CancelRequest,
-    DmListReply,
-    DmName,
-    DmStatusReply,
-    DmTableReply,
-    Empty,
     EventsReply,
-    EventsRequest,
-    LayerId,
-    LayerListReply,
-    LayerReport,
-    LayersMountReply,
-    LayersMountRequest,
-    LayerSpec,
-    LayersUnmountReply,
-    LayersUnmountRequest,
-    LayerUnmountRequest,
-    OverlayListReply,
-    OverlayReport,
-    OverlaySpec,
-    OverlayUnmountRequest,
-    ShutdownRequest,
     StatusReply,
+)
+from guestagent.api.devicemapper import (
+    DmList,
+    DmListReply,
+    DmStatus,
+    DmStatusReply,
+    DmTable,
+    DmTableReply,
+)
+from guestagent.api.inspect import StreamRequest
+from guestagent.api.layers import (
+    LayerGet,
+    LayerList,
+    LayerReport,
+    LayerSpec,
+    LayerUnmount,
+    LayerVerify,
     UnmountReply,
     VerifyReply,
-    VerifyRequest,
 )
-from guestagent.api.observe import (
-    CrashesReply,
-    CrashesRequest,
-    LogReply,
-    LogRequest,
-    MetricsReply,
+from guestagent.api.observe import AgentCrashes, AgentLog, AgentMetrics, CrashesReply, LogReply
+from guestagent.api.overlays import (
+    LayersMount,
+    LayersMountReply,
+    LayersUnmount,
+    LayersUnmountReply,
+    OverlayList,
+    OverlayReport,
+    OverlaySpec,
+    OverlayUnmount,
 )
-from guestagent.host.client.entries import nothing
-from guestagent.host.client.streams import ProgressCallback, Streams
+from guestagent.api.request import Request
+from guestagent.host.client.streams import FsStream, ProgressCallback
 from vsock.record import Record
 
-__all__ = ("AgentMethods",)
+__all__ = ("STREAM_DEADLINE_MS", "AgentMethods", "Caller")
 
+#: Reading a whole layer takes as long as it takes; an hour is a hang.
+STREAM_DEADLINE_MS = 3_600_000
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 
 
-class AgentMethods:
-    """Part of ``GuestAgent``: the agent itself, layers, overlays, device-mapper."""
-
-    _streams: Streams
-    _deadline_ms: int
+class Caller:
+    """What the methods of ``GuestAgent`` are made with."""
 
     def call(
-        self, method: str, request: Record, *, deadline_ms: int | None = None
-    ) -> dict[str, object]:
+        self,
+        request: Request[R],
+        *,
+        deadline_ms: int | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> R:
         """Send a request; see ``GuestAgent``."""
         raise NotImplementedError
 
-    def _get(
-        self, method: str, request: Record, reply: type[R], deadline_ms: int | None = None
-    ) -> R:
-        return reply.from_wire(self.call(method, request, deadline_ms=deadline_ms), "reply")
+    def stream(
+        self,
+        request: StreamRequest[Record, T],
+        *,
+        deadline_ms: int = STREAM_DEADLINE_MS,
+        progress: ProgressCallback | None = None,
+    ) -> FsStream[T]:
+        """Send a request whose answer comes in chunks; see ``GuestAgent``."""
+        raise NotImplementedError
+
+
+class AgentMethods(Caller):
+    """Part of ``GuestAgent``: the agent itself, layers, overlays, device-mapper."""
 
     # --- agent
 
     def status(self) -> StatusReply:
         """Say how the agent is: ready or degraded, with problems, counts and memory."""
-        return self._get("agent.status", Empty(), StatusReply)
+        return self.call(AgentStatus())
 
     def cancel(self, msgid: int) -> CancelReply:
         """Stop a request of this connection that is still waiting; what it made is undone."""
-        return self._get("agent.cancel", CancelRequest(msgid=msgid), CancelReply)
+        return self.call(AgentCancel(msgid=msgid))
 
     def shutdown(self, mode: str = "poweroff", *, force: bool = False) -> None:
         """Unmount everything, then poweroff or reboot the machine, or exit the agent alone.
@@ -80,26 +96,26 @@ class AgentMethods:
         Raises:
             CallError: ``busy``, something is in use and stays; ``force`` goes on in spite of it.
         """
-        self.call("agent.shutdown", ShutdownRequest(mode=mode, force=force))
+        self.call(AgentShutdown(mode=mode, force=force))
 
     def events(self, since: int = 0) -> EventsReply:
         """Return the kept events after a sequence number, and how many are no longer kept."""
-        return self._get("agent.events", EventsRequest(since=since), EventsReply)
+        return self.call(AgentEvents(since=since))
 
     def log(self, since: int = 0, *, level: str = "info") -> LogReply:
         """Return lines of the agent's log after a number (negative: so many from the end).
 
         There may be more: then ``more`` is true, and ``next`` is the next ``since``.
         """
-        return self._get("agent.log", LogRequest(since=since, level=level), LogReply)
+        return self.call(AgentLog(since=since, level=level))
 
     def metrics(self) -> str:
         """Return the agent's metrics in the Prometheus text format."""
-        return self._get("agent.metrics", Empty(), MetricsReply).text
+        return self.call(AgentMetrics()).text
 
     def crashes(self, since: int = 0) -> CrashesReply:
         """Return the kept reports of how lives of the agent, or threads of it, ended."""
-        return self._get("agent.crashes", CrashesRequest(since=since), CrashesReply)
+        return self.call(AgentCrashes(since=since))
 
     # --- layers
 
@@ -111,7 +127,7 @@ class AgentMethods:
                 "device", the device is not there; ``conflict``, the id or the target is another's;
                 ``device`` or ``mount``, a step failed. Whatever was made is undone.
         """
-        return self._get("layer.mount", spec, LayerReport, deadline_ms)
+        return self.call(spec, deadline_ms=deadline_ms)
 
     def layer_unmount(self, layer_id: str, *, force: bool = False) -> UnmountReply:
         """Unmount a layer and wait until its devices are gone.
@@ -119,16 +135,15 @@ class AgentMethods:
         Raises:
             CallError: ``busy``, in use; the hint names the holders. Nothing was changed.
         """
-        request = LayerUnmountRequest(layer_id=layer_id, force=force)
-        return self._get("layer.unmount", request, UnmountReply)
+        return self.call(LayerUnmount(layer_id=layer_id, force=force))
 
     def layer_list(self) -> tuple[LayerReport, ...]:
         """Return every layer as the kernel has it now."""
-        return self._get("layer.list", Empty(), LayerListReply).layers
+        return self.call(LayerList()).layers
 
     def layer_get(self, layer_id: str) -> LayerReport:
         """Return one layer as the kernel has it now; ``not_found`` if there is none."""
-        return self._get("layer.get", LayerId(layer_id=layer_id), LayerReport)
+        return self.call(LayerGet(layer_id=layer_id))
 
     def layer_verify(
         self,
@@ -141,50 +156,43 @@ class AgentMethods:
 
         ``progress`` gets (done_bytes, total_bytes), on a thread of the handle's.
         """
-        with self._streams.start(
-            "layer.verify",
-            VerifyRequest(layer_id=layer_id).to_wire(),
-            nothing,
-            deadline_ms=deadline_ms or self._deadline_ms,
-            progress=progress,
-        ) as stream:
-            return VerifyReply.from_wire(stream.drain(), "reply")
+        request = LayerVerify(layer_id=layer_id)
+        return self.call(request, deadline_ms=deadline_ms, progress=progress)
 
     def layers_mount(
-        self, request: LayersMountRequest, *, deadline_ms: int | None = None
+        self, request: LayersMount, *, deadline_ms: int | None = None
     ) -> LayersMountReply:
         """Mount many layers in parallel and an overlay of them: all or nothing."""
-        return self._get("layers.mount", request, LayersMountReply, deadline_ms)
+        return self.call(request, deadline_ms=deadline_ms)
 
-    def layers_unmount(self, request: LayersUnmountRequest) -> LayersUnmountReply:
+    def layers_unmount(self, request: LayersUnmount) -> LayersUnmountReply:
         """Unmount an overlay and layers in parallel: all or nothing."""
-        return self._get("layers.unmount", request, LayersUnmountReply)
+        return self.call(request)
 
     # --- overlays
 
     def overlay_mount(self, spec: OverlaySpec, *, deadline_ms: int | None = None) -> OverlayReport:
         """Overlay mounted layers, topmost first; writable if there is a scratch."""
-        return self._get("overlay.mount", spec, OverlayReport, deadline_ms)
+        return self.call(spec, deadline_ms=deadline_ms)
 
     def overlay_unmount(self, overlay_id: str, *, force: bool = False) -> UnmountReply:
         """Unmount an overlay and its scratch; its layers stay. ``busy`` names the holders."""
-        request = OverlayUnmountRequest(overlay_id=overlay_id, force=force)
-        return self._get("overlay.unmount", request, UnmountReply)
+        return self.call(OverlayUnmount(overlay_id=overlay_id, force=force))
 
     def overlay_list(self) -> tuple[OverlayReport, ...]:
         """Return every overlay as the kernel has it now."""
-        return self._get("overlay.list", Empty(), OverlayListReply).overlays
+        return self.call(OverlayList()).overlays
 
     # --- device-mapper
 
     def dm_list(self) -> DmListReply:
         """Return every device-mapper device of the guest, the agent's and others."""
-        return self._get("dm.list", Empty(), DmListReply)
+        return self.call(DmList())
 
     def dm_table(self, name: str) -> DmTableReply:
         """Return the table lines of a device, as dmsetup prints them."""
-        return self._get("dm.table", DmName(name=name), DmTableReply)
+        return self.call(DmTable(name=name))
 
     def dm_status(self, name: str) -> DmStatusReply:
         """Return the status lines of a device, and the device."""
-        return self._get("dm.status", DmName(name=name), DmStatusReply)
+        return self.call(DmStatus(name=name))

@@ -1,33 +1,152 @@
-"""Answers that come in chunks, handed out at the pace of whoever iterates."""
+"""Answers that come in chunks: their state without input or output, and the stream for threads."""
 
 import contextlib
+import os
+import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import BinaryIO, Generic, Protocol, Self, TypeVar
 
-from guestagent.api.inspect import MoreRequest
+from guestagent.api.agent import AgentMore
+from guestagent.api.inspect import StreamRequest
 from guestagent.host.client.link import Link
-from vsock.client import MARGIN_SECONDS, Client, PendingCall
+from vsock.client import MARGIN_SECONDS, PendingCall
 from vsock.errors import CallError, ConnectionClosed, RpcError
+from vsock.record import Record
 from vsock.threads import start_thread
 
-__all__ = ("WINDOW_CHUNKS", "FsStream", "ProgressCallback", "Streams")
+__all__ = (
+    "CANCEL_SECONDS",
+    "WINDOW_CHUNKS",
+    "ByteTarget",
+    "Chunks",
+    "FsStream",
+    "ProgressCallback",
+    "StreamTable",
+    "atomic_write",
+    "stream_params",
+)
 
 #: How far the agent runs ahead of the reader: 2 MiB.
 WINDOW_CHUNKS = 64
 #: Once the answer is here, the chunks before it are here too, but for a hand-over between threads.
-_HAND_OVER_SECONDS = 10.0
+HAND_OVER_SECONDS = 10.0
 #: A request that was cancelled is answered at once, unless its disk hangs.
-_CANCEL_SECONDS = 5.0
+CANCEL_SECONDS = 5.0
 
 ProgressCallback = Callable[[int, int], None]
+#: An open file, or a path where the file appears only once it is whole.
+ByteTarget = str | os.PathLike[str] | BinaryIO
 T = TypeVar("T")
 
 
+class Chunks(Generic[T]):
+    """The chunks of one answer in the order of their numbers: no threads, no waiting.
+
+    ``take`` and ``answer`` note what came; once ``is_ready``, ``next_items`` has the items of the
+    next chunk.
+    """
+
+    def __init__(self, request: StreamRequest[Record, T]) -> None:
+        self._request = request
+        self._waiting: deque[Mapping[str, object]] = deque()
+        self._next_sequence = 0
+        self._handled = 0
+        self._is_handling = False
+        self._asked_at = 0
+        self._is_lost = False
+        self._is_closed = False
+        self._error: Exception | None = None
+        self._reply: Mapping[str, object] | None = None
+
+    @property
+    def reply(self) -> Mapping[str, object]:
+        """The final reply. Only after the end of the iteration."""
+        if self._reply is None:
+            raise RuntimeError("the answer has not been read to its end")
+        return self._reply
+
+    @property
+    def is_answered(self) -> bool:
+        """True once the reply or an error is here. Chunks may still be on their way to ``take``."""
+        return self._reply is not None or self._error is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """True when ``next_items`` has its final say."""
+        return bool(self._waiting) or self._is_lost or self._error is not None or self._is_whole()
+
+    def _is_whole(self) -> bool:
+        return self._reply is not None and self._reply.get("chunks", 0) == self._next_sequence
+
+    def take(self, chunk: Mapping[str, object]) -> None:
+        """Note a chunk."""
+        if chunk.get("sequence") == self._next_sequence:
+            self._next_sequence += 1
+            self._waiting.append(chunk)
+        else:
+            self._is_lost = True
+
+    def answer(self, reply: object, error: Exception | None) -> None:
+        """Note the final reply, or the error instead of one."""
+        self._error = error
+        if error is None:
+            assert isinstance(reply, Mapping)
+            self._reply = reply
+
+    def handled(self) -> int | None:
+        """Note that the items of the last chunk were handled.
+
+        Returns the number that ``agent.more`` is to be sent with now, None for none.
+        """
+        if self._is_handling:
+            self._is_handling = False
+            self._handled += 1
+            if self._handled - self._asked_at >= WINDOW_CHUNKS // 2 and not self.is_answered:
+                self._asked_at = self._handled
+                return self._handled
+        return None
+
+    def next_items(self) -> list[T] | None:
+        """Return the items of the next chunk, None when there is none any more.
+
+        Raises:
+            CallError: the agent's, or a chunk is lost or malformed, or the stream was closed.
+            ConnectionClosed: the connection ended before the answer.
+        """
+        if self._waiting:
+            chunk = self._waiting.popleft()
+            self._is_handling = True
+            return self._items(chunk)
+        if self._error is not None:
+            raise self._error
+        if self._is_whole() and not self._is_lost and self._handled == self._next_sequence:
+            return None
+        step = "take chunks"
+        if self._is_closed:
+            raise CallError("cancelled", "the stream was closed", step=step)
+        text = f"chunk {self._next_sequence} of the answer to {self._request.method} was lost"
+        raise CallError("internal", text, step=step)
+
+    def _items(self, chunk: Mapping[str, object]) -> list[T]:
+        try:
+            return list(self._request.items(chunk))
+        except (KeyError, TypeError, ValueError) as problem:
+            text = f"the agent's answer to {self._request.method} is malformed: {problem!r}"
+            raise CallError("internal", text, step="take chunks") from problem
+
+    def close(self) -> None:
+        """Drop what is here. Idempotent."""
+        self._is_closed = True
+        self._waiting.clear()
+
+
 class FsStream(Generic[T]):
-    """What a call answers piece by piece: an iterator, and a context manager that cancels the rest.
+    """An answer piece by piece: an iterator, and a context manager that cancels the rest.
 
     The agent waits while nothing is taken; other calls on the handle go on. ``reply`` is there once
     the iterator has ended. Leaving it half-read without ``close`` keeps the agent waiting until the
@@ -36,36 +155,33 @@ class FsStream(Generic[T]):
 
     def __init__(
         self,
-        streams: "Streams",
-        pending: PendingCall,
-        unpack: Callable[[Mapping[str, object]], Iterator[T]],
+        link: Link,
+        table: "StreamTable",
+        request: StreamRequest[Record, T],
+        *,
         deadline_ms: int,
+        progress: ProgressCallback | None,
     ) -> None:
-        self._timeout_seconds = deadline_ms / 1000 + MARGIN_SECONDS
-        self._streams = streams
-        self._pending = pending
-        self._unpack = unpack
+        """Send the request."""
+        self._link = link
+        self._table = table
+        self._chunks = Chunks(request)
         self._ready = threading.Condition()
-        self._chunks: deque[Mapping[str, object]] = deque()
-        self._next_sequence = 0
-        self._asked_at = 0
-        self._lost = False
-        self._answered = False
-        self._error: Exception | None = None
-        self._reply: dict[str, object] | None = None
-        self._closed = False
         self._items: deque[T] = deque()
-        self._is_dealing = False
-        self._dealt_with = 0
+        self._timeout_seconds = deadline_ms / 1000 + MARGIN_SECONDS
+        self._progress = progress
+        with table.lock:
+            self._pending: PendingCall = link.start_call(
+                request.method, stream_params(request), deadline_ms=deadline_ms
+            )
+            table.add(self._pending.msgid, self, progress)
         self._waiter = threading.Thread(target=self._await_answer, name="fs-answer", daemon=True)
         start_thread(self._waiter)
 
     @property
-    def reply(self) -> dict[str, object]:
+    def reply(self) -> Mapping[str, object]:
         """The final reply. Only after the end of the iteration."""
-        if self._reply is None:
-            raise RuntimeError("the answer has not been read to its end")
-        return self._reply
+        return self._chunks.reply
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -81,9 +197,11 @@ class FsStream(Generic[T]):
         # thread, whatever locks that thread holds
         try:
             while not self._items:
-                if not self._refill():
+                items = self._next_items()
+                if items is None:
                     self.close()
                     raise StopIteration
+                self._items.extend(items)
         except (RpcError, OSError):
             self.close()
             raise
@@ -106,154 +224,121 @@ class FsStream(Generic[T]):
             # where the peer cannot be asked, its answer will not come either
             with contextlib.suppress(ConnectionClosed):
                 self._pending.cancel()
-            self._waiter.join(_CANCEL_SECONDS)
+            self._waiter.join(CANCEL_SECONDS)
             self._pending.forget()
         self._waiter.join()
-        self._streams.drop(self._pending.msgid, self)
-        self._closed = True
+        self._table.drop(self._pending.msgid, self)
         with self._ready:
-            self._chunks.clear()
+            self._chunks.close()
 
-    def drain(self) -> dict[str, object]:
+    def drain(self) -> Mapping[str, object]:
         """Read to the end and return the final reply."""
         for _ in self:
             pass
         return self.reply
 
-    def take(self, chunk: Mapping[str, object]) -> None:
-        """Receive a chunk; for ``Streams``."""
-        with self._ready:
-            if chunk.get("sequence") == self._next_sequence:
-                self._next_sequence += 1
-                self._chunks.append(chunk)
+    def save(self, target: ByteTarget) -> Mapping[str, object]:
+        """Write a stream of bytes to ``target``, to its end; return the final reply."""
+        with self:
+            if isinstance(target, (str, os.PathLike)):
+                with atomic_write(Path(target)) as file:
+                    file.writelines(self)  # type: ignore[arg-type]  # T is bytes
             else:
-                self._lost = True
+                target.writelines(self)  # type: ignore[arg-type]
+            return self.reply
+
+    def take(self, chunk: Mapping[str, object]) -> None:
+        """Receive a chunk; for ``StreamTable``."""
+        with self._ready:
+            self._chunks.take(chunk)
             self._ready.notify()
 
     def _await_answer(self) -> None:
+        reply, error = None, None
         try:
             reply = self._pending.result(self._timeout_seconds)
-            assert isinstance(reply, dict)
-            self._reply = reply
-        except (CallError, ConnectionClosed) as error:
-            self._error = error
+        except (CallError, ConnectionClosed) as problem:
+            error = problem
         with self._ready:
-            self._answered = True
+            self._chunks.answer(reply, error)
             self._ready.notify()
 
-    def _refill(self) -> bool:
-        """Take the next chunk; return False when there is none any more."""
-        if self._is_dealing:
-            self._is_dealing = False
-            self._dealt_with += 1
-            if self._dealt_with - self._asked_at >= WINDOW_CHUNKS // 2 and not self._answered:
-                self._asked_at = self._dealt_with
-                self._streams.ask_for_more(self._pending.msgid, self._dealt_with)
-        chunk = self._next_chunk(self._dealt_with)
-        if chunk is None:
-            # what it told of its progress came before the answer, and is told before it
-            self._streams.settle_progress(self._pending.msgid)
-            return False
-        self._items.extend(self._unpacked(chunk))
-        self._is_dealing = True
-        return True
-
-    def _unpacked(self, chunk: Mapping[str, object]) -> list[T]:
-        try:
-            return list(self._unpack(chunk))
-        except (KeyError, TypeError, ValueError) as problem:
-            text = f"the agent's answer to {self._pending.method} is malformed: {problem!r}"
-            raise CallError("internal", text, step="take chunks") from problem
-
-    def _next_chunk(self, dealt_with: int) -> Mapping[str, object] | None:
+    def _next_items(self) -> list[T] | None:
         with self._ready:
-            self._ready.wait_for(lambda: self._chunks or self._answered or self._lost)
-            if self._chunks:
-                return self._chunks.popleft()
-            if self._error is not None:
-                raise self._error
-            if self._answered and not self._lost:
-                assert self._reply is not None
-                if self._reply.get("chunks", 0) == dealt_with:
-                    return None
-                if self._closed:
-                    raise CallError("cancelled", "the stream was closed", step="take chunks")
-                self._ready.wait_for(lambda: self._chunks or self._lost, _HAND_OVER_SECONDS)
-                if self._chunks:
-                    return self._chunks.popleft()
-        text = f"chunk {dealt_with} of the answer to {self._pending.method} was lost on this side"
-        raise CallError("internal", text, step="take chunks")
+            more = self._chunks.handled()
+        if more is not None:
+            request = AgentMore(msgid=self._pending.msgid, sequence=more)
+            self._link.start_call(request.method, request.to_wire())  # its answer is of no use
+        with self._ready:
+            self._ready.wait_for(lambda: self._chunks.is_ready or self._chunks.is_answered)
+            self._ready.wait_for(lambda: self._chunks.is_ready, HAND_OVER_SECONDS)
+            items = self._chunks.next_items()
+        if items is None and self._progress is not None:
+            # progress was sent before the answer, and is told before the iteration ends
+            self._link.wait_for_callbacks(HAND_OVER_SECONDS)
+        return items
 
 
-class Streams:
-    """The streams of one client by msgid."""
+class _Taker(Protocol):
+    def take(self, chunk: Mapping[str, object]) -> None: ...
 
-    def __init__(self, client: "Client | Link") -> None:
-        self._client = client
-        self._lock = threading.Lock()
-        self._streams: dict[int, FsStream[object]] = {}
+
+class StreamTable:
+    """The streams and progress callbacks of one handle by msgid. Thread-safe."""
+
+    def __init__(self) -> None:
+        #: Held while a request is sent and added, so that what comes first finds its place.
+        self.lock = threading.Lock()
+        self._streams: dict[int, _Taker] = {}
         self._progress: dict[int, ProgressCallback] = {}
 
-    def start(
-        self,
-        method: str,
-        params: Mapping[str, object],
-        unpack: Callable[[Mapping[str, object]], Iterator[T]],
-        *,
-        deadline_ms: int,
-        progress: ProgressCallback | None = None,
-    ) -> FsStream[T]:
-        """Send a request whose answer comes in chunks."""
-        # held while it is sent, so that the first chunk finds its stream
-        with self._lock:
-            pending = self._client.start_call(method, _with_window(params), deadline_ms=deadline_ms)
-            stream = FsStream(self, pending, unpack, deadline_ms)
-            self._streams[pending.msgid] = stream  # type: ignore[assignment]
-            if progress is not None:
-                self._progress[pending.msgid] = progress
-        return stream
-
-    def chunk(self, params: Mapping[str, object]) -> None:
-        """Hand on a notification ``agent.chunk``; one of a stream that was closed is dropped."""
-        with self._lock:
-            stream = self._streams.get(_msgid(params))
+    def add(self, msgid: int, stream: _Taker | None, progress: ProgressCallback | None) -> None:
+        """Hand on what comes for a request. The caller holds ``lock``."""
         if stream is not None:
-            stream.take(params)
+            self._streams[msgid] = stream
+        if progress is not None:
+            self._progress[msgid] = progress
 
-    def progress(self, params: Mapping[str, object]) -> None:
-        """Hand on a notification ``agent.progress``."""
-        with self._lock:
-            callback = self._progress.get(_msgid(params))
-        done_bytes, total_bytes = params.get("done_bytes"), params.get("total_bytes")
-        if callback is not None and isinstance(done_bytes, int) and isinstance(total_bytes, int):
-            callback(done_bytes, total_bytes)
-
-    def settle_progress(self, msgid: int) -> None:
-        """Wait until a callback for progress, if there is one, has heard of all there was."""
-        with self._lock:
-            has_callback = msgid in self._progress
-        if has_callback:
-            self._client.wait_for_callbacks(_HAND_OVER_SECONDS)
-
-    def ask_for_more(self, msgid: int, sequence: int) -> None:
-        """Tell the agent what was dealt with; its answer says nothing of use."""
-        request = MoreRequest(msgid=msgid, sequence=sequence)
-        self._client.start_call("agent.more", request.to_wire())
-
-    def drop(self, msgid: int, stream: "FsStream[T]") -> None:
-        """Hand on no more of a stream. On a later connection its msgid may be another's."""
-        with self._lock:
+    def drop(self, msgid: int, stream: _Taker | None) -> None:
+        """Hand on no more. On a later connection the msgid may be another stream's."""
+        with self.lock:
             if self._streams.get(msgid) is stream:
-                del self._streams[msgid]
+                self._streams.pop(msgid, None)
                 self._progress.pop(msgid, None)
 
+    def notified(self, method: str, params: Mapping[str, object]) -> None:
+        """Take a notification ``agent.chunk`` or ``agent.progress``; others are ignored."""
+        msgid = params.get("msgid")
+        if not isinstance(msgid, int):
+            return
+        if method == "agent.chunk":
+            with self.lock:
+                stream = self._streams.get(msgid)
+            if stream is not None:
+                stream.take(params)
+        elif method == "agent.progress":
+            with self.lock:
+                callback = self._progress.get(msgid)
+            done_bytes, total_bytes = params.get("done_bytes"), params.get("total_bytes")
+            if callback and isinstance(done_bytes, int) and isinstance(total_bytes, int):
+                callback(done_bytes, total_bytes)
 
-def _with_window(params: Mapping[str, object]) -> dict[str, object]:
-    if "window_chunks" not in params:  # its answer has no chunks
-        return dict(params)
-    return {**params, "window_chunks": WINDOW_CHUNKS}
+
+def stream_params(request: StreamRequest[Record, T]) -> dict[str, object]:
+    """Return the parameters of a request whose chunks are read at the reader's pace."""
+    return {**request.to_sparse_wire(), "window_chunks": WINDOW_CHUNKS}
 
 
-def _msgid(params: Mapping[str, object]) -> int:
-    msgid = params.get("msgid")
-    return msgid if isinstance(msgid, int) else -1
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Write a file beside ``path`` and move it there at the end; it goes if the block fails."""
+    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    with part.open("xb") as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise

@@ -2,7 +2,7 @@
 
 import click
 
-from guestagent.api import Empty
+from guestagent.api.request import Empty
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.profiles import Profiles, complete_profiles, resolve
 from guestagent.host.ctl.session import Session, emit, pass_session

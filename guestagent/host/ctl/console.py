@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from guestagent.api import AGENT_PORT
+from guestagent.api.agent import AGENT_PORT
 from guestagent.api.console import CONSOLE_PORT, DISABLED
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.console_client import ConsoleClient, attach_line

@@ -6,7 +6,8 @@ import time
 
 import click
 
-from guestagent.api import EVENT_KINDS, Event
+from guestagent.api import Event
+from guestagent.api.agent import EVENT_KINDS
 from guestagent.host.client import ALL_EVENTS, event_mask
 from guestagent.host.ctl.interrupt import wait_for_interrupt
 from guestagent.host.ctl.session import Session, emit, pass_session

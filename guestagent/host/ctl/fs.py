@@ -13,8 +13,7 @@ from typing import BinaryIO, TypedDict
 
 import click
 
-from guestagent.api.inspect import CHECKSUM_ALGORITHMS, ENTRY_TYPES
-from guestagent.host.client.entries import Checksum, DirectoryEntry
+from guestagent.api.inspect import CHECKSUM_ALGORITHMS, ENTRY_TYPES, Checksum, DirectoryEntry
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import Session, pass_session
 from guestagent.host.ctl.table import table

@@ -4,16 +4,9 @@ import sys
 
 import click
 
-from guestagent.api import (
-    MOUNT_OPTIONS,
-    VERITY_PRESETS,
-    ByteRange,
-    Device,
-    LayerListReply,
-    LayerReport,
-    LayerSpec,
-    Verity,
-)
+from guestagent.api import ByteRange, LayerReport, LayerSpec, Verity
+from guestagent.api.devices import VERITY_PRESETS, Device
+from guestagent.api.layers import MOUNT_OPTIONS, LayerListReply
 from guestagent.api.texts import device_from_text
 from guestagent.host.ctl.complete import complete_layers
 from guestagent.host.ctl.progress import progress_bar

@@ -2,7 +2,8 @@
 
 import click
 
-from guestagent.api import OverlayListReply, OverlayReport, OverlaySpec
+from guestagent.api import OverlayReport, OverlaySpec
+from guestagent.api.overlays import OverlayListReply
 from guestagent.api.texts import scratch_from_text
 from guestagent.host.ctl.complete import complete_layers, complete_overlays
 from guestagent.host.ctl.session import Session, pass_session

@@ -5,7 +5,8 @@ import sys
 
 import click
 
-from guestagent.api import Event, EventsReply, HelloReply, LayerReport, OverlayReport, StatusReply
+from guestagent.api import Event, LayerReport, OverlayReport
+from guestagent.api.agent import EventsReply, HelloReply, StatusReply
 from guestagent.host.ctl.events import describe_event
 from guestagent.host.ctl.session import Session, emit, pass_session
 from guestagent.host.ctl.style import ago, human_bytes, human_seconds, paint, plain, tint

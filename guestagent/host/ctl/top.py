@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from guestagent.api import DmDevice, Event, LayerReport, OverlayReport, StatusReply
+from guestagent.api import Event, LayerReport, OverlayReport
+from guestagent.api.agent import StatusReply
+from guestagent.api.layers import DmDevice
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.events import describe_event
 from guestagent.host.ctl.exposition import parsed

@@ -1,0 +1,89 @@
+"""A method is its request: the record of its parameters, which also says how it is called.
+
+    class LayerGet(Request[LayerReport], method="layer.get", summary="describe one layer"):
+        layer_id: str
+
+``LayerGet.method``, ``.reply``, ``.quick`` and ``.summary`` say what the class statement said. The
+type checker knows from it that a call with a ``LayerGet`` returns a ``LayerReport``.
+"""
+
+from collections.abc import Iterable
+from types import GenericAlias, ModuleType
+
+from vsock.record import Record
+
+__all__ = ("Empty", "Item_co", "R_co", "Request", "Streamed", "collect_methods")
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import ClassVar, Generic, TypeVar
+
+    R_co = TypeVar("R_co", bound=Record, covariant=True)
+    Item_co = TypeVar("Item_co", covariant=True)
+
+    class Answered(Generic[R_co]):
+        """The type of the reply, for the type checker."""
+
+    class Streamed(Generic[Item_co]):
+        """The type of the items of a reply that comes in chunks, for the type checker."""
+else:
+    R_co = Item_co = object
+
+    class Answered:
+        """Gives subclasses the form ``Request[Reply]`` without the import of typing."""
+
+        __class_getitem__ = classmethod(GenericAlias)
+
+    class Streamed:
+        """Nothing at run time."""
+
+        __class_getitem__ = classmethod(GenericAlias)
+
+
+class Empty(Record):
+    """A reply that says nothing beyond that the request is done."""
+
+
+class Request(Record, Answered[R_co]):
+    """Base of the parameters of every method.
+
+    A subclass that names no ``method`` is a base of others. ``quick`` methods never wait and are
+    answered at once.
+    """
+
+    if TYPE_CHECKING:
+        method: ClassVar[str]
+        reply: ClassVar[type[Record]]
+        quick: ClassVar[bool]
+        summary: ClassVar[str]
+
+    def __init_subclass__(cls, *, method: str = "", summary: str = "", quick: bool = False) -> None:
+        super().__init_subclass__()
+        if not method:
+            return
+        cls.method = method
+        cls.summary = summary
+        cls.quick = quick
+        # the arguments in brackets after the base: the reply first
+        cls.reply = vars(cls)["__orig_bases__"][0].__args__[0]
+
+    def read_reply(self, value: object) -> "R_co":
+        """Check and convert the reply to this request, as it came over the wire.
+
+        Raises:
+            CallError: ``invalid``; the reply is not of the contract.
+        """
+        return type(self).reply.from_wire(value, "reply")  # type: ignore[return-value]  # R_co
+
+
+def collect_methods(modules: Iterable[ModuleType]) -> "dict[str, type[Request[Record]]]":
+    """Return the methods that modules define, by name, in the order of their definition."""
+    return {
+        kind.method: kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type)
+        and issubclass(kind, Request)
+        and kind.__module__ == module.__name__
+        and "method" in vars(kind)
+    }

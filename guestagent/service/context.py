@@ -1,0 +1,106 @@
+"""What a handler knows of a call beside its request, and how a handler is declared."""
+
+from collections.abc import Callable, Mapping
+
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+from vsock.record import Record
+from vsock.server import Call, Connection
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    from guestagent.api.request import Request
+
+    Q = TypeVar("Q", bound=Request[Record])
+    S = TypeVar("S")
+
+__all__ = ("Context", "Handler", "Notify", "handlers_of", "handles")
+
+#: Gets the method and the parameters of a notification.
+Notify = Callable[[str, Mapping[str, object]], None]
+#: Answers one request.
+Handler = Callable[["Any", "Context"], Record]
+
+
+class Context:
+    """One call on its way through its handler.
+
+    A call over the wire has a ``connection``. A call from this process has none, and its
+    notifications go to ``notify``.
+    """
+
+    __slots__ = ("_notify", "call", "deadline", "method", "msgid", "params", "traceparent")
+
+    def __init__(
+        self,
+        method: str,
+        params: Mapping[str, object],
+        deadline: Deadline,
+        *,
+        call: Call | None = None,
+        notify: Notify | None = None,
+    ) -> None:
+        self.method = method
+        self.params = params
+        self.deadline = deadline
+        self.call = call
+        self.msgid = 0 if call is None else call.msgid
+        self.traceparent = None if call is None else call.traceparent
+        self._notify = notify
+
+    @property
+    def connection(self) -> Connection:
+        """The connection of the caller.
+
+        Raises:
+            CallError: ``unsupported``; the call comes from this process.
+        """
+        if self.call is None:
+            text = f"{self.method} acts on a connection, and this call has none"
+            raise CallError("unsupported", text, object=self.method)
+        return self.call.connection
+
+    def notify(self, method: str, params: Mapping[str, object]) -> None:
+        """Send a notification; it is dropped where the peer does not keep up. Never waits."""
+        if self.call is not None:
+            self.call.connection.notify(method, params)
+        elif self._notify is not None:
+            self._notify(method, params)
+
+    def notify_wait(self, method: str, params: Mapping[str, object]) -> None:
+        """Send a notification as soon as the peer has room for it.
+
+        Raises:
+            CallError: ``timeout`` or ``cancelled``, also when the connection has ended.
+        """
+        if self.call is not None:
+            self.call.connection.notify_wait(method, params, self.deadline)
+            return
+        self.deadline.check(f"hand on {method}")
+        if self._notify is not None:
+            self._notify(method, params)
+
+
+def handles(
+    request: "type[Q]",
+) -> "Callable[[Callable[[S, Q, Context], Record]], Callable[[S, Q, Context], Record]]":
+    """Declare that a method answers one kind of request; ``handlers_of`` finds it."""
+
+    def declare(
+        function: "Callable[[S, Q, Context], Record]",
+    ) -> "Callable[[S, Q, Context], Record]":
+        function.handles = request  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+def handlers_of(part: object) -> dict[str, Handler]:
+    """Return the handlers of a part of the service by the method that they answer."""
+    return {
+        function.handles.method: getattr(part, name)
+        for name, function in vars(type(part)).items()
+        if hasattr(function, "handles")
+    }

@@ -1,0 +1,123 @@
+"""Layers, overlays of them, batches of both, and the device-mapper below."""
+
+from guestagent.api.devicemapper import (
+    DmList,
+    DmListReply,
+    DmStatus,
+    DmStatusReply,
+    DmTable,
+    DmTableReply,
+)
+from guestagent.api.layers import (
+    LayerGet,
+    LayerList,
+    LayerListReply,
+    LayerReport,
+    LayerSpec,
+    LayerUnmount,
+    LayerVerify,
+    UnmountReply,
+    VerifyReply,
+)
+from guestagent.api.overlays import (
+    LayersMount,
+    LayersMountReply,
+    LayersUnmount,
+    LayersUnmountReply,
+    OverlayList,
+    OverlayListReply,
+    OverlayReport,
+    OverlaySpec,
+    OverlayUnmount,
+)
+from guestagent.engine.engine import Engine
+from guestagent.engine.locks import KeyLocks
+from guestagent.engine.transaction import Operation
+from guestagent.service.context import Context, handles
+
+__all__ = ("LayerHandlers",)
+
+
+class LayerHandlers:
+    """Every handler hands its request to the part of the engine that knows it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lists = KeyLocks()
+
+    def _operation(self, call: Context) -> Operation:
+        return self._engine.operation(call.deadline, traceparent=call.traceparent)
+
+    @handles(LayerSpec)
+    def mount(self, request: LayerSpec, call: Context) -> LayerReport:
+        """Mount a layer."""
+        return self._engine.layers.mount(request, self._operation(call))
+
+    @handles(LayerUnmount)
+    def unmount(self, request: LayerUnmount, call: Context) -> UnmountReply:
+        """Unmount a layer."""
+        operation = self._operation(call)
+        return self._engine.layers.unmount(request.layer_id, operation, force=request.force)
+
+    @handles(LayerList)
+    def list(self, _request: LayerList, call: Context) -> LayerListReply:
+        """Report every layer. One list at a time: each of a thousand layers holds megabytes."""
+        with self._lists.hold([("list", "layers")], call.deadline):
+            return LayerListReply(layers=self._engine.layers.list())
+
+    @handles(LayerGet)
+    def get(self, request: LayerGet, _call: Context) -> LayerReport:
+        """Report one layer."""
+        return self._engine.layers.get(request.layer_id)
+
+    @handles(LayerVerify)
+    def verify(self, request: LayerVerify, call: Context) -> VerifyReply:
+        """Read a layer through verity, with notifications of the progress."""
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            place = {"msgid": call.msgid, "done_bytes": done_bytes, "total_bytes": total_bytes}
+            call.notify("agent.progress", place)
+
+        return self._engine.layers.verify(request.layer_id, self._operation(call), progress)
+
+    @handles(LayersMount)
+    def mount_many(self, request: LayersMount, call: Context) -> LayersMountReply:
+        """Mount layers and an overlay, all or nothing."""
+        return self._engine.batches.mount(request, self._operation(call))
+
+    @handles(LayersUnmount)
+    def unmount_many(self, request: LayersUnmount, call: Context) -> LayersUnmountReply:
+        """Unmount layers and an overlay, all or nothing."""
+        return self._engine.batches.unmount(request, self._operation(call))
+
+    @handles(OverlaySpec)
+    def mount_overlay(self, request: OverlaySpec, call: Context) -> OverlayReport:
+        """Mount an overlay of layers."""
+        return self._engine.overlays.mount(request, self._operation(call))
+
+    @handles(OverlayUnmount)
+    def unmount_overlay(self, request: OverlayUnmount, call: Context) -> UnmountReply:
+        """Unmount an overlay."""
+        operation = self._operation(call)
+        return self._engine.overlays.unmount(request.overlay_id, operation, force=request.force)
+
+    @handles(OverlayList)
+    def list_overlays(self, _request: OverlayList, _call: Context) -> OverlayListReply:
+        """Report every overlay."""
+        return OverlayListReply(overlays=self._engine.overlays.list())
+
+    @handles(DmList)
+    def list_dm(self, _request: DmList, _call: Context) -> DmListReply:
+        """Report every device-mapper device."""
+        return DmListReply(devices=self._engine.dm.list())
+
+    @handles(DmTable)
+    def dm_table(self, request: DmTable, _call: Context) -> DmTableReply:
+        """Return the table of a device-mapper device."""
+        return DmTableReply(name=request.name, lines=self._engine.dm.table(request.name))
+
+    @handles(DmStatus)
+    def dm_status(self, request: DmStatus, _call: Context) -> DmStatusReply:
+        """Return the status of a device-mapper device."""
+        device, lines = self._engine.dm.status(request.name)
+        return DmStatusReply(name=request.name, device=device, lines=lines)
