@@ -15,17 +15,19 @@ from guestagent.config import Config, Problem
 from guestagent.engine.engine import Engine
 from guestagent.engine.faults import Faults
 from guestagent.engine.state import Rules
+from guestagent.listeners import HeldSockets, Listeners
 from guestagent.observe.crashes import CrashReports
 from guestagent.observe.leftovers import left_behind
 from guestagent.observe.observers import Observers
 from guestagent.service.dispatch import QUICK_METHODS, Service
 from guestagent.storage.syscalls import bound_malloc
-from vsock.address import parse_address
+from vsock.address import Address, parse_address
 from vsock.deadline import Deadline
 from vsock.dial import dial, listen
 from vsock.errors import CallError, RpcError
 from vsock.log import log
 from vsock.server import Server
+from vsock.stream import Listener
 from vsock.threads import start_thread
 
 TYPE_CHECKING = False
@@ -53,16 +55,21 @@ def run(
     boot: dict[str, object] | None = None,
     restarts: int = 0,
     on_ready: Callable[[], None] | None = None,
+    sockets: HeldSockets | None = None,
 ) -> int:
     """Serve until shutdown or SIGTERM; return the exit status, which says how to go on.
 
-    ``on_ready`` is called once, when whoever connects is served. A life that does not get so far
-    as to return is reported by itself, if it can, or by the next one in the same state directory.
+    ``on_ready`` is called once, when peers that connect are served. ``sockets`` are those that
+    PID 1 holds. An agent that does not return leaves a report: it writes one itself if it can, or
+    else the next agent in the same state directory does.
+
+    Raises:
+        OSError: a plain process can listen on no address at all, and has none to dial.
     """
     directory = config.state_directory
     left = partial(left_behind, directory)
     with CrashReports(directory, restarts=restarts, left=left) as crashes:
-        return _live(config, crashes, problems, boot, restarts, on_ready)
+        return _live(config, crashes, problems, boot, restarts, on_ready, sockets)
 
 
 def _live(
@@ -72,6 +79,7 @@ def _live(
     boot: dict[str, object] | None,
     restarts: int,
     on_ready: Callable[[], None] | None,
+    sockets: HeldSockets | None,
 ) -> int:
     begin = time.perf_counter()
     bound_malloc()
@@ -111,8 +119,13 @@ def _live(
         server = Server(service.handle, quick=QUICK_METHODS, report=_report)
         service.attach(server)
         life.attach(server)
-        _listen(server, config.listen)
-        console = _start_console(config, engine, service, observers, boot, life)
+        listen_on = listen if sockets is None else sockets.listen
+        listeners = Listeners(config.listen, server.add_listener, listen_on)
+        observers.add_problems(listeners.problems)
+        listeners.start()
+        if sockets is None and not config.dial:
+            listeners.require_one()
+        console = _start_console(config, engine, service, observers, boot, life, listen_on)
         dialers = [_Dialer(server, address) for address in config.dial]
         for dialer in dialers:
             dialer.start()
@@ -121,6 +134,7 @@ def _live(
             on_ready()
         server.serve_forever()
         life.detach()
+        listeners.close()
         for dialer in dialers:
             dialer.close()
         if console is not None:
@@ -140,6 +154,7 @@ def _start_console(
     observers: Observers,
     boot: dict[str, object],
     life: "_Life",
+    listen_on: Callable[[Address], Listener],
 ) -> "Console | None":
     """Start the debug console, where the configuration allows one."""
     if not config.console:
@@ -155,7 +170,7 @@ def _start_console(
         end=life.end,
         metrics=observers.collector.text,
     )
-    console = Console(guest, config.console)
+    console = Console(guest, config.console, listen_on)
     console.start()
     return console
 
@@ -256,11 +271,6 @@ class _Dialer:
             self._server.add_stream(stream, on_close=ended_there.close)
             self._until.wait([ended.fileno()], "serve the host")
         return True
-
-
-def _listen(server: Server, addresses: tuple[str, ...]) -> None:
-    for address in addresses:
-        server.add_listener(listen(parse_address(address)))
 
 
 def _report(text: str) -> None:

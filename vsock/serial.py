@@ -13,7 +13,11 @@ from collections.abc import Callable
 from vsock.address import SerialAddress
 from vsock.stream import MAX_WRITE_BYTES, Listener, Stream
 
-__all__ = ("SerialListener", "SerialStream", "open_serial")
+__all__ = ("SerialListener", "SerialStream", "find_device", "open_serial")
+
+_NAMED = "/dev/virtio-ports/"
+#: PORT_UNKNOWN of linux/serial_core.h: the kernel makes nodes for UARTs that it might yet find.
+_NO_UART = "0"
 
 
 class SerialStream(Stream):
@@ -136,9 +140,50 @@ def open_serial(address: SerialAddress) -> SerialStream:
     return SerialStream(fd, str(address))
 
 
+def find_device(path: str, *, sys_root: str = "/sys") -> str:
+    """Return the path of a serial device's node.
+
+    udev makes ``/dev/virtio-ports/NAME``, and a boot image has no udev: the kernel says which port
+    has that name (drivers/char/virtio_console.c, attribute ``name``). Any other path, and a name
+    that no port has, is returned as it is.
+
+    Raises:
+        OSError: ENXIO, the node is there but no UART behind it. It could be opened all the same,
+            and every read would fail.
+    """
+    if _uart_type(path, sys_root) == _NO_UART:
+        raise OSError(errno.ENXIO, "no UART is there", path)
+    if not path.startswith(_NAMED) or os.path.exists(path):
+        return path
+    wanted = path[len(_NAMED) :]
+    directory = f"{sys_root}/class/virtio-ports"
+    try:
+        ports = sorted(os.listdir(directory))
+    except OSError:  # no virtio-serial device
+        return path
+    for port in ports:
+        try:
+            with open(f"{directory}/{port}/name", encoding="utf-8", errors="replace") as stream:
+                if stream.read().strip() == wanted:
+                    return f"/dev/{port}"
+        except OSError:  # a port without a name
+            continue
+    return path
+
+
+def _uart_type(path: str, sys_root: str) -> str | None:
+    """Return the kernel's number for the kind of a UART, None for what is none."""
+    name = os.path.basename(os.path.realpath(path))
+    try:
+        with open(f"{sys_root}/class/tty/{name}/type", encoding="ascii") as stream:
+            return stream.read().strip()
+    except OSError:
+        return None
+
+
 def _open_device(address: SerialAddress) -> int:
     """Return a non-blocking descriptor; the caller owns it."""
-    fd = os.open(address.path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK)
+    fd = os.open(find_device(address.path), os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if not stat.S_ISCHR(os.fstat(fd).st_mode):
             raise OSError(errno.ENODEV, "not a character device", address.path)

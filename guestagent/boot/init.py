@@ -12,7 +12,6 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 
 import guestagent.agent as agent
 from guestagent.boot.early import begin
@@ -22,6 +21,7 @@ from guestagent.boot.root import enter_root, mount_root
 from guestagent.boot.supervisor import SIGNALS, Life, start, supervise
 from guestagent.boot.switch import exec_init
 from guestagent.config import Config, Problem, parse_command_line, read_settings
+from guestagent.listeners import HeldSockets
 from guestagent.observe.crashes import note_death
 from guestagent.observe.sinks import open_sinks
 from guestagent.storage import syscalls
@@ -84,8 +84,13 @@ def _boot_and_supervise(loading: Loading | None) -> str:
         plan = None
     if plan is not None:
         _become_init(plan, config, problems, boot)
-    on_death = partial(note_death, config.state_directory)
-    return supervise(_life_of(config, problems, boot), on_death)
+    sockets = HeldSockets((*config.listen, *config.console))
+
+    def on_death(pid: int, status: int) -> None:
+        note_death(config.state_directory, pid, status)
+        sockets.open_missing()
+
+    return supervise(_life_of(config, problems, boot, sockets), on_death)
 
 
 def _become_init(
@@ -97,14 +102,27 @@ def _become_init(
     """
     enter_root(plan, config, boot)
     if config.agent == "stay":
-        start(_life_of(config, problems, {**boot, "pid1": False}), 0)
+        sockets = HeldSockets((*config.listen, *config.console))
+        start(_life_of(config, problems, {**boot, "pid1": False}, sockets), 0)
     # what the kernel did not understand of its command line is for the init: a run level
     exec_init(config.init, tuple(sys.argv[1:]))
 
 
-def _life_of(config: Config, problems: tuple[Problem, ...], boot: dict[str, object]) -> Life:
+def _life_of(
+    config: Config,
+    problems: tuple[Problem, ...],
+    boot: dict[str, object],
+    sockets: HeldSockets,
+) -> Life:
     def life(restarts: int, on_ready: Callable[[], None]) -> int:
-        return agent.run(config, problems=problems, boot=boot, restarts=restarts, on_ready=on_ready)
+        return agent.run(
+            config,
+            problems=problems,
+            boot=boot,
+            restarts=restarts,
+            on_ready=on_ready,
+            sockets=sockets,
+        )
 
     return life
 

@@ -16,9 +16,8 @@ from functools import partial
 from guestagent.api.console import Refusal
 from guestagent.console.channel import Channel, FramedChannel, LineChannel
 from guestagent.console.command import Guest
-from guestagent.console.serial import find_device, line_term
 from guestagent.console.session import Session
-from vsock.address import SerialAddress, parse_address
+from vsock.address import Address, SerialAddress, parse_address
 from vsock.dial import listen
 from vsock.errors import CallError, RemoteProtocolError
 from vsock.log import log
@@ -26,8 +25,11 @@ from vsock.loop import Loop, Timer
 from vsock.stream import Listener, Stream
 from vsock.threads import Waker, start_thread
 
-__all__ = ("MAX_SESSIONS", "Console")
+__all__ = ("MAX_SESSIONS", "Console", "line_term")
 
+#: What init finds in its environment unless the command line says otherwise (init/main.c,
+#: envp_init): it means the kernel's own screen.
+_SCREEN_TERM = "linux"
 MAX_SESSIONS = 8
 _MAX_PEERS = 32
 _HELLO_SECONDS = 10.0
@@ -43,6 +45,11 @@ _NOT_YET = (errno.ENOENT, errno.ENXIO, errno.ENODEV)
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS, _ABSENT_SECONDS = 0.05, 5.0, 120.0
 #: What sessions get to end in when the agent does.
 _STOP_SECONDS = 2.0
+
+
+def line_term(term: str) -> str:
+    """Return what is known of the terminal at the end of a line, where TERM here is ``term``."""
+    return "dumb" if term in ("", _SCREEN_TERM) else term
 
 
 class _Peer:
@@ -63,9 +70,15 @@ class _Peer:
 class Console:
     """Serves the addresses until ``close``."""
 
-    def __init__(self, guest: Guest, addresses: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        guest: Guest,
+        addresses: tuple[str, ...],
+        listen: Callable[[Address], Listener] = listen,
+    ) -> None:
         """Begin to listen; an address that cannot be listened on is logged, and is no failure."""
         self._guest = guest
+        self._open = listen
         self._loop = Loop()
         self._waker = Waker()
         self._loop.add(self._waker.fd, select.EPOLLIN, self._woken)
@@ -103,9 +116,7 @@ class Console:
         address = parse_address(text)
         is_line = isinstance(address, SerialAddress)
         try:
-            if isinstance(address, SerialAddress):
-                address = SerialAddress(path=find_device(address.path))
-            self._add_listener(listen(address))
+            self._add_listener(self._open(address))
         except OSError as error:
             if is_line and error.errno in _NOT_YET and time.monotonic() + pause_seconds < until:
                 longer = min(2 * pause_seconds, _LAST_PAUSE_SECONDS)

@@ -39,6 +39,7 @@ class Observers:
         self.collector.add(self._own)
         self._lock = threading.Lock()
         self._followers: LogFollowers | None = None
+        self._problems: list[Callable[[], tuple[str, ...]]] = []
         self._shippers: list[LogShipper] = []
         self._stops: list[Callable[[], None]] = []
 
@@ -49,6 +50,10 @@ class Observers:
         self.collector.add(lambda: _of_engine(engine))
         if self._crashes is not None:
             self._crashes.attach(engine.live)
+
+    def add_problems(self, source: Callable[[], tuple[str, ...]]) -> None:
+        """Have the status name what ``source`` returns, too."""
+        self._problems.append(source)
 
     def ship_log(self, addresses: tuple[str, ...], *, level: str, boot_id: str) -> None:
         """Send the log to hosts that listen, from its first kept line on."""
@@ -117,7 +122,8 @@ class Observers:
 
     def problems(self) -> tuple[str, ...]:
         """Return what the status has to say of this life."""
-        return () if self._crashes is None else self._crashes.problems()
+        own = () if self._crashes is None else self._crashes.problems()
+        return (*own, *(text for source in self._problems for text in source()))
 
     def read_log(self, request: AgentLog, follower: "Connection | None") -> LogReply:
         """Return lines of the log; ``follower`` is sent the later ones until it ends."""

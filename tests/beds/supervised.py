@@ -15,7 +15,9 @@ import signal, sys
 sys.path[:0] = {paths!r}
 from guestagent import agent
 from guestagent.config import read_settings
+from guestagent.listeners import HeldSockets
 from guestagent.boot.supervisor import SIGNALS, supervise
+from guestagent.observe.crashes import note_death
 from vsock.log import fd_sink, log
 log.add_sink(fd_sink(2))
 signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -24,10 +26,17 @@ config, problems = read_settings(settings)
 assert not problems, problems
 log.set_level(config.log)
 
-def life(restarts, on_ready):
-    return agent.run(config, boot={{"pid1": True}}, restarts=restarts, on_ready=on_ready)
+sockets = HeldSockets(config.listen)
 
-print("mode", supervise(life), flush=True)
+def life(restarts, on_ready):
+    boot = {{"pid1": True}}
+    return agent.run(config, boot=boot, restarts=restarts, on_ready=on_ready, sockets=sockets)
+
+def on_death(pid, status):
+    note_death(config.state_directory, pid, status)
+    sockets.open_missing()
+
+print("mode", supervise(life, on_death), flush=True)
 """
 
 
@@ -37,9 +46,16 @@ class SupervisedAgent(AgentProcess):
     def command(self, *settings: str) -> list[str]:
         code = _SUPERVISED.format(paths=[str(PROJECT), SITE])
         python = [sys.executable, "-I", "-S", "-c", code]
-        listen = [f"listen={self.address}", f"state={self.state}"]
-        inside = [*python, *listen, *self.settings, *settings]
+        own = [f"listen={self.address}", f"state={self.state}"]
+        inside = [*python, *own, *self.settings, *settings]
         return ["unshare", "--pid", "--fork", "--kill-child", *inside]
+
+    def stop_init(self) -> None:
+        """Stop PID 1, so that it starts no agent until ``continue_init``."""
+        os.kill(self._init(), signal.SIGSTOP)
+
+    def continue_init(self) -> None:
+        os.kill(self._init(), signal.SIGCONT)
 
     def kill_child(self) -> None:
         """Kill the agent, not PID 1."""

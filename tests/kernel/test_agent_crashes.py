@@ -100,7 +100,7 @@ def test_killed_without_supervision(pack: Pack) -> None:
 
 def test_an_agent_that_cannot_start_is_not_started_in_a_rush() -> None:
     """PID 1 leaves growing pauses before an agent that never comes to serve."""
-    with SupervisedAgent("listen=unix:///no/such/directory/socket", "log=error") as agent:
+    with SupervisedAgent("state=/proc/no/such/directory", "log=error") as agent:
         until = time.monotonic() + 60
         pauses: list[float] = []
         while len(pauses) < 4:

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_agent_crashes import SupervisedAgent
 
 from guestagent.api import LayersMount, OverlaySpec
 from guestagent.host.client import GuestAgent
 from tests.beds.agentbed import PROJECT, AgentProcess, Pack, attached_pack
+from tests.beds.supervised import SupervisedAgent
 from vsock.client import Client
 from vsock.errors import CallError
 
@@ -282,30 +282,9 @@ def test_the_request_that_killed_it_is_named(pack: Pack) -> None:
     assert report.unfinished == ("layer0 at /run/layers/layer0",)
 
 
-class WatchedAgent(SupervisedAgent):
-    """With the word that PID 1 leaves of a death."""
-
-    def command(self, *settings: str) -> list[str]:
-        watched = "supervise(life, partial(note_death, config.state_directory))"
-        imports = (
-            "from functools import partial\n"
-            "from guestagent.observe.crashes import note_death\n"
-            "from guestagent import agent"
-        )
-        command = super().command(*settings)
-        return [
-            word.replace("supervise(life)", watched).replace(
-                "from guestagent import agent", imports
-            )
-            if "supervise(life)" in word
-            else word
-            for word in command
-        ]
-
-
 def test_under_pid_one(pack: Pack) -> None:
     """PID 1 starts the agent again, and knows what ended it."""
-    with WatchedAgent("log=error") as agent:
+    with SupervisedAgent("log=error") as agent:
         with agent.client() as guest:
             guest.layer_mount(pack.spec(0))
             before = guest.status().pid

@@ -15,11 +15,10 @@ import pytest
 
 from guestagent.console import service as service_module
 from guestagent.console.command import Guest
-from guestagent.console.serial import find_device
 from guestagent.console.service import Console
 from tests.beds.consolebed import WAIT_SECONDS, Bed, fd_count, serving, thread_count, wait_until
 from vsock.address import SerialAddress
-from vsock.serial import SerialStream
+from vsock.serial import SerialStream, find_device
 from vsock.stream import Listener, Stream
 
 ENTER = "Press Enter for the guest's console."

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from guestagent.console.lineedit import History, LineEditor
-from guestagent.console.serial import find_device, line_term
+from guestagent.console.service import line_term
 from tests.beds.consolebed import serving
 from tests.unit.test_console_line import Line
+from vsock.serial import find_device
 
 PROMPT = "guest> "
 WAIT_SECONDS = 60.0

@@ -1,0 +1,85 @@
+"""Where the agent listens: sockets that PID 1 holds, and addresses that come late or never."""
+
+import contextlib
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from guestagent.host.client import GuestAgent
+from tests.beds.agentbed import AgentProcess
+from tests.beds.supervised import SupervisedAgent
+
+WAIT_SECONDS = 60.0
+PORT = 7654
+
+
+def restarted(bed: AgentProcess, listen: str) -> None:
+    """Start the agent anew, listening on ``listen``."""
+    bed.stop()
+    bed.start(f"listen={listen}")
+
+
+def test_nothing_takes_the_port_while_no_agent_lives() -> None:
+    with SupervisedAgent() as bed:
+        restarted(bed, f"{bed.address},vsock://any:{PORT}")
+        with bed.client() as guest:
+            before = guest.status().pid
+        bed.stop_init()
+        bed.kill_child()
+        with socket.socket(socket.AF_VSOCK) as other, pytest.raises(OSError, match="in use"):
+            other.bind((socket.VMADDR_CID_ANY, PORT))
+        with socket.socket(socket.AF_UNIX) as early:
+            early.connect(bed.socket)  # waits for the next agent
+            bed.continue_init()
+            early.settimeout(WAIT_SECONDS)
+            early.sendall(b"\xc1")  # no MessagePack: the answer is an error
+            assert early.recv(1) != b""
+        with bed.client() as guest:
+            assert guest.status().pid != before
+            assert guest.status().restarts == 1
+        bed.end()
+        assert bed.wait() == 0
+
+
+@pytest.mark.parametrize("bed_class", [AgentProcess, SupervisedAgent])
+def test_an_address_that_comes_late_is_a_problem_until_it_is_there(
+    bed_class: type[AgentProcess],
+) -> None:
+    late = Path(f"/run/late-{os.getpid()}")
+    address = f"unix://{late}/socket"
+    with bed_class() as bed:
+        restarted(bed, f"serial:///dev/virtio-ports/none,{address},{bed.address}")
+        with bed.client() as guest:
+            status = guest.status()
+            assert (status.state, status.restarts) == ("degraded", 0)
+            absent, without_directory = status.problems
+            assert "serial:///dev/virtio-ports/none: No such file" in absent
+            assert f"{address}: No such file" in without_directory
+        late.mkdir()
+        try:
+            with GuestAgent(address, connect_seconds=WAIT_SECONDS) as guest:
+                assert guest.status().problems == (absent,)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                Path(late, "socket").unlink()
+            late.rmdir()
+
+
+def test_a_plain_process_that_can_listen_nowhere_ends() -> None:
+    with AgentProcess() as bed:
+        restarted(bed, "unix:///no/such/directory/socket")
+        assert bed.wait() == 1
+        assert "unix:///no/such/directory/socket" in bed.log.read_text()
+
+
+def test_a_signal_ends_the_attempts() -> None:
+    with AgentProcess() as bed:
+        restarted(bed, f"{bed.address},serial:///dev/virtio-ports/none")
+        with bed.client() as guest:
+            guest.status()
+        assert bed.process is not None
+        bed.process.send_signal(signal.SIGTERM)
+        assert bed.wait() == 0
