@@ -42,7 +42,11 @@ FEATURES: Mapping[str, Feature] = {
     "vsock": Feature(
         summary="AF_VSOCK to the host",
         modules=("virtio_pci", "vmw_vsock_virtio_transport"),
-        optional_modules=("vsock_loopback",),
+    ),
+    "vsock-loopback": Feature(
+        # with it any process of the guest can be a peer, with CID 1
+        summary="AF_VSOCK inside the guest, for tests",
+        modules=("vsock_loopback",),
     ),
     "console": Feature(
         summary="virtio serial ports and hvc0", modules=("virtio_pci", "virtio_console")
@@ -53,10 +57,9 @@ FEATURES: Mapping[str, Feature] = {
         modules=("crypto-sha256",),
         optional_modules=("crypto-rsa", "crypto-ecdsa-nist-p256", "crypto-sha512"),
     ),
-    "netlink": Feature(summary="uevents and addresses", packages=("pyroute2",)),
     "retries": Feature(summary="bounded retries", packages=("tenacity",)),
 }
 DEFAULT_FEATURES = (
     "pmem", "virtio-blk", "scsi", "verity", "erofs", "squashfs", "ext4", "overlay", "vsock",
-    "console", "netlink", "retries",
+    "console", "retries",
 )  # fmt: skip

@@ -35,8 +35,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 MAY_IMPORT["guestagent.inspect"] = MAY_IMPORT["guestagent.engine"]
 #: The top floor of the guest: may import every room of the guest, nothing of the host's.
 _GUEST_ROOMS = ("api", "storage", "inspect", "engine", "service", "observe", "console", "boot")
-_TOP = ("vsock", *(f"guestagent.{name}" for name in (*_GUEST_ROOMS, "agent", "config")))
-for name in ("service", "observe", "console", "boot", "agent", "config", "__main__"):
+_TOP = (
+    "vsock",
+    *(f"guestagent.{name}" for name in (*_GUEST_ROOMS, "agent", "config", "listeners")),
+)
+for name in ("service", "observe", "console", "boot", "agent", "config", "listeners", "__main__"):
     MAY_IMPORT[f"guestagent.{name}"] = _TOP
 
 #: What would make the guest slow to start or large; late imports inside functions are not counted.

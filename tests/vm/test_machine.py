@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -11,11 +10,12 @@ import pytest
 
 from guestagent.api import LayerSpec, ScsiDevice, VirtioBlkDevice
 from guestagent.host.client import GuestAgent
+from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel
 from rootfs.machine.accelerator import choose_accelerator
 from rootfs.machine.qemu import DiskSpec, Machine, MachineError, MachineSpec, PmemSpec
 from rootfs.machine.qmp import QmpError
-from tests.vm.conftest import TEST_SECONDS
+from tests.vm.conftest import BOOT_SECONDS, CACHE_DIR, TEST_SECONDS
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -94,11 +94,35 @@ def test_an_error_of_a_guest_that_is_up_is_told_as_it_is(
         agent.layer_get("nothing")
 
 
-def test_a_serial_port_is_a_socket(machine: Machine) -> None:
-    with socket.socket(socket.AF_UNIX) as port:
-        port.connect(str(machine.port_path("guestagent")))
-    with pytest.raises(MachineError, match="no serial port 'other'"):
-        machine.port_path("other")
+def test_requests_go_over_a_serial_port_that_the_guest_finds_by_name(
+    start_machine: Callable[..., Machine],
+) -> None:
+    ports = "serial:///dev/virtio-ports/rpc,serial:///dev/virtio-ports/none"
+    machine = start_machine(
+        serial_ports=("other", "rpc"), cmdline=f"guestagent.listen=vsock://any:1024,{ports}"
+    )
+    address = f"unix://{machine.port_path('rpc')}"
+    for _ in range(2):  # a port is used by one peer after the other
+        with (
+            machine.while_up() as up,
+            GuestAgent(address, connect_seconds=BOOT_SECONDS, until=up) as guest,
+        ):
+            status = guest.status()
+            assert status.restarts == 0
+            (problem,) = status.problems
+            assert "virtio-ports/none: No such file" in problem
+    with GuestAgent(machine.agent_address(), connect_seconds=BOOT_SECONDS) as guest:
+        assert guest.status().restarts == 0
+    with pytest.raises(MachineError, match="no serial port 'third'"):
+        machine.port_path("third")
+
+
+def test_no_process_of_the_guest_is_a_peer_by_vsock(initramfs: Path, kernel: Kernel) -> None:
+    """The loopback transport is in no default image: its peers would need no host."""
+    report = build_initramfs(InitramfsSpec(kernel=kernel), cache_dir=CACHE_DIR)
+    assert report.path == initramfs
+    assert "vmw_vsock_virtio_transport" in report.kernel_modules
+    assert "vsock_loopback" not in report.kernel_modules
 
 
 def test_the_end_leaves_nothing_behind(kernel: Kernel, initramfs: Path) -> None:
