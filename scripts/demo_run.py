@@ -22,6 +22,7 @@ from pathlib import Path
 from guestagent.api import LayerReport, LayerSpec, OverlaySpec
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.table import table
+from guestagent.storage.verity import VerityTerms
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import cached_kernel
 from rootfs.image.images import build_image
@@ -139,7 +140,9 @@ def _build_layers(directory: Path) -> Layers:
 def _add_layer(pack: Pack, layer_id: str, source: Path, image: Path, position: int) -> None:
     image.unlink(missing_ok=True)
     result = build_image(source, image)
-    formatted = format_image(image, salt=result.verity_salt, uuid=result.verity_uuid)
+    formatted = format_image(
+        image, terms=VerityTerms(salt=result.verity_salt), uuid=result.verity_uuid
+    )
     pack.add(
         image,
         layer_id,

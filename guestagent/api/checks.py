@@ -8,6 +8,14 @@ _NOT_NORMAL = frozenset(("", ".", ".."))
 MAX_BYTES = (1 << 63) - 1
 
 
+class FieldError(ValueError):
+    """A value is refused; ``field`` says which."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
 def check_word(name: str, value: str, longest: int = _ID_MAX) -> None:
     """Identifiers end up in dm names, uuids and file names: one plain word, no dot first."""
     if not 0 < len(value) <= longest:

@@ -1,10 +1,35 @@
 """Where a layer's bytes are, and what they must prove to be."""
 
-from guestagent.api.checks import MAX_BYTES, check_choice, check_path, check_range, check_word
+import functools
+
+from guestagent.api.checks import (
+    MAX_BYTES,
+    FieldError,
+    check_choice,
+    check_path,
+    check_range,
+    check_word,
+)
 from vsock.record import Record
 
 #: Digest length of each hash algorithm that dm-verity layers may use.
 DIGEST_BYTES = {"sha1": 20, "sha256": 32, "sha512": 64}
+#: What a hash tree is made of beside its root digest; the digest vouches for none of it.
+TREE_FIELDS = (
+    "salt",
+    "algorithm",
+    "hash_type",
+    "data_blocks",
+    "data_block_size",
+    "hash_block_size",
+)
+#: Bytes of a data or a hash block: what a kernel with pages of 4 KiB can map.
+BLOCK_SIZES = (512, 1024, 2048, 4096)
+MAX_SALT_BYTES = 256
+#: The salt follows the block in the hash, digests lie end to end.
+HASH_TYPE_CHROMEOS = 0
+#: The salt precedes the block, each digest starts at a power of two.
+HASH_TYPE_NORMAL = 1
 VERITY_PRESETS = ("default", "strict", "fast")
 SECTOR_BYTES = 512
 
@@ -74,7 +99,47 @@ class ByteRange(Record):
             raise ValueError("offset_bytes + size_bytes exceeds 63 bits")
 
 
-class Verity(Record):
+class VerityTerms(Record):
+    """What defines a dm-verity hash tree over its data, as far as it is said; None is left open.
+
+    Block sizes are in bytes, ``data_blocks`` counts blocks of ``data_block_size``.
+    ``hash_offset_bytes`` is where the superblock starts, or the tree itself where ``superblock`` is
+    false. The limits here are the only ones: what is read from a disk or from the kernel is held to
+    them as well (``guestagent.storage.verity``).
+    """
+
+    root_digest: bytes | None = None
+    salt: bytes | None = None
+    algorithm: str | None = None
+    hash_type: int | None = None
+    data_blocks: int | None = None
+    data_block_size: int | None = None
+    hash_block_size: int | None = None
+    hash_offset_bytes: int | None = None
+    superblock: bool = True
+
+    def check(self) -> None:
+        """Refuse a value that no layer can have.
+
+        Raises:
+            FieldError: ``field`` is the first value that is wrong.
+        """
+        if self.algorithm is not None and self.algorithm not in DIGEST_BYTES:
+            known = ", ".join(DIGEST_BYTES)
+            raise FieldError("algorithm", f"{self.algorithm!r} is none of {known}")
+        if self.root_digest is not None:
+            _check_digest(self.root_digest, self.algorithm)
+        _check_tree(
+            self.hash_type,
+            self.data_blocks,
+            self.data_block_size,
+            self.hash_block_size,
+            len(self.salt or b""),
+            self.hash_offset_bytes,
+        )
+
+
+class Verity(VerityTerms):
     """What to verify a layer against. Only ``root_digest`` is needed when there is a superblock.
 
     What is left out is read from the superblock; what is given must equal it.
@@ -86,47 +151,51 @@ class Verity(Record):
     """
 
     root_digest: bytes
-    salt: bytes | None = None
-    algorithm: str | None = None
-    hash_type: int | None = None
-    data_blocks: int | None = None
-    data_block_size: int | None = None
-    hash_block_size: int | None = None
-    hash_offset_bytes: int | None = None
-    superblock: bool = True
     hash_device: Device | None = None
     preset: str = "default"
     signature: bytes | None = None
     allow_sha1: bool = False
 
     def check(self) -> None:
-        if self.algorithm is None:
-            if len(self.root_digest) not in DIGEST_BYTES.values():
-                raise ValueError(f"root_digest has {len(self.root_digest)} bytes")
-        else:
-            check_choice("algorithm", self.algorithm, tuple(DIGEST_BYTES))
-            expected = DIGEST_BYTES[self.algorithm]
-            if len(self.root_digest) != expected:
-                raise ValueError(f"root_digest has {len(self.root_digest)} bytes, not {expected}")
-        check_range("salt length", len(self.salt or b""), 0, 256)
-        check_range("hash_type", self.hash_type, 0, 1)
-        check_range("data_blocks", self.data_blocks, 1, 1 << 54)
-        for name, size in (
-            ("data_block_size", self.data_block_size),
-            ("hash_block_size", self.hash_block_size),
-        ):
-            if size is not None and (size & (size - 1) or not 512 <= size <= 4096):
-                raise ValueError(f"{name} must be a power of two in 512..4096, got {size}")
-        check_range("hash_offset_bytes", self.hash_offset_bytes, 0, MAX_BYTES)
+        super().check()
         check_choice("preset", self.preset, VERITY_PRESETS)
         check_range("signature length", len(self.signature or b""), 0, 64 * 1024)
-        self._check_without_superblock()
-
-    def _check_without_superblock(self) -> None:
         if self.superblock:
             return
-        for name in ("salt", "algorithm", "data_blocks", "data_block_size", "hash_block_size"):
+        for name in TREE_FIELDS:
             if getattr(self, name) is None:
-                raise ValueError(f"{name} is needed where there is no superblock to read it from")
-        if self.hash_type is None:
-            raise ValueError("hash_type is needed where there is no superblock to read it from")
+                text = "needed where there is no superblock to read it from"
+                raise FieldError(name, text)
+
+
+def _check_digest(root_digest: bytes, algorithm: str | None) -> None:
+    lengths = tuple(DIGEST_BYTES.values()) if algorithm is None else (DIGEST_BYTES[algorithm],)
+    if len(root_digest) not in lengths:
+        expected = " or ".join(map(str, lengths))
+        raise FieldError("root_digest", f"has {len(root_digest)} bytes, not {expected}")
+
+
+@functools.lru_cache(maxsize=64)
+def _check_tree(
+    hash_type: int | None,
+    data_blocks: int | None,
+    data_block_size: int | None,
+    hash_block_size: int | None,
+    salt_bytes: int,
+    hash_offset_bytes: int | None,
+) -> None:
+    if hash_type not in (None, HASH_TYPE_CHROMEOS, HASH_TYPE_NORMAL):
+        raise FieldError("hash_type", f"{hash_type} is neither 0 nor 1")
+    low, high = BLOCK_SIZES[0], BLOCK_SIZES[-1]
+    for field, size in (("data_block_size", data_block_size), ("hash_block_size", hash_block_size)):
+        if size is not None and size not in BLOCK_SIZES:
+            raise FieldError(field, f"must be a power of two in {low}..{high}, got {size}")
+    if data_blocks is not None:
+        if data_blocks < 1:
+            raise FieldError("data_blocks", f"{data_blocks} is not positive")
+        if data_blocks * (data_block_size or low) > MAX_BYTES:
+            raise FieldError("data_blocks", f"{data_blocks} blocks exceed {MAX_BYTES} bytes")
+    if salt_bytes > MAX_SALT_BYTES:
+        raise FieldError("salt", f"has {salt_bytes} bytes, at most {MAX_SALT_BYTES}")
+    if hash_offset_bytes is not None and not 0 <= hash_offset_bytes <= MAX_BYTES:
+        raise FieldError("hash_offset_bytes", f"{hash_offset_bytes} is not in 0..{MAX_BYTES}")

@@ -11,15 +11,12 @@ from guestagent.engine.state import Rules
 from guestagent.engine.verity import Reader
 from guestagent.storage import blockdev
 from guestagent.storage.filesystems import claimed_size_bytes, detect
-from guestagent.storage.verity import SUPERBLOCK_BYTES, Superblock
+from guestagent.storage.verity import BLOCK_SIZES, SUPERBLOCK_BYTES, parse_superblock
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
 
 __all__ = ("mount_plan",)
-
-#: Where a hash area can begin behind a file system: at the next block, of any size there is.
-_BLOCK_SIZES = (512, 1024, 2048, 4096)
 
 
 def mount_plan(plan: BootPlan, config: Config) -> None:
@@ -65,7 +62,8 @@ def refuse_hidden_verity(spec: LayerSpec, deadline: Deadline) -> None:
         if filesystem == "auto":
             filesystem = detect(reader.read_padded) or "unknown"
         end_bytes = claimed_size_bytes(filesystem, reader.read_padded)
-        offsets = {-(-end_bytes // block) * block for block in _BLOCK_SIZES}
+        # a hash area begins at the next block, of any size there is
+        offsets = {-(-end_bytes // block) * block for block in BLOCK_SIZES}
         hashed = [offset for offset in sorted(offsets) if _begins_hash_area(reader, offset)]
     if hashed:
         raise CallError(
@@ -81,7 +79,7 @@ def refuse_hidden_verity(spec: LayerSpec, deadline: Deadline) -> None:
 def _begins_hash_area(reader: Reader, offset_bytes: int) -> bool:
     """Say whether a superblock is there, even a damaged one."""
     try:
-        Superblock.parse(reader.read_at(offset_bytes, SUPERBLOCK_BYTES))
+        parse_superblock(reader.read_at(offset_bytes, SUPERBLOCK_BYTES))
     except CallError as problem:
         return problem.object not in ("superblock", "signature")  # too short, or something else
     return True

@@ -6,12 +6,12 @@ from functools import partial
 from guestagent.api import LayersUnmount
 from guestagent.api.layers import FILESYSTEMS
 from guestagent.engine.batch import Batches
-from guestagent.engine.dmview import DmView
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
 from guestagent.engine.layers import Layers
 from guestagent.engine.monitor import Monitor
 from guestagent.engine.overlays import Overlays
+from guestagent.engine.readback import DmView
 from guestagent.engine.recovery import Recovered, recover
 from guestagent.engine.state import EngineState, Rules
 from guestagent.engine.transaction import Operation, StepListener

@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Mapping
 from guestagent.api import ByteRange, LayerSpec, OverlaySpec
 from guestagent.api.layers import Holder
 from guestagent.engine.claims import Owner, PathClaims, SharedRanges, parent_of
-from guestagent.engine.plan import LayerPlan, VerityOptions, dm_uuid
+from guestagent.engine.plan import LayerPlan, dm_uuid
 from guestagent.storage.blockdev import BlockDevice
 from vsock.errors import CallError
 from vsock.record import Record
@@ -83,8 +83,6 @@ class LiveLayer(Record):
     device: BlockDevice
     range: ByteRange
     plan: LayerPlan
-    verity_source: str
-    verity_options: VerityOptions
     created: tuple[str, ...]
     timings_ms: dict[str, float]
     dev: str = ""

@@ -20,7 +20,7 @@ from guestagent.engine.teardown import (
     unmount_target,
 )
 from guestagent.engine.transaction import Operation
-from guestagent.engine.verifying import Progress, verify_layer
+from guestagent.engine.verity import Progress, verify_layer
 from guestagent.storage.mountinfo import mounts_by_target
 from guestagent.storage.openonce import OpenOnce
 from vsock.errors import CallError

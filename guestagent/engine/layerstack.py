@@ -13,13 +13,13 @@ from guestagent.api.devices import Device
 from guestagent.engine.inventory import LayerClaim, LiveLayer
 from guestagent.engine.plan import (
     LayerPlan,
-    VerityOptions,
     Version,
     check_range,
     check_target,
     dm_names,
     plan_layer,
     signature_description,
+    verity_options,
 )
 from guestagent.engine.readback import verity_status
 from guestagent.engine.state import EngineState
@@ -88,26 +88,27 @@ class LayerStack:
 
         ``held`` is for whoever plans, or makes, many layers one after the other.
         """
-        spec, verified = claim.spec, None
+        spec, parameters, parameters_from, options = claim.spec, None, "", None
         if spec.verity is not None:
             version = self._verity_version(op)
-            verified = read_parameters(claim, spec.verity, version, op, held)
+            parameters, parameters_from = read_parameters(claim, spec.verity, op, held)
+            signature_key = signature_description(spec.layer_id) if spec.verity.signature else None
+            options = verity_options(spec.verity.preset, version, signature_key)
         plan = plan_layer(
             spec,
             claim.device,
             filesystem=spec.filesystem,
             names=claim.names,
-            parameters=verified.parameters if verified else None,
+            parameters=parameters,
+            parameters_from=parameters_from,
             hash_device=claim.hash_device,
-            options=verified.options.arguments if verified else (),
+            options=options,
         )
         return LiveLayer(
             spec=spec,
             device=claim.device,
             range=claim.range,
             plan=plan,
-            verity_source=verified.source if verified else "",
-            verity_options=verified.options if verified else VerityOptions(),
             created=claim.created,
             timings_ms=op.timings_ms,
         )

@@ -10,7 +10,7 @@ from guestagent.api import ByteRange, LayerSpec, PathDevice, PmemDevice, ScsiDev
 from guestagent.api.devices import Device
 from guestagent.api.layers import DroppedOption
 from guestagent.storage.blockdev import BlockDevice
-from guestagent.storage.devicemapper.targets import Target, linear_target, verity_target
+from guestagent.storage.devicemapper.targets import Target, VerityTable, linear_target
 from guestagent.storage.verity import VerityParameters
 from vsock.errors import CallError
 from vsock.record import Record
@@ -65,31 +65,34 @@ class LinearStep(Record):
         return f"create {self.name}: {self.target().line()}"
 
 
+class VerityOptions(Record):
+    """The optional arguments of a verity table, and what was asked for but cannot be had."""
+
+    arguments: tuple[str, ...] = ()
+    dropped: tuple[DroppedOption, ...] = ()
+
+
 class VerityStep(Record):
-    """Verify what is below; ``dev`` is None when that is the linear device of the same plan."""
+    """Verify what is below; ``dev`` is None when that is the linear device of the same plan.
+
+    ``source`` says where the parameters came from: request, superblock or both.
+    """
 
     name: str
     uuid: str
     dev: str | None
     hash_dev: str | None
     parameters: VerityParameters
-    options: tuple[str, ...]
+    source: str
+    options: VerityOptions
 
     def target(self, under: str) -> Target:
-        parameters = self.parameters
-        return verity_target(
-            hash_type=parameters.hash_type,
+        return VerityTable(
+            parameters=self.parameters,
             data_device=under,
             hash_device=self.hash_dev or under,
-            data_block_size=parameters.data_block_size_bytes,
-            hash_block_size=parameters.hash_block_size_bytes,
-            data_blocks=parameters.data_blocks,
-            hash_start_block=parameters.hash_start_block,
-            algorithm=parameters.algorithm,
-            root_digest=parameters.root_digest,
-            salt=parameters.salt,
-            options=self.options,
-        )
+            options=self.options.arguments,
+        ).target()
 
     def describe(self, under: str) -> str:
         return f"create {self.name}: {self.target(self.dev or under).line()}"
@@ -128,13 +131,6 @@ class LayerPlan(Record):
         """The device-mapper devices, topmost first: the order in which they can go."""
         steps = (self.verity, self.linear)
         return tuple(step.name for step in steps if step is not None)
-
-
-class VerityOptions(Record):
-    """The optional arguments of a verity table, and what was asked for but cannot be had."""
-
-    arguments: tuple[str, ...] = ()
-    dropped: tuple[DroppedOption, ...] = ()
 
 
 def check_range(mapping: ByteRange | None, device: BlockDevice) -> ByteRange:
@@ -250,10 +246,12 @@ def plan_layer(
     filesystem: str,
     names: tuple[str, str],
     parameters: VerityParameters | None = None,
+    parameters_from: str = "",
     hash_device: BlockDevice | None = None,
-    options: tuple[str, ...] = (),
+    options: VerityOptions | None = None,
 ) -> LayerPlan:
-    """Order the steps for one layer. ``names`` are those of the linear and the verity device."""
+    """Order the steps for one layer. ``names`` are those of the linear and the verity device;
+    ``parameters_from`` is the ``source`` of a ``VerityStep``."""
     linear = None
     if spec.mapping is not None:
         linear = LinearStep(
@@ -270,7 +268,8 @@ def plan_layer(
             dev=None if linear else device.dev,
             hash_dev=hash_device.dev if hash_device else None,
             parameters=parameters,
-            options=options,
+            source=parameters_from,
+            options=options or VerityOptions(),
         )
     mount = MountStep(target=spec.mount_point, filesystem=filesystem, options=spec.options)
     return LayerPlan(layer_id=spec.layer_id, linear=linear, verity=verity, mount=mount)

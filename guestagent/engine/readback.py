@@ -18,7 +18,7 @@ from guestagent.storage.mountinfo import Mount, find_mount
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("LayerSeen", "dm_device", "report_of", "see_layer", "verity_status")
+__all__ = ("DmView", "LayerSeen", "dm_device", "report_of", "see_layer", "verity_status")
 
 
 class LayerSeen(Record):
@@ -54,6 +54,52 @@ def _described(control: Control, name: str) -> tuple[DmDevice, tuple[Target, ...
         open_count=info.open_count,
     )
     return device, table
+
+
+class DmView:
+    """The device-mapper as it stands, the agent's devices and others'. Looks, never touches."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    def list(self) -> tuple[DmDevice, ...]:
+        """Describe every device; one that vanishes meanwhile is left out."""
+        found = []
+        for name, _dev, _uuid in self._control.list_devices():
+            try:
+                found.append(dm_device(self._control, name))
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+        return tuple(found)
+
+    def table(self, name: str) -> tuple[str, ...]:
+        """Return the table lines of a device.
+
+        Raises:
+            CallError: ``not_found``.
+        """
+        self._device(name)
+        return tuple(target.line() for target in self._control.table(name))
+
+    def status(self, name: str) -> tuple[DmDevice, tuple[str, ...]]:
+        """Return a device and its status lines.
+
+        Raises:
+            CallError: ``not_found``.
+        """
+        device = self._device(name)
+        return device, tuple(target.line() for target in self._control.status(name))
+
+    def _device(self, name: str) -> DmDevice:
+        try:
+            return dm_device(self._control, name)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            raise CallError(
+                "not_found", f"there is no dm device {name!r}", errno=error.errno, object=name
+            ) from None
 
 
 def verity_status(control: Control, name: str) -> str:
@@ -151,21 +197,22 @@ def _verity_report(
 ) -> VerityReport:
     """Report the table that the kernel has, in the words of the contract."""
     table = parse_verity(targets[0])
-    assert live.spec.verity is not None
+    found, request = table.parameters, live.spec.verity
+    assert request is not None
     return VerityReport(
-        root_digest=table.root_digest.hex(),
-        salt=table.salt.hex(),
-        algorithm=table.algorithm,
-        hash_type=table.hash_type,
-        data_blocks=table.data_blocks,
-        data_block_size=table.data_block_size,
-        hash_block_size=table.hash_block_size,
+        root_digest=found.root_digest.hex(),
+        salt=found.salt.hex(),
+        algorithm=found.algorithm,
+        hash_type=found.hash_type,
+        data_blocks=found.data_blocks,
+        data_block_size=found.data_block_size,
+        hash_block_size=found.hash_block_size,
         hash_offset_bytes=step.parameters.hash_offset_bytes,
-        superblock=step.parameters.has_superblock,
-        source=live.verity_source,
+        superblock=step.parameters.superblock,
+        source=step.source,
         status=parse_verity_status(device.status).state,
         signed="root_hash_sig_key_desc" in table.options,
-        preset=live.spec.verity.preset,
+        preset=request.preset,
         options=table.options,
-        dropped=live.verity_options.dropped,
+        dropped=step.options.dropped,
     )

@@ -1,47 +1,42 @@
-"""The verity half of a layer: where its parameters come from, and the proofs before and after.
+"""The verity half of a layer: where its parameters come from, and what proves them.
 
 dm-verity alone accepts a wrong root digest at load and tells only when something is read. So the
 top of the hash tree is checked against the digest before any device exists, one block is read
 through the verity device before it is mounted, and the status is read back after.
 """
 
+import errno
 import os
+from collections.abc import Callable
 
 from guestagent.api import LayerSpec, Verity
-from guestagent.engine.inventory import LayerClaim
-from guestagent.engine.plan import (
-    VerityOptions,
-    Version,
-    signature_description,
-    verity_options,
-)
+from guestagent.api.layers import VerifyReply
+from guestagent.engine.inventory import LayerClaim, LiveLayer
+from guestagent.engine.readback import verity_status
+from guestagent.engine.state import EngineState
 from guestagent.engine.transaction import Operation
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.filesystems import claimed_size_bytes, detect
 from guestagent.storage.openonce import OpenOnce
 from guestagent.storage.verity import (
     SUPERBLOCK_BYTES,
-    Superblock,
     VerityParameters,
     check_kernel_limits,
     check_tree_spines,
-    resolve,
+    hash_area_offset,
 )
 from vsock.closeable import FdOwner
 from vsock.errors import CallError
-from vsock.record import Record
 
-__all__ = ("Reader", "VerifiedParameters", "open_proved", "read_parameters")
+__all__ = ("Progress", "Reader", "open_proved", "read_parameters", "verify_layer")
 
 _PROOF_BYTES = 4096
+_CHUNK_BYTES = 1024 * 1024
+#: More corrupt blocks than this are not listed: the layer is known to be worthless by then.
+_MAX_LISTED = 1000
 
-
-class VerifiedParameters(Record):
-    """Parameters whose root has been checked; ``source`` is request, superblock or both."""
-
-    parameters: VerityParameters
-    source: str
-    options: VerityOptions
+#: Gets bytes done and bytes in all.
+Progress = Callable[[int, int], None]
 
 
 class Reader(FdOwner):
@@ -79,22 +74,18 @@ class Reader(FdOwner):
 
 
 def read_parameters(
-    claim: LayerClaim,
-    verity: Verity,
-    target_version: Version,
-    op: Operation,
-    held: OpenOnce | None = None,
-) -> VerifiedParameters:
+    claim: LayerClaim, verity: Verity, op: Operation, held: OpenOnce | None = None
+) -> tuple[VerityParameters, str]:
     """Bring request and superblock together and check the tree's root, before anything is made.
 
+    Returns the parameters and where they came from: request, superblock or both.
     ``held`` is for whoever does this for many layers of one device.
 
     Raises:
         CallError: ``integrity``, the tree or the superblock is not what the request says;
             ``invalid`` or ``unsupported``, it could never be mapped.
     """
-    spec, device, hash_device = claim.spec, claim.device, claim.hash_device
-    area = claim.range
+    device, hash_device, area = claim.device, claim.hash_device, claim.range
     with (
         op.step("superblock", device.node),
         Reader(
@@ -102,32 +93,31 @@ def read_parameters(
         ) as data,
     ):
         if hash_device is None:
-            return _read_with(spec, verity, device, data, data, target_version)
+            return _read_with(claim.spec, verity, device, data, data)
         with Reader(hash_device.node, size_bytes=hash_device.size_bytes, held=held) as hashes:
-            return _read_with(spec, verity, device, data, hashes, target_version)
+            return _read_with(claim.spec, verity, device, data, hashes)
 
 
 def _read_with(
-    spec: LayerSpec,
-    verity: Verity,
-    device: BlockDevice,
-    data: Reader,
-    hashes: Reader,
-    target_version: Version,
-) -> VerifiedParameters:
-    hash_offset_bytes = _hash_offset(spec, verity, data, hashes)
-    superblock = _superblock(verity, hashes, hash_offset_bytes)
-    parameters = resolve(
-        root_digest=verity.root_digest,
-        salt=verity.salt,
-        algorithm=verity.algorithm,
-        hash_type=verity.hash_type,
-        data_blocks=verity.data_blocks,
-        data_block_size=verity.data_block_size,
-        hash_block_size=verity.hash_block_size,
-        hash_offset_bytes=hash_offset_bytes,
-        superblock=superblock,
-    )
+    spec: LayerSpec, verity: Verity, device: BlockDevice, data: Reader, hashes: Reader
+) -> tuple[VerityParameters, str]:
+    is_separate = hashes is not data
+    hash_offset_bytes = hash_area_offset(verity, separate=is_separate)
+    if hash_offset_bytes is None:
+        # behind the file system, as hcsshim lays it out; what is found there must prove itself
+        size_bytes = _filesystem_size(spec, data)
+        hash_offset_bytes = hash_area_offset(verity, separate=False, data_size_bytes=size_bytes)
+    assert hash_offset_bytes is not None
+    raw = hashes.read_at(hash_offset_bytes, SUPERBLOCK_BYTES) if verity.superblock else None
+    try:
+        parameters = VerityParameters.from_request(
+            verity, hash_offset_bytes=hash_offset_bytes, superblock=raw
+        )
+    except CallError as problem:
+        where = f" (read at byte {hash_offset_bytes} of {hashes.node})" if verity.superblock else ""
+        raise CallError(
+            problem.code, problem.message + where, step=problem.step, object=problem.object
+        ) from None
     if parameters.algorithm == "sha1" and not verity.allow_sha1:
         raise CallError(
             "denied",
@@ -136,37 +126,14 @@ def _read_with(
             object="params.verity.algorithm",
             hint="hash the layer again with sha256, or say allow_sha1",
         )
-    check_kernel_limits(
-        parameters,
-        page_size_bytes=os.sysconf("SC_PAGE_SIZE"),
-        logical_block_size_bytes=device.logical_block_size,
-    )
-    separate = None if hashes is data else hashes.read_at
+    check_kernel_limits(parameters, logical_block_size=device.logical_block_size)
     # the first block proves that tree and data belong together, the last how many blocks there are
     ends = sorted({0, parameters.data_blocks - 1})
+    separate = hashes.read_at if is_separate else None
     check_tree_spines(parameters, data.read_at, read_hash_at=separate, data_blocks=ends)
-    signature_key = signature_description(spec.layer_id) if verity.signature else None
     given = verity.salt is not None and verity.data_blocks is not None
-    source = "request" if superblock is None else "both" if given else "superblock"
-    return VerifiedParameters(
-        parameters=parameters,
-        source=source,
-        options=verity_options(verity.preset, target_version, signature_key),
-    )
-
-
-def _hash_offset(spec: LayerSpec, verity: Verity, data: Reader, hashes: Reader) -> int:
-    """Find the hash area where the request does not say: behind the file system, as hcsshim lays it
-    out, or at the start of a device of its own. What is found there must still prove itself."""
-    if verity.hash_offset_bytes is not None:
-        return verity.hash_offset_bytes
-    if hashes is not data:
-        return 0
-    block = verity.data_block_size or 4096
-    if verity.data_blocks is not None:
-        return verity.data_blocks * block
-    size_bytes = _filesystem_size(spec, data)
-    return -(-size_bytes // block) * block
+    source = "both" if given else "superblock"
+    return parameters, source if verity.superblock else "request"
 
 
 def _filesystem_size(spec: LayerSpec, data: Reader) -> int:
@@ -185,21 +152,6 @@ def _filesystem_size(spec: LayerSpec, data: Reader) -> int:
         ) from None
 
 
-def _superblock(verity: Verity, hashes: Reader, offset_bytes: int) -> Superblock | None:
-    if not verity.superblock:
-        return None
-    raw = hashes.read_at(offset_bytes, SUPERBLOCK_BYTES)
-    try:
-        return Superblock.parse(raw)
-    except ValueError as problem:
-        raise CallError(
-            "integrity",
-            f"no valid verity superblock at byte {offset_bytes} of {hashes.node}: {problem}",
-            step="superblock",
-            object=hashes.node,
-        ) from None
-
-
 def open_proved(node: str, size_bytes: int) -> Reader:
     """Open a verity device and read the start of it; the caller closes it.
 
@@ -215,3 +167,71 @@ def open_proved(node: str, size_bytes: int) -> Reader:
         reader.close()
         raise
     return reader
+
+
+def verify_layer(
+    state: EngineState, live: LiveLayer, op: Operation, progress: Progress
+) -> VerifyReply:
+    """Read every data block, not from the page cache; list those that do not verify.
+
+    Raises:
+        CallError: ``unsupported``, the layer is not verified; ``timeout`` or ``cancelled``.
+        OSError: the device failed in another way than by a corrupt block.
+    """
+    step = live.plan.verity
+    if step is None:
+        raise CallError(
+            "unsupported",
+            f"layer {live.spec.layer_id!r} was mounted without verity",
+            step="verify",
+            object=live.spec.layer_id,
+        )
+    total_bytes = step.parameters.data_size_bytes
+    block_bytes = step.parameters.data_block_size
+    corrupt: list[int] = []
+    read_bytes = 0
+    with op.step("verify", step.name, code="integrity"):
+        fd = os.open(state.control.info(step.name).node, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            for start in range(0, total_bytes, _CHUNK_BYTES):
+                op.deadline.check("verify")
+                size = min(_CHUNK_BYTES, total_bytes - start)
+                read_bytes += _read_chunk(fd, start, size, block_bytes, corrupt)
+                # what was read is not needed again, and must not push other layers' pages out
+                os.posix_fadvise(fd, start, size, os.POSIX_FADV_DONTNEED)
+                progress(start + size, total_bytes)
+        finally:
+            os.close(fd)
+    return VerifyReply(
+        layer_id=live.spec.layer_id,
+        read_bytes=read_bytes,
+        corrupt_blocks=tuple(corrupt[:_MAX_LISTED]),
+        status=verity_status(state.control, step.name),
+        timings_ms=op.timings_ms,
+    )
+
+
+def _read_chunk(fd: int, start: int, size: int, block_bytes: int, corrupt: list[int]) -> int:
+    """Read a chunk, by blocks where it cannot be read whole; return the bytes that verified."""
+    good_bytes = _read(fd, start, size)
+    if good_bytes == size:
+        return good_bytes
+    good_bytes -= good_bytes % block_bytes
+    for offset in range(start + good_bytes, start + size, block_bytes):
+        read_bytes = _read(fd, offset, block_bytes)
+        good_bytes += read_bytes
+        if read_bytes < block_bytes and len(corrupt) < _MAX_LISTED:
+            corrupt.append(offset // block_bytes)
+    return good_bytes
+
+
+def _read(fd: int, offset: int, size: int) -> int:
+    """Return how much could be read: a bad block ends a read early, and fails one that begins in
+    it."""
+    try:
+        return len(os.pread(fd, size, offset))
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return 0

@@ -5,6 +5,7 @@ import stat
 from collections.abc import Generator
 from contextlib import closing
 
+from guestagent.api.devices import SECTOR_BYTES
 from guestagent.api.inspect import DuReply, FsFind, ListReply, PathRequest
 from guestagent.engine.transaction import Operation
 from guestagent.inspect.place import Place
@@ -18,7 +19,6 @@ __all__ = ("du", "find", "ls", "matches", "readdir")
 _MAX_REMEMBERED = 32 * 1024
 #: Somebody who waits is told of how far it has come after so many.
 _TELL_ENTRIES = 10_000
-_SECTOR_BYTES = 512
 _STAR, _ANY = b"*"[0], b"?"[0]
 
 
@@ -151,7 +151,7 @@ class _Usage:
                 self._seen.add(key)
             else:
                 self.is_exact = False
-        self.allocated_bytes += status.st_blocks * _SECTOR_BYTES
+        self.allocated_bytes += status.st_blocks * SECTOR_BYTES
         if letter == "f":
             self.size_bytes += status.st_size
 

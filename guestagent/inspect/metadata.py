@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 
+from guestagent.api.devices import SECTOR_BYTES
 from guestagent.api.inspect import (
     AclEntry,
     AclReply,
@@ -24,7 +25,6 @@ from vsock.errors import CallError
 
 __all__ = ("acl", "exists", "lstat", "readlink", "statvfs", "xattrs", "xattrs_of")
 
-_SECTOR_BYTES = 512  # of st_blocks, whatever the file system
 #: Names take at most 64 KiB in all (XATTR_LIST_MAX), but each value may be as long again.
 _MAX_XATTR_BYTES = 1024 * 1024
 _ST_RDONLY = 1
@@ -43,7 +43,7 @@ def lstat(place: Place, request: PathRequest) -> StatReply:
         uid=status.st_uid,
         gid=status.st_gid,
         size_bytes=status.st_size,
-        allocated_bytes=status.st_blocks * _SECTOR_BYTES,
+        allocated_bytes=status.st_blocks * SECTOR_BYTES,
         links=status.st_nlink,
         inode=status.st_ino,
         dev=f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}",

@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 from guestagent.api import devices as api
 from guestagent.storage import syscalls
-from guestagent.storage.node import ensure_node
 from guestagent.storage.uevents import UeventSocket
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -24,17 +23,18 @@ from vsock.record import Record
 __all__ = (
     "BlockDevice",
     "describe",
+    "ensure_node",
     "find",
     "flush",
     "holders",
     "inspect",
     "list_all",
-    "scsi_delete",
     "wait_for",
 )
 
-_SECTOR_BYTES = 512  # of sysfs sizes, whatever the logical block size
 _BLKFLSBUF = 0x1261  # include/uapi/linux/fs.h
+#: How often to look again at a node that devtmpfs or udev makes meanwhile.
+_NODE_ATTEMPTS = 4
 #: Seconds without the device after which the buses are rescanned; once each.
 _RESCAN_AFTER_SECONDS = (0.5, 3.0)
 #: Events can be lost, so a wait looks again by itself after this long.
@@ -72,7 +72,7 @@ def inspect(name_or_dev: str, *, sys_root: str = "/sys") -> BlockDevice:
         node="/dev/" + name.replace("!", "/"),
         dev=_read(f"{path}/dev"),
         name=name,
-        size_bytes=_read_number(f"{path}/size") * _SECTOR_BYTES,
+        size_bytes=_read_number(f"{path}/size") * api.SECTOR_BYTES,
         logical_block_size=_read_number(f"{disk}/queue/logical_block_size"),
         readonly=_read(f"{path}/ro") == "1",
         serial=_serial(disk),
@@ -257,13 +257,30 @@ def holders(dev: str, *, sys_root: str = "/sys") -> tuple[str, ...]:
     return tuple(sorted(_entries(f"{sys_root}/dev/block/{dev}/holders")))
 
 
-def scsi_delete(device: api.ScsiDevice, *, sys_root: str = "/sys") -> bool:
-    """Unplug a SCSI disk from the kernel; return False if it was not there."""
-    try:
-        _write(f"{_scsi_path(device, sys_root)}/delete", "1")
-    except FileNotFoundError:
-        return False
-    return True
+def ensure_node(node: str, dev: str) -> None:
+    """Make the block device node of ``dev`` (MAJOR:MINOR) unless it is there.
+
+    devtmpfs or udev may make it at the same time. A node of another device is replaced.
+
+    Raises:
+        OSError: it cannot be made; EEXIST, another node appears there each time.
+    """
+    major, _, minor = dev.partition(":")
+    number = os.makedev(int(major), int(minor))
+    for attempt in range(1, _NODE_ATTEMPTS + 1):
+        try:
+            found = os.stat(node, follow_symlinks=False)
+            if stat.S_ISBLK(found.st_mode) and found.st_rdev == number:
+                return
+            os.unlink(node)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(node), 0o755, exist_ok=True)
+        try:
+            os.mknod(node, 0o600 | stat.S_IFBLK, number)
+            return
+        except FileExistsError:
+            if attempt == _NODE_ATTEMPTS:
+                raise
 
 
 def flush(node: str) -> None:

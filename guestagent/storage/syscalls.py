@@ -42,7 +42,6 @@ FSCONFIG_SET_FLAG = 0
 FSCONFIG_SET_STRING = 1
 FSCONFIG_SET_FD = 5
 FSCONFIG_CMD_CREATE = 6
-FSCONFIG_CMD_RECONFIGURE = 7
 MOUNT_ATTR_RDONLY = 0x1
 MOUNT_ATTR_NOSUID = 0x2
 MOUNT_ATTR_NODEV = 0x4
@@ -265,11 +264,6 @@ def fsconfig_fd(context_fd: int, key: str, value_fd: int) -> None:
 def fsconfig_create(context_fd: int, filename: str) -> None:
     """Create the superblock. ``filename`` names the object in the error."""
     _call_number("fsconfig", filename, context_fd, FSCONFIG_CMD_CREATE, None, None, 0)
-
-
-def fsconfig_reconfigure(context_fd: int, filename: str) -> None:
-    """Apply the options to the superblock that the context was picked from."""
-    _call_number("fsconfig", filename, context_fd, FSCONFIG_CMD_RECONFIGURE, None, None, 0)
 
 
 def fsmount(context_fd: int, attributes: int, filename: str) -> int:

@@ -16,14 +16,15 @@ import click
 from guestagent.host.ctl.layer import hex_bytes
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
-from guestagent.storage.verity import DIGEST_SIZES, VerityParameters
+from guestagent.storage.verity import DIGEST_BYTES, FieldError, VerityParameters, VerityTerms
 from rootfs.cli.sign import COMMANDS
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.hasharea import data_end
 from rootfs.pack.sidecar import Sidecar
-from rootfs.verity.formatter import Geometry, derive_identity, format_image
+from rootfs.verity.formatter import derive_identity, format_image
 from rootfs.verity.runs import Run
-from rootfs.verity.verifier import Layer, Terms, VerifyResult, read_layer, verify_image
+from rootfs.verity.verifier import VerifyResult, read_layer, verify_image
+from vsock.errors import CallError
 
 __all__ = ("COMMANDS", "LAYER_COMMANDS")
 
@@ -49,7 +50,7 @@ def _place_options(command: Command) -> Command:
                 "--no-superblock", is_flag=True, help="There is none: --salt, --data-blocks... say."
             ),
             click.option("--salt", type=hex_bytes, metavar="HEX", help="Salt; - is none."),
-            click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_SIZES))),
+            click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_BYTES))),
             click.option("--hash-type", type=click.Choice(("0", "1"))),
             click.option("--data-blocks", type=int),
             click.option("--data-block-size", type=int, metavar="BYTES"),
@@ -60,17 +61,16 @@ def _place_options(command: Command) -> Command:
     return command
 
 
-def _terms(root_digest: bytes | None, options: dict[str, object]) -> Terms:
-    names = {
-        "hash_offset": "hash_offset_bytes",
-        "data_block_size": "data_block_size_bytes",
-        "hash_block_size": "hash_block_size_bytes",
-    }
-    fields = {names.get(name, name): value for name, value in options.items()}
+def _terms(options: dict[str, object], root_digest: bytes | None = None) -> VerityTerms:
+    fields = dict(options)
+    fields["hash_offset_bytes"] = fields.pop("hash_offset")
     fields["superblock"] = not fields.pop("no_superblock")
     hash_type = fields["hash_type"]
     fields["hash_type"] = None if hash_type is None else int(str(hash_type))
-    return Terms(root_digest=root_digest, **fields)  # type: ignore[arg-type]  # click has checked
+    try:
+        return VerityTerms(root_digest=root_digest, **fields)  # type: ignore[arg-type]  # by click
+    except FieldError as problem:
+        raise CallError("invalid", str(problem), object=problem.field) from None
 
 
 @click.command("format")
@@ -80,7 +80,7 @@ def _terms(root_digest: bytes | None, options: dict[str, object]) -> Terms:
 @click.option(
     "--reproducible", is_flag=True, help="Derive salt and UUID from the content of the image."
 )
-@click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_SIZES)), default="sha256")
+@click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_BYTES)), default="sha256")
 @click.option("--hash-type", type=click.Choice(("0", "1")), default="1", help="0: Chrome OS.")
 @click.option("--data-block-size", type=int, metavar="BYTES", default=4096, show_default=True)
 @click.option("--hash-block-size", type=int, metavar="BYTES", default=4096, show_default=True)
@@ -95,43 +95,29 @@ def _terms(root_digest: bytes | None, options: dict[str, object]) -> Terms:
 def format_command(
     *,
     image: str,
-    salt: bytes | None,
     uuid: UUID | None,
     reproducible: bool,
-    algorithm: str,
-    hash_type: str,
-    data_block_size: int,
-    hash_block_size: int,
-    data_blocks: int | None,
-    hash_offset: int | None,
     hash_file: str | None,
-    no_superblock: bool,
     sidecar: bool,
     force: bool,
     workers: int | None,
     as_json: bool,
+    **options: object,
 ) -> None:
     """Add a dm-verity hash area to IMAGE, in place."""
+    terms = _terms(options)
     if reproducible:
-        if salt is not None or uuid is not None:
+        if terms.salt is not None or uuid is not None:
             raise click.UsageError("--reproducible makes --salt and --uuid itself")
-        salt, uuid = _identity(image, data_blocks, data_block_size)
-    if sidecar and (no_superblock or hash_file is not None):
+        salt, uuid = _identity(image, terms.data_blocks, terms.data_block_size or 4096)
+        terms = terms.replace(salt=salt)
+    if sidecar and (not terms.superblock or hash_file is not None):
         raise click.UsageError("a sidecar tells where the superblock is in IMAGE")
     with progress_bar("hashing", as_json) as progress:
         result = format_image(
             image,
-            salt=salt,
+            terms=terms,
             uuid=uuid,
-            geometry=Geometry(
-                algorithm=algorithm,
-                hash_type=int(hash_type),
-                data_block_size_bytes=data_block_size,
-                hash_block_size_bytes=hash_block_size,
-                superblock=not no_superblock,
-            ),
-            data_blocks=data_blocks,
-            hash_offset_bytes=hash_offset,
             hash_file=hash_file,
             force=force,
             durable=True,
@@ -140,8 +126,7 @@ def format_command(
         )
     if sidecar:
         Sidecar.of(result.parameters).save(Sidecar.path_of(image))
-    uuid_text = None if result.uuid is None else str(result.uuid)
-    _show(_facts(result.parameters, uuid_text), as_json)
+    _show(_facts(result.parameters, result.uuid), as_json)
 
 
 def _identity(image: str, data_blocks: int | None, block_size_bytes: int) -> tuple[bytes, UUID]:
@@ -165,17 +150,13 @@ def _identity(image: str, data_blocks: int | None, block_size_bytes: int) -> tup
 @reports_errors
 def dump_command(*, image: str, hash_file: str | None, as_json: bool, **options: object) -> None:
     """Print what the hash area of IMAGE says. Checks nothing but that it is there."""
-    layer = read_layer(image, terms=_terms(None, options), hash_file=hash_file)
+    layer = read_layer(image, terms=_terms(options), hash_file=hash_file)
     vhd = {} if layer.footer is None else {"vhd_uuid": str(layer.footer.uuid)}
-    _show({**vhd, **_facts(layer.parameters, _uuid(layer))}, as_json)
+    _show({**vhd, **_facts(layer.parameters, layer.uuid)}, as_json)
 
 
-def _uuid(layer: Layer) -> str | None:
-    return None if layer.superblock is None else str(UUID(bytes=layer.superblock.uuid))
-
-
-def _facts(parameters: VerityParameters, uuid: str | None) -> dict[str, object]:
-    facts: dict[str, object] = {} if uuid is None else {"uuid": uuid}
+def _facts(parameters: VerityParameters, uuid: UUID | None) -> dict[str, object]:
+    facts: dict[str, object] = {} if uuid is None else {"uuid": str(uuid)}
     facts |= parameters.to_wire()
     facts["tree_offset_bytes"] = parameters.tree_offset_bytes
     facts["hash_blocks"] = parameters.hash_blocks
@@ -237,7 +218,7 @@ def verify_command(
     with progress_bar("verifying", as_json) as progress:
         result = verify_image(
             image,
-            terms=_terms(root_digest, options),
+            terms=_terms(options, root_digest),
             hash_file=hash_file,
             first_block=first,
             end_block=end,

@@ -13,7 +13,7 @@ from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.layer import hex_bytes
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
-from guestagent.storage.verity import VerityParameters
+from guestagent.storage.verity import VerityParameters, VerityTerms
 from rootfs.image.images import FILESYSTEMS, build_layers
 from rootfs.image.source import FORMATS
 from rootfs.imagefile.errors import from_os_error
@@ -27,7 +27,7 @@ from rootfs.pack.pack import (
     new_pack,
 )
 from rootfs.pack.sidecar import Sidecar
-from rootfs.verity.verifier import Terms, read_layer
+from rootfs.verity.verifier import read_layer
 from vsock.errors import CallError, RpcError
 
 __all__ = ("pack",)
@@ -156,12 +156,14 @@ def add_command(
 def _verity_of(layer: Path, root_digest: bytes | None, sidecar: bool) -> VerityParameters:
     """Return what the layer's own hash area says, which has to hash to ``root_digest``, if given,
     or be where the sidecar says and hash to what it says."""
-    terms = Terms(root_digest=root_digest)
+    terms = VerityTerms(root_digest=root_digest)
     if sidecar:
         if root_digest is not None:
             raise click.UsageError("--sidecar has a root digest: leave out --root-digest")
         known = Sidecar.load(Sidecar.path_of(layer))
-        terms = Terms(root_digest=known.root_digest, hash_offset_bytes=known.hash_offset_bytes)
+        terms = VerityTerms(
+            root_digest=known.root_digest, hash_offset_bytes=known.hash_offset_bytes
+        )
     try:
         return read_layer(layer, terms=terms).parameters
     except CallError as problem:

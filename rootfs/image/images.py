@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from guestagent.storage.verity import VerityParameters
+from guestagent.storage.verity import VerityParameters, VerityTerms
 from rootfs.image import mkfs
 from rootfs.image.erofs import ErofsImage
 from rootfs.image.ext4 import Ext4Image
@@ -307,7 +307,7 @@ def _result(path: Path, recipe: _Recipe, source_digest: str, inodes: int) -> Ima
 def _add_hash_area(path: Path, result: ImageResult, recipe: _Recipe) -> VerityParameters:
     return format_image(
         path,
-        salt=result.verity_salt,
+        terms=VerityTerms(salt=result.verity_salt),
         uuid=result.verity_uuid,
         # told, not found: the last file of the tree may be a formatted image
         data_blocks=path.stat().st_size // _BLOCK_BYTES,

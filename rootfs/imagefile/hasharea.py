@@ -14,16 +14,16 @@ from collections.abc import Callable
 
 from guestagent.storage.filesystems import claimed_size_bytes, detect
 from guestagent.storage.verity import (
-    DIGEST_SIZES,
     SUPERBLOCK_BYTES,
-    Superblock,
+    VerityParameters,
+    VerityTerms,
     block_digest,
     check_tree_spines,
-    resolve,
+    level_blocks,
 )
 from vsock.errors import CallError
 
-__all__ = ("data_end", "filesystem_size", "find_hash_area", "identify", "read_superblock")
+__all__ = ("data_end", "filesystem_size", "find_hash_area", "identify")
 
 #: With the version that follows it.
 _SIGNATURE = b"verity\0\0\1\0\0\0"
@@ -75,7 +75,7 @@ def data_end(fd: int, size_bytes: int, path: str) -> int:
     found = find_hash_area(fd, size_bytes)
     if found is None:
         return size_bytes
-    if filesystem_size(fd) is None and not _is_tree_of(fd, found, path):
+    if filesystem_size(fd) is None and not _is_tree_of(fd, found):
         raise CallError(
             "conflict",
             f"cannot tell where the data of {path!r} ends: there is a hash area at {found}, which "
@@ -87,18 +87,18 @@ def data_end(fd: int, size_bytes: int, path: str) -> int:
     return found
 
 
-def _is_tree_of(fd: int, offset_bytes: int, path: str) -> bool:
+def _is_tree_of(fd: int, offset_bytes: int) -> bool:
     """Say whether the tree of the hash area is over this file: by its first and last block."""
     read_at = _reader(fd, 0)
     try:
-        superblock = read_superblock(fd, offset_bytes, path)
-        digest_bytes = DIGEST_SIZES[superblock.algorithm]
-        parameters = resolve(
-            root_digest=bytes(digest_bytes), superblock=superblock, hash_offset_bytes=offset_bytes
+        parameters = VerityParameters.from_request(
+            VerityTerms(),
+            hash_offset_bytes=offset_bytes,
+            superblock=read_at(offset_bytes, SUPERBLOCK_BYTES),
         )
         if not parameters.levels:  # one block, whose digest is nowhere
             return parameters.data_size_bytes == offset_bytes
-        top = read_at(parameters.tree_offset_bytes, parameters.hash_block_size_bytes)
+        top = read_at(parameters.tree_offset_bytes, parameters.hash_block_size)
         check_tree_spines(
             parameters.replace(root_digest=block_digest(parameters, top)),
             read_at,
@@ -135,34 +135,12 @@ def find_hash_area(fd: int, size_bytes: int) -> int | None:
     return None
 
 
-def read_superblock(fd: int, offset_bytes: int, path: str) -> Superblock:
-    """Read and check the superblock at an offset.
-
-    Raises:
-        CallError: ``integrity``; ``object`` is the field that is wrong.
-        OSError: as read(2).
-    """
-    try:
-        return Superblock.parse(os.pread(fd, SUPERBLOCK_BYTES, offset_bytes))
-    except CallError as problem:
-        raise CallError(
-            problem.code,
-            f"{problem.message} (at {offset_bytes} in {path!r})",
-            step=problem.step,
-            object=problem.object,
-        ) from None
-
-
 def _tree_offsets(size_bytes: int, data_block: int, hash_block: int, per_block: int) -> set[int]:
     """Return from where trees may reach to the end of the file, each over the data before it."""
     offsets: set[int] = set()
     data_blocks = size_bytes // data_block
     while True:  # each round corrects by a smaller part; three are usual
-        hash_blocks, count = 0, data_blocks
-        while count > 1:
-            count = -(-count // per_block)
-            hash_blocks += count
-        offset_bytes = size_bytes - hash_blocks * hash_block
+        offset_bytes = size_bytes - sum(level_blocks(data_blocks, per_block)) * hash_block
         if offset_bytes in offsets or offset_bytes < SUPERBLOCK_BYTES:
             return offsets
         offsets.add(offset_bytes)

@@ -10,21 +10,15 @@ import os
 import struct
 import uuid as uuid_module
 from dataclasses import dataclass
-from pathlib import Path
 
-from guestagent.storage.verity import Superblock
-from rootfs.imagefile.errors import from_os_error
-from rootfs.imagefile.hasharea import find_hash_area, read_superblock
-from rootfs.imagefile.imagelock import open_locked
+from guestagent.api.devices import SECTOR_BYTES
 from vsock.errors import CallError
 
 __all__ = (
     "FOOTER_BYTES",
     "VhdFooter",
-    "VhdLayer",
     "append_footer",
     "find_footer",
-    "read_layer_layout",
 )
 
 FOOTER_BYTES = 512
@@ -35,7 +29,6 @@ _FEATURES = 2
 _VERSION = 0x00010000
 _NO_OFFSET = (1 << 64) - 1
 _FIXED = 2
-_SECTOR_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +41,14 @@ class VhdFooter:
     timestamp: int = 0
 
     def __post_init__(self) -> None:
-        if self.size_bytes <= 0 or self.size_bytes % _SECTOR_BYTES:
+        if self.size_bytes <= 0 or self.size_bytes % SECTOR_BYTES:
             raise ValueError(f"{self.size_bytes} bytes are no whole number of sectors")
         if not 0 <= self.timestamp < 1 << 32:
             raise ValueError(f"timestamp {self.timestamp} is no 32-bit number")
 
     def pack(self) -> bytes:
         """Return the 512 bytes."""
-        cylinders, heads, sectors = _geometry(self.size_bytes // _SECTOR_BYTES)
+        cylinders, heads, sectors = _geometry(self.size_bytes // SECTOR_BYTES)
         raw = _FOOTER.pack(
             _COOKIE,
             _FEATURES,
@@ -102,15 +95,6 @@ class VhdFooter:
             raise _refused("integrity", str(problem)) from None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VhdLayer:
-    """A layer in a fixed VHD: the file system ends where the hash area starts, if there is one."""
-
-    footer: VhdFooter
-    superblock: Superblock | None
-    hash_offset_bytes: int | None
-
-
 def append_footer(fd: int, uuid: uuid_module.UUID) -> VhdFooter:
     """Put a footer behind the content of ``fd`` (borrowed).
 
@@ -143,26 +127,6 @@ def find_footer(fd: int) -> VhdFooter | None:
     if footer.size_bytes != disk_bytes:
         raise _refused("integrity", f"{disk_bytes} bytes, not {footer.size_bytes}")
     return footer
-
-
-def read_layer_layout(path: str | os.PathLike[str]) -> VhdLayer:
-    """Read what a layer file of hcsshim says of itself.
-
-    Raises:
-        CallError: as ``find_footer``; ``not_found``, there is no footer; by errno.
-    """
-    fd = open_locked(Path(path), writable=False)
-    try:
-        footer = find_footer(fd)
-        if footer is None:
-            raise _refused("not_found", "there is no VHD footer")
-        offset = find_hash_area(fd, footer.size_bytes)
-        superblock = None if offset is None else read_superblock(fd, offset, os.fspath(path))
-    except OSError as problem:
-        raise from_os_error(problem, step="read", object=path) from problem
-    finally:
-        os.close(fd)
-    return VhdLayer(footer=footer, superblock=superblock, hash_offset_bytes=offset)
 
 
 def _checksum(raw: bytes) -> int:

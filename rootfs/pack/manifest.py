@@ -11,6 +11,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from guestagent.api.devices import SECTOR_BYTES
 from guestagent.storage.verity import FieldError, VerityParameters
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import write_file
@@ -22,7 +23,6 @@ __all__ = ("IMAGE_STEP_BYTES", "Manifest", "ManifestLayer", "layer_spec", "verit
 VERSION = 1
 #: Images are a whole number of these: what virtio-pmem and NVDIMM devices are mapped by.
 IMAGE_STEP_BYTES = 2 << 20
-SECTOR_BYTES = 512
 FILESYSTEMS = ("erofs", "squashfs", "ext4")
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_LAYERS = 65536
@@ -275,10 +275,10 @@ def _verity(value: object, path: str) -> VerityParameters:
             algorithm=fields.text("algorithm"),
             hash_type=fields.number("hash_type"),
             data_blocks=fields.number("data_blocks"),
-            data_block_size_bytes=fields.number("data_block_size"),
-            hash_block_size_bytes=fields.number("hash_block_size"),
+            data_block_size=fields.number("data_block_size"),
+            hash_block_size=fields.number("hash_block_size"),
             hash_offset_bytes=fields.number("hash_offset_bytes"),
-            has_superblock=fields.boolean("superblock"),
+            superblock=fields.boolean("superblock"),
         )
     except FieldError as problem:
         raise _below(path, problem) from None
@@ -291,23 +291,13 @@ def _below(path: str, problem: FieldError) -> FieldError:
     if problem.field.startswith(path):
         return problem
     text = str(problem).removeprefix(f"{problem.field}: ")
-    name = {"data_block_size_bytes": "data_block_size", "hash_block_size_bytes": "hash_block_size"}
-    return FieldError(f"{path}.{name.get(problem.field, problem.field)}", text)
+    return FieldError(f"{path}.{problem.field}", text)
 
 
 def verity_map(verity: VerityParameters) -> dict[str, object]:
     """Return the parameters by their names in a request and a manifest, digests in hexadecimal."""
-    return {
-        "root_digest": verity.root_digest.hex(),
-        "salt": verity.salt.hex(),
-        "algorithm": verity.algorithm,
-        "hash_type": verity.hash_type,
-        "data_blocks": verity.data_blocks,
-        "data_block_size": verity.data_block_size_bytes,
-        "hash_block_size": verity.hash_block_size_bytes,
-        "hash_offset_bytes": verity.hash_offset_bytes,
-        "superblock": verity.has_superblock,
-    }
+    digests = {"root_digest": verity.root_digest.hex(), "salt": verity.salt.hex()}
+    return {**verity.to_wire(), **digests}
 
 
 def layer_spec(layer: ManifestLayer, device: Mapping[str, object]) -> dict[str, object]:

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from guestagent.storage.verity import VerityParameters
+from guestagent.storage.verity import DIGEST_BYTES, VerityParameters
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import write_file
 from vsock.errors import CallError
@@ -16,7 +16,6 @@ from vsock.errors import CallError
 __all__ = ("Sidecar",)
 
 _MAX_BYTES = 64 * 1024
-_DIGEST_BYTES = (20, 32, 64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +26,7 @@ class Sidecar:
     hash_offset_bytes: int
 
     def __post_init__(self) -> None:
-        if len(self.root_digest) not in _DIGEST_BYTES:
+        if len(self.root_digest) not in DIGEST_BYTES.values():
             raise ValueError(f"roothash: {len(self.root_digest)} bytes are no digest")
         if self.hash_offset_bytes <= 0 or self.hash_offset_bytes % 512:
             raise ValueError(f"hashoffset: {self.hash_offset_bytes} is no place for a superblock")

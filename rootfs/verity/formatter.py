@@ -17,14 +17,7 @@ import uuid as uuid_module
 from collections.abc import Iterator
 from pathlib import Path
 
-from guestagent.storage.verity import (
-    DIGEST_SIZES,
-    HASH_TYPE_NORMAL,
-    SUPERBLOCK_BYTES,
-    FieldError,
-    Superblock,
-    VerityParameters,
-)
+from guestagent.storage.verity import VerityParameters, VerityTerms, hash_area_offset
 from rootfs.imagefile.attached import refuse_attached
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.hasharea import data_end, filesystem_size
@@ -37,22 +30,11 @@ from rootfs.verity.hashtree import Progress, build_tree
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("FormatResult", "Geometry", "derive_identity", "format_image", "opened")
+__all__ = ("FormatResult", "derive_identity", "format_image", "opened")
 
 #: A tree up to this size (that of a 2 GiB image) grows in memory, a larger one beside the image.
 _TREE_IN_MEMORY_BYTES = 16 * 1024 * 1024
 _SALT_BYTES = 32
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Geometry:
-    """The choices of a format; the defaults are those of veritysetup and fit every kernel."""
-
-    algorithm: str = "sha256"
-    hash_type: int = HASH_TYPE_NORMAL
-    data_block_size_bytes: int = 4096
-    hash_block_size_bytes: int = 4096
-    superblock: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +66,8 @@ def derive_identity(content_digest: bytes) -> tuple[bytes, uuid_module.UUID]:
 def format_image(
     image: str | os.PathLike[str],
     *,
-    salt: bytes | None = None,
+    terms: VerityTerms | None = None,
     uuid: uuid_module.UUID | None = None,
-    geometry: Geometry | None = None,
-    data_blocks: int | None = None,
-    hash_offset_bytes: int | None = None,
     hash_file: str | os.PathLike[str] | None = None,
     force: bool = False,
     durable: bool = False,
@@ -100,13 +79,12 @@ def format_image(
     """Add a hash area to ``image`` in place, or write it to ``hash_file``.
 
     Args:
-        salt: up to 256 bytes; random (32 bytes) when None.
+        terms: the choices of the format. Left open, the salt is random (32 bytes), the file is
+            hashed up to the hash area that it has or else as a whole (see
+            ``rootfs.imagefile.hasharea``), the hash area starts behind the data (at 0 in a
+            ``hash_file``), and the rest is as veritysetup chooses. What is behind ``data_blocks``
+            and in the way of the hash area is lost only with ``force``, and a file system never.
         uuid: for the superblock; random when None.
-        data_blocks: hash only so many blocks; up to the hash area that the file has, or else the
-            whole file, when None (see ``rootfs.imagefile.hasharea``). What is behind them, in the
-            way of an appended hash area, is lost only with ``force``, and a file system never.
-        hash_offset_bytes: where the hash area starts; behind the data when None (at 0 in a
-            ``hash_file``).
         force: format again what has a hash area already, and replace ``hash_file``.
         durable: wait until the disk has it (a ``hash_file`` always does).
         workers: processes or threads; one for each core when None.
@@ -118,24 +96,15 @@ def format_image(
             ``not_found``, ``timeout``, ``cancelled``.
     """
     path, apart = os.fspath(image), None if hash_file is None else os.fspath(hash_file)
-    geometry = geometry or Geometry()
+    terms = terms or VerityTerms()
     with contextlib.ExitStack() as cleanup:
         fd = cleanup.enter_context(opened(path, writable=apart is None))
         if apart is not None:
             check_output(apart, replace=force, inputs=(fd,))
         size_bytes, before = os.lseek(fd, 0, os.SEEK_END), os.fstat(fd)
-        if data_blocks is None and apart is None:
+        if terms.data_blocks is None and apart is None:
             size_bytes = _size_without_hash_area(path, fd, size_bytes, force)
-        parameters = _parameters(
-            path,
-            size_bytes,
-            geometry,
-            secrets.token_bytes(_SALT_BYTES) if salt is None else salt,
-            data_blocks,
-            hash_offset_bytes,
-            apart,
-            force,
-        )
+        parameters = _parameters(path, size_bytes, terms, apart is not None, force)
         if apart is None:
             _refuse_data_loss(path, fd, parameters.hash_offset_bytes)
         try:
@@ -152,9 +121,8 @@ def format_image(
             )
             _refuse_change(path, before, os.fstat(fd))
             parameters = parameters.replace(root_digest=root_digest)
-            if parameters.has_superblock:
-                uuid = uuid or uuid_module.uuid4()
-            header = _superblock(parameters, uuid)
+            uuid = (uuid or uuid_module.uuid4()) if parameters.superblock else None
+            header = parameters.pack_superblock(uuid.bytes) if uuid is not None else b""
             if apart is not None:
                 with new_file(apart, replace=force, inputs=(fd,)) as (hash_fd, _):
                     _store(hash_fd, parameters, header, tree_fd)
@@ -166,7 +134,7 @@ def format_image(
         image=path,
         hash_file=apart,
         parameters=parameters,
-        uuid=uuid if parameters.has_superblock else None,
+        uuid=uuid,
     )
 
 
@@ -225,45 +193,28 @@ def _refuse_data_loss(path: str, fd: int, hash_offset_bytes: int) -> None:
 
 
 def _parameters(
-    path: str,
-    size_bytes: int,
-    geometry: Geometry,
-    salt: bytes,
-    data_blocks: int | None,
-    hash_offset_bytes: int | None,
-    hash_file: str | None,
-    force: bool,
+    path: str, size_bytes: int, terms: VerityTerms, is_apart: bool, force: bool
 ) -> VerityParameters:
-    block_size_bytes = geometry.data_block_size_bytes
+    salt, data_blocks = terms.salt, terms.data_blocks
+    if data_blocks is None:
+        data_blocks = _whole_blocks(path, size_bytes, terms.data_block_size or 4096)
+    if salt is None:
+        salt = secrets.token_bytes(_SALT_BYTES)
+    terms = terms.replace(salt=salt, data_blocks=data_blocks)
+    hash_offset_bytes = hash_area_offset(terms, separate=is_apart)
+    assert hash_offset_bytes is not None  # it follows from data_blocks
     try:
-        # before any arithmetic with them, the block sizes must be sane
-        draft = VerityParameters(
-            root_digest=bytes(DIGEST_SIZES.get(geometry.algorithm, 0)),
-            salt=salt,
-            algorithm=geometry.algorithm,
-            hash_type=geometry.hash_type,
-            data_blocks=1,
-            data_block_size_bytes=block_size_bytes,
-            hash_block_size_bytes=geometry.hash_block_size_bytes,
-            hash_offset_bytes=0,
-            has_superblock=geometry.superblock,
-        )
-        if data_blocks is None:
-            data_blocks = _whole_blocks(path, size_bytes, block_size_bytes)
-        data_size_bytes = data_blocks * block_size_bytes
-        if hash_offset_bytes is None:
-            unit = SUPERBLOCK_BYTES if geometry.superblock else geometry.hash_block_size_bytes
-            hash_offset_bytes = 0 if hash_file else -(-data_size_bytes // unit) * unit
-        parameters = draft.replace(data_blocks=data_blocks, hash_offset_bytes=hash_offset_bytes)
-    except FieldError as problem:
-        raise _refused(path, problem.field, str(problem)) from None
+        parameters = VerityParameters.from_request(terms, hash_offset_bytes=hash_offset_bytes)
+    except CallError as problem:
+        raise _refused(path, problem.object or "", problem.message) from None
+    data_size_bytes = parameters.data_size_bytes
     if data_size_bytes > size_bytes:
         raise _refused(
             path, "data_blocks", f"{data_size_bytes} bytes of data, but it has {size_bytes}"
         )
-    if hash_file is None and hash_offset_bytes < data_size_bytes:
+    if not is_apart and hash_offset_bytes < data_size_bytes:
         raise _refused(path, "hash_offset_bytes", f"{hash_offset_bytes} lies within the data")
-    if hash_file is None and hash_offset_bytes < size_bytes and not force:
+    if not is_apart and hash_offset_bytes < size_bytes and not force:
         raise CallError(
             "conflict",
             f"cannot format {path!r}: a hash area at {hash_offset_bytes} would overwrite what is "
@@ -323,20 +274,6 @@ def _spool_file(directory: str, cleanup: contextlib.ExitStack) -> int:
         return cleanup.enter_context(unnamed_file(directory))
     except CallError:  # a directory or a file system that takes none
         return cleanup.enter_context(tempfile.TemporaryFile()).fileno()
-
-
-def _superblock(parameters: VerityParameters, uuid: uuid_module.UUID | None) -> bytes:
-    if uuid is None or not parameters.has_superblock:
-        return b""
-    return Superblock(
-        uuid=uuid.bytes,
-        hash_type=parameters.hash_type,
-        algorithm=parameters.algorithm,
-        data_block_size_bytes=parameters.data_block_size_bytes,
-        hash_block_size_bytes=parameters.hash_block_size_bytes,
-        data_blocks=parameters.data_blocks,
-        salt=parameters.salt,
-    ).pack()
 
 
 def _append(

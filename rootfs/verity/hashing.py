@@ -1,29 +1,22 @@
 """Digests of consecutive blocks of a file, as fast as this machine allows.
 
 A hasher reads blocks with one ``preadv`` into a scratch buffer where the salt already lies beside
-each block, so that a block and its salt are hashed in one call and nothing is copied twice. Two of
-them give the same bytes: ``HashlibHasher`` runs anywhere; ``multibuffer.MultiBufferHasher`` hashes
-many blocks at once where the library for it is installed. A hasher belongs to one thread.
+each block, so that a block and its salt are hashed in one call and nothing is copied twice. A
+hasher belongs to one thread. ``HashlibHasher`` runs anywhere; see ``multibuffer`` for the faster.
 """
 
 import dataclasses
 import hashlib
 import os
-import threading
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from guestagent.storage.verity import DIGEST_SIZES, HASH_TYPE_CHROMEOS, VerityParameters
+from guestagent.storage.verity import DIGEST_BYTES, HASH_TYPE_CHROMEOS, VerityParameters
 from vsock.errors import CallError
 
-if TYPE_CHECKING:
-    from rootfs.verity import multibuffer
-
-__all__ = ("BlockHash", "Hasher", "HashlibHasher", "Scratch", "open_hasher")
+__all__ = ("BlockHash", "Hasher", "HashlibHasher", "Scratch")
 
 #: Read at once: large enough to hide the calls, small enough to stay in a core's cache.
 _BATCH_BYTES = 512 * 1024
-#: What setting up the multi-buffer library costs is won back over this many blocks.
-_ACCELERATION_BLOCKS = 128
 #: IOV_MAX of Linux (include/uapi/linux/uio.h).
 _MAX_VECTORS = 1024
 
@@ -54,8 +47,8 @@ class BlockHash:
         )
 
     @property
-    def digest_size_bytes(self) -> int:
-        return DIGEST_SIZES[self.algorithm]
+    def digest_bytes(self) -> int:
+        return DIGEST_BYTES[self.algorithm]
 
     def slot_of(self, block: bytes) -> bytes:
         """Return the digest of one block, padded to its slot."""
@@ -70,6 +63,10 @@ class Hasher(Protocol):
     @property
     def batch_blocks(self) -> int:
         """A power of two."""
+        ...
+
+    def set_salt(self, salt: bytes) -> None:
+        """Hash with another salt of the same length from now on."""
         ...
 
     def slots(self, fd: int, offset_bytes: int, count: int) -> bytes:
@@ -125,9 +122,12 @@ class HashlibHasher:
         room = max(1, _BATCH_BYTES // block_hash.block_size_bytes)
         self.batch_blocks = min(room, block_hash.max_batch_blocks, _MAX_VECTORS)
         self._scratch = Scratch(block_hash, self.batch_blocks)
-        self.set_salt = self._scratch.set_salt
         self._new = getattr(hashlib, block_hash.algorithm)
-        self._padding = bytes(block_hash.slot_size_bytes - block_hash.digest_size_bytes)
+        self._padding = bytes(block_hash.slot_size_bytes - block_hash.digest_bytes)
+
+    def set_salt(self, salt: bytes) -> None:
+        """See ``Hasher``."""
+        self._scratch.set_salt(salt)
 
     def slots(self, fd: int, offset_bytes: int, count: int) -> bytes:
         """See ``Hasher``."""
@@ -135,37 +135,3 @@ class HashlibHasher:
         new = self._new
         digests = [new(message).digest() for message in self._scratch.messages[:count]]
         return self._padding.join(digests) + self._padding
-
-
-class _Kept(threading.local):
-    """The hashers that a thread had last: their buffers serve all levels, and the next image."""
-
-    def __init__(self) -> None:
-        self.hashers: dict[object, HashlibHasher | multibuffer.MultiBufferHasher] = {}
-
-
-_kept = _Kept()
-#: One for the data, one for the tree.
-_MAX_KEPT = 2
-
-
-def open_hasher(block_hash: BlockHash, blocks: int, *, accelerate: bool = True) -> Hasher:
-    """Return the fastest hasher for so many of these blocks on this machine.
-
-    It is this thread's, with this salt until the next call.
-    """
-    from rootfs.verity import multibuffer
-
-    slow, fast = (
-        (kind, len(block_hash.salt), dataclasses.replace(block_hash, salt=b""))
-        for kind in (HashlibHasher, multibuffer.MultiBufferHasher)
-    )
-    worthwhile = blocks >= _ACCELERATION_BLOCKS or fast in _kept.hashers
-    key = fast if accelerate and worthwhile and multibuffer.is_usable(block_hash) else slow
-    hasher = _kept.hashers.get(key)
-    if hasher is None:
-        if len(_kept.hashers) >= _MAX_KEPT:
-            _kept.hashers.clear()
-        hasher = _kept.hashers[key] = key[0](block_hash)
-    hasher.set_salt(block_hash.salt)
-    return hasher

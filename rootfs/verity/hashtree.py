@@ -15,7 +15,8 @@ from guestagent.storage.verity import VerityParameters, block_digest
 from rootfs.imagefile.holes import data_extents
 from rootfs.imagefile.ranges import free_ranges
 from rootfs.verity import workers as crew
-from rootfs.verity.hashing import BlockHash, open_hasher
+from rootfs.verity.hashing import BlockHash
+from rootfs.verity.multibuffer import open_hasher
 from rootfs.verity.runs import Run, pieces
 from vsock.deadline import Deadline
 
@@ -57,7 +58,7 @@ class Level:
     block_hash: BlockHash
     slots_fd: int
     slots_offset_bytes: int
-    hash_block_size_bytes: int
+    hash_block_size: int
     hashes_per_block_bits: int
     uniform: tuple[Run, ...]
     uniform_block: bytes
@@ -68,7 +69,7 @@ class Level:
         within = block & ((1 << bits) - 1)
         return (
             self.slots_offset_bytes
-            + (block >> bits) * self.hash_block_size_bytes
+            + (block >> bits) * self.hash_block_size
             + within * self.block_hash.slot_size_bytes
         )
 
@@ -135,7 +136,7 @@ def data_level(
     parameters: VerityParameters, fd: int, tree_fd: int, tree_offset_bytes: int
 ) -> Level:
     """Return the level of the data blocks; its slots are level 0 of the tree."""
-    size_bytes = parameters.data_block_size_bytes
+    size_bytes = parameters.data_block_size
     base = tree_offset_bytes - parameters.tree_offset_bytes
     return Level(
         fd=fd,
@@ -144,7 +145,7 @@ def data_level(
         block_hash=BlockHash.of_level(parameters, size_bytes),
         slots_fd=tree_fd,
         slots_offset_bytes=base + parameters.level_offsets_bytes[0],
-        hash_block_size_bytes=parameters.hash_block_size_bytes,
+        hash_block_size=parameters.hash_block_size,
         hashes_per_block_bits=parameters.hashes_per_block_bits,
         uniform=holes(fd, parameters.data_blocks, size_bytes),
         uniform_block=bytes(size_bytes),
@@ -166,7 +167,7 @@ def levels_of(
             fd=tree_fd,
             offset_bytes=level.slots_offset_bytes,
             blocks=parameters.level_blocks[above - 1],
-            block_hash=BlockHash.of_level(parameters, parameters.hash_block_size_bytes),
+            block_hash=BlockHash.of_level(parameters, parameters.hash_block_size),
             slots_offset_bytes=tree_offset_bytes
             + parameters.level_offsets_bytes[above]
             - parameters.tree_offset_bytes,
@@ -188,7 +189,7 @@ def _uniform_above(level: Level) -> tuple[Run, ...]:
 
 def _uniform_block_above(level: Level) -> bytes:
     slot = level.block_hash.slot_of(level.uniform_block)
-    return (slot * (1 << level.hashes_per_block_bits)).ljust(level.hash_block_size_bytes, b"\0")
+    return (slot * (1 << level.hashes_per_block_bits)).ljust(level.hash_block_size, b"\0")
 
 
 def build_tree(
@@ -212,7 +213,7 @@ def build_tree(
         OSError: reading or writing failed.
     """
     if not parameters.levels:
-        return block_digest(parameters, os.pread(fd, parameters.data_block_size_bytes, 0))
+        return block_digest(parameters, os.pread(fd, parameters.data_block_size, 0))
     for number, level in enumerate(levels_of(parameters, fd, tree_fd, tree_offset_bytes)):
         _build_level(
             level,
@@ -221,7 +222,7 @@ def build_tree(
             deadline=deadline,
             progress=progress if number == 0 else None,
         )
-    size_bytes = parameters.hash_block_size_bytes
+    size_bytes = parameters.hash_block_size
     return block_digest(parameters, os.pread(tree_fd, size_bytes, tree_offset_bytes))
 
 

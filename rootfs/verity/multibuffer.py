@@ -10,15 +10,16 @@ keep their place. Versions that nobody has checked are left alone.
 """
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import struct
 import threading
 from collections.abc import Callable
 
-from rootfs.verity.hashing import BlockHash, Scratch
+from rootfs.verity.hashing import BlockHash, Hasher, HashlibHasher, Scratch
 
-__all__ = ("MultiBufferHasher", "is_usable", "library_version")
+__all__ = ("MultiBufferHasher", "is_usable", "library_version", "open_hasher")
 
 _LIBRARY = "libIPSec_MB.so.1"
 _CHECKED_VERSIONS = ("1.3.",)
@@ -40,6 +41,9 @@ _MIN_BURST_JOBS = 6
 _TRIAL_COUNTS = (_BURST_JOBS, 1, 37, _BURST_JOBS, 100, _BURST_JOBS)
 #: The lanes count in 16 bits, lane number included; far below that they are tested here.
 _MAX_MESSAGE_BYTES = 8192
+
+#: What setting up the library costs is won back over this many blocks.
+_ACCELERATION_BLOCKS = 128
 
 _BurstFunction = ctypes.CFUNCTYPE(
     ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p
@@ -191,10 +195,13 @@ class MultiBufferHasher:
     def __init__(self, block_hash: BlockHash) -> None:
         self.batch_blocks = min(_BURST_JOBS, block_hash.max_batch_blocks)
         self._scratch = Scratch(block_hash, self.batch_blocks)
-        self.set_salt = self._scratch.set_salt
         self._burst = _Burst(
             self._scratch.buffer, self._scratch.message_size_bytes, self.batch_blocks
         )
+
+    def set_salt(self, salt: bytes) -> None:
+        """See ``rootfs.verity.hashing.Hasher``."""
+        self._scratch.set_salt(salt)
 
     def slots(self, fd: int, offset_bytes: int, count: int) -> bytes:
         """See ``rootfs.verity.hashing.Hasher``."""
@@ -203,3 +210,35 @@ class MultiBufferHasher:
             messages = self._scratch.messages[:count]
             return b"".join([hashlib.sha256(message).digest() for message in messages])
         return self._burst.run(count)
+
+
+class _Kept(threading.local):
+    """The hashers that a thread had last: their buffers serve all levels, and the next image."""
+
+    def __init__(self) -> None:
+        self.hashers: dict[object, Hasher] = {}
+
+
+_kept = _Kept()
+#: One for the data, one for the tree.
+_MAX_KEPT = 2
+
+
+def open_hasher(block_hash: BlockHash, blocks: int, *, accelerate: bool = True) -> Hasher:
+    """Return the fastest hasher for so many of these blocks on this machine.
+
+    It is this thread's, with this salt until the next call.
+    """
+    slow, fast = (
+        (kind, len(block_hash.salt), dataclasses.replace(block_hash, salt=b""))
+        for kind in (HashlibHasher, MultiBufferHasher)
+    )
+    worthwhile = blocks >= _ACCELERATION_BLOCKS or fast in _kept.hashers
+    key = fast if accelerate and worthwhile and is_usable(block_hash) else slow
+    hasher = _kept.hashers.get(key)
+    if hasher is None:
+        if len(_kept.hashers) >= _MAX_KEPT:
+            _kept.hashers.clear()
+        hasher = _kept.hashers[key] = key[0](block_hash)
+    hasher.set_salt(block_hash.salt)
+    return hasher

@@ -77,7 +77,7 @@ def _levels(
 def _comparer(level: Level, accelerate: bool) -> Callable[[], Callable[[Run], bytes]]:
     """Return what makes a worker; a worker returns the pairs of a run that differ."""
     slot_size_bytes = level.block_hash.slot_size_bytes
-    digest_size_bytes = level.block_hash.digest_size_bytes
+    digest_bytes = level.block_hash.digest_bytes
 
     def make_worker() -> Callable[[Run], bytes]:
         batches = level.batches(accelerate)
@@ -93,8 +93,7 @@ def _comparer(level: Level, accelerate: bool) -> Callable[[], Callable[[Run], by
                 differing += [
                     first + start // slot_size_bytes
                     for start in starts
-                    if stored[start : start + digest_size_bytes]
-                    != slots[start : start + digest_size_bytes]
+                    if stored[start : start + digest_bytes] != slots[start : start + digest_bytes]
                 ]
             return b"".join(_RUN.pack(*pair) for pair in pairs(differing))
 

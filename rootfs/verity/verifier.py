@@ -10,18 +10,20 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import uuid as uuid_module
 from collections.abc import Iterator
 
 from guestagent.storage.verity import (
-    DIGEST_SIZES,
-    Superblock,
+    SUPERBLOCK_BYTES,
     VerityParameters,
+    VerityTerms,
     block_digest,
     check_spare,
-    resolve,
+    hash_area_offset,
+    superblock_uuid,
 )
 from rootfs.imagefile.errors import from_os_error
-from rootfs.imagefile.hasharea import find_hash_area, read_superblock
+from rootfs.imagefile.hasharea import find_hash_area
 from rootfs.imagefile.vhd import VhdFooter, find_footer
 from rootfs.verity import workers as crew
 from rootfs.verity.formatter import opened
@@ -31,25 +33,10 @@ from rootfs.verity.treecompare import compare_tree
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("Layer", "Terms", "VerifyResult", "open_layer", "read_layer", "verify_image")
+__all__ = ("Layer", "VerifyResult", "open_layer", "read_layer", "verify_image")
 
 #: A list of faults ends here; the counts are always of all.
 _MAX_NAMED_RUNS = 65536
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """What is known of a hash area beforehand; all None: it is read from the superblock."""
-
-    root_digest: bytes | None = None
-    salt: bytes | None = None
-    algorithm: str | None = None
-    hash_type: int | None = None
-    data_blocks: int | None = None
-    data_block_size_bytes: int | None = None
-    hash_block_size_bytes: int | None = None
-    hash_offset_bytes: int | None = None
-    superblock: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +44,13 @@ class Layer:
     """An open image and its hash area. Descriptors are borrowed.
 
     ``parameters.root_digest`` is the one that was asked for, or else the one computed from the top
-    of the tree; ``computed_root`` is always the latter. ``footer`` is that of a VHD.
+    of the tree; ``computed_root`` is always the latter. ``uuid`` is that of the superblock, if
+    there is one, ``footer`` that of a VHD.
     """
 
     fd: int
     hash_fd: int
-    superblock: Superblock | None
+    uuid: uuid_module.UUID | None
     parameters: VerityParameters
     computed_root: bytes
     footer: VhdFooter | None
@@ -94,7 +82,7 @@ class VerifyResult:
 def open_layer(
     image: str | os.PathLike[str],
     *,
-    terms: Terms | None = None,
+    terms: VerityTerms | None = None,
     hash_file: str | os.PathLike[str] | None = None,
 ) -> Iterator[Layer]:
     """Open an image with its hash area, found by the superblock unless ``terms`` say more: at the
@@ -104,7 +92,7 @@ def open_layer(
         CallError: ``integrity``, superblock and ``terms`` differ, or something is cut off;
             ``not_found``, no superblock; ``busy``, somebody writes; by errno.
     """
-    terms = terms or Terms()
+    terms = terms or VerityTerms()
     path = os.fspath(image)
     with contextlib.ExitStack() as cleanup:
         fd = cleanup.enter_context(opened(path, writable=False))
@@ -115,7 +103,7 @@ def open_layer(
         try:
             footer = find_footer(fd)
             end_bytes = None if hash_file is not None else _disk_bytes(fd, footer)
-            superblock, parameters = _parameters(hash_fd, hash_path, terms, end_bytes)
+            uuid, parameters = _parameters(hash_fd, hash_path, terms, end_bytes)
             _refuse_short(fd, path, parameters.data_size_bytes, "the data")
             _refuse_short(hash_fd, hash_path, _needed_bytes(parameters), "the hash tree")
             computed_root = block_digest(parameters, _top_block(parameters, fd, hash_fd))
@@ -126,7 +114,7 @@ def open_layer(
         yield Layer(
             fd=fd,
             hash_fd=hash_fd,
-            superblock=superblock,
+            uuid=uuid,
             parameters=parameters,
             computed_root=computed_root,
             footer=footer,
@@ -140,7 +128,7 @@ def _disk_bytes(fd: int, footer: VhdFooter | None) -> int:
 def read_layer(
     image: str | os.PathLike[str],
     *,
-    terms: Terms | None = None,
+    terms: VerityTerms | None = None,
     hash_file: str | os.PathLike[str] | None = None,
 ) -> Layer:
     """Return what ``open_layer`` finds; the descriptors in it are closed.
@@ -155,7 +143,7 @@ def read_layer(
 def verify_image(
     image: str | os.PathLike[str],
     *,
-    terms: Terms | None = None,
+    terms: VerityTerms | None = None,
     hash_file: str | os.PathLike[str] | None = None,
     first_block: int = 0,
     end_block: int | None = None,
@@ -203,38 +191,33 @@ def verify_image(
 
 
 def _parameters(
-    fd: int, path: str, terms: Terms, end_bytes: int | None
-) -> tuple[Superblock | None, VerityParameters]:
+    fd: int, path: str, terms: VerityTerms, end_bytes: int | None
+) -> tuple[uuid_module.UUID | None, VerityParameters]:
     """Read them from ``fd``; ``end_bytes`` is where the tree ends if it is behind the data."""
-    offset_bytes = terms.hash_offset_bytes
-    superblock = None
-    if terms.superblock:
-        if offset_bytes is None:
-            offset_bytes = 0 if end_bytes is None else find_hash_area(fd, end_bytes)
-        if offset_bytes is None:
-            raise CallError(
-                "not_found",
-                f"no verity superblock in {path!r}",
-                step="find the hash area",
-                object=path,
-                hint="say hash_offset_bytes if something follows the hash tree",
-            )
-        superblock = read_superblock(fd, offset_bytes, path)
-    elif offset_bytes is None and end_bytes is None:
-        offset_bytes = 0
-    algorithm = terms.algorithm or (superblock.algorithm if superblock else "sha256")
-    parameters = resolve(
-        root_digest=terms.root_digest or bytes(DIGEST_SIZES.get(algorithm, 0)),
-        salt=terms.salt,
-        algorithm=terms.algorithm,
-        hash_type=terms.hash_type,
-        data_blocks=terms.data_blocks,
-        data_block_size=terms.data_block_size_bytes,
-        hash_block_size=terms.hash_block_size_bytes,
-        hash_offset_bytes=offset_bytes,
-        superblock=superblock,
-    )
-    return superblock, parameters
+    if terms.superblock and terms.hash_offset_bytes is None and end_bytes is not None:
+        offset_bytes = find_hash_area(fd, end_bytes)
+    else:
+        offset_bytes = hash_area_offset(terms, separate=end_bytes is None)
+    if offset_bytes is None:
+        raise CallError(
+            "not_found",
+            f"no verity superblock in {path!r}",
+            step="find the hash area",
+            object=path,
+            hint="say hash_offset_bytes if something follows the hash tree",
+        )
+    raw = os.pread(fd, SUPERBLOCK_BYTES, offset_bytes) if terms.superblock else None
+    try:
+        parameters = VerityParameters.from_request(
+            terms, hash_offset_bytes=offset_bytes, superblock=raw
+        )
+    except CallError as problem:
+        where = f" (at {offset_bytes} in {path!r})" if raw is not None else ""
+        raise CallError(
+            problem.code, problem.message + where, step=problem.step, object=problem.object
+        ) from None
+    uuid = None if raw is None else uuid_module.UUID(bytes=superblock_uuid(raw))
+    return uuid, parameters
 
 
 def _needed_bytes(parameters: VerityParameters) -> int:
@@ -254,15 +237,15 @@ def _refuse_short(fd: int, path: str, needed_bytes: int, what: str) -> None:
 
 def _top_block(parameters: VerityParameters, fd: int, hash_fd: int) -> bytes:
     if parameters.levels:
-        size_bytes = parameters.hash_block_size_bytes
+        size_bytes = parameters.hash_block_size
         return os.pread(hash_fd, size_bytes, parameters.tree_offset_bytes)
-    return os.pread(fd, parameters.data_block_size_bytes, 0)
+    return os.pread(fd, parameters.data_block_size, 0)
 
 
 def _check_last_blocks(layer: Layer, corrupt_hash: tuple[tuple[int, int], ...]) -> None:
     """See, down the right edge as far as it is intact, that the tree is over so many blocks."""
     parameters = layer.parameters
-    size_bytes = parameters.hash_block_size_bytes
+    size_bytes = parameters.hash_block_size
     for level in reversed(range(parameters.levels)):
         last = parameters.level_blocks[level] - 1
         if (level, last) in corrupt_hash:

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from uuid import UUID
 
+from guestagent.storage.verity import VerityTerms
 from rootfs.verity import multibuffer
 from rootfs.verity.formatter import format_image
-from rootfs.verity.verifier import Terms, verify_image
+from rootfs.verity.verifier import verify_image
 from rootfs.verity.workers import available_cores
 from scripts.benchmarks.contest import BED, Contender, contest
 from scripts.benchmarks.rows import Row, row
@@ -78,10 +79,10 @@ def _dense(directory: Path) -> list[Row]:
 
 
 def _verify(image: Path) -> list[Row]:
-    result = format_image(image, salt=SALT, uuid=IDENTITY)
+    result = format_image(image, terms=VerityTerms(salt=SALT), uuid=IDENTITY)
     command = [PEER, "verify", str(image), str(image), result.root_digest.hex()]
     command.append(f"--hash-offset={DENSE_BYTES}")
-    terms = Terms(root_digest=result.root_digest)
+    terms = VerityTerms(root_digest=result.root_digest)
 
     def verify() -> None:
         if not verify_image(image, terms=terms).intact:
@@ -171,7 +172,13 @@ def _engine(accelerate: bool) -> str:
 
 def _formatter(image: Path, size_bytes: int, workers: int | None, accelerate: bool) -> Contender:
     def run() -> None:
-        format_image(image, salt=SALT, uuid=IDENTITY, workers=workers, accelerate=accelerate)
+        format_image(
+            image,
+            terms=VerityTerms(salt=SALT),
+            uuid=IDENTITY,
+            workers=workers,
+            accelerate=accelerate,
+        )
         os.truncate(image, size_bytes)
 
     return run
@@ -194,7 +201,7 @@ def _command_line(image: Path, size_bytes: int) -> None:
 
 def _same_root(image: Path, size_bytes: int) -> None:
     theirs = _veritysetup(image, size_bytes)
-    ours = format_image(image, salt=SALT, uuid=IDENTITY).root_digest.hex()
+    ours = format_image(image, terms=VerityTerms(salt=SALT), uuid=IDENTITY).root_digest.hex()
     os.truncate(image, size_bytes)
     if ours != theirs:
         raise RuntimeError(f"{image}: veritysetup computes {theirs}, we {ours}")

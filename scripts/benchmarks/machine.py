@@ -9,6 +9,7 @@ from pathlib import Path
 
 from guestagent.api import LayersMount, LayerSpec, LayersUnmount, OverlaySpec
 from guestagent.host.client import GuestAgent
+from guestagent.storage.verity import VerityTerms
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import cached_kernel
 from rootfs.image.images import build_image
@@ -70,7 +71,9 @@ def _pack(directory: Path) -> tuple[ManifestLayer, ...]:
             (tree / f"file{number}").write_text(f"{number}\n" * 4000)
             image = directory / f"layer{number}"
             built = build_image(tree, image)
-            formatted = format_image(image, salt=built.verity_salt, uuid=built.verity_uuid)
+            formatted = format_image(
+                image, terms=VerityTerms(salt=built.verity_salt), uuid=built.verity_uuid
+            )
             pack.add(image, f"layer{number}", verity=formatted.parameters, position=number)
         return pack.layers
 
@@ -105,7 +108,9 @@ def _root_pack(tree: Path, pack: Path) -> None:
     init.chmod(0o755)
     image = tree.with_suffix(".erofs")
     built = build_image(tree, image)
-    formatted = format_image(image, salt=built.verity_salt, uuid=built.verity_uuid)
+    formatted = format_image(
+        image, terms=VerityTerms(salt=built.verity_salt), uuid=built.verity_uuid
+    )
     with Pack.create(pack) as opened:
         opened.add(image, "root", verity=formatted.parameters)
 

@@ -23,6 +23,7 @@ from guestagent.engine.transaction import Operation
 from guestagent.host.client import GuestAgent
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.mountinfo import read_mounts
+from guestagent.storage.verity import VerityTerms
 from rootfs.verity.formatter import format_image
 from tests.beds.dmbed import loop_device
 from vsock.deadline import Deadline
@@ -85,7 +86,7 @@ def build_pack(directory: Path, count: int) -> tuple[Path, tuple[Packed, ...]]:
         for number in range(count):
             layer, own = directory / "layer", _MARKER % number
             layer.write_bytes(data.replace(marker, own))
-            made = format_image(layer, salt=number.to_bytes(8, "big"), workers=1)
+            made = format_image(layer, terms=VerityTerms(salt=number.to_bytes(8, "big")), workers=1)
             content = layer.read_bytes()
             content = content.ljust(-(-len(content) // 4096) * 4096, b"\0")
             pack.write(content)

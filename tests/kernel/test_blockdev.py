@@ -18,7 +18,6 @@ from guestagent.storage.devicemapper.targets import Target, linear_target
 from guestagent.storage.holders import find_holders
 from guestagent.storage.keyring import signature_key
 from guestagent.storage.kmsg import KernelLog
-from guestagent.storage.node import ensure_node
 from guestagent.storage.uevents import LOST, UeventSocket
 from tests.beds import dmbed
 from vsock.deadline import Deadline
@@ -125,7 +124,7 @@ def test_a_missing_node_is_made(disk: str, within: Within) -> None:
     found = blockdev.inspect(os.path.basename(disk))
     os.rename(disk, f"{disk}-away")
     try:
-        ensure_node(found.node, found.dev)
+        blockdev.ensure_node(found.node, found.dev)
         assert dmbed.dev_of(disk) == found.dev
     finally:
         os.rename(f"{disk}-away", disk)
@@ -146,7 +145,7 @@ def test_a_node_that_somebody_else_makes_meanwhile(
         mknod(path, mode, device)
 
     monkeypatch.setattr(os, "mknod", late)
-    ensure_node(node, "7:1")
+    blockdev.ensure_node(node, "7:1")
     assert os.stat(node).st_rdev == number == made[0]
 
 
@@ -200,15 +199,15 @@ def test_scsi_disks_are_found_and_unplugged(within: Within) -> None:
     assert 0 < partition.size_bytes < disk.size_bytes
     assert partition.logical_block_size == disk.logical_block_size
     assert blockdev.find(device.replace(partition=2)) is None
-    assert blockdev.scsi_delete(device)
-    assert not blockdev.scsi_delete(device)
+    unplug = Path(f"/sys/bus/scsi/devices/{device.controller}:0:0:0/delete")
+    unplug.write_text("1")
     assert blockdev.find(device) is None
     told: list[str] = []
     again = blockdev.wait_for(device, within(10), log=told.append)  # by a rescan of its host
     assert again.size_bytes == disk.size_bytes
     assert len(told) == 1
     assert "0 0 0" in told[0]
-    assert blockdev.scsi_delete(device)  # the module stays: it is busy for a while after a probe
+    unplug.write_text("1")  # the module stays: it is busy for a while after a probe
 
 
 def test_only_the_kernel_is_believed(disk: str, within: Within) -> None:

@@ -15,6 +15,7 @@ import pytest
 from guestagent.api import ByteRange, DeviceScratch, LayersMount, LayerSpec, PathDevice, Verity
 from guestagent.engine.state import Rules
 from guestagent.storage.devicemapper.control import Control
+from guestagent.storage.verity import VerityTerms
 from rootfs.verity.formatter import format_image
 from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 from tests.beds.dmbed import loop_device
@@ -307,7 +308,7 @@ def test_a_truncated_hash_tree(bed: EngineBed, tmp_path: Path, level: str) -> No
     assert run.returncode == 0
     os.truncate(image, -(-image.stat().st_size // 4096) * 4096)
     data_bytes = image.stat().st_size
-    made = format_image(image, salt=b"")
+    made = format_image(image, terms=VerityTerms(salt=b""))
     assert made.parameters.levels >= 2
     cuts = {
         "superblock": data_bytes,
@@ -346,7 +347,7 @@ def test_garbage_for_a_file_system(
     image.write_bytes(data)
     verity = None
     if verified:
-        made = format_image(image, salt=b"")
+        made = format_image(image, terms=VerityTerms(salt=b""))
         verity = Verity(root_digest=made.root_digest, hash_offset_bytes=65536)
     with loop_device(image) as node:
         spec = LayerSpec(

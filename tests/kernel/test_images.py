@@ -397,7 +397,7 @@ def test_a_packed_layer_through_linear_and_verity(tmp_path: Path) -> None:
         linear = device_mapper(undo, "images-linear", table)
         table = (
             f"0 {verity.data_size_bytes // 512} verity {verity.hash_type} {linear} {linear} "
-            f"{verity.data_block_size_bytes} {verity.hash_block_size_bytes} {verity.data_blocks} "
+            f"{verity.data_block_size} {verity.hash_block_size} {verity.data_blocks} "
             f"{verity.hash_start_block} {verity.algorithm} {verity.root_digest.hex()} "
             f"{verity.salt.hex()}"
         )

@@ -16,6 +16,7 @@ import pytest
 from guestagent.api import LayerSpec, PathDevice, TmpfsScratch, Verity
 from guestagent.host.client import GuestAgent
 from guestagent.storage import syscalls
+from guestagent.storage.verity import VerityTerms
 from rootfs.verity.formatter import format_image
 from tests.beds.agentbed import AgentProcess, overlay
 from tests.beds.dmbed import loop_device, run
@@ -74,7 +75,7 @@ def make_image(source: Path, image: Path, *options: str) -> Path:
 @contextlib.contextmanager
 def attached(image: Path, layer_id: str) -> Iterator[LayerSpec]:
     """Format and attach an image; yields the request that mounts it."""
-    made = format_image(image, salt=b"salt", workers=1)
+    made = format_image(image, terms=VerityTerms(salt=b"salt"), workers=1)
     os.truncate(image, -(-image.stat().st_size // 512) * 512)
     with loop_device(image) as node:
         yield LayerSpec(

@@ -152,16 +152,6 @@ def test_scsi_disks_and_partitions(sys_root: Path, add_disk: AddDisk) -> None:
     assert find(ScsiDevice(controller=1, lun=6), sys_root) is None
 
 
-def test_unplugging_a_scsi_disk(sys_root: Path) -> None:
-    device = ScsiDevice(controller=1, lun=5)
-    assert not blockdev.scsi_delete(device, sys_root=str(sys_root))
-    switch = sys_root / "bus/scsi/devices/1:0:0:5/delete"
-    switch.parent.mkdir(parents=True)
-    switch.touch()
-    assert blockdev.scsi_delete(device, sys_root=str(sys_root))
-    assert switch.read_text() == "1"
-
-
 def test_holders(sys_root: Path, add_disk: AddDisk) -> None:
     disk = add_disk("pmem0", "259:0")
     assert blockdev.holders("259:0", sys_root=str(sys_root)) == ()

@@ -8,7 +8,7 @@ import pytest
 from guestagent.api import ByteRange, LayerSpec, OverlaySpec, PathDevice, Verity
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from guestagent.engine.journal import Begun, Journal, Written
-from guestagent.engine.plan import VerityOptions, plan_layer
+from guestagent.engine.plan import plan_layer
 from guestagent.observe.leftovers import left_behind
 from guestagent.storage.blockdev import BlockDevice
 
@@ -38,8 +38,6 @@ def layer(layer_id="a", **changes):
         device=DEVICE,
         range=whole,
         plan=plan_layer(spec, DEVICE, filesystem="erofs", names=("l", "v")),
-        verity_source="superblock",
-        verity_options=VerityOptions(),
         created=("/run/layers", "/run/layers/a"),
         timings_ms={"mount": 1.5},
     )

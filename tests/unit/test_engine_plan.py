@@ -36,10 +36,10 @@ PARAMETERS = VerityParameters(
     algorithm="sha256",
     hash_type=1,
     data_blocks=1,
-    data_block_size_bytes=4096,
-    hash_block_size_bytes=4096,
+    data_block_size=4096,
+    hash_block_size=4096,
     hash_offset_bytes=4096,
-    has_superblock=True,
+    superblock=True,
 )
 
 
@@ -91,21 +91,21 @@ def test_the_longest_names_fit_the_kernel():
         assert max(map(len, dm_names(long, unique=unique))) <= 127
 
 
-def test_two_sha512_digests_do_not_become_one_name():
-    """Cut to 127 characters, names of one device and two digests that end differently would."""
-    names = {
-        dm_names(
-            spec(
-                device=VirtioBlkDevice(serial="s" * 20),
-                verity=VerityRequest(root_digest=bytes(63) + bytes([last])),
-            ),
-            unique=True,
+def test_unique_names_differ_by_layer_id_alone():
+    """Names with a whole sha512 digest are cut to 127 characters: two layers of one device whose
+    digests end differently share them, and then get unique names."""
+    device = VirtioBlkDevice(serial="s" * 20)
+    layers = [
+        spec(
+            layer_id=f"layer{last}",
+            device=device,
+            verity=VerityRequest(root_digest=bytes(63) + bytes([last])),
         )
         for last in (1, 2)
-    }
-    layer_ids = {dm_names(spec(layer_id=name), unique=True) for name in ("a", "b")}
-    assert len(layer_ids) == 2
-    assert len(names) == 1, "unique names carry the layer id, not the whole digest"
+    ]
+    shared = {dm_names(layer, unique=False) for layer in layers}
+    assert len(shared) == 1
+    assert len({name for layer in layers for name in dm_names(layer, unique=True)}) == 4
 
 
 @pytest.mark.parametrize(

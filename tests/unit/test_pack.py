@@ -19,6 +19,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from guestagent.storage.verity import VerityTerms
 from rootfs.imagefile.ranges import ByteRange, first_fit, free_ranges, overlapping, round_up
 from rootfs.pack.manifest import Manifest
 from rootfs.pack.pack import DAX_ALIGNMENT_BYTES, Pack, manifest_path_of
@@ -116,7 +117,7 @@ def test_trimming_gives_back_the_end(tmp_path: Path, layer: Path) -> None:
 
 def verity_layer(path: Path, size: int = 700_000) -> tuple[Path, object]:
     layer_file(path, round_up(size, 4096))
-    return path, format_image(path, salt=b"salt", workers=1).parameters
+    return path, format_image(path, terms=VerityTerms(salt=b"salt"), workers=1).parameters
 
 
 def test_a_corrupt_block_is_found_wherever_it_is(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rootfs.verity import hashing, hashtree
-from rootfs.verity.formatter import FormatResult, Geometry, format_image
+from guestagent.storage.verity import VerityTerms
+from rootfs.verity import hashtree, multibuffer
+from rootfs.verity.formatter import FormatResult, format_image
 from rootfs.verity.runs import Run
-from rootfs.verity.verifier import Terms, VerifyResult, read_layer, verify_image
+from rootfs.verity.verifier import VerifyResult, read_layer, verify_image
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -26,7 +27,7 @@ BLOCK = 512
 BLOCKS = 3000
 NOISE = RANDOM.randbytes(BLOCKS * BLOCK)
 #: 16 digests in a hash block: 188, 12 and 1 blocks in three levels.
-SMALL = Geometry(data_block_size_bytes=BLOCK, hash_block_size_bytes=512)
+SMALL = VerityTerms(data_block_size=BLOCK, hash_block_size=512)
 
 
 class Image:
@@ -35,9 +36,9 @@ class Image:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.write_bytes(NOISE)
-        self.result: FormatResult = format_image(path, salt=b"salt", geometry=SMALL)
+        self.result: FormatResult = format_image(path, terms=SMALL.replace(salt=b"salt"))
         self.parameters = self.result.parameters
-        self.terms = Terms(root_digest=self.result.root_digest)
+        self.terms = VerityTerms(root_digest=self.result.root_digest)
 
     def flip(self, offset_bytes: int) -> None:
         with self.path.open("r+b") as file:
@@ -81,22 +82,22 @@ def test_each_accepts_what_the_other_made(tmp_path: Path, hash_type: int, algori
     format_command += [*place.split(), f"--root-hash-file={tmp_path / 'root'}"]
     subprocess.run(format_command, check=True, capture_output=True)
     root_digest = bytes.fromhex((tmp_path / "root").read_text())
-    terms = Terms(root_digest=root_digest)
+    terms = VerityTerms(root_digest=root_digest)
     assert verify_image(path, terms=terms).intact
     with path.open("r+b") as file:
         file.seek(2222 * BLOCK)
         file.write(b"\0")
     assert verify_image(path, terms=terms).corrupt_data == (Run(first=2222, count=1),)
 
-    geometry = Geometry(algorithm=algorithm, hash_type=hash_type, data_block_size_bytes=BLOCK)
-    result = format_image(path, geometry=geometry, force=True)
+    choices = VerityTerms(algorithm=algorithm, hash_type=hash_type, data_block_size=BLOCK)
+    result = format_image(path, terms=choices, force=True)
     command = ["veritysetup", "verify", str(path), str(path), result.root_digest.hex()]
     command.append(f"--hash-offset={len(NOISE)}")
     subprocess.run(command, check=True, capture_output=True)
     with path.open("r+b") as file:
         file.write(b"damage")
     assert subprocess.run(command, check=False, capture_output=True).returncode
-    assert not verify_image(path, terms=Terms(root_digest=result.root_digest)).intact
+    assert not verify_image(path, terms=VerityTerms(root_digest=result.root_digest)).intact
 
 
 @pytest.mark.parametrize("block", [0, 1, 15, 16, 2047, BLOCKS - 1])
@@ -151,7 +152,7 @@ def test_two_corrupt_hash_blocks_in_one_branch(image: Image) -> None:
 
 
 def test_a_wrong_root_proves_nothing(image: Image) -> None:
-    result = image.verify(terms=Terms(root_digest=bytes(32)))
+    result = image.verify(terms=VerityTerms(root_digest=bytes(32)))
     assert not result.intact
     assert result.corrupt_hash == ((2, 0),)
     assert result.unproven_data == (Run(first=0, count=BLOCKS),)
@@ -186,7 +187,7 @@ def test_a_corrupt_superblock_is_named(image: Image) -> None:
 
 def test_terms_and_superblock_must_agree(image: Image) -> None:
     with pytest.raises(CallError, match="salt: the request says 00, the superblock 73616c74"):
-        image.verify(terms=Terms(salt=b"\0"))
+        image.verify(terms=VerityTerms(salt=b"\0"))
 
 
 def test_a_truncated_image_is_refused(image: Image) -> None:
@@ -194,7 +195,7 @@ def test_a_truncated_image_is_refused(image: Image) -> None:
     os.truncate(image.path, size_bytes - 1)
     offset_bytes = image.parameters.hash_offset_bytes
     with pytest.raises(CallError, match="is truncated: the hash tree would end at") as caught:
-        image.verify(terms=Terms(hash_offset_bytes=offset_bytes))
+        image.verify(terms=VerityTerms(hash_offset_bytes=offset_bytes))
     assert caught.value.code == "integrity"
     with pytest.raises(CallError, match="no verity superblock") as caught:
         image.verify()
@@ -204,8 +205,8 @@ def test_a_truncated_image_is_refused(image: Image) -> None:
 def test_the_data_may_be_truncated_apart_from_the_hashes(tmp_path: Path) -> None:
     path, hashes = tmp_path / "image", tmp_path / "hashes"
     path.write_bytes(NOISE)
-    result = format_image(path, geometry=SMALL, hash_file=hashes)
-    terms = Terms(root_digest=result.root_digest)
+    result = format_image(path, terms=SMALL, hash_file=hashes)
+    terms = VerityTerms(root_digest=result.root_digest)
     assert verify_image(path, terms=terms, hash_file=hashes).intact
     os.truncate(path, len(NOISE) - BLOCK)
     with pytest.raises(CallError, match="is truncated: the data would end"):
@@ -216,13 +217,13 @@ def test_the_data_may_be_truncated_apart_from_the_hashes(tmp_path: Path) -> None
 def test_without_a_superblock_the_terms_say_all(tmp_path: Path, apart: bool) -> None:
     path, hashes = tmp_path / "image", tmp_path / "hashes" if apart else None
     path.write_bytes(NOISE)
-    bare = Geometry(data_block_size_bytes=BLOCK, superblock=False)
-    result = format_image(path, salt=b"s", geometry=bare, hash_file=hashes)
-    terms = Terms(
+    bare = VerityTerms(data_block_size=BLOCK, superblock=False)
+    result = format_image(path, terms=bare.replace(salt=b"s"), hash_file=hashes)
+    terms = VerityTerms(
         root_digest=result.root_digest,
         salt=b"s",
         data_blocks=BLOCKS,
-        data_block_size_bytes=BLOCK,
+        data_block_size=BLOCK,
         hash_offset_bytes=result.parameters.hash_offset_bytes,
         superblock=False,
     )
@@ -232,7 +233,7 @@ def test_without_a_superblock_the_terms_say_all(tmp_path: Path, apart: bool) -> 
 def test_one_block(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(NOISE[:4096])
-    terms = Terms(root_digest=format_image(path).root_digest)
+    terms = VerityTerms(root_digest=format_image(path).root_digest)
     assert verify_image(path, terms=terms).intact
     with path.open("r+b") as file:
         file.write(b"damage")
@@ -244,7 +245,7 @@ def test_a_hole_that_should_be_data_and_data_that_should_be_a_hole(tmp_path: Pat
     with path.open("wb") as file:
         file.truncate(16 << 20)
         file.write(NOISE)
-    terms = Terms(root_digest=format_image(path).root_digest)
+    terms = VerityTerms(root_digest=format_image(path).root_digest)
     assert verify_image(path, terms=terms).intact
     with path.open("r+b") as file:
         file.seek(3000 * 4096)
@@ -269,7 +270,7 @@ def test_all_is_corrupt(image: Image) -> None:
 def test_workers_find_the_same(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashtree, "_PARALLEL_BYTES", 0)
     monkeypatch.setattr(hashtree, "_SPAN_BYTES", 100 * BLOCK)
-    monkeypatch.setattr(hashing, "_ACCELERATION_BLOCKS", 1)
+    monkeypatch.setattr(multibuffer, "_ACCELERATION_BLOCKS", 1)
     for block in (0, 5, 6, 7, 1023, 1024, 2999):
         image.flip_data(block)
     image.flip_hash(0, 99)
@@ -292,6 +293,5 @@ def test_the_layer_as_it_is_on_disk(image: Image) -> None:
     layer = read_layer(image.path)
     assert layer.parameters == image.parameters
     assert layer.computed_root == image.result.root_digest
-    assert layer.superblock is not None
     assert image.result.uuid is not None
-    assert layer.superblock.uuid == image.result.uuid.bytes
+    assert layer.uuid == image.result.uuid

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from rootfs.image.images import build_image
-from rootfs.imagefile.vhd import FOOTER_BYTES, VhdFooter, read_layer_layout
+from rootfs.imagefile.vhd import FOOTER_BYTES, VhdFooter, find_footer
 from rootfs.pack.sidecar import Sidecar
+from rootfs.verity.verifier import read_layer
 from tests.beds.imagebed import Member, make_tar
 from vsock.errors import CallError
 
@@ -64,11 +65,10 @@ def test_a_layer_of_hcsshim(tmp_path: Path) -> None:
         tmp_path / "t", tmp_path / "layer.vhd", filesystem="ext4", verity=True, vhd_footer=True
     )
     assert result.verity is not None
-    layout = read_layer_layout(tmp_path / "layer.vhd")
-    assert layout.hash_offset_bytes == result.verity.hash_offset_bytes
-    assert layout.footer.size_bytes == result.size_bytes - 512 == result.verity.end_bytes
-    assert layout.superblock is not None
-    assert layout.superblock.salt == result.verity.salt
+    layer = read_layer(tmp_path / "layer.vhd")
+    assert layer.parameters == result.verity
+    assert layer.footer is not None
+    assert layer.footer.size_bytes == result.size_bytes - 512 == result.verity.end_bytes
     # the oracle: the tree is where veritysetup looks for it
     command = ["veritysetup", "verify", tmp_path / "layer.vhd", tmp_path / "layer.vhd"]
     root = result.verity.root_digest.hex()
@@ -80,16 +80,15 @@ def test_a_layer_of_hcsshim(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, 100, 512, 4096])
 def test_a_file_without_a_footer(tmp_path: Path, keep: int) -> None:
-    (tmp_path / "x").write_bytes(bytes(keep))
-    with pytest.raises(CallError) as caught:
-        read_layer_layout(tmp_path / "x")
-    assert caught.value.code == "not_found"
+    with (tmp_path / "x").open("w+b") as file:
+        file.truncate(keep)
+        assert find_footer(file.fileno()) is None
 
 
 def test_a_footer_of_another_disk(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(bytes(4096) + FOOTER.pack())
-    with pytest.raises(CallError) as caught:
-        read_layer_layout(tmp_path / "x")
+    with (tmp_path / "x").open("rb") as file, pytest.raises(CallError) as caught:
+        find_footer(file.fileno())
     assert caught.value.code == "integrity"
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from guestagent.api import LayerSpec
 from guestagent.host.client import GuestAgent
+from guestagent.storage.verity import VerityTerms
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel
 from rootfs.image.images import build_image
@@ -52,7 +53,9 @@ class Roots:
                 built = build_image(tree, image)
                 parameters = None
                 if layer_id != "plain":
-                    formatted = format_image(image, salt=built.verity_salt, uuid=built.verity_uuid)
+                    formatted = format_image(
+                        image, terms=VerityTerms(salt=built.verity_salt), uuid=built.verity_uuid
+                    )
                     parameters = formatted.parameters
                 pack.add(image, layer_id, verity=parameters, position=position)
             self.layers = {layer.layer_id: layer for layer in pack.layers}

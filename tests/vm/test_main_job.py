@@ -23,6 +23,7 @@ from guestagent.api import (
 )
 from guestagent.api.devices import Device
 from guestagent.host.client import GuestAgent
+from guestagent.storage.verity import VerityTerms
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import cached_kernel
 from rootfs.image.images import build_image
@@ -51,7 +52,9 @@ def write_tree(root: Path, layer_id: str) -> Path:
 def build_layer(directory: Path, layer_id: str) -> tuple[Path, FormatResult]:
     image = directory / f"{layer_id}.erofs"
     built = build_image(write_tree(directory / layer_id, layer_id), image)
-    return image, format_image(image, salt=built.verity_salt, uuid=built.verity_uuid)
+    return image, format_image(
+        image, terms=VerityTerms(salt=built.verity_salt), uuid=built.verity_uuid
+    )
 
 
 class Bed:

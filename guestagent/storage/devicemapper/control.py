@@ -85,21 +85,9 @@ class Control(FdOwner):
         flags = dmioctl.DM_READONLY_FLAG if readonly else 0
         self._call(dmioctl.DM_TABLE_LOAD, name, flags=flags, data=data, target_count=len(targets))
 
-    def clear_table(self, name: str) -> None:
-        """Drop the table in the inactive slot."""
-        self._call(dmioctl.DM_TABLE_CLEAR, name)
-
     def resume(self, name: str) -> DeviceInfo:
         """Make the inactive table live, if there is one, and let input and output go on."""
         return self._call(dmioctl.DM_DEV_SUSPEND, name).info
-
-    def suspend(self, name: str, *, noflush: bool = False, lockfs: bool = True) -> DeviceInfo:
-        """Stop input and output, after freezing the file system (``lockfs``) and finishing what is
-        under way (unless ``noflush``)."""
-        flags = dmioctl.DM_SUSPEND_FLAG
-        flags |= dmioctl.DM_NOFLUSH_FLAG if noflush else 0
-        flags |= 0 if lockfs else dmioctl.DM_SKIP_LOCKFS_FLAG
-        return self._call(dmioctl.DM_DEV_SUSPEND, name, flags=flags).info
 
     def remove(self, name: str, *, deferred: bool = False) -> bool:
         """Remove the device; return False if that was put off until its last user closes it.
@@ -114,17 +102,6 @@ class Control(FdOwner):
     def cancel_deferred_remove(self, name: str) -> None:
         """Take a deferred removal back. Nothing happens where none was asked for."""
         self.message(name, 0, "@cancel_deferred_remove")
-
-    def rename(self, name: str, new_name: str) -> DeviceInfo:
-        """Give the device another name; EBUSY where that is taken."""
-        dmioctl.check_new_word("name", new_name, dmioctl.NAME_MAX_BYTES)
-        return self._call(dmioctl.DM_DEV_RENAME, name, data=new_name.encode() + b"\0").info
-
-    def set_uuid(self, name: str, uuid: str) -> DeviceInfo:
-        """Give a uuid to a device that has none; EINVAL where it has one."""
-        dmioctl.check_new_word("uuid", uuid, dmioctl.UUID_MAX_BYTES)
-        data = uuid.encode() + b"\0"
-        return self._call(dmioctl.DM_DEV_RENAME, name, flags=dmioctl.DM_UUID_FLAG, data=data).info
 
     def info(self, name: str) -> DeviceInfo:
         """Describe the device of that name."""

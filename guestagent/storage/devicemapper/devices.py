@@ -7,9 +7,9 @@ import errno
 import os
 from collections.abc import Sequence
 
+from guestagent.storage.blockdev import ensure_node
 from guestagent.storage.devicemapper.control import Control, DeviceInfo
 from guestagent.storage.devicemapper.targets import Target
-from guestagent.storage.node import ensure_node
 from guestagent.storage.uevents import UeventSocket
 from vsock.deadline import Deadline
 from vsock.errors import CallError

@@ -10,26 +10,21 @@ Source: Documentation/admin-guide/device-mapper/{linear,verity}.rst (Linux 6.1).
 
 import functools
 
+from guestagent.api.devices import SECTOR_BYTES
+from guestagent.storage.verity.parameters import VerityParameters
 from vsock.record import Record
 
 __all__ = (
-    "SECTOR_BYTES",
-    "LinearTable",
     "Target",
     "TargetStatus",
     "VerityStatus",
     "VerityTable",
     "linear_target",
     "parse_line",
-    "parse_linear",
     "parse_verity",
     "parse_verity_status",
     "sectors",
-    "verity_target",
 )
-
-#: The unit of every device-mapper number, whatever the disk's logical block size is.
-SECTOR_BYTES = 512
 
 _U64_MAX = (1 << 64) - 1
 _TYPE_MAX_BYTES = 15  # DM_MAX_TYPE_NAME is 16 with its NUL
@@ -86,11 +81,6 @@ def _problem_of_device(device: str) -> str | None:
     if int(major) > _MAJOR_MAX or int(minor) > _MINOR_MAX:
         return f"is out of range: {device!r}"
     return None
-
-
-def _check_block_size(name: str, size: int) -> None:
-    if size & (size - 1) or not SECTOR_BYTES <= size <= 1 << 19:
-        raise ValueError(f"{name} must be a power of two in 512..524288, got {size}")
 
 
 def _is_number(word: str) -> bool:
@@ -150,90 +140,43 @@ class TargetStatus(Record):
         return f"{head} {self.status}" if self.status else head
 
 
-class LinearTable(Record):
-    """The fields of a linear target: a range of ``device`` from ``offset_sectors`` on."""
-
-    start_sectors: int = 0
-    length_sectors: int
-    device: str
-    offset_sectors: int = 0
-
-    def check(self) -> None:
-        _check_device("device", self.device)
-        _check_number("offset_sectors", self.offset_sectors, 0)
-        if self.offset_sectors + self.length_sectors > _U64_MAX:
-            raise ValueError("offset_sectors + length_sectors exceeds 64 bits")
-
-    def target(self) -> Target:
-        return Target(
-            start_sectors=self.start_sectors,
-            length_sectors=self.length_sectors,
-            target_type="linear",
-            params=f"{self.device} {self.offset_sectors}",
-        )
-
-
 class VerityTable(Record):
-    """The fields of a verity target.
+    """A verity target over all data blocks. ``options`` are words; their count is added here.
 
-    ``hash_start_block`` counts hash blocks from the start of ``hash_device`` to the tree itself,
-    past any superblock. ``options`` are words; the kernel's count of them is added here.
+    A line says where the tree itself starts: of a table that was read back,
+    ``parameters.superblock`` is false.
     """
 
-    start_sectors: int = 0
-    length_sectors: int
-    hash_type: int
+    parameters: VerityParameters
     data_device: str
     hash_device: str
-    data_block_size: int
-    hash_block_size: int
-    data_blocks: int
-    hash_start_block: int
-    algorithm: str
-    root_digest: bytes
-    salt: bytes = b""
     options: tuple[str, ...] = ()
 
     def check(self) -> None:
-        _check_number("hash_type", self.hash_type, 0, 1)
         _check_device("data_device", self.data_device)
         _check_device("hash_device", self.hash_device)
-        _check_block_size("data_block_size", self.data_block_size)
-        _check_block_size("hash_block_size", self.hash_block_size)
-        _check_number("data_blocks", self.data_blocks, 1)
-        _check_number("hash_start_block", self.hash_start_block, 0)
-        _check_word("algorithm", self.algorithm)
-        if not 16 <= len(self.root_digest) <= 64:
-            raise ValueError(f"root_digest has {len(self.root_digest)} bytes, must have 16 to 64")
-        if len(self.salt) > 256:
-            raise ValueError(f"salt has {len(self.salt)} bytes, at most 256 are allowed")
         for option in self.options:
             _check_word("option", option)
-        data_sectors = self.data_blocks * (self.data_block_size // SECTOR_BYTES)
-        if not 0 < self.length_sectors <= data_sectors:
-            raise ValueError(
-                f"length_sectors {self.length_sectors} is not within the {data_sectors} sectors "
-                f"of {self.data_blocks} data blocks"
-            )
 
     def target(self) -> Target:
+        parameters = self.parameters
         words = [
-            str(self.hash_type),
+            str(parameters.hash_type),
             self.data_device,
             self.hash_device,
-            str(self.data_block_size),
-            str(self.hash_block_size),
-            str(self.data_blocks),
-            str(self.hash_start_block),
-            self.algorithm,
-            self.root_digest.hex(),
-            self.salt.hex() or "-",
+            str(parameters.data_block_size),
+            str(parameters.hash_block_size),
+            str(parameters.data_blocks),
+            str(parameters.hash_start_block),
+            parameters.algorithm,
+            parameters.root_digest.hex(),
+            parameters.salt.hex() or "-",
         ]
         if self.options:
             words += [str(len(self.options)), *self.options]
         return Target(
-            start_sectors=self.start_sectors,
-            length_sectors=self.length_sectors,
+            start_sectors=0,
+            length_sectors=sectors(parameters.data_size_bytes),
             target_type="verity",
             params=" ".join(words),
         )
@@ -267,51 +210,16 @@ def linear_target(
     Raises:
         ValueError: a size that is no whole number of sectors, a malformed device.
     """
-    return LinearTable(
+    length_sectors, offset_sectors = sectors(length_bytes), sectors(offset_bytes)
+    _check_device("device", device)
+    if offset_sectors + length_sectors > _U64_MAX:
+        raise ValueError("offset_bytes + length_bytes exceeds 64 bits of sectors")
+    return Target(
         start_sectors=sectors(start_bytes),
-        length_sectors=sectors(length_bytes),
-        device=device,
-        offset_sectors=sectors(offset_bytes),
-    ).target()
-
-
-def verity_target(
-    *,
-    data_device: str,
-    hash_device: str,
-    hash_type: int,
-    data_block_size: int,
-    hash_block_size: int,
-    data_blocks: int,
-    hash_start_block: int,
-    algorithm: str,
-    root_digest: bytes,
-    salt: bytes = b"",
-    options: tuple[str, ...] = (),
-    length_bytes: int | None = None,
-) -> Target:
-    """Build a verity target over all data blocks, or over ``length_bytes`` of them.
-
-    Raises:
-        ValueError: a field is out of range or holds white space.
-    """
-    _check_number("data_blocks", data_blocks, 1)
-    _check_block_size("data_block_size", data_block_size)
-    size_bytes = data_blocks * data_block_size if length_bytes is None else length_bytes
-    return VerityTable(
-        length_sectors=sectors(size_bytes),
-        hash_type=hash_type,
-        data_device=data_device,
-        hash_device=hash_device,
-        data_block_size=data_block_size,
-        hash_block_size=hash_block_size,
-        data_blocks=data_blocks,
-        hash_start_block=hash_start_block,
-        algorithm=algorithm,
-        root_digest=root_digest,
-        salt=salt,
-        options=options,
-    ).target()
+        length_sectors=length_sectors,
+        target_type="linear",
+        params=f"{device} {offset_sectors}",
+    )
 
 
 def parse_line(line: str) -> Target:
@@ -331,50 +239,42 @@ def parse_line(line: str) -> Target:
     )
 
 
-def parse_linear(target: Target) -> LinearTable:
-    """Read a linear target's fields back.
-
-    Raises:
-        ValueError: not a linear target, or malformed.
-    """
-    words = _params_of(target, "linear")
-    if len(words) != 2:
-        raise ValueError(f"a linear target has 2 parameters, got {target.params!r}")
-    return LinearTable(
-        start_sectors=target.start_sectors,
-        length_sectors=target.length_sectors,
-        device=words[0],
-        offset_sectors=_number("offset", words[1]),
-    )
-
-
 def parse_verity(target: Target) -> VerityTable:
     """Read a verity target's fields back.
 
     Raises:
-        ValueError: not a verity target, or malformed.
+        ValueError: not a verity target over all data blocks, malformed, or with values that no
+            layer has.
     """
-    words = _params_of(target, "verity")
+    if target.target_type != "verity":
+        raise ValueError(f"expected a verity target, got {target.target_type!r}")
+    words = target.params.split()
     if len(words) < 10:
         raise ValueError(f"a verity target has 10 parameters or more, got {target.params!r}")
     options = tuple(words[11:])
     if len(words) > 10 and _number("option count", words[10]) != len(options):
         raise ValueError(f"verity option count {words[10]} does not fit {options!r}")
-    return VerityTable(
-        start_sectors=target.start_sectors,
-        length_sectors=target.length_sectors,
-        hash_type=_number("hash_type", words[0]),
+    hash_block_size = _number("hash_block_size", words[4])
+    table = VerityTable(
+        parameters=VerityParameters(
+            hash_type=_number("hash_type", words[0]),
+            data_block_size=_number("data_block_size", words[3]),
+            hash_block_size=hash_block_size,
+            data_blocks=_number("data_blocks", words[5]),
+            hash_offset_bytes=_number("hash_start_block", words[6]) * hash_block_size,
+            algorithm=words[7],
+            root_digest=_from_hex("root digest", words[8]),
+            salt=b"" if words[9] == "-" else _from_hex("salt", words[9]),
+            superblock=False,
+        ),
         data_device=words[1],
         hash_device=words[2],
-        data_block_size=_number("data_block_size", words[3]),
-        hash_block_size=_number("hash_block_size", words[4]),
-        data_blocks=_number("data_blocks", words[5]),
-        hash_start_block=_number("hash_start_block", words[6]),
-        algorithm=words[7],
-        root_digest=_from_hex("root digest", words[8]),
-        salt=b"" if words[9] == "-" else _from_hex("salt", words[9]),
         options=options,
     )
+    expected = table.target()
+    if (target.start_sectors, target.length_sectors) != (0, expected.length_sectors):
+        raise ValueError(f"a verity target over a part of its data: {target.line()!r}")
+    return table
 
 
 def parse_verity_status(status: str) -> VerityStatus:
@@ -390,9 +290,3 @@ def parse_verity_status(status: str) -> VerityStatus:
         state=words[0] if words else "",
         fec_corrected=int(fec) if _is_number(fec) else None,
     )
-
-
-def _params_of(target: Target, expected_type: str) -> list[str]:
-    if target.target_type != expected_type:
-        raise ValueError(f"expected a {expected_type} target, got {target.target_type!r}")
-    return target.params.split()

@@ -13,11 +13,22 @@ Source: Documentation/admin-guide/device-mapper/verity.rst and drivers/md/dm-ver
 6.1); the superblock is that of cryptsetup 2.6 (lib/verity/verity.c), version 1.
 """
 
+from guestagent.api.checks import FieldError
+from guestagent.api.devices import (
+    BLOCK_SIZES,
+    DIGEST_BYTES,
+    HASH_TYPE_CHROMEOS,
+    HASH_TYPE_NORMAL,
+    VerityTerms,
+)
 from guestagent.storage.verity.parameters import (
+    SUPERBLOCK_BYTES,
     VerityParameters,
     check_kernel_limits,
-    resolve,
-    superblock_offset,
+    hash_area_offset,
+    level_blocks,
+    parse_superblock,
+    superblock_uuid,
 )
 from guestagent.storage.verity.proof import (
     ReadAt,
@@ -26,35 +37,24 @@ from guestagent.storage.verity.proof import (
     check_spare,
     check_tree_spines,
 )
-from guestagent.storage.verity.superblock import (
-    DIGEST_SIZES,
-    HASH_TYPE_CHROMEOS,
-    HASH_TYPE_NORMAL,
-    MAX_BLOCK_SIZE_BYTES,
-    MAX_SALT_BYTES,
-    MIN_BLOCK_SIZE_BYTES,
-    SUPERBLOCK_BYTES,
-    FieldError,
-    Superblock,
-)
 
 __all__ = (
-    "DIGEST_SIZES",
+    "BLOCK_SIZES",
+    "DIGEST_BYTES",
     "HASH_TYPE_CHROMEOS",
     "HASH_TYPE_NORMAL",
-    "MAX_BLOCK_SIZE_BYTES",
-    "MAX_SALT_BYTES",
-    "MIN_BLOCK_SIZE_BYTES",
     "SUPERBLOCK_BYTES",
     "FieldError",
     "ReadAt",
-    "Superblock",
     "VerityParameters",
+    "VerityTerms",
     "block_digest",
     "check_kernel_limits",
     "check_root",
     "check_spare",
     "check_tree_spines",
-    "resolve",
-    "superblock_offset",
+    "hash_area_offset",
+    "level_blocks",
+    "parse_superblock",
+    "superblock_uuid",
 )

@@ -1,44 +1,53 @@
-"""What defines a verity target: the geometry of its tree, and who may say so.
+"""What defines a verity target: from a request, from a superblock, and the shape of its tree.
 
-Source: drivers/md/dm-verity-target.c (Linux 6.1).
+The superblock is that of cryptsetup 2.6 (lib/verity/verity.c), version 1: 512 bytes, little
+endian. The kernel never reads it. Source of the tree: drivers/md/dm-verity-target.c (Linux 6.1).
 """
 
 import functools
+import struct
 
-from guestagent.storage.verity.superblock import (
-    DIGEST_SIZES,
+from guestagent.api.checks import MAX_BYTES, FieldError
+from guestagent.api.devices import (
+    DIGEST_BYTES,
     HASH_TYPE_CHROMEOS,
     HASH_TYPE_NORMAL,
-    LIMIT_BYTES,
-    MIN_BLOCK_SIZE_BYTES,
-    SUPERBLOCK_BYTES,
-    FieldError,
-    Superblock,
-    check_geometry,
+    MAX_SALT_BYTES,
+    TREE_FIELDS,
+    VerityTerms,
 )
 from vsock.errors import CallError
-from vsock.record import Record
-
-TYPE_CHECKING = False  # as typing's, without its import
-if TYPE_CHECKING:
-    from typing import TypeVar
-
-    Value = TypeVar("Value", bytes, int)
 
 __all__ = (
+    "SUPERBLOCK_BYTES",
     "VerityParameters",
     "check_kernel_limits",
-    "resolve",
-    "superblock_offset",
+    "hash_area_offset",
+    "level_blocks",
+    "parse_superblock",
+    "superblock_uuid",
 )
 
-_DEFAULT_BLOCK_SIZE_BYTES = 4096
+SUPERBLOCK_BYTES = 512
+_SIGNATURE = b"verity\0\0"
+_VERSION = 1
+_LAYOUT = struct.Struct("<8sII16s32sIIQH6s256s168s")
+#: Block sizes that a superblock may hold.
+_FORMAT_BLOCK_SIZES = tuple(512 << shift for shift in range(11))
+_ALGORITHM_CHARACTERS = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-_()")
+#: What formatters use; a request without a superblock need not say them.
+_DEFAULTS: dict[str, object] = {
+    "algorithm": "sha256",
+    "hash_type": HASH_TYPE_NORMAL,
+    "data_block_size": 4096,
+    "hash_block_size": 4096,
+}
 
 
-class VerityParameters(Record):
+class VerityParameters(VerityTerms):
     """All that defines a verity target over its devices; checked, so that it always makes sense.
 
-    ``hash_offset_bytes`` leads to the superblock, or to the tree when there is none.
+    ``hash_offset_bytes`` leads to the superblock, or to the tree where there is none.
     """
 
     root_digest: bytes
@@ -46,52 +55,97 @@ class VerityParameters(Record):
     algorithm: str
     hash_type: int
     data_blocks: int
-    data_block_size_bytes: int
-    hash_block_size_bytes: int
+    data_block_size: int
+    hash_block_size: int
     hash_offset_bytes: int
-    has_superblock: bool
+    superblock: bool
 
     def check(self) -> None:
-        """Raise FieldError for a value that no verity target can have."""
-        if self.algorithm not in DIGEST_SIZES:
-            known = ", ".join(DIGEST_SIZES)
-            raise FieldError("algorithm", f"{self.algorithm!r} is none of {known}")
-        if len(self.root_digest) != self.digest_size_bytes:
-            raise FieldError(
-                "root_digest",
-                f"{len(self.root_digest)} bytes, but {self.algorithm} has {self.digest_size_bytes}",
-            )
-        check_geometry(self)
-        if not 0 <= self.hash_offset_bytes < LIMIT_BYTES:
-            raise FieldError("hash_offset_bytes", f"{self.hash_offset_bytes} is out of range")
-        step = MIN_BLOCK_SIZE_BYTES if self.has_superblock else self.hash_block_size_bytes
+        super().check()
+        step = SUPERBLOCK_BYTES if self.superblock else self.hash_block_size
         if self.hash_offset_bytes % step:
             raise FieldError(
                 "hash_offset_bytes", f"{self.hash_offset_bytes} is no multiple of {step}"
             )
-        if self.end_bytes >= LIMIT_BYTES:
+        if self.end_bytes > MAX_BYTES:
             raise FieldError("hash_offset_bytes", f"the hash tree would end at {self.end_bytes}")
 
+    @classmethod
+    def from_request(
+        cls, terms: VerityTerms, *, hash_offset_bytes: int, superblock: bytes | None = None
+    ) -> "VerityParameters":
+        """Bring together what a request says and what the device's superblock says.
+
+        What both say must be equal. Without the bytes of a superblock the request must hold
+        ``salt`` and ``data_blocks``; algorithm, hash type and block sizes have the defaults of
+        veritysetup. An unknown root digest becomes zeros.
+
+        Raises:
+            CallError: ``integrity``, the superblock is damaged or contradicts the request;
+                ``invalid``, a value is missing or impossible; ``unsupported``, the superblock
+                is whole but beyond the limits of layers. ``object`` names the field.
+        """
+        found = terms
+        if superblock is not None:
+            found = parse_superblock(superblock)
+            _check_agreement(terms, found)
+        try:
+            fields = {field: _said(found, field) for field in TREE_FIELDS}
+            root_digest = terms.root_digest
+            if root_digest is None:
+                root_digest = bytes(DIGEST_BYTES[str(fields["algorithm"])])
+            return cls(
+                root_digest=root_digest,
+                hash_offset_bytes=hash_offset_bytes,
+                superblock=terms.superblock,
+                **fields,  # type: ignore[arg-type]  # each is of the type that VerityTerms has
+            )
+        except FieldError as problem:
+            raise CallError(
+                "invalid", str(problem), step="resolve verity", object=problem.field
+            ) from None
+
+    def pack_superblock(self, uuid: bytes) -> bytes:
+        """Return the 512 bytes of a superblock. ``uuid`` has 16 bytes."""
+        if len(uuid) != 16:
+            raise ValueError(f"a uuid has 16 bytes, not {len(uuid)}")
+        return _LAYOUT.pack(
+            _SIGNATURE,
+            _VERSION,
+            self.hash_type,
+            uuid,
+            self.algorithm.encode("ascii"),
+            self.data_block_size,
+            self.hash_block_size,
+            self.data_blocks,
+            len(self.salt),
+            bytes(6),
+            self.salt,
+            bytes(168),
+        )
+
+    # --- the tree
+
     @property
-    def digest_size_bytes(self) -> int:
-        return DIGEST_SIZES[self.algorithm]
+    def digest_bytes(self) -> int:
+        return DIGEST_BYTES[self.algorithm]
 
     @property
     def hashes_per_block_bits(self) -> int:
         """Log2 of how many digests a hash block holds, rounded down as the kernel does."""
-        return (self.hash_block_size_bytes // DIGEST_SIZES[self.algorithm]).bit_length() - 1
+        return (self.hash_block_size // self.digest_bytes).bit_length() - 1
 
     @property
     def slot_size_bytes(self) -> int:
         """The distance between two digests in a hash block."""
         if self.hash_type == HASH_TYPE_CHROMEOS:
-            return self.digest_size_bytes
-        return self.hash_block_size_bytes >> self.hashes_per_block_bits
+            return self.digest_bytes
+        return self.hash_block_size >> self.hashes_per_block_bits
 
     @property
     def level_blocks(self) -> tuple[int, ...]:
         """Hash blocks of each level, level 0 (over the data) first; the last is always 1."""
-        return _level_blocks(self.data_blocks, self.hashes_per_block_bits)
+        return level_blocks(self.data_blocks, 1 << self.hashes_per_block_bits)
 
     @property
     def levels(self) -> int:
@@ -103,7 +157,7 @@ class VerityParameters(Record):
         offsets = []
         end = self.end_bytes
         for count in self.level_blocks:
-            end -= count * self.hash_block_size_bytes
+            end -= count * self.hash_block_size
             offsets.append(end)
         return tuple(offsets)
 
@@ -115,172 +169,146 @@ class VerityParameters(Record):
     @property
     def hash_start_block(self) -> int:
         """Where the tree starts, in hash blocks: the argument of the table line."""
-        reserved = SUPERBLOCK_BYTES if self.has_superblock else 0
-        return -(-(self.hash_offset_bytes + reserved) // self.hash_block_size_bytes)
+        reserved = SUPERBLOCK_BYTES if self.superblock else 0
+        return -(-(self.hash_offset_bytes + reserved) // self.hash_block_size)
 
     @property
     def data_size_bytes(self) -> int:
-        return self.data_blocks * self.data_block_size_bytes
+        return self.data_blocks * self.data_block_size
 
     @property
     def tree_offset_bytes(self) -> int:
-        return self.hash_start_block * self.hash_block_size_bytes
+        return self.hash_start_block * self.hash_block_size
 
     @property
     def end_bytes(self) -> int:
         """Where the hash area ends."""
-        return self.tree_offset_bytes + self.hash_blocks * self.hash_block_size_bytes
+        return self.tree_offset_bytes + self.hash_blocks * self.hash_block_size
 
 
 @functools.lru_cache(maxsize=64)
-def _level_blocks(data_blocks: int, hashes_per_block_bits: int) -> tuple[int, ...]:
-    per_block = 1 << hashes_per_block_bits
+def level_blocks(data_blocks: int, hashes_per_block: int) -> tuple[int, ...]:
+    """Return the hash blocks of each level over so many data blocks, level 0 first."""
     counts = []
     count = data_blocks
     while count > 1:
-        count = -(-count // per_block)
+        count = -(-count // hashes_per_block)
         counts.append(count)
     return tuple(counts)
 
 
-def superblock_offset(
-    *, hash_offset_bytes: int | None, data_blocks: int | None, data_block_size: int | None
-) -> int:
-    """Return where a request says the hash area is: told, or right behind the data.
+def hash_area_offset(
+    terms: VerityTerms, *, separate: bool, data_size_bytes: int | None = None
+) -> int | None:
+    """Return where the hash area starts, in bytes; None if nothing tells.
 
-    Raises:
-        CallError: ``invalid``, neither was said, or it is no place for a superblock.
+    That is where ``terms`` say; at the start of a hash device of its own (``separate``); or behind
+    the data, whose size follows from ``data_blocks`` or is at least ``data_size_bytes``.
     """
-    offset_bytes = hash_offset_bytes
-    if offset_bytes is None:
-        if data_blocks is None:
-            raise CallError(
-                "invalid",
-                "cannot find the hash area: neither hash_offset_bytes nor data_blocks is given",
-                step="resolve verity",
-                object="hash_offset_bytes",
-            )
-        offset_bytes = data_blocks * _or_default(data_block_size)
-    if not 0 <= offset_bytes < LIMIT_BYTES or offset_bytes % SUPERBLOCK_BYTES:
-        raise CallError(
-            "invalid",
-            f"hash_offset_bytes: {offset_bytes} is no place for a hash area",
-            step="resolve verity",
-            object="hash_offset_bytes",
-        )
-    return offset_bytes
+    if terms.hash_offset_bytes is not None:
+        return terms.hash_offset_bytes
+    if separate:
+        return 0
+    unit = terms.data_block_size or 4096
+    if terms.data_blocks is not None:
+        data_size_bytes = terms.data_blocks * unit
+    if data_size_bytes is None:
+        return None
+    if not terms.superblock:
+        unit = max(unit, terms.hash_block_size or 4096)
+    return -(-data_size_bytes // unit) * unit
 
 
-def resolve(
-    *,
-    root_digest: bytes,
-    salt: bytes | None = None,
-    algorithm: str | None = None,
-    hash_type: int | None = None,
-    data_blocks: int | None = None,
-    data_block_size: int | None = None,
-    hash_block_size: int | None = None,
-    hash_offset_bytes: int | None = None,
-    superblock: Superblock | None = None,
-) -> VerityParameters:
-    """Bring together what a request says and what the device's superblock says.
-
-    What both say must be equal. Without a superblock ``salt`` and ``data_blocks`` must be in the
-    request; the algorithm is then sha256, the hash type 1 and blocks have 4096 bytes unless said
-    otherwise. The hash area is right behind the data unless said otherwise.
-
-    Raises:
-        CallError: ``integrity``, the two disagree; ``invalid``, a value is missing or impossible.
-            ``object`` is the name of the field in the request.
-    """
-    try:
-        if superblock is not None:
-            terms = superblock
-            asked: dict[str, object] = {
-                "salt": salt,
-                "algorithm": algorithm,
-                "hash_type": hash_type,
-                "data_blocks": data_blocks,
-                "data_block_size": data_block_size,
-                "hash_block_size": hash_block_size,
-            }
-            _check_agreement(asked, superblock)
-        else:
-            terms = Superblock(
-                uuid=bytes(16),
-                hash_type=HASH_TYPE_NORMAL if hash_type is None else hash_type,
-                algorithm="sha256" if algorithm is None else algorithm,
-                data_block_size_bytes=_or_default(data_block_size),
-                hash_block_size_bytes=_or_default(hash_block_size),
-                data_blocks=_needed("data_blocks", data_blocks),
-                salt=_needed("salt", salt),
-            )
-        return VerityParameters(
-            root_digest=root_digest,
-            salt=terms.salt,
-            algorithm=terms.algorithm,
-            hash_type=terms.hash_type,
-            data_blocks=terms.data_blocks,
-            data_block_size_bytes=terms.data_block_size_bytes,
-            hash_block_size_bytes=terms.hash_block_size_bytes,
-            hash_offset_bytes=superblock_offset(
-                hash_offset_bytes=hash_offset_bytes,
-                data_blocks=terms.data_blocks,
-                data_block_size=terms.data_block_size_bytes,
-            ),
-            has_superblock=superblock is not None,
-        )
-    except FieldError as problem:
-        raise CallError(
-            "invalid", str(problem), step="resolve verity", object=problem.field
-        ) from None
+def superblock_uuid(raw: bytes) -> bytes:
+    """Return the 16 bytes of the uuid in a superblock that was parsed before."""
+    uuid: bytes = _LAYOUT.unpack_from(raw)[3]
+    return uuid
 
 
-def check_kernel_limits(
-    parameters: VerityParameters, *, page_size_bytes: int, logical_block_size_bytes: int
-) -> None:
-    """Refuse what the format allows but this kernel and device cannot map.
+def check_kernel_limits(parameters: VerityParameters, *, logical_block_size: int) -> None:
+    """Refuse blocks that are smaller than the device's own, which no kernel maps.
 
     Raises:
         CallError: ``unsupported``; ``object`` is the field.
 
     Source: drivers/md/dm-verity-target.c, verity_ctr (Linux 6.1).
     """
-    for field, size in (
-        ("data_block_size", parameters.data_block_size_bytes),
-        ("hash_block_size", parameters.hash_block_size_bytes),
-    ):
-        # only data blocks are bound by the page size; dm-bufio takes larger hash blocks
-        too_large = field == "data_block_size" and size > page_size_bytes
-        if size < logical_block_size_bytes or too_large:
+    for field in ("data_block_size", "hash_block_size"):
+        size = getattr(parameters, field)
+        if size < logical_block_size:
             raise CallError(
                 "unsupported",
-                f"{field}: {size} bytes cannot be mapped with pages of {page_size_bytes} bytes on "
-                f"a device with logical blocks of {logical_block_size_bytes} bytes",
+                f"{field}: {size} bytes cannot be mapped on a device with logical blocks of "
+                f"{logical_block_size} bytes",
                 step="check verity limits",
                 object=field,
             )
 
 
-def _needed(field: str, value: "Value | None") -> "Value":
+def parse_superblock(raw: bytes) -> VerityTerms:
+    """Read a superblock: the fields of ``TREE_FIELDS``. Every byte is checked, padding included.
+
+    Raises:
+        CallError: ``integrity``, it is damaged; ``unsupported``, an algorithm or a block size that
+            the format allows and layers may not have. ``object`` is the field.
+    """
+    if len(raw) < SUPERBLOCK_BYTES:
+        raise _bad_superblock("superblock", f"only {len(raw)} of {SUPERBLOCK_BYTES} bytes")
+    signature, version, hash_type, _uuid, algorithm, *numbers = _LAYOUT.unpack_from(raw)
+    data_block_size, hash_block_size, data_blocks, salt_bytes, padding, salt, tail = numbers
+    if signature != _SIGNATURE:
+        raise _bad_superblock("signature", f"{signature!r} is not {_SIGNATURE!r}")
+    if version != _VERSION:
+        raise _bad_superblock("version", f"{version} is not {_VERSION}")
+    if salt_bytes > MAX_SALT_BYTES:
+        raise _bad_superblock("salt_size", f"{salt_bytes} is over {MAX_SALT_BYTES}")
+    if (padding + salt[salt_bytes:] + tail).strip(b"\0"):
+        raise _bad_superblock("padding", "not zero")
+    name = algorithm.rstrip(b"\0")
+    if not 0 < len(name) < 32 or not _ALGORITHM_CHARACTERS.issuperset(name):
+        raise _bad_superblock("algorithm", f"{name!r} is no name of a hash")
+    try:
+        return VerityTerms(
+            salt=salt[:salt_bytes],
+            algorithm=name.decode("ascii"),
+            hash_type=hash_type,
+            data_blocks=data_blocks,
+            data_block_size=data_block_size,
+            hash_block_size=hash_block_size,
+        )
+    except FieldError as problem:
+        field, text = problem.field, str(problem).partition(": ")[2]
+        sizes = {"data_block_size": data_block_size, "hash_block_size": hash_block_size}
+        is_whole = field == "algorithm" or sizes.get(field) in _FORMAT_BLOCK_SIZES
+        code = "unsupported" if is_whole else "integrity"
+        raise _bad_superblock(field, text, code) from None
+
+
+def _bad_superblock(field: str, problem: str, code: str = "integrity") -> CallError:
+    return CallError(
+        code,
+        f"bad verity superblock: {field}: {problem}",
+        step="parse verity superblock",
+        object=field,
+    )
+
+
+def _said(terms: VerityTerms, field: str) -> object:
+    value = getattr(terms, field)
+    if value is None:
+        value = _DEFAULTS.get(field)
     if value is None:
         raise FieldError(field, "missing, and there is no superblock to take it from")
     return value
 
 
-def _or_default(block_size_bytes: int | None) -> int:
-    return _DEFAULT_BLOCK_SIZE_BYTES if block_size_bytes is None else block_size_bytes
-
-
-def _check_agreement(asked: dict[str, object], superblock: Superblock) -> None:
-    for field, value in asked.items():
-        if value is None:
-            continue
-        present = getattr(superblock, f"{field}_bytes" if field.endswith("_size") else field)
-        if value != present:
+def _check_agreement(terms: VerityTerms, found: VerityTerms) -> None:
+    for field in TREE_FIELDS:
+        said, present = getattr(terms, field), getattr(found, field)
+        if said is not None and said != present:
             raise CallError(
                 "integrity",
-                f"{field}: the request says {_show(value)}, the superblock {_show(present)}",
+                f"{field}: the request says {_show(said)}, the superblock {_show(present)}",
                 step="resolve verity",
                 object=field,
             )

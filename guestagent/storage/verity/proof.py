@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterable
 
+from guestagent.api.devices import HASH_TYPE_NORMAL
 from guestagent.storage.hashing import new_hash
 from guestagent.storage.verity.parameters import VerityParameters
-from guestagent.storage.verity.superblock import HASH_TYPE_NORMAL
 from vsock.errors import CallError
 
 __all__ = (
@@ -85,7 +85,7 @@ def _verify_hash_block(
     index = data_block >> (parameters.hashes_per_block_bits * (level + 1))
     if (level, index) in verified:
         return
-    size = parameters.hash_block_size_bytes
+    size = parameters.hash_block_size
     offset_bytes = parameters.level_offsets_bytes[level] + index * size
     what = f"hash block {index} of level {level}"
     block = _read(read_hash_at, offset_bytes, size, what)
@@ -101,7 +101,7 @@ def _verify_data_block(
     data_block: int,
     read_at: ReadAt,
 ) -> None:
-    size = parameters.data_block_size_bytes
+    size = parameters.data_block_size
     what = f"data block {data_block}"
     block = _read(read_at, data_block * size, size, what)
     _expect(parameters, block, _digest_above(parameters, verified, -1, data_block), what)
@@ -111,7 +111,7 @@ def _digest_above(
     parameters: VerityParameters, verified: dict[tuple[int, int], bytes], level: int, index: int
 ) -> bytes:
     """Return the digest of a block as the verified block above it has it; level -1 is the data."""
-    bits, size = parameters.hashes_per_block_bits, parameters.digest_size_bytes
+    bits, size = parameters.hashes_per_block_bits, parameters.digest_bytes
     start = (index & ((1 << bits) - 1)) * parameters.slot_size_bytes
     return verified[level + 1, index >> bits][start : start + size]
 
@@ -142,11 +142,11 @@ def _top_block(parameters: VerityParameters, read_at: ReadAt, read_hash_at: Read
     if read_hash_at is None:
         _check_one_device(parameters)
     if not parameters.levels:
-        block = _read(read_at, 0, parameters.data_block_size_bytes, "data block 0")
+        block = _read(read_at, 0, parameters.data_block_size, "data block 0")
         _expect(parameters, block, parameters.root_digest, "data block 0, which is the root")
         return block
     read_hash_at = read_hash_at or read_at
-    size = parameters.hash_block_size_bytes
+    size = parameters.hash_block_size
     block = _read(read_hash_at, parameters.tree_offset_bytes, size, "the top hash block")
     if parameters.hash_blocks > 1:
         _read(read_hash_at, parameters.end_bytes - size, size, "the last hash block")
@@ -156,7 +156,7 @@ def _top_block(parameters: VerityParameters, read_at: ReadAt, read_hash_at: Read
 
 
 def _check_one_device(parameters: VerityParameters) -> None:
-    occupied = parameters.has_superblock or parameters.levels
+    occupied = parameters.superblock or parameters.levels
     if occupied and parameters.hash_offset_bytes < parameters.data_size_bytes:
         raise CallError(
             "invalid",
