@@ -9,8 +9,10 @@ from vsock.record import Record
 
 #: Targets lie below this directory unless the agent's configuration allows another.
 TARGET_ROOT = "/run"
-#: File systems a layer may have; "auto" asks for detection by magic number.
-FILESYSTEMS = ("erofs", "squashfs", "ext4", "auto")
+#: File systems a layer may have; each is a row of ``guestagent.storage.filesystems``.
+LAYER_FILESYSTEMS = ("erofs", "squashfs", "ext4")
+#: What a request may say: "auto" asks for detection by magic number.
+FILESYSTEMS = (*LAYER_FILESYSTEMS, "auto")
 #: Per-layer mount options a request may ask for, beside ro,nodev,nosuid which always hold.
 MOUNT_OPTIONS = ("noexec", "noatime", "nodiratime", "dax")
 

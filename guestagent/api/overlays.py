@@ -8,6 +8,9 @@ from guestagent.api.layers import TARGET_ROOT, LayerReport, LayerSpec, UnmountRe
 from guestagent.api.request import Request
 from vsock.record import Record
 
+#: File systems a scratch device may have; each is a row of ``guestagent.storage.filesystems``.
+SCRATCH_FILESYSTEMS = ("ext4", "xfs")
+
 
 class TmpfsScratch(Record):
     """Changes are kept in memory, at most ``size_bytes``, and lost at unmount."""
@@ -28,7 +31,7 @@ class DeviceScratch(Record):
     ensure_filesystem: bool = False
 
     def check(self) -> None:
-        check_choice("filesystem", self.filesystem, ("ext4", "xfs"))
+        check_choice("filesystem", self.filesystem, SCRATCH_FILESYSTEMS)
 
 
 class DirectoryScratch(Record):

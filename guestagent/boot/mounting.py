@@ -10,7 +10,7 @@ from guestagent.engine.faults import Faults
 from guestagent.engine.state import Rules
 from guestagent.engine.verity import Reader
 from guestagent.storage import blockdev
-from guestagent.storage.filesystems import claimed_size_bytes, detect
+from guestagent.storage.filesystems import claimed_size_bytes, layer_type
 from guestagent.storage.verity import BLOCK_SIZES, SUPERBLOCK_BYTES, parse_superblock
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -58,9 +58,7 @@ def refuse_hidden_verity(spec: LayerSpec, deadline: Deadline) -> None:
     device = blockdev.wait_for(spec.device, deadline)
     area = spec.mapping or ByteRange(offset_bytes=0, size_bytes=device.size_bytes)
     with Reader(device.node, size_bytes=area.size_bytes, offset_bytes=area.offset_bytes) as reader:
-        filesystem = spec.filesystem
-        if filesystem == "auto":
-            filesystem = detect(reader.read_padded) or "unknown"
+        filesystem = layer_type(spec.filesystem, reader.read_padded)
         end_bytes = claimed_size_bytes(filesystem, reader.read_padded)
         # a hash area begins at the next block, of any size there is
         offsets = {-(-end_bytes // block) * block for block in BLOCK_SIZES}

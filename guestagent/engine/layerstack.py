@@ -36,7 +36,7 @@ from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import DeviceInfo
 from guestagent.storage.devicemapper.targets import Target
-from guestagent.storage.filesystems import check_size, detect, mount_options
+from guestagent.storage.filesystems import check_size, layer_type, mount_options
 from guestagent.storage.keyring import signature_key
 from guestagent.storage.mount import READONLY_FLAGS, TargetDirectory, mount_filesystem
 from guestagent.storage.openonce import OpenOnce
@@ -293,9 +293,7 @@ class LayerStack:
 def _with_filesystem(plan: LayerPlan, reader: Reader) -> LayerPlan:
     """Look at the file system through the device that will be mounted: what verity does not let
     through is never parsed, here or in the kernel."""
-    filesystem = plan.mount.filesystem
-    if filesystem == "auto":
-        filesystem = detect(reader.read_padded) or "unknown"
+    filesystem = layer_type(plan.mount.filesystem, reader.read_padded)
     check_size(filesystem, reader.read_padded, reader.size_bytes)
     if filesystem == plan.mount.filesystem:
         return plan

@@ -16,7 +16,7 @@ from guestagent.engine.readback import verity_status
 from guestagent.engine.state import EngineState
 from guestagent.engine.transaction import Operation
 from guestagent.storage.blockdev import BlockDevice
-from guestagent.storage.filesystems import claimed_size_bytes, detect
+from guestagent.storage.filesystems import claimed_size_bytes, layer_type
 from guestagent.storage.openonce import OpenOnce
 from guestagent.storage.verity import (
     SUPERBLOCK_BYTES,
@@ -137,10 +137,8 @@ def _read_with(
 
 
 def _filesystem_size(spec: LayerSpec, data: Reader) -> int:
-    filesystem = spec.filesystem
-    if filesystem == "auto":
-        filesystem = detect(data.read_padded) or ""
     try:
+        filesystem = layer_type(spec.filesystem, data.read_padded)
         return claimed_size_bytes(filesystem, data.read_padded)
     except CallError as error:
         raise CallError(

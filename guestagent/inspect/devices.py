@@ -22,9 +22,8 @@ from guestagent.engine.state import EngineState
 from guestagent.engine.transaction import Operation
 from guestagent.inspect.reading import Meter, Reader
 from guestagent.inspect.sink import Sink
-from guestagent.inspect.superblocks import HEAD_BYTES, label_of, uuid_of
 from guestagent.storage import blockdev
-from guestagent.storage.filesystems import detect
+from guestagent.storage.filesystems import HEAD_BYTES, detect, label_of, uuid_of
 from guestagent.storage.mountinfo import read_mounts
 from vsock.errors import CallError, errno_name
 

@@ -1,65 +1,71 @@
-"""The file systems a layer or a scratch may have: how to know one, and how to mount it safely.
+"""The file systems of layers and scratches: one row says all that there is to know of a type.
 
 Only a few types are admitted, since each is kernel code that parses bytes of a stranger. Detection
 reads magic numbers and refuses what looks like two at once; sizes claimed by a superblock are
 compared with the device before the kernel is asked to mount it.
+
+A new type is a row here and its name in ``guestagent.api``. Sources of the superblocks:
+fs/erofs/erofs_fs.h, fs/squashfs/squashfs_fs.h, fs/ext4/ext4.h, fs/xfs/libxfs/xfs_format.h (Linux
+6.1).
 """
 
+import itertools
 import struct
 from collections.abc import Callable
 
 from vsock.errors import CallError
+from vsock.record import Record
 
-__all__ = ("ALLOWED", "check_size", "claimed_size_bytes", "detect", "mount_options", "registered")
+__all__ = (
+    "HEAD_BYTES",
+    "TABLE",
+    "Filesystem",
+    "check_size",
+    "claimed_size_bytes",
+    "detect",
+    "label_of",
+    "layer_type",
+    "mount_options",
+    "registered",
+    "uuid_of",
+)
 
 ReadAt = Callable[[int, int], bytes]  # (offset_bytes, length_bytes) -> exactly so many bytes
+Options = tuple[tuple[str, str | None], ...]
 
-#: Types that are ever mounted; the first three for layers, ext4 and xfs for scratch devices.
-ALLOWED = ("erofs", "squashfs", "ext4", "xfs")
-
-#: type -> (offset in bytes, magic)
-_MAGIC = {
-    "erofs": (1024, b"\xe2\xe1\xf5\xe0"),
-    "squashfs": (0, b"hsqs"),
-    "ext4": (1024 + 56, b"\x53\xef"),
-    "xfs": (0, b"XFSB"),
-}
-_HEAD_BYTES = 2048
+#: As much of the start of a device as holds every superblock.
+HEAD_BYTES = 2048
+_UUID_BYTES = 16
 _EROFS_INCOMPAT_48BIT = 0x80
 _EXT4_INCOMPAT_64BIT = 0x80
 
 
-def detect(read_at: ReadAt) -> str | None:
-    """Return the type whose magic number is there; None if none is.
+class Filesystem(Record):
+    """A type. Offsets are in bytes from the start of the device.
 
-    Raises:
-        CallError: ``mount``, two types fit at once: somebody wants two readers to see two things.
+    ``size`` takes the head of a device and returns the bytes that the superblock claims.
+    ``layer_options`` and ``scratch_options`` are None where the type is not mounted as such.
+    ``mkfs`` is the program for a scratch and its arguments. ``kernel`` is the version of Linux that
+    had the type first, ``modules`` are what has to be loaded where it is not built in.
+    ``uuid_at`` and ``label`` (offset, longest) are None where the type has none.
     """
-    head = read_at(0, _HEAD_BYTES)
-    found = [
-        name
-        for name, (offset, magic) in _MAGIC.items()
-        if head[offset : offset + len(magic)] == magic
-    ]
-    if len(found) > 1:
-        text = f"the first bytes are those of {' and '.join(found)} at once"
-        raise CallError("mount", text, step="detect-filesystem")
-    return found[0] if found else None
 
+    name: str
+    magic_at: int
+    magic: bytes
+    size: Callable[[bytes], int]
+    kernel: str
+    modules: tuple[str, ...]
+    layer_options: Options | None = None
+    scratch_options: Options | None = None
+    has_dax: bool = False
+    mkfs: tuple[str, ...] = ()
+    uuid_at: int | None = None
+    label: tuple[int, int] | None = None
 
-def claimed_size_bytes(filesystem: str, read_at: ReadAt) -> int:
-    """Return how large the superblock says that the file system is.
-
-    Raises:
-        CallError: ``mount``, the magic number is not there or a block size is absurd.
-    """
-    if filesystem not in _MAGIC:
-        raise CallError("unsupported", f"file system {filesystem!r} is not one of {ALLOWED}")
-    head = read_at(0, _HEAD_BYTES)
-    offset, magic = _MAGIC[filesystem]
-    if head[offset : offset + len(magic)] != magic:
-        raise CallError("mount", f"there is no {filesystem} superblock", step="check-filesystem")
-    return _SIZES[filesystem](head)
+    def is_at(self, head: bytes) -> bool:
+        """Say whether the magic number is there."""
+        return head[self.magic_at : self.magic_at + len(self.magic)] == self.magic
 
 
 def _block_bits(bits: int, low: int, high: int, filesystem: str) -> int:
@@ -70,7 +76,7 @@ def _block_bits(bits: int, low: int, high: int, filesystem: str) -> int:
 
 
 def _erofs_size(head: bytes) -> int:
-    """struct erofs_super_block, fs/erofs/erofs_fs.h: blkszbits at 12, blocks at 36."""
+    """struct erofs_super_block: blkszbits at 12, blocks at 36."""
     bits = _block_bits(head[1024 + 12], 9, 16, "erofs")
     (blocks,) = struct.unpack_from("<I", head, 1024 + 36)
     (incompat,) = struct.unpack_from("<I", head, 1024 + 80)
@@ -80,12 +86,12 @@ def _erofs_size(head: bytes) -> int:
 
 
 def _squashfs_size(head: bytes) -> int:
-    """struct squashfs_super_block, fs/squashfs/squashfs_fs.h: bytes_used at 40."""
+    """struct squashfs_super_block: bytes_used at 40."""
     return int(struct.unpack_from("<Q", head, 40)[0])
 
 
 def _ext4_size(head: bytes) -> int:
-    """struct ext4_super_block, fs/ext4/ext4.h: counts at 4 and 0x150, log_block_size at 24."""
+    """struct ext4_super_block: counts at 4 and 0x150, log_block_size at 24."""
     (blocks,) = struct.unpack_from("<I", head, 1024 + 4)
     bits = _block_bits(struct.unpack_from("<I", head, 1024 + 24)[0] + 10, 10, 16, "ext4")
     (incompat,) = struct.unpack_from("<I", head, 1024 + 96)
@@ -95,7 +101,7 @@ def _ext4_size(head: bytes) -> int:
 
 
 def _xfs_size(head: bytes) -> int:
-    """struct xfs_dsb, fs/xfs/libxfs/xfs_format.h, big-endian: blocksize at 4, dblocks at 8."""
+    """struct xfs_dsb, big-endian: blocksize at 4, dblocks at 8."""
     block_size, blocks = struct.unpack_from(">IQ", head, 4)
     if block_size & (block_size - 1):
         text = f"the xfs superblock claims blocks of {block_size} bytes"
@@ -104,12 +110,103 @@ def _xfs_size(head: bytes) -> int:
     return int(block_size * blocks)
 
 
-_SIZES: dict[str, Callable[[bytes], int]] = {
-    "erofs": _erofs_size,
-    "squashfs": _squashfs_size,
-    "ext4": _ext4_size,
-    "xfs": _xfs_size,
-}
+_ROWS = (
+    Filesystem(
+        name="erofs",
+        magic_at=1024,
+        magic=b"\xe2\xe1\xf5\xe0",
+        size=_erofs_size,
+        kernel="5.4",
+        modules=("erofs",),
+        layer_options=(),
+        has_dax=True,
+        uuid_at=1024 + 48,
+        label=(1024 + 64, 16),
+    ),
+    Filesystem(
+        name="squashfs",
+        magic_at=0,
+        magic=b"hsqs",
+        size=_squashfs_size,
+        kernel="2.6.29",
+        modules=("squashfs",),
+        layer_options=(),
+    ),
+    Filesystem(
+        name="ext4",
+        magic_at=1024 + 56,
+        magic=b"\x53\xef",
+        size=_ext4_size,
+        kernel="2.6.28",
+        modules=("ext4",),
+        # a journal that is replayed would be written to, or, where that cannot be, fail
+        layer_options=(("noload", None),),
+        scratch_options=(),
+        has_dax=True,
+        # discard is left to the mount, the journal to the default
+        mkfs=("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1"),
+        uuid_at=1024 + 104,
+        label=(1024 + 120, 16),
+    ),
+    Filesystem(
+        name="xfs",
+        magic_at=0,
+        magic=b"XFSB",
+        size=_xfs_size,
+        kernel="2.6.12",
+        modules=("xfs",),
+        # a second file system of the same uuid is refused otherwise
+        scratch_options=(("nouuid", None),),
+        mkfs=("mkfs.xfs", "-q"),
+        uuid_at=32,
+        label=(108, 12),
+    ),
+)
+#: Every type that is known, by name.
+TABLE = {row.name: row for row in _ROWS}
+
+
+def detect(read_at: ReadAt) -> str | None:
+    """Return the type whose magic number is there; None if none is.
+
+    Raises:
+        CallError: ``mount``, two types fit at once: two readers would see two things.
+    """
+    head = read_at(0, HEAD_BYTES)
+    found = [row.name for row in _ROWS if row.is_at(head)]
+    if len(found) > 1:
+        text = f"the first bytes are those of {' and '.join(found)} at once"
+        raise CallError("mount", text, step="detect-filesystem")
+    return found[0] if found else None
+
+
+def layer_type(filesystem: str, read_at: ReadAt) -> str:
+    """Return the type of a layer as a request says it, ``auto`` resolved by magic number.
+
+    Raises:
+        CallError: ``mount``, no type that a layer may have is there, or two are.
+    """
+    if filesystem != "auto":
+        return filesystem
+    found = detect(read_at)
+    if found is None or TABLE[found].layer_options is None:
+        known = ", ".join(row.name for row in _ROWS if row.layer_options is not None)
+        text = f"the first bytes are those of {found or 'no known type'}, not of {known}"
+        raise CallError("mount", text, step="detect-filesystem")
+    return found
+
+
+def claimed_size_bytes(filesystem: str, read_at: ReadAt) -> int:
+    """Return how large the superblock says that the file system is.
+
+    Raises:
+        CallError: ``mount``, the magic number is not there or a block size is absurd.
+    """
+    row = _row(filesystem)
+    head = read_at(0, HEAD_BYTES)
+    if not row.is_at(head):
+        raise CallError("mount", f"there is no {filesystem} superblock", step="check-filesystem")
+    return row.size(head)
 
 
 def check_size(filesystem: str, read_at: ReadAt, device_bytes: int) -> int:
@@ -129,36 +226,56 @@ def check_size(filesystem: str, read_at: ReadAt, device_bytes: int) -> int:
     return claimed
 
 
-def mount_options(
-    filesystem: str, *, readonly: bool = True, dax: bool = False
-) -> tuple[tuple[str, str | None], ...]:
-    """Return the options (key, value or None) to mount that type with.
-
-    A read-only layer must not have its journal replayed: that would write, or, where it cannot,
-    fail. xfs refuses a second file system of the same uuid, which layers made from one template
-    have.
+def mount_options(filesystem: str, *, readonly: bool = True, dax: bool = False) -> Options:
+    """Return the options (key, value or None) to mount that type with, as a layer (``readonly``)
+    or as a scratch.
 
     Raises:
-        CallError: ``unsupported``, a type that is not admitted, or one that has no dax.
+        CallError: ``unsupported``, a type that is not mounted as such, or one that has no dax.
     """
-    if filesystem not in ALLOWED:
-        text = f"file system {filesystem!r} is not one of {', '.join(ALLOWED)}"
+    row = _row(filesystem)
+    options = row.layer_options if readonly else row.scratch_options
+    if options is None:
+        text = f"file system {filesystem!r} is not for {'layers' if readonly else 'scratches'}"
         raise CallError("unsupported", text, step="mount-options", object=filesystem)
-    options: list[tuple[str, str | None]] = []
-    if filesystem == "ext4" and readonly:
-        options.append(("noload", None))
-    if filesystem == "xfs":
-        options.append(("nouuid", None))
-        if readonly:
-            options.append(("norecovery", None))
-    if dax:
-        if filesystem == "squashfs":
-            raise CallError("unsupported", "squashfs has no dax", step="mount-options")
-        options.append(("dax", "always"))
-    return tuple(options)
+    if not dax:
+        return options
+    if not row.has_dax:
+        raise CallError("unsupported", f"{filesystem} has no dax", step="mount-options")
+    return (*options, ("dax", "always"))
+
+
+def uuid_of(filesystem: str, head: bytes) -> str:
+    """Return the uuid in the usual form, the empty text where there is none."""
+    row = TABLE.get(filesystem)
+    if row is None or row.uuid_at is None:
+        return ""
+    digits = head[row.uuid_at : row.uuid_at + _UUID_BYTES].hex()
+    if not digits.strip("0"):
+        return ""
+    cuts = (0, 8, 12, 16, 20, 32)
+    return "-".join(digits[a:b] for a, b in itertools.pairwise(cuts))
+
+
+def label_of(filesystem: str, head: bytes) -> str:
+    """Return the label, bytes that are no text escaped."""
+    row = TABLE.get(filesystem)
+    if row is None or row.label is None:
+        return ""
+    start, longest = row.label
+    label = head[start : start + longest].split(b"\0", 1)[0]
+    return label.decode("utf-8", "backslashreplace")
 
 
 def registered(path: str = "/proc/filesystems") -> frozenset[str]:
     """Return the types that the kernel has now; one in a module is missing until it is loaded."""
     with open(path, encoding="ascii") as file:
         return frozenset(line.split()[-1] for line in file if line.strip())
+
+
+def _row(filesystem: str) -> Filesystem:
+    row = TABLE.get(filesystem)
+    if row is None:
+        text = f"file system {filesystem!r} is not one of {', '.join(TABLE)}"
+        raise CallError("unsupported", text, object=filesystem)
+    return row

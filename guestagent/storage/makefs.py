@@ -3,16 +3,12 @@
 import os
 import signal
 
+from guestagent.storage.filesystems import TABLE
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
 __all__ = ("make_filesystem",)
 
-#: type -> program and its arguments; discard is left to the mount, journals to the default.
-_COMMANDS = {
-    "ext4": ("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1"),
-    "xfs": ("mkfs.xfs", "-q"),
-}
 _SEARCH = ("/usr/sbin", "/sbin", "/usr/bin", "/bin")
 
 
@@ -23,7 +19,7 @@ def make_filesystem(filesystem: str, node: str, deadline: Deadline) -> None:
         CallError: ``unsupported``, the guest lacks the program; ``device``, it failed;
             ``timeout`` or ``cancelled``, it was ended.
     """
-    program, *options = _COMMANDS[filesystem]
+    program, *options = TABLE[filesystem].mkfs
     path = next((f"{d}/{program}" for d in _SEARCH if os.access(f"{d}/{program}", os.X_OK)), None)
     if path is None:
         raise CallError(

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from guestagent.api.layers import LAYER_FILESYSTEMS
+from guestagent.storage.filesystems import TABLE as FILESYSTEMS
+
 __all__ = ("DEFAULT_FEATURES", "FEATURES", "Feature")
 
 
@@ -35,9 +38,10 @@ FEATURES: Mapping[str, Feature] = {
         modules=("dm-mod", "dm-verity", "crypto-sha256"),
         optional_modules=("crypto-sha512",),
     ),
-    "erofs": Feature(summary="EROFS", modules=("erofs",)),
-    "squashfs": Feature(summary="squashfs", modules=("squashfs",)),
-    "ext4": Feature(summary="ext4", modules=("ext4",)),
+    **{
+        name: Feature(summary=f"the file system {name}", modules=row.modules)
+        for name, row in FILESYSTEMS.items()
+    },
     "overlay": Feature(summary="overlayfs", modules=("overlay",)),
     "vsock": Feature(
         summary="AF_VSOCK to the host",
@@ -60,6 +64,6 @@ FEATURES: Mapping[str, Feature] = {
     "retries": Feature(summary="bounded retries", packages=("tenacity",)),
 }
 DEFAULT_FEATURES = (
-    "pmem", "virtio-blk", "scsi", "verity", "erofs", "squashfs", "ext4", "overlay", "vsock",
+    "pmem", "virtio-blk", "scsi", "verity", *LAYER_FILESYSTEMS, "overlay", "vsock",
     "console", "retries",
 )  # fmt: skip

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from guestagent.api.layers import LAYER_FILESYSTEMS
 from rootfs.bootimage.closure import ClosureError
 from rootfs.bootimage.elf import ElfError
 from rootfs.bootimage.features import FEATURES
@@ -28,7 +29,7 @@ from rootfs.bootimage.userland import PYTHON_DIR, userland
 __all__ = ("DEFAULT_FEATURES", "install", "main")
 
 ENTRY = "guestagent.boot.__main__"
-DEFAULT_FEATURES = ("pmem", "virtio-blk", "scsi", "verity", "erofs", "squashfs", "ext4", "overlay")
+DEFAULT_FEATURES = ("pmem", "virtio-blk", "scsi", "verity", *LAYER_FILESYSTEMS, "overlay")
 #: What the boot scripts run: with -m the interpreter would need a quarter more of its library.
 COMMAND = "usr/sbin/guestagent-mount-root"
 _SCRIPT = f"""\

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from guestagent.api.devices import SECTOR_BYTES
+from guestagent.api.layers import LAYER_FILESYSTEMS
 from guestagent.storage.verity import FieldError, VerityParameters
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import write_file
@@ -23,7 +24,6 @@ __all__ = ("IMAGE_STEP_BYTES", "Manifest", "ManifestLayer", "layer_spec", "verit
 VERSION = 1
 #: Images are a whole number of these: what virtio-pmem and NVDIMM devices are mapped by.
 IMAGE_STEP_BYTES = 2 << 20
-FILESYSTEMS = ("erofs", "squashfs", "ext4")
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_LAYERS = 65536
 _MAX_BYTES = (1 << 63) - 1
@@ -51,8 +51,8 @@ class ManifestLayer:
             raise FieldError("id", f"{self.layer_id!r} is no layer id")
         _check_number("offset_bytes", self.offset_bytes, 0, _MAX_BYTES, SECTOR_BYTES)
         _check_number("size_bytes", self.size_bytes, SECTOR_BYTES, _MAX_BYTES, SECTOR_BYTES)
-        if self.filesystem not in FILESYSTEMS:
-            known = ", ".join(FILESYSTEMS)
+        if self.filesystem not in LAYER_FILESYSTEMS:
+            known = ", ".join(LAYER_FILESYSTEMS)
             raise FieldError("filesystem", f"{self.filesystem!r} is none of {known}")
         for name in ("source_digest", "content_digest"):
             value = getattr(self, name)

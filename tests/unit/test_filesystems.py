@@ -1,6 +1,7 @@
 """Magic numbers and superblock sizes, against images that the file systems' own tools made."""
 
 import contextlib
+import json
 import shutil
 import struct
 import subprocess
@@ -11,10 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from guestagent.api.layers import LAYER_FILESYSTEMS
+from guestagent.api.overlays import SCRATCH_FILESYSTEMS
 from guestagent.storage import filesystems
-from guestagent.storage.filesystems import check_size, claimed_size_bytes, detect, mount_options
+from guestagent.storage.filesystems import (
+    TABLE,
+    check_size,
+    claimed_size_bytes,
+    detect,
+    layer_type,
+    mount_options,
+)
+from rootfs.image.images import FILESYSTEMS as BUILT
 from vsock.errors import CallError
 
+SCHEMA = Path(__file__).resolve().parents[2] / "rootfs/schema/manifest-v1.json"
 ReadAt = Callable[[int, int], bytes]
 
 
@@ -46,7 +58,7 @@ def build(directory: Path, filesystem: str) -> bytes:
     return head if filesystem in ("ext4", "xfs") else head[:size]
 
 
-@pytest.mark.parametrize("filesystem", filesystems.ALLOWED)
+@pytest.mark.parametrize("filesystem", sorted(TABLE))
 def test_images_of_the_tools(filesystem: str, tmp_path: Path) -> None:
     head = build(tmp_path, filesystem)
     assert detect(reader(head)) == filesystem
@@ -60,7 +72,7 @@ def test_images_of_the_tools(filesystem: str, tmp_path: Path) -> None:
     with pytest.raises(CallError, match="claims") as caught:
         check_size(filesystem, reader(head), claimed - 1)
     assert caught.value.code == "mount"
-    for other in set(filesystems.ALLOWED) - {filesystem}:
+    for other in set(TABLE) - {filesystem}:
         with pytest.raises(CallError, match=f"no {other} superblock"):
             claimed_size_bytes(other, reader(head))
 
@@ -74,6 +86,32 @@ def test_no_magic_is_none_and_two_are_refused() -> None:
         detect(reader(bytes(both)))
     assert caught.value.code == "mount"
     assert "erofs" in caught.value.message
+
+
+def test_auto_takes_what_a_layer_may_be() -> None:
+    for name, row in TABLE.items():
+        head = bytes(row.magic_at) + row.magic
+        assert detect(reader(head)) == name
+        if name in LAYER_FILESYSTEMS:
+            assert layer_type("auto", reader(head)) == name
+        else:
+            with pytest.raises(CallError, match=f"those of {name}, not of erofs") as caught:
+                layer_type("auto", reader(head))
+            assert caught.value.code == "mount"
+    with pytest.raises(CallError, match="no known type"):
+        layer_type("auto", reader(b""))
+    assert layer_type("ext4", reader(b"")) == "ext4"
+
+
+def test_other_lists_agree_with_the_table() -> None:
+    layers = {name for name, row in TABLE.items() if row.layer_options is not None}
+    scratches = {name for name, row in TABLE.items() if row.scratch_options is not None}
+    assert set(LAYER_FILESYSTEMS) == layers
+    assert set(SCRATCH_FILESYSTEMS) == scratches
+    assert all(TABLE[name].mkfs for name in scratches)
+    schema = json.loads(SCHEMA.read_text())
+    assert set(schema["$defs"]["layer"]["properties"]["filesystem"]["enum"]) == layers
+    assert layers <= set(BUILT)  # each can be built on the host
 
 
 def erofs(bits: int, blocks: int, *, incompat: int = 0, high: int = 0) -> bytes:
@@ -97,10 +135,10 @@ def test_erofs_sizes_of_48_bits() -> None:
         check_size("erofs", reader(erofs(12, 0)), 4096)
 
 
-@given(st.binary(min_size=2048, max_size=2048), st.sampled_from(filesystems.ALLOWED))
+@given(st.binary(min_size=2048, max_size=2048), st.sampled_from(sorted(TABLE)))
 def test_any_superblock_gives_a_size_or_a_refusal(head: bytes, filesystem: str) -> None:
-    offset, magic = filesystems._MAGIC[filesystem]
-    head = head[:offset] + magic + head[offset + len(magic) :]
+    row = TABLE[filesystem]
+    head = head[: row.magic_at] + row.magic + head[row.magic_at + len(row.magic) :]
     with contextlib.suppress(CallError):
         assert 0 < check_size(filesystem, reader(head), 1 << 40) <= 1 << 40
 
@@ -110,10 +148,15 @@ def test_options() -> None:
     assert mount_options("squashfs") == ()
     assert mount_options("ext4") == (("noload", None),)
     assert mount_options("ext4", readonly=False) == ()
-    assert set(mount_options("xfs")) == {("norecovery", None), ("nouuid", None)}
     assert mount_options("xfs", readonly=False) == (("nouuid", None),)
     assert mount_options("erofs", dax=True) == (("dax", "always"),)
-    for filesystem, dax in (("squashfs", True), ("btrfs", False), ("", False), ("tmpfs", False)):
+    for filesystem, dax in (
+        ("squashfs", True),
+        ("xfs", False),
+        ("btrfs", False),
+        ("", False),
+        ("tmpfs", False),
+    ):
         with pytest.raises(CallError) as caught:
             mount_options(filesystem, dax=dax)
         assert caught.value.code == "unsupported"
