@@ -25,7 +25,7 @@ from rootfs.imagefile.holes import copy_range
 from rootfs.imagefile.imagelock import open_locked
 from rootfs.imagefile.output import check_output, new_file, unnamed_file
 from rootfs.imagefile.ranges import ByteRange
-from rootfs.verity import workers as crew
+from rootfs.verity import workers as parallel
 from rootfs.verity.hashtree import Progress, build_tree
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -114,7 +114,7 @@ def format_image(
                 fd,
                 tree_fd,
                 0,
-                workers=crew.available_cores() if workers is None else workers,
+                workers=parallel.available_cores() if workers is None else workers,
                 accelerate=accelerate,
                 deadline=deadline or Deadline(),
                 progress=progress,

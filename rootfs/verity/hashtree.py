@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from guestagent.storage.verity import VerityParameters, block_digest
 from rootfs.imagefile.holes import data_extents
 from rootfs.imagefile.ranges import free_ranges
-from rootfs.verity import workers as crew
+from rootfs.verity import workers as parallel
 from rootfs.verity.hashing import BlockHash
 from rootfs.verity.multibuffer import open_hasher
 from rootfs.verity.runs import Run, pieces
@@ -240,7 +240,7 @@ def run_level(
     """Run tasks of a level on as many workers as are worth their start.
 
     Raises:
-        CallError, OSError: as ``crew.run``.
+        CallError, OSError: as ``parallel.run``.
     """
     size_bytes = level.block_hash.block_size_bytes
     total_bytes = sum(run.count for run in tasks) * size_bytes
@@ -254,7 +254,7 @@ def run_level(
         if progress is not None:
             progress(done_bytes, total_bytes)
 
-    crew.run(
+    parallel.run(
         tasks,
         make_worker,
         on_done,

@@ -2,32 +2,31 @@
 
 Hashing in Python scales with processes (2.2 times on two cores here) better than with threads (1.8
 times: each block takes the interpreter lock twice). So tasks run in forked children, unless this
-process has other threads, whose locks a child would inherit half held: then in threads. A child
-answers by a pipe and touches nothing but the descriptors that its tasks name.
+process has other threads, whose locks a child would inherit half held: then in threads.
 """
 
 import contextlib
-import fcntl
+import ctypes
+import functools
+import multiprocessing
 import os
-import pickle
 import signal
-import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from vsock.deadline import Deadline
 from vsock.errors import CallError
-from vsock.threads import start_thread
 
 __all__ = ("available_cores", "run")
 
 Task = TypeVar("Task")
+#: What a task returned, or the wire form of a CallError, which pickle cannot make again.
+Outcome = bytes | dict[str, object]
 
-_HEADER = struct.Struct("<iI")
-_INDEX = struct.Struct("<I")
-_FAILED = -1
-_PIPE_READ_BYTES = 1 << 16
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 
 def available_cores() -> int:
@@ -48,7 +47,7 @@ def run(
 
     ``make_worker`` is called once in each worker and returns what runs a task there. ``on_done`` is
     called in the caller's thread with the index of a task and what it returned. After an error no
-    worker is running any more.
+    worker is running any more: one that is at a task ends it first.
 
     Raises:
         CallError: ``timeout`` or ``cancelled``; ``internal``, a worker died.
@@ -60,69 +59,45 @@ def run(
         for index, task in enumerate(tasks):
             deadline.check(step)
             on_done(index, work(task))
-    elif threading.active_count() == 1:
-        _run_processes(tasks, make_worker, on_done, workers, deadline, step)
-    else:
-        _run_threads(tasks, make_worker, on_done, workers, deadline, step)
-
-
-def _run_processes(
-    tasks: Sequence[Task],
-    make_worker: Callable[[], Callable[[Task], bytes]],
-    on_done: Callable[[int, bytes], None],
-    workers: int,
-    deadline: Deadline,
-    step: str,
-) -> None:
+        return
+    done: deque[tuple[int, Future[Outcome]]] = deque()
     with contextlib.ExitStack() as cleanup:
-        # children share the position of this file: each read, under a lock, takes the next task
-        queue = os.memfd_create("tasks", os.MFD_CLOEXEC)
-        cleanup.callback(os.close, queue)
-        os.write(queue, b"".join(_INDEX.pack(index) for index in range(len(tasks))))
-        os.lseek(queue, 0, os.SEEK_SET)
-        children: dict[int, bytearray] = {}
-        for _ in range(workers):
-            reader, writer = os.pipe2(os.O_CLOEXEC)
-            with _interrupts_put_off():
-                pid = os.fork()
-                if pid == 0:
-                    _child(queue, writer, (reader, *children), tasks, make_worker)
-                cleanup.callback(_end_child, pid, reader)
-            os.close(writer)
-            children[reader] = bytearray()
-        pending = set(range(len(tasks)))
-        while pending:
-            for fd in deadline.wait(children, step):
-                piece = os.read(fd, _PIPE_READ_BYTES)
-                if not piece:
-                    del children[fd]
-                    if not children:
-                        raise CallError("internal", f"a worker died while: {step}", step=step)
-                    continue
-                children[fd] += piece
-                for index, payload in _messages(children[fd]):
-                    pending.remove(index)
-                    on_done(index, payload)
+        wake = os.eventfd(0, os.EFD_CLOEXEC)
+        cleanup.callback(os.close, wake)
+        executor = _executor(workers, tasks, make_worker)
+        cleanup.callback(executor.shutdown, cancel_futures=True)
+        with _interrupts_put_off():  # the first task forks the children
+            for index in range(len(tasks)):
+                note = functools.partial(_note, done, wake, index)
+                executor.submit(_do, index).add_done_callback(note)
+        for _ in tasks:
+            while not done:
+                deadline.wait((wake,), step)
+                os.eventfd_read(wake)
+            index, future = done.popleft()
+            try:
+                outcome = future.result()
+            except BrokenExecutor as problem:
+                text = f"a worker died while: {step}"
+                raise CallError("internal", text, step=step) from problem
+            if isinstance(outcome, dict):
+                raise CallError.from_wire(outcome)
+            on_done(index, outcome)
 
 
-def _messages(buffer: bytearray) -> Iterator[tuple[int, bytes]]:
-    while len(buffer) >= _HEADER.size:
-        index, length = _HEADER.unpack_from(buffer)
-        end = _HEADER.size + length
-        if len(buffer) < end:
-            return
-        payload = bytes(buffer[_HEADER.size : end])
-        del buffer[:end]
-        if index == _FAILED:
-            raise _unpickled(payload)
-        yield index, payload
+def _note(done: "deque[Any]", wake: int, index: int, future: "Future[Outcome]") -> None:
+    done.append((index, future))
+    os.eventfd_write(wake, 1)
 
 
-def _end_child(pid: int, reader: int) -> None:
-    os.close(reader)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+def _executor(
+    workers: int, tasks: Sequence[Task], make_worker: Callable[[], Callable[[Task], bytes]]
+) -> ProcessPoolExecutor | ThreadPoolExecutor:
+    if threading.active_count() > 1:
+        return ThreadPoolExecutor(workers, initializer=_begin, initargs=(tasks, make_worker))
+    fork = multiprocessing.get_context("fork")
+    initargs = (tasks, make_worker, os.getpid())
+    return ProcessPoolExecutor(workers, fork, initializer=_begin_child, initargs=initargs)
 
 
 @contextlib.contextmanager
@@ -136,104 +111,35 @@ def _interrupts_put_off() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _child(
-    queue: int,
-    writer: int,
-    unused: Sequence[int],
-    tasks: Sequence[Task],
-    make_worker: Callable[[], Callable[[Task], bytes]],
+class _Mine(threading.local):
+    """What a worker works at; a forked child has one thread as well."""
+
+    tasks: Sequence[Any]
+    make_worker: Callable[[], Callable[[Any], bytes]]
+    work: Callable[[Any], bytes] | None = None
+
+
+_mine = _Mine()
+
+
+def _begin_child(
+    tasks: Sequence[Any], make_worker: Callable[[], Callable[[Any], bytes]], parent: int
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the parent as well
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    _begin(tasks, make_worker)
+
+
+def _begin(tasks: Sequence[Any], make_worker: Callable[[], Callable[[Any], bytes]]) -> None:
+    _mine.tasks, _mine.make_worker = tasks, make_worker
+
+
+def _do(index: int) -> Outcome:
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the parent as well
-        for fd in unused:  # else no child would see that the parent is gone
-            os.close(fd)
-        try:
-            work = make_worker()
-            while piece := _next_task(queue):
-                (index,) = _INDEX.unpack(piece)
-                payload = work(tasks[index])
-                _write_all(writer, _HEADER.pack(index, len(payload)) + payload)
-        except (CallError, OSError, ValueError, MemoryError) as problem:
-            payload = _pickled(problem)
-            _write_all(writer, _HEADER.pack(_FAILED, len(payload)) + payload)
-        os._exit(0)
-    finally:
-        os._exit(1)  # whatever happened, a child never returns into the parent's code
-
-
-def _next_task(queue: int) -> bytes:
-    # a memfd's position is not advanced atomically; a record lock ends with its process
-    fcntl.lockf(queue, fcntl.LOCK_EX)
-    try:
-        return os.read(queue, _INDEX.size)
-    finally:
-        fcntl.lockf(queue, fcntl.LOCK_UN)
-
-
-def _pickled(problem: Exception) -> bytes:
-    # a CallError has arguments that pickle does not know of
-    wire = problem.to_wire() if isinstance(problem, CallError) else None
-    return pickle.dumps((wire, None if wire else problem))
-
-
-def _unpickled(payload: bytes) -> Exception:
-    wire, problem = pickle.loads(payload)  # written by our own child
-    assert wire is not None or isinstance(problem, Exception)
-    return CallError.from_wire(wire) if wire is not None else problem
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def _run_threads(
-    tasks: Sequence[Task],
-    make_worker: Callable[[], Callable[[Task], bytes]],
-    on_done: Callable[[int, bytes], None],
-    workers: int,
-    deadline: Deadline,
-    step: str,
-) -> None:
-    queue = iter(range(len(tasks)))  # next() on it is atomic under the interpreter lock
-    results: list[tuple[int, bytes | Exception]] = []
-    wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
-    stop = threading.Event()
-
-    def loop() -> None:
-        outcome: tuple[int, bytes | Exception] | None = (
-            _FAILED,
-            CallError("internal", f"a worker died while: {step}", step=step),
-        )
-        try:
-            work = make_worker()
-            for index in queue:
-                if stop.is_set():
-                    break
-                results.append((index, work(tasks[index])))
-                os.eventfd_write(wake, 1)
-            outcome = None
-        except (CallError, OSError, ValueError, MemoryError) as problem:
-            outcome = (_FAILED, problem)
-        finally:
-            if outcome is not None:
-                results.append(outcome)
-                os.eventfd_write(wake, 1)
-
-    threads = [threading.Thread(target=loop, daemon=True) for _ in range(workers)]
-    try:
-        for thread in threads:
-            start_thread(thread)
-        for taken in range(len(tasks)):
-            deadline.wait((wake,), step)
-            os.eventfd_read(wake)
-            index, result = results[taken]
-            if isinstance(result, Exception):
-                raise result
-            on_done(index, result)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-        os.close(wake)
+        if _mine.work is None:
+            _mine.work = _mine.make_worker()
+        return _mine.work(_mine.tasks[index])
+    except CallError as problem:
+        return problem.to_wire()

@@ -24,7 +24,7 @@ from rootfs.image.images import build_image
 from rootfs.imagefile import attached as busy
 from rootfs.imagefile.hasharea import find_hash_area
 from rootfs.verity import hashtree, multibuffer
-from rootfs.verity import workers as crew
+from rootfs.verity import workers as parallel
 from rootfs.verity.formatter import FormatResult, derive_identity, format_image
 from rootfs.verity.hashing import BlockHash, HashlibHasher
 from rootfs.verity.verifier import read_layer, verify_image
@@ -362,7 +362,7 @@ def test_a_worker_that_dies_is_reported() -> None:
 
     deadline = Deadline(20)
     with pytest.raises(CallError, match="a worker died while: test") as caught:
-        crew.run(
+        parallel.run(
             [1, 2, 3],
             lambda: die,
             lambda index, result: None,
@@ -377,7 +377,7 @@ def test_a_worker_that_dies_is_reported() -> None:
 def test_every_task_is_done_once() -> None:
     done: list[int] = []
     with contextlib.closing(Deadline(20)) as deadline:
-        crew.run(
+        parallel.run(
             range(5000),
             lambda: lambda task: task.to_bytes(4, "little"),
             lambda index, result: done.append(int.from_bytes(result, "little")),
@@ -403,7 +403,7 @@ def test_results_and_errors_come_back_from_workers(threads: bool) -> None:
         return bytes(task)
 
     def run(tasks: list[int]) -> None:
-        crew.run(
+        parallel.run(
             tasks,
             lambda: work,
             results.__setitem__,
