@@ -305,12 +305,12 @@ def _result(path: Path, recipe: _Recipe, source_digest: str, inodes: int) -> Ima
 
 
 def _add_hash_area(path: Path, result: ImageResult, recipe: _Recipe) -> VerityParameters:
+    # told, not found: the last file of the tree may be a formatted image
+    data_blocks = path.stat().st_size // _BLOCK_BYTES
     return format_image(
         path,
-        terms=VerityTerms(salt=result.verity_salt),
+        terms=VerityTerms(salt=result.verity_salt, data_blocks=data_blocks),
         uuid=result.verity_uuid,
-        # told, not found: the last file of the tree may be a formatted image
-        data_blocks=path.stat().st_size // _BLOCK_BYTES,
         progress=recipe.progress,
         deadline=recipe.cancel,
     ).parameters

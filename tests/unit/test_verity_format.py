@@ -552,11 +552,12 @@ def test_a_file_system_is_not_overwritten_even_if_forced(outer: Path) -> None:
     data = outer.read_bytes()
     blocks = len(data) // 4096
     with pytest.raises(CallError, match="would overwrite its file system"):
-        format_image(outer, data_blocks=blocks - 1, force=True)
+        format_image(outer, terms=VerityTerms(data_blocks=blocks - 1), force=True)
     with pytest.raises(CallError, match="would overwrite its file system"):
-        format_image(outer, data_blocks=1, hash_offset_bytes=8192, force=True)
+        format_image(outer, terms=VerityTerms(data_blocks=1, hash_offset_bytes=8192), force=True)
     assert outer.read_bytes() == data
-    assert format_image(outer, data_blocks=blocks).parameters.data_blocks == blocks
+    terms = VerityTerms(data_blocks=blocks)
+    assert format_image(outer, terms=terms).parameters.data_blocks == blocks
 
 
 def test_a_hash_area_in_bytes_of_no_file_system_is_not_guessed_at(image: Path) -> None:
@@ -571,7 +572,8 @@ def test_a_hash_area_in_bytes_of_no_file_system_is_not_guessed_at(image: Path) -
     assert image.read_bytes() == NOISE[:4096] + inner
     image.write_bytes(NOISE[:4096] + inner + bytes(-len(inner) % 4096))
     blocks = image.stat().st_size // 4096
-    assert format_image(image, data_blocks=blocks).parameters.data_blocks == blocks
+    terms = VerityTerms(data_blocks=blocks)
+    assert format_image(image, terms=terms).parameters.data_blocks == blocks
 
 
 def test_an_existing_hash_file_is_kept_unless_forced(image: Path, tmp_path: Path) -> None:
