@@ -98,7 +98,7 @@ class CallError(RpcError):
         self.hint = hint
         self.kernel_log = kernel_log
         #: Set by whoever knows which step of the request it was, so that nobody says it again.
-        self.is_placed = False
+        self.has_step = False
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"

@@ -1,5 +1,6 @@
 """What a command of the console is, and what it is given when it runs."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -7,9 +8,14 @@ from guestagent.api.agent import StatusReply
 from guestagent.console.channel import Channel
 from guestagent.console.screen import Screen
 from guestagent.engine.engine import Engine
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from vsock.deadline import Deadline
 from vsock.errors import CallError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guestagent.console.debugview import DebugView
+    from guestagent.inspect.methods import Inspection
 
 __all__ = ("Command", "Group", "Guest", "Leave", "Run", "Usage", "not_found", "number")
 
@@ -48,6 +54,18 @@ class Guest:
         self.metrics = metrics
         self.started = time.monotonic()
 
+    @functools.cached_property
+    def debug(self) -> "DebugView":
+        from guestagent.console.debugview import DebugView
+
+        return DebugView(self.engine)
+
+    @functools.cached_property
+    def inspection(self) -> "Inspection":
+        from guestagent.inspect.methods import Inspection
+
+        return Inspection(self.engine.state)
+
 
 class Run:
     """One run of a command: ``words`` are its arguments, ``options`` those with a dash."""
@@ -75,7 +93,7 @@ class Run:
         #: Name of the signal that ended the program which was run, if one did.
         self.signal: str | None = None
 
-    def operation(self) -> Operation:
+    def operation(self) -> Transaction:
         """Begin a request to the engine, which an interrupt cancels."""
         return self.engine.operation(self.deadline)
 

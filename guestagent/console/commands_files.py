@@ -14,7 +14,6 @@ from guestagent.api.inspect import CHECKSUM_ALGORITHMS, ENTRY_TYPES, FsFind, Pat
 from guestagent.console.command import Group, Guest, Run, Usage, not_found, number
 from guestagent.console.commands_layers import size_text
 from guestagent.console.screen import show
-from guestagent.engine.engine import Engine
 from guestagent.inspect import listing, metadata
 from guestagent.inspect.place import Place
 from guestagent.inspect.reading import WHOLE, Meter, Reader
@@ -61,9 +60,9 @@ class _GuestPlace(Place):
 class Named:
     """A path and where it leads. ``request`` is what the inspection's functions want to have."""
 
-    def __init__(self, engine: Engine, path: bytes, request: PathRequest | None) -> None:
+    def __init__(self, guest: Guest, path: bytes, request: PathRequest | None) -> None:
         self.path = path
-        self._engine = engine
+        self._guest = guest
         self._request = request
 
     @property
@@ -85,12 +84,12 @@ class Named:
         if self._request is None:
             place: Place = _GuestPlace()
         else:
-            place = self._engine.debug.place(self._request)
+            place = self._guest.debug.place(self._request)
         with place:
             yield place
 
 
-def resolve(engine: Engine, word: str) -> Named:
+def resolve(guest: Guest, word: str) -> Named:
     """Say what a path leads to. A layer goes before an overlay of the same id, which
     ``overlay:ID:/path`` names.
 
@@ -99,16 +98,16 @@ def resolve(engine: Engine, word: str) -> Named:
         Usage: it is no path.
     """
     if word.startswith("/"):
-        return Named(engine, os.fsencode(word), None)
+        return Named(guest, os.fsencode(word), None)
     head, colon, path = word.rpartition(":") if ":/" not in word else _split(word)
     if not colon:
         raise Usage(f"{word!r} is no path: ID:/path in a layer or overlay, /path in the guest")
     kind, _, name = head.rpartition(":")
     encoded = os.fsencode(path or "/")
-    if kind in ("", "layer") and name in engine.debug.layer_ids():
-        return Named(engine, encoded, PathRequest(layer_id=name, path=encoded))
-    if kind in ("", "overlay") and name in engine.debug.overlay_ids():
-        return Named(engine, encoded, PathRequest(overlay_id=name, path=encoded))
+    if kind in ("", "layer") and name in guest.debug.layer_ids():
+        return Named(guest, encoded, PathRequest(layer_id=name, path=encoded))
+    if kind in ("", "overlay") and name in guest.debug.overlay_ids():
+        return Named(guest, encoded, PathRequest(overlay_id=name, path=encoded))
     raise not_found(
         f"there is no layer or overlay {head!r}", "`layers` and `overlays` list what is mounted"
     )
@@ -122,10 +121,10 @@ def _split(word: str) -> tuple[str, str, str]:
 def complete_path(guest: Guest, word: str, deadline: Deadline) -> list[str]:
     """Return the paths that begin as a word does, up to its last slash."""
     if "/" not in word:
-        ids = (*guest.engine.debug.layer_ids(), *guest.engine.debug.overlay_ids())
+        ids = (*guest.debug.layer_ids(), *guest.debug.overlay_ids())
         return ["/", *(f"{name}:/" for name in ids)]
     head = word[: word.rindex("/") + 1]
-    name = resolve(guest.engine, head)
+    name = resolve(guest, head)
     found = []
     with name.open() as place, place.errors(name.path):
         for entry in walk(place.root.open_directory(name.path), max_depth=1):
@@ -186,7 +185,7 @@ def _ls(run: Run) -> int | None:
     for word in _place_words(run, "/"):
         if len(run.words) > 1:
             run.screen.line(f"{word}:")
-        named = resolve(run.engine, word)
+        named = resolve(run.guest, word)
         with named.open() as place:
             if metadata.lstat(place, named.request).kind not in "dl":
                 _stat_word(run, word)
@@ -259,7 +258,7 @@ def _stat(run: Run) -> int | None:
 
 
 def _stat_word(run: Run, word: str) -> None:
-    named = resolve(run.engine, word)
+    named = resolve(run.guest, word)
     with named.open() as place:
         found = metadata.lstat(place, named.request)
         xattrs = metadata.xattrs(place, named.request).xattrs
@@ -287,7 +286,7 @@ def _stat_word(run: Run, word: str) -> None:
 )
 def _find(run: Run) -> int | None:
     word, *patterns = run.words
-    named = resolve(run.engine, word)
+    named = resolve(run.guest, word)
     request = named.request
     try:
         find = FsFind(
@@ -319,12 +318,12 @@ def _df(run: Run) -> int | None:
     rows = []
     if run.words:
         for word in run.words:
-            named = resolve(run.engine, word)
+            named = resolve(run.guest, word)
             with named.open() as place:
                 found = metadata.statvfs(place, named.request)
             rows.append((word, found.filesystem, found.size_bytes, found.available_bytes))
     else:
-        for mount in run.engine.inspection.devices.mountpoints().mounts:
+        for mount in run.guest.inspection.devices.mountpoints().mounts:
             run.deadline.check("ask file systems for their sizes")
             try:
                 status = os.statvfs(mount.target)
@@ -367,7 +366,7 @@ class _Source:
 @contextmanager
 def _opened(run: Run, word: str) -> Iterator[_Source]:
     """Open a regular file, or a block device of the guest, for reading."""
-    named = resolve(run.engine, word)
+    named = resolve(run.guest, word)
     with named.open() as place:
         is_device = named.is_guest and word.startswith("/dev/") and _is_block_device(run, word)
         with place.errors(named.path):
@@ -383,7 +382,7 @@ def _opened(run: Run, word: str) -> Iterator[_Source]:
 
 
 def _is_block_device(run: Run, node: str) -> bool:
-    devices = run.engine.inspection.devices
+    devices = run.guest.inspection.devices
     infos = (*devices.list_devices().devices, *devices.list_partitions().devices)
     return any(info.node == node for info in infos)
 

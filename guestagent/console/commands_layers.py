@@ -25,13 +25,13 @@ def size_text(size_bytes: int) -> str:
 
 
 def _complete_layer(guest: Guest, word: str, deadline: Deadline) -> tuple[str, ...]:
-    return guest.engine.debug.layer_ids()
+    return guest.debug.layer_ids()
 
 
 def _complete_device(guest: Guest, word: str, deadline: Deadline) -> tuple[str, ...]:
-    devices = guest.engine.inspection.devices
+    devices = guest.inspection.devices
     infos = (*devices.list_devices().devices, *devices.list_partitions().devices)
-    return (*(info.node for info in infos), *guest.engine.debug.layer_ids())
+    return (*(info.node for info in infos), *guest.debug.layer_ids())
 
 
 LAYERS = Group(
@@ -39,8 +39,8 @@ LAYERS = Group(
     {
         "LAYER": _complete_layer,
         "ID": _complete_layer,
-        "OVERLAY": lambda guest, word, deadline: guest.engine.debug.overlay_ids(),
-        "NAME": lambda guest, word, deadline: [n for n, _ in guest.engine.debug.dm_devices()],
+        "OVERLAY": lambda guest, word, deadline: guest.debug.overlay_ids(),
+        "NAME": lambda guest, word, deadline: [n for n, _ in guest.debug.dm_devices()],
         "DEVICE": _complete_device,
     },
 )
@@ -68,7 +68,7 @@ def _layers(run: Run) -> int | None:
         for report in reports
     ]
     run.screen.table(header, rows)
-    missing = set(run.engine.debug.layer_ids()) - {report.layer_id for report in reports}
+    missing = set(run.guest.debug.layer_ids()) - {report.layer_id for report in reports}
     for layer_id in sorted(missing):
         run.screen.line(f"{layer_id}: in the books, not in the kernel; see reconcile --dry-run")
     return None
@@ -159,7 +159,7 @@ def _describe_overlay(run: Run, report: OverlayReport) -> None:
 
 @LAYERS.command("devices", "list the block devices and what is at their start")
 def _devices(run: Run) -> int | None:
-    devices = run.engine.inspection.devices
+    devices = run.guest.inspection.devices
     types = devices.list_filesystems(run.operation()).filesystems
     infos = (*devices.list_devices().devices, *devices.list_partitions().devices)
     header = ("NODE", "DEV", "SIZE", "KIND", "ACCESS", "HOLDS", "SERIAL")
@@ -203,7 +203,7 @@ def _mounts(run: Run) -> int | None:
     header = ("TARGET", "TYPE", "DEV", "SOURCE", "OPTIONS")
     rows = [
         (mount.target, mount.filesystem, mount.dev, mount.source, ",".join(mount.options))
-        for mount in run.engine.inspection.devices.mountpoints().mounts
+        for mount in run.guest.inspection.devices.mountpoints().mounts
     ]
     run.screen.table(header, rows)
     return None
@@ -216,7 +216,7 @@ def _plan(run: Run) -> int | None:
     for word in run.words:
         if len(run.words) > 1:
             run.screen.line(f"{word}:")
-        plan = run.engine.debug.plan_of(word)
+        plan = run.guest.debug.plan_of(word)
         if plan is None:
             if "," not in word and ":" not in word and not word.startswith("/"):
                 raise not_found(
@@ -228,7 +228,7 @@ def _plan(run: Run) -> int | None:
             except ValueError as error:
                 raise Usage(str(error)) from None
             with run.deadline.part(_PLAN_SECONDS) as limit:
-                plan = run.engine.debug.plan(spec, run.engine.operation(limit))
+                plan = run.guest.debug.plan(spec, run.engine.operation(limit))
         run.screen.lines([f"  {step}" for step in plan.describe()])
     return None
 
@@ -251,13 +251,13 @@ def _dev_of(run: Run, word: str) -> str:
     major, colon, minor = word.partition(":")
     if colon and major.isdigit() and minor.isdigit() and len(word) < 16:
         return word
-    for name, dev in run.engine.debug.dm_devices():
+    for name, dev in run.guest.debug.dm_devices():
         if word in (name, f"/dev/mapper/{name}"):
             return dev
-    dev_of_layer = run.engine.debug.dev_of_layer(word)
+    dev_of_layer = run.guest.debug.dev_of_layer(word)
     if dev_of_layer:
         return dev_of_layer
-    devices = run.engine.inspection.devices
+    devices = run.guest.inspection.devices
     for info in (*devices.list_devices().devices, *devices.list_partitions().devices):
         if info.node == word:
             return info.dev
@@ -292,7 +292,7 @@ def _timings(run: Run) -> int | None:
     "reconcile [--dry-run]", "compare journal, inventory, kernel; undo what none accounts for"
 )
 def _reconcile(run: Run) -> int | None:
-    reconciliation = run.engine.debug.reconciliation
+    reconciliation = run.guest.debug.reconciliation
     op = run.operation()
     findings = reconciliation.look(op)
     if not findings:

@@ -18,7 +18,7 @@ from guestagent.engine.parallel import for_each
 from guestagent.engine.readback import LayerSeen, report_of, see_layer
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import nothing_to_unmount
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.storage.mountinfo import mounts_by_target
 from vsock.errors import CallError
 
@@ -40,7 +40,7 @@ class Batches:
 
     # --- mount
 
-    def mount(self, request: LayersMount, op: Operation) -> LayersMountReply:
+    def mount(self, request: LayersMount, op: Transaction) -> LayersMountReply:
         """Mount layers in parallel, then the overlay; all or nothing.
 
         Layers that are there already, with the same specification, are left alone and reported.
@@ -81,7 +81,7 @@ class Batches:
         )
 
     def _bring_layers_up(
-        self, specs: Sequence[LayerSpec], begun: str, op: Operation
+        self, specs: Sequence[LayerSpec], begun: str, op: Transaction
     ) -> list[LayerSeen]:
         if not specs:
             return []
@@ -102,14 +102,14 @@ class Batches:
                 mounts = mounts_by_target(live.spec.mount_point for live in lives)
                 return [see_layer(self._state.control, live, mounts) for live in lives]
 
-    def _make(self, claims: Sequence[LayerClaim], op: Operation) -> list[LiveLayer]:
+    def _make(self, claims: Sequence[LayerClaim], op: Transaction) -> list[LiveLayer]:
         """Make the devices and mounts of all claims.
 
         Raises:
             CallError: of the layer that caused the failure, which it names.
         """
 
-        def make(claim: LayerClaim, child: Operation) -> LiveLayer:
+        def make(claim: LayerClaim, child: Transaction) -> LiveLayer:
             spec = claim.spec
             try:
                 return self._layers.make(claim, child)
@@ -122,7 +122,7 @@ class Batches:
         return self._in_parallel(claims, make, op, _mount_threads())
 
     def _bring_overlay_up(
-        self, request: LayersMount, made: list[LayerSeen], op: Operation
+        self, request: LayersMount, made: list[LayerSeen], op: Transaction
     ) -> LiveOverlay | None:
         spec = request.overlay
         if spec is None or self._overlays.is_mounted(spec):
@@ -169,7 +169,7 @@ class Batches:
 
     # --- unmount
 
-    def unmount(self, request: LayersUnmount, op: Operation) -> LayersUnmountReply:
+    def unmount(self, request: LayersUnmount, op: Transaction) -> LayersUnmountReply:
         """Take an overlay down, then layers in parallel; all or nothing.
 
         Raises:
@@ -206,18 +206,18 @@ class Batches:
         )
 
     def _take_overlay_down(
-        self, overlay: LiveOverlay | None, op: Operation, *, force: bool
+        self, overlay: LiveOverlay | None, op: Transaction, *, force: bool
     ) -> UnmountReply:
         if overlay is None:
             return nothing_to_unmount(op)
         return self._overlays.take_down(overlay, op, force=force)
 
     def _take_layers_down(
-        self, layers: list[LiveLayer], overlay: LiveOverlay | None, op: Operation, *, force: bool
+        self, layers: list[LiveLayer], overlay: LiveOverlay | None, op: Transaction, *, force: bool
     ) -> list[UnmountReply]:
         ignore = overlay.spec.overlay_id if overlay is not None else None
 
-        def take_down(live: LiveLayer, child: Operation) -> UnmountReply:
+        def take_down(live: LiveLayer, child: Transaction) -> UnmountReply:
             return self._layers.take_down(live, child, force=force, ignore_user=ignore)
 
         with op.step("layers", f"{len(layers)} layers"):
@@ -229,8 +229,8 @@ class Batches:
     def _in_parallel(
         self,
         items: "Sequence[Item]",
-        work: "Callable[[Item, Operation], Result]",
-        op: Operation,
+        work: "Callable[[Item, Transaction], Result]",
+        op: Transaction,
         threads: int,
     ) -> "list[Result]":
         """Do ``work`` for each item, each under a child of ``op``, which takes over its undos."""

@@ -30,7 +30,7 @@ class PathClaims:
     def get(self, path: str) -> Owner | None:
         return self._owners.get(path)
 
-    def in_the_way_of(self, path: str) -> tuple[str, Owner] | None:
+    def conflicting_path(self, path: str) -> tuple[str, Owner] | None:
         """Return a path, with its owner, that this one lies on, in or above."""
         if not self._owners:
             return None

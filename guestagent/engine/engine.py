@@ -14,16 +14,11 @@ from guestagent.engine.overlays import Overlays
 from guestagent.engine.readback import DmView
 from guestagent.engine.recovery import Recovered, recover
 from guestagent.engine.state import EngineState, Rules
-from guestagent.engine.transaction import Operation, StepListener
+from guestagent.engine.transaction import StepListener, Transaction
 from guestagent.storage import filesystems, overlayfs
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from guestagent.engine.debugview import DebugView
-    from guestagent.inspect.methods import Inspection
 
 __all__ = ("Engine",)
 
@@ -34,66 +29,52 @@ class Engine:
     def __init__(
         self, *, state_directory: str, rules: Rules | None = None, faults: Faults | None = None
     ) -> None:
-        self._state = EngineState(
+        self.state = EngineState(
             state_directory=state_directory, rules=rules or Rules(), faults=faults or Faults()
         )
-        self.layers = Layers(self._state)
-        self.overlays = Overlays(self._state)
-        self.batches = Batches(self._state, self.layers, self.overlays)
-        self.dm = DmView(self._state.control)
-        self._monitor = Monitor(self._state)
+        self.layers = Layers(self.state)
+        self.overlays = Overlays(self.state)
+        self.batches = Batches(self.state, self.layers, self.overlays)
+        self.dm = DmView(self.state.control)
+        self._monitor = Monitor(self.state)
         #: Told of every step of every operation that begins from now on.
         self.on_step: StepListener | None = None
 
     @property
-    def inspection(self) -> "Inspection":
-        """What looks into layers; loaded by who asks first, since most agents are never asked."""
-        from guestagent.inspect.methods import Inspection
-
-        return Inspection(self._state)
-
-    @property
     def events(self) -> EventLog:
-        return self._state.events
-
-    @property
-    def debug(self) -> "DebugView":
-        """What the console sees beyond what requests are told; nobody else pays for its import."""
-        from guestagent.engine.debugview import DebugView
-
-        return DebugView(self._state, self.layers, self.overlays)
+        return self.state.events
 
     def start(self) -> Recovered:
         """Adopt what an earlier life left, then watch the kernel's events."""
-        recovered = recover(self._state)
+        recovered = recover(self.state)
         self._monitor.start()
         detail = f"adopted {len(recovered.layers)} layers, {len(recovered.overlays)} overlays"
-        self._state.events.publish("agent_started", detail=detail)
+        self.state.events.publish("agent_started", detail=detail)
         log.info("engine ready", adopted=len(recovered.layers), undone=len(recovered.undone))
         return recovered
 
     def close(self) -> None:
         """Idempotent."""
         self._monitor.close()
-        self._state.close()
+        self.state.close()
 
-    def operation(self, deadline: Deadline, *, traceparent: str | None = None) -> Operation:
+    def operation(self, deadline: Deadline, *, traceparent: str | None = None) -> Transaction:
         """Begin a request."""
-        return Operation(
+        return Transaction(
             deadline,
-            faults=self._state.faults,
-            kernel_log=self._state.kernel_log,
+            faults=self.state.faults,
+            kernel_log=self.state.kernel_log,
             traceparent=traceparent,
             on_left=self._note_left,
             on_step=self.on_step,
         )
 
     def _note_left(self, failure: str) -> None:
-        self._state.inventory.note_problem(failure, f"left behind by a failed request: {failure}")
+        self.state.inventory.note_problem(failure, f"left behind by a failed request: {failure}")
 
     def features(self) -> tuple[str, ...]:
         """Return what this kernel and this agent can do, as names that a client may test for."""
-        versions = self._state.control.list_versions()
+        versions = self.state.control.list_versions()
         known = filesystems.registered()
         return (
             *(f"dm-{target}" for target in ("linear", "verity") if target in versions),
@@ -106,26 +87,26 @@ class Engine:
         )
 
     def problems(self) -> tuple[str, ...]:
-        return self._state.inventory.problems()
+        return self.state.inventory.problems()
 
     def counts(self) -> dict[str, int]:
         """Return how many layers, overlays and dm devices there are; the last is the kernel's."""
         return {
-            "layers": len(self._state.inventory.layers()),
-            "overlays": len(self._state.inventory.overlays()),
-            "dm_devices": len(self._state.control.list_devices()),
+            "layers": len(self.state.inventory.layers()),
+            "overlays": len(self.state.inventory.overlays()),
+            "dm_devices": len(self.state.control.list_devices()),
         }
 
     def layer_states(self) -> dict[str, int]:
         """Return how many layers are in each state that any layer is in."""
         states: dict[str, int] = {}
-        for live in self._state.inventory.layers():
+        for live in self.state.inventory.layers():
             states[live.state] = states.get(live.state, 0) + 1
         return states
 
     def live(self) -> dict[str, tuple[str, ...]]:
         """Return what is live as texts, without asking the kernel: for a report of a crash."""
-        inventory = self._state.inventory
+        inventory = self.state.inventory
         return {
             "layers": tuple(
                 f"{live.spec.layer_id} at {live.spec.mount_point}: {live.state}"
@@ -138,15 +119,15 @@ class Engine:
             "problems": inventory.problems(),
         }
 
-    def unmount_everything(self, op: Operation, *, force: bool) -> None:
+    def unmount_everything(self, op: Transaction, *, force: bool) -> None:
         """Take down every overlay, then every layer.
 
         Raises:
             CallError: ``busy``, the first that could not go; with ``force`` the rest goes anyway.
         """
-        for overlay in reversed(self._state.inventory.overlays()):
+        for overlay in reversed(self.state.inventory.overlays()):
             self._go_on(partial(self.overlays.unmount, overlay.spec.overlay_id, op), force)
-        ids = tuple(live.spec.layer_id for live in self._state.inventory.layers())
+        ids = tuple(live.spec.layer_id for live in self.state.inventory.layers())
         if not ids:
             return
         if force:

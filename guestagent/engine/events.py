@@ -1,4 +1,4 @@
-"""What happened, numbered: a bounded log that subscribers follow and latecomers catch up from."""
+"""The numbered, bounded log of events, and the connections that follow it."""
 
 import itertools
 import threading
@@ -11,8 +11,13 @@ import msgpack
 from guestagent.api import Event
 from guestagent.engine.journal import Journal
 from vsock.record import wire_fields
+from vsock.rpc import encode_notification
 
-__all__ = ("EventLog",)
+__all__ = ("EventLog", "Subscribers")
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vsock.server import Connection
 
 Listener = Callable[[Event], None]
 
@@ -93,3 +98,63 @@ class EventLog:
 
     def close(self) -> None:
         self._counter.close()
+
+
+class Subscribers:
+    """Sends every event to every connection that subscribed.
+
+    A connection whose queue is full misses events; the next event that it gets says how many.
+    """
+
+    def __init__(self, events: EventLog) -> None:
+        self._events = events
+        self._starting = threading.Lock()
+        self._is_listening = False
+        self._lock = threading.Lock()
+        self._followers: dict[int, _Follower] = {}
+        #: Events that did not reach a subscriber, all of them together.
+        self.dropped = 0
+
+    def add(self, connection: "Connection") -> None:
+        """Send events to ``connection`` until it ends. Idempotent."""
+        with self._starting:  # not the lock that is taken below that of the log
+            if not self._is_listening:
+                self._events.listen(self._send)
+                self._is_listening = True
+        with self._lock:
+            if connection.id in self._followers:
+                return
+            self._followers[connection.id] = _Follower(connection)
+
+        def ended() -> None:
+            with self._lock:
+                self._followers.pop(connection.id, None)
+
+        connection.on_close(ended)
+
+    def _send(self, event: Event) -> None:
+        # the log calls its listeners one event at a time, so that the counts need no lock
+        with self._lock:
+            followers = tuple(self._followers.values())
+        if not followers:
+            return
+        data = encode_notification("agent.event", event)
+        for follower in followers:
+            told = data
+            if follower.missed:
+                told = encode_notification("agent.event", event.replace(dropped=follower.missed))
+            if follower.connection.send_notification(told):
+                follower.missed = 0
+            else:
+                follower.missed += 1
+                self.dropped += 1
+
+
+class _Follower:
+    """A subscribed connection, and how many events it has missed since the last one sent."""
+
+    __slots__ = ("connection", "missed")
+
+    def __init__(self, connection: "Connection") -> None:
+        self.connection = connection
+        self.missed = 0

@@ -262,7 +262,7 @@ class Inventory:
 
     def _refuse_taken(self, what: str, path: str) -> None:
         for claims, use in ((self._targets, "target"), (self._scratch, "scratch")):
-            taken = claims.in_the_way_of(path)
+            taken = claims.conflicting_path(path)
             if taken is not None:
                 other, (kind, name) = taken
                 raise _taken(what, path, other, f"the {use} of {kind} {name!r}")

@@ -1,4 +1,4 @@
-"""Layers come and go: each request under its lock, as a transaction, with the books kept."""
+"""Mounting and unmounting layers: each request holds its lock and is one transaction."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -7,11 +7,11 @@ from guestagent.api import LayerReport, LayerSpec
 from guestagent.api.layers import UnmountReply, VerifyReply
 from guestagent.engine.inventory import LayerClaim, LiveLayer, refuse_other_spec
 from guestagent.engine.journal import Begun
-from guestagent.engine.layerstack import LayerStack
+from guestagent.engine.layermount import LayerMount
 from guestagent.engine.readback import LayerSeen, report_of, see_layer
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
-    busy,
+    busy_error,
     nothing_to_unmount,
     refuse_shared_devices,
     remove_devices,
@@ -19,10 +19,9 @@ from guestagent.engine.teardown import (
     undo_deadline,
     unmount_target,
 )
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.engine.verity import Progress, verify_layer
 from guestagent.storage.mountinfo import mounts_by_target
-from guestagent.storage.openonce import OpenOnce
 from vsock.errors import CallError
 
 __all__ = ("Layers",)
@@ -33,11 +32,11 @@ class Layers:
 
     def __init__(self, state: EngineState) -> None:
         self._state = state
-        self._stack = LayerStack(state)
+        self._mounting = LayerMount(state)
 
     # --- mount
 
-    def mount(self, spec: LayerSpec, op: Operation) -> LayerReport:
+    def mount(self, spec: LayerSpec, op: Transaction) -> LayerReport:
         """Mount a layer, or say that it is mounted already.
 
         Raises:
@@ -78,22 +77,19 @@ class Layers:
         refuse_other_spec("layer", spec.layer_id, spec, live.spec)
         return True
 
-    def claim(self, spec: LayerSpec, op: Operation) -> LayerClaim:
+    def claim(self, spec: LayerSpec, op: Transaction) -> LayerClaim:
         """Find the device, and reserve names and target; the caller holds the layer's lock."""
-        return self._stack.claim(spec, op)
+        return self._mounting.claim(spec, op)
 
-    def begin(self, begun: str, claims: Sequence[LayerClaim], op: Operation) -> None:
+    def begin(self, begun: str, claims: Sequence[LayerClaim], op: Transaction) -> None:
         """Write down what is about to be made, so that a restart can undo it."""
         self._state.begin(begun, Begun(layers=tuple(claim.traces for claim in claims)), op)
 
-    def make(self, claim: LayerClaim, op: Operation, held: OpenOnce | None = None) -> LiveLayer:
-        """Make what is claimed and begun: the devices and the mount.
+    def make(self, claim: LayerClaim, op: Transaction) -> LiveLayer:
+        """Make what is claimed and begun: the devices and the mount."""
+        return self._mounting.make(self._mounting.plan(claim, op), op)
 
-        ``held`` is for whoever makes many layers one after the other.
-        """
-        return self._stack.make(self._stack.plan(claim, op, held), op, held)
-
-    def write(self, lives: Sequence[LiveLayer], begun: str, op: Operation) -> None:
+    def write(self, lives: Sequence[LiveLayer], begun: str, op: Transaction) -> None:
         """Write the entries of layers that are made; each counts once ``begun`` is decided.
 
         Raises:
@@ -102,10 +98,10 @@ class Layers:
         journal = self._state.journal
         for live in lives:
             # they must be gone before what was begun is forgotten, or they would count
-            op.undo_by("journal entry", partial(journal.remove_layer, live.spec.layer_id))
+            op.on_rollback("journal entry", partial(journal.remove_layer, live.spec.layer_id))
         journal.write_layers(lives, begun)
 
-    def announce(self, live: LiveLayer, op: Operation) -> None:
+    def announce(self, live: LiveLayer, op: Transaction) -> None:
         self._state.events.publish(
             "layer_mounted",
             layer_id=live.spec.layer_id,
@@ -114,7 +110,7 @@ class Layers:
             traceparent=op.traceparent,
         )
 
-    def announce_failure(self, spec: LayerSpec, error: CallError, op: Operation) -> None:
+    def announce_failure(self, spec: LayerSpec, error: CallError, op: Transaction) -> None:
         self._state.events.publish(
             "layer_failed",
             layer_id=spec.layer_id,
@@ -124,7 +120,7 @@ class Layers:
 
     # --- unmount
 
-    def unmount(self, layer_id: str, op: Operation, *, force: bool = False) -> UnmountReply:
+    def unmount(self, layer_id: str, op: Transaction, *, force: bool = False) -> UnmountReply:
         """Unmount a layer and see its devices gone.
 
         ``force`` also cleans up a layer that somebody else unmounted or whose device is lost.
@@ -143,7 +139,7 @@ class Layers:
         return reply
 
     def take_down(
-        self, live: LiveLayer, op: Operation, *, force: bool, ignore_user: str | None = None
+        self, live: LiveLayer, op: Transaction, *, force: bool, ignore_user: str | None = None
     ) -> UnmountReply:
         """Do every step of an unmount but ``forget``; the caller holds the lock and commits.
 
@@ -153,14 +149,14 @@ class Layers:
         layer_id, target = live.spec.layer_id, live.spec.mount_point
         users = self._state.inventory.users_of(layer_id)
         if any(user != ignore_user for user in users):
-            raise busy(target, "", op, self._state.inventory.holders_of_layer(layer_id))
+            raise busy_error(target, "", op, self._state.inventory.holders_of_layer(layer_id))
         names = live.plan.dm_names
         if names:
             with op.step("look", target):
                 refuse_shared_devices(self._state, names, target, op)
         was_mounted = unmount_target(target, op, dev=live.dev)
         if was_mounted and not force:
-            op.undo_by(f"unmount of {target}", lambda: self._restore(live))
+            op.on_rollback(f"unmount of {target}", lambda: self._restore(live))
         removed = remove_devices(self._state, names, op)
         return UnmountReply(
             unmounted=(target,) if was_mounted else (),
@@ -169,7 +165,7 @@ class Layers:
             already=False,
         )
 
-    def forget(self, live: LiveLayer, op: Operation) -> None:
+    def forget(self, live: LiveLayer, op: Transaction) -> None:
         """Drop a layer that is taken down from the books. What is left over becomes a problem."""
         layer_id = live.spec.layer_id
         inventory = self._state.inventory
@@ -189,8 +185,8 @@ class Layers:
 
     def _restore(self, live: LiveLayer) -> None:
         """Mount a layer again whose unmount failed half-way; its device numbers may be new."""
-        with undo_deadline(self._state) as deadline, Operation(deadline) as op:
-            again = self._stack.make(live, op)
+        with undo_deadline(self._state) as deadline, Transaction(deadline) as op:
+            again = self._mounting.make(live, op)
             self._state.journal.write_layers((again,), begun="")
             self._state.inventory.add_layer(again)
             op.commit()
@@ -237,6 +233,6 @@ class Layers:
                 reports.append(report_of(self._state, seen))
         return tuple(reports)
 
-    def verify(self, layer_id: str, op: Operation, progress: Progress) -> VerifyReply:
+    def verify(self, layer_id: str, op: Transaction, progress: Progress) -> VerifyReply:
         """Read a whole layer through verity; ``progress`` gets (done_bytes, total_bytes)."""
         return verify_layer(self._state, self._live(layer_id), op, progress)

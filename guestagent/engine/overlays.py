@@ -17,7 +17,7 @@ from guestagent.engine.teardown import (
     undo_deadline,
     unmount_target,
 )
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.storage.mount import TargetDirectory
 from guestagent.storage.mountinfo import Mount, find_mount
 from guestagent.storage.overlayfs import OverlayMount, lowerdirs_of, mount_overlay, remove_links
@@ -34,7 +34,7 @@ class Overlays:
 
     # --- mount
 
-    def mount(self, spec: OverlaySpec, op: Operation) -> OverlayReport:
+    def mount(self, spec: OverlaySpec, op: Transaction) -> OverlayReport:
         """Overlay layers, or say that just this overlay is there already.
 
         Raises:
@@ -77,7 +77,7 @@ class Overlays:
         return True
 
     def bring_up(
-        self, spec: OverlaySpec, op: Operation, fresh: Mapping[str, str] | None = None
+        self, spec: OverlaySpec, op: Transaction, fresh: Mapping[str, str] | None = None
     ) -> LiveOverlay:
         """Do every step but ``write``; the caller holds the locks of ``keys``, and decides.
 
@@ -88,9 +88,9 @@ class Overlays:
         inventory = self._state.inventory
         owner = ("overlay", spec.overlay_id)
         inventory.claim_target(spec.mount_point, owner)
-        op.undo_by("target claim", lambda: inventory.release_target(spec.mount_point))
+        op.on_rollback("target claim", lambda: inventory.release_target(spec.mount_point))
         created = claim_directories(inventory, owner, spec.mount_point, op)
-        op.undo_by("directory claim", lambda: inventory.release_directories(owner))
+        op.on_rollback("directory claim", lambda: inventory.release_directories(owner))
         live = LiveOverlay(
             spec=spec, lowerdirs=lowerdirs, method="", links=None, scratch=None, created=created
         )
@@ -100,7 +100,7 @@ class Overlays:
             live = live.replace(scratch=scratch)
         return self._mount(live, op).replace(timings_ms=op.timings_ms)
 
-    def write(self, live: LiveOverlay, begun: str, op: Operation) -> None:
+    def write(self, live: LiveOverlay, begun: str, op: Transaction) -> None:
         """Write the entry of an overlay that is mounted; it counts once ``begun`` is decided.
 
         Raises:
@@ -108,14 +108,14 @@ class Overlays:
         """
         journal, overlay_id = self._state.journal, live.spec.overlay_id
         # it must be gone before what was begun is forgotten, or it would count
-        op.undo_by("journal entry", lambda: journal.remove_overlay(overlay_id))
+        op.on_rollback("journal entry", lambda: journal.remove_overlay(overlay_id))
         journal.write_overlay(live, begun)
 
     def settle(self, overlay_id: str) -> None:
         """Forget that an overlay was begun, once the request that it is part of is decided."""
         self._state.journal.decide(_begun(overlay_id))
 
-    def announce(self, live: LiveOverlay, op: Operation) -> None:
+    def announce(self, live: LiveOverlay, op: Transaction) -> None:
         self._state.events.publish(
             "overlay_mounted",
             overlay_id=live.spec.overlay_id,
@@ -123,7 +123,7 @@ class Overlays:
             traceparent=op.traceparent,
         )
 
-    def announce_failure(self, spec: OverlaySpec, error: CallError, op: Operation) -> None:
+    def announce_failure(self, spec: OverlaySpec, error: CallError, op: Transaction) -> None:
         self._state.events.publish(
             "overlay_failed",
             overlay_id=spec.overlay_id,
@@ -133,7 +133,7 @@ class Overlays:
 
     # --- unmount
 
-    def unmount(self, overlay_id: str, op: Operation, *, force: bool = False) -> UnmountReply:
+    def unmount(self, overlay_id: str, op: Transaction, *, force: bool = False) -> UnmountReply:
         """Unmount an overlay and its scratch; its layers stay.
 
         Raises:
@@ -150,12 +150,12 @@ class Overlays:
             self.forget(live, op)
         return reply
 
-    def take_down(self, live: LiveOverlay, op: Operation, *, force: bool) -> UnmountReply:
+    def take_down(self, live: LiveOverlay, op: Transaction, *, force: bool) -> UnmountReply:
         """Unmount an overlay; the caller holds its lock, sees to the scratch, and commits."""
         target = live.spec.mount_point
         was_mounted = unmount_target(target, op, dev=live.dev)
         if was_mounted and not force:
-            op.undo_by(f"unmount of {target}", lambda: self._restore(live))
+            op.on_rollback(f"unmount of {target}", lambda: self._restore(live))
         scratch = live.scratch.path if live.scratch and live.scratch.is_mount else None
         return UnmountReply(
             unmounted=tuple(path for path in (target if was_mounted else None, scratch) if path),
@@ -164,12 +164,12 @@ class Overlays:
             already=False,
         )
 
-    def take_scratch_down(self, live: LiveOverlay, op: Operation) -> None:
+    def take_scratch_down(self, live: LiveOverlay, op: Transaction) -> None:
         """Unmount the scratch. What was on a tmpfs is lost here, so nothing may fail after this."""
         if live.scratch is not None and live.scratch.is_mount:
             unmount_target(live.scratch.path, op, dev=live.scratch.mount_dev)
 
-    def forget(self, live: LiveOverlay, op: Operation) -> None:
+    def forget(self, live: LiveOverlay, op: Transaction) -> None:
         """Drop an overlay that is taken down from the books."""
         overlay_id, target = live.spec.overlay_id, live.spec.mount_point
         state = self._state
@@ -191,7 +191,7 @@ class Overlays:
 
     def _restore(self, live: LiveOverlay) -> None:
         """Mount an overlay again whose unmount failed half-way."""
-        with undo_deadline(self._state) as deadline, Operation(deadline) as op:
+        with undo_deadline(self._state) as deadline, Transaction(deadline) as op:
             again = self._mount(live, op)
             self._state.journal.write_overlay(again, begun="")
             self._state.inventory.add_overlay(again)
@@ -281,15 +281,17 @@ class Overlays:
             found.append(live.spec.mount_point)
         return tuple(found)
 
-    def _mount(self, live: LiveOverlay, op: Operation) -> LiveOverlay:
+    def _mount(self, live: LiveOverlay, op: Transaction) -> LiveOverlay:
         spec = live.spec
         with op.step("target", spec.mount_point, code="mount"):
             target = TargetDirectory(spec.mount_point, root=self._state.rules.target_root)
         with target:
-            op.undo_by("target directory", lambda: remove_directories(live.created))
+            op.on_rollback("target directory", lambda: remove_directories(live.created))
             with op.step("overlay", live.scratch_path or spec.mount_point, code="mount"):
                 mounted = self._mount_at(live, target)
-            op.undo_by("overlay mount", lambda: self._undo_mount(spec.mount_point, mounted.links))
+            op.on_rollback(
+                "overlay mount", lambda: self._undo_mount(spec.mount_point, mounted.links)
+            )
         return live.replace(
             lowerdirs=mounted.lowerdirs,
             method=mounted.method,
@@ -311,7 +313,7 @@ class Overlays:
 
     def _undo_mount(self, target: str, links: str | None) -> None:
         with undo_deadline(self._state) as deadline:
-            unmount_target(target, Operation(deadline))
+            unmount_target(target, Transaction(deadline))
         if links is not None:
             remove_links(links)
 

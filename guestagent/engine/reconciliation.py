@@ -19,7 +19,7 @@ from guestagent.engine.recovery import (
     undo_overlay,
 )
 from guestagent.engine.state import EngineState
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from vsock.errors import CallError
 from vsock.record import Record
 
@@ -80,7 +80,7 @@ class Reconciliation:
         self._layers = layers
         self._overlays = overlays
 
-    def look(self, op: Operation) -> tuple[Finding, ...]:
+    def look(self, op: Transaction) -> tuple[Finding, ...]:
         """Return what nothing accounts for.
 
         Raises:
@@ -90,7 +90,7 @@ class Reconciliation:
             suspects = self._scan(self._read())
         return tuple(finding for finding in suspects if self._confirm(finding, op) is None)
 
-    def settle(self, finding: Finding, op: Operation) -> Outcome:
+    def settle(self, finding: Finding, op: Transaction) -> Outcome:
         """Undo a finding, if it still holds."""
         if not finding.action:
             return Outcome(finding=finding, result="left", detail="nothing can be done about it")
@@ -193,7 +193,7 @@ class Reconciliation:
                 found.append(_finding("overlay", overlay_id, problem, "write its journal entry"))
         return found
 
-    def _confirm(self, finding: Finding, op: Operation) -> str | None:
+    def _confirm(self, finding: Finding, op: Transaction) -> str | None:
         """Look again while no request has the id; return why it is none after all."""
         if not finding.owner:
             return None
@@ -209,7 +209,7 @@ class Reconciliation:
 
     # --- undoing
 
-    def _undo(self, finding: Finding, op: Operation) -> str | None:
+    def _undo(self, finding: Finding, op: Transaction) -> str | None:
         """Do it; return why it was left."""
         if finding.action == "unmount it by force":
             return self._unmount(finding, op)
@@ -222,7 +222,7 @@ class Reconciliation:
                 self._undo_locked(finding, books)
         return None
 
-    def _unmount(self, finding: Finding, op: Operation) -> str | None:
+    def _unmount(self, finding: Finding, op: Transaction) -> str | None:
         left = self._confirm(finding, op)
         if left is not None:
             return left

@@ -18,7 +18,7 @@ from guestagent.engine.teardown import (
     undo_deadline,
     unmount_target,
 )
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.storage.mountinfo import Mount, mounts_by_target, mounts_of_dev
 from guestagent.storage.overlayfs import remove_links
 from vsock.errors import CallError
@@ -179,7 +179,7 @@ def _undo_all(state: EngineState, undos: Sequence[tuple[str, Callable[[], None]]
 def undo_overlay(state: EngineState, kernel: KernelView, live: LiveOverlay) -> None:
     """Take away what there is of an overlay, then its journal entry."""
     target = live.spec.mount_point
-    with undo_deadline(state) as deadline, Operation(deadline) as op:
+    with undo_deadline(state) as deadline, Transaction(deadline) as op:
         mount = kernel.mounts.get(target)
         if mount is not None and mount.filesystem == "overlay":
             unmount_target(target, op, dev=mount.dev)
@@ -199,7 +199,7 @@ def undo_layer(state: EngineState, kernel: KernelView, traces: LayerTraces) -> N
     """
     target = traces.mount_point
     own = kernel.own_devices(traces)
-    with undo_deadline(state) as deadline, Operation(deadline) as op:
+    with undo_deadline(state) as deadline, Transaction(deadline) as op:
         mount = kernel.mounts.get(target)
         if mount is not None and mount.dev in (traces.dev, *(dev for _, dev in own)):
             unmount_target(target, op, dev=mount.dev)
@@ -222,7 +222,7 @@ def _undo_orphans(state: EngineState, prefix: str) -> list[str]:
 
 def undo_orphan(state: EngineState, name: str, dev: str) -> None:
     """Remove a dm device, and first what is mounted on it."""
-    with undo_deadline(state) as deadline, Operation(deadline) as op:
+    with undo_deadline(state) as deadline, Transaction(deadline) as op:
         for mount in mounts_of_dev(dev):
             unmount_target(mount.target, op)
         remove_devices(state, (name,), op)

@@ -8,7 +8,7 @@ from guestagent.api.overlays import Scratch, ScratchReport
 from guestagent.engine.inventory import LiveScratch
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import remove_directories, undo_deadline, unmount_target
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.storage import blockdev
 from guestagent.storage.filesystems import detect, mount_options
 from guestagent.storage.makefs import make_filesystem
@@ -23,7 +23,7 @@ _HEAD_BYTES = 128 * 1024
 
 
 def make_scratch(
-    state: EngineState, overlay_id: str, scratch: Scratch, op: Operation
+    state: EngineState, overlay_id: str, scratch: Scratch, op: Transaction
 ) -> LiveScratch:
     """Bring up a scratch with the directories ``upper`` and ``work`` in it.
 
@@ -41,7 +41,7 @@ def make_scratch(
     return live
 
 
-def _make_directory(path: str, op: Operation) -> None:
+def _make_directory(path: str, op: Transaction) -> None:
     with op.step("scratch", path, code="mount"):
         try:
             os.mkdir(path, mode=0o755)
@@ -50,7 +50,7 @@ def _make_directory(path: str, op: Operation) -> None:
                 text = f"{path!r} is no directory, and links are not followed"
                 raise CallError("denied", text, object=path) from None
             return
-    op.undo_by(f"directory {path}", lambda: _remove_unused(path))
+    op.on_rollback(f"directory {path}", lambda: _remove_unused(path))
 
 
 def _remove_unused(path: str) -> None:
@@ -82,7 +82,7 @@ def scratch_report(scratch: LiveScratch) -> ScratchReport:
 
 
 def _use_directory(
-    state: EngineState, overlay_id: str, scratch: DirectoryScratch, op: Operation
+    state: EngineState, overlay_id: str, scratch: DirectoryScratch, op: Transaction
 ) -> LiveScratch:
     with op.step("scratch", scratch.path, code="mount"):
         with TargetDirectory(scratch.path, root=state.rules.target_root, create=False):
@@ -101,7 +101,7 @@ def _use_directory(
 
 
 def _mount_tmpfs(
-    state: EngineState, overlay_id: str, scratch: TmpfsScratch, op: Operation
+    state: EngineState, overlay_id: str, scratch: TmpfsScratch, op: Transaction
 ) -> LiveScratch:
     path, created = _mount_point(state, overlay_id, op)
     with op.step("scratch", path, code="mount"):
@@ -126,7 +126,7 @@ def _mount_tmpfs(
 
 
 def _mount_device(
-    state: EngineState, overlay_id: str, scratch: DeviceScratch, op: Operation
+    state: EngineState, overlay_id: str, scratch: DeviceScratch, op: Transaction
 ) -> LiveScratch:
     with op.step("device", blockdev.describe(scratch.device)):
         device = blockdev.wait_for(scratch.device, op.deadline)
@@ -166,7 +166,7 @@ def _mount_device(
     )
 
 
-def _ensure_filesystem(scratch: DeviceScratch, node: str, op: Operation) -> bool:
+def _ensure_filesystem(scratch: DeviceScratch, node: str, op: Transaction) -> bool:
     """Format the device if it is asked for and nothing is on it; return whether it was.
 
     Raises:
@@ -193,7 +193,9 @@ def _ensure_filesystem(scratch: DeviceScratch, node: str, op: Operation) -> bool
     return True
 
 
-def _mount_point(state: EngineState, overlay_id: str, op: Operation) -> tuple[str, tuple[str, ...]]:
+def _mount_point(
+    state: EngineState, overlay_id: str, op: Transaction
+) -> tuple[str, tuple[str, ...]]:
     path = f"{state.directory}/scratch/{overlay_id}"
     with op.step("scratch", path, code="mount"):
         made = not os.path.isdir(path)
@@ -201,18 +203,18 @@ def _mount_point(state: EngineState, overlay_id: str, op: Operation) -> tuple[st
         if find_mount(path) is not None:
             raise CallError("conflict", f"something is mounted at {path!r} already", object=path)
     created = (path,) if made else ()
-    op.undo_by("scratch directory", lambda: remove_directories(created))
+    op.on_rollback("scratch directory", lambda: remove_directories(created))
     return path, created
 
 
-def _claim(state: EngineState, overlay_id: str, key: str, op: Operation) -> None:
+def _claim(state: EngineState, overlay_id: str, key: str, op: Transaction) -> None:
     state.inventory.claim_scratch(key, overlay_id)
-    op.undo_by("scratch claim", lambda: state.inventory.release_scratch(key))
+    op.on_rollback("scratch claim", lambda: state.inventory.release_scratch(key))
 
 
-def _undo_mount(state: EngineState, path: str, op: Operation) -> None:
+def _undo_mount(state: EngineState, path: str, op: Transaction) -> None:
     def undo() -> None:
         with undo_deadline(state) as deadline:
-            unmount_target(path, Operation(deadline))
+            unmount_target(path, Transaction(deadline))
 
-    op.undo_by(f"scratch mount {path}", undo)
+    op.on_rollback(f"scratch mount {path}", undo)

@@ -1,4 +1,4 @@
-"""What the parts of the engine share: the kernel's door, the books, the rules."""
+"""What the parts of the engine share: device-mapper control, inventory, journal, rules, events."""
 
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
@@ -6,7 +6,7 @@ from guestagent.engine.inventory import Inventory
 from guestagent.engine.journal import Begun, Journal
 from guestagent.engine.locks import KeyLocks
 from guestagent.engine.plan import Version
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.kmsg import KernelLog
 from vsock.record import Record
@@ -50,11 +50,11 @@ class EngineState:
         self.known_verity_version = self.control.list_versions().get("verity")
         return self.known_verity_version
 
-    def begin(self, name: str, begun: Begun, op: Operation) -> None:
+    def begin(self, name: str, begun: Begun, op: Transaction) -> None:
         """Write down what is about to be made, so that a restart can undo it."""
         with op.step("journal", name, code="resource"):
             self.journal.begin(name, begun)
-        op.undo_by("what was begun", lambda: self.journal.decide(name), is_record=True)
+        op.on_rollback("what was begun", lambda: self.journal.decide(name), is_record=True)
 
     def tidy(self, what: str, action: "Callable[..., None]", *arguments: object) -> None:
         """Do the last of a clean-up, which is past failing; a failure shows in the status."""

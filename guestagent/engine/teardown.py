@@ -7,7 +7,7 @@ from guestagent.api.layers import Holder, UnmountReply
 from guestagent.engine.claims import parent_of
 from guestagent.engine.inventory import Inventory, Owner
 from guestagent.engine.state import EngineState
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.holders import find_holders
 from guestagent.storage.mount import unmount
@@ -16,7 +16,7 @@ from vsock.deadline import Deadline
 from vsock.errors import CallError
 
 __all__ = (
-    "busy",
+    "busy_error",
     "claim_directories",
     "nothing_to_unmount",
     "refuse_shared_devices",
@@ -37,12 +37,12 @@ def undo_deadline(state: EngineState) -> Deadline:
     return Deadline(state.rules.undo_seconds)
 
 
-def nothing_to_unmount(op: Operation) -> UnmountReply:
+def nothing_to_unmount(op: Transaction) -> UnmountReply:
     """Return the answer for an id that nothing has: it is as if it were unmounted already."""
     return UnmountReply(unmounted=(), removed_devices=(), timings_ms=op.timings_ms, already=True)
 
 
-def unmount_target(target: str, op: Operation, *, dev: str | None = None) -> bool:
+def unmount_target(target: str, op: Transaction, *, dev: str | None = None) -> bool:
     """Unmount what is mounted at ``target``; return whether something was.
 
     ``dev`` (MAJOR:MINOR) says what is ours; None takes whatever is there for ours.
@@ -61,7 +61,7 @@ def unmount_target(target: str, op: Operation, *, dev: str | None = None) -> boo
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            raise busy(target, mount.dev, op) from error
+            raise busy_error(target, mount.dev, op) from error
     return True
 
 
@@ -76,7 +76,7 @@ def _foreign(mount: Mount, dev: str) -> CallError:
 
 
 def refuse_shared_devices(
-    state: EngineState, names: tuple[str, ...], target: str, op: Operation
+    state: EngineState, names: tuple[str, ...], target: str, op: Transaction
 ) -> None:
     """See, before anything is unmounted, that the devices (topmost first) will go with the mount.
 
@@ -89,10 +89,10 @@ def refuse_shared_devices(
             continue
         elsewhere = number == 0 and any(m.target != target for m in mounts_of_dev(info.dev))
         if info.open_count > 1 or elsewhere:
-            raise busy(target, info.dev, op)
+            raise busy_error(target, info.dev, op)
 
 
-def busy(target: str, dev: str, op: Operation, more: tuple[Holder, ...] = ()) -> CallError:
+def busy_error(target: str, dev: str, op: Transaction, more: tuple[Holder, ...] = ()) -> CallError:
     """Return the error for something that cannot go because it is in use, naming who uses it.
 
     ``more`` are holders that are known already; with an empty ``dev`` no others are looked for.
@@ -113,7 +113,7 @@ def busy(target: str, dev: str, op: Operation, more: tuple[Holder, ...] = ()) ->
     )
 
 
-def remove_devices(state: EngineState, names: tuple[str, ...], op: Operation) -> tuple[str, ...]:
+def remove_devices(state: EngineState, names: tuple[str, ...], op: Transaction) -> tuple[str, ...]:
     """See dm devices gone, topmost first; return their names.
 
     Deferred removal has the kernel take them away by itself once the mount is gone, so this mostly
@@ -130,7 +130,7 @@ def remove_devices(state: EngineState, names: tuple[str, ...], op: Operation) ->
     return names
 
 
-def _remove_one(state: EngineState, name: str, op: Operation, limit: Deadline) -> None:
+def _remove_one(state: EngineState, name: str, op: Transaction, limit: Deadline) -> None:
     try:
         devices.remove_device(state.control, name, limit)
     except OSError as error:
@@ -138,17 +138,17 @@ def _remove_one(state: EngineState, name: str, op: Operation, limit: Deadline) -
             raise
         op.deadline.check("remove")
         info = state.control.find(name=name)
-        raise busy(name, info.dev if info else "", op) from error
+        raise busy_error(name, info.dev if info else "", op) from error
 
 
 def claim_directories(
-    inventory: Inventory, owner: Owner, target: str, op: Operation
+    inventory: Inventory, owner: Owner, target: str, op: Transaction
 ) -> tuple[str, ...]:
     """Note which directories a mount at ``target`` makes or shares; they go with the last of it."""
     missing, path = [], target
-    while path and path not in op.there:
+    while path and path not in op.known_directories:
         if os.access(path, os.F_OK, follow_symlinks=False):
-            op.there.add(path)
+            op.known_directories.add(path)
             break
         missing.append(path)
         path = parent_of(path)

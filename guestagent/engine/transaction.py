@@ -1,9 +1,9 @@
-"""One request at work: its deadline, what each step took, and how to undo what it has made.
+"""One request: its deadline, the time of each step, and how to undo what it has made.
 
-An operation is a transaction. Every step runs inside ``step()``, which checks the deadline, times
-the work, and gives an error the step and the object it was about. Whatever a step makes is
-registered with ``undo_by()`` on the next line; leaving the ``with`` block without ``commit()`` runs
-the undos in reverse, each tried even if another fails.
+Every step runs inside ``step()``, which checks the deadline, times the work, and adds the step and
+its object to an error. Whatever a step makes is registered with ``on_rollback()`` on the next line.
+Leaving the ``with`` block without ``commit()`` runs the undos in reverse, and tries each of them
+even if another fails.
 """
 
 import errno
@@ -19,7 +19,7 @@ from vsock.deadline import Deadline
 from vsock.errors import CallError, errno_name
 from vsock.log import log
 
-__all__ = ("Operation", "code_of_errno")
+__all__ = ("Transaction", "code_of_errno")
 
 #: Not allowed, or a signature that the kernel does not accept: by no key it has, revoked or past
 #: its time, wrong, or made in a way that it cannot check.
@@ -33,8 +33,8 @@ Undo = Callable[[], None]
 StepListener = Callable[[str, float, bool], None]
 
 
-class Operation:
-    """Not thread-safe: an operation that works in parallel makes one ``child`` for each thread."""
+class Transaction:
+    """Not thread-safe: a transaction on several threads makes one ``child`` for each item."""
 
     def __init__(
         self,
@@ -45,14 +45,14 @@ class Operation:
         traceparent: str | None = None,
         on_left: Callable[[str], None] | None = None,
         on_step: StepListener | None = None,
-        parent: "Operation | None" = None,
+        parent: "Transaction | None" = None,
     ) -> None:
         """``on_left`` is told of everything that could not be undone, ``on_step`` of each step."""
         self.deadline = deadline
-        #: Devices that were found for this request: many layers of one are on the same.
-        self.found: dict[Device, BlockDevice] = parent.found if parent else {}
-        #: Directories that were seen on the way to a target, as those of other layers have it, too.
-        self.there: set[str] = parent.there if parent else set()
+        #: Devices that this request has found: the layers of a batch are often on the same one.
+        self.resolved_devices: dict[Device, BlockDevice] = parent.resolved_devices if parent else {}
+        #: Directories that this request has seen to exist: the targets of a batch share parents.
+        self.known_directories: set[str] = parent.known_directories if parent else set()
         self.traceparent = traceparent
         self.timings_ms: dict[str, float] = {}
         self.faults = faults
@@ -67,7 +67,7 @@ class Operation:
         #: What it is, how to undo it, whether it is a record of something only.
         self._undos: list[tuple[str, Undo, bool]] = []
 
-    def __enter__(self) -> "Operation":
+    def __enter__(self) -> "Transaction":
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
@@ -80,9 +80,9 @@ class Operation:
             left = f"not undone: {'; '.join(failures)}"
             error.hint = f"{error.hint}; {left}" if error.hint else left
 
-    def child(self) -> "Operation":
-        """Return an operation under the same deadline whose undos can be ``adopt``ed later."""
-        return Operation(
+    def child(self) -> "Transaction":
+        """Return a transaction with the same deadline, whose undos can be ``adopt``ed later."""
+        return Transaction(
             self.deadline,
             faults=self.faults,
             kernel_log=self._kernel_log,
@@ -92,12 +92,12 @@ class Operation:
             parent=self,
         )
 
-    def adopt(self, child: "Operation") -> None:
+    def adopt(self, child: "Transaction") -> None:
         """Take over what ``child`` would have to undo."""
         self._undos.extend(child._undos)
         child._undos.clear()
 
-    def undo_by(self, what: str, undo: Undo, *, is_record: bool = False) -> None:
+    def on_rollback(self, what: str, undo: Undo, *, is_record: bool = False) -> None:
         """Register how to undo what the step before has made; ``what`` names it in errors.
 
         ``is_record`` is for what is written down about a thing, not the thing itself: it stays
@@ -155,17 +155,16 @@ class Operation:
             hint=_what_is_full(error, object),
             kernel_log=self.kernel_lines(),
         )
-        failed.is_placed = True
+        failed.has_step = True
         return failed
 
 
 class _Step:
-    """One step of an operation, timed; a class, because a generator costs three times as much and
-    a request has two dozen of these."""
+    """One step of a transaction, timed."""
 
     __slots__ = ("_begin", "_code", "_object", "_op", "_step")
 
-    def __init__(self, op: Operation, step: str, object: str, code: str) -> None:
+    def __init__(self, op: Transaction, step: str, object: str, code: str) -> None:
         self._op = op
         self._step = step
         self._object = object
@@ -189,11 +188,11 @@ class _Step:
             return
         if isinstance(error, OSError):
             raise self._op._error_of(error, self._step, self._object, self._code) from error
-        if isinstance(error, CallError) and not error.is_placed:
-            # the innermost step of an operation is the one that counts
+        if isinstance(error, CallError) and not error.has_step:
+            # the innermost step is the one that failed
             error.step = self._step
             error.object = error.object or self._object
-            error.is_placed = True
+            error.has_step = True
 
 
 def _what_is_full(error: OSError, object: str) -> str | None:

@@ -14,10 +14,9 @@ from guestagent.api.layers import VerifyReply
 from guestagent.engine.inventory import LayerClaim, LiveLayer
 from guestagent.engine.readback import verity_status
 from guestagent.engine.state import EngineState
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.filesystems import claimed_size_bytes, layer_type
-from guestagent.storage.openonce import OpenOnce
 from guestagent.storage.verity import (
     SUPERBLOCK_BYTES,
     VerityParameters,
@@ -42,20 +41,12 @@ Progress = Callable[[int, int], None]
 class Reader(FdOwner):
     """Reads a range of a block device, never past its end. A context manager."""
 
-    def __init__(
-        self, node: str, *, size_bytes: int, offset_bytes: int = 0, held: OpenOnce | None = None
-    ) -> None:
-        """Open ``node``, or take what ``held`` has of it."""
+    def __init__(self, node: str, *, size_bytes: int, offset_bytes: int = 0) -> None:
+        """Open ``node``."""
         self.node = node
         self.size_bytes = size_bytes
         self._offset_bytes = offset_bytes
-        self._is_held = held is not None
-        self._fd = held.open(node) if held else os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-
-    def close(self) -> None:
-        """Idempotent."""
-        if not self._is_held:
-            super().close()
+        self._fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
 
     def fileno(self) -> int:
         """Return the descriptor; it stays ours."""
@@ -74,12 +65,11 @@ class Reader(FdOwner):
 
 
 def read_parameters(
-    claim: LayerClaim, verity: Verity, op: Operation, held: OpenOnce | None = None
+    claim: LayerClaim, verity: Verity, op: Transaction
 ) -> tuple[VerityParameters, str]:
     """Bring request and superblock together and check the tree's root, before anything is made.
 
     Returns the parameters and where they came from: request, superblock or both.
-    ``held`` is for whoever does this for many layers of one device.
 
     Raises:
         CallError: ``integrity``, the tree or the superblock is not what the request says;
@@ -88,13 +78,11 @@ def read_parameters(
     device, hash_device, area = claim.device, claim.hash_device, claim.range
     with (
         op.step("superblock", device.node),
-        Reader(
-            device.node, size_bytes=area.size_bytes, offset_bytes=area.offset_bytes, held=held
-        ) as data,
+        Reader(device.node, size_bytes=area.size_bytes, offset_bytes=area.offset_bytes) as data,
     ):
         if hash_device is None:
             return _read_with(claim.spec, verity, device, data, data)
-        with Reader(hash_device.node, size_bytes=hash_device.size_bytes, held=held) as hashes:
+        with Reader(hash_device.node, size_bytes=hash_device.size_bytes) as hashes:
             return _read_with(claim.spec, verity, device, data, hashes)
 
 
@@ -168,7 +156,7 @@ def open_proved(node: str, size_bytes: int) -> Reader:
 
 
 def verify_layer(
-    state: EngineState, live: LiveLayer, op: Operation, progress: Progress
+    state: EngineState, live: LiveLayer, op: Transaction, progress: Progress
 ) -> VerifyReply:
     """Read every data block, not from the page cache; list those that do not verify.
 

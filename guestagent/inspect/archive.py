@@ -5,7 +5,7 @@ import stat
 from contextlib import closing
 
 from guestagent.api.inspect import FsTarOut, TarOutReply
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.inspect import pax
 from guestagent.inspect.acl import parse_acl, show_acl
 from guestagent.inspect.metadata import xattrs_of
@@ -34,7 +34,7 @@ _ACLS = {
 }
 
 
-def tar_out(place: Place, request: FsTarOut, op: Operation, sink: Sink) -> TarOutReply:
+def tar_out(place: Place, request: FsTarOut, op: Transaction, sink: Sink) -> TarOutReply:
     """Send a directory as a tar archive."""
     writer = _Writer(place, request, op, sink)
     path = request.path_bytes
@@ -64,7 +64,7 @@ def tar_out(place: Place, request: FsTarOut, op: Operation, sink: Sink) -> TarOu
 class _Writer:
     """Writes members to a sink."""
 
-    def __init__(self, place: Place, request: FsTarOut, op: Operation, sink: Sink) -> None:
+    def __init__(self, place: Place, request: FsTarOut, op: Transaction, sink: Sink) -> None:
         self.size_bytes = 0
         self.entries = 0
         self.skipped = 0

@@ -5,7 +5,7 @@ import stat
 from contextlib import closing
 
 from guestagent.api.inspect import ChecksumsReply, FsChecksums
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.inspect.place import Place
 from guestagent.inspect.reading import Meter, Reader
 from guestagent.inspect.sink import Sink
@@ -15,7 +15,9 @@ from guestagent.storage.openat import reopen
 __all__ = ("checksum_tree",)
 
 
-def checksum_tree(place: Place, request: FsChecksums, op: Operation, sink: Sink) -> ChecksumsReply:
+def checksum_tree(
+    place: Place, request: FsChecksums, op: Transaction, sink: Sink
+) -> ChecksumsReply:
     """Hash every regular file below a directory; the entries go to ``sink``."""
     meter = Meter(sink)
     hasher = _TreeHasher(Reader(place.error_of, op, meter), request.algorithm)

@@ -19,7 +19,7 @@ from guestagent.api.inspect_devices import (
     TextReply,
 )
 from guestagent.engine.state import EngineState
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.inspect.reading import Meter, Reader
 from guestagent.inspect.sink import Sink
 from guestagent.storage import blockdev
@@ -49,7 +49,7 @@ class Devices:
             devices=tuple(info for info in _infos() if info.partition is not None)
         )
 
-    def list_filesystems(self, op: Operation) -> FilesystemsReply:
+    def list_filesystems(self, op: Transaction) -> FilesystemsReply:
         """Say of each device what is at its start."""
         found = {}
         for info in _infos():
@@ -82,7 +82,7 @@ class Devices:
         """Say whether a device is read-only."""
         return ReadonlyReply(readonly=_find(request.device).readonly)
 
-    def checksum(self, request: FsChecksumDevice, op: Operation, sink: Sink) -> ChecksumReply:
+    def checksum(self, request: FsChecksumDevice, op: Transaction, sink: Sink) -> ChecksumReply:
         """Hash a whole device."""
         device = _find(request.device)
         with op.step("checksum_device", request.device):

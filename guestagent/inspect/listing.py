@@ -7,7 +7,7 @@ from contextlib import closing
 
 from guestagent.api.devices import SECTOR_BYTES
 from guestagent.api.inspect import DuReply, FsFind, ListReply, PathRequest
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.inspect.place import Place
 from guestagent.inspect.sink import Sink
 from guestagent.inspect.walk import Found, letter_of, rdev_of, walk
@@ -30,7 +30,7 @@ def _directory(
     return closing(walk(top_fd, max_depth=max_depth))
 
 
-def ls(place: Place, request: PathRequest, op: Operation, sink: Sink) -> ListReply:
+def ls(place: Place, request: PathRequest, op: Transaction, sink: Sink) -> ListReply:
     """Send the names in a directory."""
     count = 0
     with place.errors(request.path_bytes), _directory(place, request, 1) as entries:
@@ -42,7 +42,7 @@ def ls(place: Place, request: PathRequest, op: Operation, sink: Sink) -> ListRep
     return ListReply(chunks=chunks, entries=count, timings_ms=op.timings_ms)
 
 
-def readdir(place: Place, request: PathRequest, op: Operation, sink: Sink) -> ListReply:
+def readdir(place: Place, request: PathRequest, op: Transaction, sink: Sink) -> ListReply:
     """Send the names in a directory, with what lstat says of each."""
     count = 0
     with place.errors(request.path_bytes), _directory(place, request, 1) as entries:
@@ -76,7 +76,7 @@ def _fields(found: Found) -> tuple[object, ...]:
     )
 
 
-def find(place: Place, request: FsFind, op: Operation, sink: Sink) -> ListReply:
+def find(place: Place, request: FsFind, op: Transaction, sink: Sink) -> ListReply:
     """Send the paths below a directory that the request admits."""
     count = 0
     pattern, depth = request.name_bytes, request.max_depth
@@ -156,7 +156,7 @@ class _Usage:
             self.size_bytes += status.st_size
 
 
-def du(place: Place, request: PathRequest, op: Operation, sink: Sink) -> DuReply:
+def du(place: Place, request: PathRequest, op: Transaction, sink: Sink) -> DuReply:
     """Add up what a tree takes, or a single file."""
     usage = _Usage()
     path = request.path_bytes
@@ -181,7 +181,7 @@ def du(place: Place, request: PathRequest, op: Operation, sink: Sink) -> DuReply
     )
 
 
-def _add_all(usage: _Usage, top_fd: int, place: Place, op: Operation, sink: Sink) -> None:
+def _add_all(usage: _Usage, top_fd: int, place: Place, op: Transaction, sink: Sink) -> None:
     with closing(walk(top_fd)) as entries:
         for number, found in enumerate(entries, 1):
             op.deadline.check("walk a tree")

@@ -7,7 +7,7 @@ from guestagent.api import inspect, inspect_devices
 from guestagent.api.inspect import PlaceRequest
 from guestagent.api.request import Request
 from guestagent.engine.state import EngineState
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.inspect import archive, listing, metadata, reading
 from guestagent.inspect.checksums import checksum_tree
 from guestagent.inspect.devices import Devices
@@ -62,22 +62,22 @@ class Inspection:
         self._state = state
         self.devices = Devices(state)
 
-    def look(self, request: Request[Record], op: Operation) -> Record:
+    def look(self, request: Request[Record], op: Transaction) -> Record:
         """Answer one of ``LOOKS``."""
         with self._place(request, op) as place:
             return LOOKS[type(request)](place, request)
 
-    def stream(self, request: Request[Record], op: Operation, sink: Sink) -> Record:
+    def stream(self, request: Request[Record], op: Transaction, sink: Sink) -> Record:
         """Answer one of ``STREAMS``."""
         with self._place(request, op) as place:
             return STREAMS[type(request)](place, request, op, sink)
 
-    def device_look(self, request: Request[Record], op: Operation) -> Record:
+    def device_look(self, request: Request[Record], op: Transaction) -> Record:
         """Answer one of ``DEVICE_LOOKS``."""
         return DEVICE_LOOKS[type(request)](self.devices, request, op)
 
     @contextmanager
-    def _place(self, request: Request[Record], op: Operation) -> Iterator[Place]:
+    def _place(self, request: Request[Record], op: Transaction) -> Iterator[Place]:
         assert isinstance(request, PlaceRequest)
         step = request.method.removeprefix("fs.")
         with open_place(self._state, request) as place, op.step(step, place.name):

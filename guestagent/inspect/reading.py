@@ -15,7 +15,7 @@ from guestagent.api.inspect import (
     FsPread,
     FsReadFile,
 )
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.inspect.place import Place, show_path
 from guestagent.inspect.sink import Sink
 from guestagent.storage.hashing import new_hash
@@ -54,7 +54,7 @@ class Meter:
 class Reader:
     """Reads files into one buffer that is used again and again."""
 
-    def __init__(self, error_of: ErrorOf, op: Operation, meter: Meter) -> None:
+    def __init__(self, error_of: ErrorOf, op: Transaction, meter: Meter) -> None:
         self._error_of = error_of
         self._op = op
         self._meter = meter
@@ -147,7 +147,7 @@ def _read_range(place: Place, file: _File, offset_bytes: int, size_bytes: int) -
     return b"".join(parts)
 
 
-def download(place: Place, request: FsDownload, op: Operation, sink: Sink) -> DownloadReply:
+def download(place: Place, request: FsDownload, op: Transaction, sink: Sink) -> DownloadReply:
     """Send a file, or a range of it."""
     with _File(place, request.path_bytes) as file:
         start = min(request.offset_bytes, file.size_bytes)
@@ -157,7 +157,7 @@ def download(place: Place, request: FsDownload, op: Operation, sink: Sink) -> Do
         return _send(place, file, start, end, min(size_bytes, rest_bytes), op, sink)
 
 
-def read_file(place: Place, request: FsReadFile, op: Operation, sink: Sink) -> DownloadReply:
+def read_file(place: Place, request: FsReadFile, op: Transaction, sink: Sink) -> DownloadReply:
     """Send a whole file, if it is not too long."""
     with _File(place, request.path_bytes) as file:
         if file.size_bytes > request.max_bytes:
@@ -177,7 +177,7 @@ def _send(
     start: int,
     end: int,
     total_bytes: int,
-    op: Operation,
+    op: Transaction,
     sink: Sink,
 ) -> DownloadReply:
     meter = Meter(sink, total_bytes)
@@ -188,7 +188,7 @@ def _send(
     )
 
 
-def checksum(place: Place, request: FsChecksum, op: Operation, sink: Sink) -> ChecksumReply:
+def checksum(place: Place, request: FsChecksum, op: Transaction, sink: Sink) -> ChecksumReply:
     """Hash a file."""
     with _File(place, request.path_bytes) as file:
         reader = Reader(place.error_of, op, Meter(sink, file.size_bytes))

@@ -32,7 +32,7 @@ from guestagent.api.overlays import (
 )
 from guestagent.engine.engine import Engine
 from guestagent.engine.locks import KeyLocks
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.service.context import Context, handles
 
 __all__ = ("LayerHandlers",)
@@ -45,7 +45,7 @@ class LayerHandlers:
         self._engine = engine
         self._lists = KeyLocks()
 
-    def _operation(self, call: Context) -> Operation:
+    def _operation(self, call: Context) -> Transaction:
         return self._engine.operation(call.deadline, traceparent=call.traceparent)
 
     @handles(LayerSpec)

@@ -17,8 +17,8 @@ from guestagent.api.inspect_devices import (
 )
 from guestagent.api.request import Request
 from guestagent.engine.engine import Engine
-from guestagent.engine.transaction import Operation
-from guestagent.inspect.methods import DEVICE_LOOKS, LOOKS, STREAMS
+from guestagent.engine.transaction import Transaction
+from guestagent.inspect.methods import DEVICE_LOOKS, LOOKS, STREAMS, Inspection
 from guestagent.inspect.sink import Sink
 from guestagent.service.context import Context, Handler, handlers_of, handles
 from vsock.errors import CallError
@@ -136,7 +136,7 @@ class InspectHandlers:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._inspection = engine.inspection
+        self._inspection = Inspection(engine.state)
         self._lock = threading.Lock()
         self._streams: dict[tuple[int, int], _Stream] = {}
         #: Method -> handler.
@@ -178,7 +178,7 @@ class InspectHandlers:
                 stream.more(request.sequence)
         return MoreReply(known=stream is not None)
 
-    def _operation(self, call: Context) -> Operation:
+    def _operation(self, call: Context) -> Transaction:
         return self._engine.operation(call.deadline, traceparent=call.traceparent)
 
     def _look(self, function: Callable[..., Record]) -> Handler:

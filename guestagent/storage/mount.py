@@ -17,7 +17,6 @@ from guestagent.storage.fscontext import (
     flag_bits,
     is_supported,
 )
-from guestagent.storage.openonce import OpenOnce
 from vsock.closeable import FdOwner
 from vsock.errors import CallError
 
@@ -44,12 +43,8 @@ class TargetDirectory(FdOwner):
     just these. Use as a context manager, which closes the descriptor and removes nothing.
     """
 
-    def __init__(
-        self, target: str, *, root: str = "/run", create: bool = True, held: OpenOnce | None = None
-    ) -> None:
+    def __init__(self, target: str, *, root: str = "/run", create: bool = True) -> None:
         """Open ``target``, an absolute path strictly below ``root``; missing parts become 0700.
-
-        What leads there is looked for in ``held`` first, and held there.
 
         Raises:
             CallError: ``invalid``, outside of root or with "." or ".."; ``denied``, a symbolic or
@@ -59,7 +54,6 @@ class TargetDirectory(FdOwner):
         self.path = target
         self.created: tuple[str, ...] = ()
         self._root = root.rstrip("/")
-        self._held = held
         self._fd = -1
         names = _names_below(target, self._root)
         try:
@@ -112,25 +106,6 @@ class TargetDirectory(FdOwner):
                     raise
 
     def _open(self, names: list[str], create: bool) -> None:
-        parent = os.path.dirname(self.path)
-        if self._held is not None and (held_fd := self._held.get(parent)) is not None:
-            try:
-                self._fd = self._enter(held_fd, names[-1], self.path, create)
-            except FileNotFoundError:  # somebody has removed it meanwhile
-                self._held.forget(parent)
-                raise
-            return
-        self._walk(names[:-1], create)
-        parent_fd, self._fd = self._fd, -1
-        try:
-            self._fd = self._enter(parent_fd, names[-1], self.path, create)
-        finally:
-            if self._held is None or self._fd < 0:
-                os.close(parent_fd)
-            else:
-                self._held.keep(parent, parent_fd)
-
-    def _walk(self, names: list[str], create: bool) -> None:
         """Walk down from the root; on the way ``self._fd`` is the directory reached so far."""
         self._fd = os.open(self._root or "/", _OPEN_DIRECTORY)
         path = self._root

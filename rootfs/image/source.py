@@ -18,7 +18,7 @@ from rootfs.image.filestore import ArchiveStore, DirectoryStore, FileStore
 from rootfs.image.oci import LayerBlob
 from rootfs.image.spool import DEFAULT_MAX_BYTES, Spool, spooled
 from rootfs.image.tar import TarEntry, TarReader
-from rootfs.image.tarlower import Lender, LowerTree
+from rootfs.image.tarlower import LowerLayers, LowerTree
 from rootfs.image.tartree import TarTree, Whiteouts
 from rootfs.image.tree import Node, Progress, digest_tree
 from rootfs.imagefile.errors import from_os_error
@@ -122,7 +122,7 @@ class Source:
                 yield only
             return
         merged = LowerTree()
-        lender = self._lender()
+        lower_layers = self._lower_layers()
         last = {blob.diff_id: index for index, blob in enumerate(self._blobs)}
         for index, blob in enumerate(self._blobs):
             with self._spool(blob) as spool:
@@ -136,12 +136,12 @@ class Source:
                 # before it is built: what is refused in an image of all layers leaves none of this
                 merged.add_layer(members, spool.fd, layer=blob.diff_id, cancel=self._options.cancel)
                 if last[blob.diff_id] == index:
-                    with lender.lent(tree.borrowed.values()):
+                    with lower_layers.copied(tree.borrowed.values()):
                         yield SourceLayer(root=tree.root, digest=blob.diff_id)
 
-    def _lender(self) -> Lender:
+    def _lower_layers(self) -> LowerLayers:
         blobs = {blob.diff_id: blob for blob in self._blobs}
-        return Lender(
+        return LowerLayers(
             lambda diff_id: self._spool(blobs[diff_id]),
             directory=self._options.spool_directory,
             max_bytes=self._options.max_bytes,

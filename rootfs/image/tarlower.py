@@ -22,7 +22,7 @@ from rootfs.imagefile.ranges import ByteRange
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("Lender", "LowerTree")
+__all__ = ("LowerLayers", "LowerTree")
 
 #: What a piece of a sparse file takes in a listing: two numbers.
 _EXTENT_BYTES = 16
@@ -43,7 +43,7 @@ class _LayerContent:
 
 
 class LowerTree(TarTree):
-    """Layers merged, to look things up in. Its content cannot be read; see ``Lender``."""
+    """Layers merged, to look things up in. Its content cannot be read; see ``LowerLayers``."""
 
     def __init__(self) -> None:
         super().__init__(Whiteouts.APPLY)
@@ -55,7 +55,7 @@ class LowerTree(TarTree):
         return _LayerContent(self._layer, entry.size_bytes, entry.extents)
 
 
-class Lender:
+class LowerLayers:
     """Copies content out of lower layers. ``open_layer`` opens a layer by its diff_id; what it
     gives must be the same each time. All copies together are at most ``max_bytes``: layers of a
     few bytes that link to one large file must not fill a disk."""
@@ -75,7 +75,7 @@ class Lender:
         self._cancel = cancel
 
     @contextlib.contextmanager
-    def lent(self, borrowed: Iterable[Node]) -> Iterator[None]:
+    def copied(self, borrowed: Iterable[Node]) -> Iterator[None]:
         """Make the content of inodes that a layer borrowed readable for the time of a ``with``
         block. The copies go to a file without a name.
 

@@ -19,7 +19,7 @@ from guestagent.api import ByteRange, LayerSpec, OverlaySpec, PathDevice, Verity
 from guestagent.engine.engine import Engine
 from guestagent.engine.faults import Faults
 from guestagent.engine.state import Rules
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.host.client import GuestAgent
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.mountinfo import read_mounts
@@ -200,7 +200,7 @@ class EngineBed:
         self.engine = self._open()
 
     @contextlib.contextmanager
-    def operation(self, seconds: float = 20.0) -> Iterator[Operation]:
+    def operation(self, seconds: float = 20.0) -> Iterator[Transaction]:
         deadline = Deadline(seconds)
         try:
             yield self.engine.operation(deadline)
@@ -209,7 +209,7 @@ class EngineBed:
 
     def books(self) -> dict[str, str]:
         """Return what the inventory holds, as text by part."""
-        parts = vars(self.engine._state.inventory)
+        parts = vars(self.engine.state.inventory)
         return {
             name: repr(sorted(map(str, value)) if name == "_dm_names" else _settled(value))
             for name, value in parts.items()

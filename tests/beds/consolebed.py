@@ -21,11 +21,13 @@ from guestagent.api.agent import StatusReply
 from guestagent.api.inspect import PlaceRequest
 from guestagent.api.inspect_devices import DeviceListReply, FilesystemsReply, MountPointsReply
 from guestagent.console.command import Guest
+from guestagent.console.debugview import DebugView
 from guestagent.console.service import Console
 from guestagent.engine.engine import Engine
 from guestagent.engine.reconciliation import Finding, Outcome
 from guestagent.engine.state import EngineState
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
+from guestagent.inspect.methods import Inspection
 from guestagent.inspect.place import Place
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -70,10 +72,10 @@ class PlainDebug:
         self.settled: list[Finding] = []
         self.reconciliation = SimpleNamespace(look=self._look, settle=self._settle)
 
-    def _look(self, op: Operation) -> tuple[Finding, ...]:
+    def _look(self, op: Transaction) -> tuple[Finding, ...]:
         return tuple(self.findings)
 
-    def _settle(self, finding: Finding, op: Operation) -> Outcome:
+    def _settle(self, finding: Finding, op: Transaction) -> Outcome:
         self.settled.append(finding)
         return Outcome(finding=finding, result="undone")
 
@@ -168,10 +170,10 @@ class PlainEngine:
             ),
         )
 
-    def operation(self, deadline: Deadline, *, traceparent: str | None = None) -> Operation:
-        return Operation(deadline, traceparent=traceparent)
+    def operation(self, deadline: Deadline, *, traceparent: str | None = None) -> Transaction:
+        return Transaction(deadline, traceparent=traceparent)
 
-    def unmount_everything(self, op: Operation, *, force: bool) -> None:
+    def unmount_everything(self, op: Transaction, *, force: bool) -> None:
         self.unmounted.append(force)
 
 
@@ -194,6 +196,8 @@ class Bed:
             status=plain_status,
             end=self.modes.append,
         )
+        self.guest.debug = cast(DebugView, self.engine.debug)
+        self.guest.inspection = cast(Inspection, self.engine.inspection)
         line = options.get("line")
         lines = (f"serial://{line}",) if line else ()
         self.console = Console(self.guest, (f"unix://{path}", *lines))

@@ -10,10 +10,8 @@ from typing import cast
 from guestagent.api import LayerSpec, OverlaySpec, PathDevice
 from guestagent.engine.engine import Engine
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
-from guestagent.engine.state import EngineState
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.host.client import GuestAgent
-from guestagent.inspect.methods import Inspection
 from guestagent.service.dispatch import QUICK_METHODS, Service
 from tests.beds.peer import Peer
 from vsock.address import UnixAddress
@@ -48,13 +46,12 @@ class PlainEngine:
             {name: _live_overlay(name, path, tuple(layers)) for name, path in overlays.items()},
         )
         self.events = None  # nobody subscribes
-        self.inspection = Inspection(cast(EngineState, self.state))
 
     def features(self) -> tuple[str, ...]:
         return ("batch",)
 
-    def operation(self, deadline: Deadline, *, traceparent: str | None = None) -> Operation:
-        return Operation(deadline, traceparent=traceparent)
+    def operation(self, deadline: Deadline, *, traceparent: str | None = None) -> Transaction:
+        return Transaction(deadline, traceparent=traceparent)
 
 
 def _live_layer(layer_id: str, path: Path) -> LiveLayer:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import LayersMount, LayersUnmount, TmpfsScratch
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 
-Request = Callable[[EngineBed, Operation], object]
+Request = Callable[[EngineBed, Transaction], object]
 MAX_STEPS = 200
 
 
@@ -118,7 +118,7 @@ def test_a_batch_that_was_decided_is_adopted_whole(tmp_path: Path, pack: Pack) -
         overlay=overlay("o", "layer0", "layer1", scratch=TmpfsScratch(size_bytes=1 << 20)),
     )
 
-    def killed_when_decided(bed: EngineBed, op: Operation) -> None:
+    def killed_when_decided(bed: EngineBed, op: Transaction) -> None:
         overlays = bed.engine.overlays
         overlays.settle = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
         bed.engine.batches.mount(request, op)

@@ -254,7 +254,7 @@ def test_a_removal_that_is_kept_waiting_is_waited_for(bed: EngineBed, pack: Pack
             fd = os.open(node, os.O_RDONLY)
             threading.Timer(0.3, os.close, (fd,)).start()
 
-    bed.engine._state.faults.reach = open_at_unmount  # type: ignore[method-assign]
+    bed.engine.state.faults.reach = open_at_unmount  # type: ignore[method-assign]
     begin = time.monotonic()
     unmount(bed, "layer0")
     assert 0.25 < time.monotonic() - begin < 3.0
@@ -373,7 +373,7 @@ def test_a_device_that_shrinks_after_it_was_checked(
                 with open(node, "rb") as loop:
                     fcntl.ioctl(loop, LOOP_SET_CAPACITY)
 
-        bed.engine._state.faults.reach = shrink  # type: ignore[method-assign]
+        bed.engine.state.faults.reach = shrink  # type: ignore[method-assign]
         spec = pack.spec(
             0 if parts == "plain" else 3,
             device=PathDevice(path=node),

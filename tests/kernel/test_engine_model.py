@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from guestagent.api import LayersMount, LayersUnmount, TmpfsScratch
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 from vsock.errors import CallError
 
@@ -49,7 +49,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.stack.close()
             assert settled_world(self.before) == self.before
 
-    def ask(self, work: Callable[[Operation], Any], faults: str = "") -> tuple[Any, CallError]:
+    def ask(self, work: Callable[[Transaction], Any], faults: str = "") -> tuple[Any, CallError]:
         """Return (reply, None) or (None, error)."""
         self.bed.faults.arm(faults)
         try:

@@ -17,12 +17,12 @@ from guestagent.api import (
     PathDevice,
     TmpfsScratch,
 )
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 from tests.beds.dmbed import loop_device
 from vsock.errors import CallError
 
-Request = Callable[[EngineBed, Operation], Any]
+Request = Callable[[EngineBed, Transaction], Any]
 MAX_STEPS = 200
 #: Directories of the agent itself, made once.
 KEPT = ("empty", "scratch", "links")
@@ -174,7 +174,7 @@ def test_overlay_unmount(
         (changes_directory / "upper/kept").unlink()
 
 
-def _check_kept_and_unmount(bed: EngineBed, op: Operation, kind: str) -> None:
+def _check_kept_and_unmount(bed: EngineBed, op: Transaction, kind: str) -> None:
     """What was written is there each time: an unmount undone loses nothing."""
     assert kind == "none" or Path("/run/overlays/o/kept").read_text() == "kept"
     bed.engine.overlays.unmount("o", op)
@@ -191,7 +191,7 @@ def test_batch_unmount_with_overlay(bed: EngineBed, pack: Pack) -> None:
     assert fail_at_every_step(bed, lambda bed, op: bed.engine.batches.unmount(request, op)) >= 10
 
 
-def cancel_when_blocked(bed: EngineBed, op: Operation, before: int) -> None:
+def cancel_when_blocked(bed: EngineBed, op: Transaction, before: int) -> None:
     """Cancel the operation once it hangs in the injected block."""
     ended = threading.Event()
     while bed.faults.struck == before and not ended.wait(0.002) and not op.deadline.expired:
@@ -214,7 +214,7 @@ def test_cancelled_at_every_step(bed: EngineBed, pack: Pack, what: str) -> None:
         prepare(bed, mount)
     codes = set()
 
-    def cancelled(bed: EngineBed, op: Operation) -> None:
+    def cancelled(bed: EngineBed, op: Transaction) -> None:
         arguments = (bed, op, bed.faults.struck)
         watcher = threading.Thread(target=cancel_when_blocked, args=arguments)
         watcher.start()
@@ -235,7 +235,7 @@ def test_out_of_time_at_every_step(bed: EngineBed, pack: Pack) -> None:
     """The deadline is long enough for the steps before the one that hangs."""
     codes = set()
 
-    def late(bed: EngineBed, op: Operation) -> None:
+    def late(bed: EngineBed, op: Transaction) -> None:
         op.deadline.limit(0.3)
         try:
             bed.engine.layers.mount(pack.spec(0), op)

@@ -17,7 +17,6 @@ from guestagent.storage.fscontext import FsContextError, attach
 from guestagent.storage.holders import find_holders
 from guestagent.storage.kmsg import KernelLog
 from guestagent.storage.mountinfo import find_mount, mounts_of_dev, read_mounts
-from guestagent.storage.openonce import OpenOnce
 from tests.beds import dmbed
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -132,45 +131,6 @@ def test_a_refused_target_leaves_no_directories(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "a") == ["link"]
     with pytest.raises(FileNotFoundError):
         mount.TargetDirectory(f"{tmp_path}/a/new", root=str(tmp_path), create=False)
-
-
-def test_what_leads_to_many_targets_is_opened_once(tmp_path: Path) -> None:
-    root, before = str(tmp_path), os.listdir("/proc/self/fd")
-    with OpenOnce() as held:
-        for name in ("a", "b"):
-            with mount.TargetDirectory(f"{root}/in/{name}", root=root, held=held) as target:
-                assert os.readlink(f"/proc/self/fd/{target.fd}") == f"{root}/in/{name}"
-        fd = held.get(f"{root}/in")
-        assert fd is not None
-        assert os.readlink(f"/proc/self/fd/{fd}") == f"{root}/in"
-        # by this very directory, wherever it is now
-        (tmp_path / "in").rename(tmp_path / "moved")
-        mount.TargetDirectory(f"{root}/in/c", root=root, held=held).close()
-        assert sorted(os.listdir(tmp_path / "moved")) == ["a", "b", "c"]
-    assert os.listdir("/proc/self/fd") == before
-
-
-def test_what_leads_to_targets_is_made_again_when_somebody_removed_it(tmp_path: Path) -> None:
-    root = str(tmp_path)
-    with OpenOnce() as held:
-        mount.TargetDirectory(f"{root}/in/a", root=root, held=held).close()
-        os.rmdir(f"{root}/in/a")
-        os.rmdir(f"{root}/in")
-        with mount.TargetDirectory(f"{root}/in/b", root=root, held=held) as target:
-            assert target.created == (f"{root}/in", f"{root}/in/b")
-            assert os.readlink(f"/proc/self/fd/{target.fd}") == f"{root}/in/b"
-
-
-def test_no_link_is_followed_from_what_is_held_either(tmp_path: Path) -> None:
-    root = str(tmp_path)
-    before = os.listdir("/proc/self/fd")
-    with OpenOnce() as held:
-        mount.TargetDirectory(f"{root}/in/a", root=root, held=held).close()
-        (tmp_path / "in" / "link").symlink_to("/")
-        with pytest.raises(CallError) as caught:
-            mount.TargetDirectory(f"{root}/in/link", root=root, held=held)
-        assert caught.value.code == "denied"
-    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_missing_root_is_no_invitation(tmp_path: Path) -> None:

@@ -6,9 +6,8 @@ import msgpack
 import pytest
 
 from guestagent.api import Event
-from guestagent.engine.events import EventLog
+from guestagent.engine.events import EventLog, Subscribers
 from guestagent.engine.journal import Journal
-from guestagent.engine.subscribers import Subscribers
 
 
 @pytest.fixture

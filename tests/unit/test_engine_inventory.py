@@ -46,7 +46,7 @@ def test_paths_in_the_way_are_those_found_one_by_one(steps):
             for other in claimed
             if f"{path}/".startswith(f"{other}/") or f"{other}/".startswith(f"{path}/")
         }
-        found = claims.in_the_way_of(path)
+        found = claims.conflicting_path(path)
         if found is None:
             assert not on_the_way
             claims.add(path, ("layer", path))
@@ -57,7 +57,7 @@ def test_paths_in_the_way_are_those_found_one_by_one(steps):
     for path in claimed:
         assert claims.get(path) == ("layer", path)
         claims.drop(path)
-    assert all(claims.in_the_way_of(path) is None for path in claimed | {"/a", "/b", "/c"})
+    assert all(claims.conflicting_path(path) is None for path in claimed | {"/a", "/b", "/c"})
 
 
 def test_names_that_only_begin_alike_are_apart(inventory):

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from guestagent.engine.transaction import Operation, code_of_errno
+from guestagent.engine.transaction import Transaction, code_of_errno
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -12,7 +12,7 @@ from vsock.errors import CallError
 @pytest.fixture
 def op():
     deadline = Deadline(60.0)
-    yield Operation(deadline)
+    yield Transaction(deadline)
     deadline.close()
 
 
@@ -20,13 +20,13 @@ def fail(error: Exception):
     raise error
 
 
-def end_with(op: Operation, error: Exception, undos: dict, records: tuple = ()) -> CallError:
+def end_with(op: Transaction, error: Exception, undos: dict, records: tuple = ()) -> CallError:
     """Leave an operation that has registered ``undos`` by an error; return it."""
 
     def work():
         with op:
             for what, undo in undos.items():
-                op.undo_by(what, undo, is_record=what in records)
+                op.on_rollback(what, undo, is_record=what in records)
             raise error
 
     with pytest.raises(CallError) as caught:
@@ -45,7 +45,7 @@ def test_an_error_undoes_in_reverse(op):
 def test_commit_keeps_everything(op):
     done = []
     with op:
-        op.undo_by("first", lambda: done.append(1))
+        op.on_rollback("first", lambda: done.append(1))
         op.commit()
     assert done == []
 
@@ -53,7 +53,7 @@ def test_commit_keeps_everything(op):
 def test_without_commit_even_success_is_undone(op):
     done = []
     with op:
-        op.undo_by("first", lambda: done.append(1))
+        op.on_rollback("first", lambda: done.append(1))
     assert done == [1]
 
 
@@ -65,7 +65,7 @@ def test_what_cannot_be_undone_is_told_and_its_record_stays():
         "directory": lambda: done.append("directory"),
         "device": lambda: fail(OSError(errno.EBUSY, "busy")),
     }
-    op = Operation(deadline, on_left=left.append)
+    op = Transaction(deadline, on_left=left.append)
     error = end_with(op, CallError("mount", "no", hint="try again"), undos, ("record",))
     assert done == ["directory"], "the record of a thing that is still there must stay"
     assert left == ["device: [Errno 16] busy"]
@@ -105,7 +105,7 @@ def test_no_step_begins_after_the_end(how):
     if how == "cancelled":
         deadline.cancel()
     entered = []
-    with pytest.raises(CallError) as caught, Operation(deadline).step("mount", "x"):
+    with pytest.raises(CallError) as caught, Transaction(deadline).step("mount", "x"):
         entered.append(1)
     assert (caught.value.code, caught.value.step, entered) == (how, "mount", [])
     deadline.close()
@@ -114,7 +114,7 @@ def test_no_step_begins_after_the_end(how):
 def test_children_hand_over_what_they_would_undo(op):
     done = []
     child = op.child()
-    child.undo_by("of the child", lambda: done.append("child"))
+    child.on_rollback("of the child", lambda: done.append("child"))
     op.adopt(child)
     assert child.roll_back() == ()
     assert op.roll_back() == ()

@@ -13,13 +13,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "guestagent": (),  # the package itself: its version only
     "guestagent.api": ("vsock.errors", "vsock.record", "guestagent.api"),
     "guestagent.storage": ("vsock", "guestagent.api", "guestagent.storage"),
-    # the engine still makes the inspection, which is to stand above it
     "guestagent.engine": (
         "vsock",
         "guestagent.api",
         "guestagent.storage",
         "guestagent.engine",
-        "guestagent.inspect",
     ),
     "guestagent.host.client": ("vsock", "guestagent.api", "guestagent.host.client"),
     "guestagent.host": ("vsock", "guestagent.api", "guestagent.host"),
@@ -32,7 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "guestagent.storage.verity",
     ),
 }
-MAY_IMPORT["guestagent.inspect"] = MAY_IMPORT["guestagent.engine"]
+MAY_IMPORT["guestagent.inspect"] = (*MAY_IMPORT["guestagent.engine"], "guestagent.inspect")
 #: The top floor of the guest: may import every room of the guest, nothing of the host's.
 _GUEST_ROOMS = ("api", "storage", "inspect", "engine", "service", "observe", "console", "boot")
 _TOP = (

@@ -1,14 +1,12 @@
-"""What a person who debugs the agent may see of the engine, beyond what requests are told."""
+"""What the console shows of the engine beyond what the methods report."""
 
 from guestagent.api import LayerSpec
 from guestagent.api.inspect import PlaceRequest
-from guestagent.engine.layers import Layers
-from guestagent.engine.layerstack import LayerStack
-from guestagent.engine.overlays import Overlays
+from guestagent.engine.engine import Engine
+from guestagent.engine.layermount import LayerMount
 from guestagent.engine.plan import LayerPlan
 from guestagent.engine.reconciliation import Reconciliation
-from guestagent.engine.state import EngineState
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.inspect.place import Place, open_place
 from vsock.errors import CallError
 
@@ -19,10 +17,10 @@ class DebugView:
     """Every method may be called from many threads at once. ``reconciliation`` holds the books
     against the kernel."""
 
-    def __init__(self, state: EngineState, layers: Layers, overlays: Overlays) -> None:
-        self._state = state
-        self._stack = LayerStack(state)
-        self.reconciliation = Reconciliation(state, layers, overlays)
+    def __init__(self, engine: Engine) -> None:
+        self._state = engine.state
+        self._mounting = LayerMount(engine.state)
+        self.reconciliation = Reconciliation(engine.state, engine.layers, engine.overlays)
 
     def layer_ids(self) -> tuple[str, ...]:
         """Return the ids of the mounted layers."""
@@ -46,7 +44,7 @@ class DebugView:
         live = self._state.inventory.layer(layer_id)
         return None if live is None else live.plan
 
-    def plan(self, spec: LayerSpec, op: Operation) -> LayerPlan:
+    def plan(self, spec: LayerSpec, op: Transaction) -> LayerPlan:
         """Return the plan for a layer that is not mounted: a dry run, after which nothing is left.
 
         Raises:
@@ -60,7 +58,7 @@ class DebugView:
                     object=spec.layer_id,
                 )
             with op:  # never committed: all claims are taken back
-                return self._stack.plan(self._stack.claim(spec, op), op).plan
+                return self._mounting.plan(self._mounting.claim(spec, op), op).plan
 
     def place(self, request: PlaceRequest) -> Place:
         """Open a layer or an overlay to look into.

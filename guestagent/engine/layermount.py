@@ -29,7 +29,7 @@ from guestagent.engine.teardown import (
     undo_deadline,
     unmount_target,
 )
-from guestagent.engine.transaction import Operation
+from guestagent.engine.transaction import Transaction
 from guestagent.engine.verity import Reader, open_proved, read_parameters
 from guestagent.storage import blockdev
 from guestagent.storage.blockdev import BlockDevice
@@ -39,13 +39,12 @@ from guestagent.storage.devicemapper.targets import Target
 from guestagent.storage.filesystems import check_size, layer_type, mount_options
 from guestagent.storage.keyring import signature_key
 from guestagent.storage.mount import READONLY_FLAGS, TargetDirectory, mount_filesystem
-from guestagent.storage.openonce import OpenOnce
 from vsock.errors import CallError
 
-__all__ = ("LayerStack",)
+__all__ = ("LayerMount",)
 
 
-class LayerStack:
+class LayerMount:
     """Makes the stacks of layers. Thread-safe for different layers."""
 
     def __init__(self, state: EngineState) -> None:
@@ -53,13 +52,13 @@ class LayerStack:
 
     # --- before anything is made
 
-    def claim(self, spec: LayerSpec, op: Operation) -> LayerClaim:
+    def claim(self, spec: LayerSpec, op: Transaction) -> LayerClaim:
         """Find the device, and reserve names and target."""
         self._check_rules(spec)
         inventory = self._state.inventory
         owner = ("layer", spec.layer_id)
         inventory.claim_target(spec.mount_point, owner)
-        op.undo_by("target claim", lambda: inventory.release_target(spec.mount_point))
+        op.on_rollback("target claim", lambda: inventory.release_target(spec.mount_point))
         device = self._find(spec.device, op)
         self._refuse_scratch(device)
         area = check_range(spec.mapping, device)
@@ -71,9 +70,9 @@ class LayerStack:
         names = inventory.claim_dm_names(
             spec.layer_id, dm_names(spec, unique=False), lambda: dm_names(spec, unique=True)
         )
-        op.undo_by("dm names", lambda: inventory.release_dm_names(spec.layer_id))
+        op.on_rollback("dm names", lambda: inventory.release_dm_names(spec.layer_id))
         created = claim_directories(inventory, owner, spec.mount_point, op)
-        op.undo_by("directory claim", lambda: inventory.release_directories(owner))
+        op.on_rollback("directory claim", lambda: inventory.release_directories(owner))
         return LayerClaim(
             spec=spec,
             device=device,
@@ -83,15 +82,12 @@ class LayerStack:
             created=created,
         )
 
-    def plan(self, claim: LayerClaim, op: Operation, held: OpenOnce | None = None) -> LiveLayer:
-        """Read what verity needs, and decide everything that can be decided.
-
-        ``held`` is for whoever plans, or makes, many layers one after the other.
-        """
+    def plan(self, claim: LayerClaim, op: Transaction) -> LiveLayer:
+        """Read what verity needs, and decide everything that can be decided."""
         spec, parameters, parameters_from, options = claim.spec, None, "", None
         if spec.verity is not None:
             version = self._verity_version(op)
-            parameters, parameters_from = read_parameters(claim, spec.verity, op, held)
+            parameters, parameters_from = read_parameters(claim, spec.verity, op)
             signature_key = signature_description(spec.layer_id) if spec.verity.signature else None
             options = verity_options(spec.verity.preset, version, signature_key)
         plan = plan_layer(
@@ -115,24 +111,24 @@ class LayerStack:
 
     # --- what is made of the kernel's
 
-    def make(self, planned: LiveLayer, op: Operation, held: OpenOnce | None = None) -> LiveLayer:
+    def make(self, planned: LiveLayer, op: Transaction) -> LiveLayer:
         """Make the devices and the mount; return the layer as it became."""
         dev, node = self._make_devices(planned, op)
         # open until it is mounted, so that what was read and verified stays cached
         with self._open(planned, node, op) as reader:
-            plan = self._mount(planned, reader, op, held)
+            plan = self._mount(planned, reader, op)
         self._defer_removal(plan, op)
         return planned.replace(dev=dev, plan=plan)
 
-    def _find(self, wanted: Device, op: Operation) -> BlockDevice:
+    def _find(self, wanted: Device, op: Transaction) -> BlockDevice:
         """Look a device up, or wait for it; once for all layers of a batch that are on it.
 
         One that changes meanwhile is noticed by what is made on it.
         """
-        found = op.found.get(wanted)
+        found = op.resolved_devices.get(wanted)
         if found is None:
             with op.step("device", blockdev.describe(wanted)):
-                found = op.found[wanted] = blockdev.wait_for(wanted, op.deadline)
+                found = op.resolved_devices[wanted] = blockdev.wait_for(wanted, op.deadline)
         return found
 
     def _check_rules(self, spec: LayerSpec) -> None:
@@ -156,7 +152,7 @@ class LayerStack:
                 object=device.node,
             )
 
-    def _verity_version(self, op: Operation) -> Version:
+    def _verity_version(self, op: Transaction) -> Version:
         version = self._state.known_verity_version
         if version is not None:
             return version
@@ -172,7 +168,7 @@ class LayerStack:
             )
         return version
 
-    def _make_devices(self, live: LiveLayer, op: Operation) -> tuple[str, str]:
+    def _make_devices(self, live: LiveLayer, op: Transaction) -> tuple[str, str]:
         """Create the linear and the verity device as planned; return what to mount, as MAJOR:MINOR
         and as node."""
         plan = live.plan
@@ -189,7 +185,7 @@ class LayerStack:
             dev, node = info.dev, info.node
         return dev, node
 
-    def _open(self, live: LiveLayer, node: str, op: Operation) -> Reader:
+    def _open(self, live: LiveLayer, node: str, op: Transaction) -> Reader:
         """Open what is to be mounted; where that is a verity device, see that it lets a block
         through."""
         verity = live.plan.verity
@@ -210,31 +206,29 @@ class LayerStack:
                 raise
             return there
 
-    def _undo_device(self, name: str, op: Operation) -> None:
+    def _undo_device(self, name: str, op: Transaction) -> None:
         def undo() -> None:
             with undo_deadline(self._state) as deadline:
                 devices.remove_device(self._state.control, name, deadline)
 
-        op.undo_by(f"dm device {name}", undo)
+        op.on_rollback(f"dm device {name}", undo)
 
-    def _mount(
-        self, planned: LiveLayer, reader: Reader, op: Operation, held: OpenOnce | None
-    ) -> LayerPlan:
+    def _mount(self, planned: LiveLayer, reader: Reader, op: Transaction) -> LayerPlan:
         spec, node, root = planned.spec, reader.node, self._state.rules.target_root
         with op.step("target", spec.mount_point, code="mount"):
-            target = TargetDirectory(spec.mount_point, root=root, held=held)
+            target = TargetDirectory(spec.mount_point, root=root)
         with target:
-            op.undo_by("target directory", lambda: remove_directories(planned.created))
+            op.on_rollback("target directory", lambda: remove_directories(planned.created))
             with op.step("filesystem", node, code="mount"):
                 plan = _with_filesystem(planned.plan, reader)
             with op.step("mount", spec.mount_point, code="mount"):
                 self._mount_at(plan, node, target, op)
-            op.undo_by("mount", lambda: self._undo_mount(spec.mount_point))
+            op.on_rollback("mount", lambda: self._undo_mount(spec.mount_point))
             if plan.linear is None and plan.verity is None:
                 self._check_still_whole(planned, op)
         return plan
 
-    def _check_still_whole(self, live: LiveLayer, op: Operation) -> None:
+    def _check_still_whole(self, live: LiveLayer, op: Transaction) -> None:
         """See that the disk is as large as it was when it was checked.
 
         A mapping need not be looked at: device-mapper compares sizes when a table is loaded.
@@ -250,7 +244,9 @@ class LayerStack:
                 object=live.device.node,
             )
 
-    def _mount_at(self, plan: LayerPlan, node: str, target: TargetDirectory, op: Operation) -> None:
+    def _mount_at(
+        self, plan: LayerPlan, node: str, target: TargetDirectory, op: Transaction
+    ) -> None:
         step = plan.mount
         options = mount_options(step.filesystem, dax="dax" in step.options)
         flags = (*READONLY_FLAGS, *(option for option in step.options if option != "dax"))
@@ -279,9 +275,9 @@ class LayerStack:
 
     def _undo_mount(self, target: str) -> None:
         with undo_deadline(self._state) as deadline:
-            unmount_target(target, Operation(deadline))
+            unmount_target(target, Transaction(deadline))
 
-    def _defer_removal(self, plan: LayerPlan, op: Operation) -> None:
+    def _defer_removal(self, plan: LayerPlan, op: Transaction) -> None:
         """From here on the kernel removes the devices when the mount goes, whatever we do."""
         for name in plan.dm_names:
             with op.step("defer", name):
