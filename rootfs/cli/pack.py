@@ -156,14 +156,16 @@ def add_command(
 def _verity_of(layer: Path, root_digest: bytes | None, sidecar: bool) -> VerityParameters:
     """Return what the layer's own hash area says, which has to hash to ``root_digest``, if given,
     or be where the sidecar says and hash to what it says."""
-    terms = VerityTerms(root_digest=root_digest)
+    hash_offset_bytes = None
     if sidecar:
         if root_digest is not None:
             raise click.UsageError("--sidecar has a root digest: leave out --root-digest")
         known = Sidecar.load(Sidecar.path_of(layer))
-        terms = VerityTerms(
-            root_digest=known.root_digest, hash_offset_bytes=known.hash_offset_bytes
-        )
+        root_digest, hash_offset_bytes = known.root_digest, known.hash_offset_bytes
+    try:
+        terms = VerityTerms(root_digest=root_digest, hash_offset_bytes=hash_offset_bytes)
+    except ValueError as problem:
+        raise click.UsageError(str(problem)) from None
     try:
         return read_layer(layer, terms=terms).parameters
     except CallError as problem:
