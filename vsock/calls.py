@@ -1,24 +1,23 @@
 """The calls of a server: let in within bounds, run in place or on a thread, answered once."""
 
-import functools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-from vsock.connection import Call, Connection, Outcome
+from vsock.connection import Budget, Call, Connection, Outcome
 from vsock.errors import CallError
 from vsock.rpc import Request
 from vsock.threads import start_thread
 
-__all__ = ("Calls", "Handler", "Workers")
+__all__ = ("Calls", "Handler")
+
+Handler = Callable[[Call], Outcome]
 
 _IDLE_SECONDS = 20.0
 #: A thread's stack costs memory only where it was touched; this bounds the address space.
 _STACK_BYTES = 1024 * 1024
 _stack_size_lock = threading.Lock()
-
-Handler = Callable[[Call], Outcome]
 
 _LOST = Outcome(CallError("internal", "the handler failed", step="handle request").to_wire(), None)
 
@@ -35,19 +34,19 @@ class Calls:
         handler: Handler,
         *,
         quick: frozenset[str],
+        urgent: frozenset[str],
         workers: int,
-        max_bytes: int,
+        budget: Budget,
         on_end: Callable[[], None],
     ) -> None:
-        """``max_bytes`` bounds what the requests hold together; ``on_end`` follows each call."""
+        """The decoded requests in flight share ``budget``; ``on_end`` follows each call."""
         self._handler = handler
         self._quick = quick
-        self._workers = Workers(workers)
-        self._max_bytes = max_bytes
+        self._workers = _Workers(self._run, urgent, workers)
+        self._budget = budget
         self._on_end = on_end
         self._lock = threading.Lock()
         self._calls: set[Call] = set()
-        self._bytes = 0
         self._waiting: set[Call] = set()  # have a deadline, and no thread yet
         self._closing = False
 
@@ -59,24 +58,30 @@ class Calls:
         self._closing = True
 
     def admit(self, connection: Connection, request: Request) -> Call:
-        """Enter a request into the books.
+        """Begin the call of a request.
 
         Raises:
-            CallError: ``busy``, ``resource`` or ``invalid``; it was not entered.
+            CallError: ``busy``, ``resource`` or ``invalid``; there is no call.
         """
-        if self._closing and request.method not in self._quick:
+        is_quick = request.method in self._quick
+        if self._closing and not is_quick:
             raise CallError("busy", "the server is stopping", step="accept request")
-        if self._bytes + request.memory_bytes > self._max_bytes:
+        # a quick call ends before the next message is decoded, and must go on when memory is short
+        held_bytes = 0 if is_quick else request.memory_bytes
+        if not self._budget.take(held_bytes, bound=self._budget.max_input_bytes):
             raise CallError(
                 "resource",
-                f"the requests in flight hold {self._bytes} bytes of {self._max_bytes}",
+                f"no memory for another request: {self._budget.used_bytes} bytes are in use",
                 step="accept request",
                 hint="wait for an answer before the next request",
             )
-        call = connection.begin(request)
+        try:
+            call = connection.begin(request, held_bytes)
+        except CallError:
+            self._budget.take(-held_bytes)
+            raise
         with self._lock:
             self._calls.add(call)
-            self._bytes += call.memory_bytes
         return call
 
     def start(self, call: Call) -> float | None:
@@ -90,19 +95,18 @@ class Calls:
         seconds = call.deadline.remaining()
         if seconds is not None:
             self._waiting.add(call)
+        call.on_withdraw = self._withdraw
         try:
-            begun = self._workers.submit(functools.partial(self._run, call))
+            self._workers.submit(call)
         except RuntimeError as problem:
             error = CallError("resource", f"no thread can be started: {problem}", step="start")
-            if call.take():
+            if call.withdraw():
                 call.connection.answer(call, Outcome(error.to_wire(), None))
-            self._waiting.discard(call)
-            self._strike(call)
             return None
-        return None if begun or seconds is None else time.monotonic() + seconds
+        return None if seconds is None else time.monotonic() + seconds
 
     def expire(self) -> float | None:
-        """Answer those whose deadline passed before a thread was free for them.
+        """Answer the calls whose deadline passed before a thread was free for them.
 
         Returns the monotonic time at which this is due again, None for never.
         """
@@ -110,8 +114,7 @@ class Calls:
         for call in list(self._waiting):
             seconds = call.deadline.remaining()
             if seconds == 0.0:
-                self._waiting.discard(call)
-                if call.take():
+                if call.withdraw():
                     call.connection.answer_over(call)
             elif seconds is not None:
                 soonest = seconds if soonest is None else min(soonest, seconds)
@@ -127,7 +130,12 @@ class Calls:
 
     def close(self) -> None:
         """End the threads as they come free."""
-        self._workers.close(0.0)
+        self._workers.close()
+
+    def _withdraw(self, call: Call) -> None:
+        self._waiting.discard(call)
+        if self._workers.forget(call):
+            self._strike(call)
 
     def _run(self, call: Call) -> None:
         self._waiting.discard(call)
@@ -151,65 +159,121 @@ class Calls:
     def _strike(self, call: Call) -> None:
         with self._lock:
             self._calls.discard(call)
-            self._bytes -= call.memory_bytes
+        self._budget.take(-call.held_bytes)
         self._on_end()
 
 
-class Workers:
-    """Runs jobs on up to ``max_threads`` daemon threads.
+class _Workers:
+    """Up to ``max_threads`` threads, started when there is work and ended when there was none.
 
-    A job must not raise. One that does loses its thread, with the traceback where
-    ``threading.excepthook`` puts it, and no other job.
+    A quarter of them, four at most, is out of reach for one connection, and half of that for all
+    connections together: it is kept for ``urgent`` methods, so that long calls cannot keep a peer
+    from asking what is there, unmounting and shutting down. Connections take turns.
+
+    ``run`` must not raise. A call that makes it raise costs its thread, with the traceback where
+    ``threading.excepthook`` puts it, and no other call.
     """
 
-    def __init__(self, max_threads: int, *, idle_seconds: float = _IDLE_SECONDS) -> None:
+    def __init__(
+        self, run: Callable[[Call], None], urgent: frozenset[str], max_threads: int
+    ) -> None:
+        self._run = run
+        self._urgent_methods = urgent
         self._max_threads = max_threads
-        self._idle_seconds = idle_seconds
-        self._jobs: deque[Callable[[], None]] = deque()
+        reserve = min(4, max_threads // 4)
+        self._max_of_one = max_threads - reserve
+        self._max_common = max_threads - reserve // 2
         self._ready = threading.Condition()
+        self._urgent: deque[Call] = deque()
+        self._queues: dict[Connection, deque[Call]] = {}  # the next connection to serve first
+        self._running: dict[Connection, int] = {}  # common calls by connection
+        self._common = 0  # common calls that run
+        self._handed: deque[Call] = deque()  # picked for threads that are being woken
         self._threads: set[threading.Thread] = set()
-        self._idle = 0
+        self._idle = 0  # threads that wait, and for which no call was picked
         self._closed = False
 
-    @property
-    def thread_count(self) -> int:
-        return len(self._threads)
-
-    def submit(self, job: Callable[[], None]) -> bool:
-        """Queue ``job``; return False if it has to wait for another to end.
+    def submit(self, call: Call) -> None:
+        """Run ``call`` as soon as a thread may.
 
         Raises:
-            RuntimeError: no thread runs and none can be started; the job is not queued.
+            RuntimeError: no thread runs and none can be started; the call is still queued.
         """
         with self._ready:
             assert not self._closed
-            self._jobs.append(job)
-            if self._idle >= len(self._jobs):
-                self._ready.notify()
-                return True
-            if len(self._threads) >= self._max_threads:
-                return False
-            try:
-                self._start_thread()
-            except RuntimeError:
-                if self._threads:
-                    return False
-                self._jobs.pop()
-                raise
-            return True
+            self._queue_of(call).append(call)
+            self._hand_out()
 
-    def close(self, seconds: float) -> bool:
-        """Let the queued jobs run, end the threads; return whether all ended within ``seconds``.
+    def forget(self, call: Call) -> bool:
+        """Take ``call`` out of its queue; False if it is not, or no longer, in one."""
+        with self._ready:
+            queue = self._queue_of(call)
+            found = call in queue
+            if found:
+                queue.remove(call)
+            if not queue and queue is not self._urgent:
+                del self._queues[call.connection]
+            return found
 
-        Jobs that are still running go on; their threads do not keep the process alive.
-        """
+    def close(self) -> None:
+        """Let the queued calls run and the threads end; they do not keep the process alive."""
         with self._ready:
             self._closed = True
             self._ready.notify_all()
-            return self._ready.wait_for(lambda: not self._threads, seconds)
 
-    def _start_thread(self) -> None:
-        thread = threading.Thread(target=self._work, name="rpc-worker", daemon=True)
+    def _hand_out(self) -> None:
+        """Give calls to idle threads, or to new ones."""
+        while (self._idle or len(self._threads) < self._max_threads) and (call := self._pick()):
+            if self._idle:
+                self._idle -= 1
+                self._handed.append(call)
+                self._ready.notify()
+                continue
+            try:
+                self._start_thread(call)
+            except RuntimeError:
+                self._ended(call)
+                self._queue_of(call).appendleft(call)
+                if not self._threads:
+                    raise
+                return
+
+    def _pick(self) -> Call | None:
+        """Take the next call that may run now out of its queue."""
+        if self._urgent:
+            return self._urgent.popleft()
+        if self._common >= self._max_common:
+            return None
+        for connection in self._queues:
+            running = self._running.get(connection, 0)
+            if running < self._max_of_one:
+                break
+        else:
+            return None
+        queue = self._queues.pop(connection)
+        call = queue.popleft()
+        if queue:
+            self._queues[connection] = queue  # the last in turn now
+        self._running[connection] = running + 1
+        self._common += 1
+        return call
+
+    def _ended(self, call: Call) -> None:
+        """Account for the end of a call that was picked."""
+        if call.method in self._urgent_methods:
+            return
+        self._common -= 1
+        self._running[call.connection] -= 1
+        if not self._running[call.connection]:
+            del self._running[call.connection]
+
+    def _queue_of(self, call: Call) -> deque[Call]:
+        if call.method in self._urgent_methods:
+            return self._urgent
+        return self._queues.setdefault(call.connection, deque())
+
+    def _start_thread(self, call: Call) -> None:
+        thread = threading.Thread(target=self._work, args=(call,), name="rpc-worker", daemon=True)
         self._threads.add(thread)
         with _stack_size_lock:
             before = threading.stack_size(_STACK_BYTES)
@@ -221,21 +285,29 @@ class Workers:
             finally:
                 threading.stack_size(before)
 
-    def _work(self) -> None:
+    def _work(self, first: Call) -> None:
+        call: Call | None = first
         try:
-            while (job := self._next()) is not None:
-                job()
+            while call is not None:
+                try:
+                    self._run(call)
+                finally:
+                    with self._ready:
+                        self._ended(call)
+                        call = None
+                call = self._next()
         finally:
             with self._ready:
                 self._threads.discard(threading.current_thread())
-                if self._jobs:  # this one was lost to a job that raised
-                    self._start_thread()
-                self._ready.notify_all()
+                self._hand_out()  # where this thread was lost to a call that raised
 
-    def _next(self) -> Callable[[], None] | None:
+    def _next(self) -> Call | None:
         with self._ready:
-            if not self._jobs and not self._closed:
+            call = self._pick()
+            if call is None and not self._closed:
                 self._idle += 1
-                self._ready.wait_for(lambda: self._jobs or self._closed, self._idle_seconds)
+                self._ready.wait_for(lambda: self._handed or self._closed, _IDLE_SECONDS)
+                if self._handed:
+                    return self._handed.popleft()
                 self._idle -= 1
-            return self._jobs.popleft() if self._jobs else None
+            return call

@@ -148,11 +148,6 @@ class Client:
         """True once no call can succeed any more."""
         return self._protocol.closed
 
-    @property
-    def dropped_notifications(self) -> int:
-        """How many notifications were dropped because callbacks did not keep up."""
-        return self._notifications.dropped
-
     def call(
         self,
         method: str,

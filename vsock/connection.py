@@ -14,20 +14,63 @@ from vsock.rpc import (
     ERROR_METHOD,
     Decoder,
     Limits,
+    Message,
     Request,
     encode_notification,
     encode_response,
 )
 from vsock.stream import Stream
 
-__all__ = ("MAX_DEADLINE_MS", "Call", "Connection", "Outbox", "OutboxFull", "Outcome")
+__all__ = ("Budget", "Call", "Connection", "Outbox", "OutboxFull", "Outcome")
 
-MAX_DEADLINE_MS = 86_400_000
+#: What a connection may hold without a share of the budget: short requests and short answers go on
+#: when other connections have used it up.
+_FREE_INPUT_BYTES, _FREE_OUTPUT_BYTES = 4 * 1024, 16 * 1024
 _PAUSE_BYTES = 256 * 1024
 #: Below the pause, so that a peer which takes bulk data slowly can still cancel it.
 _BULK_BYTES = 128 * 1024
 
 _numbers = itertools.count(1)
+
+
+class Budget:
+    """Memory that all connections of a server share, in bytes. Usable from several threads.
+
+    Half-received messages, decoded requests and unsent answers are taken from it. Requests get
+    half of it at most, so that there is room for answers.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.max_input_bytes = max_bytes // 2
+        self.used_bytes = 0
+        self._lock = threading.Lock()
+
+    def take(self, count: int, *, bound: int | None = None) -> bool:
+        """Take ``count`` bytes; give them back if negative. False if ``bound`` would be passed."""
+        with self._lock:
+            if count > 0 and self.used_bytes + count > (self.max_bytes if bound is None else bound):
+                return False
+            self.used_bytes += count
+            return True
+
+
+class _Share:
+    """The part of a budget that one holder has. The first ``free_bytes`` are not counted."""
+
+    def __init__(self, budget: Budget, *, free_bytes: int, bound: int) -> None:
+        self._budget = budget
+        self._free_bytes = free_bytes
+        self._bound = bound
+        self._taken_bytes = 0
+
+    def hold(self, count: int) -> bool:
+        """Have a share for ``count`` bytes in all; False, and no change, if the budget is used."""
+        wanted = max(0, count - self._free_bytes)
+        if not self._budget.take(wanted - self._taken_bytes, bound=self._bound):
+            return False
+        self._taken_bytes = wanted
+        return True
 
 
 class Outcome:
@@ -52,33 +95,48 @@ class Call:
         "_taken",
         "connection",
         "deadline",
-        "memory_bytes",
+        "held_bytes",
         "method",
         "msgid",
+        "on_withdraw",
         "params",
         "traceparent",
     )
 
-    def __init__(self, request: Request, connection: "Connection") -> None:
+    def __init__(self, request: Request, connection: "Connection", held_bytes: int) -> None:
         """Check the common parameters and take them out.
+
+        ``held_bytes`` is what the call has taken of the server's budget.
 
         Raises:
             CallError: ``invalid``.
         """
         params = request.params
         self.traceparent = _traceparent(params.pop("traceparent", None))
-        self.deadline = _deadline(params.pop("deadline_ms", None))
+        self.deadline = _deadline(
+            params.pop("deadline_ms", None), connection.limits.max_deadline_ms
+        )
         self.msgid = request.msgid
         self.method = request.method
         self.params = params
-        self.memory_bytes = request.memory_bytes
+        self.held_bytes = held_bytes
         self.connection = connection
+        #: Called where the call was taken before a thread came to it.
+        self.on_withdraw: Callable[[Call], None] | None = None
         self._cancel_on_disconnect = False
         self._taken = threading.Lock()
 
     def take(self) -> bool:
         """Return True to the first who asks: that one runs or answers the call."""
         return self._taken.acquire(blocking=False)
+
+    def withdraw(self) -> bool:
+        """Take the call if no thread has come to it, and free its place in the queue."""
+        if not self.take():
+            return False
+        if self.on_withdraw is not None:
+            self.on_withdraw(self)
+        return True
 
     @property
     def cancel_on_disconnect(self) -> bool:
@@ -97,16 +155,17 @@ class Call:
 
 
 class OutboxFull(Exception):
-    """The peer does not read, and its share of memory is used up. Nothing was queued."""
+    """There is no memory for more unsent bytes. Nothing was queued or written."""
 
 
 class Outbox:
     """Bytes on their way to one stream, in the order of ``put``. Usable from several threads."""
 
-    def __init__(self, stream: Stream, max_bytes: int) -> None:
+    def __init__(self, stream: Stream, max_bytes: int, budget: Budget) -> None:
         """Send on ``stream``, which is non-blocking and stays the caller's."""
         self._stream = stream
         self._max_bytes = max_bytes
+        self._share = _Share(budget, free_bytes=_FREE_OUTPUT_BYTES, bound=budget.max_bytes)
         self._lock = threading.Lock()
         self._chunks: deque[bytes | memoryview] = deque()
         self._closed = False
@@ -119,24 +178,25 @@ class Outbox:
         """Write ``data``, or queue what does not fit now; return the bytes pending.
 
         Raises:
-            OutboxFull: more than ``max_bytes`` (by default the bound of this outbox) would pend.
+            OutboxFull: more than ``max_bytes`` (by default the bound of this outbox) would pend, or
+                the budget is used up.
             OSError: the stream is closed or broken.
         """
         bound = self._max_bytes if max_bytes is None else max_bytes
         with self._lock:
             if self._closed:
                 raise BrokenPipeError(errno.EPIPE, "the connection is closed")
-            if self._chunks:
-                if self.pending_bytes + len(data) > bound:
-                    raise OutboxFull
-                self._chunks.append(data)
-                self.pending_bytes += len(data)
-                return self.pending_bytes
-            rest = self._write(data)
+            pending_bytes = self.pending_bytes + len(data)
+            if self._chunks and pending_bytes > bound:
+                raise OutboxFull("it does not read its answers")
+            if not self._share.hold(pending_bytes):
+                raise OutboxFull("the memory for unsent answers is used up")
+            rest = data if self._chunks else self._write(data)
             if rest:
+                if not self._chunks:
+                    self.progress_at = time.monotonic()
                 self._chunks.append(rest)
-                self.pending_bytes = len(rest)
-                self.progress_at = time.monotonic()
+            self._set_pending(self.pending_bytes + len(rest))
             return self.pending_bytes
 
     def flush(self) -> int:
@@ -146,24 +206,29 @@ class Outbox:
             OSError: the stream is closed or broken.
         """
         with self._lock:
-            before = self.pending_bytes
+            pending_bytes = self.pending_bytes
             while self._chunks and not self._closed:
                 chunk = self._chunks.popleft()
                 rest = self._write(chunk)
-                self.pending_bytes -= len(chunk) - len(rest)
+                pending_bytes -= len(chunk) - len(rest)
                 if rest:
                     self._chunks.appendleft(rest)
                     break
-            if self.pending_bytes != before:
+            if pending_bytes != self.pending_bytes:
                 self.progress_at = time.monotonic()
-            return self.pending_bytes
+            self._set_pending(pending_bytes)
+            return pending_bytes
 
     def close(self) -> None:
         """Drop what pends; no byte is written to the stream from now on."""
         with self._lock:
             self._closed = True
             self._chunks.clear()
-            self.pending_bytes = 0
+            self._set_pending(0)
+
+    def _set_pending(self, count: int) -> None:
+        self.pending_bytes = count
+        self._share.hold(count)  # never more than it holds
 
     def _write(self, data: "bytes | memoryview") -> "bytes | memoryview":
         """Return the part that did not fit."""
@@ -187,6 +252,7 @@ class Connection:
         stream: Stream,
         limits: Limits,
         *,
+        budget: Budget,
         max_in_flight: int,
         must_introduce: bool,
         request_service: "Callable[[Connection], None]",
@@ -194,22 +260,28 @@ class Connection:
         """Take over ``stream``; ``request_service`` has the server thread serve this."""
         self.id = next(_numbers)
         self.peer = stream.peer
+        self.point_to_point = stream.point_to_point
         #: Set by the handler once the peer has introduced itself.
         self.said_hello = False
         self.must_introduce = must_introduce
         self.stream = stream
         self.limits = limits
-        self.decoder = Decoder(limits)
+        self._decoder = Decoder(limits)
+        self._input_share = _Share(
+            budget, free_bytes=_FREE_INPUT_BYTES, bound=budget.max_input_bytes
+        )
         #: True while there may be whole messages that wait until the peer has read its answers.
         self.has_more = False
         # below one reply, so that there is always room for one more
         self._pause_bytes = min(_PAUSE_BYTES, limits.max_reply_bytes)
-        self.outbox = Outbox(stream, 2 * limits.max_reply_bytes)
+        self.outbox = Outbox(stream, 2 * limits.max_reply_bytes, budget)
         self.closed = False
         self.read_ended = False
         #: Why the server is to end this connection, None while it is to live.
         self.close_reason: str | None = None
         self.heard_at = time.monotonic()
+        #: Monotonic time at which the message began whose end has yet to come.
+        self.unfinished_at: float | None = None
         self._max_in_flight = max_in_flight
         self._request_service = request_service
         self._lock = threading.Lock()
@@ -224,7 +296,7 @@ class Connection:
         if call is None:
             return False
         call.deadline.cancel()
-        if call.take():  # no thread has come to it, and none needs to
+        if call.withdraw():
             self.answer_over(call)
         return True
 
@@ -294,6 +366,11 @@ class Connection:
         return not (self._unanswered or self.has_more or self.outbox.pending_bytes)
 
     @property
+    def has_callbacks(self) -> bool:
+        """True when ``on_close`` was called for it."""
+        return bool(self._on_close)
+
+    @property
     def must_read(self) -> bool:
         """True when the peer has to read before anything else is done for it."""
         return self.outbox.pending_bytes >= self._pause_bytes
@@ -306,13 +383,45 @@ class Connection:
     def owes_answers(self) -> bool:
         return self._unanswered > 0
 
-    def begin(self, request: Request) -> Call:
-        """Enter a request into the books.
+    def receive(self, data: bytes) -> None:
+        """Take bytes in, for ``next_message`` to read."""
+        self._decoder.feed(data)
+
+    def next_message(self) -> Message | None:
+        """Return the next message of the peer, None when there is no whole one."""
+        decoder, limits = self._decoder, self.limits
+        is_stranger = self.must_introduce and not self.said_hello
+        decoder.max_bytes = limits.max_hello_bytes if is_stranger else limits.max_request_bytes
+        message = decoder.next()
+        if message is not None:
+            self.heard_at = time.monotonic()
+        if message is not None or not decoder.buffered_bytes:
+            self.unfinished_at = None
+        elif self.unfinished_at is None:
+            self.unfinished_at = time.monotonic()
+        return message
+
+    def hold_input(self) -> None:
+        """Account for the bytes that wait for the rest of their message.
 
         Raises:
-            CallError: ``invalid`` or ``resource``; it was not entered.
+            CallError: ``resource``, when there is no memory for them.
         """
-        call = Call(request, self)
+        if not self._input_share.hold(self._decoder.buffered_bytes):
+            raise CallError(
+                "resource",
+                f"no memory for {self._decoder.buffered_bytes} bytes of an unfinished message",
+                step="receive message",
+                hint="other connections hold it; try again later",
+            )
+
+    def begin(self, request: Request, held_bytes: int) -> Call:
+        """Begin the call of a request.
+
+        Raises:
+            CallError: ``invalid`` or ``resource``; there is no call.
+        """
+        call = Call(request, self, held_bytes)
         with self._lock:
             if request.msgid in self._calls:
                 raise CallError(
@@ -330,7 +439,7 @@ class Connection:
         return call
 
     def answer(self, call: Call, outcome: Outcome) -> None:
-        """Send the one answer of a call that was begun, and strike it from the books."""
+        """Send the one answer of a call that was begun; its msgid is free again."""
         data = encode_response(call.msgid, outcome.error, outcome.result, self.limits)
         with self._lock:
             # before the answer goes out, because the peer may use the msgid again after it
@@ -357,8 +466,9 @@ class Connection:
             self._send(encode_response(msgid, error.to_wire(), None, self.limits))
 
     def end_of_input(self) -> None:
-        """Note that the peer sends no more."""
+        """Take no more from the peer."""
         self.read_ended = True
+        self._decoder.clear()
         self._cancel_waits()
 
     def end(self) -> None:
@@ -367,12 +477,13 @@ class Connection:
             self.closed = True
             callbacks, self._on_close = self._on_close, []
         self.outbox.close()
+        self._input_share.hold(0)
         self.stream.close()
         self._cancel_waits()
         with self._lock:
             calls = list(self._calls.values())
         for call in calls:
-            call.take()
+            call.withdraw()
         for callback in callbacks:
             callback()
 
@@ -387,9 +498,9 @@ class Connection:
         room = self.limits.max_reply_bytes if droppable else None
         try:
             pending_bytes = self.outbox.put(data, max_bytes=room)
-        except OutboxFull:
+        except OutboxFull as problem:
             if not droppable:
-                self.close("it does not read its answers")
+                self.close(str(problem))
             return False
         except OSError as error:
             self.close(f"cannot write: {error}")
@@ -399,13 +510,13 @@ class Connection:
         return True
 
 
-def _deadline(value: object) -> Deadline:
+def _deadline(value: object, max_ms: int) -> Deadline:
     if value is None:
         return Deadline(None)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_DEADLINE_MS:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= max_ms:
         raise CallError(
             "invalid",
-            f"deadline_ms {value!r:.40} is no number from 1 to {MAX_DEADLINE_MS}",
+            f"deadline_ms {value!r:.40} is no number from 1 to {max_ms}",
             step="decode",
             object="params.deadline_ms",
         )

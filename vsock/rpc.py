@@ -67,12 +67,15 @@ class Limits(Record):
     max_reply_bytes: int = 4 * 1024 * 1024
     max_reply_values: int = 128 * 1024
     max_depth: int = 32
+    max_deadline_ms: int = 600_000
 
     def check(self) -> None:
         if min(self.max_request_bytes, self.max_hello_bytes, self.max_reply_bytes) < 1024:
             raise ValueError("a limit below 1024 bytes leaves no room for an error reply")
         if not 4 <= self.max_depth <= 256:
             raise ValueError(f"max_depth {self.max_depth} is outside of 4..256")
+        if not 1 <= self.max_deadline_ms <= 86_400_000:
+            raise ValueError(f"max_deadline_ms {self.max_deadline_ms} is outside of 1..86400000")
 
 
 class Request:
@@ -166,6 +169,11 @@ class Decoder:
         if not self._ended:
             self._buffer += data
 
+    def clear(self) -> None:
+        """Take no more bytes; the rest of a message will not come."""
+        self._ended = True
+        self._buffer.clear()
+
     def next(self) -> Message | None:
         """Return the next message, None when there is no whole one."""
         while self._buffer:
@@ -174,8 +182,7 @@ class Decoder:
                     return None
             except _Refused as refusal:
                 message: Message = _malformed(refusal, self._buffer, fatal=True)
-                self._ended = True
-                self._buffer.clear()
+                self.clear()
             else:
                 message = self._take()
             is_junk = isinstance(message, Malformed) and message.msgid is None

@@ -52,9 +52,6 @@ class SerialStream(Stream):
             if blocking:
                 os.set_blocking(self._fd, True)
 
-    def shutdown_write(self) -> None:
-        raise OSError(errno.EOPNOTSUPP, "a serial device has no half-close", self.peer)
-
     def setblocking(self, blocking: bool) -> None:
         os.set_blocking(self._fd, blocking)
 

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable
 
 from vsock.calls import Calls, Handler
-from vsock.connection import Call, Connection, Outcome
+from vsock.connection import Budget, Call, Connection, Outcome
 from vsock.errors import CallError
 from vsock.rpc import (
     ERROR_METHOD,
@@ -44,8 +44,6 @@ __all__ = ("Acceptor", "Call", "Connection", "Outcome", "Server")
 
 #: What cancelled requests get for undoing what they made, when the server stops.
 _UNDO_SECONDS = 5.0
-#: Requests in flight, all connections together, may hold this many times one request's limit.
-_IN_FLIGHT_REQUESTS = 16
 
 #: Called when a connection has ended.
 OnClose = Callable[[], None] | None
@@ -55,6 +53,8 @@ _REST_SECONDS = 0.5
 _READ_BYTES = 64 * 1024
 #: A peer that takes nothing for this long is cut off.
 _STALL_SECONDS = 30.0
+#: A peer that takes longer to send one message is cut off: 256 KiB at 2 KiB/s.
+_MESSAGE_SECONDS = 128.0
 
 
 class Server:
@@ -71,24 +71,36 @@ class Server:
         *,
         limits: Limits | None = None,
         quick: frozenset[str] = frozenset(),
+        urgent: frozenset[str] = frozenset(),
+        max_memory_bytes: int = 8 * 1024 * 1024,
         max_connections: int = 64,
         max_in_flight: int = 256,
         workers: int = 16,
         hello_seconds: float | None = 10.0,
+        idle_seconds: float = 10.0,
         on_notification: NotificationHandler | None = None,
         report: Callable[[str], None] | None = None,
     ) -> None:
-        """``report`` takes one line for each thing that a person may want to know of."""
+        """``urgent`` methods have worker threads that no other calls can take.
+
+        ``max_memory_bytes`` bounds what all connections together hold of half-received messages,
+        requests in flight and unsent answers. A connection that is idle for ``idle_seconds`` may
+        have to go when ``max_connections`` are open and another one comes. ``report`` takes one
+        line for each thing that a person may want to know of.
+        """
         self._limits = limits or Limits()
         self._max_connections = max_connections
         self._max_in_flight = max_in_flight
+        self._idle_seconds = idle_seconds
+        self._budget = Budget(max_memory_bytes)
         self._on_notification = on_notification
         self._report = report or (lambda line: None)
         self._calls = Calls(
             handler,
             quick=quick,
+            urgent=urgent,
             workers=workers,
-            max_bytes=_IN_FLIGHT_REQUESTS * self._limits.max_request_bytes,
+            budget=self._budget,
             on_end=self._call_ended,
         )
         self._epoll = select.epoll()
@@ -98,6 +110,7 @@ class Server:
         self._peers = Peers(
             self._epoll,
             self._limits,
+            budget=self._budget,
             max_in_flight=max_in_flight,
             hello_seconds=hello_seconds,
             take=self._take,
@@ -153,6 +166,7 @@ class Server:
         """Return every limit by name, as a peer may want to know them."""
         return {
             **vars(self._limits),
+            "max_memory_bytes": self._budget.max_bytes,
             "max_connections": self._max_connections,
             "max_in_flight": self._max_in_flight,
         }
@@ -249,7 +263,8 @@ class Server:
 
     def _accepted(self, stream: Stream) -> None:
         # a wired stream that is refused would be accepted anew at once, and so on for ever
-        if stream.point_to_point or len(self._peers) < self._max_connections:
+        is_full = not stream.point_to_point and len(self._peers) >= self._max_connections
+        if not is_full or self._peers.drop_idle(self._idle_seconds):
             self._peers.add(stream, must_introduce=not stream.point_to_point)
             return
         text = f"{self._max_connections} connections are open"
@@ -359,6 +374,7 @@ class Peers:
         epoll: select.epoll,
         limits: Limits,
         *,
+        budget: Budget,
         max_in_flight: int,
         hello_seconds: float | None,
         take: Callable[[Connection, Message], None],
@@ -368,6 +384,7 @@ class Peers:
         """``take`` gets each message; ``wake`` has the thread call ``serve_requested``."""
         self._epoll = epoll
         self._limits = limits
+        self._budget = budget
         self._max_in_flight = max_in_flight
         self._hello_seconds = hello_seconds
         self._take = take
@@ -403,6 +420,7 @@ class Peers:
         connection = Connection(
             stream,
             self._limits,
+            budget=self._budget,
             max_in_flight=self._max_in_flight,
             must_introduce=must_introduce and self._hello_seconds is not None,
             request_service=self.request_service,
@@ -423,8 +441,12 @@ class Peers:
             if connection.wants_input and (broken or events & select.EPOLLIN):
                 self._read(connection)
             self._take_messages(connection)
+            connection.hold_input()
         except BlockingIOError:
             pass
+        except CallError as error:
+            connection.answer_error(None, error)
+            connection.end_of_input()
         except OSError as error:
             self._drop(connection, str(error))
             return
@@ -449,6 +471,20 @@ class Peers:
         for connection in self.all():
             self._check_times(connection, now)
 
+    def drop_idle(self, seconds: float) -> bool:
+        """End the connection that has been idle for the longest time, and for ``seconds`` at least.
+
+        A connection that has something to do at its end, such as a subscription, goes after those
+        that have not. False if there is no such connection.
+        """
+        before = time.monotonic() - seconds
+        idle = [c for c in self.all() if c.idle and c.heard_at <= before and not c.point_to_point]
+        if not idle:
+            return False
+        oldest = min(idle, key=lambda c: (c.has_callbacks, c.heard_at))
+        self._drop(oldest, "it was idle, and its place was needed")
+        return True
+
     def close(self) -> None:
         """End every connection."""
         for connection in self.all():
@@ -459,16 +495,15 @@ class Peers:
         if not data:
             connection.end_of_input()
             return
-        connection.decoder.feed(data)
+        connection.receive(data)
 
     def _take_messages(self, connection: Connection) -> None:
         # one read may ask for more than the peer can take: the rest waits until the peer has read
         while not connection.must_read:
-            message = connection.decoder.next()
+            message = connection.next_message()
             if message is None:
                 connection.has_more = False
                 return
-            connection.heard_at = time.monotonic()
             self._take(connection, message)
         connection.has_more = True
 
@@ -488,6 +523,8 @@ class Peers:
             wanted |= select.EPOLLIN
         if pending_bytes:
             self._set_timer(connection.outbox.progress_at + _STALL_SECONDS)
+        if connection.unfinished_at is not None:
+            self._set_timer(connection.unfinished_at + _MESSAGE_SECONDS)
         self._watch(connection.stream.fileno(), wanted)
 
     def _watch(self, fd: int, wanted: int) -> None:
@@ -524,6 +561,12 @@ class Peers:
                 self._drop(connection, f"it took nothing for {_STALL_SECONDS:.0f} s")
                 return
             self._set_timer(stalled_at)
+        if connection.unfinished_at is not None:
+            late_at = connection.unfinished_at + _MESSAGE_SECONDS
+            if now >= late_at:
+                self._drop(connection, f"its message was not whole after {_MESSAGE_SECONDS:.0f} s")
+                return
+            self._set_timer(late_at)
         if connection.must_introduce and not connection.said_hello:
             assert self._hello_seconds is not None
             if connection.owes_answers:

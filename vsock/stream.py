@@ -77,10 +77,6 @@ class Stream(Closeable):
             except BlockingIOError:
                 deadline.wait((), f"write to {self.peer}", writable=(self.fileno(),))
 
-    def shutdown_write(self) -> None:
-        """Tell the peer that no more is coming. Some vsock back-ends lose this."""
-        self._sock.shutdown(_socket.SHUT_WR)
-
     def setblocking(self, blocking: bool) -> None:
         """Choose whether ``recv`` waits."""
         self._sock.setblocking(blocking)

@@ -65,9 +65,6 @@ def test_bytes_go_both_ways_and_end(address, deadline):
             assert read_exactly(far, 5, deadline) == b"there"
             far.sendall(b"back", deadline)
             assert read_exactly(near, 4, deadline) == b"back"
-            near.shutdown_write()
-            deadline.wait((far.fileno(),), "read")
-            assert far.recv(1) == b""
         deadline.wait((near.fileno(),), "read")
         assert near.recv(1) == b""
         with pytest.raises(BrokenPipeError):
@@ -337,8 +334,6 @@ def test_serial_carries_every_byte_as_it_is(tty, deadline):
         assert read_exactly(_Fd(host), 256, deadline) == EVERY_BYTE
         os.write(host, EVERY_BYTE)
         assert read_exactly(stream, 256, deadline) == EVERY_BYTE
-        with pytest.raises(OSError, match="half-close"):
-            stream.shutdown_write()
         stream.setblocking(False)
         with pytest.raises(BlockingIOError):
             stream.recv(1)
