@@ -125,7 +125,7 @@ def _live(
         listeners.start()
         if sockets is None and not config.dial:
             listeners.require_one()
-        console = _start_console(config, engine, service, observers, boot, life, listen_on)
+        console = _start_console(config, engine, service, observers, listen_on)
         dialers = [_Dialer(server, address) for address in config.dial]
         for dialer in dialers:
             dialer.start()
@@ -152,8 +152,6 @@ def _start_console(
     engine: Engine,
     service: Service,
     observers: Observers,
-    boot: dict[str, object],
-    life: "_Life",
     listen_on: Callable[[Address], Listener],
 ) -> "Console | None":
     """Start the debug console, where the configuration allows one."""
@@ -161,16 +159,13 @@ def _start_console(
         return None
     from guestagent.console.command import Guest
     from guestagent.console.service import Console
+    from guestagent.engine.debugview import DebugView
+    from guestagent.inspect.guestroot import GuestRoot
 
-    guest = Guest(
-        engine,
-        boot=boot,
-        shell=config.console_shell,
-        status=service.status,
-        end=life.end,
-        metrics=observers.collector.text,
-    )
+    root = GuestRoot(engine.operation)
+    guest = Guest(service, root, DebugView(engine), shell=config.console_shell)
     console = Console(guest, config.console, listen_on)
+    observers.add_problems(console.problems)
     console.start()
     return console
 

@@ -43,12 +43,12 @@ __all__ = (
 CONSOLE_PORT = 1025
 #: Versions of this protocol, newest first.
 CONSOLE_VERSIONS = (1,)
-#: What whoever asks for a console that is off is told.
+#: The error message for a console that is off.
 DISABLED = "console is disabled: guestagent.console="
 #: With its header a frame fits into one write of 32 KiB.
 MAX_PAYLOAD_BYTES = 32 * 1024 - 4
 MAX_COMMAND_BYTES = 4096
-#: What a client may send to what runs.
+#: The signals that a client may send.
 SIGNALS = ("INT", "TERM", "HUP", "QUIT", "KILL", "CONT", "TSTP", "USR1", "USR2")
 _HEADER_BYTES = 4
 _MAX_SIDE = 1000
@@ -68,7 +68,7 @@ class Size(Record):
 class Hello(Record):
     """Opens a session. ``command`` is run instead of reading commands. With ``terminal`` the client
     is a terminal in raw mode: lines end in CR LF, there are prompts, an editor and paging; without,
-    output is as it is and what goes wrong is told in ``Errors``. ``term`` is the client's TERM."""
+    output is unchanged and error texts come in ``Errors``. ``term`` is the client's TERM."""
 
     versions: tuple[int, ...]
     terminal: bool = False
@@ -101,7 +101,7 @@ class Data(Record):
 
 
 class Errors(Record):
-    """Output about what went wrong, where the client is no terminal."""
+    """Text about errors, where the client is no terminal."""
 
     data: bytes
 
@@ -111,7 +111,7 @@ class End(Record):
 
 
 class Signal(Record):
-    """For what runs: INT interrupts a command of the console; a shell's program gets any."""
+    """INT interrupts a command of the console; a program of the shell gets any signal."""
 
     name: str
 
@@ -195,7 +195,7 @@ class Decoder:
     """
 
     def __init__(self, *, from_client: bool) -> None:
-        """``from_client`` says who the peer is, and so which frames it may send."""
+        """``from_client``: the peer is a client, not an agent, and may send a client's frames."""
         self._allowed = FROM_CLIENT if from_client else FROM_AGENT
         self._buffer = bytearray()
         self._error: RemoteProtocolError | None = None

@@ -32,21 +32,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = (
-    "EDITING",
-    "INTERRUPT",
-    "RAW",
-    "RUNNING",
-    "STALL_SECONDS",
-    "Channel",
-    "FramedChannel",
-    "LineChannel",
-)
+__all__ = ("EDITING", "INTERRUPT", "RAW", "RUNNING", "STALL_SECONDS", "Channel")
 
 #: A peer that takes nothing for this long is cut off.
 STALL_SECONDS = 30.0
 #: Input that waits for the session. A shell is fed at its own pace; what is typed while a command
-#: runs is kept up to the second bound, and forgotten beyond it.
+#: runs is kept up to the second bound, and dropped beyond it.
 MAX_INPUT_BYTES = 64 * 1024
 MAX_TYPED_AHEAD_BYTES = 4096
 INTERRUPT = b"\x03"
@@ -58,19 +49,24 @@ EDITING, RUNNING, RAW = "editing", "running", "raw"
 class Channel:
     """``hello`` describes the peer. ``life`` is cancelled when the peer has gone."""
 
-    #: Whether the peer is a bare line, without frames.
-    is_line = False
-
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, *, line_term: str | None = None) -> None:
+        """``line_term`` is the terminal of a bare line, which has no frames."""
         self.stream = stream
-        #: Has the console's thread check ``wants_input``; the console sets it.
-        self.wake: Callable[[], None] = lambda: None
+        self.is_line = line_term is not None
         self.hello = Hello(versions=CONSOLE_VERSIONS)
+        if line_term is not None:
+            self.hello = self.hello.replace(terminal=True, term=line_term)
+        #: Whether the peer has said hello, where it must.
+        self.is_open = self.is_line
         self.size = Size()
         self.life = Deadline()
+        #: Has the console's thread check ``wants_input``; the console sets it.
+        self.wake: Callable[[], None] = lambda: None
         #: Takes a signal from the peer; a program that runs sets it.
         self.on_signal: Callable[[str], None] = self.interrupt_on
+        #: Takes a new size of the peer's window; a program that runs sets it.
         self.on_size: Callable[[Size], None] = lambda size: None
+        self._decoder = None if self.is_line else Decoder(from_client=True)
         self._lock = threading.Lock()
         self._mode = EDITING
         self._running: Deadline | None = None
@@ -88,11 +84,23 @@ class Channel:
         Raises:
             RemoteProtocolError: it broke the rules.
         """
-        raise NotImplementedError
+        if self._decoder is None:
+            self._typed(data)
+            return
+        self._decoder.feed(data)
+        for frame in self._decoder.frames():
+            self._take_frame(frame)
 
     @property
     def wants_input(self) -> bool:
-        return len(self._input) < MAX_INPUT_BYTES or self._forgets
+        return len(self._input) < MAX_INPUT_BYTES or self._drops_input
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Say why there is no session, as far as that goes without waiting."""
+        try:
+            self.stream.send(encode(refusal))
+        except OSError:
+            return
 
     def hang_up(self) -> None:
         """The peer has gone: end every wait of the session."""
@@ -106,41 +114,54 @@ class Channel:
         os.close(self._input_fd)
         self.stream.close()
 
+    def interrupt_on(self, name: str) -> None:
+        """Interrupt the command that runs, if that is what the signal means."""
+        if name in ("INT", "TERM", "HUP", "QUIT", "KILL"):
+            with self._lock:
+                self._interrupt()
+
+    def _take_frame(self, frame: Frame) -> None:
+        if self.is_open == isinstance(frame, Hello):
+            text = "Hello comes once" if self.is_open else "Hello comes first"
+            raise RemoteProtocolError(f"{text}, not {type(frame).__name__}", fatal=True)
+        if isinstance(frame, Hello):
+            self.hello = frame
+            self.size = frame.size
+            self.is_open = True
+        elif isinstance(frame, Data):
+            self._typed(frame.data)
+        elif isinstance(frame, End):
+            with self._lock:
+                self._has_ended = True
+                os.eventfd_write(self._input_fd, 1)
+        elif isinstance(frame, Size):
+            self.size = frame
+            self.on_size(frame)
+            with self._lock:
+                self._size_changed = True
+                if self._mode == EDITING:
+                    os.eventfd_write(self._input_fd, 1)
+        elif isinstance(frame, Signal):
+            self.on_signal(frame.name)
+
     @property
-    def _forgets(self) -> bool:
-        """Whether input beyond a bound is forgotten, not held back: a person's interrupt must get
-        through; what a script sends must be whole."""
+    def _drops_input(self) -> bool:
+        """Whether input beyond a bound is dropped, not held back: a person's interrupt must get
+        through; a script's input must be whole."""
         return self._mode == RUNNING and self.hello.terminal
 
     def _typed(self, data: bytes) -> None:
         with self._lock:
-            if self._mode == RUNNING and self.hello.terminal and INTERRUPT in data:
-                # what was typed before it is for a command that ends now
-                self._input.clear()
-                data = data[data.rindex(INTERRUPT) + 1 :]
-                self._interrupt()
-            if self._forgets:
-                data = data[: max(0, MAX_TYPED_AHEAD_BYTES - len(self._input))]
+            if self._drops_input:
+                if INTERRUPT in data:
+                    # what was typed before it is for a command that ends now
+                    self._input.clear()
+                    data = data[data.rindex(INTERRUPT) + 1 :]
+                    self._interrupt()
+                if self._drops_input:
+                    data = data[: max(0, MAX_TYPED_AHEAD_BYTES - len(self._input))]
             self._input += data
             os.eventfd_write(self._input_fd, 1)
-
-    def _ended(self) -> None:
-        with self._lock:
-            self._has_ended = True
-            os.eventfd_write(self._input_fd, 1)
-
-    def _resized(self, size: Size) -> None:
-        self.size = size
-        self.on_size(size)
-        with self._lock:
-            self._size_changed = True
-            if self._mode == EDITING:
-                os.eventfd_write(self._input_fd, 1)
-
-    def interrupt_on(self, name: str) -> None:
-        if name in ("INT", "TERM", "HUP", "QUIT", "KILL"):
-            with self._lock:
-                self._interrupt()
 
     def _interrupt(self) -> None:
         if self._running is not None:
@@ -149,7 +170,7 @@ class Channel:
     # --- for the session's thread
 
     def enter(self, mode: str, running: Deadline | None = None) -> None:
-        """Say what input is for from now on; ``running`` is what an interrupt cancels."""
+        """Say what takes the input from now on; an interrupt cancels ``running``."""
         with self._lock:
             self._mode = mode
             self._running = running
@@ -191,17 +212,22 @@ class Channel:
             ConnectionClosed: the peer has gone, or took nothing for too long.
             CallError: ``cancelled`` or ``timeout``; the rest goes out with the next output.
         """
-        self._send(self._wrap(data), deadline)
+        self._send(self._framed(Data, data), deadline)
 
     def write_error(self, data: bytes, deadline: Deadline) -> None:
-        """Send output about what went wrong."""
-        self.write(data, deadline)
+        """As ``write``, for a text about an error."""
+        self._send(self._framed(Data if self.hello.terminal else Errors, data), deadline)
 
-    def finish(self, frame: Exit | Refusal) -> None:
-        """Say how it ended, where the peer can be told."""
+    def tell(self, frame: Welcome | Exit | Refusal) -> None:
+        """Send a frame; a bare line gets none. Raises as ``write``."""
+        if not self.is_line:
+            self._send(encode(frame), self.life)
 
-    def _wrap(self, data: bytes) -> bytes:
-        return data
+    def _framed(self, kind: type[Data] | type[Errors], data: bytes) -> bytes:
+        if self.is_line:
+            return data
+        starts = range(0, len(data), MAX_PAYLOAD_BYTES)
+        return b"".join(encode(kind(data=data[at : at + MAX_PAYLOAD_BYTES])) for at in starts)
 
     def _send(self, data: bytes, deadline: Deadline) -> None:
         self._unsent += data
@@ -221,75 +247,3 @@ class Channel:
         if not deadline.wait((), "write to the console", writable=fds, at_most=STALL_SECONDS):
             self.life.cancel()
             raise ConnectionClosed(f"{self.stream.peer} took nothing for {STALL_SECONDS:.0f} s")
-
-
-class FramedChannel(Channel):
-    """A peer that speaks the protocol. ``is_open`` once it has said hello."""
-
-    def __init__(self, stream: Stream) -> None:
-        super().__init__(stream)
-        self.is_open = False
-        self._decoder = Decoder(from_client=True)
-
-    def take(self, data: bytes) -> None:
-        self._decoder.feed(data)
-        for frame in self._decoder.frames():
-            self._take_frame(frame)
-
-    def _take_frame(self, frame: Frame) -> None:
-        if self.is_open == isinstance(frame, Hello):
-            text = "Hello comes once" if self.is_open else "Hello comes first"
-            raise RemoteProtocolError(f"{text}, not {type(frame).__name__}", fatal=True)
-        if isinstance(frame, Hello):
-            self.hello = frame
-            self.size = frame.size
-            self.is_open = True
-        elif isinstance(frame, Data):
-            self._typed(frame.data)
-        elif isinstance(frame, End):
-            self._ended()
-        elif isinstance(frame, Size):
-            self._resized(frame)
-        elif isinstance(frame, Signal):
-            self.on_signal(frame.name)
-
-    def welcome(self, frame: Welcome) -> None:
-        """Answer the hello."""
-        self._send(encode(frame), self.life)
-
-    def refuse(self, refusal: Refusal) -> None:
-        """Say why there is no session, as far as that goes without waiting."""
-        try:
-            self.stream.send(encode(refusal))
-        except OSError:
-            return
-
-    def write_error(self, data: bytes, deadline: Deadline) -> None:
-        if self.hello.terminal:
-            self.write(data, deadline)
-            return
-        for start in range(0, len(data), MAX_PAYLOAD_BYTES):
-            piece = Errors(data=data[start : start + MAX_PAYLOAD_BYTES])
-            self._send(encode(piece), deadline)
-
-    def finish(self, frame: Exit | Refusal) -> None:
-        self._send(encode(frame), self.life)
-
-    def _wrap(self, data: bytes) -> bytes:
-        pieces = range(0, len(data), MAX_PAYLOAD_BYTES)
-        return b"".join(
-            encode(Data(data=data[start : start + MAX_PAYLOAD_BYTES])) for start in pieces
-        )
-
-
-class LineChannel(Channel):
-    """A bare line: a terminal of unknown size, and no way to say anything but by bytes."""
-
-    is_line = True
-
-    def __init__(self, stream: Stream, *, term: str) -> None:
-        super().__init__(stream)
-        self.hello = Hello(versions=CONSOLE_VERSIONS, terminal=True, term=term)
-
-    def take(self, data: bytes) -> None:
-        self._typed(data)

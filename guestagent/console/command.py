@@ -1,23 +1,61 @@
 """What a command of the console is, and what it is given when it runs."""
 
-import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 
-from guestagent.api.agent import StatusReply
 from guestagent.console.channel import Channel
 from guestagent.console.screen import Screen
-from guestagent.engine.engine import Engine
-from guestagent.engine.transaction import Transaction
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
+__all__ = ("Access", "Command", "Group", "Guest", "Leave", "Run", "Usage", "not_found", "number")
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from guestagent.console.debugview import DebugView
-    from guestagent.inspect.methods import Inspection
+    from collections.abc import Iterator
+    from typing import Protocol, TypeVar
 
-__all__ = ("Command", "Group", "Guest", "Leave", "Run", "Usage", "not_found", "number")
+    from guestagent.api.inspect import StreamRequest
+    from guestagent.api.layers import Holder, LayerSpec
+    from guestagent.api.request import Request
+    from vsock.record import Record
+
+    R = TypeVar("R", bound=Record)
+    Item = TypeVar("Item")
+
+    class Answers(Protocol):
+        """Answers requests in this process, as ``guestagent.service.dispatch.Service`` does."""
+
+        def call(self, request: Request[R], *, deadline: Deadline) -> R: ...
+
+        def stream(
+            self,
+            request: StreamRequest[R, Item],
+            take: Callable[[Item], object],
+            *,
+            deadline: Deadline,
+        ) -> R: ...
+
+    class Debug(Protocol):
+        """What the console shows and no method offers."""
+
+        def plan_of(self, layer_id: str) -> Sequence[str] | None:
+            """Return the steps that a mounted layer was made by, None if there is no such layer."""
+
+        def plan(self, spec: LayerSpec, deadline: Deadline) -> Sequence[str]:
+            """Return the steps that a mount would take; nothing is left of the dry run."""
+
+        def reconcile(
+            self, deadline: Deadline, *, dry_run: bool
+        ) -> Iterator[tuple[str, str, bool]]:
+            """Yield each disagreement of journal, inventory and kernel, what was done about it (or
+            would be), and whether that failed."""
+
+        def holders(self, dev: str, deadline: Deadline) -> Sequence[Holder]:
+            """Return what uses the device MAJOR:MINOR."""
+
+        def listen(self, listener: Callable[[object], None]) -> Callable[[], None]:
+            """Call ``listener`` at every event; return what ends that."""
+
 
 #: The most words that a usage ending in ``...`` takes.
 MAX_WORDS = 500
@@ -32,42 +70,38 @@ class Leave(Exception):
 
 
 class Guest:
-    """What the console may look at and do: the agent around it."""
+    """What the console may look at and do.
 
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        boot: Mapping[str, object],
-        shell: bool,
-        status: Callable[[], StatusReply],
-        end: Callable[[str], None],
-        metrics: Callable[[], str] | None = None,
-    ) -> None:
-        """``shell`` is the permission for one; ``end`` ends the agent with a mode; ``metrics``
-        returns them as text."""
-        self.engine = engine
-        self.boot = boot
+    ``service`` answers the agent's methods. ``root`` answers those ``fs.`` requests that are about
+    a place, whichever they name, for the guest's own file tree.
+    """
+
+    def __init__(self, service: "Answers", root: "Answers", debug: "Debug", *, shell: bool) -> None:
+        """``shell`` is the permission for a shell."""
+        self.service = service
+        self.root = root
+        self.debug = debug
         self.shell = shell
-        self.status = status
-        self.end = end
-        self.metrics = metrics
-        self.started = time.monotonic()
-
-    @functools.cached_property
-    def debug(self) -> "DebugView":
-        from guestagent.console.debugview import DebugView
-
-        return DebugView(self.engine)
-
-    @functools.cached_property
-    def inspection(self) -> "Inspection":
-        from guestagent.inspect.methods import Inspection
-
-        return Inspection(self.engine.state)
 
 
-class Run:
+class Access:
+    """The guest, for as long as ``deadline`` allows."""
+
+    def __init__(self, guest: Guest, deadline: Deadline) -> None:
+        self.guest = guest
+        self.deadline = deadline
+
+    def ask(self, kind: "Callable[..., Request[R]]", /, **fields: object) -> "R":
+        """Make a request and return the reply.
+
+        Raises:
+            Usage: a field is not valid.
+            CallError: the request failed.
+        """
+        return self.guest.service.call(checked(kind, **fields), deadline=self.deadline)
+
+
+class Run(Access):
     """One run of a command: ``words`` are its arguments, ``options`` those with a dash."""
 
     def __init__(
@@ -82,20 +116,14 @@ class Run:
         early_input: bytearray,
     ) -> None:
         """``early_input`` was typed already; a program that the command starts reads it first."""
-        self.guest = guest
-        self.engine = guest.engine
+        super().__init__(guest, deadline)
         self.channel = channel
         self.screen = screen
-        self.deadline = deadline
         self.words = words
         self.options = options
         self.early_input = early_input
         #: Name of the signal that ended the program which was run, if one did.
         self.signal: str | None = None
-
-    def operation(self) -> Transaction:
-        """Begin a request to the engine, which an interrupt cancels."""
-        return self.engine.operation(self.deadline)
 
     def number(self, option: str, default: int, *, low: int = 1, high: int = 1 << 62) -> int:
         """Return an option's value as a number.
@@ -110,7 +138,7 @@ class Run:
 #: What a command does; returns its exit status, None for 0.
 Function = Callable[[Run], int | None]
 #: Returns the words that could stand for an unfinished one.
-Completer = Callable[[Guest, str, Deadline], Sequence[str]]
+Completer = Callable[[Access, str], Sequence[str]]
 
 
 class Command:
@@ -203,6 +231,18 @@ class Group:
             return function
 
         return add
+
+
+def checked(kind: "Callable[..., Item]", /, **fields: object) -> "Item":
+    """Return a record of what was typed.
+
+    Raises:
+        Usage: a field is not valid.
+    """
+    try:
+        return kind(**fields)
+    except ValueError as error:
+        raise Usage(str(error)) from None
 
 
 def number(text: str, name: str, *, low: int = 0, high: int = 1 << 62) -> int:

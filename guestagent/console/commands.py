@@ -3,8 +3,9 @@
 Help, completion and the documentation are made from the table.
 """
 
+from guestagent.api.agent import PROTOCOL_VERSIONS, AgentHello, AgentShutdown
 from guestagent.api.console import Size
-from guestagent.console.command import Command, Group, Leave, Run, Usage, number
+from guestagent.console.command import Access, Command, Group, Leave, Run, Usage, number
 from guestagent.console.commands_files import FILES
 from guestagent.console.commands_layers import LAYERS
 from guestagent.console.commands_system import SYSTEM
@@ -22,25 +23,24 @@ _KEYS = (
     "begin alike, tab to complete, ^C to interrupt, ^D to leave.",
     "At --more--: space for a page, enter for a line, G for the rest, q for no more.",
 )
-SESSION = Group("The console", {"COMMAND": lambda guest, word, deadline: tuple(COMMANDS)})
+SESSION = Group("The console", {"COMMAND": lambda access, word: tuple(COMMANDS)})
 
 
 @SESSION.command("help [COMMAND]", "list the commands, or tell of one")
-def _help(run: Run) -> int | None:
+def _help(run: Run) -> None:
     if run.words:
         command = COMMANDS.get(run.words[0])
         if command is None:
             raise Usage(f"there is no command {run.words[0]!r}{suggest(run.words[0])}")
         run.screen.line(f"{command.usage}")
         run.screen.line(f"  {command.summary}")
-        return None
+        return
     for group in GROUPS:
         run.screen.line(group.title)
         for command in group.commands.values():
             run.screen.line(f"  {command.name:10} {command.summary}")
     run.screen.line()
     run.screen.lines(_KEYS)
-    return None
 
 
 @SESSION.command(
@@ -61,7 +61,7 @@ def _sh(run: Run) -> int | None:
 
 
 @SESSION.command("term [NAME] [COLUMNSxROWS]", "say or set the terminal, for a bare line")
-def _term(run: Run) -> int | None:
+def _term(run: Run) -> None:
     """A bare line cannot tell its terminal's name and size; the person can."""
     channel = run.channel
     for word in run.words:
@@ -77,38 +77,34 @@ def _term(run: Run) -> int | None:
         else:
             raise Usage(f"{word!r} is no name of a terminal and no size")
     run.screen.line(f"{channel.hello.term} {channel.size.columns}x{channel.size.rows}")
-    return None
 
 
 @SESSION.command("sleep SECONDS", "wait")
-def _sleep(run: Run) -> int | None:
+def _sleep(run: Run) -> None:
     """For scripts, and to see that an interrupt works."""
     seconds = number(run.words[0], "SECONDS", low=0, high=86_400)
     run.deadline.wait((), "sleep", at_most=float(seconds))
-    return None
 
 
 @SESSION.command("reboot [--force]", "unmount everything, reboot; --force though something is busy")
-def _reboot(run: Run) -> int | None:
+def _reboot(run: Run) -> None:
     _end(run, "reboot")
 
 
 @SESSION.command(
     "poweroff [--force]", "unmount everything, power off; --force though something is busy"
 )
-def _poweroff(run: Run) -> int | None:
+def _poweroff(run: Run) -> None:
     _end(run, "poweroff")
 
 
 def _end(run: Run, mode: str) -> "NoReturn":
-    if not run.guest.boot.get("pid1"):
+    if not run.ask(AgentHello, versions=PROTOCOL_VERSIONS).boot.get("pid1"):
         raise CallError("unsupported", "this agent is not the init of a machine", step=mode)
     with run.deadline.part(_END_SECONDS) as limit:
-        op = run.engine.operation(limit)
-        run.engine.unmount_everything(op, force="force" in run.options)
+        Access(run.guest, limit).ask(AgentShutdown, mode=mode, force="force" in run.options)
     run.screen.line(f"everything is unmounted; {mode}")
     run.screen.flush()
-    run.guest.end(mode)
     raise Leave
 
 

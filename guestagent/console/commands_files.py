@@ -1,30 +1,42 @@
 """Commands about files: in a layer or overlay (``ID:/path``), or in the guest (``/path``).
 
-Reading goes the way of the inspection: below a root that no path leads out of, regular files and
-directories only. Block devices are read where they are named by their node.
+Each sends ``fs.`` requests and prints the answers. They open regular files and directories only,
+below a root that no path leads out of. A block device is read where its node is named.
 """
 
 import codecs
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
-from guestagent.api.inspect import CHECKSUM_ALGORITHMS, ENTRY_TYPES, FsFind, PathRequest
-from guestagent.console.command import Group, Guest, Run, Usage, not_found, number
-from guestagent.console.commands_layers import size_text
-from guestagent.console.screen import show
-from guestagent.inspect import listing, metadata
-from guestagent.inspect.place import Place
-from guestagent.inspect.reading import WHOLE, Meter, Reader
-from guestagent.inspect.sink import Sink
-from guestagent.inspect.walk import walk
-from guestagent.storage.openat import Root
-from vsock.deadline import Deadline
+from guestagent.api.inspect import (
+    CHECKSUM_ALGORITHMS,
+    ENTRY_TYPES,
+    REPLY_DATA_BYTES,
+    DirectoryEntry,
+    FsChecksum,
+    FsExists,
+    FsFind,
+    FsGetxattrs,
+    FsLstat,
+    FsPread,
+    FsReaddir,
+    FsStatvfs,
+)
+from guestagent.api.inspect_devices import FsChecksumDevice, FsMountpoints
+from guestagent.console.command import Access, Group, Run, Usage, checked, not_found, number
+from guestagent.console.commands_layers import block_devices, mounted_ids
+from guestagent.console.screen import show, size_text
 from vsock.errors import CallError
 
 __all__ = ("FILES",)
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guestagent.api.inspect import StreamRequest
+    from guestagent.api.request import Request
+    from guestagent.console.command import Answers, Item, R
 
 MAX_ENTRIES = 10_000
 MAX_CAT_BYTES = 1024 * 1024
@@ -32,65 +44,45 @@ MAX_DUMP_BYTES = 1024 * 1024
 _DUMP_BYTES = 256
 _DUMP_WIDTH = 16
 _TYPE_MARKS = {"d": "/", "l": "@", "p": "|", "s": "=", "b": "%", "c": "%"}
-_MAX_COMPLETED = 2000
 
 
-class _GuestRoot(Root):
-    """The guest's own root, with everything that is mounted below it.
+class _Where:
+    """A path, and what answers requests about it."""
 
-    Still nothing but regular files and directories is opened, and no magic link followed.
-    """
+    def __init__(self, access: Access, answers: "Answers", path: str, **place: str) -> None:
+        """``place`` is the layer_id or overlay_id of the requests."""
+        self._answers = answers
+        self._deadline = access.deadline
+        self._fields: dict[str, object] = {"path": os.fsencode(path), **place}
 
-    def __init__(self) -> None:
-        self._directory_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.fd = os.dup(self._directory_fd)
-        self.is_clone = False
+    def ask(self, kind: "Callable[..., Request[R]]", /, **fields: object) -> "R":
+        """As ``Access.ask``, about this path."""
+        request = checked(kind, **self._fields, **fields)
+        return self._answers.call(request, deadline=self._deadline)
 
+    def entries(
+        self, kind: "Callable[..., StreamRequest[R, Item]]", /, **fields: object
+    ) -> "tuple[list[Item], bool]":
+        """Return the entries of an answer, and whether it had more than ``MAX_ENTRIES``."""
+        entries: list[Item] = []
+        full = CallError("resource", f"more than {MAX_ENTRIES} entries")
 
-class _GuestPlace(Place):
-    """The guest as a place to look into, as a layer is one."""
+        def take(entry: "Item") -> None:
+            if len(entries) == MAX_ENTRIES:
+                raise full
+            entries.append(entry)
 
-    def __init__(self) -> None:
-        self.name = "the guest"
-        self.mount_point = "/"
-        self._layers = ()
-        self.root = _GuestRoot()
-
-
-class Named:
-    """A path and where it leads. ``request`` is what the inspection's functions want to have."""
-
-    def __init__(self, guest: Guest, path: bytes, request: PathRequest | None) -> None:
-        self.path = path
-        self._guest = guest
-        self._request = request
-
-    @property
-    def is_guest(self) -> bool:
-        """Whether it is the guest's own path, not one of a layer or overlay."""
-        return self._request is None
-
-    @property
-    def request(self) -> PathRequest:
-        return self._request or PathRequest(layer_id="guest", path=self.path)
-
-    @contextmanager
-    def open(self) -> Iterator[Place]:
-        """Open the place.
-
-        Raises:
-            CallError: ``not_found``, it is not mounted any more.
-        """
-        if self._request is None:
-            place: Place = _GuestPlace()
-        else:
-            place = self._guest.debug.place(self._request)
-        with place:
-            yield place
+        request = checked(kind, **self._fields, **fields)
+        try:
+            self._answers.stream(request, take, deadline=self._deadline)
+        except CallError as error:
+            if error is not full:
+                raise
+        return entries, len(entries) == MAX_ENTRIES
 
 
-def resolve(guest: Guest, word: str) -> Named:
-    """Say what a path leads to. A layer goes before an overlay of the same id, which
+def _resolve(access: Access, word: str) -> _Where:
+    """Say where a path leads. A layer goes before an overlay of the same id, which
     ``overlay:ID:/path`` names.
 
     Raises:
@@ -98,149 +90,83 @@ def resolve(guest: Guest, word: str) -> Named:
         Usage: it is no path.
     """
     if word.startswith("/"):
-        return Named(guest, os.fsencode(word), None)
-    head, colon, path = word.rpartition(":") if ":/" not in word else _split(word)
+        return _Where(access, access.guest.root, word, layer_id="guest")
+    head, colon, path = word.partition(":/") if ":/" in word else word.rpartition(":")
     if not colon:
         raise Usage(f"{word!r} is no path: ID:/path in a layer or overlay, /path in the guest")
     kind, _, name = head.rpartition(":")
-    encoded = os.fsencode(path or "/")
-    if kind in ("", "layer") and name in guest.debug.layer_ids():
-        return Named(guest, encoded, PathRequest(layer_id=name, path=encoded))
-    if kind in ("", "overlay") and name in guest.debug.overlay_ids():
-        return Named(guest, encoded, PathRequest(overlay_id=name, path=encoded))
+    for place in ("layer", "overlay"):
+        if kind in ("", place) and _is_mounted(access, **{f"{place}_id": name}):
+            return _Where(access, access.guest.service, f"/{path}", **{f"{place}_id": name})
     raise not_found(
         f"there is no layer or overlay {head!r}", "`layers` and `overlays` list what is mounted"
     )
 
 
-def _split(word: str) -> tuple[str, str, str]:
-    head, _, path = word.partition(":/")
-    return head, ":", "/" + path
+def _is_mounted(access: Access, **place: str) -> bool:
+    try:
+        return access.ask(FsExists, path="/", **place).exists
+    except CallError as error:
+        if error.code != "not_found":
+            raise
+        return False
 
 
-def complete_path(guest: Guest, word: str, deadline: Deadline) -> list[str]:
+def _complete_path(access: Access, word: str) -> list[str]:
     """Return the paths that begin as a word does, up to its last slash."""
     if "/" not in word:
-        ids = (*guest.debug.layer_ids(), *guest.debug.overlay_ids())
-        return ["/", *(f"{name}:/" for name in ids)]
+        return ["/", *(f"{name}:/" for name in mounted_ids(access))]
     head = word[: word.rindex("/") + 1]
-    name = resolve(guest, head)
-    found = []
-    with name.open() as place, place.errors(name.path):
-        for entry in walk(place.root.open_directory(name.path), max_depth=1):
-            deadline.check("complete a path")
-            is_directory = entry.entry.is_dir(follow_symlinks=False)
-            found.append(head + os.fsdecode(entry.path) + ("/" if is_directory else ""))
-            if len(found) >= _MAX_COMPLETED:
-                break
-    return found
+    entries, _ = _resolve(access, head).entries(FsReaddir)
+    return [
+        head + os.fsdecode(entry.name) + ("/" if entry.kind == "d" else "") for entry in entries
+    ]
 
 
-FILES = Group("Files: ID:/path in a layer or overlay, /path in the guest", {"PATH": complete_path})
-
-
-class _Full(Exception):
-    """A list is as long as it may be."""
-
-
-class _Entries(Sink):
-    """Hands entries on, up to a bound."""
-
-    def __init__(self, take: Callable[..., None], most: int) -> None:
-        self._take = take
-        self._left = most
-
-    def entry(self, *fields: object) -> None:
-        if not self._left:
-            raise _Full
-        self._left -= 1
-        self._take(*fields)
-
-    def data(self, data: "bytes | memoryview") -> None:
-        raise AssertionError("a list has no data")
-
-    def finish(self) -> int:
-        return 0
-
-    def progress(self, done_bytes: int, total_bytes: int) -> None:
-        return
-
-
-class _Nowhere(_Entries):
-    """For what answers by its result alone."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda *fields: None, MAX_ENTRIES)
-
-
-def _place_words(run: Run, default: str | None = None) -> tuple[str, ...]:
-    return run.words or ((default,) if default else ())
+FILES = Group("Files: ID:/path in a layer or overlay, /path in the guest", {"PATH": _complete_path})
 
 
 # --- directories
 
 
 @FILES.command("ls [-l] [PATH...]", "list a directory; -l in detail")
-def _ls(run: Run) -> int | None:
-    for word in _place_words(run, "/"):
+def _ls(run: Run) -> None:
+    for word in run.words or ("/",):
         if len(run.words) > 1:
             run.screen.line(f"{word}:")
-        named = resolve(run.guest, word)
-        with named.open() as place:
-            if metadata.lstat(place, named.request).kind not in "dl":
-                _stat_word(run, word)
-                continue
-            _list(run, place, named.request)
-    return None
+        where = _resolve(run, word)
+        if where.ask(FsLstat).kind not in "dl":
+            _describe(run, word, where)
+            continue
+        entries, is_cut = where.entries(FsReaddir)
+        entries.sort(key=lambda entry: entry.name)
+        if "l" in run.options:
+            header = ("MODE", "UID", "GID", "SIZE", "MODIFIED", "NAME")
+            run.screen.table(header, [_long_row(entry) for entry in entries])
+        else:
+            run.screen.lines(show(e.name) + _TYPE_MARKS.get(e.kind, "") for e in entries)
+        _tell_cut(run, is_cut)
 
 
-def _list(run: Run, place: Place, request: PathRequest) -> None:
-    """List a directory in the order of its names."""
-    entries: list[tuple[object, ...]] = []
-    sink = _Entries(lambda *fields: entries.append(fields), MAX_ENTRIES)
-    is_long = "l" in run.options
-    is_cut = False
-    try:
-        listing.readdir(place, request, run.operation(), sink)
-    except _Full:
-        is_cut = True
-    entries.sort(key=lambda entry: bytes(entry[0]))  # type: ignore[call-overload]
-    if is_long:
-        rows = [_long_row(entry) for entry in entries]
-        run.screen.table(("MODE", "UID", "GID", "SIZE", "MODIFIED", "NAME"), rows)
-    else:
-        for name, kind, *_ in entries:
-            assert isinstance(name, bytes)
-            run.screen.line(show(name) + _TYPE_MARKS.get(str(kind), ""))
-    if is_cut:
-        run.screen.line(f"... and more than these {MAX_ENTRIES}")
-
-
-def _long_row(entry: tuple[object, ...]) -> tuple[str, ...]:
-    name, kind, mode, uid, gid, size_bytes, _links, _inode, mtime_ns, rdev, target = entry
-    assert isinstance(name, bytes)
-    assert isinstance(mode, int)
-    assert isinstance(mtime_ns, int)
-    arrow = f" -> {show(target)}" if isinstance(target, bytes) else ""
+def _long_row(entry: DirectoryEntry) -> tuple[str, ...]:
+    arrow = f" -> {show(entry.target)}" if entry.target is not None else ""
     return (
-        f"{'-' if kind == 'f' else kind}{_mode_text(mode)}",
-        str(uid),
-        str(gid),
-        str(rdev or size_bytes),
-        _clock(mtime_ns),
-        show(name) + arrow,
+        f"{'-' if entry.kind == 'f' else entry.kind}{_mode_text(entry.mode)}",
+        str(entry.uid),
+        str(entry.gid),
+        str(entry.rdev or entry.size_bytes),
+        _clock(entry.mtime_ns),
+        show(entry.name) + arrow,
     )
+
+
+def _tell_cut(run: Run, is_cut: bool) -> None:
+    if is_cut:
+        run.screen.line(f"... cut after {MAX_ENTRIES} entries")
 
 
 def _mode_text(mode: int) -> str:
-    letters = "".join(
-        letter if mode & (0o400 >> position) else "-" for position, letter in enumerate("rwxrwxrwx")
-    )
-    for bit, position, letter in ((0o4000, 2, "s"), (0o2000, 5, "s"), (0o1000, 8, "t")):
-        if mode & bit:
-            mark = letter if letters[position] == "x" else letter.upper()
-            letters = letters[:position] + mark + letters[position + 1 :]
-    return letters
+    return stat.filemode(stat.S_IFREG | mode)[1:]
 
 
 def _clock(time_ns: int) -> str:
@@ -251,17 +177,13 @@ def _clock(time_ns: int) -> str:
 
 
 @FILES.command("stat PATH...", "describe a file")
-def _stat(run: Run) -> int | None:
+def _stat(run: Run) -> None:
     for word in run.words:
-        _stat_word(run, word)
-    return None
+        _describe(run, word, _resolve(run, word))
 
 
-def _stat_word(run: Run, word: str) -> None:
-    named = resolve(run.guest, word)
-    with named.open() as place:
-        found = metadata.lstat(place, named.request)
-        xattrs = metadata.xattrs(place, named.request).xattrs
+def _describe(run: Run, word: str, where: _Where) -> None:
+    found = where.ask(FsLstat)
     run.screen.fields(
         [
             ("path", word),
@@ -276,7 +198,7 @@ def _stat_word(run: Run, word: str) -> None:
             ("modified", _clock(found.mtime_ns)),
         ]
     )
-    for xattr in xattrs:
+    for xattr in where.ask(FsGetxattrs).xattrs:
         run.screen.line(f"xattr {show(xattr.name)} = {show(xattr.value[:256])}")
 
 
@@ -284,147 +206,103 @@ def _stat_word(run: Run, word: str) -> None:
     "find [--type LETTER] [--depth N] PATH [PATTERN]",
     "list what is below a directory; the pattern may have * and ?",
 )
-def _find(run: Run) -> int | None:
+def _find(run: Run) -> None:
     word, *patterns = run.words
-    named = resolve(run.guest, word)
-    request = named.request
-    try:
-        find = FsFind(
-            layer_id=request.layer_id,
-            overlay_id=request.overlay_id,
-            path=request.path,
-            name=os.fsencode(patterns[0]) if patterns else None,
-            kind=run.options.get("type"),
-            max_depth=run.number("depth", 4095) if "depth" in run.options else None,
-        )
-    except ValueError as error:
-        raise Usage(str(error)) from None
-    head = word.rstrip("/")
-
-    def take(path: object, kind: object) -> None:
-        assert isinstance(path, bytes)
-        run.screen.line(f"{show(head)}/{show(path)}{_TYPE_MARKS.get(str(kind), '')}")
-
-    with named.open() as place:
-        try:
-            listing.find(place, find, run.operation(), _Entries(take, MAX_ENTRIES))
-        except _Full:
-            run.screen.line(f"... and more than these {MAX_ENTRIES}")
-    return None
+    entries, is_cut = _resolve(run, word).entries(
+        FsFind,
+        name=os.fsencode(patterns[0]) if patterns else None,
+        kind=run.options.get("type"),
+        max_depth=run.number("depth", 4095) if "depth" in run.options else None,
+    )
+    head = show(word.rstrip("/"))
+    run.screen.lines(f"{head}/{show(e.path)}{_TYPE_MARKS.get(e.kind, '')}" for e in entries)
+    _tell_cut(run, is_cut)
 
 
 @FILES.command("df [PATH...]", "say how full file systems are")
-def _df(run: Run) -> int | None:
+def _df(run: Run) -> None:
     rows = []
-    if run.words:
-        for word in run.words:
-            named = resolve(run.guest, word)
-            with named.open() as place:
-                found = metadata.statvfs(place, named.request)
-            rows.append((word, found.filesystem, found.size_bytes, found.available_bytes))
-    else:
-        for mount in run.guest.inspection.devices.mountpoints().mounts:
-            run.deadline.check("ask file systems for their sizes")
-            try:
-                status = os.statvfs(mount.target)
-            except OSError:  # unmounted meanwhile, or below another mount
-                continue
-            if status.f_blocks:
-                size_bytes = status.f_blocks * status.f_frsize
-                available_bytes = status.f_bavail * status.f_frsize
-                rows.append((mount.target, mount.filesystem, size_bytes, available_bytes))
-    table = [
-        (where, kind, size_text(size), size_text(size - free), size_text(free), _share(size, free))
-        for where, kind, size, free in rows
-    ]
-    run.screen.table(("WHERE", "TYPE", "SIZE", "USED", "FREE", "USE%"), table)
-    return None
-
-
-def _share(size_bytes: int, free_bytes: int) -> str:
-    return f"{100 * (size_bytes - free_bytes) // max(1, size_bytes)}%"
+    for word in run.words or [mount.target for mount in run.ask(FsMountpoints).mounts]:
+        run.deadline.check("ask file systems for their sizes")
+        try:
+            found = _resolve(run, word).ask(FsStatvfs)
+        except CallError:
+            if run.words:
+                raise
+            continue  # unmounted meanwhile, or below another mount
+        size, free = found.size_bytes, found.available_bytes
+        if run.words or size:
+            share = f"{100 * (size - free) // max(1, size)}%"
+            sizes = (size_text(size), size_text(size - free), size_text(free))
+            rows.append((word, found.filesystem, *sizes, share))
+    run.screen.table(("WHERE", "TYPE", "SIZE", "USED", "FREE", "USE%"), rows)
+    return
 
 
 # --- content
 
 
-class _Source:
-    """A file or block device, open. ``pieces`` yields its bytes."""
-
-    def __init__(self, run: Run, reader: Reader, fd: int, path: bytes) -> None:
-        self._reader = reader
-        self._fd = fd
-        self._path = path
-
-    def pieces(self, offset_bytes: int = 0, end_bytes: int = WHOLE) -> Iterator[memoryview]:
-        return self._reader.pieces(self._fd, self._path, offset_bytes, end_bytes)
-
-    def digest(self, algorithm: str) -> tuple[int, str]:
-        return self._reader.digest(self._fd, self._path, algorithm)
-
-
-@contextmanager
-def _opened(run: Run, word: str) -> Iterator[_Source]:
-    """Open a regular file, or a block device of the guest, for reading."""
-    named = resolve(run.guest, word)
-    with named.open() as place:
-        is_device = named.is_guest and word.startswith("/dev/") and _is_block_device(run, word)
-        with place.errors(named.path):
-            if is_device:
-                fd = os.open(named.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
-            else:
-                fd = place.root.open_file(named.path)
-        try:
-            reader = Reader(place.error_of, run.operation(), Meter(_Nowhere()))
-            yield _Source(run, reader, fd, named.path)
-        finally:
-            os.close(fd)
+def _pieces(run: Run, word: str, start: int, end: int) -> Iterator[bytes]:
+    """Yield the bytes of a regular file, or of a block device of the guest, in a range."""
+    where = _resolve(run, word)
+    is_device = _is_block_device(run, word)
+    while start < end:
+        run.deadline.check("read")
+        size_bytes = min(REPLY_DATA_BYTES, end - start)
+        if is_device:
+            data = _read_device(word, start, size_bytes)
+        else:
+            data = where.ask(FsPread, offset_bytes=start, size_bytes=size_bytes).data
+        yield data
+        start += len(data)
+        if len(data) < size_bytes:
+            return
 
 
-def _is_block_device(run: Run, node: str) -> bool:
-    devices = run.guest.inspection.devices
-    infos = (*devices.list_devices().devices, *devices.list_partitions().devices)
-    return any(info.node == node for info in infos)
+def _is_block_device(run: Run, word: str) -> bool:
+    return word.startswith("/dev/") and any(info.node == word for info in block_devices(run))
+
+
+def _read_device(node: str, offset_bytes: int, size_bytes: int) -> bytes:
+    fd = os.open(node, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        return os.pread(fd, size_bytes, offset_bytes)
+    except OSError as error:
+        text = f"cannot read {node!r} at byte {offset_bytes}: {error.strerror}"
+        raise CallError("device", text, errno=error.errno, object=node) from error
+    finally:
+        os.close(fd)
 
 
 @FILES.command("cat [-n BYTES] PATH...", "print files, what is not printable as \\xNN")
-def _cat(run: Run) -> int | None:
+def _cat(run: Run) -> None:
     most = run.number("n", MAX_CAT_BYTES, high=MAX_CAT_BYTES)
     for word in run.words:
         decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        with _opened(run, word) as source:
-            left, last = most, "\n"
-            for piece in source.pieces(0, most + 1):
-                text = decoder.decode(bytes(piece[:left]))
-                run.screen.write(text)
-                last = text[-1:] or last
-                left -= len(piece)
+        left, last = most, "\n"
+        for piece in _pieces(run, word, 0, most + 1):
+            text = decoder.decode(piece[:left])
+            run.screen.write(text)
+            last = text[-1:] or last
+            left -= len(piece)
         rest = decoder.decode(b"", final=True)
         run.screen.write(rest)
         if (rest or last) != "\n":
             run.screen.line()
         if left < 0:
             run.screen.line(f"... cut after {most} bytes; hexdump takes an offset")
-    return None
 
 
 @FILES.command("hexdump PATH [OFFSET [LENGTH]]", "print bytes of a file or block device")
-def _hexdump(run: Run) -> int | None:
-    offset = number(run.words[1], "OFFSET") if len(run.words) > 1 else 0
+def _hexdump(run: Run) -> None:
+    at = number(run.words[1], "OFFSET") if len(run.words) > 1 else 0
     length = _DUMP_BYTES
     if len(run.words) > 2:
         length = number(run.words[2], "LENGTH", low=1, high=MAX_DUMP_BYTES)
-    with _opened(run, run.words[0]) as source:
-        row, at = bytearray(), offset
-        for piece in source.pieces(offset, offset + length):
-            row += piece
-            while len(row) >= _DUMP_WIDTH:
-                run.screen.line(_dump_row(at, bytes(row[:_DUMP_WIDTH])))
-                del row[:_DUMP_WIDTH]
-                at += _DUMP_WIDTH
-        if row:
-            run.screen.line(_dump_row(at, bytes(row)))
-    return None
+    for piece in _pieces(run, run.words[0], at, at + length):
+        for start in range(0, len(piece), _DUMP_WIDTH):
+            run.screen.line(_dump_row(at, piece[start : start + _DUMP_WIDTH]))
+            at += _DUMP_WIDTH
 
 
 def _dump_row(offset: int, data: bytes) -> str:
@@ -441,13 +319,15 @@ def _checksum(run: Run) -> int | None:
     status = 0
     for word in run.words:
         try:
-            with _opened(run, word) as source:
-                _, digest = source.digest(algorithm)
+            if _is_block_device(run, word):
+                found = run.ask(FsChecksumDevice, device=word, algorithm=algorithm)
+            else:
+                found = _resolve(run, word).ask(FsChecksum, algorithm=algorithm)
         except CallError as error:
             if error.code in ("cancelled", "timeout") or len(run.words) == 1:
                 raise
             run.screen.error(f"checksum: {error.message}")
             status = 1
             continue
-        run.screen.line(f"{digest}  {show(word)}")
+        run.screen.line(f"{found.digest}  {show(word)}")
     return status

@@ -1,58 +1,67 @@
 """Commands about layers, overlays, and the devices below them."""
 
-from guestagent.api import LayerReport, OverlayReport
+from guestagent.api.agent import PROTOCOL_VERSIONS, AgentHello, AgentStatus
+from guestagent.api.devicemapper import DmList
+from guestagent.api.inspect_devices import (
+    DeviceInfo,
+    FsListDevices,
+    FsListFilesystems,
+    FsListPartitions,
+    FsMountpoints,
+)
+from guestagent.api.layers import LayerGet, LayerList, LayerReport
+from guestagent.api.overlays import OverlayList, OverlayReport
 from guestagent.api.texts import layer_from_text
-from guestagent.console.command import Group, Guest, Run, Usage, not_found
-from guestagent.storage.holders import find_holders
-from vsock.deadline import Deadline
+from guestagent.console.command import Access, Group, Run, Usage, not_found
+from guestagent.console.screen import size_text
 
-__all__ = ("LAYERS",)
-
+__all__ = ("LAYERS", "block_devices", "mounted_ids")
 
 #: A dry run waits this long for a device that is not there.
 _PLAN_SECONDS = 3.0
 _HOLDERS_SECONDS = 10.0
 
 
-def size_text(size_bytes: int) -> str:
-    """Return a size with the largest binary unit that leaves a number of one digit or more."""
-    value = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
-        if value < 1024 or unit == "PiB":
-            return f"{int(value)} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")
+def block_devices(access: Access) -> tuple[DeviceInfo, ...]:
+    """Return the disks and their partitions."""
+    return (*access.ask(FsListDevices).devices, *access.ask(FsListPartitions).devices)
 
 
-def _complete_layer(guest: Guest, word: str, deadline: Deadline) -> tuple[str, ...]:
-    return guest.debug.layer_ids()
+def mounted_ids(access: Access) -> list[str]:
+    """Return the ids of the layers, then those of the overlays."""
+    return [*_layer_ids(access), *_overlay_ids(access)]
 
 
-def _complete_device(guest: Guest, word: str, deadline: Deadline) -> tuple[str, ...]:
-    devices = guest.inspection.devices
-    infos = (*devices.list_devices().devices, *devices.list_partitions().devices)
-    return (*(info.node for info in infos), *guest.debug.layer_ids())
+def _layer_ids(access: Access, _word: str = "") -> list[str]:
+    return [layer.layer_id for layer in access.ask(LayerList).layers]
+
+
+def _overlay_ids(access: Access, _word: str = "") -> list[str]:
+    return [overlay.overlay_id for overlay in access.ask(OverlayList).overlays]
 
 
 LAYERS = Group(
     "Layers, overlays and their devices",
     {
-        "LAYER": _complete_layer,
-        "ID": _complete_layer,
-        "OVERLAY": lambda guest, word, deadline: guest.debug.overlay_ids(),
-        "NAME": lambda guest, word, deadline: [n for n, _ in guest.debug.dm_devices()],
-        "DEVICE": _complete_device,
+        "LAYER": _layer_ids,
+        "ID": lambda access, word: mounted_ids(access),
+        "OVERLAY": _overlay_ids,
+        "NAME": lambda access, word: [device.name for device in access.ask(DmList).devices],
+        "DEVICE": lambda access, word: [
+            *(info.node for info in block_devices(access)),
+            *_layer_ids(access),
+        ],
     },
 )
 
 
 @LAYERS.command("layers [LAYER...]", "list the layers, or describe some")
-def _layers(run: Run) -> int | None:
+def _layers(run: Run) -> None:
     if run.words:
         for layer_id in run.words:
-            _describe_layer(run, run.engine.layers.get(layer_id))
-        return None
-    reports = run.engine.layers.list()
+            _describe_layer(run, run.ask(LayerGet, layer_id=layer_id))
+        return
+    reports = run.ask(LayerList).layers
     header = ("LAYER", "STATE", "SIZE", "TYPE", "VERITY", "DEVICE", "USED BY", "TARGET")
     rows = [
         (
@@ -68,10 +77,9 @@ def _layers(run: Run) -> int | None:
         for report in reports
     ]
     run.screen.table(header, rows)
-    missing = set(run.guest.debug.layer_ids()) - {report.layer_id for report in reports}
-    for layer_id in sorted(missing):
-        run.screen.line(f"{layer_id}: in the books, not in the kernel; see reconcile --dry-run")
-    return None
+    missing = run.ask(AgentStatus).layers - len(reports)
+    if missing > 0:
+        run.screen.line(f"{missing} more are not in the kernel; see reconcile --dry-run")
 
 
 def _describe_layer(run: Run, report: LayerReport) -> None:
@@ -107,15 +115,15 @@ def _describe_layer(run: Run, report: LayerReport) -> None:
 
 
 @LAYERS.command("overlays [OVERLAY...]", "list the overlays, or describe some")
-def _overlays(run: Run) -> int | None:
-    reports = run.engine.overlays.list()
+def _overlays(run: Run) -> None:
+    reports = run.ask(OverlayList).overlays
     if run.words:
         by_id = {report.overlay_id: report for report in reports}
         for overlay_id in run.words:
             if overlay_id not in by_id:
                 raise not_found(f"there is no overlay {overlay_id!r}", "`overlays` lists them")
             _describe_overlay(run, by_id[overlay_id])
-        return None
+        return
     header = ("OVERLAY", "STATE", "LAYERS", "SCRATCH", "FREE", "TARGET")
     rows = [
         (
@@ -129,7 +137,6 @@ def _overlays(run: Run) -> int | None:
         for report in reports
     ]
     run.screen.table(header, rows)
-    return None
 
 
 def _describe_overlay(run: Run, report: OverlayReport) -> None:
@@ -158,10 +165,8 @@ def _describe_overlay(run: Run, report: OverlayReport) -> None:
 
 
 @LAYERS.command("devices", "list the block devices and what is at their start")
-def _devices(run: Run) -> int | None:
-    devices = run.guest.inspection.devices
-    types = devices.list_filesystems(run.operation()).filesystems
-    infos = (*devices.list_devices().devices, *devices.list_partitions().devices)
+def _devices(run: Run) -> None:
+    types = run.ask(FsListFilesystems).filesystems
     header = ("NODE", "DEV", "SIZE", "KIND", "ACCESS", "HOLDS", "SERIAL")
     rows = [
         (
@@ -173,15 +178,14 @@ def _devices(run: Run) -> int | None:
             types.get(info.node, "unknown"),
             info.serial or "-",
         )
-        for info in sorted(infos, key=lambda info: info.node)
+        for info in sorted(block_devices(run), key=lambda info: info.node)
     ]
     run.screen.table(header, rows)
-    return None
 
 
 @LAYERS.command("tables [NAME...]", "print tables and status of the dm devices")
-def _tables(run: Run) -> int | None:
-    found = run.engine.dm.list()
+def _tables(run: Run) -> None:
+    found = run.ask(DmList).devices
     if run.words:
         found = tuple(device for device in found if device.name in run.words)
         unknown = set(run.words) - {device.name for device in found}
@@ -195,29 +199,27 @@ def _tables(run: Run) -> int | None:
         run.screen.line(f"  status {device.status}")
     if not found:
         run.screen.line("none")
-    return None
 
 
 @LAYERS.command("mounts", "list everything that is mounted")
-def _mounts(run: Run) -> int | None:
+def _mounts(run: Run) -> None:
     header = ("TARGET", "TYPE", "DEV", "SOURCE", "OPTIONS")
     rows = [
         (mount.target, mount.filesystem, mount.dev, mount.source, ",".join(mount.options))
-        for mount in run.guest.inspection.devices.mountpoints().mounts
+        for mount in run.ask(FsMountpoints).mounts
     ]
     run.screen.table(header, rows)
-    return None
 
 
 @LAYERS.command(
     "plan LAYER...", "print the steps of a layer's mount, a dry run if it is not mounted"
 )
-def _plan(run: Run) -> int | None:
+def _plan(run: Run) -> None:
     for word in run.words:
         if len(run.words) > 1:
             run.screen.line(f"{word}:")
-        plan = run.guest.debug.plan_of(word)
-        if plan is None:
+        steps = run.guest.debug.plan_of(word)
+        if steps is None:
             if "," not in word and ":" not in word and not word.startswith("/"):
                 raise not_found(
                     f"there is no layer {word!r}",
@@ -228,22 +230,20 @@ def _plan(run: Run) -> int | None:
             except ValueError as error:
                 raise Usage(str(error)) from None
             with run.deadline.part(_PLAN_SECONDS) as limit:
-                plan = run.guest.debug.plan(spec, run.engine.operation(limit))
-        run.screen.lines([f"  {step}" for step in plan.describe()])
-    return None
+                steps = run.guest.debug.plan(spec, limit)
+        run.screen.lines(f"  {step}" for step in steps)
 
 
-@LAYERS.command("holders DEVICE", "say who keeps a device busy")
-def _holders(run: Run) -> int | None:
+@LAYERS.command("holders DEVICE", "list what uses a device")
+def _holders(run: Run) -> None:
     word = run.words[0]
     dev = _dev_of(run, word)
     with run.deadline.part(_HOLDERS_SECONDS) as limit:
-        holders = find_holders(dev, limit)
+        holders = run.guest.debug.holders(dev, limit)
     run.deadline.check("look for holders")
     rows = [(holder.kind, holder.name, holder.detail) for holder in holders]
     run.screen.line(f"{word} is {dev}")
     run.screen.table(("KIND", "NAME", "DETAIL"), rows)
-    return None
 
 
 def _dev_of(run: Run, word: str) -> str:
@@ -251,15 +251,14 @@ def _dev_of(run: Run, word: str) -> str:
     major, colon, minor = word.partition(":")
     if colon and major.isdigit() and minor.isdigit() and len(word) < 16:
         return word
-    for name, dev in run.guest.debug.dm_devices():
-        if word in (name, f"/dev/mapper/{name}"):
-            return dev
-    dev_of_layer = run.guest.debug.dev_of_layer(word)
-    if dev_of_layer:
-        return dev_of_layer
-    devices = run.guest.inspection.devices
-    for info in (*devices.list_devices().devices, *devices.list_partitions().devices):
-        if info.node == word:
+    for device in run.ask(DmList).devices:
+        if word in (device.name, f"/dev/mapper/{device.name}"):
+            return device.dev
+    for layer in run.ask(LayerList).layers:
+        if word == layer.layer_id:
+            return layer.dev
+    for info in block_devices(run):
+        if word == info.node:
             return info.dev
     raise not_found(
         f"there is no device {word!r}", "a node of `devices`, a name of `tables`, a layer, MAJ:MIN"
@@ -267,46 +266,36 @@ def _dev_of(run: Run, word: str) -> str:
 
 
 @LAYERS.command("timings [ID...]", "say how long each step of boot and of each mount took")
-def _timings(run: Run) -> int | None:
+def _timings(run: Run) -> None:
     boot = [
         (name, value)
-        for name, value in run.guest.boot.items()
+        for name, value in run.ask(AgentHello, versions=PROTOCOL_VERSIONS).boot.items()
         if name.endswith("_ms") and isinstance(value, (int, float))
     ]
     if not run.words:
         run.screen.line("boot:")
         for name, value in boot:
             run.screen.line(f"  {name.removesuffix('_ms').replace('_', ' '):24} {value:10.3f} ms")
-    made = [(f"layer {r.layer_id}", r.timings_ms) for r in run.engine.layers.list()]
-    made += [(f"overlay {r.overlay_id}", r.timings_ms) for r in run.engine.overlays.list()]
+    made = [(f"layer {r.layer_id}", r.timings_ms) for r in run.ask(LayerList).layers]
+    made += [(f"overlay {r.overlay_id}", r.timings_ms) for r in run.ask(OverlayList).overlays]
     for title, timings in made:
         if run.words and title.partition(" ")[2] not in run.words:
             continue
         run.screen.line(f"{title}: {sum(timings.values()):.3f} ms")
         for step, spent_ms in timings.items():
             run.screen.line(f"  {step:24} {spent_ms:10.3f} ms")
-    return None
 
 
 @LAYERS.command(
     "reconcile [--dry-run]", "compare journal, inventory, kernel; undo what none accounts for"
 )
 def _reconcile(run: Run) -> int | None:
-    reconciliation = run.guest.debug.reconciliation
-    op = run.operation()
-    findings = reconciliation.look(op)
-    if not findings:
+    status, problem = 0, None
+    for problem, outcome, has_failed in run.guest.debug.reconcile(
+        run.deadline, dry_run="dry-run" in run.options
+    ):
+        run.screen.lines((problem, f"  {outcome}"))
+        status = max(status, int(has_failed))
+    if problem is None:
         run.screen.line("journal, inventory and kernel agree")
-        return None
-    is_dry = "dry-run" in run.options
-    status = 0
-    for finding in findings:
-        run.screen.line(f"{finding.kind} {finding.name} {finding.problem}")
-        if is_dry:
-            run.screen.line(f"  would {finding.action or 'leave it: nothing can be done'}")
-            continue
-        outcome = reconciliation.settle(finding, op)
-        detail = f": {outcome.detail}" if outcome.detail else ""
-        run.screen.line(f"  {finding.action or 'no action'}: {outcome.result}{detail}")
-        status = max(status, int(outcome.result == "failed"))
     return status

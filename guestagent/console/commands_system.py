@@ -3,14 +3,15 @@
 import errno
 import os
 import time
+from collections.abc import Callable
 
-from guestagent.api import Event
+from guestagent.api.agent import AgentEvents, AgentStatus, Event
+from guestagent.api.observe import AgentLog, AgentMetrics
 from guestagent.console.command import Group, Run, number
-from guestagent.console.commands_layers import size_text
-from guestagent.console.follow import Queue
 from guestagent.console.processes import Process, open_files, read_processes
-from vsock.errors import CallError
+from guestagent.console.screen import size_text
 from vsock.log import Line, log, render
+from vsock.threads import Waker
 
 __all__ = ("SYSTEM",)
 
@@ -24,8 +25,8 @@ _SECRETS = ("PASSWORD", "SECRET", "TOKEN", "PASSPHRASE", "PRIVATE")
 
 
 @SYSTEM.command("status", "say how the agent is")
-def _status(run: Run) -> int | None:
-    status = run.guest.status()
+def _status(run: Run) -> None:
+    status = run.ask(AgentStatus)
     run.screen.line(status.state)
     for problem in status.problems:
         run.screen.line(f"  problem: {problem}")
@@ -36,7 +37,7 @@ def _status(run: Run) -> int | None:
     }
     shown["rss_bytes"] = size_text(status.rss_bytes)
     run.screen.fields([(name.removesuffix("_bytes"), value) for name, value in shown.items()])
-    return None
+    return
 
 
 # --- events and logs
@@ -55,60 +56,71 @@ def _event_text(event: Event) -> str:
     return f"{event.sequence:6} {clock}.{ms:03} {event.kind} {named} {event.detail}".rstrip()
 
 
-@SYSTEM.command("events [-f] [-n COUNT]", "list what has happened; -f goes on")
-def _events(run: Run) -> int | None:
-    queue: Queue[Event] = Queue()
-    is_followed = "f" in run.options
-    stop = run.engine.events.listen(queue.put) if is_followed else None
-    try:
-        events, _ = run.engine.events.since(0)
-        shown = events[-run.number("n", 20 if is_followed else 1000) :]
-        if is_followed:
-            run.screen.follow()
-        run.screen.lines([_event_text(event) for event in shown])
-        last = events[-1].sequence if events else 0
-        while is_followed:
-            run.screen.flush()
-            items, dropped = queue.take(run.deadline, "wait for events")
-            _tell_dropped(run, dropped)
-            run.screen.lines([_event_text(item) for item in items if item.sequence > last])
-    finally:
-        if stop is not None:
+def _follow(
+    run: Run,
+    listen: Callable[[Callable[[object], None]], Callable[[], None]],
+    tell: Callable[[], None],
+) -> None:
+    """Call ``tell`` now, and with ``-f`` whenever a listener is called, until an interrupt."""
+    with Waker() as waker:
+
+        def wake(_: object) -> None:
+            waker.wake()
+
+        stop = listen(wake)
+        try:
+            if "f" in run.options:
+                run.screen.follow()
+            tell()
+            while "f" in run.options:
+                run.screen.flush()
+                run.deadline.wait((waker.fd,), "wait for more")
+                waker.clear()
+                tell()
+        finally:
             stop()
-        queue.close()
-    return None
+
+
+@SYSTEM.command("events [-f] [-n COUNT]", "list what has happened; -f goes on")
+def _events(run: Run) -> None:
+    count = run.number("n", 20 if "f" in run.options else 1000)
+    since = max(0, run.ask(AgentStatus).event_sequence - count)
+
+    def tell() -> None:
+        nonlocal since
+        reply = run.ask(AgentEvents, since=since)
+        _tell_dropped(run, reply.dropped)
+        for event in reply.events:
+            run.screen.line(_event_text(event))
+            since = event.sequence
+
+    _follow(run, run.guest.debug.listen, tell)
 
 
 @SYSTEM.command("log [-f] [-n COUNT]", "print the agent's log; -f goes on")
-def _log(run: Run) -> int | None:
-    queue: Queue[Line] = Queue()
-    is_followed = "f" in run.options
-    stop = log.add_sink(queue.put) if is_followed else None
-    try:
-        lines = log.tail(run.number("n", 20 if is_followed else 2000, high=2000))
-        if is_followed:
-            run.screen.follow()
-        run.screen.lines([render(line) for line in lines])
-        last = lines[-1].number if lines else 0
-        while is_followed:
-            run.screen.flush()
-            items, dropped = queue.take(run.deadline, "wait for the log")
-            _tell_dropped(run, dropped)
-            run.screen.lines([render(item) for item in items if item.number > last])
-    finally:
-        if stop is not None:
-            stop()
-        queue.close()
-    return None
+def _log(run: Run) -> None:
+    since = -run.number("n", 20 if "f" in run.options else 2000, high=2000)
+
+    def tell() -> None:
+        nonlocal since
+        more = True
+        while more:
+            reply = run.ask(AgentLog, since=since, level="debug")
+            _tell_dropped(run, reply.dropped)
+            for line in reply.lines:
+                run.screen.line(render(Line(**line.as_dict())))  # type: ignore[arg-type]
+            since, more = reply.next, reply.more
+
+    _follow(run, lambda wake: log.add_sink(wake, level="debug"), tell)
 
 
 def _tell_dropped(run: Run, dropped: int) -> None:
     if dropped:
-        run.screen.line(f"... {dropped} more came too fast to show")
+        run.screen.line(f"... {dropped} more are no longer kept")
 
 
 @SYSTEM.command("dmesg [-f]", "print the kernel's log; -f goes on")
-def _dmesg(run: Run) -> int | None:
+def _dmesg(run: Run) -> None:
     """Print the kernel's log (Documentation/ABI/testing/dev-kmsg)."""
     fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -120,7 +132,7 @@ def _dmesg(run: Run) -> int | None:
                 record = os.read(fd, _KMSG_RECORD_BYTES)
             except BlockingIOError:
                 if not is_followed:
-                    return None
+                    return
                 run.screen.flush()
                 run.deadline.wait((fd,), "wait for the kernel's log")
                 continue
@@ -129,7 +141,7 @@ def _dmesg(run: Run) -> int | None:
                     continue
                 raise
             if not record:
-                return None
+                return
             run.deadline.check("print the kernel's log")
             run.screen.line(_kernel_line(record))
     finally:
@@ -151,18 +163,17 @@ def _kernel_line(record: bytes) -> str:
 
 
 @SYSTEM.command("ps [-a]", "list the processes; -a the kernel's too")
-def _ps(run: Run) -> int | None:
+def _ps(run: Run) -> None:
     rows = [
         (str(p.pid), str(p.ppid), p.state, str(p.threads), size_text(p.rss_bytes), p.command)
         for p in read_processes()
         if "a" in run.options or not p.is_kernel_thread
     ]
     run.screen.table(("PID", "PPID", "S", "THR", "RSS", "COMMAND"), rows)
-    return None
 
 
 @SYSTEM.command("top [-n COUNT]", "show the busiest processes, every two seconds", is_paged=False)
-def _top(run: Run) -> int | None:
+def _top(run: Run) -> None:
     count = run.number("n", 1 if not run.screen.is_terminal else 1 << 30)
     screen = run.screen
     screen.follow()
@@ -176,7 +187,6 @@ def _top(run: Run) -> int | None:
         _show_top(run, processes, before, now - then)
         screen.flush()
         before, then = {p.pid: p for p in processes}, now
-    return None
 
 
 def _show_top(
@@ -221,59 +231,52 @@ def _duration(seconds: float) -> str:
 
 
 @SYSTEM.command("fds [PID]", "list the open files of the agent, or of a process")
-def _fds(run: Run) -> int | None:
+def _fds(run: Run) -> None:
     pid = number(run.words[0], "PID", low=1) if run.words else os.getpid()
     rows = [(str(fd), target) for fd, target in open_files(pid)]
     run.screen.table(("FD", "FILE"), rows)
-    return None
+    return
 
 
 # --- settings
 
 
 @SYSTEM.command("env", "print the agent's environment")
-def _env(run: Run) -> int | None:
+def _env(run: Run) -> None:
     for name, value in sorted(os.environ.items()):
         hidden = any(word in name.upper() for word in _SECRETS)
         run.screen.line(f"{name}={'(hidden)' if hidden else value}")
-    return None
 
 
 @SYSTEM.command("cmdline", "print the kernel's command line")
-def _cmdline(run: Run) -> int | None:
+def _cmdline(run: Run) -> None:
     with open("/proc/cmdline", encoding="utf-8", errors="surrogateescape") as stream:
         run.screen.line(stream.read().strip())
-    return None
 
 
 @SYSTEM.command("modules", "list the kernel's modules")
-def _modules(run: Run) -> int | None:
+def _modules(run: Run) -> None:
     try:
         with open("/proc/modules", encoding="ascii", errors="replace") as stream:
             words = [line.split() for line in stream]
     except FileNotFoundError:
         run.screen.line("this kernel has everything built in")
-        return None
+        return
     rows = [
         (name, size_text(int(size)), uses, used_by.strip("-,").replace(",", " "))
         for name, size, uses, used_by, *_ in sorted(words)
     ]
     run.screen.table(("MODULE", "SIZE", "USES", "USED BY"), rows)
-    return None
 
 
 @SYSTEM.command("uptime", "say how long guest and agent have been up")
-def _uptime(run: Run) -> int | None:
+def _uptime(run: Run) -> None:
     up = time.clock_gettime(time.CLOCK_BOOTTIME)
-    agent = time.monotonic() - run.guest.started
+    agent = run.ask(AgentStatus).uptime_seconds
     load = " ".join(f"{value:.2f}" for value in os.getloadavg())
     run.screen.line(f"up {_duration(up)}, the agent {_duration(agent)}, load {load}")
-    return None
 
 
 @SYSTEM.command("metrics", "print the agent's metrics")
-def _metrics(run: Run) -> int | None:
-    if run.guest.metrics is None:
-        raise CallError("unsupported", "this agent keeps no metrics")
-    run.screen.write(run.guest.metrics())
-    return None
+def _metrics(run: Run) -> None:
+    run.screen.write(run.ask(AgentMetrics).text)

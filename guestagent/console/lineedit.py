@@ -214,7 +214,7 @@ class LineEditor:
         return self.text[self._first : end], self.cursor - self._first
 
     def _refresh(self) -> str:
-        """Return what turns the screen as it is into what it must be."""
+        """Return the output that brings the screen up to date."""
         wanted, cursor = self._visible()
         shown, at = self._shown, self._shown_cursor
         same = 0
@@ -239,7 +239,7 @@ class LineEditor:
 
     def _insert(self, text: str) -> str:
         if len(self.text) + len(text) > MAX_LINE_CHARACTERS:
-            # one for all: whoever pours in a file gets no flood back
+            # ring the bell once per overflow, not once per byte
             was_full, self._is_full = self._is_full, True
             return "" if was_full else BELL
         self._is_full = False

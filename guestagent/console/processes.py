@@ -25,7 +25,7 @@ class Process(Record):
 
 
 def read_processes(proc_root: str = "/proc") -> list[Process]:
-    """Return every process, by pid; one that ends meanwhile is left out."""
+    """Return every process, by pid, but for those that end meanwhile."""
     pids = sorted(int(name) for name in os.listdir(proc_root) if name.isdigit())
     found = (_read_process(proc_root, pid) for pid in pids)
     return [process for process in found if process is not None]

@@ -1,7 +1,7 @@
 """What a command prints: made printable, cut to a bound, and shown a page at a time."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from guestagent.console.channel import Channel
 from guestagent.console.lineedit import width_of
@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ("MAX_OUTPUT_BYTES", "Quit", "Screen", "printable", "show")
+__all__ = ("MAX_OUTPUT_BYTES", "Quit", "Screen", "printable", "show", "size_text")
 
 #: What one command may print, unless it was asked to follow something.
 MAX_OUTPUT_BYTES = 16 * 1024 * 1024
@@ -24,7 +24,7 @@ _GAP = "  "
 
 
 class Quit(Exception):
-    """The person has seen enough."""
+    """The person asked for no more output."""
 
 
 def printable(text: str) -> str:
@@ -44,6 +44,16 @@ def show(value: bytes | str) -> str:
     """Return a name or a path for people, in one line."""
     text = os.fsdecode(value)
     return printable(text).replace("\n", "\\x0a").replace("\t", "\\x09")
+
+
+def size_text(size_bytes: int) -> str:
+    """Return a size with the largest binary unit that leaves a number of one digit or more."""
+    value = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            return f"{int(value)} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} PiB"
 
 
 class Screen:
@@ -93,15 +103,15 @@ class Screen:
         """Print a line."""
         self.write(text + "\n")
 
-    def lines(self, lines: "Sequence[str]") -> None:
+    def lines(self, lines: Iterable[str]) -> None:
         for text in lines:
             self.line(text)
 
     def write(self, text: str) -> None:
-        """Print text as it is, but for what is not printable.
+        """Print text, with unprintable characters escaped.
 
         Raises:
-            Quit: the person has seen enough.
+            Quit: the person asked for no more.
             CallError: ``cancelled``; ``resource``, there is more than a command may print.
         """
         for piece in printable(text).splitlines(keepends=True):
@@ -109,7 +119,7 @@ class Screen:
                 self._put(piece[start : start + _PIECE_CHARACTERS])
 
     def raw(self, data: bytes) -> None:
-        """Send bytes as they are."""
+        """Send bytes unchanged."""
         self._hold(data)
 
     def clear(self) -> None:
@@ -117,7 +127,7 @@ class Screen:
         self.raw(b"\x1b[H\x1b[2J" if self.clears else b"\r\n" if self.is_terminal else b"\n")
 
     def error(self, text: str) -> None:
-        """Print a line about what went wrong."""
+        """Print a line about an error."""
         self.flush()
         self._channel.write_error(self._encode(printable(text) + "\n"), self._deadline)
 

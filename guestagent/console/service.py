@@ -4,7 +4,6 @@ Each session has a thread of its own, and there are at most ``MAX_SESSIONS`` of 
 connects and does not say hello costs a descriptor, for ten seconds.
 """
 
-import errno
 import os
 import select
 import threading
@@ -14,10 +13,11 @@ from collections.abc import Callable
 from functools import partial
 
 from guestagent.api.console import Refusal
-from guestagent.console.channel import Channel, FramedChannel, LineChannel
+from guestagent.console.channel import Channel
 from guestagent.console.command import Guest
 from guestagent.console.session import Session
-from vsock.address import Address, SerialAddress, parse_address
+from guestagent.listeners import Listeners
+from vsock.address import Address
 from vsock.dial import listen
 from vsock.errors import CallError, RemoteProtocolError
 from vsock.log import log
@@ -40,15 +40,12 @@ _ACCEPT_PAUSE_SECONDS = 0.5
 #: its other end, and would keep the machine busy.
 _SHORT_SECONDS = 1.0
 _REST_SECONDS = 5.0
-#: A driver finds its devices, and the host tells their names, some time after it was loaded.
-_NOT_YET = (errno.ENOENT, errno.ENXIO, errno.ENODEV)
-_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS, _ABSENT_SECONDS = 0.05, 5.0, 120.0
 #: What sessions get to end in when the agent does.
 _STOP_SECONDS = 2.0
 
 
 def line_term(term: str) -> str:
-    """Return what is known of the terminal at the end of a line, where TERM here is ``term``."""
+    """Return the terminal type of a line, for the agent's TERM."""
     return "dumb" if term in ("", _SCREEN_TERM) else term
 
 
@@ -76,9 +73,9 @@ class Console:
         addresses: tuple[str, ...],
         listen: Callable[[Address], Listener] = listen,
     ) -> None:
-        """Begin to listen; an address that cannot be listened on is logged, and is no failure."""
+        """An address that cannot be listened on is tried again, and is a problem meanwhile."""
         self._guest = guest
-        self._open = listen
+        self._addresses = Listeners(addresses, self._add_listener, listen)
         self._loop = Loop()
         self._waker = Waker()
         self._loop.add(self._waker.fd, select.EPOLLIN, self._woken)
@@ -88,14 +85,18 @@ class Console:
         self._sessions = 0
         self._is_closing = False
         self._thread = threading.Thread(target=self._serve, name="console", daemon=True)
-        for address in addresses:
-            self._listen(address, _FIRST_PAUSE_SECONDS, time.monotonic() + _ABSENT_SECONDS)
 
     def start(self) -> None:
         start_thread(self._thread)
+        self._addresses.start()
+
+    def problems(self) -> tuple[str, ...]:
+        """Return a sentence for each address that cannot be listened on."""
+        return self._addresses.problems()
 
     def close(self) -> None:
         """End every session and stop listening. For the end of the agent."""
+        self._addresses.close()
         self._is_closing = True
         self._waker.wake()
         self._thread.join(_STOP_SECONDS * 2)
@@ -109,26 +110,13 @@ class Console:
         self._calls.append(function)
         self._waker.wake()
 
-    # --- listening, on the console's thread once that has started
-
-    def _listen(self, text: str, pause_seconds: float, until: float) -> None:
-        """Listen; try again up to ``until`` on a line whose device the kernel has not found yet."""
-        address = parse_address(text)
-        is_line = isinstance(address, SerialAddress)
-        try:
-            self._add_listener(self._open(address))
-        except OSError as error:
-            if is_line and error.errno in _NOT_YET and time.monotonic() + pause_seconds < until:
-                longer = min(2 * pause_seconds, _LAST_PAUSE_SECONDS)
-                self._loop.call_later(pause_seconds, partial(self._listen, text, longer, until))
-            else:
-                log.error("the console cannot listen", address=text, error=str(error))
-            return
-        log.info("console", listen=str(address), shell=self._guest.shell)
-
     def _add_listener(self, listener: Listener) -> None:
+        """Serve a listener, which the console takes over. From any thread."""
+        log.info("console", listen=str(listener.address), shell=self._guest.shell)
         self._listeners.append(listener)
-        self._accept_on(listener)
+        self._call(partial(self._accept_on, listener))
+
+    # --- the console's thread
 
     def _accept_on(self, listener: Listener) -> None:
         self._loop.add(listener.fileno(), select.EPOLLIN, partial(self._accept, listener))
@@ -145,8 +133,6 @@ class Console:
             self._loop.call_later(_ACCEPT_PAUSE_SECONDS, partial(self._accept_on, listener))
             return
         self._accepted(stream)
-
-    # --- the console's thread
 
     def _serve(self) -> None:
         try:
@@ -178,9 +164,9 @@ class Console:
         stream.setblocking(False)
         if stream.point_to_point:
             term = line_term(os.environ.get("TERM", ""))
-            self._begin(self._add(LineChannel(stream, term=term)))
+            self._begin(self._add(Channel(stream, line_term=term)))
             return
-        peer = self._add(FramedChannel(stream))
+        peer = self._add(Channel(stream))
         if len(self._peers) > _MAX_PEERS:
             self._refuse(peer, CallError("resource", f"{_MAX_PEERS} peers are connected"))
             return
@@ -219,7 +205,7 @@ class Console:
             else:
                 self._gone(peer)
             return
-        if isinstance(channel, FramedChannel) and channel.is_open and peer.session is None:
+        if channel.is_open and peer.session is None:
             self._begin(peer)
         self._watch(peer)
 
@@ -240,12 +226,12 @@ class Console:
         start_thread(peer.thread)
 
     def _refuse(self, peer: _Peer, error: CallError) -> None:
-        if isinstance(peer.channel, FramedChannel):
-            peer.channel.refuse(Refusal.of(error))
-            self._free(peer)
-        else:  # the line is opened anew when it has rested
+        if peer.channel.is_line:  # the line is opened anew when it has rested
             self._unwatch(peer)
             self._rest(peer)
+        else:
+            peer.channel.refuse(Refusal.of(error))
+            self._free(peer)
 
     def _rest(self, peer: _Peer) -> None:
         peer.timer = self._loop.call_later(_REST_SECONDS, partial(self._free, peer))

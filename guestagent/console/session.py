@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from guestagent import __version__
 from guestagent.api.console import CONSOLE_VERSIONS, Exit, Refusal, Welcome
 from guestagent.console import words
-from guestagent.console.channel import EDITING, INTERRUPT, RUNNING, Channel, FramedChannel
-from guestagent.console.command import Command, Guest, Leave, Run, Usage
+from guestagent.console.channel import EDITING, INTERRUPT, RUNNING, Channel
+from guestagent.console.command import Access, Command, Guest, Leave, Run, Usage
 from guestagent.console.commands import COMMANDS, suggest
 from guestagent.console.lineedit import History, LineEditor, decode_key
 from guestagent.console.screen import Quit, Screen
@@ -42,59 +42,43 @@ class Session:
         self._echo = Screen(channel, channel.life)
         self._status = OK
         self._signal: str | None = None
-        self._is_told = False
 
     def run(self) -> None:
-        """Never raises but for a bug, of which the thread's hook tells; the peer is let go then."""
+        """Never raises but for a bug, which the thread's hook reports; the session ends then."""
+        hint = "this is a bug; the log has more"
+        last: Exit | Refusal = Refusal(code="internal", message="the console failed", hint=hint)
         try:
-            self._welcome()
             self._converse()
-            self._is_told = True
-            self.channel.finish(Exit(status=self._status, signal=self._signal))
+            last = Exit(status=self._status, signal=self._signal)
         except CallError as error:
-            self._refuse(error)
-        except ConnectionClosed as error:
-            self._is_told = True
-            log.debug("console session cut off", session=self.number, why=str(error))
+            last = Refusal.of(error)
         finally:
-            if not self._is_told:
-                text = "the console failed"
-                self._refuse(CallError("internal", text, hint="this is a bug; the log has more"))
+            try:
+                if not self.channel.life.cancelled:
+                    self.channel.tell(last)
+            except (ConnectionClosed, CallError) as error:
+                log.debug("console client not told", session=self.number, why=str(error))
             self._on_end()
 
-    def _welcome(self) -> None:
-        if not isinstance(self.channel, FramedChannel):
-            return
-        wanted = self.channel.hello.versions
-        version = next((v for v in CONSOLE_VERSIONS if v in wanted), None)
+    def _converse(self) -> None:
+        """Welcome the peer, and do what it asks for until it leaves or has gone.
+
+        Raises:
+            CallError: there is no session, or it was broken off.
+        """
+        hello = self.channel.hello
+        version = next((v for v in CONSOLE_VERSIONS if v in hello.versions), None)
         if version is None:
             raise CallError(
                 "unsupported",
-                f"no common version: the client speaks {list(wanted)}",
+                f"no common version: the client speaks {list(hello.versions)}",
                 hint=f"this console speaks {list(CONSOLE_VERSIONS)}",
             )
-        self.channel.welcome(
-            Welcome(
-                version=version,
-                agent=__version__,
-                session=self.number,
-                shell=self._guest.shell,
+        try:
+            shell = self._guest.shell
+            self.channel.tell(
+                Welcome(version=version, agent=__version__, session=self.number, shell=shell)
             )
-        )
-
-    def _refuse(self, error: CallError) -> None:
-        """Tell the peer why it ends, unless it ends because the peer has gone."""
-        self._is_told = True
-        if self.channel.life.cancelled:
-            return
-        try:
-            self.channel.finish(Refusal.of(error))
-        except (ConnectionClosed, CallError) as failure:
-            log.debug("console client not told", session=self.number, why=str(failure))
-
-    def _converse(self) -> None:
-        hello = self.channel.hello
-        try:
             if hello.command is not None:
                 self._execute(hello.command)
             elif hello.terminal:
@@ -103,6 +87,9 @@ class Session:
                 self._read_script()
         except Leave:
             return
+        except ConnectionClosed as error:
+            log.debug("console session cut off", session=self.number, why=str(error))
+            self.channel.life.cancel()
 
     # --- lines
 
@@ -163,7 +150,7 @@ class Session:
             elif command.complete is not None:
                 try:
                     with self.channel.life.part(_COMPLETION_SECONDS) as deadline:
-                        found = command.complete(self._guest, partial.word, deadline)
+                        found = command.complete(Access(self._guest, deadline), partial.word)
                 except (CallError, OSError, Usage):
                     return []
         return [word for word in found if word.startswith(partial.word)]

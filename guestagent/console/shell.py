@@ -35,7 +35,7 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _READ_BYTES = 16 * 1024
 _MAX_PENDING_BYTES = 64 * 1024
 _KILL_SECONDS = 5.0
-#: What a pipe holds, or a terminal: no more can be left of what a program wrote before it ended.
+#: The capacity of a pipe: a program cannot leave more unread output than that.
 _MAX_LEFT_BYTES = 64 * 1024
 
 
@@ -70,7 +70,7 @@ def run_shell(run: Run, command: str | None) -> int:
 
 
 class _Child:
-    """A program and its descriptors. A context manager that leaves nothing of it."""
+    """A program and its descriptors. A context manager, which ends the program's whole session."""
 
     def __init__(self, run: Run, arguments: tuple[str, ...]) -> None:
         self._run = run
@@ -80,7 +80,7 @@ class _Child:
         self._outputs: dict[int, bool] = {}
         self._to_write = bytearray()
         self._status: int | None = None
-        # the console's thread signals and resizes, and must not do so to what a number means later
+        # guards the pid and descriptors, which another thread uses, against being closed and reused
         self._lock = threading.Lock()
         self._is_over = False
         self._pid = self._spawn(arguments)
@@ -170,7 +170,7 @@ class _Child:
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
-            self._to_write.clear()  # nobody reads it any more
+            self._to_write.clear()  # the program has closed its input
 
     def _carry(self, fd: int, deadline: Deadline) -> int:
         """Pass on what there is of the output; return how many bytes that was."""
@@ -200,7 +200,8 @@ class _Child:
     def _drain(self, deadline: Deadline) -> None:
         """Pass on what the program wrote before it ended, however slow the peer is.
 
-        Others of its session may have the same output, and write on: not all of theirs.
+        Other processes of its session may have the same output, and write on: their output is
+        passed on up to a bound.
         """
         for fd in list(self._outputs):
             left_bytes = _MAX_LEFT_BYTES
@@ -287,7 +288,7 @@ class _Terminal(_Child):
     def _foreground(self) -> int:
         try:
             return os.tcgetpgrp(self._input) or self._pid
-        except OSError:  # nobody has the terminal any more
+        except OSError:  # no process has the terminal open
             return self._pid
 
     def _end_input(self) -> None:

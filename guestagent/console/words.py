@@ -94,7 +94,7 @@ def split(text: str) -> list[str]:
 
 
 def unfinished(text: str) -> Partial:
-    """Return what is being typed at the end of a line."""
+    """Return the unfinished word at the end of a line."""
     scanner = _Scanner(text)
     if scanner.is_open:
         start, word = scanner.words.pop()
@@ -104,7 +104,7 @@ def unfinished(text: str) -> Partial:
 
 
 def quote(word: str) -> str:
-    """Return a word as it is typed, so that ``split`` gives it back."""
+    """Return how a word is typed: the inverse of ``split``."""
     out = []
     for c in word:
         if "\udc80" <= c <= "\udcff":

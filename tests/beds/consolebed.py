@@ -7,28 +7,28 @@ import contextlib
 import os
 import select
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import msgpack
 
-from guestagent.api import Event, LayerReport, OverlayReport, PathDevice
-from guestagent.api.agent import StatusReply
-from guestagent.api.inspect import PlaceRequest
-from guestagent.api.inspect_devices import DeviceListReply, FilesystemsReply, MountPointsReply
+from guestagent.api.devices import PathDevice
+from guestagent.api.layers import Holder, LayerReport, LayerSpec
+from guestagent.api.overlays import OverlayReport
 from guestagent.console.command import Guest
-from guestagent.console.debugview import DebugView
 from guestagent.console.service import Console
 from guestagent.engine.engine import Engine
-from guestagent.engine.reconciliation import Finding, Outcome
-from guestagent.engine.state import EngineState
+from guestagent.engine.events import EventLog
+from guestagent.engine.journal import Journal
 from guestagent.engine.transaction import Transaction
-from guestagent.inspect.methods import Inspection
-from guestagent.inspect.place import Place
+from guestagent.inspect.guestroot import GuestRoot
+from guestagent.service.dispatch import Service
+from tests.beds.inspectbed import PlainEngine
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -64,74 +64,49 @@ def layer_report(layer_id: str, target: str) -> LayerReport:
 
 
 class PlainDebug:
-    """The debugger's view of layers that are directories."""
+    """The debug views of an engine whose layers are directories."""
 
-    def __init__(self, engine: "PlainEngine") -> None:
+    def __init__(self, engine: "ConsoleEngine") -> None:
         self._engine = engine
-        self.findings: list[Finding] = []
-        self.settled: list[Finding] = []
-        self.reconciliation = SimpleNamespace(look=self._look, settle=self._settle)
+        #: Disagreements: problem, action, and whether the action fails.
+        self.findings: list[tuple[str, str, bool]] = []
+        #: Problems that were settled.
+        self.settled: list[str] = []
 
-    def _look(self, op: Transaction) -> tuple[Finding, ...]:
-        return tuple(self.findings)
+    def plan_of(self, layer_id: str) -> tuple[str, ...] | None:
+        if layer_id not in self._engine.directories:
+            return None
+        return (f"mount erofs on /run/layers/{layer_id}",)
 
-    def _settle(self, finding: Finding, op: Transaction) -> Outcome:
-        self.settled.append(finding)
-        return Outcome(finding=finding, result="undone")
+    def plan(self, spec: LayerSpec, deadline: Deadline) -> tuple[str, ...]:
+        return (f"mount {spec.filesystem} on {spec.mount_point} (ro,nodev,nosuid)",)
 
-    def layer_ids(self) -> tuple[str, ...]:
-        return tuple(self._engine.directories)
+    def reconcile(self, deadline: Deadline, *, dry_run: bool) -> Iterator[tuple[str, str, bool]]:
+        for problem, action, fails in self.findings:
+            if dry_run:
+                yield problem, f"would {action}", False
+                continue
+            self.settled.append(problem)
+            yield problem, f"{action}: {'failed' if fails else 'undone'}", fails
 
-    def overlay_ids(self) -> tuple[str, ...]:
-        return ("root",)
+    def holders(self, dev: str, deadline: Deadline) -> tuple[Holder, ...]:
+        return ()
 
-    def dm_devices(self) -> tuple[tuple[str, str], ...]:
-        return (("dm-linear-pmem0-0-4096", "253:0"),)
-
-    def dev_of_layer(self, layer_id: str) -> str | None:
-        return "253:1" if layer_id in self._engine.directories else None
-
-    def plan_of(self, layer_id: str) -> object:
-        steps = ("create dm-linear: 0 8 linear 259:0 0", f"mount erofs on /run/layers/{layer_id}")
-        known = layer_id in self._engine.directories
-        return SimpleNamespace(describe=lambda: steps) if known else None
-
-    def place(self, request: PlaceRequest) -> Place:
-        if request.layer_id not in self._engine.directories:
-            raise CallError("not_found", f"{request.layer_id!r} is not mounted")
-        path = self._engine.directories[request.layer_id]
-        return Place(cast(EngineState, None), f"layer {request.layer_id!r}", str(path), ())
+    def listen(self, listener: Callable[[object], None]) -> Callable[[], None]:
+        return self._engine.event_log.listen(listener)
 
 
-class PlainEvents:
-    def __init__(self) -> None:
-        self.events = [
-            Event(sequence=1, kind="agent_started", unix_ms=0, detail="adopted 0 layers"),
-            Event(sequence=2, kind="layer_mounted", unix_ms=1500, layer_id="base"),
-        ]
-        self.listeners: list[object] = []
+class ConsoleEngine(PlainEngine):
+    """What the service asks of an engine for the console's commands, over directories as layers."""
 
-    def since(self, sequence: int) -> tuple[tuple[Event, ...], int]:
-        return tuple(event for event in self.events if event.sequence > sequence), 0
-
-    def listen(self, listener: object) -> object:
-        self.listeners.append(listener)
-        return lambda: self.listeners.remove(listener)
-
-    def publish(self, sequence: int, detail: str) -> None:
-        event = Event(sequence=sequence, kind="device_appeared", unix_ms=2000, detail=detail)
-        self.events.append(event)
-        for listener in list(self.listeners):
-            listener(event)  # type: ignore[operator]
-
-
-class PlainEngine:
-    """What the console asks of an engine, over directories as layers."""
-
-    def __init__(self, directories: Mapping[str, Path]) -> None:
+    def __init__(self, directories: Mapping[str, Path], state: Path) -> None:
+        super().__init__(directories, {})
         self.directories = dict(directories)
+        self.event_log = EventLog(Journal(str(state)))
+        self.event_log.publish("agent_started", detail="adopted 0 layers")
+        self.event_log.publish("layer_mounted", layer_id="base")
+        self.events = self.event_log  # type: ignore[assignment]
         self.debug = PlainDebug(self)
-        self.events = PlainEvents()
         self.unmounted: list[bool] = []
         self.layers = SimpleNamespace(
             list=lambda: tuple(layer_report(n, str(p)) for n, p in self.directories.items()),
@@ -139,14 +114,6 @@ class PlainEngine:
         )
         self.overlays = SimpleNamespace(list=self._overlays)
         self.dm = SimpleNamespace(list=tuple)
-        self.inspection = SimpleNamespace(
-            devices=SimpleNamespace(
-                list_devices=lambda: DeviceListReply(devices=()),
-                list_partitions=lambda: DeviceListReply(devices=()),
-                list_filesystems=lambda op: FilesystemsReply(filesystems={}),
-                mountpoints=lambda: MountPointsReply(mounts=()),
-            )
-        )
 
     def _layer(self, layer_id: str) -> LayerReport:
         if layer_id not in self.directories:
@@ -170,16 +137,14 @@ class PlainEngine:
             ),
         )
 
-    def operation(self, deadline: Deadline, *, traceparent: str | None = None) -> Transaction:
-        return Transaction(deadline, traceparent=traceparent)
+    def counts(self) -> dict[str, int]:
+        return {"layers": len(self.directories), "overlays": 1, "dm_devices": 0}
+
+    def problems(self) -> tuple[str, ...]:
+        return ()
 
     def unmount_everything(self, op: Transaction, *, force: bool) -> None:
         self.unmounted.append(force)
-
-
-def plain_status() -> StatusReply:
-    blank: dict[str, object] = dict.fromkeys(StatusReply._fields, 0)
-    return StatusReply(**{**blank, "state": "ready", "problems": ()})  # type: ignore[arg-type]
 
 
 class Bed:
@@ -187,21 +152,26 @@ class Bed:
 
     def __init__(self, path: Path, directories: Mapping[str, Path], **options: object) -> None:
         self.path = str(path)
-        self.engine = PlainEngine(directories)
+        self._state = tempfile.TemporaryDirectory(prefix="console-bed-")
+        self.engine = ConsoleEngine(directories, Path(self._state.name))
         self.modes: list[str] = []
-        self.guest = Guest(
+        service = Service(
             cast(Engine, self.engine),
-            boot={"pid1": True, "modules_ms": 12.5, **cast(dict[str, object], options)},
-            shell=bool(options.get("shell")),
-            status=plain_status,
-            end=self.modes.append,
+            boot={"pid1": True, "modules_ms": 12.5, **options},
+            deadline_seconds=WAIT_SECONDS,
+            on_shutdown=self.modes.append,
         )
-        self.guest.debug = cast(DebugView, self.engine.debug)
-        self.guest.inspection = cast(Inspection, self.engine.inspection)
+        root = GuestRoot(self.engine.operation)
+        guest = Guest(service, root, self.engine.debug, shell=bool(options.get("shell")))
         line = options.get("line")
         lines = (f"serial://{line}",) if line else ()
-        self.console = Console(self.guest, (f"unix://{path}", *lines))
+        self.console = Console(guest, (f"unix://{path}", *lines))
         self.console.start()
+
+    def close(self) -> None:
+        self.console.close()
+        self.engine.event_log.close()
+        self._state.cleanup()
 
     def client(self, **hello: object) -> "Client":
         return Client(self.path, **hello)
@@ -218,7 +188,7 @@ def serving(path: Path, directories: Mapping[str, Path], **options: object) -> I
     try:
         yield bed
     finally:
-        bed.console.close()
+        bed.close()
 
 
 class Client:
@@ -261,6 +231,21 @@ class Client:
         between = self.output[self._seen : at]
         self._seen = at + len(wanted)
         return between.decode(errors="replace")
+
+    def discard_output(self) -> None:
+        """Read all that has come, without waiting, and forget its text."""
+        self.sock.setblocking(False)
+        try:
+            while data := self.sock.recv(65536):
+                self._buffer += data
+        except BlockingIOError:
+            pass
+        finally:
+            self.sock.settimeout(WAIT_SECONDS)
+        while self._take_frame():
+            continue
+        self.output.clear()
+        self._seen = 0
 
     def finish(self) -> tuple[int, str]:
         """Read to the end; return the status and the output with what went wrong."""
@@ -306,7 +291,7 @@ class Client:
 
 
 def wait_until(true: object, what: str) -> None:
-    """Wait for something that no descriptor tells of."""
+    """Wait for something that no descriptor announces."""
     until = time.monotonic() + WAIT_SECONDS
     while not true():  # type: ignore[operator]
         assert time.monotonic() < until, what

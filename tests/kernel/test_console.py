@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from guestagent.api import LayersMount, LayersUnmount, OverlaySpec
 from guestagent.host.client import GuestAgent
 from guestagent.storage import syscalls
 from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
-from tests.beds.consolebed import END, HELLO, Client, frame
+from tests.beds.consolebed import END, HELLO, Client, frame, wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
 GUESTCTL = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]
@@ -101,7 +100,7 @@ def mounted(guest: GuestAgent, pack: Pack) -> GuestAgent:
 # --- looking
 
 
-def test_layers_and_what_they_stand_on(
+def test_layers_and_the_devices_below_them(
     agent: ConsoleAgent, mounted: GuestAgent, pack: Pack
 ) -> None:
     report = mounted.layer_get("layer0")
@@ -123,7 +122,9 @@ def test_layers_and_what_they_stand_on(
     assert "  mount " in agent.ok("timings layer0")
 
 
-def test_a_plan_is_what_was_done(agent: ConsoleAgent, mounted: GuestAgent) -> None:
+def test_the_plan_of_a_mounted_layer_matches_its_devices(
+    agent: ConsoleAgent, mounted: GuestAgent
+) -> None:
     linear, verity, mount = agent.ok("plan layer0").splitlines()
     report = mounted.layer_get("layer0")
     assert linear == f"  create {report.dm[1].name}: {report.dm[1].table}"
@@ -133,7 +134,9 @@ def test_a_plan_is_what_was_done(agent: ConsoleAgent, mounted: GuestAgent) -> No
     assert mount == "  mount erofs on /run/layers/layer0 (ro,nodev,nosuid)"
 
 
-def test_a_dry_run_is_what_will_be_done(agent: ConsoleAgent, guest: GuestAgent, pack: Pack) -> None:
+def test_a_dry_run_prints_the_plan_of_the_later_mount(
+    agent: ConsoleAgent, guest: GuestAgent, pack: Pack
+) -> None:
     layer = pack.layers[3]
     own = str(agent.directory)
     before = World.now(skip=(own,))
@@ -199,20 +202,18 @@ def test_the_guest_itself(agent: ConsoleAgent, mounted: GuestAgent) -> None:
 def test_no_command_but_sh_starts_a_program(agent: ConsoleAgent, mounted: GuestAgent) -> None:
     trace = Path(f"{agent.directory}.strace")
     strace = subprocess.Popen(
-        ["strace", "-f", "-qq", "-e", "trace=execve,fork,vfork", "-o", str(trace), "-p",
-         str(agent.pid)],
+        ["strace", "-f", "-e", "trace=execve,fork,vfork", "-o", str(trace), "-p", str(agent.pid)],
         stderr=subprocess.PIPE,
-    )  # fmt: skip
+    )
+    assert strace.stderr is not None
     try:
-        time.sleep(1)
-        if strace.poll() is not None:
+        if b"attached" not in strace.stderr.readline():
             pytest.skip("strace cannot attach here")
         for command in ("layers", "tables", "holders layer0", "cat layer0:/who", "ps", "dmesg"):
             agent.ok(command)
     finally:
         strace.terminate()
         strace.wait(20)
-        assert strace.stderr is not None
         strace.stderr.close()
     assert "execve" not in trace.read_text()
     trace.unlink()
@@ -221,7 +222,9 @@ def test_no_command_but_sh_starts_a_program(agent: ConsoleAgent, mounted: GuestA
 # --- reconcile
 
 
-def test_books_and_kernel_agree(agent: ConsoleAgent, mounted: GuestAgent) -> None:
+def test_reconcile_finds_nothing_after_plain_mounts(
+    agent: ConsoleAgent, mounted: GuestAgent
+) -> None:
     assert agent.ok("reconcile") == "journal, inventory and kernel agree\n"
     assert len(mounted.layer_list()) == 2
 
@@ -240,7 +243,7 @@ def test_an_orphan_device_is_removed(agent: ConsoleAgent, guest: GuestAgent, pac
     assert "agree" in agent.ok("reconcile")
 
 
-def test_a_layer_that_somebody_unmounted(
+def test_a_layer_unmounted_behind_the_agent_s_back_is_undone(
     agent: ConsoleAgent, guest: GuestAgent, pack: Pack
 ) -> None:
     own = str(agent.directory)
@@ -261,7 +264,9 @@ def entry_of(layer_id: str, path: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_journal_entry_that_is_gone(agent: ConsoleAgent, mounted: GuestAgent, pack: Pack) -> None:
+def test_a_missing_journal_entry_is_written_again(
+    agent: ConsoleAgent, mounted: GuestAgent, pack: Pack
+) -> None:
     entry = Path(agent.state, "layer-layer0.entry")
     content = entry_of("layer0", entry)
     entry.unlink()
@@ -274,7 +279,7 @@ def test_a_journal_entry_that_is_gone(agent: ConsoleAgent, mounted: GuestAgent, 
     assert again == content
 
 
-def test_an_entry_whose_layer_is_another_s(
+def test_a_stale_journal_entry_goes_and_the_live_layer_stays(
     agent: ConsoleAgent, mounted: GuestAgent, pack: Pack
 ) -> None:
     """An old entry for the target of a live layer goes, and the layer stays."""
@@ -292,7 +297,7 @@ def test_an_entry_whose_layer_is_another_s(
     assert "agree" in agent.ok("reconcile")
 
 
-def test_reconciling_under_load_touches_nothing_in_flight(
+def test_reconcile_leaves_requests_in_flight_alone(
     agent: ConsoleAgent, guest: GuestAgent, pack: Pack
 ) -> None:
     failures: list[BaseException] = []
@@ -355,7 +360,7 @@ def test_the_shell(agent: ConsoleAgent, guest: GuestAgent) -> None:
     assert (done.returncode, done.stdout) == (0, data)
 
 
-def test_a_person_stays_while_the_agent_dies_and_comes_back(pack: Pack) -> None:
+def test_a_terminal_reconnects_when_the_agent_is_started_again(pack: Pack) -> None:
     with ConsoleAgent() as agent:
         with agent.client() as guest:
             guest.layer_mount(pack.spec(0))
@@ -385,7 +390,9 @@ def test_a_person_stays_while_the_agent_dies_and_comes_back(pack: Pack) -> None:
             guest.layer_unmount("layer0")
 
 
-def test_ten_thousand_peers_leave_nothing(agent: ConsoleAgent, guest: GuestAgent) -> None:
+def test_10_000_connections_leave_no_thread_descriptor_or_memory(
+    agent: ConsoleAgent, guest: GuestAgent
+) -> None:
     greeting = frame(HELLO, {"versions": [1]})
     openings = (b"", greeting[:3], b"\xffjunk" * 100, greeting + b"\x03\x00\x00\x08uptime\n\xff")
     _connect(agent, openings, 500)  # what is loaded and allocated once
@@ -407,19 +414,18 @@ def _connect(agent: ConsoleAgent, openings: tuple[bytes, ...], count: int) -> No
 
 
 def _settled_footprint(agent: ConsoleAgent) -> tuple[int, int, int]:
-    """Return the footprint once it has stopped changing."""
-    last = agent.footprint()
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        time.sleep(0.3)
-        now = agent.footprint()
-        if now[:2] == last[:2]:
-            return now
-        last = now
-    return last
+    """Return the footprint once the console has let every peer go."""
+    wait_until(lambda: not _open_peers(agent.console), "peers stay")
+    return agent.footprint()
 
 
-def test_who_never_reads_does_not_hold_up_the_agent(
+def _open_peers(path: str) -> int:
+    """Count the console's ends of connections: all sockets with its path but the listening one."""
+    rows = Path("/proc/net/unix").read_text().splitlines()
+    return sum(row.endswith(f" {path}") for row in rows) - 1
+
+
+def test_a_peer_that_never_reads_does_not_delay_the_agent(
     agent: ConsoleAgent, guest: GuestAgent, pack: Pack
 ) -> None:
     hello = frame(HELLO, {"versions": [1], "command": "sh -c 'yes'"})

@@ -103,7 +103,7 @@ def test_the_size_follows_the_window(terminal: pexpect.spawn) -> None:
     assert ended(terminal) == 6
 
 
-def test_a_terminal_that_knows_no_size_has_that_of_the_shell(
+def test_columns_and_lines_count_where_the_terminal_has_no_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     leader, follower = pty.openpty()
@@ -127,7 +127,7 @@ def test_tilde_dot_leaves(terminal: pexpect.spawn) -> None:
     assert ended(terminal) == 0
 
 
-def test_the_terminal_is_as_it_was(bed: Bed) -> None:
+def test_the_terminal_s_modes_are_restored(bed: Bed) -> None:
     shell = pexpect.spawn("/bin/sh", timeout=20, cwd=str(PROJECT), env={**os.environ, "PS1": "% "})
     shell.expect_exact("% ")
     program = " ".join([sys.executable, "-c", "'from guestagent.host.ctl import main; main()'"])
@@ -141,7 +141,7 @@ def test_the_terminal_is_as_it_was(bed: Bed) -> None:
     shell.close(force=True)
 
 
-def test_a_lost_console_is_looked_for(tmp_path: Path, layer: Path) -> None:
+def test_a_lost_console_is_connected_again(tmp_path: Path, layer: Path) -> None:
     assert hasattr(console_client, LOOK_AGAIN)
     path = tmp_path / "console"
     with serving(path, {"base": layer}):
@@ -237,20 +237,20 @@ def test_a_console_that_is_off(tmp_path: Path, layer: Path) -> None:
 def test_wrong_usage(
     arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))  # where nobody keeps an agent
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))  # without a default profile
     monkeypatch.delenv("GUESTCTL_CONNECT", raising=False)
     done = invoke(*arguments)
     assert done.exit_code == 2
     assert text in done.stderr
 
 
-def test_nobody_there(tmp_path: Path) -> None:
+def test_an_address_where_nothing_listens(tmp_path: Path) -> None:
     done = invoke("--wait", "0.2", "console", f"unix://{tmp_path}/none", "-c", "ls")
     assert done.exit_code == 1
     assert "cannot connect" in done.stderr
 
 
-def test_no_console_there(tmp_path: Path, layer: Path) -> None:
+def test_an_agent_s_socket_is_no_console(tmp_path: Path, layer: Path) -> None:
     with agent_serving(tmp_path / "agent", {"base": layer}):
         done = invoke("console", f"unix://{tmp_path}/agent", "-c", "layers")
     assert done.exit_code == 1

@@ -51,7 +51,7 @@ class Line:
         if select.select([self.fd], [], [], seconds)[0]:
             try:
                 self.output += os.read(self.fd, 65536)
-            except OSError:  # nobody has the other end open
+            except OSError:  # the other end is not open
                 time.sleep(0.01)
 
 
@@ -112,7 +112,7 @@ def test_junk_on_a_line(bed: Bed, line: Line) -> None:
     line.expect("the agent")
 
 
-def test_a_line_that_is_cut_costs_nothing(bed: Bed, line: Line) -> None:
+def test_a_line_that_was_cut_uses_no_processor_time(bed: Bed, line: Line) -> None:
     line.expect(ENTER)
     line.type("\r")
     line.expect("guest> ")
@@ -155,7 +155,7 @@ class _DeadLine(Listener):
         os.close(self._ready)
 
 
-def test_a_line_that_ends_at_once_is_left_alone_for_a_while(
+def test_a_line_that_ends_at_once_is_opened_again_after_a_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(service_module, "_REST_SECONDS", 0.1)
@@ -176,7 +176,9 @@ def test_a_line_whose_device_comes_late(tmp_path: Path, line: Line) -> None:
         line.expect(ENTER)
 
 
-def test_an_address_that_cannot_be_had_is_told_and_the_others_serve(tmp_path: Path) -> None:
+def test_an_address_that_cannot_be_listened_on_is_logged_and_the_others_serve(
+    tmp_path: Path,
+) -> None:
     from vsock.log import log
 
     threads, fds = thread_count(), fd_count()

@@ -58,7 +58,7 @@ class Terminal:
 
 
 class Typist:
-    """An editor, its terminal and somebody who types."""
+    """An editor, its terminal, and keys."""
 
     def __init__(self, *lines: str, columns: int = 80) -> None:
         self.history = History()

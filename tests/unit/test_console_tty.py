@@ -1,4 +1,4 @@
-"""What a tty is to the console: hardware or none, a terminal that nobody has told of, no master."""
+"""Ttys as lines of the console: no UART behind the node, unknown terminals, no control."""
 
 import errno
 import os
@@ -42,11 +42,11 @@ def test_a_link_to_a_node_without_a_uart_is_no_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ours", "line"), [("", "dumb"), ("linux", "dumb"), ("dumb", "dumb"), ("vt220", "vt220")]
 )
-def test_the_terminal_of_a_line_is_known_only_when_it_was_told(ours: str, line: str) -> None:
+def test_the_terminal_of_a_line_is_dumb_unless_configured(ours: str, line: str) -> None:
     assert line_term(ours) == line
 
 
-def test_a_long_line_costs_a_slow_line_little() -> None:
+def test_a_key_prints_few_characters_in_a_long_line() -> None:
     """At 9600 baud a row is 0.08 s: to print one for each key would be slower than typing."""
     editor = LineEditor(PROMPT, columns=80, history=History(), complete=lambda _: [])
     printed = sum(len(editor.press(f"{number % 10}")) for number in range(400))

@@ -37,8 +37,15 @@ _TOP = (
     "vsock",
     *(f"guestagent.{name}" for name in (*_GUEST_ROOMS, "agent", "config", "listeners")),
 )
-for name in ("service", "observe", "console", "boot", "agent", "config", "listeners", "__main__"):
+for name in ("service", "observe", "boot", "agent", "config", "listeners", "__main__"):
     MAY_IMPORT[f"guestagent.{name}"] = _TOP
+#: A client of the service, which is handed to it.
+MAY_IMPORT["guestagent.console"] = (
+    "vsock",
+    "guestagent.api",
+    "guestagent.console",
+    "guestagent.listeners",
+)
 
 #: What would make the guest slow to start or large; late imports inside functions are not counted.
 HEAVY = frozenset(

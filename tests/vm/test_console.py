@@ -1,6 +1,6 @@
 """The console of a real machine: over vsock, over a serial line, and a shell in it.
 
-``guestctl console`` runs in a pseudo-terminal; nobody but pexpect types.
+``guestctl console`` runs in a pseudo-terminal, where pexpect types.
 """
 
 import os
@@ -142,7 +142,7 @@ def test_a_serial_line_of_a_dumb_terminal_has_no_escape_codes(machine: Machine) 
     assert b"\x1b" not in log.data
     rows = [row.rstrip(b"\r").rpartition(b"\r")[2] for row in log.data.split(b"\n")]
     wide = [row for row in rows if len(row) > 80 and b"\b" not in row]
-    # what is no table may be as long as it is: a digest, a table of device-mapper
+    # a digest or a table of device-mapper is not cut
     assert not [row for row in wide if b"linear" not in row and b"verity" not in row]
 
 

@@ -24,7 +24,7 @@ from vsock.errors import ConnectionClosed
 BUSYBOX = Path("/usr/bin/busybox")
 TTYS = ("hvc0", "ttyS1")
 WAIT_SECONDS = 30.0
-#: The console answers in tens of milliseconds: who says nothing for this long is not there.
+#: The console answers in tens of milliseconds: after this much silence there is none.
 SILENCE_SECONDS = 2.0
 COLUMNS = 80
 PROMPT = "guest> "
@@ -111,7 +111,7 @@ class Person:
 def machine(start_machine: Callable[..., Machine], kernel: Kernel, pack: PackedLayers) -> Machine:
     """A machine with layers and a shell, and the console at both lines.
 
-    TERM is not on its command line: nobody has told what terminals there are.
+    TERM is not on its command line: the terminals are unknown.
     """
     image = build_initramfs(
         InitramfsSpec(kernel=kernel, files=(("bin/busybox", BUSYBOX),)), cache_dir=CACHE_DIR
@@ -124,21 +124,21 @@ def machine(start_machine: Callable[..., Machine], kernel: Kernel, pack: PackedL
         ttys=TTYS,
     )
     with ExitStack() as stack:
-        # both are there from the start: what a line says to nobody is lost
+        # both lines are open before the boot: output to a closed line is lost
         people = []
         for tty in TTYS:
             person = Person(machine.tty_path(tty))
             stack.callback(person.leave)
             people.append(person)
         for person in people:
-            person.expect(ENTER)  # what is typed before it is for nobody
+            person.expect(ENTER)  # keys typed before it are dropped
     mount_root(machine, pack, connect_seconds=BOOT_SECONDS)
     return machine
 
 
 @pytest.fixture
 def person(machine: Machine, tty: str) -> Iterator[Person]:
-    """Somebody who has found the prompt. The line is left at "Press Enter" behind them."""
+    """A person at the prompt. Afterwards the line is at "Press Enter" again."""
     person = Person(machine.tty_path(tty))
     person.type("\r")
     person.expect(PROMPT)
@@ -197,7 +197,7 @@ def test_an_interrupt_ends_a_command_and_a_line(person: Person) -> None:
 
 
 @at_each_line
-def test_whatever_enter_sends_is_one_enter(person: Person) -> None:
+def test_cr_lf_and_crlf_are_one_enter_each(person: Person) -> None:
     for enter in ("\r", "\n", "\r\n"):
         person.type(f"sleep 0{enter}sleep 0{enter}")
         for _ in range(2):
@@ -209,15 +209,13 @@ def test_whatever_enter_sends_is_one_enter(person: Person) -> None:
 def test_a_session_after_another(person: Person) -> None:
     person.type("exit\r")
     person.expect(f"\r\n{ENTER}\r\n")
-    person.type("layers\r")  # all but Enter is for nobody
+    person.type("layers\r")  # all keys but Enter are dropped
     assert person.expect(PROMPT).startswith("guestagent 0.1.0 on Linux")
     assert "base" in person.command("layers")
 
 
 @at_each_line
-def test_who_comes_after_one_that_just_left_finds_the_line_as_it_was(
-    machine: Machine, tty: str
-) -> None:
+def test_serial_line_is_reset_between_sessions(machine: Machine, tty: str) -> None:
     """A line has no hang-up: a session that was begun is there for the next person."""
     first = Person(machine.tty_path(tty))
     first.type("\r")
@@ -271,7 +269,7 @@ def test_poweroff_at_a_line_is_the_last(machine: Machine) -> None:
     person.leave()
 
 
-def test_nobody_answers_when_the_console_is_off(start_machine: Callable[..., Machine]) -> None:
+def test_a_line_is_silent_when_the_console_is_off(start_machine: Callable[..., Machine]) -> None:
     machine = start_machine(ttys=TTYS)
     with GuestAgent(machine.agent_address(), connect_seconds=BOOT_SECONDS) as agent:
         assert agent.hello.boot["console"] == []

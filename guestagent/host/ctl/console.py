@@ -95,7 +95,7 @@ class Dialler:
         """Connect, trying for ``seconds``, by default as long as the user said.
 
         Raises:
-            ConnectionClosed: nobody is there.
+            ConnectionClosed: nothing answers there.
             CallError: ``denied``, the agent is there and its console is off.
         """
         seconds = self._seconds if seconds is None else seconds

@@ -1,4 +1,4 @@
-"""The user's own terminal: raw while a console is on it, with a way out."""
+"""The user's own terminal: raw during a console session, with escapes to leave it."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ _LINE_ENDS = b"\r\n\x03\x04"
 
 @contextlib.contextmanager
 def raw_terminal(fd: int) -> Iterator[None]:
-    """Pass every key on as it is, for the length of the block."""
+    """Deliver every key unchanged within the block."""
     before = termios.tcgetattr(fd)
     tty.setraw(fd, termios.TCSADRAIN)
     try:
@@ -33,7 +33,7 @@ def raw_terminal(fd: int) -> Iterator[None]:
 
 
 class Escapes:
-    """Finds ``~.`` and its like at the start of a line. Pure."""
+    """Finds ``~.``, ``~~`` and ``~?`` at the start of a line. Pure."""
 
     def __init__(self) -> None:
         self._at_start = True
