@@ -11,6 +11,7 @@ import signal
 import struct
 import termios
 import threading
+from contextlib import ExitStack
 
 from guestagent.api.console import Size
 from guestagent.console.channel import RAW, RUNNING
@@ -31,7 +32,12 @@ SHELLS = (
     ("/bin/busybox", "sh"),
     ("/usr/bin/busybox", "sh"),
 )
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/",
+    "PS1": "guest# ",
+    "LANG": "C.UTF-8",
+}
 _READ_BYTES = 16 * 1024
 _MAX_PENDING_BYTES = 64 * 1024
 _KILL_SECONDS = 5.0
@@ -64,30 +70,35 @@ def run_shell(run: Run, command: str | None) -> int:
     if command is not None:
         arguments += ("-c", command)
     run.screen.flush()
-    child = _Terminal(run, arguments) if run.screen.is_terminal else _Pipes(run, arguments)
-    with child:
-        return child.serve()
+    with _Program(run, arguments) as program:
+        return program.serve()
 
 
-class _Child:
+class _Program:
     """A program and its descriptors. A context manager, which ends the program's whole session."""
 
     def __init__(self, run: Run, arguments: tuple[str, ...]) -> None:
         self._run = run
         self._channel = run.channel
-        #: Where its input goes, -1 once that is closed; where its output comes from.
+        self._is_terminal = run.screen.is_terminal
+        #: Descriptor of its input, -1 once that is closed.
         self._input = -1
+        #: Descriptors of its output, and whether that is about errors.
         self._outputs: dict[int, bool] = {}
         self._to_write = bytearray()
         self._status: int | None = None
         # guards the pid and descriptors, which another thread uses, against being closed and reused
         self._lock = threading.Lock()
         self._is_over = False
-        self._pid = self._spawn(arguments)
+        try:
+            self._pid = self._spawn(arguments)
+        except BaseException:
+            self._close()
+            raise
         self._pid_fd = os.pidfd_open(self._pid)
         log.info("shell", pid=self._pid, command=" ".join(arguments)[:200])
 
-    def __enter__(self) -> "_Child":
+    def __enter__(self) -> "_Program":
         self._channel.on_signal = self.send_signal
         self._channel.on_size = self.resize
         self._channel.enter(RAW)
@@ -99,17 +110,55 @@ class _Child:
         with self._lock:
             self._is_over = True
         self._end()
-        # a terminal's input and output are one descriptor
-        for fd in {*self._outputs, self._input, self._pid_fd} - {-1}:
-            os.close(fd)
-        self._outputs.clear()
+        os.close(self._pid_fd)
+        self._close()
         self._channel.enter(RUNNING, self._run.deadline)
 
     def _spawn(self, arguments: tuple[str, ...]) -> int:
-        raise NotImplementedError
+        """Start the program on a terminal of the peer's size, or on three pipes."""
+        actions: list[tuple[object, ...]] = []
+        with ExitStack() as ends:  # those of the program, which are closed here
+            if self._is_terminal:
+                self._input, end = os.openpty()
+                ends.callback(os.close, end)
+                self._outputs[self._input] = False
+                self._set_size(self._channel.size)
+                # opened by the leader of a session without a terminal, it becomes the session's
+                actions += [(os.POSIX_SPAWN_OPEN, 0, os.ttyname(end), os.O_RDWR, 0)]
+                actions += [(os.POSIX_SPAWN_DUP2, 0, number) for number in (1, 2)]
+            else:
+                end, self._input = os.pipe()
+                ends.callback(os.close, end)
+                actions += [(os.POSIX_SPAWN_DUP2, end, 0)]
+                for number in (1, 2):
+                    output, end = os.pipe()
+                    self._outputs[output] = number == 2
+                    ends.callback(os.close, end)
+                    actions += [(os.POSIX_SPAWN_DUP2, end, number)]
+            for fd in self._fds():
+                os.set_blocking(fd, False)
+            return os.posix_spawn(
+                arguments[0],
+                arguments,
+                {**_ENVIRONMENT, "TERM": self._channel.hello.term or "dumb"},
+                file_actions=actions,
+                setsid=True,
+                setsigmask=(),
+                setsigdef=set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP},
+            )
+
+    def _fds(self) -> set[int]:
+        # a terminal's input and output are one descriptor
+        return {*self._outputs, self._input} - {-1}
+
+    def _close(self) -> None:
+        for fd in self._fds():
+            os.close(fd)
+        self._outputs.clear()
+        self._input = -1
 
     def send_signal(self, name: str) -> None:
-        """Signal what runs. Called by the console's thread."""
+        """Signal the process group in the foreground. Called by the console's thread."""
         with self._lock:
             if not self._is_over:
                 _kill_group(self._foreground(), signal.Signals[f"SIG{name}"])
@@ -117,19 +166,28 @@ class _Child:
     def resize(self, size: Size) -> None:
         """Take note of the window's size. Called by the console's thread."""
         with self._lock:
-            if not self._is_over:
+            if not self._is_over and self._is_terminal:
                 self._set_size(size)
 
     def _foreground(self) -> int:
-        """Return the process group that a signal is for."""
-        return self._pid
+        if not self._is_terminal:
+            return self._pid
+        try:
+            return os.tcgetpgrp(self._input) or self._pid
+        except OSError:  # no process has the terminal open
+            return self._pid
 
     def _set_size(self, size: Size) -> None:
-        """Pass on the window's size."""
+        window = struct.pack("4H", size.rows, size.columns, 0, 0)
+        fcntl.ioctl(self._input, termios.TIOCSWINSZ, window)
 
     def _end_input(self) -> None:
-        """The peer has no more input."""
-        raise NotImplementedError
+        """Tell the program that the peer has no more input."""
+        if self._is_terminal:
+            self._to_write += b"\x04"
+        else:
+            os.close(self._input)
+            self._input = -1
 
     def serve(self) -> int:
         """Carry bytes both ways until the program ends; return its exit status."""
@@ -183,19 +241,13 @@ class _Child:
                 raise
             data = b""
         if not data:
-            self._close_output(fd)
-            return 0
-        if self._outputs[fd]:
-            self._channel.write_error(data, deadline)
-        else:
-            self._channel.write(data, deadline)
-        return len(data)
-
-    def _close_output(self, fd: int) -> None:
-        if fd in self._outputs:
             del self._outputs[fd]
             if fd != self._input:
                 os.close(fd)
+            return 0
+        write = self._channel.write_error if self._outputs[fd] else self._channel.write
+        write(data, deadline)
+        return len(data)
 
     def _drain(self, deadline: Deadline) -> None:
         """Pass on what the program wrote before it ended, however slow the peer is.
@@ -242,83 +294,6 @@ class _Child:
             except ProcessLookupError:
                 continue
         return bool(members)
-
-    def _environment(self) -> dict[str, str]:
-        term = self._channel.hello.term or "dumb"
-        return {"PATH": _PATH, "HOME": "/", "TERM": term, "PS1": "guest# ", "LANG": "C.UTF-8"}
-
-    def _execute(
-        self, arguments: tuple[str, ...], actions: list[tuple[int, int, int] | tuple[object, ...]]
-    ) -> int:
-        return os.posix_spawn(
-            arguments[0],
-            arguments,
-            self._environment(),
-            file_actions=actions,
-            setsid=True,
-            setsigmask=(),
-            setsigdef=set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP},
-        )
-
-
-class _Terminal(_Child):
-    """On a pseudo-terminal of the size of the peer's."""
-
-    def _spawn(self, arguments: tuple[str, ...]) -> int:
-        master, slave = os.openpty()
-        try:
-            os.set_blocking(master, False)
-            self._input = master
-            self._outputs[master] = False
-            self._set_size(self._channel.size)
-            # opened by the leader of a session without a terminal, it becomes the session's
-            first = (os.POSIX_SPAWN_OPEN, 0, os.ttyname(slave), os.O_RDWR, 0)
-            rest = [(os.POSIX_SPAWN_DUP2, 0, fd) for fd in (1, 2)]
-            return self._execute(arguments, [first, *rest])
-        except BaseException:
-            os.close(master)
-            raise
-        finally:
-            os.close(slave)
-
-    def _set_size(self, size: Size) -> None:
-        window = struct.pack("4H", size.rows, size.columns, 0, 0)
-        fcntl.ioctl(self._input, termios.TIOCSWINSZ, window)
-
-    def _foreground(self) -> int:
-        try:
-            return os.tcgetpgrp(self._input) or self._pid
-        except OSError:  # no process has the terminal open
-            return self._pid
-
-    def _end_input(self) -> None:
-        self._to_write += b"\x04"  # what a terminal takes for the end
-
-
-class _Pipes(_Child):
-    """On three pipes, for bytes as they are."""
-
-    def _spawn(self, arguments: tuple[str, ...]) -> int:
-        pipes = [os.pipe() for _ in range(3)]
-        (input_there, self._input), (output, output_there), (errors, errors_there) = pipes
-        self._outputs = {output: False, errors: True}
-        try:
-            for fd in (self._input, output, errors):
-                os.set_blocking(fd, False)
-            there = (input_there, output_there, errors_there)
-            actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(there)]
-            return self._execute(arguments, [*actions])
-        except BaseException:
-            for fd in (self._input, output, errors):
-                os.close(fd)
-            raise
-        finally:
-            for fd in (input_there, output_there, errors_there):
-                os.close(fd)
-
-    def _end_input(self) -> None:
-        os.close(self._input)
-        self._input = -1
 
 
 def _signal_name(number: int) -> str:

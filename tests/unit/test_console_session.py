@@ -557,14 +557,14 @@ def test_what_comes_with_the_end_of_input_reaches_the_program(
     bed: Bed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where both come after the input was looked at, and before its end is."""
-    real, written = shell_module._Child._write_some, threading.Event()
+    real, written = shell_module._Program._write_some, threading.Event()
 
-    def late(child: shell_module._Child) -> None:
+    def late(child: shell_module._Program) -> None:
         real(child)
         written.set()
         wait_until(lambda: child._channel.has_ended, "no end of the input")
 
-    monkeypatch.setattr(shell_module._Child, "_write_some", late)
+    monkeypatch.setattr(shell_module._Program, "_write_some", late)
     with bed.client(command="sh -c cat") as script:
         script.type("one\n")
         assert written.wait(60)
