@@ -36,25 +36,19 @@ if TYPE_CHECKING:
         ) -> R: ...
 
     class Debug(Protocol):
-        """What the console shows and no method offers."""
+        """What no method offers; see ``guestagent.engine.debugview.DebugView``."""
 
-        def plan_of(self, layer_id: str) -> Sequence[str] | None:
-            """Return the steps that a mounted layer was made by, None if there is no such layer."""
+        def plan_of(self, layer_id: str) -> Sequence[str] | None: ...
 
-        def plan(self, spec: LayerSpec, deadline: Deadline) -> Sequence[str]:
-            """Return the steps that a mount would take; nothing is left of the dry run."""
+        def plan(self, spec: LayerSpec, deadline: Deadline) -> Sequence[str]: ...
 
         def reconcile(
             self, deadline: Deadline, *, dry_run: bool
-        ) -> Iterator[tuple[str, str, bool]]:
-            """Yield each disagreement of journal, inventory and kernel, what was done about it (or
-            would be), and whether that failed."""
+        ) -> Iterator[tuple[str, str, bool]]: ...
 
-        def holders(self, dev: str, deadline: Deadline) -> Sequence[Holder]:
-            """Return what uses the device MAJOR:MINOR."""
+        def holders(self, dev: str, deadline: Deadline) -> Sequence[Holder]: ...
 
-        def listen(self, listener: Callable[[object], None]) -> Callable[[], None]:
-            """Call ``listener`` at every event; return what ends that."""
+        def listen(self, listener: Callable[[object], None]) -> Callable[[], None]: ...
 
 
 #: The most words that a usage ending in ``...`` takes.

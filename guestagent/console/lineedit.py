@@ -27,24 +27,14 @@ _ESC = 0x1B
 #: A longer escape sequence is no key's.
 MAX_KEY_BYTES = 24
 _CONTROLS = {0x08: "backspace", 0x09: "tab", 0x0A: "enter", 0x0D: "enter", 0x7F: "backspace"}
-_FINAL = {
-    "A": "up",
-    "B": "down",
-    "C": "right",
-    "D": "left",
-    "F": "end",
-    "H": "home",
-}
-_TILDE = {
-    "1": "home",
-    "2": "insert",
-    "3": "delete",
-    "4": "end",
-    "5": "pageup",
-    "6": "pagedown",
-    "7": "home",
-    "8": "end",
-}
+_FINAL = dict(zip("ABCDFH", ("up", "down", "right", "left", "end", "home"), strict=True))
+_TILDE = dict(
+    zip(
+        "12345678",
+        ("home", "insert", "delete", "end", "pageup", "pagedown", "home", "end"),
+        strict=True,
+    )
+)
 
 #: Words that could stand where the unfinished one does.
 Completer = Callable[[words.Partial], "list[str]"]
@@ -70,20 +60,14 @@ def decode_key(data: bytes | bytearray) -> tuple[str, int] | None:
 
 
 def _decode_utf8(data: bytes | bytearray) -> tuple[str, int] | None:
-    first = data[0]
-    length = 2 if 0xC2 <= first < 0xE0 else 3 if first < 0xF0 else 4 if first < 0xF5 else 0
-    if first < 0xC2 or not length:
-        return "", 1
-    tail = data[1:length]
-    if any(byte & 0xC0 != 0x80 for byte in tail):
-        return "", 1
-    if len(data) < length:
-        return None
+    head = bytes(data[:4])
     try:
-        text = bytes(data[:length]).decode()
-    except UnicodeDecodeError:  # surrogates, overlong forms
-        return "", 1
-    return (text if text.isprintable() else ""), length
+        character = head.decode()[0]
+    except UnicodeDecodeError as error:
+        if not error.start:
+            return None if error.reason == "unexpected end of data" else ("", 1)
+        character = head[: error.start].decode()[0]
+    return (character if character.isprintable() else ""), len(character.encode())
 
 
 def _decode_escape(data: bytes | bytearray) -> tuple[str, int] | None:
