@@ -46,19 +46,27 @@ class Session:
     def run(self) -> None:
         """Never raises but for a bug, which the thread's hook reports; the session ends then."""
         hint = "this is a bug; the log has more"
-        last: Exit | Refusal = Refusal(code="internal", message="the console failed", hint=hint)
+        last: Exit | Refusal | None
+        last = Refusal(code="internal", message="the console failed", hint=hint)
         try:
             self._converse()
             last = Exit(status=self._status, signal=self._signal)
         except CallError as error:
-            last = Refusal.of(error)
+            # not told to a peer that has gone, nor where the agent ends: a client connects again
+            last = None if self.channel.life.cancelled else Refusal.of(error)
+        except ConnectionClosed as error:
+            last = None
+            log.debug("console session cut off", session=self.number, why=str(error))
         finally:
-            try:
-                if not self.channel.life.cancelled:
-                    self.channel.tell(last)
-            except (ConnectionClosed, CallError) as error:
-                log.debug("console client not told", session=self.number, why=str(error))
+            if last is not None:
+                self._tell_last(last)
             self._on_end()
+
+    def _tell_last(self, frame: Exit | Refusal) -> None:
+        try:
+            self.channel.tell(frame)
+        except (ConnectionClosed, CallError) as error:
+            log.debug("console client not told", session=self.number, why=str(error))
 
     def _converse(self) -> None:
         """Welcome the peer, and do what it asks for until it leaves or has gone.
@@ -87,9 +95,6 @@ class Session:
                 self._read_script()
         except Leave:
             return
-        except ConnectionClosed as error:
-            log.debug("console session cut off", session=self.number, why=str(error))
-            self.channel.life.cancel()
 
     # --- lines
 

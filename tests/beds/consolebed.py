@@ -155,11 +155,13 @@ class Bed:
         self._state = tempfile.TemporaryDirectory(prefix="console-bed-")
         self.engine = ConsoleEngine(directories, Path(self._state.name))
         self.modes: list[str] = []
+        #: What else happens when the agent is told to end.
+        self.on_shutdown: Callable[[], None] = lambda: None
         service = Service(
             cast(Engine, self.engine),
             boot={"pid1": True, "modules_ms": 12.5, **options},
             deadline_seconds=WAIT_SECONDS,
-            on_shutdown=self.modes.append,
+            on_shutdown=self._shut_down,
         )
         root = GuestRoot(self.engine.operation)
         guest = Guest(service, root, self.engine.debug, shell=bool(options.get("shell")))
@@ -167,6 +169,10 @@ class Bed:
         lines = (f"serial://{line}",) if line else ()
         self.console = Console(guest, (f"unix://{path}", *lines))
         self.console.start()
+
+    def _shut_down(self, mode: str) -> None:
+        self.modes.append(mode)
+        self.on_shutdown()
 
     def close(self) -> None:
         self.console.close()

@@ -204,6 +204,16 @@ def test_a_line_has_an_end() -> None:
     assert typist.terminal.bells == 1
 
 
+def test_a_key_prints_few_characters_in_a_long_line() -> None:
+    """At 9600 baud a row is 0.08 s: to print one for each key would be slower than typing."""
+    editor = LineEditor(PROMPT, columns=80, history=History(), complete=lambda _: [])
+    printed = sum(len(editor.press(f"{number % 10}")) for number in range(400))
+    assert printed < 400 * 12
+    printed = sum(len(editor.press("backspace")) for _ in range(400))
+    assert printed < 400 * 16
+    assert editor.text == ""
+
+
 def test_another_width() -> None:
     typist = Typist(columns=80).type(b"x" * 30)
     typist.terminal.columns = 20

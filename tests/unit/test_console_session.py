@@ -393,6 +393,20 @@ def test_poweroff_unmounts_first_and_tells(bed: Bed) -> None:
     assert (bed.engine.unmounted, bed.modes) == ([True, False], ["poweroff", "reboot"])
 
 
+def test_poweroff_is_confirmed_though_the_agent_stops_at_once(bed: Bed) -> None:
+    bed.on_shutdown = lambda: [peer.channel.hang_up() for peer in bed.console._peers].clear()
+    assert bed.run("poweroff") == (0, "everything is unmounted; poweroff\n")
+
+
+def test_a_session_is_lost_without_a_word_when_the_agent_stops(person: Client, bed: Bed) -> None:
+    """So that its client looks for the next agent."""
+    person.type("sleep 1000\r")
+    person.expect("sleep 1000\r\n")
+    bed.console.close()
+    wait_until(lambda: not person._receive(time.monotonic() + 5), "still open")
+    assert (person.status, person.refusal) == (None, None)
+
+
 def test_poweroff_is_refused_where_the_agent_is_not_init(tmp_path: Path, layer: Path) -> None:
     with serving(tmp_path / "c", {"base": layer}, pid1=False) as bed:
         assert "not the init" in bed.run("poweroff")[1]
