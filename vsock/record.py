@@ -18,7 +18,8 @@ the type checker (PEP 681) with no code generation, and adds the two directions 
 Field types may be: bool, int, float, str, bytes, Record classes, ``tuple[T, ...]``,
 ``Mapping[str, T]``, ``object`` (anything) and unions of these; a union of Record classes is told
 apart by the default of their field ``kind``. On the wire a ``bytes`` field takes binary or
-hexadecimal text. Unknown names are refused by name.
+hexadecimal text. ``from_wire`` refuses unknown names by name, which a request needs: a misspelt
+option must not be ignored. ``read`` ignores them, which a reply needs: a newer peer may add fields.
 """
 
 import functools
@@ -42,17 +43,9 @@ _REQUIRED = object()
 #: No field of the contract is an integer outside the signed and unsigned 64-bit ranges.
 _INT_MIN, _INT_MAX = -(1 << 63), (1 << 64) - 1
 _HEX = frozenset("0123456789abcdefABCDEF")
-#: What is plain already, and most of what there is.
-_SCALARS = frozenset((str, int, bool, float, bytes, types.NoneType))
-#: Without int, whose range is looked at.
-_TAKEN_AS_THEY_ARE = _SCALARS - {int}
 
-#: A peer that makes shapes up costs itself time, and nobody memory.
-_MAX_SHAPES = 64
-
-#: Takes a value, and where it is; returns it checked and converted.
-_Decoder = Callable[[object, str], object]
-_Shape = tuple[tuple[str, _Decoder], ...]
+#: Takes a value, and whether unknown names are refused; returns the value checked and converted.
+_Decoder = Callable[[object, bool], object]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -63,9 +56,8 @@ class RecordType(type):
     #: For the constructor: what a record starts from, in the order of the fields; how many there
     #: are; which of them must be given; whether there is more to check.
     _plan: tuple[dict[str, object], int, frozenset[str], bool]
-    #: For the decoder: what the fields of a map need, by its names and the types of its values.
-    _shapes: dict[tuple[object, ...], _Shape]
-    _decoders: dict[str, _Decoder]
+    #: For the decoder: field -> decoder. Made when the first record is decoded.
+    _decoders: dict[str, _Decoder] | None
 
     def __new__(
         mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object], **keywords: object
@@ -84,26 +76,8 @@ class RecordType(type):
         required = frozenset(field for field, default in blank.items() if default is _REQUIRED)
         has_check = bool(bases) and getattr(cls, "check", None) is not Record.check
         cls._plan = blank, len(blank), required, has_check
-        cls._shapes = {}
-        cls._decoders = {}
+        cls._decoders = None
         return cls
-
-    def _decoder_of(cls, field: str) -> _Decoder:
-        """Return what decodes a field; made when it is first needed."""
-        decoder = cls._decoders.get(field)
-        if decoder is None:
-            # by field and not by type: unions of the same members are equal in any order, but the
-            # first that fits converts
-            decoder = cls._decoders[field] = _decoder(cls._fields[field][0])
-        return decoder
-
-
-def _plain_types(kind: object) -> frozenset[type]:
-    """Return those of a field's types whose every value it takes as it is: most of what comes."""
-    members = frozenset(kind.__args__ if isinstance(kind, types.UnionType) else (kind,))
-    if len(members - {types.NoneType}) > 1:
-        return frozenset()  # of several, the first that fits converts
-    return members & _TAKEN_AS_THEY_ARE
 
 
 class Record(metaclass=RecordType):
@@ -136,28 +110,30 @@ class Record(metaclass=RecordType):
 
     def to_wire(self) -> dict[str, object]:
         """Return maps, lists and scalars only, ready for MessagePack or JSON."""
-        return {name: _plain(value) for name, value in self.__dict__.items()}
+        return _fields_of(self, sparse=False)
 
     def to_sparse_wire(self) -> dict[str, object]:
         """Return what ``to_wire`` does without the fields that have their default, which a reader
         of the same contract fills in; the ``kind`` of a record is always told."""
-        fields = type(self)._fields
-        return {
-            name: _sparse(value)
-            for name, value in self.__dict__.items()
-            if name == "kind" or not _is_same(value, fields[name][1])
-        }
+        return _fields_of(self, sparse=True)
 
     @classmethod
     def from_wire(cls, value: object, where: str = "params") -> "Self":
-        """Check and convert a decoded map.
+        """Check and convert a decoded map; unknown names are refused, also in records inside.
 
         Raises:
             CallError: ``invalid``, with the path of the offending field in message and object.
         """
-        record = decode(cls, value, where)
-        assert isinstance(record, cls)
-        return record
+        return decode(cls, value, where)  # type: ignore[return-value]  # decodes to its kind
+
+    @classmethod
+    def read(cls, value: object, where: str) -> "Self":
+        """As ``from_wire``, but ignore unknown names: for what a newer peer sent.
+
+        Raises:
+            CallError: ``invalid``.
+        """
+        return decode(cls, value, where, strict=False)  # type: ignore[return-value]
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen: cannot set {name!r}")
@@ -201,13 +177,26 @@ def _not_the_fields(cls: RecordType, given: Mapping[str, object]) -> TypeError:
     return TypeError(f"{cls.__name__}: unknown field {unknown!r}")
 
 
-def decode(kind: object, value: object, where: str) -> object:
+class _Invalid(Exception):
+    """A value is refused; every record, array and map around it adds its part of the path."""
+
+    def __init__(self, problem: str, path: str = "") -> None:
+        self.problem = problem
+        self.path = path
+
+
+def decode(kind: object, value: object, where: str, *, strict: bool = True) -> object:
     """Check ``value`` against the annotation ``kind`` and convert it.
 
     Raises:
         CallError: ``invalid``; ``object`` is ``where`` extended to the offending part.
     """
-    return _decoder(kind)(value, where)
+    try:
+        return _decoder(kind)(value, strict)
+    except _Invalid as refusal:
+        place = where + refusal.path
+        text = f"{place}: {refusal.problem}"
+        raise CallError("invalid", text, step="decode", object=place) from None
 
 
 def _decoder(kind: object) -> _Decoder:
@@ -220,141 +209,124 @@ def _decoder(kind: object) -> _Decoder:
         return functools.partial(_decode_map, _decoder(kind.__args__[1]))
     if isinstance(kind, type) and issubclass(kind, Record):
         return functools.partial(_decode_record, kind)
-    return _decode_int if kind is int else functools.partial(_decode_scalar, kind)
+    return functools.partial(_decode_scalar, kind)
 
 
 def _union_decoder(members: tuple[object, ...]) -> _Decoder:
-    rest = tuple(member for member in members if member is not types.NoneType)
+    is_optional = types.NoneType in members
+    rest = [member for member in members if member is not types.NoneType]
     records = [cls for cls in rest if isinstance(cls, type) and issubclass(cls, Record)]
-    first = functools.partial(_decode_first, tuple(map(_decoder, rest)))
     if len(rest) == 1:
-        inner = _decoder(rest[0])
-    elif records:
-        by_kind = {cls._fields["kind"][1]: cls for cls in records}
-        inner = functools.partial(_decode_tagged, first, by_kind)
-    else:
-        inner = first
-    return functools.partial(_decode_optional, inner) if len(rest) < len(members) else inner
+        return functools.partial(_decode_union, is_optional, _decoder(rest[0]))
+    if records:
+        tags = {cls._fields["kind"][1]: cls for cls in records}
+        return functools.partial(
+            _decode_union, is_optional, functools.partial(_decode_tagged, tags)
+        )
+    decoders = tuple(map(_decoder, rest))
+    return functools.partial(_decode_union, is_optional, functools.partial(_decode_first, decoders))
 
 
-def _invalid(where: str, problem: str) -> CallError:
-    return CallError("invalid", f"{where}: {problem}", step="decode", object=where)
+def _decode_record(cls: type[Record], value: object, strict: bool) -> object:
+    if not isinstance(value, Mapping):
+        raise _Invalid(f"expected a map, got {_name_of(value)}")
+    decoders = cls._decoders
+    if decoders is None:
+        decoders = {field: _decoder(kind) for field, (kind, _) in cls._fields.items()}
+        cls._decoders = decoders
+    fields: dict[str, object] = {}
+    name: object = None
+    try:
+        for name, item in value.items():
+            if name in decoders:
+                fields[name] = decoders[name](item, strict)
+            elif strict:
+                known = ", ".join(cls._fields) or "none"
+                raise _Invalid(f"unknown parameter (known: {known})")
+    except _Invalid as refusal:
+        refusal.path = f".{name}{refusal.path}"
+        raise
+    if not fields.keys() >= cls._plan[2]:
+        missing = next(name for name in cls._fields if name in cls._plan[2] - fields.keys())
+        raise _Invalid("missing", f".{missing}")
+    try:
+        return cls(**fields)
+    except ValueError as problem:
+        raise _Invalid(str(problem)) from None
 
 
-def _decode_record(cls: type[Record], value: object, where: str) -> object:
-    if type(value) is not dict and not isinstance(value, Mapping):
-        raise _invalid(where, f"expected a map, got {_name_of(value)}")
-    # the maps of a peer have few shapes, and most of their values are plain
-    key = (*value, *map(type, value.values()))
-    shape = cls._shapes.get(key)
-    if shape is None:
-        shape = _shape_of(cls, value, where)
-        if len(cls._shapes) >= _MAX_SHAPES:
-            cls._shapes.clear()
-        cls._shapes[key] = shape
-    fields = {**cls._plan[0], **value}
-    for name, decoder in shape:
-        fields[name] = decoder(value[name], f"{where}.{name}")
-    record = cls.__new__(cls)
-    record.__dict__.update(fields)
-    if cls._plan[3]:
-        try:
-            record.check()
-        except ValueError as problem:
-            raise _invalid(where, str(problem)) from None
-    return record
+def _decode_union(is_optional: bool, inner: _Decoder, value: object, strict: bool) -> object:
+    return None if value is None and is_optional else inner(value, strict)
 
 
-def _shape_of(cls: type[Record], value: Mapping[object, object], where: str) -> _Shape:
-    """Return the fields of a map whose values have to be looked at, each with what does it."""
-    if not (cls._fields.keys() >= value.keys() >= cls._plan[2]):
-        raise _not_the_keys(cls, value, where)
-    return tuple(
-        (name, cls._decoder_of(name))
-        for name, item in value.items()
-        if isinstance(name, str) and type(item) not in _plain_types(cls._fields[name][0])
-    )
-
-
-def _not_the_keys(cls: type[Record], value: Mapping[object, object], where: str) -> CallError:
-    for name in value:
-        if name not in cls._fields:
-            known = ", ".join(cls._fields) or "none"
-            return _invalid(f"{where}.{name}", f"unknown parameter (known: {known})")
-    missing = next(name for name in cls._fields if name in cls._plan[2] and name not in value)
-    return _invalid(f"{where}.{missing}", "missing")
-
-
-def _decode_optional(inner: _Decoder, value: object, where: str) -> object:
-    return None if value is None else inner(value, where)
-
-
-def _decode_tagged(
-    otherwise: _Decoder, by_kind: dict[object, type[Record]], value: object, where: str
-) -> object:
-    """Decode one of several records, told by its kind, or what else the union may be."""
-    if type(value) is not dict and not isinstance(value, Mapping):
-        return otherwise(value, where)
+def _decode_tagged(tags: dict[object, type[Record]], value: object, strict: bool) -> object:
+    """Decode one of several records, told by its kind."""
+    if not isinstance(value, Mapping):
+        raise _Invalid(f"unexpected type {_name_of(value)}")
     tag = value.get("kind")
-    cls = by_kind.get(tag) if isinstance(tag, str) else None
-    if cls is None:
-        known = ", ".join(sorted(str(name) for name in by_kind))
-        raise _invalid(f"{where}.kind", f"expected one of {known}, got {tag!r}")
-    return _decode_record(cls, value, where)
+    if not isinstance(tag, str) or tag not in tags:
+        known = ", ".join(sorted(map(str, tags)))
+        raise _Invalid(f"expected one of {known}, got {tag!r}", ".kind")
+    return _decode_record(tags[tag], value, strict)
 
 
-def _decode_first(decoders: tuple[_Decoder, ...], value: object, where: str) -> object:
+def _decode_first(decoders: tuple[_Decoder, ...], value: object, strict: bool) -> object:
     for decoder in decoders:
         try:
-            return decoder(value, where)
-        except CallError:
+            return decoder(value, strict)
+        except _Invalid:
             continue
-    raise _invalid(where, f"unexpected type {_name_of(value)}")
+    raise _Invalid(f"unexpected type {_name_of(value)}")
 
 
-def _decode_array(inner: _Decoder, value: object, where: str) -> object:
+def _decode_array(inner: _Decoder, value: object, strict: bool) -> object:
     if not isinstance(value, (list, tuple)):
-        raise _invalid(where, f"expected an array, got {_name_of(value)}")
-    return tuple(inner(item, f"{where}[{index}]") for index, item in enumerate(value))
+        raise _Invalid(f"expected an array, got {_name_of(value)}")
+    items: list[object] = []
+    try:
+        for item in value:
+            items.append(inner(item, strict))  # noqa: PERF401  # its length is the index
+    except _Invalid as refusal:
+        refusal.path = f"[{len(items)}]{refusal.path}"
+        raise
+    return tuple(items)
 
 
-def _decode_map(inner: _Decoder, value: object, where: str) -> object:
+def _decode_map(inner: _Decoder, value: object, strict: bool) -> object:
     if not isinstance(value, Mapping):
-        raise _invalid(where, f"expected a map, got {_name_of(value)}")
-    for name in value:
+        raise _Invalid(f"expected a map, got {_name_of(value)}")
+    items: dict[str, object] = {}
+    for name, item in value.items():
         if not isinstance(name, str):
-            raise _invalid(where, f"expected text keys, got {name!r}")
-    return {name: inner(item, f"{where}.{name}") for name, item in value.items()}
+            raise _Invalid(f"expected text keys, got {name!r}")
+        try:
+            items[name] = inner(item, strict)
+        except _Invalid as refusal:
+            refusal.path = f".{name}{refusal.path}"
+            raise
+    return items
 
 
-def _decode_int(value: object, where: str) -> object:
-    if type(value) is int and _INT_MIN <= value <= _INT_MAX:
-        return value
-    return _decode_scalar(int, value, where)
-
-
-def _decode_scalar(kind: object, value: object, where: str) -> object:
-    if kind is object:
+def _decode_scalar(kind: object, value: object, strict: bool) -> object:
+    # bool is an int to Python, never to the contract
+    if type(value) is kind or kind is object:
+        if kind is int and not _INT_MIN <= value <= _INT_MAX:  # type: ignore[operator]  # an int
+            raise _Invalid(f"{value} does not fit into 64 bits")
         return value
     if kind is bytes and isinstance(value, str):
-        return _bytes_from_hex(value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return _bytes_from_hex(value)
+    if kind is float and type(value) is int:
         return float(value)
     assert isinstance(kind, type)
-    # bool is an int to Python, never to the contract
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise _invalid(where, f"expected {kind.__name__}, got {_name_of(value)}")
-    if isinstance(value, int) and not _INT_MIN <= value <= _INT_MAX:
-        raise _invalid(where, f"{value} does not fit into 64 bits")
-    return value
+    raise _Invalid(f"expected {kind.__name__}, got {_name_of(value)}")
 
 
-def _bytes_from_hex(text: str, where: str) -> bytes:
+def _bytes_from_hex(text: str) -> bytes:
     # bytes.fromhex skips white space, which has no place in a digest
     if not _HEX.issuperset(text):
-        raise _invalid(where, "expected binary or hexadecimal text")
+        raise _Invalid("expected binary or hexadecimal text")
     if len(text) % 2:
-        raise _invalid(where, f"hexadecimal text of odd length {len(text)}")
+        raise _Invalid(f"hexadecimal text of odd length {len(text)}")
     return bytes.fromhex(text)
 
 
@@ -362,26 +334,24 @@ def _name_of(value: object) -> str:
     return "nil" if value is None else type(value).__name__
 
 
+def _fields_of(record: Record, sparse: bool) -> dict[str, object]:
+    fields = type(record)._fields
+    return {
+        name: _plain(value, sparse)
+        for name, value in record.__dict__.items()
+        if not sparse or name == "kind" or not _is_same(value, fields[name][1])
+    }
+
+
 def _is_same(value: object, default: object) -> bool:
     return value is default or (type(value) is type(default) and value == default)
 
 
-def _sparse(value: object) -> object:
+def _plain(value: object, sparse: bool) -> object:
     if isinstance(value, Record):
-        return value.to_sparse_wire()
-    if type(value) is tuple:
-        return [_sparse(item) for item in value]
-    return _plain(value)
-
-
-def _plain(value: object) -> object:
-    kind = type(value)
-    if kind in _SCALARS:
-        return value
-    if isinstance(value, Record):
-        return value.to_wire()
-    if kind is tuple or kind is list:
-        return [_plain(item) for item in value]  # type: ignore[attr-defined]  # narrowed by kind
+        return _fields_of(value, sparse)
+    if isinstance(value, (tuple, list)):
+        return [_plain(item, sparse) for item in value]
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _plain(item, sparse) for name, item in value.items()}
     return value

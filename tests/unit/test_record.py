@@ -166,14 +166,39 @@ def test_a_map_is_looked_at_however_like_one_that_was_right(wire, where):
         refused(wire, where, Inner)
 
 
-def test_maps_of_more_shapes_than_are_kept_in_mind():
+def test_any_part_of_the_fields_is_read_and_the_rest_has_its_default():
     whole = Outer(inner=Inner(name="a"), by_name={"x": 1}, shape=Circle(), flag=True)
     wire, fields = whole.to_wire(), whole.as_dict()
     for size in range(len(wire) + 1):
         for names in itertools.combinations(wire, size):
             part = {name: wire[name] for name in names}
             assert Outer.from_wire(part) == Outer(**{name: fields[name] for name in names})
-    assert 0 < len(Outer._shapes) <= 64
+
+
+def test_what_a_newer_peer_sent_is_read_without_the_names_that_are_unknown_here():
+    wire = {
+        "flag": True,
+        "newer": {"any": ["thing"]},
+        "inner": {"name": "a", "newer": 1},
+        "many": [{"name": "b", "newer": None}],
+        "by_name": {"x": 1},
+        "shape": {"kind": "square", "side": 2, "newer": b""},
+    }
+    expected = Outer(
+        flag=True,
+        inner=Inner(name="a"),
+        many=(Inner(name="b"),),
+        by_name={"x": 1},
+        shape=Square(side=2.0),
+    )
+    assert Outer.read(wire, "reply") == expected
+    refused(wire, "params.newer")
+    with pytest.raises(CallError) as caught:
+        Outer.read({"many": [{"name": "b"}, {"newer": 1}]}, "reply")
+    assert caught.value.object == "reply.many[1].name"
+    with pytest.raises(CallError) as caught:
+        Outer.read({"flag": 1, "newer": 1}, "reply")
+    assert caught.value.object == "reply.flag"
 
 
 def test_an_unknown_name_is_told_the_known_ones():
