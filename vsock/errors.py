@@ -35,6 +35,9 @@ CODES = (
     "internal",
 )
 
+#: The form of a code that a newer peer may send.
+_CODE = frozenset("abcdefghijklmnopqrstuvwxyz_")
+_MAX_CODE = 64
 _MAX_TEXT_BYTES = 64 * 1024
 #: A lone surrogate travels as six letters, everything else in less.
 _MAX_CHARACTER_BYTES = 6
@@ -104,9 +107,9 @@ class CallError(RpcError):
         return f"{self.code}: {self.message}"
 
     def __reduce__(self) -> "tuple[type, tuple[str, str], dict[str, object]]":
-        """Let copies be made, by pickle too: what an exception is made of by default is its
-        positional arguments."""
-        return type(self), (self.code, self.message), dict(vars(self))
+        """Let copies be made, by pickle too, which makes an exception from its positional
+        arguments and then sets its attributes."""
+        return type(self), ("internal", self.message), dict(vars(self))
 
     def to_wire(self) -> dict[str, object]:
         """Return the error map of the contract, each text cut to 64 KiB."""
@@ -122,14 +125,17 @@ class CallError(RpcError):
 
     @classmethod
     def from_wire(cls, value: object) -> "CallError":
-        """Read an error map leniently: a peer's odd error must still reach the caller."""
+        """Read an error map leniently: a peer's odd error must still reach the caller.
+
+        A code that is not in ``CODES`` is kept where it is a word: the peer may be newer.
+        """
         if not isinstance(value, Mapping):
             return cls("internal", f"the peer answered with an error that is no map: {value!r}")
         code = value.get("code")
         name = value.get("errno")
         log = value.get("kernel_log")
-        return cls(
-            code if isinstance(code, str) and code in CODES else "internal",
+        error = cls(
+            "internal",
             str(value.get("message", "")),
             errno=_errno_number(name),
             step=_text(value.get("step")),
@@ -137,6 +143,9 @@ class CallError(RpcError):
             hint=_text(value.get("hint")),
             kernel_log=tuple(str(line) for line in log) if isinstance(log, (list, tuple)) else (),
         )
+        if isinstance(code, str) and 0 < len(code) <= _MAX_CODE and _CODE.issuperset(code):
+            error.code = code  # of a newer peer perhaps
+        return error
 
 
 def errno_name(number: int | None) -> str | None:

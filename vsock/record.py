@@ -18,8 +18,8 @@ the type checker (PEP 681) with no code generation, and adds the two directions 
 Field types may be: bool, int, float, str, bytes, Record classes, ``tuple[T, ...]``,
 ``Mapping[str, T]``, ``object`` (anything) and unions of these; a union of Record classes is told
 apart by the default of their field ``kind``. On the wire a ``bytes`` field takes binary or
-hexadecimal text. ``from_wire`` refuses unknown names by name, which a request needs: a misspelt
-option must not be ignored. ``read`` ignores them, which a reply needs: a newer peer may add fields.
+hexadecimal text. Unknown names are refused by name: a misspelt option of a request must not be
+ignored. In a reply they may be ignored (``strict=False``): a newer peer adds fields.
 """
 
 import functools
@@ -118,22 +118,17 @@ class Record(metaclass=RecordType):
         return _fields_of(self, sparse=True)
 
     @classmethod
-    def from_wire(cls, value: object, where: str = "params") -> "Self":
-        """Check and convert a decoded map; unknown names are refused, also in records inside.
+    def from_wire(cls, value: object, where: str = "params", *, strict: bool = True) -> "Self":
+        """Check and convert a decoded map.
+
+        Unknown names are refused, also in records inside. With ``strict`` false, for what a newer
+        peer may have sent, they are ignored, and ``check`` is not called, because its lists of
+        values are of this version.
 
         Raises:
             CallError: ``invalid``, with the path of the offending field in message and object.
         """
-        return decode(cls, value, where)  # type: ignore[return-value]  # decodes to its kind
-
-    @classmethod
-    def read(cls, value: object, where: str) -> "Self":
-        """As ``from_wire``, but ignore unknown names: for what a newer peer sent.
-
-        Raises:
-            CallError: ``invalid``.
-        """
-        return decode(cls, value, where, strict=False)  # type: ignore[return-value]
+        return decode(cls, value, where, strict=strict)  # type: ignore[return-value]  # a cls
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen: cannot set {name!r}")
@@ -249,6 +244,11 @@ def _decode_record(cls: type[Record], value: object, strict: bool) -> object:
     if not fields.keys() >= cls._plan[2]:
         missing = next(name for name in cls._fields if name in cls._plan[2] - fields.keys())
         raise _Invalid("missing", f".{missing}")
+    if not strict:
+        record = cls.__new__(cls)
+        record.__dict__.update(cls._plan[0])
+        record.__dict__.update(fields)
+        return record
     try:
         return cls(**fields)
     except ValueError as problem:

@@ -91,6 +91,8 @@ class StreamRequest(Request[R_co], Streamed[Item_co], PathRequest):
     def items(cls, chunk: Mapping[str, object]) -> "Iterator[Item_co]":
         """Return what an ``agent.chunk`` of the answer holds.
 
+        An entry may be longer than is known here: a newer agent may add fields at its end.
+
         Raises:
             KeyError, TypeError, ValueError: the chunk is not of the contract.
         """
@@ -154,7 +156,7 @@ class FsChecksums(
     @classmethod
     def items(cls, chunk: Mapping[str, object]) -> Iterator[Checksum]:
         """Return the entries of a chunk."""
-        for path, kind, size_bytes, value in _entries(chunk):
+        for path, kind, size_bytes, value, *_ in _entries(chunk):
             yield Checksum(
                 path=path,
                 kind=kind,
@@ -369,7 +371,7 @@ class FsLs(
     @classmethod
     def items(cls, chunk: Mapping[str, object]) -> Iterator[bytes]:
         """Return the names of a chunk."""
-        for (name,) in _entries(chunk):
+        for name, *_ in _entries(chunk):
             yield _bytes(name)
 
 
@@ -398,7 +400,7 @@ class FsReaddir(
     def items(cls, chunk: Mapping[str, object]) -> Iterator[DirectoryEntry]:
         """Return the entries of a chunk."""
         for entry in _entries(chunk):
-            yield DirectoryEntry(**dict(zip(DirectoryEntry._fields, entry, strict=True)))
+            yield DirectoryEntry(**dict(zip(DirectoryEntry._fields, entry, strict=False)))
 
 
 class FoundEntry(Record):
@@ -434,7 +436,7 @@ class FsFind(
     @classmethod
     def items(cls, chunk: Mapping[str, object]) -> Iterator[FoundEntry]:
         """Return the entries of a chunk."""
-        for path, kind in _entries(chunk):
+        for path, kind, *_ in _entries(chunk):
             yield FoundEntry(path=path, kind=kind)
 
 

@@ -70,10 +70,12 @@ class Request(Record, Answered[R_co]):
     def read_reply(self, value: object) -> "R_co":
         """Check and convert the reply to this request, as it came over the wire.
 
+        Fields that are unknown here are ignored: a newer agent may send them.
+
         Raises:
             CallError: ``invalid``; the reply is not of the contract.
         """
-        return type(self).reply.from_wire(value, "reply")  # type: ignore[return-value]  # R_co
+        return type(self).reply.from_wire(value, "reply", strict=False)  # type: ignore[return-value]  # R_co
 
 
 def collect_methods(modules: Iterable[ModuleType]) -> "dict[str, type[Request[Record]]]":

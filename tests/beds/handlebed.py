@@ -2,8 +2,9 @@
 
 import threading
 from pathlib import Path
+from typing import cast
 
-from guestagent.api import METHODS, Event, OverlayReport
+from guestagent.api import METHODS, OverlayReport
 from guestagent.api.observe import CrashReport
 from vsock.address import UnixAddress
 from vsock.dial import listen
@@ -19,7 +20,7 @@ class Agent:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.address = f"unix://{path}"
-        self.events: list[Event] = []
+        self.events: list[dict[str, object]] = []
         self.lines = 0
         self.traces: list[str | None] = []
         self.subscribers: list[Connection] = []
@@ -29,6 +30,8 @@ class Agent:
         self.problems: list[str] = []
         self.crashes: list[CrashReport] = []
         self.metrics = "guestagent_up 1\n"
+        #: What a newer agent says beyond: in each reply, event, batch of lines and error.
+        self.more_fields: dict[str, object] = {}
         #: Set while a request for the layer "slow" waits, and after it was cancelled.
         self.waiting, self.cancelled = threading.Event(), threading.Event()
         self.start()
@@ -50,11 +53,16 @@ class Agent:
         self.followers.clear()
 
     def publish(self, kind: str) -> None:
-        number = self.events[-1].sequence + 1 if self.events else 1
-        event = Event(sequence=number, kind=kind, unix_ms=number)
+        number = self.last_sequence + 1
+        event = {"sequence": number, "kind": kind, "unix_ms": number, **self.more_fields}
         self.events.append(event)
         for connection in self.subscribers:
-            connection.notify("agent.event", event.to_wire())
+            connection.notify("agent.event", event)
+
+    @property
+    def last_sequence(self) -> int:
+        """The number of the last event, 0 before the first."""
+        return cast(int, self.events[-1]["sequence"]) if self.events else 0
 
     def log(self) -> None:
         self.lines += 1
@@ -74,14 +82,16 @@ class Agent:
             }
             for number in numbers
         ]
-        return {"lines": lines, "dropped": 0, "next": self.lines, "more": False}
+        whole = {"lines": lines, "dropped": 0, "next": self.lines, "more": False}
+        return {**whole, **self.more_fields}
 
     def _handle(self, call: Call) -> Outcome:
         self.traces.append(call.traceparent)
         try:
-            return Outcome(None, getattr(self, call.method.replace(".", "_"))(call))
+            reply = getattr(self, call.method.replace(".", "_"))(call)
+            return Outcome(None, {**reply, **self.more_fields})
         except CallError as error:
-            return Outcome(error.to_wire(), None)
+            return Outcome({**error.to_wire(), **self.more_fields}, None)
 
     def agent_cancel(self, call: Call) -> object:
         msgid = call.params["msgid"]
@@ -101,15 +111,15 @@ class Agent:
 
     def agent_subscribe(self, call: Call) -> object:
         self.subscribers.append(call.connection)
-        return {"sequence": self.events[-1].sequence if self.events else 0}
+        return {"sequence": self.last_sequence}
 
     def agent_events(self, call: Call) -> object:
         since = call.params.get("since", 0)
         assert isinstance(since, int)
         return {
-            "events": [e.to_wire() for e in self.events if e.sequence > since],
+            "events": [e for e in self.events if cast(int, e["sequence"]) > since],
             "dropped": 0,
-            "sequence": self.events[-1].sequence if self.events else 0,
+            "sequence": self.last_sequence,
         }
 
     def agent_log(self, call: Call) -> object:
@@ -161,12 +171,13 @@ class Agent:
             "connections": 1,
             "rss_bytes": 13 << 20,
             "threads": 4,
-            "event_sequence": self.events[-1].sequence if self.events else 0,
+            "event_sequence": self.last_sequence,
             "events_dropped": 0,
         }
 
     def layer_list(self, call: Call) -> object:
-        return {"layers": [layer_report(name, state) for name, state in self.layers.items()]}
+        reports = [layer_report(name, state) for name, state in self.layers.items()]
+        return {"layers": [{**report, **self.more_fields} for report in reports]}
 
     def overlay_list(self, call: Call) -> object:
         return {"overlays": [overlay_report(name, *ids) for name, ids in self.overlays.items()]}

@@ -17,6 +17,8 @@ import pytest
 
 import guestagent.host
 from guestagent.api import METHODS, Event
+from guestagent.api.agent import AgentStatus
+from guestagent.api.inspect import FoundEntry, FsChecksums, FsFind, FsLs, FsReaddir
 from guestagent.api.layers import LayerVerify
 from guestagent.api.observe import AgentMetrics, MetricsReply
 from guestagent.host.client import ALL_EVENTS, ClosedHandleError, GuestAgent, event_mask
@@ -94,6 +96,64 @@ def test_help_is_a_manual() -> None:
     text = pydoc.plain(pydoc.render_doc(GuestAgent))
     for word in ("CallError", "ConnectionClosed", "ClosedHandleError", "reconnect", "layer_mount"):
         assert word in text
+
+
+# --- a newer agent
+
+
+def test_a_reply_may_have_more_fields_than_are_known_here(agent: Agent) -> None:
+    agent.more_fields = {"newer": {"any": ["thing"]}}
+    with GuestAgent(agent.address) as guest:
+        assert guest.status().state == "ready"
+        agent.layers["base"] = "mounted"
+        assert guest.layer_list()[0].layer_id == "base"
+        with pytest.raises(CallError) as caught:
+            guest.layer_get("x")
+        assert caught.value.code == "not_found"
+
+    async def scenario(other: AsyncGuestAgent) -> None:
+        assert (await other.call(AgentStatus())).state == "ready"
+
+    run(agent, scenario)
+
+
+def test_an_event_may_be_newer_than_this_client(agent: Agent) -> None:
+    seen: queue.Queue[tuple[int, str]] = queue.Queue()
+    agent.more_fields = {"newer": 1}
+    with GuestAgent(agent.address, reconnect=True) as guest:
+        guest.set_event_callback(lambda event: seen.put((event.sequence, event.kind)))
+        guest.set_event_callback(lambda event: seen.put((0, "")), event_mask("layer_failed"))
+        agent.publish("layer_mounted")
+        assert seen.get(timeout=WAIT_SECONDS) == (1, "layer_mounted")
+        agent.publish("layer_polished")
+        assert seen.get(timeout=WAIT_SECONDS) == (2, "layer_polished")
+        agent.log()
+        guest.follow_log(lambda line: seen.put((line.number, line.text)))
+        agent.log()
+        assert seen.get(timeout=WAIT_SECONDS) == (2, "line 2")
+        agent.stop()
+        agent.publish("layer_polished")
+        agent.start()
+        assert seen.get(timeout=WAIT_SECONDS) == (3, "layer_polished")
+
+
+def test_an_entry_may_be_longer_than_is_known_here() -> None:
+    status = [b"a", "f", 0o644, 0, 0, 5, 1, 2, 3, None, None]
+    (entry,) = FsReaddir.items({"entries": [[*status, "newer"]]})
+    assert (entry.name, entry.target) == (b"a", None)
+    assert list(FsLs.items({"entries": [[b"a", 1]]})) == [b"a"]
+    assert list(FsFind.items({"entries": [[b"a", "f", 1]]})) == [FoundEntry(path=b"a", kind="f")]
+    (checksum,) = FsChecksums.items({"entries": [[b"a", "f", 5, "ab", 1]]})
+    assert checksum.digest == "ab"
+    with pytest.raises(TypeError, match="target"):
+        list(FsReaddir.items({"entries": [status[:-1]]}))
+
+
+def test_a_request_with_a_field_that_is_unknown_is_refused() -> None:
+    for method, request in METHODS.items():
+        with pytest.raises(CallError, match="newer: unknown parameter") as caught:
+            request.from_wire({"newer": 1})
+        assert caught.value.object == "params.newer", method
 
 
 # --- errors

@@ -1,4 +1,5 @@
 import errno
+import pickle
 
 import msgpack
 import pytest
@@ -51,6 +52,20 @@ def test_each_text_is_cut(field):
 )
 def test_any_map_of_a_peer_becomes_an_error_that_can_be_told_again(value):
     error = CallError.from_wire(value)
-    assert error.code in CODES
+    assert error.code in CODES or error.code == value["code"]
     assert isinstance(error.errno, int | None)
     msgpack.packb(error.to_wire(), unicode_errors="backslashreplace")
+
+
+def test_a_code_that_is_unknown_here_survives():
+    error = CallError.from_wire({"code": "quota", "message": "m", "retry_after_ms": 5})
+    assert (error.code, str(error)) == ("quota", "quota: m")
+    assert error.to_wire()["code"] == "quota"
+    assert pickle.loads(pickle.dumps(error)).code == "quota"
+    with pytest.raises(ValueError, match="quota"):
+        CallError("quota", "m")
+
+
+@pytest.mark.parametrize("code", ["", "x" * 65, "a b", "\x1b[2J", "Quota", 5, None])
+def test_a_code_that_is_no_word_becomes_internal(code):
+    assert CallError.from_wire({"code": code, "message": "m"}).code == "internal"

@@ -109,10 +109,10 @@ class AsyncLink:
             until=whole,
         )
         try:
-            request = AgentHello(versions=PROTOCOL_VERSIONS, client=self._name).to_wire()
+            request = AgentHello(versions=PROTOCOL_VERSIONS, client=self._name)
             seconds = hello_seconds(self._connect_seconds)
-            reply = await client.call("agent.hello", request, timeout_seconds=seconds)
-            return client, HelloReply.from_wire(reply, "reply")
+            reply = await client.call(request.method, request.to_wire(), timeout_seconds=seconds)
+            return client, request.read_reply(reply)
         except BaseException:
             await client.close()
             raise

@@ -110,9 +110,12 @@ class Feeds:
             if event.sequence <= self.sequence:
                 return
             self.sequence = event.sequence
-            bit = EVENT_BITS.get(event.kind, 0)
+            # a kind that is unknown here is of a newer agent: for callbacks that want all
+            bits = EVENT_BITS.get(event.kind, ALL_EVENTS)
             with self._lock:
-                wanted = [callback for callback, mask in self._callbacks.values() if mask & bit]
+                wanted = [
+                    callback for callback, mask in self._callbacks.values() if mask & bits == bits
+                ]
             for callback in wanted:
                 callback(event)
 
@@ -141,14 +144,14 @@ class Feeds:
     def notified(self, method: str, params: Mapping[str, object]) -> None:
         """Take a notification ``agent.event`` or ``agent.log``; others are ignored."""
         if method == "agent.event":
-            event = Event.from_wire(params, "event")
+            event = Event.from_wire(params, "event", strict=False)
             with self._lock:
                 if self._held is not None:
                     self._held.append(event)
                     return
             self.deliver(event)
         elif method == "agent.log":
-            self._take_log(LogReply.from_wire(params, "log"))
+            self._take_log(LogReply.from_wire(params, "log", strict=False))
 
     def catch_up(self) -> Steps[None]:
         """Follow events and log on a new connection; hand on what was missed before it."""
@@ -185,5 +188,8 @@ class Feeds:
             reply = yield AgentEvents(since=0)
         events: tuple[Event, ...] = reply.events
         if events and reply.dropped:
-            return (events[0].replace(dropped=reply.dropped), *events[1:])
+            first = Event.from_wire(
+                {**events[0].to_wire(), "dropped": reply.dropped}, "event", strict=False
+            )
+            return (first, *events[1:])
         return events
