@@ -7,11 +7,10 @@ that is never held across a system call.
 import threading
 from collections.abc import Callable, Container, Mapping
 
-from guestagent.api import ByteRange, LayerSpec, OverlaySpec
+from guestagent.api import LayerSpec, OverlaySpec
 from guestagent.api.layers import Holder
 from guestagent.engine.claims import Owner, PathClaims, SharedRanges, parent_of
-from guestagent.engine.plan import LayerPlan, dm_uuid
-from guestagent.storage.blockdev import BlockDevice
+from guestagent.engine.plan import LayerPlan, Source, dm_uuid
 from vsock.errors import CallError
 from vsock.record import Record
 
@@ -48,9 +47,7 @@ class LayerClaim(Record):
     """
 
     spec: LayerSpec
-    device: BlockDevice
-    range: ByteRange
-    hash_device: BlockDevice | None
+    source: Source
     names: tuple[str, str]
     created: tuple[str, ...]
 
@@ -66,7 +63,7 @@ class LayerClaim(Record):
         return LayerTraces(
             layer_id=spec.layer_id,
             mount_point=spec.mount_point,
-            dev=self.device.dev,
+            dev=self.source.dev,
             dm=dm,
             created=self.created,
         )
@@ -80,8 +77,7 @@ class LiveLayer(Record):
     """
 
     spec: LayerSpec
-    device: BlockDevice
-    range: ByteRange
+    source: Source
     plan: LayerPlan
     created: tuple[str, ...]
     timings_ms: dict[str, float]
@@ -94,7 +90,7 @@ class LiveLayer(Record):
         return LayerTraces(
             layer_id=self.spec.layer_id,
             mount_point=self.spec.mount_point,
-            dev=self.device.dev,
+            dev=self.source.dev,
             dm={step.name: step.uuid for step in steps},
             created=self.created,
         )
@@ -201,7 +197,9 @@ class Inventory:
         with self._lock:
             self._drop_range(layer_id)
             self._layers[layer_id] = live
-            self._ranges.setdefault(live.device.dev, SharedRanges()).add(live.range, layer_id)
+            self._ranges.setdefault(live.source.dev, SharedRanges()).add(
+                live.source.range, layer_id
+            )
 
     def set_layer_state(self, layer_id: str, state: str) -> bool:
         """Note what became of a layer; return whether that is news."""
@@ -225,10 +223,10 @@ class Inventory:
         live = self._layers.get(layer_id)
         if live is None:
             return
-        ranges = self._ranges[live.device.dev]
-        ranges.drop(live.range, layer_id)
+        ranges = self._ranges[live.source.dev]
+        ranges.drop(live.source.range, layer_id)
         if not ranges:
-            del self._ranges[live.device.dev]
+            del self._ranges[live.source.dev]
 
     def drop_overlay(self, overlay_id: str) -> None:
         with self._lock:
@@ -247,15 +245,17 @@ class Inventory:
         """Return the other layers whose ranges share bytes with that of this one."""
         layer_id = live.spec.layer_id
         with self._lock:
-            ranges = self._ranges.get(live.device.dev)
-            sharing = ranges.sharing(live.range) if ranges is not None else ()
+            ranges = self._ranges.get(live.source.dev)
+            sharing = ranges.sharing(live.source.range) if ranges is not None else ()
             return tuple(other_id for other_id in sharing if other_id != layer_id)
 
     def layers_on(self, dev: str) -> tuple[str, ...]:
-        """Return the layers that are on a device (MAJOR:MINOR)."""
+        """Return the layers whose data or hash tree is on a device (MAJOR:MINOR)."""
         with self._lock:
             return tuple(
-                layer_id for layer_id, live in self._layers.items() if live.device.dev == dev
+                layer_id
+                for layer_id, live in self._layers.items()
+                if dev in [device.dev for device in live.source.devices]
             )
 
     # --- claims

@@ -14,11 +14,11 @@ from guestagent.engine.inventory import LayerClaim, LiveLayer
 from guestagent.engine.plan import (
     LayerPlan,
     Version,
-    check_range,
     check_target,
     dm_names,
     plan_layer,
     signature_description,
+    source_of,
     verity_options,
 )
 from guestagent.engine.readback import verity_status
@@ -61,11 +61,12 @@ class LayerMount:
         op.on_rollback("target claim", lambda: inventory.release_target(spec.mount_point))
         device = self._find(spec.device, op)
         self._refuse_scratch(device)
-        area = check_range(spec.mapping, device)
-        hash_device = None
+        source = source_of(spec.mapping, device)
         if spec.verity is not None:
             if spec.verity.hash_device is not None:
                 hash_device = self._find(spec.verity.hash_device, op)
+                self._refuse_scratch(hash_device)
+                source = source.replace(hash_device=hash_device)
             self._verity_version(op)  # a kernel without it is told before anything is begun
         names = inventory.claim_dm_names(
             spec.layer_id, dm_names(spec, unique=False), lambda: dm_names(spec, unique=True)
@@ -75,9 +76,7 @@ class LayerMount:
         op.on_rollback("directory claim", lambda: inventory.release_directories(owner))
         return LayerClaim(
             spec=spec,
-            device=device,
-            range=area,
-            hash_device=hash_device,
+            source=source,
             names=names,
             created=created,
         )
@@ -92,18 +91,15 @@ class LayerMount:
             options = verity_options(spec.verity.preset, version, signature_key)
         plan = plan_layer(
             spec,
-            claim.device,
-            filesystem=spec.filesystem,
+            claim.source,
             names=claim.names,
             parameters=parameters,
             parameters_from=parameters_from,
-            hash_device=claim.hash_device,
             options=options,
         )
         return LiveLayer(
             spec=spec,
-            device=claim.device,
-            range=claim.range,
+            source=claim.source,
             plan=plan,
             created=claim.created,
             timings_ms=op.timings_ms,
@@ -172,7 +168,7 @@ class LayerMount:
         """Create the linear and the verity device as planned; return what to mount, as MAJOR:MINOR
         and as node."""
         plan = live.plan
-        dev, node = live.device.dev, live.device.node
+        dev, node = live.source.dev, live.source.node
         if plan.linear is not None:
             with op.step("linear", plan.linear.name):
                 info = self._device(plan.linear.name, plan.linear.uuid, plan.linear.target())
@@ -191,7 +187,7 @@ class LayerMount:
         verity = live.plan.verity
         if verity is None:
             with op.step("filesystem", node, code="mount"):
-                return Reader(node, size_bytes=live.range.size_bytes)
+                return Reader(node, size_bytes=live.source.range.size_bytes)
         with op.step("prove", verity.name, code="integrity"):
             return open_proved(node, verity.parameters.data_size_bytes)
 
@@ -225,23 +221,23 @@ class LayerMount:
                 self._mount_at(plan, node, target, op)
             op.on_rollback("mount", lambda: self._undo_mount(spec.mount_point))
             if plan.linear is None and plan.verity is None:
-                self._check_still_whole(planned, op)
+                self._check_still_whole(planned.source.device, op)
         return plan
 
-    def _check_still_whole(self, live: LiveLayer, op: Transaction) -> None:
+    def _check_still_whole(self, device: BlockDevice, op: Transaction) -> None:
         """See that the disk is as large as it was when it was checked.
 
         A mapping need not be looked at: device-mapper compares sizes when a table is loaded.
         """
-        with op.step("size", live.device.node):
-            now_bytes = blockdev.inspect(live.device.name).size_bytes
-        if now_bytes != live.device.size_bytes:
+        with op.step("size", device.node):
+            now_bytes = blockdev.inspect(device.name).size_bytes
+        if now_bytes != device.size_bytes:
             raise CallError(
                 "device",
-                f"{live.device.node} changed from {live.device.size_bytes} to {now_bytes} bytes "
+                f"{device.node} changed from {device.size_bytes} to {now_bytes} bytes "
                 "while it was mounted",
                 step="size",
-                object=live.device.node,
+                object=device.node,
             )
 
     def _mount_at(

@@ -105,7 +105,7 @@ class Layers:
         self._state.events.publish(
             "layer_mounted",
             layer_id=live.spec.layer_id,
-            device=live.device.node,
+            device=live.source.node,
             detail=live.spec.mount_point,
             traceparent=op.traceparent,
         )

@@ -77,8 +77,9 @@ class Monitor:
     def _vanished(self, name: str) -> None:
         self._state.events.publish("device_vanished", device=f"/dev/{name}")
         for live in self._state.inventory.layers():
-            if live.device.name == name:
-                self._lost(live.spec.layer_id, live.device.node)
+            for device in live.source.devices:
+                if device.name == name:
+                    self._lost(live.spec.layer_id, device.node)
 
     def _lost(self, layer_id: str, node: str) -> None:
         if self._state.inventory.set_layer_state(layer_id, "device_lost"):
@@ -87,5 +88,6 @@ class Monitor:
 
     def _look_for_lost_devices(self) -> None:
         for live in self._state.inventory.layers():
-            if not os.path.exists(f"/sys/class/block/{live.device.name}"):
-                self._lost(live.spec.layer_id, live.device.node)
+            for device in live.source.devices:
+                if not os.path.exists(f"/sys/class/block/{device.name}"):
+                    self._lost(live.spec.layer_id, device.node)

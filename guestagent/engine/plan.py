@@ -19,15 +19,16 @@ __all__ = (
     "LayerPlan",
     "LinearStep",
     "MountStep",
+    "Source",
     "VerityOptions",
     "VerityStep",
-    "check_range",
     "check_target",
     "device_tag",
     "dm_names",
     "dm_uuid",
     "plan_layer",
     "signature_description",
+    "source_of",
     "verity_options",
 )
 
@@ -44,6 +45,29 @@ _PRESETS: dict[str, tuple[tuple[str, Version], ...]] = {
 _SIGNATURES_SINCE: Version = (1, 5, 0)
 #: dm names have at most 127 characters (include/uapi/linux/dm-ioctl.h, DM_NAME_LEN).
 _DM_NAME_MAX = 127
+
+
+class Source(Record):
+    """Where a layer's bytes come from: a range of a block device, and the device of its hash tree
+    where that is another."""
+
+    device: BlockDevice
+    range: ByteRange
+    hash_device: BlockDevice | None = None
+
+    @property
+    def devices(self) -> tuple[BlockDevice, ...]:
+        """Every device that must stay as it is while the layer is mounted."""
+        return (self.device,) if self.hash_device is None else (self.device, self.hash_device)
+
+    @property
+    def dev(self) -> str:
+        """MAJOR:MINOR of the device that holds the data."""
+        return self.device.dev
+
+    @property
+    def node(self) -> str:
+        return self.device.node
 
 
 class LinearStep(Record):
@@ -133,14 +157,14 @@ class LayerPlan(Record):
         return tuple(step.name for step in steps if step is not None)
 
 
-def check_range(mapping: ByteRange | None, device: BlockDevice) -> ByteRange:
-    """Return the range that a layer takes of its device: its mapping, or all of it.
+def source_of(mapping: ByteRange | None, device: BlockDevice) -> Source:
+    """Return what a layer takes of its device: its mapping, or all of it.
 
     Raises:
         CallError: ``invalid``, the mapping ends past the device.
     """
     if mapping is None:
-        return ByteRange(offset_bytes=0, size_bytes=device.size_bytes)
+        mapping = ByteRange(offset_bytes=0, size_bytes=device.size_bytes)
     end_bytes = mapping.offset_bytes + mapping.size_bytes
     if end_bytes > device.size_bytes:
         raise CallError(
@@ -149,7 +173,7 @@ def check_range(mapping: ByteRange | None, device: BlockDevice) -> ByteRange:
             step="device",
             object="params.mapping",
         )
-    return mapping
+    return Source(device=device, range=mapping)
 
 
 def signature_description(layer_id: str) -> str:
@@ -241,13 +265,11 @@ def dm_uuid(kind: str, layer_id: str) -> str:
 
 def plan_layer(
     spec: LayerSpec,
-    device: BlockDevice,
+    source: Source,
     *,
-    filesystem: str,
     names: tuple[str, str],
     parameters: VerityParameters | None = None,
     parameters_from: str = "",
-    hash_device: BlockDevice | None = None,
     options: VerityOptions | None = None,
 ) -> LayerPlan:
     """Order the steps for one layer. ``names`` are those of the linear and the verity device;
@@ -257,7 +279,7 @@ def plan_layer(
         linear = LinearStep(
             name=names[0],
             uuid=dm_uuid("linear", spec.layer_id),
-            dev=device.dev,
+            dev=source.dev,
             mapping=spec.mapping,
         )
     verity = None
@@ -265,11 +287,11 @@ def plan_layer(
         verity = VerityStep(
             name=names[1],
             uuid=dm_uuid("verity", spec.layer_id),
-            dev=None if linear else device.dev,
-            hash_dev=hash_device.dev if hash_device else None,
+            dev=None if linear else source.dev,
+            hash_dev=source.hash_device.dev if source.hash_device else None,
             parameters=parameters,
             source=parameters_from,
             options=options or VerityOptions(),
         )
-    mount = MountStep(target=spec.mount_point, filesystem=filesystem, options=spec.options)
+    mount = MountStep(target=spec.mount_point, filesystem=spec.filesystem, options=spec.options)
     return LayerPlan(layer_id=spec.layer_id, linear=linear, verity=verity, mount=mount)

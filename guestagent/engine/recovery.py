@@ -129,7 +129,7 @@ def layer_is_there(kernel: KernelView, live: LiveLayer) -> bool:
     own = kernel.own_devices(live.traces)
     if mount is None or mount.dev != live.dev or len(own) < len(live.plan.dm_names):
         return False
-    return live.dev == (own[0][1] if own else live.device.dev)
+    return live.dev == (own[0][1] if own else live.source.dev)
 
 
 def overlay_is_there(kernel: KernelView, live: LiveOverlay) -> bool:

@@ -75,7 +75,7 @@ def read_parameters(
         CallError: ``integrity``, the tree or the superblock is not what the request says;
             ``invalid`` or ``unsupported``, it could never be mapped.
     """
-    device, hash_device, area = claim.device, claim.hash_device, claim.range
+    device, hash_device, area = claim.source.device, claim.source.hash_device, claim.source.range
     with (
         op.step("superblock", device.node),
         Reader(device.node, size_bytes=area.size_bytes, offset_bytes=area.offset_bytes) as data,

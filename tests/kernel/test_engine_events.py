@@ -122,7 +122,7 @@ def test_verify_reads_all_tells_progress_and_can_be_cancelled(bed: EngineBed, pa
 def test_a_verify_under_way_is_cancelled_at_its_next_chunk(
     bed: EngineBed, pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("guestagent.engine.verifying._CHUNK_BYTES", 512)
+    monkeypatch.setattr("guestagent.engine.verity._CHUNK_BYTES", 512)
     with bed.operation() as op:
         bed.engine.layers.mount(pack.spec(0), op)
     before = sorted(os.listdir("/proc/self/fd"))

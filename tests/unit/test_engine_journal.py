@@ -8,7 +8,7 @@ import pytest
 from guestagent.api import ByteRange, LayerSpec, OverlaySpec, PathDevice, Verity
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from guestagent.engine.journal import Begun, Journal, Written
-from guestagent.engine.plan import plan_layer
+from guestagent.engine.plan import plan_layer, source_of
 from guestagent.observe.leftovers import left_behind
 from guestagent.storage.blockdev import BlockDevice
 
@@ -35,9 +35,8 @@ def layer(layer_id="a", **changes):
     )
     live = LiveLayer(
         spec=spec,
-        device=DEVICE,
-        range=whole,
-        plan=plan_layer(spec, DEVICE, filesystem="erofs", names=("l", "v")),
+        source=source_of(whole, DEVICE),
+        plan=plan_layer(spec, source_of(whole, DEVICE), names=("l", "v")),
         created=("/run/layers", "/run/layers/a"),
         timings_ms={"mount": 1.5},
     )

@@ -6,11 +6,11 @@ from test_engine_journal import DEVICE
 from guestagent.api import ByteRange, LayerSpec, PathDevice, PmemDevice, ScsiDevice, VirtioBlkDevice
 from guestagent.api import Verity as VerityRequest
 from guestagent.engine.plan import (
-    check_range,
     check_target,
     device_tag,
     dm_names,
     plan_layer,
+    source_of,
     verity_options,
 )
 from guestagent.storage.verity import VerityParameters
@@ -30,6 +30,7 @@ def spec(**changes):
     return base.replace(**changes)
 
 
+SOURCE = source_of(None, DEVICE)
 PARAMETERS = VerityParameters(
     root_digest=ROOT,
     salt=b"\xab",
@@ -44,7 +45,7 @@ PARAMETERS = VerityParameters(
 
 
 def test_a_dry_run_prints_every_step():
-    plan = plan_layer(spec(), DEVICE, filesystem="erofs", names=("l", "v"), parameters=PARAMETERS)
+    plan = plan_layer(spec(), SOURCE, names=("l", "v"), parameters=PARAMETERS)
     assert plan.describe() == (
         "create l: 0 16 linear 7:0 2048",
         f"create v: 0 8 verity 1 /dev/mapper/l /dev/mapper/l 4096 4096 1 2 sha256 {ROOT.hex()} ab",
@@ -54,7 +55,7 @@ def test_a_dry_run_prints_every_step():
 
 
 def test_without_mapping_and_without_verity():
-    plain = plan_layer(spec(mapping=None, verity=None), DEVICE, filesystem="ext4", names=("l", "v"))
+    plain = plan_layer(spec(mapping=None, verity=None, filesystem="ext4"), SOURCE, names=("l", "v"))
     assert plain.describe() == ("mount ext4 on /run/layers/base (ro,nodev,nosuid)",)
     assert plain.dm_names == ()
 
@@ -120,15 +121,15 @@ def test_unique_names_differ_by_layer_id_alone():
 def test_a_mapping_must_lie_on_the_device(offset, size, fits):
     mapping = ByteRange(offset_bytes=offset, size_bytes=size)
     if fits:
-        assert check_range(mapping, DEVICE) == mapping
+        assert source_of(mapping, DEVICE).range == mapping
     else:
         with pytest.raises(CallError) as caught:
-            check_range(mapping, DEVICE)
+            source_of(mapping, DEVICE)
         assert caught.value.code == "invalid"
 
 
 def test_no_mapping_is_the_whole_device():
-    assert check_range(None, DEVICE) == ByteRange(offset_bytes=0, size_bytes=1 << 20)
+    assert source_of(None, DEVICE).range == ByteRange(offset_bytes=0, size_bytes=1 << 20)
 
 
 @pytest.mark.parametrize(
