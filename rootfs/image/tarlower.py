@@ -18,7 +18,7 @@ from rootfs.image.tree import Content, Extent, FdContent, Node
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.holes import copy_range
 from rootfs.imagefile.output import unnamed_file
-from rootfs.imagefile.ranges import ByteRange
+from rootfs.imagefile.ranges import FileRange
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -119,7 +119,7 @@ class LowerLayers:
         """Copy a file's content to ``end`` of ``fd``; return where it is, and the new end."""
         extents = []
         for offset, length, at in content.extents:
-            extent = ByteRange(offset_bytes=at, size_bytes=length)
+            extent = FileRange(offset_bytes=at, size_bytes=length)
             for _ in copy_range(source, extent, fd, end):
                 if self._cancel is not None:
                     self._cancel.check("copy from lower layers")

@@ -5,7 +5,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-from rootfs.imagefile.ranges import ByteRange
+from rootfs.imagefile.ranges import FileRange
 
 __all__ = ("copy_range", "data_extents", "punch_hole")
 
@@ -19,7 +19,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _libc.fallocate.restype = ctypes.c_int
 
 
-def data_extents(fd: int, size_bytes: int) -> Iterator[ByteRange]:
+def data_extents(fd: int, size_bytes: int) -> Iterator[FileRange]:
     """Yield the ranges below ``size_bytes`` that may hold something else than zeros, ascending.
 
     A file system that knows no holes reports one range.
@@ -37,10 +37,10 @@ def data_extents(fd: int, size_bytes: int) -> Iterator[ByteRange]:
         at = min(os.lseek(fd, start, os.SEEK_HOLE), size_bytes)
         if at <= start:
             return
-        yield ByteRange(offset_bytes=start, size_bytes=at - start)
+        yield FileRange(offset_bytes=start, size_bytes=at - start)
 
 
-def copy_range(source: int, extent: ByteRange, target: int, offset_bytes: int) -> Iterator[int]:
+def copy_range(source: int, extent: FileRange, target: int, offset_bytes: int) -> Iterator[int]:
     """Copy ``extent`` of ``source`` to ``offset_bytes`` of ``target``; yield each count of bytes.
 
     In the kernel where it can (shared extents on file systems that have them), else by hand.
@@ -67,7 +67,7 @@ def copy_range(source: int, extent: ByteRange, target: int, offset_bytes: int) -
         yield count
 
 
-def punch_hole(fd: int, extent: ByteRange) -> None:
+def punch_hole(fd: int, extent: FileRange) -> None:
     """Make the range read as zeros, and give its blocks back where the file system can.
 
     Raises:

@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ("ByteRange", "first_fit", "free_ranges", "overlapping", "round_up")
+__all__ = ("FileRange", "first_fit", "free_ranges", "overlapping", "round_up")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class ByteRange:
-    """Bytes ``offset_bytes`` up to, but not with, ``end_bytes``; not empty."""
+class FileRange:
+    """Bytes of a file, ``offset_bytes`` up to, but not with, ``end_bytes``; not empty. Unlike the
+    ``ByteRange`` of a request it need not be whole sectors."""
 
     offset_bytes: int
     size_bytes: int
@@ -27,7 +28,7 @@ def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def free_ranges(used: Iterable[ByteRange], total_bytes: int) -> list[ByteRange]:
+def free_ranges(used: Iterable[FileRange], total_bytes: int) -> list[FileRange]:
     """Return the maximal unused ranges below ``total_bytes``, in ascending order.
 
     ``used`` may come in any order and may overlap.
@@ -37,14 +38,14 @@ def free_ranges(used: Iterable[ByteRange], total_bytes: int) -> list[ByteRange]:
     for taken in sorted(used):
         gap_end = min(taken.offset_bytes, total_bytes)
         if gap_end > end:
-            free.append(ByteRange(offset_bytes=end, size_bytes=gap_end - end))
+            free.append(FileRange(offset_bytes=end, size_bytes=gap_end - end))
         end = max(end, taken.end_bytes)
     if end < total_bytes:
-        free.append(ByteRange(offset_bytes=end, size_bytes=total_bytes - end))
+        free.append(FileRange(offset_bytes=end, size_bytes=total_bytes - end))
     return free
 
 
-def first_fit(used: Iterable[ByteRange], size_bytes: int, alignment_bytes: int) -> int:
+def first_fit(used: Iterable[FileRange], size_bytes: int, alignment_bytes: int) -> int:
     """Return the lowest aligned offset with ``size_bytes`` unused; there is no upper bound."""
     offset = 0
     for taken in sorted(used):
@@ -54,10 +55,10 @@ def first_fit(used: Iterable[ByteRange], size_bytes: int, alignment_bytes: int) 
     return offset
 
 
-def overlapping(ranges: Iterable[ByteRange]) -> list[tuple[ByteRange, ByteRange]]:
+def overlapping(ranges: Iterable[FileRange]) -> list[tuple[FileRange, FileRange]]:
     """Return the pairs of neighbours, by offset, that share bytes."""
     pairs = []
-    widest: ByteRange | None = None
+    widest: FileRange | None = None
     for current in sorted(ranges):
         if widest is not None and current.offset_bytes < widest.end_bytes:
             pairs.append((widest, current))

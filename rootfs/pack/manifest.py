@@ -16,7 +16,7 @@ from guestagent.api.layers import LAYER_FILESYSTEMS
 from guestagent.storage.verity import FieldError, VerityParameters
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import write_file
-from rootfs.imagefile.ranges import ByteRange, overlapping
+from rootfs.imagefile.ranges import FileRange, overlapping
 from vsock.errors import CallError
 
 __all__ = ("IMAGE_STEP_BYTES", "Manifest", "ManifestLayer", "layer_spec", "verity_map")
@@ -64,8 +64,8 @@ class ManifestLayer:
                 raise FieldError("verity", f"ends at {end}, the layer at {self.size_bytes}")
 
     @property
-    def range(self) -> ByteRange:
-        return ByteRange(offset_bytes=self.offset_bytes, size_bytes=self.size_bytes)
+    def range(self) -> FileRange:
+        return FileRange(offset_bytes=self.offset_bytes, size_bytes=self.size_bytes)
 
     def to_json(self) -> dict[str, object]:
         return {

@@ -24,7 +24,7 @@ from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.holes import copy_range, data_extents, punch_hole
 from rootfs.imagefile.imagelock import open_locked
 from rootfs.imagefile.output import check_output, new_file, sync_directory
-from rootfs.imagefile.ranges import ByteRange, first_fit, round_up
+from rootfs.imagefile.ranges import FileRange, first_fit, round_up
 from rootfs.pack.manifest import IMAGE_STEP_BYTES, Manifest, ManifestLayer
 from rootfs.pack.packcheck import PackReport, check_pack, digest_range
 from vsock.deadline import Deadline
@@ -203,7 +203,7 @@ class Pack:
         if verity is None:
             content_digest = digest_range(
                 source,
-                ByteRange(offset_bytes=0, size_bytes=file_bytes),
+                FileRange(offset_bytes=0, size_bytes=file_bytes),
                 padding_bytes=size_bytes - file_bytes,
             )
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from guestagent.storage.verity import check_root
 from rootfs.image.tree import CHUNK_BYTES, Progress
-from rootfs.imagefile.ranges import ByteRange, free_ranges
+from rootfs.imagefile.ranges import FileRange, free_ranges
 from rootfs.pack.manifest import Manifest, ManifestLayer
 from rootfs.verity.treecompare import compare_tree
 from rootfs.verity.workers import available_cores
@@ -142,7 +142,7 @@ def _check_tree(fd: int, layer: ManifestLayer, cancel: Deadline | None) -> None:
 
 
 def digest_range(
-    fd: int, extent: ByteRange, *, padding_bytes: int = 0, cancel: Deadline | None = None
+    fd: int, extent: FileRange, *, padding_bytes: int = 0, cancel: Deadline | None = None
 ) -> str:
     """Return ``sha256:HEX`` of a range of a file with ``padding_bytes`` zeros after it.
 
@@ -158,7 +158,7 @@ def digest_range(
     return "sha256:" + digest.hexdigest()
 
 
-def _pieces(fd: int, extent: ByteRange) -> Iterator[bytes]:
+def _pieces(fd: int, extent: FileRange) -> Iterator[bytes]:
     at = extent.offset_bytes
     while at < extent.end_bytes:
         piece = os.pread(fd, min(CHUNK_BYTES, extent.end_bytes - at), at)

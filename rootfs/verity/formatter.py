@@ -24,7 +24,7 @@ from rootfs.imagefile.hasharea import data_end, filesystem_size
 from rootfs.imagefile.holes import copy_range
 from rootfs.imagefile.imagelock import open_locked
 from rootfs.imagefile.output import check_output, new_file, unnamed_file
-from rootfs.imagefile.ranges import ByteRange
+from rootfs.imagefile.ranges import FileRange
 from rootfs.verity import workers as parallel
 from rootfs.verity.hashtree import Progress, build_tree
 from vsock.deadline import Deadline
@@ -300,7 +300,7 @@ def _store(fd: int, parameters: VerityParameters, header: bytes, tree_fd: int) -
     os.ftruncate(fd, end)
     os.pwrite(fd, bytes(parameters.tree_offset_bytes - start), start)
     if parameters.levels:
-        tree = ByteRange(offset_bytes=0, size_bytes=end - parameters.tree_offset_bytes)
+        tree = FileRange(offset_bytes=0, size_bytes=end - parameters.tree_offset_bytes)
         for _ in copy_range(tree_fd, tree, fd, parameters.tree_offset_bytes):
             pass
     if header:

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from guestagent.storage.verity import VerityTerms
-from rootfs.imagefile.ranges import ByteRange, first_fit, free_ranges, overlapping, round_up
+from rootfs.imagefile.ranges import FileRange, first_fit, free_ranges, overlapping, round_up
 from rootfs.pack.manifest import Manifest
 from rootfs.pack.pack import DAX_ALIGNMENT_BYTES, Pack, manifest_path_of
 from rootfs.verity.formatter import format_image
@@ -42,13 +42,13 @@ def layer(tmp_path: Path) -> Path:
 # --- allocator
 
 RANGES = st.lists(
-    st.builds(ByteRange, offset_bytes=st.integers(0, 200), size_bytes=st.integers(1, 50)),
+    st.builds(FileRange, offset_bytes=st.integers(0, 200), size_bytes=st.integers(1, 50)),
     max_size=8,
 )
 
 
 @given(RANGES, st.integers(1, 60), st.sampled_from([1, 4, 16]))
-def test_first_fit_is_the_lowest_place(used: list[ByteRange], size: int, alignment: int) -> None:
+def test_first_fit_is_the_lowest_place(used: list[FileRange], size: int, alignment: int) -> None:
     taken = {at for each in used for at in range(each.offset_bytes, each.end_bytes)}
     place = 0
     while not taken.isdisjoint(range(place, place + size)):
@@ -57,7 +57,7 @@ def test_first_fit_is_the_lowest_place(used: list[ByteRange], size: int, alignme
 
 
 @given(RANGES, st.integers(0, 260))
-def test_free_ranges_are_what_is_not_used(used: list[ByteRange], total: int) -> None:
+def test_free_ranges_are_what_is_not_used(used: list[FileRange], total: int) -> None:
     taken = {at for each in used for at in range(each.offset_bytes, each.end_bytes)}
     free = free_ranges(used, total)
     assert {at for each in free for at in range(each.offset_bytes, each.end_bytes)} == set(
@@ -68,7 +68,7 @@ def test_free_ranges_are_what_is_not_used(used: list[ByteRange], total: int) -> 
 
 
 @given(RANGES)
-def test_overlaps_are_found(used: list[ByteRange]) -> None:
+def test_overlaps_are_found(used: list[FileRange]) -> None:
     counts = [at for each in used for at in range(each.offset_bytes, each.end_bytes)]
     assert bool(overlapping(used)) == (len(counts) != len(set(counts)))
 
