@@ -163,12 +163,66 @@ class Calls:
         self._on_end()
 
 
+class _Lane:
+    """Calls that wait for a thread, or have one, within the same limits. Connections take turns."""
+
+    def __init__(self, *, most_of_one: int, most: int) -> None:
+        """Let ``most`` of the calls run, and ``most_of_one`` of each connection."""
+        self._most_of_one = most_of_one
+        self._most = most
+        self._waiting: dict[Connection, deque[Call]] = {}  # the next connection in turn first
+        self._running: dict[Connection, int] = {}
+        self._running_count = 0
+
+    def add(self, call: Call) -> None:
+        self._waiting.setdefault(call.connection, deque()).append(call)
+
+    def pick(self) -> Call | None:
+        """Let the next call run that may; None if there is none."""
+        if self._running_count >= self._most:
+            return None
+        for connection in self._waiting:
+            if self._running.get(connection, 0) < self._most_of_one:
+                break
+        else:
+            return None
+        queue = self._waiting.pop(connection)
+        call = queue.popleft()
+        if queue:
+            self._waiting[connection] = queue  # the last in turn now
+        self._running[connection] = self._running.get(connection, 0) + 1
+        self._running_count += 1
+        return call
+
+    def ended(self, call: Call) -> None:
+        """Account for the end of a call that was picked."""
+        self._running_count -= 1
+        self._running[call.connection] -= 1
+        if not self._running[call.connection]:
+            del self._running[call.connection]
+
+    def put_back(self, call: Call) -> None:
+        """Have a call that was picked wait again, as the next of its connection."""
+        self.ended(call)
+        self._waiting.setdefault(call.connection, deque()).appendleft(call)
+
+    def forget(self, call: Call) -> bool:
+        """Have ``call`` wait no more; False if it does not."""
+        queue = self._waiting.get(call.connection)
+        if queue is None or call not in queue:
+            return False
+        queue.remove(call)
+        if not queue:
+            del self._waiting[call.connection]
+        return True
+
+
 class _Workers:
     """Up to ``max_threads`` threads, started when there is work and ended when there was none.
 
-    A quarter of them, four at most, is out of reach for one connection, and half of that for all
-    connections together: it is kept for ``urgent`` methods, so that long calls cannot keep a peer
-    from asking what is there, unmounting and shutting down. Connections take turns.
+    Some of them, a quarter and four at most, are out of reach for the calls of one connection, and
+    half of these for those of all connections: they are kept for ``urgent`` methods, so that long
+    calls cannot keep a peer from asking what is there, unmounting and shutting down.
 
     ``run`` must not raise. A call that makes it raise costs its thread, with the traceback where
     ``threading.excepthook`` puts it, and no other call.
@@ -180,14 +234,10 @@ class _Workers:
         self._run = run
         self._urgent_methods = urgent
         self._max_threads = max_threads
-        reserve = min(4, max_threads // 4)
-        self._max_of_one = max_threads - reserve
-        self._max_common = max_threads - reserve // 2
+        kept = min(4, max_threads // 4)
+        self._common = _Lane(most_of_one=max_threads - kept, most=max_threads - kept // 2)
+        self._urgent = _Lane(most_of_one=max(1, kept // 2), most=max_threads)
         self._ready = threading.Condition()
-        self._urgent: deque[Call] = deque()
-        self._queues: dict[Connection, deque[Call]] = {}  # the next connection to serve first
-        self._running: dict[Connection, int] = {}  # common calls by connection
-        self._common = 0  # common calls that run
         self._handed: deque[Call] = deque()  # picked for threads that are being woken
         self._threads: set[threading.Thread] = set()
         self._idle = 0  # threads that wait, and for which no call was picked
@@ -197,29 +247,29 @@ class _Workers:
         """Run ``call`` as soon as a thread may.
 
         Raises:
-            RuntimeError: no thread runs and none can be started; the call is still queued.
+            RuntimeError: no thread runs and none can be started; the call still waits.
         """
         with self._ready:
             assert not self._closed
-            self._queue_of(call).append(call)
+            self._lane(call).add(call)
             self._hand_out()
 
     def forget(self, call: Call) -> bool:
-        """Take ``call`` out of its queue; False if it is not, or no longer, in one."""
+        """Have ``call`` wait no more; False if it does not."""
         with self._ready:
-            queue = self._queue_of(call)
-            found = call in queue
-            if found:
-                queue.remove(call)
-            if not queue and queue is not self._urgent:
-                del self._queues[call.connection]
-            return found
+            return self._lane(call).forget(call)
 
     def close(self) -> None:
         """Let the queued calls run and the threads end; they do not keep the process alive."""
         with self._ready:
             self._closed = True
             self._ready.notify_all()
+
+    def _lane(self, call: Call) -> _Lane:
+        return self._urgent if call.method in self._urgent_methods else self._common
+
+    def _pick(self) -> Call | None:
+        return self._urgent.pick() or self._common.pick()
 
     def _hand_out(self) -> None:
         """Give calls to idle threads, or to new ones."""
@@ -232,45 +282,10 @@ class _Workers:
             try:
                 self._start_thread(call)
             except RuntimeError:
-                self._ended(call)
-                self._queue_of(call).appendleft(call)
+                self._lane(call).put_back(call)
                 if not self._threads:
                     raise
                 return
-
-    def _pick(self) -> Call | None:
-        """Take the next call that may run now out of its queue."""
-        if self._urgent:
-            return self._urgent.popleft()
-        if self._common >= self._max_common:
-            return None
-        for connection in self._queues:
-            running = self._running.get(connection, 0)
-            if running < self._max_of_one:
-                break
-        else:
-            return None
-        queue = self._queues.pop(connection)
-        call = queue.popleft()
-        if queue:
-            self._queues[connection] = queue  # the last in turn now
-        self._running[connection] = running + 1
-        self._common += 1
-        return call
-
-    def _ended(self, call: Call) -> None:
-        """Account for the end of a call that was picked."""
-        if call.method in self._urgent_methods:
-            return
-        self._common -= 1
-        self._running[call.connection] -= 1
-        if not self._running[call.connection]:
-            del self._running[call.connection]
-
-    def _queue_of(self, call: Call) -> deque[Call]:
-        if call.method in self._urgent_methods:
-            return self._urgent
-        return self._queues.setdefault(call.connection, deque())
 
     def _start_thread(self, call: Call) -> None:
         thread = threading.Thread(target=self._work, args=(call,), name="rpc-worker", daemon=True)
@@ -293,7 +308,7 @@ class _Workers:
                     self._run(call)
                 finally:
                     with self._ready:
-                        self._ended(call)
+                        self._lane(call).ended(call)
                         call = None
                 call = self._next()
         finally:

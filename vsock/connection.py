@@ -37,14 +37,17 @@ class Budget:
     """Memory that all connections of a server share, in bytes. Usable from several threads.
 
     Half-received messages, decoded requests and unsent answers are taken from it. Requests get
-    half of it at most, so that there is room for answers.
+    three eighths of it at most, so that there is room for answers.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.max_input_bytes = max_bytes // 2
+        self.max_input_bytes = max_bytes * 3 // 8
         self.used_bytes = 0
         self._lock = threading.Lock()
+
+    def has_input_room(self, count: int) -> bool:
+        return self.used_bytes + count <= self.max_input_bytes
 
     def take(self, count: int, *, bound: int | None = None) -> bool:
         """Take ``count`` bytes; give them back if negative. False if ``bound`` would be passed."""
@@ -266,7 +269,7 @@ class Connection:
         self.must_introduce = must_introduce
         self.stream = stream
         self.limits = limits
-        self._decoder = Decoder(limits)
+        self._decoder = Decoder(limits, has_room=budget.has_input_room)
         self._input_share = _Share(
             budget, free_bytes=_FREE_INPUT_BYTES, bound=budget.max_input_bytes
         )

@@ -108,8 +108,8 @@ def _is_not_there(error: BaseException) -> bool:
     return isinstance(error, ConnectionClosed) or _is_absent(error)
 
 
-def listen(address: Address) -> Listener:
-    """Listen on ``address``.
+def listen(address: Address, *, allowed_cids: "frozenset[int] | None" = None) -> Listener:
+    """Listen on ``address``, for AF_VSOCK peers with ``allowed_cids``; by default the host alone.
 
     A Unix socket is made with mode 0600. A socket file that nobody answers on is replaced; any
     other file stays, and the call fails with EADDRINUSE.
@@ -124,7 +124,10 @@ def listen(address: Address) -> Listener:
     if isinstance(address, VsockAddress):
         sock = _open_socket(AF_VSOCK, address)
         cid = VMADDR_CID_ANY if address.cid is None else address.cid
-        return Listener(address, _bind(sock, (cid, address.port), address))
+        listener = Listener(address, _bind(sock, (cid, address.port), address))
+        if allowed_cids is not None:
+            listener.allowed_cids = allowed_cids
+        return listener
     path = address.listen_path if isinstance(address, HybridAddress) else address.path
     sock = _open_socket(_socket.AF_UNIX, address)
     if path.startswith("@"):

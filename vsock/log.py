@@ -2,20 +2,25 @@
 
 The stdlib's logging takes 15 ms to import and knows no fields. Here a line is a value: sinks get
 it whole and render it as they like, and the last lines are kept from the first moment of boot for
-whoever asks later. Writing a line never raises and never blocks on a lock held by a slow sink for
-longer than that sink's own write.
+a reader that comes later. Writing a line never raises.
+
+A line, the ring, and the queue of a slow sink are bounded in bytes, because what a peer sends gets
+into lines. While ``in_background`` is entered, slow sinks are written to by a thread of their own,
+so that a serial console at its speed keeps no other thread waiting.
 
 What must stay secret does not get into a line: bytes are told by their length, and a field whose
 name says that it is a secret is not told at all.
 """
 
+import contextlib
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from vsock.record import Record
+from vsock.threads import start_thread
 
 __all__ = (
     "FORMATS",
@@ -31,6 +36,14 @@ __all__ = (
 )
 
 LEVELS = ("debug", "info", "warning", "error")
+#: A longer text loses its middle: a traceback is known by its ends.
+_MAX_TEXT_CHARACTERS = 2048
+_MAX_RING_BYTES = 1024 * 1024
+#: What a line takes beside its texts.
+_LINE_BYTES = 400
+#: Lines that wait for slow sinks.
+_MAX_QUEUED_BYTES = 256 * 1024
+_FLUSH_SECONDS = 2.0
 SECRETS = frozenset(("passphrase", "password", "private_key", "secret", "signature", "token"))
 
 
@@ -49,12 +62,15 @@ Sink = Callable[[Line], None]
 
 
 class Log:
-    """Thread-safe. ``level`` bounds what sinks get; the ring keeps everything."""
+    """Thread-safe. ``level`` bounds what sinks get; the ring keeps the last lines of all levels."""
 
     def __init__(self, *, capacity: int = 2000, level: str = "info") -> None:
         self._lock = threading.Lock()
-        self._ring: deque[Line] = deque(maxlen=capacity)
-        self._sinks: list[tuple[Sink, int | None]] = []
+        self._capacity = capacity
+        self._ring: deque[Line] = deque()
+        self._ring_bytes = 0
+        self._sinks: list[tuple[Sink, int | None, bool]] = []
+        self._writer = _Writer(self)
         self._number = 0
         self._threshold = LEVELS.index(level)
         #: Lines of each level so far, kept or not.
@@ -69,13 +85,19 @@ class Log:
         self._threshold = LEVELS.index(level)
 
     def add_sink(
-        self, sink: Sink, *, replay: bool = False, level: str | None = None
+        self,
+        sink: Sink,
+        *,
+        replay: bool = False,
+        level: str | None = None,
+        is_slow: bool = False,
     ) -> Callable[[], None]:
         """Send lines to ``sink`` from now on, first the kept ones if asked; returns what stops it.
 
-        It gets lines of ``level`` and above; without one, as the log is set.
+        It gets lines of ``level`` and above; without one, as the log is set. It is called by the
+        thread that writes the line, unless it ``is_slow`` and ``in_background`` is entered.
         """
-        entry = (sink, None if level is None else LEVELS.index(level))
+        entry = (sink, None if level is None else LEVELS.index(level), is_slow)
         with self._lock:
             self._sinks.append(entry)
             kept = tuple(self._ring) if replay else ()
@@ -89,6 +111,23 @@ class Log:
                     self._sinks.remove(entry)
 
         return stop
+
+    @contextlib.contextmanager
+    def in_background(self) -> "Iterator[None]":
+        """Write to slow sinks on a thread of their own; on leaving, wait for them for 2 s.
+
+        Lines that do not fit the queue are dropped for these sinks; the log tells how many.
+        """
+        self._writer.enter()
+        try:
+            yield
+        finally:
+            self._writer.leave()
+
+    def after_fork(self) -> None:
+        """Forget the threads and locks of the parent, of which this process has copies."""
+        self._lock = threading.Lock()
+        self._writer = _Writer(self)
 
     def tail(self, count: int) -> tuple[Line, ...]:
         """Return the last ``count`` lines, oldest first."""
@@ -115,10 +154,12 @@ class Log:
             own = [line for line in self._ring if (line.uptime_seconds, line.text) not in known]
             self._number = old[-1].number
             self._ring.clear()
-            self._ring.extend(old)
+            self._ring_bytes = 0
+            for line in old:
+                self._keep(line)
             for line in own:
                 self._number += 1
-                self._ring.append(line.replace(number=self._number))
+                self._keep(line.replace(number=self._number))
 
     def debug(self, text: str, **fields: object) -> None:
         self._write(0, text, fields)
@@ -132,10 +173,17 @@ class Log:
     def error(self, text: str, **fields: object) -> None:
         self._write(3, text, fields)
 
-    def _threshold_of(self, entry: tuple[Sink, int | None]) -> int:
+    def _threshold_of(self, entry: tuple[Sink, int | None, bool]) -> int:
         return self._threshold if entry[1] is None else entry[1]
 
+    def _keep(self, line: Line) -> None:
+        self._ring.append(line)
+        self._ring_bytes += _size_bytes(line)
+        while len(self._ring) > self._capacity or self._ring_bytes > _MAX_RING_BYTES:
+            self._ring_bytes -= _size_bytes(self._ring.popleft())
+
     def _write(self, level: int, text: str, fields: dict[str, object]) -> None:
+        fields = {name: _bounded(name, value) for name, value in fields.items()}
         with self._lock:
             self._number += 1
             self.counts[LEVELS[level]] += 1
@@ -144,13 +192,106 @@ class Log:
                 uptime_seconds=round(time.clock_gettime(time.CLOCK_BOOTTIME), 6),
                 unix_ms=time.time_ns() // 1_000_000,
                 level=LEVELS[level],
-                text=text,
+                text=_cut(text),
                 fields=fields,
             )
-            self._ring.append(line)
-            sinks = [entry[0] for entry in self._sinks if level >= self._threshold_of(entry)]
-        for sink in sinks:
+            self._keep(line)
+            entries = [entry for entry in self._sinks if level >= self._threshold_of(entry)]
+        for sink, _, is_slow in entries:
+            if not (is_slow and self._writer.put(sink, line)):
+                sink(line)
+
+
+class _Writer:
+    """The thread for slow sinks, and its queue."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._ready = threading.Condition()
+        self._queue: deque[tuple[Sink, Line]] = deque()
+        self._queued_bytes = 0
+        self._thread: threading.Thread | None = None
+        self._users = 0
+        self._dropped = 0
+
+    def enter(self) -> None:
+        with self._ready:
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._ready:
+            self._users -= 1
+            thread = self._thread
+            if self._users or thread is None:
+                return
+            self._ready.notify()
+        thread.join(_FLUSH_SECONDS)
+
+    def put(self, sink: Sink, line: Line) -> bool:
+        """Have the thread write ``line``, or drop it; False if the caller is to write it."""
+        with self._ready:
+            if not self._users:
+                return False
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="log", daemon=True)
+                try:
+                    start_thread(thread)
+                except RuntimeError:  # a machine out of threads: late is better than not at all
+                    return False
+                self._thread = thread
+            size_bytes = _size_bytes(line)
+            if self._queued_bytes + size_bytes > _MAX_QUEUED_BYTES:
+                self._dropped += 1
+                return True
+            self._queue.append((sink, line))
+            self._queued_bytes += size_bytes
+            self._ready.notify()
+            return True
+
+    def _run(self) -> None:
+        while (item := self._next()) is not None:
+            sink, line = item
             sink(line)
+            with self._ready:
+                self._queued_bytes -= _size_bytes(line)
+                dropped = self._dropped if not self._queue else 0
+                self._dropped -= dropped
+            if dropped:
+                self._log.warning("lines were not printed: a sink is slow", count=dropped)
+
+    def _next(self) -> tuple[Sink, Line] | None:
+        with self._ready:
+            self._ready.wait_for(lambda: self._queue or not self._users)
+            if self._queue:
+                return self._queue.popleft()
+            self._thread = None
+            return None
+
+
+def _cut(text: str) -> str:
+    if len(text) <= _MAX_TEXT_CHARACTERS:
+        return text
+    half = _MAX_TEXT_CHARACTERS // 2
+    return f"{text[:half]} [{len(text) - 2 * half} characters] {text[-half:]}"
+
+
+def _bounded(name: str, value: object) -> object:
+    """Return a field's value as it may be kept: bounded, no secret, and holding no other object."""
+    if name in SECRETS:
+        return "[secret]"
+    if value is None or isinstance(value, (bool, float)):
+        return value
+    if isinstance(value, int) and value.bit_length() <= 64:
+        return value
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"[{len(value)} bytes]"
+    return _cut(str(value))
+
+
+def _size_bytes(line: Line) -> int:
+    """Return about what a line takes in memory."""
+    texts = (line.text, *(value for value in line.fields.values() if isinstance(value, str)))
+    return _LINE_BYTES + sum(len(text) * (1 if text.isascii() else 4) for text in texts)
 
 
 def field_text(name: str, value: object) -> str:
@@ -237,3 +378,4 @@ def _escaped(code: int) -> str:
 
 #: The log of this process.
 log = Log()
+os.register_at_fork(after_in_child=log.after_fork)

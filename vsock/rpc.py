@@ -18,7 +18,7 @@ Source: https://github.com/msgpack/msgpack/blob/master/spec.md and
 https://github.com/msgpack-rpc/msgpack-rpc/blob/master/spec.md
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgpack
 
@@ -49,6 +49,8 @@ _LENGTHS = {_REQUEST: 4, _RESPONSE: 4, _NOTIFICATION: 3}
 _MAX_METHOD_CHARACTERS = 128
 #: Enough of a message to hold its type and its msgid, however wastefully they are encoded.
 _HEAD_BYTES = 32
+#: A message that takes less is decoded whether or not there is room for requests.
+_SMALL_BYTES = 16 * 1024
 #: What a decoded value takes at most beside its own bytes: an empty map, one byte on the wire.
 _VALUE_BYTES = 64
 
@@ -142,12 +144,22 @@ class Decoder:
     who has no room for another message leaves it in bytes.
     """
 
-    def __init__(self, limits: Limits, *, of_replies: bool = False) -> None:
-        """Hold each message to the limits of a request, or ``of_replies`` to those of a reply."""
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        of_replies: bool = False,
+        has_room: "Callable[[int], bool] | None" = None,
+    ) -> None:
+        """Hold each message to the limits of a request, or ``of_replies`` to those of a reply.
+
+        A large message for whose bytes in memory ``has_room`` is False is refused undecoded.
+        """
         #: May be changed between messages.
         self.max_bytes = limits.max_reply_bytes if of_replies else limits.max_request_bytes
         self._max_values = limits.max_reply_values if of_replies else limits.max_request_values
         self._max_depth = limits.max_depth
+        self._has_room = has_room
         self._buffer = bytearray()
         self._ended = False
         self._in_junk = False
@@ -255,12 +267,15 @@ class Decoder:
     def _take(self) -> Message:
         """Cut the whole message off the buffer and decode it."""
         size_bytes = self._at
+        memory_bytes = size_bytes + self._values * _VALUE_BYTES
         body = bytes(memoryview(self._buffer)[:size_bytes])
         del self._buffer[:size_bytes]
         try:
             if self._has_extension:
                 raise _Refused("invalid", "extension types are not part of this protocol")
-            return _message(_decode(body), size_bytes + self._values * _VALUE_BYTES)
+            if self._has_room and memory_bytes > _SMALL_BYTES and not self._has_room(memory_bytes):
+                raise _Refused("resource", f"no memory for its {memory_bytes} bytes decoded")
+            return _message(_decode(body), memory_bytes)
         except _Refused as refusal:
             return _malformed(refusal, body)
         finally:

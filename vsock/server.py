@@ -28,6 +28,7 @@ from collections.abc import Callable
 from vsock.calls import Calls, Handler
 from vsock.connection import Budget, Call, Connection, Outcome
 from vsock.errors import CallError
+from vsock.log import log
 from vsock.rpc import (
     ERROR_METHOD,
     Limits,
@@ -174,9 +175,10 @@ class Server:
     def serve_forever(self) -> None:
         """Serve until ``stop``. Everything is closed on return."""
         try:
-            while self._stop_at is None:
-                self._turn()
-            self._finish()
+            with log.in_background():
+                while self._stop_at is None:
+                    self._turn()
+                self._finish()
         finally:
             self.close()
 

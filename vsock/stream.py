@@ -14,18 +14,24 @@ cost the guest more start-up time than this whole package.
 """
 
 import _socket
+import errno
 import os
 import struct
+import time
 
-from vsock.address import Address
+from vsock.address import VMADDR_CID_ANY, VMADDR_CID_HOST, Address
 from vsock.closeable import Closeable
 from vsock.deadline import Deadline
+from vsock.log import log
 
 __all__ = ("AF_VSOCK", "MAX_WRITE_BYTES", "Listener", "Stream", "UnixListener")
 
 MAX_WRITE_BYTES = 32 * 1024
 
 AF_VSOCK = 40  # include/linux/socket.h; absent from _socket where the build lacked the header
+
+
+_REFUSAL_LINE_SECONDS = 10.0
 
 
 class Stream(Closeable):
@@ -87,7 +93,17 @@ class Stream(Closeable):
 
 
 class Listener(Closeable):
-    """Where streams come from. ``fileno`` is readable when ``accept`` would not block."""
+    """Where streams come from. ``fileno`` is readable when ``accept`` would not block.
+
+    An AF_VSOCK peer is served only if ``allowed_cids`` has its CID, or VMADDR_CID_ANY: by default
+    the host alone, because any process of a guest may connect over the loopback transport. The
+    kernel sets the CID of a peer, which cannot choose it.
+    """
+
+    allowed_cids: "frozenset[int]" = frozenset((VMADDR_CID_HOST,))
+    #: How many peers were refused for their CID.
+    refused = 0
+    _refusal_told_at = float("-inf")
 
     def __init__(self, address: Address, sock: "_socket.socket") -> None:
         """Take over ``sock``, which listens and does not block."""
@@ -102,14 +118,27 @@ class Listener(Closeable):
         """Return the next stream, non-blocking.
 
         Raises:
-            BlockingIOError: nobody is waiting.
+            BlockingIOError: no peer is waiting, or one was that is not allowed.
             OSError: EMFILE and its kind: the one waiting stays in the backlog.
         """
         # ``_accept`` is what socket.accept() is made of; the stubs leave it out.
         fd, peer = self._sock._accept()  # type: ignore[attr-defined]
         sock = _socket.socket(fileno=fd)
+        if sock.family == AF_VSOCK and not self.allowed_cids & {peer[0], VMADDR_CID_ANY}:
+            sock.close()
+            self._refused(peer[0])
+            raise BlockingIOError(errno.EAGAIN, f"CID {peer[0]} is not allowed", str(self.address))
         sock.setblocking(False)
         return Stream(sock, _peer_text(sock, peer))
+
+    def _refused(self, cid: int) -> None:
+        self.refused += 1
+        now = time.monotonic()
+        if now >= self._refusal_told_at + _REFUSAL_LINE_SECONDS:
+            self._refusal_told_at = now
+            log.warning(
+                "peer refused", listen=str(self.address), cid=cid, refused_so_far=self.refused
+            )
 
     def close(self) -> None:
         """Stop listening. Idempotent."""

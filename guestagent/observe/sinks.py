@@ -13,11 +13,11 @@ def open_sinks(config: Config, *, is_machine: bool) -> None:
     """
     log.set_level(config.log)
     if "console" in config.log_to:
-        log.add_sink(fd_sink(2, FORMATS[config.log_format]), replay=True)
+        log.add_sink(fd_sink(2, FORMATS[config.log_format]), replay=True, is_slow=True)
     if "kmsg" in config.log_to:
         from guestagent.observe.kernellog import KernelLogSink
 
         try:
-            log.add_sink(KernelLogSink(may_set=is_machine), replay=True)
+            log.add_sink(KernelLogSink(may_set=is_machine), replay=True, is_slow=True)
         except OSError as error:
             log.warning("the log does not go to the kernel's", error=str(error))

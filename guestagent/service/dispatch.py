@@ -34,10 +34,24 @@ if TYPE_CHECKING:
     R = TypeVar("R", bound=Record)
     Item = TypeVar("Item")
 
-__all__ = ("QUICK_METHODS", "Service")
+__all__ = ("QUICK_METHODS", "URGENT_METHODS", "Service")
 
 #: Methods that never wait; the server may answer them without handing over to a worker.
 QUICK_METHODS = frozenset(name for name, request in METHODS.items() if request.quick)
+
+#: Methods for which the server keeps threads: they tell what is there, free it, and end the agent.
+URGENT_METHODS = frozenset(
+    (
+        "agent.metrics",
+        "agent.shutdown",
+        "dm.list",
+        "layer.list",
+        "layer.unmount",
+        "layers.unmount",
+        "overlay.list",
+        "overlay.unmount",
+    )
+)
 
 #: A longer id is not valid, and not logged.
 _ID_MAX = 64

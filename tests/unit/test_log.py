@@ -16,7 +16,7 @@ from guestagent.observe.following import read_log
 from guestagent.observe.kernellog import KernelLogSink
 from guestagent.observe.recorder import SLOTS, Recorder, read_recorded
 from guestagent.observe.shipping import LogShipper
-from vsock.log import LEVELS, Line, Log, json_object, render, render_json
+from vsock.log import LEVELS, SECRETS, Line, Log, json_object, render, render_json
 
 WAIT_SECONDS = 60.0
 
@@ -92,7 +92,7 @@ def test_text_quotes_where_needed() -> None:
 @given(
     st.text(),
     st.dictionaries(
-        st.text(max_size=8).filter(lambda name: name not in {"secret", "token"}),
+        st.text(max_size=8).filter(lambda name: name not in SECRETS),
         st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False),
         max_size=4,
     ),

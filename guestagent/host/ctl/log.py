@@ -13,7 +13,7 @@ from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.interrupt import wait_for_interrupt
 from guestagent.host.ctl.session import Session, emit, pass_session
 from guestagent.host.ctl.style import paint, plain, tint
-from vsock.address import UnixAddress, parse_address
+from vsock.address import VMADDR_CID_ANY, UnixAddress, parse_address
 from vsock.dial import listen
 from vsock.errors import CallError
 from vsock.stream import Listener, Stream
@@ -215,7 +215,7 @@ def _receive(session: Session, text: str) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     try:
-        listener = listen(address)
+        listener = listen(address, allowed_cids=frozenset((VMADDR_CID_ANY,)))
     except OSError as error:
         raise CallError(
             "device", f"cannot listen at {text}: {error.strerror}", errno=error.errno, object=text
