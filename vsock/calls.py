@@ -68,7 +68,7 @@ class Calls:
             raise CallError("busy", "the server is stopping", step="accept request")
         # a quick call ends before the next message is decoded, and must go on when memory is short
         held_bytes = 0 if is_quick else request.memory_bytes
-        if not self._budget.take(held_bytes, bound=self._budget.max_input_bytes):
+        if not self._budget.take(held_bytes):
             raise CallError(
                 "resource",
                 f"no memory for another request: {self._budget.used_bytes} bytes are in use",
@@ -78,7 +78,7 @@ class Calls:
         try:
             call = connection.begin(request, held_bytes)
         except CallError:
-            self._budget.take(-held_bytes)
+            self._budget.give_back(held_bytes)
             raise
         with self._lock:
             self._calls.add(call)
@@ -159,7 +159,7 @@ class Calls:
     def _strike(self, call: Call) -> None:
         with self._lock:
             self._calls.discard(call)
-        self._budget.take(-call.held_bytes)
+        self._budget.give_back(call.held_bytes)
         self._on_end()
 
 

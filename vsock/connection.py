@@ -34,45 +34,46 @@ _numbers = itertools.count(1)
 
 
 class Budget:
-    """Memory that all connections of a server share, in bytes. Usable from several threads.
-
-    Half-received messages, decoded requests and unsent answers are taken from it. Requests get
-    three eighths of it at most, so that there is room for answers.
-    """
+    """Memory that all connections of a server share, in bytes. Usable from several threads."""
 
     def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.max_input_bytes = max_bytes * 3 // 8
-        self.used_bytes = 0
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
+        self.used_bytes = 0
 
-    def has_input_room(self, count: int) -> bool:
-        return self.used_bytes + count <= self.max_input_bytes
+    def has_room(self, count: int) -> bool:
+        """Say whether ``take`` would be True."""
+        return self.used_bytes + count <= self._max_bytes
 
-    def take(self, count: int, *, bound: int | None = None) -> bool:
-        """Take ``count`` bytes; give them back if negative. False if ``bound`` would be passed."""
+    def take(self, count: int) -> bool:
+        """Take ``count`` bytes; False, and nothing is taken, if they are not there."""
         with self._lock:
-            if count > 0 and self.used_bytes + count > (self.max_bytes if bound is None else bound):
+            if not self.has_room(count):
                 return False
             self.used_bytes += count
             return True
+
+    def give_back(self, count: int) -> None:
+        with self._lock:
+            self.used_bytes -= count
 
 
 class _Share:
     """The part of a budget that one holder has. The first ``free_bytes`` are not counted."""
 
-    def __init__(self, budget: Budget, *, free_bytes: int, bound: int) -> None:
+    def __init__(self, budget: Budget, free_bytes: int) -> None:
         self._budget = budget
         self._free_bytes = free_bytes
-        self._bound = bound
         self._taken_bytes = 0
 
     def hold(self, count: int) -> bool:
-        """Have a share for ``count`` bytes in all; False, and no change, if the budget is used."""
-        wanted = max(0, count - self._free_bytes)
-        if not self._budget.take(wanted - self._taken_bytes, bound=self._bound):
+        """Have a share for ``count`` bytes in all; False, and no change, if they are not there."""
+        more = max(0, count - self._free_bytes) - self._taken_bytes
+        if more > 0 and not self._budget.take(more):
             return False
-        self._taken_bytes = wanted
+        if more < 0:
+            self._budget.give_back(-more)
+        self._taken_bytes += more
         return True
 
 
@@ -168,7 +169,7 @@ class Outbox:
         """Send on ``stream``, which is non-blocking and stays the caller's."""
         self._stream = stream
         self._max_bytes = max_bytes
-        self._share = _Share(budget, free_bytes=_FREE_OUTPUT_BYTES, bound=budget.max_bytes)
+        self._share = _Share(budget, _FREE_OUTPUT_BYTES)
         self._lock = threading.Lock()
         self._chunks: deque[bytes | memoryview] = deque()
         self._closed = False
@@ -255,7 +256,8 @@ class Connection:
         stream: Stream,
         limits: Limits,
         *,
-        budget: Budget,
+        input_budget: Budget,
+        output_budget: Budget,
         max_in_flight: int,
         must_introduce: bool,
         request_service: "Callable[[Connection], None]",
@@ -269,15 +271,13 @@ class Connection:
         self.must_introduce = must_introduce
         self.stream = stream
         self.limits = limits
-        self._decoder = Decoder(limits, has_room=budget.has_input_room)
-        self._input_share = _Share(
-            budget, free_bytes=_FREE_INPUT_BYTES, bound=budget.max_input_bytes
-        )
+        self._decoder = Decoder(limits, has_room=input_budget.has_room)
+        self._input_share = _Share(input_budget, _FREE_INPUT_BYTES)
         #: True while there may be whole messages that wait until the peer has read its answers.
         self.has_more = False
         # below one reply, so that there is always room for one more
         self._pause_bytes = min(_PAUSE_BYTES, limits.max_reply_bytes)
-        self.outbox = Outbox(stream, 2 * limits.max_reply_bytes, budget)
+        self.outbox = Outbox(stream, 2 * limits.max_reply_bytes, output_budget)
         self.closed = False
         self.read_ended = False
         #: Why the server is to end this connection, None while it is to live.

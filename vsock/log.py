@@ -281,8 +281,8 @@ def _bounded(name: str, value: object) -> object:
         return "[secret]"
     if value is None or isinstance(value, (bool, float)):
         return value
-    if isinstance(value, int) and value.bit_length() <= 64:
-        return value
+    if isinstance(value, int):
+        return value if value.bit_length() <= 64 else f"[{value.bit_length()} bits]"
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"[{len(value)} bytes]"
     return _cut(str(value))

@@ -93,7 +93,10 @@ class Server:
         self._max_connections = max_connections
         self._max_in_flight = max_in_flight
         self._idle_seconds = idle_seconds
-        self._budget = Budget(max_memory_bytes)
+        self._max_memory_bytes = max_memory_bytes
+        # apart, so that answers which are not read leave room for requests
+        input_budget = Budget(max_memory_bytes * 3 // 8)
+        output_budget = Budget(max_memory_bytes * 5 // 8)
         self._on_notification = on_notification
         self._report = report or (lambda line: None)
         self._calls = Calls(
@@ -101,7 +104,7 @@ class Server:
             quick=quick,
             urgent=urgent,
             workers=workers,
-            budget=self._budget,
+            budget=input_budget,
             on_end=self._call_ended,
         )
         self._epoll = select.epoll()
@@ -111,7 +114,8 @@ class Server:
         self._peers = Peers(
             self._epoll,
             self._limits,
-            budget=self._budget,
+            input_budget=input_budget,
+            output_budget=output_budget,
             max_in_flight=max_in_flight,
             hello_seconds=hello_seconds,
             take=self._take,
@@ -167,7 +171,7 @@ class Server:
         """Return every limit by name, as a peer may want to know them."""
         return {
             **vars(self._limits),
-            "max_memory_bytes": self._budget.max_bytes,
+            "max_memory_bytes": self._max_memory_bytes,
             "max_connections": self._max_connections,
             "max_in_flight": self._max_in_flight,
         }
@@ -376,7 +380,8 @@ class Peers:
         epoll: select.epoll,
         limits: Limits,
         *,
-        budget: Budget,
+        input_budget: Budget,
+        output_budget: Budget,
         max_in_flight: int,
         hello_seconds: float | None,
         take: Callable[[Connection, Message], None],
@@ -386,7 +391,8 @@ class Peers:
         """``take`` gets each message; ``wake`` has the thread call ``serve_requested``."""
         self._epoll = epoll
         self._limits = limits
-        self._budget = budget
+        self._input_budget = input_budget
+        self._output_budget = output_budget
         self._max_in_flight = max_in_flight
         self._hello_seconds = hello_seconds
         self._take = take
@@ -422,7 +428,8 @@ class Peers:
         connection = Connection(
             stream,
             self._limits,
-            budget=self._budget,
+            input_budget=self._input_budget,
+            output_budget=self._output_budget,
             max_in_flight=self._max_in_flight,
             must_introduce=must_introduce and self._hello_seconds is not None,
             request_service=self.request_service,

@@ -16,7 +16,7 @@ from guestagent.observe.following import read_log
 from guestagent.observe.kernellog import KernelLogSink
 from guestagent.observe.recorder import SLOTS, Recorder, read_recorded
 from guestagent.observe.shipping import LogShipper
-from vsock.log import LEVELS, SECRETS, Line, Log, json_object, render, render_json
+from vsock.log import LEVELS, SECRETS, Line, Log, fd_sink, json_object, render, render_json
 
 WAIT_SECONDS = 60.0
 
@@ -79,6 +79,93 @@ def test_an_earlier_life_is_restored_once() -> None:
     assert [entry.number for entry in second.tail(10)] == [1, 2, 3]
     second.info("next")
     assert second.number == 4
+
+
+def test_the_ring_is_bounded_in_bytes() -> None:
+    log = Log()
+    for _ in range(600):
+        log.info("x" * 5_000_000, error="\U0001f600" * 1_000_000)
+    lines = log.tail(2000)
+    texts = [text for line in lines for text in (line.text, line.fields["error"])]
+    assert sum(len(str(text).encode()) for text in texts) <= 1 << 20
+    assert len(lines) > 50
+
+
+def test_a_long_text_keeps_its_ends() -> None:
+    log = Log()
+    log.error("bug", traceback="first " + "x" * 100_000 + " last")
+    [line] = log.tail(1)
+    shown = str(line.fields["traceback"])
+    assert shown.startswith("first xx")
+    assert shown.endswith("xx last")
+    assert "characters]" in shown
+    assert len(shown) < 3000
+
+
+def test_a_line_keeps_no_object_that_it_was_given() -> None:
+    log = Log()
+    log.info("x", many=["a" * 10_000] * 1000, number=1 << 20_000, data=b"ab", token="t")
+    [line] = log.tail(1)
+    assert line.fields["data"] == "[2 bytes]"
+    assert line.fields["token"] == "[secret]"
+    assert all(isinstance(value, str) and len(value) < 3000 for value in line.fields.values())
+
+
+# --- slow sinks
+
+
+class Blocked:
+    """A sink that waits for the test at its first line."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, line: Line) -> None:
+        self.entered.set()
+        assert self.go_on.wait(WAIT_SECONDS)
+        self.texts.append(line.text)
+
+
+def test_a_slow_sink_keeps_no_writer_waiting_and_what_it_misses_is_told() -> None:
+    log, sink = Log(), Blocked()
+    log.add_sink(sink, is_slow=True)
+    with log.in_background():
+        log.info("first")
+        assert sink.entered.wait(WAIT_SECONDS)
+        for number in range(2000):
+            log.info(str(number))
+        sink.go_on.set()
+    written = len(sink.texts) - 1
+    assert sink.texts[:3] == ["first", "0", "1"]
+    assert sink.texts[-1] == "lines were not printed: a sink is slow"
+    assert log.tail(1)[0].fields["count"] == 2001 - written
+    log.info("after")
+    assert sink.texts[-1] == "after"  # by the caller again
+
+
+def test_leaving_waits_for_the_lines_that_are_queued() -> None:
+    log = Log()
+    read_fd, write_fd = os.pipe()
+    log.add_sink(fd_sink(write_fd), is_slow=True)
+    with log.in_background():
+        for number in range(100):
+            log.info(str(number))
+    os.close(write_fd)
+    with os.fdopen(read_fd, "rb") as stream:
+        assert len(stream.read().splitlines()) == 100
+
+
+def test_a_forked_child_writes_by_itself() -> None:
+    log, sink = Log(), Blocked()
+    log.add_sink(sink, is_slow=True)
+    with log.in_background():
+        log.info("by the parent")
+        assert sink.entered.wait(WAIT_SECONDS)
+        log.after_fork()
+        sink.go_on.set()
+        log.info("by the child")
+        assert "by the child" in sink.texts
 
 
 # --- forms

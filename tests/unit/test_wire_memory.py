@@ -11,6 +11,8 @@ from tests.beds.wire_server import WireServer
 
 MIB = 1 << 20
 ALLOWED_BYTES = 8 * MIB
+#: An array of 1000 empty maps.
+MAPS = b"\xdc\x03\xe8" + b"\x80" * 1000
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_long_methods_and_values_leave_little_in_the_log(server: WireServer) -> 
     def attack() -> None:
         for _ in range(60):
             peer = server.peer(hello=False)
-            push(peer, msgpack.packb([0, 1, "x" * MIB, [{}]]))
+            push(peer, msgpack.packb([0, 1, "x" * 1_000_000, [{}]]))
             peer.sock.close()
         for n in range(60):
             peer = server.peer(hello=n % 2 == 0)
@@ -59,7 +61,7 @@ def test_unfinished_messages_share_one_budget(server: WireServer, hello: bool) -
     def attack() -> None:
         for _ in range(30):
             peer = server.peer(hello=hello)
-            push(peer, b"\x94\x00\x01\xa1m\x91\x81\xa1a\xdc\x7f\x00" + b"\x80" * 30_000)
+            push(peer, b"\x94\x00\x01\xa1m\x91\x81\xa1a\xdc\x00\xff" + MAPS * 30)
         for _ in range(30):
             peer = server.peer(hello=hello)
             push(peer, b"\x94\x00\x01\xa1m\x91\x81\xa1a\xc6\x00\x03\xf0\x00" + bytes(250_000))
