@@ -3,14 +3,14 @@
     guestagent listen=unix:///run/guestagent.sock log=debug
 
 Settings are those of the kernel command line without their prefix; ``guestagent --help`` lists
-them. Run as PID 1, this is ``guestagent.boot.init``.
+them. Run as PID 1, this is ``guestagent.boot.early``.
 """
 
 import os
 import sys
 
 from guestagent import __version__, agent
-from guestagent.boot.init import main as init_main
+from guestagent.boot.early import main as boot
 from guestagent.config import KEYS, read_settings
 from guestagent.observe.sinks import open_sinks
 
@@ -22,7 +22,7 @@ _USAGE_STATUS = 2
 def main() -> None:
     """Entry point of the console script."""
     if os.getpid() == 1:
-        init_main()
+        boot()
     sys.exit(_main(sys.argv[1:]))
 
 

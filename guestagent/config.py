@@ -5,6 +5,7 @@ understood is a ``Problem``: the setting keeps its default and the agent says so
 unless the setting guards security, where a boot must not go on by guessing.
 """
 
+import os
 from collections.abc import Callable, Mapping
 
 from guestagent.api.agent import AGENT_PORT
@@ -16,9 +17,20 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ("KEYS", "Config", "Key", "Problem", "parse_command_line", "read_settings")
+__all__ = (
+    "FAULTS_ALLOWED",
+    "KEYS",
+    "Config",
+    "Key",
+    "Problem",
+    "machine_settings",
+    "parse_command_line",
+    "read_settings",
+)
 
 PREFIX = "guestagent."
+#: A file in the boot images of tests.
+FAULTS_ALLOWED = "/etc/guestagent/faults"
 _SINKS = ("console", "kmsg")
 
 
@@ -146,9 +158,9 @@ def _layer(text: str) -> str:
 
 
 def _overlay(text: str) -> str:
-    from guestagent.boot.plan import read_overlay
+    from guestagent.api.texts import overlay_from_text
 
-    read_overlay(text)
+    overlay_from_text(text)
     return text
 
 
@@ -169,18 +181,26 @@ def _faults(text: str) -> str:
 
 
 KEYS: tuple[Key, ...] = (
-    Key(name="port", field="listen", read=_port, summary="vsock port to listen on"),
+    Key(
+        name="port",
+        field="listen",
+        read=_port,
+        summary="vsock port to listen on",
+        guards_security=True,
+    ),
     Key(
         name="listen",
         field="listen",
         read=_addresses,
         summary="addresses to listen on, separated by commas; none when empty",
+        guards_security=True,
     ),
     Key(
         name="dial",
         field="dial",
         read=_peers,
         summary="addresses (or CID:PORT) to connect to and serve, again and again",
+        guards_security=True,
     ),
     Key(
         name="console",
@@ -215,6 +235,7 @@ KEYS: tuple[Key, ...] = (
         field="log_dial",
         read=_peers,
         summary="addresses (or CID:PORT) of hosts that are sent the log as JSON, when they listen",
+        guards_security=True,
     ),
     Key(
         name="target_root",
@@ -228,6 +249,7 @@ KEYS: tuple[Key, ...] = (
         field="state_directory",
         read=_directory,
         summary="directory (in a tmpfs) for the journal",
+        guards_security=True,
     ),
     Key(
         name="require_verity",
@@ -242,7 +264,13 @@ KEYS: tuple[Key, ...] = (
         read=_seconds,
         summary="seconds that a request may take when it names no deadline_ms",
     ),
-    Key(name="modules", field="modules", read=_words, summary="kernel modules to load besides"),
+    Key(
+        name="modules",
+        field="modules",
+        read=_words,
+        summary="kernel modules to load besides",
+        guards_security=True,
+    ),
     Key(
         name="rcu_expedited",
         field="rcu_expedited",
@@ -284,6 +312,7 @@ KEYS: tuple[Key, ...] = (
         field="agent",
         read=_choice("stay", "end"),
         summary="after the switch to that root: stay as one of its processes, or end",
+        guards_security=True,
     ),
     Key(
         name="on_failure",
@@ -296,31 +325,47 @@ KEYS: tuple[Key, ...] = (
         name="fault",
         field="fault",
         read=_faults,
-        summary="for tests: fail steps, as STEP:ERRNO[:NTH] or #NTH:ERRNO",
+        summary="for tests: fail steps, as STEP:ERRNO[:NTH] or #NTH:ERRNO; a boot image takes it "
+        "only if it was made for tests",
         guards_security=True,
     ),
 )
 
 
+def machine_settings() -> tuple[Config, tuple[Problem, ...]]:
+    """Return ``read_settings`` of the command line that this machine's kernel was started with.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open("/proc/cmdline", encoding="utf-8", errors="replace") as stream:
+        settings = parse_command_line(stream.read())
+    return read_settings(settings, faults=os.path.exists(FAULTS_ALLOWED))
+
+
 def parse_command_line(text: str) -> tuple[tuple[str, str], ...]:
     """Return the ``guestagent.`` settings of a kernel command line in order, without the prefix.
 
-    Quotes are as the kernel's: a double-quoted value may hold spaces. A lone name has value "".
+    What follows ``--`` is for the init and holds no settings. Quotes are as the kernel's (next_arg
+    in lib/cmdline.c): between them spaces do not end a word, and those around a word or a value
+    are no part of it. A lone name has the value "".
     """
     settings: list[tuple[str, str]] = []
     for word in _split(text):
-        name, _, value = word.partition("=")
+        if word == "--":
+            break
+        name, _, value = _unquoted(word).partition("=")
         if name.startswith(PREFIX):
-            settings.append((name[len(PREFIX) :].replace("-", "_"), value))
+            settings.append((name[len(PREFIX) :].replace("-", "_"), _unquoted(value)))
     return tuple(settings)
 
 
 def read_settings(
-    settings: tuple[tuple[str, str], ...], *, ignore: tuple[str, ...] = ()
+    settings: tuple[tuple[str, str], ...], *, faults: bool = True
 ) -> tuple[Config, tuple[Problem, ...]]:
     """Return the configuration that ``settings`` ask for, and what could not be taken.
 
-    ``ignore`` names keys that another part of the agent reads.
+    Without ``faults`` the setting of that name is refused.
     """
     keys: Mapping[str, Key] = {key.name: key for key in KEYS}
     values: dict[str, Any] = {}
@@ -328,10 +373,11 @@ def read_settings(
     for name, text in settings:
         key = keys.get(name)
         if key is None:
-            if name not in ignore:
-                problems.append(_problem(name, "unknown setting", fatal=False))
+            problems.append(_problem(name, "unknown setting", fatal=False))
             continue
         try:
+            if key.field == "fault" and not faults:
+                raise ValueError("this boot image was not made for tests")
             value = key.read(text)
             if key.guards_security and not key.repeat and values.get(key.field, value) != value:
                 raise ValueError("given twice, and not the same")
@@ -350,12 +396,15 @@ def _split(text: str) -> list[str]:
     word = ""
     quoted = False
     for c in text.strip():
-        if c == '"':
-            quoted = not quoted
-        elif c.isspace() and not quoted:
+        if c.isspace() and not quoted:
             words.append(word)
             word = ""
-        else:
-            word += c
+            continue
+        quoted ^= c == '"'
+        word += c
     words.append(word)
     return [word for word in words if word]
+
+
+def _unquoted(text: str) -> str:
+    return text[1:].removesuffix('"') if text.startswith('"') else text

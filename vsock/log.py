@@ -33,6 +33,7 @@ __all__ = (
     "log",
     "render",
     "render_json",
+    "words_of",
 )
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -305,8 +306,13 @@ def field_text(name: str, value: object) -> str:
 
 def render(line: Line) -> str:
     """Return a line as text: uptime, level, words, then key=value with quotes where needed."""
+    return f"[{line.uptime_seconds:12.6f}] {line.level}: {words_of(line)}"
+
+
+def words_of(line: Line) -> str:
+    """Return a line's words, then key=value with quotes where needed; no control characters."""
     fields = "".join(f" {name}={_value(name, value)}" for name, value in line.fields.items())
-    return f"[{line.uptime_seconds:12.6f}] {line.level}: {line.text}{fields}"
+    return line.text + fields
 
 
 def render_json(line: Line) -> str:

@@ -11,10 +11,28 @@ from guestagent.api.devices import (
 )
 from guestagent.api.layers import LayerSpec
 from guestagent.api.overlays import DeviceScratch, DirectoryScratch, Scratch, TmpfsScratch
+from vsock.record import Record
 
-__all__ = ("device_from_text", "layer_from_text", "scratch_from_text")
+__all__ = (
+    "ROOT_ID",
+    "OverlayText",
+    "device_from_text",
+    "layer_from_text",
+    "overlay_from_text",
+    "scratch_from_text",
+)
 
+#: The id of the overlay that becomes the root, unless the text names another.
+ROOT_ID = "root"
 _LAYER_KEYS = ("id", "offset", "size", "root", "hash_offset", "fs", "preset", "target")
+
+
+class OverlayText(Record):
+    """An overlay of layers that are named beside it: all of them if ``layers`` is empty."""
+
+    overlay_id: str = ROOT_ID
+    layers: tuple[str, ...] = ()
+    scratch: str | None = None
 
 
 def device_from_text(text: str) -> Device:
@@ -85,6 +103,28 @@ def layer_from_text(text: str, default_id: str) -> LayerSpec:
     )
 
 
+def overlay_from_text(text: str) -> OverlayText:
+    """Read ID[,layers=A+B][,scratch=SCRATCH]; the scratch comes last, as it may hold commas.
+
+    Raises:
+        ValueError: a word is unknown, or given twice.
+    """
+    overlay_id, *words = text.split(",")
+    layers: tuple[str, ...] = ()
+    scratch: str | None = None
+    for index, word in enumerate(words):
+        key, equals, value = word.partition("=")
+        if key == "layers" and equals and not layers:
+            layers = tuple(value.split("+"))
+        elif key == "scratch" and equals:
+            scratch = ",".join([value, *words[index + 1 :]])
+            scratch_from_text(scratch)
+            break
+        else:
+            raise ValueError(f"overlay {text!r}: {word!r} is no layers=A+B or scratch=SCRATCH")
+    return OverlayText(overlay_id=overlay_id or ROOT_ID, layers=layers, scratch=scratch)
+
+
 def _mapping(text: str, values: dict[str, str]) -> ByteRange | None:
     if ("offset" in values) != ("size" in values):
         raise ValueError(f"layer {text!r}: offset and size go together")
@@ -115,6 +155,10 @@ def _verity(text: str, values: dict[str, str]) -> Verity | None:
 
 
 def _number(name: str, text: str) -> int:
+    # int() also takes signs, spaces, underscores and other scripts
+    digits = text[2:] if text[:2] in ("0x", "0X") else text
+    if not (digits.isascii() and digits.isalnum()):
+        raise ValueError(f"{name}: {text!r} is no number")
     try:
         return int(text, 0)
     except ValueError:

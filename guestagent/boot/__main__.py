@@ -15,7 +15,7 @@ import sys
 
 from guestagent.boot.root import mount_root
 from guestagent.boot.switch import rename_root
-from guestagent.config import Config, parse_command_line, read_settings
+from guestagent.config import Config, machine_settings
 from guestagent.storage import syscalls
 from vsock.errors import CallError
 from vsock.log import fd_sink, log
@@ -35,8 +35,7 @@ def main(arguments: list[str]) -> int:
         os.write(2, b"usage: guestagent-mount-root --target DIRECTORY\n")
         return _USAGE_STATUS
     log.add_sink(fd_sink(2), replay=True)
-    with open("/proc/cmdline", encoding="utf-8", errors="replace") as stream:
-        config, problems = read_settings(parse_command_line(stream.read()))
+    config, problems = machine_settings()
     log.set_level(config.log)
     for problem in problems:
         log.error("bad setting", key=problem.key, problem=problem.text)

@@ -8,7 +8,7 @@ import os
 from guestagent.boot.modules import Loading, start_loading
 from guestagent.storage import syscalls
 
-__all__ = ("begin", "main")
+__all__ = ("main",)
 
 _MOUNTS = (
     # source, target, type, flags, options; what is there already (an outer init's) stays
@@ -23,7 +23,11 @@ _MOUNTS = (
 
 def main() -> None:
     """Run as PID 1. Never returns."""
-    loading = _begun()
+    loading: Loading | OSError
+    try:
+        loading = _begin()
+    except OSError as error:  # init tells of it, where the log goes
+        loading = error
     try:
         from guestagent.boot.init import main as init_main
     except BaseException as error:  # PID 1 must never end: the kernel would panic
@@ -33,14 +37,7 @@ def main() -> None:
     init_main(loading)
 
 
-def _begun() -> Loading | None:
-    try:
-        return begin()
-    except OSError:  # init does it again, and tells why it fails
-        return None
-
-
-def begin() -> Loading:
+def _begin() -> Loading:
     """Mount the API file systems and begin to load the kernel modules.
 
     Raises:

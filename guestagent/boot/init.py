@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable
 
 import guestagent.agent as agent
-from guestagent.boot.early import begin
 from guestagent.boot.modules import Loading, load_module
 from guestagent.boot.plan import BootPlan
 from guestagent.boot.root import enter_root, mount_root
 from guestagent.boot.supervisor import SIGNALS, Life, start, supervise
 from guestagent.boot.switch import exec_init
-from guestagent.config import Config, Problem, parse_command_line, read_settings
+from guestagent.config import Config, Problem, machine_settings
 from guestagent.listeners import HeldSockets
 from guestagent.observe.crashes import note_death
 from guestagent.observe.sinks import open_sinks
@@ -36,7 +35,7 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 _MODULES_SECONDS = 60.0
 
 
-def main(loading: Loading | None = None) -> None:
+def main(loading: Loading | OSError) -> None:
     """Run as PID 1, with what ``guestagent.boot.early`` has begun. Never returns."""
     try:
         _end(_boot_and_supervise(loading))
@@ -47,13 +46,14 @@ def main(loading: Loading | None = None) -> None:
         _end("poweroff")
 
 
-def _boot_and_supervise(loading: Loading | None) -> str:
+def _boot_and_supervise(loading: Loading | OSError) -> str:
     steps = {"imported_uptime_ms": _uptime_ms()}
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    loading = loading or begin()
     _open_console()
     try:
-        config, problems = _configuration()
+        if isinstance(loading, OSError):
+            raise loading
+        config, problems = machine_settings()
     except OSError:  # nobody can say where the log goes: to the console
         log.add_sink(fd_sink(2), replay=True)
         raise
@@ -140,11 +140,6 @@ def _open_console() -> None:
         os.close(fd)
 
 
-def _configuration() -> tuple[Config, tuple[Problem, ...]]:
-    with open("/proc/cmdline", encoding="utf-8", errors="replace") as stream:
-        return read_settings(parse_command_line(stream.read()))
-
-
 def _load_modules(paths: tuple[str, ...]) -> tuple[Problem, ...]:
     """Load the modules that a setting names, beside those of the boot image."""
     problems: list[Problem] = []
@@ -200,7 +195,3 @@ def _end(mode: str) -> None:
         "poweroff": syscalls.LINUX_REBOOT_CMD_POWER_OFF,
     }.get(mode, syscalls.LINUX_REBOOT_CMD_POWER_OFF)
     syscalls.reboot(command)
-
-
-if __name__ == "__main__":
-    main()

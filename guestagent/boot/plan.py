@@ -9,15 +9,19 @@
 """
 
 from guestagent.api import LayerSpec, OverlaySpec
-from guestagent.api.texts import device_from_text, layer_from_text, scratch_from_text
+from guestagent.api.texts import (
+    ROOT_ID,
+    device_from_text,
+    layer_from_text,
+    overlay_from_text,
+    scratch_from_text,
+)
 from guestagent.storage.hashing import new_hash
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("ROOT_ID", "BootPlan", "plan_boot", "read_overlay")
+__all__ = ("BootPlan", "plan_boot")
 
-#: The id of the overlay that becomes the root, unless the setting names another.
-ROOT_ID = "root"
 _MANIFEST_VERSION = 1
 _MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 
@@ -36,14 +40,6 @@ class BootPlan(Record):
     def root_target(self) -> str:
         """Where the root-to-be is mounted."""
         return self.overlay.mount_point if self.overlay else self.layers[0].mount_point
-
-
-class OverlayText(Record):
-    """What guestagent.overlay= says: ID[,layers=A+B][,scratch=SCRATCH]."""
-
-    overlay_id: str = ROOT_ID
-    layers: tuple[str, ...] = ()
-    scratch: str | None = None
 
 
 def plan_boot(
@@ -71,32 +67,10 @@ def plan_boot(
         raise CallError("invalid", str(error), step="plan boot") from None
 
 
-def read_overlay(text: str) -> OverlayText:
-    """Read guestagent.overlay=.
-
-    Raises:
-        ValueError: a word is unknown.
-    """
-    overlay_id, *words = text.split(",")
-    layers: tuple[str, ...] = ()
-    scratch: str | None = None
-    for index, word in enumerate(words):
-        key, equals, value = word.partition("=")
-        if key == "layers" and equals:
-            layers = tuple(value.split("+"))
-        elif key == "scratch" and equals:
-            scratch = ",".join([value, *words[index + 1 :]])  # a scratch may hold a comma itself
-            scratch_from_text(scratch)
-            break
-        else:
-            raise ValueError(f"overlay {text!r}: {word!r} is no layers=A+B or scratch=SCRATCH")
-    return OverlayText(overlay_id=overlay_id or ROOT_ID, layers=layers, scratch=scratch)
-
-
 def _overlay(text: str | None, ids: tuple[str, ...]) -> OverlaySpec | None:
     if text is None:
         return OverlaySpec(overlay_id=ROOT_ID, layers=ids) if len(ids) > 1 else None
-    wanted = read_overlay(text)
+    wanted = overlay_from_text(text)
     unknown = [layer_id for layer_id in wanted.layers if layer_id not in ids]
     if unknown:
         raise ValueError(f"overlay {wanted.overlay_id!r} names {unknown[0]!r}, which is no layer")
@@ -118,6 +92,8 @@ def _from_manifest(text: str) -> list[LayerSpec]:
         key, _, value = word.partition("=")
         if key != "sha256":
             raise ValueError(f"manifest {text!r}: {word!r} is no sha256=HEX")
+        if digest is not None:
+            raise ValueError(f"manifest {text!r}: sha256 is given twice")
         digest = value
     document = _load(path, digest)
     version = document.get("version")

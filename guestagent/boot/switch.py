@@ -25,7 +25,9 @@ __all__ = (
 
 #: What goes along. /run holds the layers and the journal.
 _MOVED = ("/proc", "/sys", "/dev", "/run")
-_RESOLVE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
+_IN_ROOT = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
+#: A link in the new root could lead the mounts anywhere, and out of the sight of its programs.
+_NO_LINKS = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
 
 
 def check_root(root: str, init: str) -> None:
@@ -37,8 +39,10 @@ def check_root(root: str, init: str) -> None:
     root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for path in _MOVED:
-            _check(root_fd, root, path, os.O_PATH | os.O_DIRECTORY)
-        mode = _check(root_fd, root, init, os.O_PATH)
+            os.close(_open_in(root_fd, root, path, _NO_LINKS))
+        init_fd = _open_in(root_fd, root, init, _IN_ROOT)
+        mode = os.fstat(init_fd).st_mode
+        os.close(init_fd)
     finally:
         os.close(root_fd)
     if not stat.S_ISREG(mode) or not mode & 0o111:
@@ -50,9 +54,16 @@ def check_root(root: str, init: str) -> None:
         )
 
 
-def _check(root_fd: int, root: str, path: str, flags: int) -> int:
+def _open_in(root_fd: int, root: str, path: str, resolve: int) -> int:
+    """Return an O_PATH descriptor of ``path`` in the root: a directory, unless links are allowed.
+
+    Raises:
+        CallError: ``invalid``, naming the path.
+    """
+    flags = os.O_PATH | (os.O_DIRECTORY if resolve == _NO_LINKS else 0)
+    relative = path.lstrip("/") if resolve == _NO_LINKS else path
     try:
-        fd = syscalls.openat2(root_fd, path, flags | os.O_CLOEXEC, resolve=_RESOLVE)
+        return syscalls.openat2(root_fd, relative, flags, resolve=resolve)
     except OSError as error:
         raise CallError(
             "invalid",
@@ -61,10 +72,6 @@ def _check(root_fd: int, root: str, path: str, flags: int) -> int:
             step="switch root",
             object=path,
         ) from error
-    try:
-        return os.fstat(fd).st_mode
-    finally:
-        os.close(fd)
 
 
 def move_out(mounted_at: str, new_root: str) -> None:
@@ -116,14 +123,18 @@ def switch_root(new_root: str) -> None:
     """Make ``new_root`` the root of this process; what was the boot image is deleted.
 
     Raises:
-        OSError: a mount could not be moved; the system cannot go on then.
+        CallError, OSError: a mount could not be moved; the system cannot go on then.
     """
     with contextlib.suppress(OSError):  # no mount there: it would stay, out of anybody's sight
         syscalls.umount2("/tmp", syscalls.MNT_DETACH)
     old_root_fd = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     old_dev = os.fstat(old_root_fd).st_dev
+    new_root_fd = os.open(new_root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     for path in _MOVED:
-        syscalls.mount(path, new_root + path, "", syscalls.MS_MOVE, "")
+        target_fd = _open_in(new_root_fd, new_root, path, _NO_LINKS)
+        syscalls.move_mount(syscalls.AT_FDCWD, target_fd, from_path=path)
+        os.close(target_fd)
+    os.close(new_root_fd)
     os.chdir(new_root)
     syscalls.mount(".", "/", "", syscalls.MS_MOVE, "")
     os.chroot(".")

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 
-from vsock.log import LEVELS, Line, field_text
+from vsock.log import LEVELS, Line, words_of
 
 __all__ = ("KernelLogSink",)
 
@@ -52,9 +52,9 @@ class KernelLogSink:
                 self.dropped += 1
                 return
             missed, self._missed = self._missed, 0
-        more = f" ({missed} lines left out before this one)" if missed else ""
-        fields = "".join(f" {name}={field_text(name, v)}" for name, v in line.fields.items())
-        text = f"guestagent: {line.text}{more}{fields}".encode("utf-8", "backslashreplace")
+        if missed:
+            line = line.replace(text=f"{line.text} ({missed} lines left out before this one)")
+        text = f"guestagent: {words_of(line)}".encode("utf-8", "backslashreplace")
         priority = _PRIORITIES[LEVELS.index(line.level)]
         try:
             os.write(self._fd, b"<%d>" % priority + text[:_LINE_BYTES].replace(b"\n", b" "))

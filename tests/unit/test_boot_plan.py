@@ -86,6 +86,9 @@ def test_a_manifest_names_layers_with_all_that_verifies_them(tmp_path: Path) -> 
         ((layer("a/b"),), None, "a/b"),
         ((layer("a").replace(ROOT, "abcd"),), None, "2 bytes"),
         ((layer("a", "pmem:x"),), None, "'x' is no number"),
+        ((layer("a", "pmem:1_0"),), None, "'1_0' is no number"),
+        ((layer("a", "pmem:+1"),), None, r"'\+1' is no number"),
+        ((layer("a"),), "root,layers=a,layers=a", "layers=a"),
         ((layer("a", "tape:0"),), None, "tape:0"),
     ],
 )
@@ -105,12 +108,14 @@ def test_settings_that_contradict_each_other(
         ("{path}.not,pmem:0", "invalid", "cannot be read: No such file"),
         ("{path},pmem:0,sha256=" + "00" * 32, "integrity", "has the digest"),
         ("{path},pmem:0,sha256=", "integrity", "has the digest"),
+        ("{path},pmem:0,sha256=" + "00" * 32 + ",sha256={digest}", "invalid", "given twice"),
     ],
 )
 def test_a_manifest_that_cannot_be_used(tmp_path: Path, text: str, code: str, problem: str) -> None:
     path = manifest(tmp_path / "m.json")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(CallError, match=problem) as caught:
-        plan_boot((), None, (text.format(path=path),))
+        plan_boot((), None, (text.format(path=path, digest=digest),))
     assert caught.value.code == code
 
 

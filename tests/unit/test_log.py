@@ -300,6 +300,13 @@ def test_kmsg_lines_have_the_kernels_priorities(tmp_path: Path) -> None:
     assert device.read_bytes() == b"<6>guestagent: hello world ms=1"
 
 
+def test_no_field_forges_another_or_reaches_a_terminal(tmp_path: Path) -> None:
+    sink, device = _kmsg(tmp_path, "on\n")
+    sink(line("hello", name="a level=error", other="\x1b[2J"))
+    sink.close()
+    assert device.read_bytes() == b"<6>guestagent: hello name='a level=error' other='\\x1b[2J'"
+
+
 def test_kmsg_keeps_below_the_kernels_rate(tmp_path: Path) -> None:
     sink, _ = _kmsg(tmp_path, "ratelimit\n")
     for number in range(30):

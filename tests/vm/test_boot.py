@@ -75,8 +75,8 @@ class Roots:
 
 def _trees(directory: Path) -> dict[str, Path]:
     """Make the trees, topmost first: an overlay of top and base has what only top says."""
-    trees = {name: directory / name for name in ("top", "base", "bare", "plain")}
-    for name in ("base", "plain"):
+    trees = {name: directory / name for name in ("top", "base", "bare", "linked", "plain")}
+    for name in ("base", "plain", "linked"):
         for part in ("proc", "sys", "dev", "run", "sbin", "bin"):
             (trees[name] / part).mkdir(parents=True)
         shutil.copy(BUSYBOX, trees[name] / "bin/busybox")
@@ -84,6 +84,8 @@ def _trees(directory: Path) -> dict[str, Path]:
         (trees[name] / "sbin/init").chmod(0o755)
         (trees[name] / "sbin/no-program").write_text("text")
     (trees["bare"] / "proc").mkdir(parents=True)
+    (trees["linked"] / "run").rmdir()
+    (trees["linked"] / "run").symlink_to("/elsewhere")
     for name, tree in trees.items():
         tree.mkdir(exist_ok=True)
         (tree / "who").write_text(name)
@@ -232,6 +234,8 @@ FAILURES = {
     "missing device": ("base", None, ("guestagent.deadline=2",), "timeout"),
     "no program": ("base", None, ("guestagent.init=/sbin/no-program",), "is no program"),
     "no directory for /sys": ("bare", None, (), "'/sys'"),
+    "a link for /run": ("linked", None, (), "'/run'"),
+    "a fault": ("base", None, ("guestagent.fault=mount:EIO",), "not made for tests"),
     "malformed": ("base", "xyz", (), "root is no hexadecimal digest"),
     "contradictory": ("base", None, ("guestagent.init=/", "guestagent.init=/a"), "given twice"),
 }

@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import LayerSpec, VirtioBlkDevice
+from guestagent.config import FAULTS_ALLOWED
 from guestagent.host.client import GuestAgent
+from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
+from rootfs.bootimage.kernel import Kernel
 from rootfs.machine.qemu import DiskSpec, Machine
+from tests.vm.conftest import CACHE_DIR
 from vsock.errors import ConnectionClosed
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -171,12 +175,19 @@ def test_a_person_sees_into_a_machine(machines: dict[str, Machine]) -> None:
 
 
 def test_a_crash_under_pid_one_and_the_log_of_a_boot(
-    start_machine: Callable[..., Machine], layer_images: dict[str, Path]
+    start_machine: Callable[..., Machine],
+    layer_images: dict[str, Path],
+    kernel: Kernel,
+    tmp_path: Path,
 ) -> None:
     """The host hears the log from the first line of boot, over a crash of the agent, and its
     next life says what killed it."""
     disk = DiskSpec(path=layer_images["plain"], serial="plain")
+    (tmp_path / "faults").touch()
+    files = ((FAULTS_ALLOWED.lstrip("/"), tmp_path / "faults"),)
+    initramfs = build_initramfs(InitramfsSpec(kernel=kernel, files=files), cache_dir=CACHE_DIR)
     machine = start_machine(
+        initrd=initramfs.path,
         disks=(disk,),
         memory_mib=256,
         cmdline="guestagent.fault=mount:KILL guestagent.log_dial=2:1026 guestagent.log=debug",

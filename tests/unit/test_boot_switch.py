@@ -1,0 +1,45 @@
+"""What a root must have before this system is switched to it."""
+
+from pathlib import Path
+
+import pytest
+
+from guestagent.boot.switch import check_root
+from vsock.errors import CallError
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in ("proc", "sys", "dev", "run", "usr/sbin"):
+        (tmp_path / name).mkdir(parents=True)
+    init = tmp_path / "usr/sbin/init"
+    init.write_text("#!/bin/sh\n")
+    init.chmod(0o755)
+    (tmp_path / "sbin").symlink_to("usr/sbin")
+    return tmp_path
+
+
+def test_the_init_may_be_behind_a_link(root: Path) -> None:
+    check_root(str(root), "/sbin/init")
+
+
+@pytest.mark.parametrize("name", ["proc", "sys", "dev", "run"])
+@pytest.mark.parametrize("target", ["/elsewhere", "elsewhere"])
+def test_nothing_is_mounted_through_a_link(root: Path, name: str, target: str) -> None:
+    (root / "elsewhere").mkdir()
+    (root / name).rmdir()
+    (root / name).symlink_to(target)
+    with pytest.raises(CallError, match=f"'/{name}' in it") as caught:
+        check_root(str(root), "/sbin/init")
+    assert (caught.value.code, caught.value.object) == ("invalid", f"/{name}")
+
+
+def test_what_is_missing_is_named(root: Path) -> None:
+    (root / "sys").rmdir()
+    with pytest.raises(CallError, match=r"'/sys' in it: .*No such file"):
+        check_root(str(root), "/sbin/init")
+    (root / "sys").mkdir()
+    with pytest.raises(CallError, match=r"'/sbin/other' in it: .*No such file"):
+        check_root(str(root), "/sbin/other")
+    with pytest.raises(CallError, match="is no program"):
+        check_root(str(root), "/usr")
