@@ -44,11 +44,12 @@ from guestagent.api.overlays import (
 from guestagent.api.request import Request
 from guestagent.host.client.streams import FsStream, ProgressCallback
 from vsock.record import Record
+from vsock.rpc import Limits
 
 __all__ = ("STREAM_DEADLINE_MS", "AgentMethods", "Caller")
 
-#: Reading a whole layer takes as long as it takes; an hour is a hang.
-STREAM_DEADLINE_MS = 3_600_000
+#: Reading a whole layer or device gets the longest deadline that an agent accepts.
+STREAM_DEADLINE_MS = Limits().max_deadline_ms
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
 
