@@ -21,7 +21,7 @@ from pathlib import Path
 
 from guestagent.api import LayerReport, LayerSpec, OverlaySpec
 from guestagent.host.client import GuestAgent
-from guestagent.host.ctl.table import table
+from guestagent.host.ctl.style import table
 from guestagent.storage.verity import VerityTerms
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import cached_kernel

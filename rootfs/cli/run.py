@@ -16,7 +16,7 @@ from guestagent.api.overlays import LayersMountReply
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
-from guestagent.host.ctl.table import table
+from guestagent.host.ctl.style import table
 from rootfs.bootimage.closure import ClosureError
 from rootfs.bootimage.elf import ElfError
 from rootfs.bootimage.features import DEFAULT_FEATURES, FEATURES

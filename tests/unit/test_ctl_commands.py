@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from guestagent.api.observe import CrashReport, LogLine
-from guestagent.host.ctl import complete, main
+from guestagent.host.ctl import completion, main
 from guestagent.host.ctl.main import collect
 from guestagent.host.ctl.man import pages
 from tests.beds.handlebed import WAIT_SECONDS, Agent
@@ -468,8 +468,8 @@ def test_bash_completes_commands_layers_and_profiles(agent: Agent, tmp_path: Pat
 
 
 def test_completion_of_nobody_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert complete._SECONDS <= 1.0  # a person waits
-    monkeypatch.setattr(complete, "_SECONDS", 0.1)
+    assert completion._SECONDS <= 1.0  # a person waits
+    monkeypatch.setattr(completion, "_SECONDS", 0.1)
     begin = time.monotonic()
     words = f"guestctl --connect unix://{tmp_path}/missing layer get "
     asked = {"_GUESTCTL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "5"}

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from test_metrics import check, full, samples
 
 from guestagent.host.ctl.exporter import Exporter, MetricsServer
-from guestagent.host.ctl.exposition import merged, parsed
-from guestagent.host.ctl.timings import quantile, step_timings
+from guestagent.host.ctl.exposition import merged, parsed, quantile, step_timings
 from tests.beds.handlebed import WAIT_SECONDS, Agent
 from vsock.errors import ConnectionClosed
 

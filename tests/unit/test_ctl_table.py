@@ -6,8 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guestagent.host.ctl import style
-from guestagent.host.ctl.style import human_bytes, human_seconds, paint, tint
-from guestagent.host.ctl.table import elided, table, width_of
+from guestagent.host.ctl.style import (
+    elided,
+    human_bytes,
+    human_seconds,
+    paint,
+    table,
+    tint,
+    width_of,
+)
 
 CELLS = st.text(st.characters(blacklist_categories=("Cc", "Cs")), max_size=60)
 

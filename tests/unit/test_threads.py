@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from guestagent.host.client import GuestAgent
-from guestagent.host.ctl.interrupt import wait_for_interrupt
+from guestagent.host.ctl.session import wait_for_interrupt
 from tests.beds.handlebed import WAIT_SECONDS, Agent
 from vsock.threads import start_thread
 
@@ -111,7 +111,7 @@ def test_a_signal_just_before_the_wait_ends_it(monkeypatch: pytest.MonkeyPatch) 
         return ready
 
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
-    monkeypatch.setattr("guestagent.host.ctl.interrupt.select.select", late)
+    monkeypatch.setattr("guestagent.host.ctl.session.select.select", late)
     try:
         wait_for_interrupt()
     finally:
@@ -122,7 +122,7 @@ def test_a_signal_just_before_the_wait_ends_it(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_interrupt_on_a_busy_machine() -> None:
     program = (
-        "from guestagent.host.ctl.interrupt import wait_for_interrupt\n"
+        "from guestagent.host.ctl.session import wait_for_interrupt\n"
         "for _ in range(20):\n"
         "    try:\n"
         "        print('ready', flush=True)\n"

@@ -1,12 +1,16 @@
-"""Commands about the agent itself: connect, hello and shutdown."""
+"""Commands about the agent itself: connect, hello, shutdown and crashes."""
+
+import time
 
 import click
 
+from guestagent.api.observe import CrashReport
 from guestagent.api.request import Empty
 from guestagent.host.client import GuestAgent
+from guestagent.host.ctl.log import describe_line
 from guestagent.host.ctl.profiles import Profiles, complete_profiles, resolve
 from guestagent.host.ctl.session import Session, emit, pass_session
-from guestagent.host.ctl.table import table
+from guestagent.host.ctl.style import plain, table
 from vsock.address import parse_address
 from vsock.errors import CallError
 
@@ -16,7 +20,7 @@ __all__ = ("AGENT_COMMANDS",)
 @click.command()
 @pass_session
 def hello(session: Session) -> None:
-    """Say which agent and kernel are there, and what they can do."""
+    """Print the versions of agent and kernel, and what they can do."""
     with session.agent() as guest:
         reply = guest.hello
     session.show(
@@ -45,16 +49,16 @@ def shutdown(session: Session, mode: str, force: bool) -> None:
 @click.command()
 @click.argument("name", required=False, shell_complete=complete_profiles)
 @click.argument("address", required=False)
-@click.option("--no-check", is_flag=True, help="Do not ask the agent whether it is there.")
+@click.option("--no-check", is_flag=True, help="Do not connect to ADDRESS first.")
 @click.option("--delete", is_flag=True, help="Forget NAME.")
 @pass_session
 def connect(
     session: Session, name: str | None, address: str | None, no_check: bool, delete: bool
 ) -> None:
-    """Give an agent a name, or choose or list those that have one.
+    """Name the address of an agent; choose the default agent; or list the names.
 
-    With NAME and ADDRESS the name is kept, and used where no --connect is given. With NAME alone
-    that one is used from now on; with neither, all are listed.
+    NAME ADDRESS keeps the address under the name and makes it the default, which is used where
+    --connect is not given. NAME alone makes it the default. Without arguments the names are listed.
     """
     profiles = Profiles()
     if name is None:
@@ -75,7 +79,7 @@ def connect(
     profiles.default = name
     _keep(profiles)
     kept = profiles.addresses[name]
-    session.say({"name": name, "address": kept}, f"{name} is {kept}, from now on without --connect")
+    session.say({"name": name, "address": kept}, f"{name} is {kept}, the default from now on")
 
 
 def _add(session: Session, profiles: Profiles, name: str, address: str, *, check: bool) -> None:
@@ -110,4 +114,50 @@ def _list(session: Session, profiles: Profiles) -> None:
     click.echo(table(("", "NAME", "ADDRESS"), rows))
 
 
-AGENT_COMMANDS = (hello, shutdown, connect)
+@click.command()
+@click.argument("number", required=False, type=int)
+@pass_session
+def crashes(session: Session, number: int | None) -> None:
+    """List the crash reports of the agent, or print report NUMBER in full."""
+    with session.agent() as guest:
+        reply = guest.crashes()
+    if number is None:
+        rows = [
+            (str(one.number), _when(one), one.kind, one.signal or "-", one.reason)
+            for one in reply.crashes
+        ]
+        session.show(reply, lambda: table(("NUMBER", "WHEN", "KIND", "SIGNAL", "REASON"), rows))
+        return
+    report = next((one for one in reply.crashes if one.number == number), None)
+    if report is None:
+        kept = ", ".join(str(one.number) for one in reply.crashes) or "none"
+        raise CallError("not_found", f"there is no crash report {number} (kept: {kept})")
+    session.show(report, lambda: _describe(report))
+
+
+def _when(report: CrashReport) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(report.unix_ms / 1000))
+
+
+def _describe(report: CrashReport) -> str:
+    lines = [
+        f"crash {report.number}: {plain(report.reason)}",
+        f"  noticed     {_when(report)}",
+        f"  agent       {report.agent}, pid {report.pid}, restarted {report.restarts} times before",
+    ]
+    for name, items in (
+        ("in flight", report.requests),
+        ("layers", report.layers),
+        ("overlays", report.overlays),
+        ("unfinished", report.unfinished),
+        ("problems", report.problems),
+    ):
+        lines += [f"  {name if not i else '':10}  {plain(item)}" for i, item in enumerate(items)]
+    if report.traceback:
+        lines += ["", *(f"  {plain(line)}" for line in report.traceback.splitlines())]
+    lines += ["", f"the last {len(report.log)} lines of its log:"]
+    lines += [describe_line(line) for line in report.log]
+    return "\n".join(lines)
+
+
+AGENT_COMMANDS = (hello, shutdown, connect, crashes)

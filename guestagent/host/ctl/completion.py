@@ -1,13 +1,19 @@
-"""``guestctl completion``: how a shell completes commands, options, layers and profiles."""
+"""``guestctl completion``: the shell completes commands, options and names in the guest."""
+
+from collections.abc import Callable, Iterable
 
 import click
 from click.shell_completion import get_completion_class
 
-__all__ = ("SHELLS", "completion")
+from guestagent.host.client import GuestAgent
+from guestagent.host.ctl.profiles import resolve
+from vsock.errors import RpcError
+
+__all__ = ("SHELLS", "complete_devices", "complete_layers", "complete_overlays", "completion")
 
 SHELLS = ("bash", "zsh", "fish")
 _VARIABLE = "_GUESTCTL_COMPLETE"
-#: By the line, not by the words that bash makes of it: those end at every colon of an address.
+#: Reads the whole line: bash ends a word at every colon, which an address has.
 _BASH = """\
 _guestctl_completion() {
     local line=${COMP_LINE:0:COMP_POINT} words kind value
@@ -47,3 +53,43 @@ def completion(shell: str) -> None:
     assert kind is not None
     root = click.get_current_context().find_root().command
     click.echo(kind(root, {}, "guestctl", _VARIABLE).source())
+
+
+# --- names that only the agent knows; none where it does not answer quickly
+
+
+#: Limit for asking the agent while a person waits for the completion.
+_SECONDS = 1.0
+
+Complete = Callable[[click.Context, click.Parameter, str], list[str]]
+
+
+def _completer(names: Callable[[GuestAgent], Iterable[str]]) -> Complete:
+    def complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+        address = _address(context)
+        try:
+            text = resolve(address)
+            if text is None:
+                return []
+            with GuestAgent(text, connect_seconds=_SECONDS, deadline_ms=1000) as guest:
+                return sorted(name for name in names(guest) if name.startswith(incomplete))
+        except (RpcError, OSError, ValueError, click.UsageError):
+            return []
+
+    return complete
+
+
+def _address(context: click.Context) -> str | None:
+    """Return the value of --connect, before or behind the command."""
+    place: click.Context | None = context
+    while place is not None:
+        address = place.params.get("address")
+        if isinstance(address, str):
+            return address
+        place = place.parent
+    return None
+
+
+complete_layers = _completer(lambda guest: (layer.layer_id for layer in guest.layer_list()))
+complete_overlays = _completer(lambda guest: (one.overlay_id for one in guest.overlay_list()))
+complete_devices = _completer(lambda guest: (device.name for device in guest.dm_list().devices))

@@ -2,9 +2,9 @@
 
 import click
 
-from guestagent.host.ctl.complete import complete_devices
+from guestagent.host.ctl.completion import complete_devices
 from guestagent.host.ctl.session import Session, pass_session
-from guestagent.host.ctl.table import table
+from guestagent.host.ctl.style import table
 
 __all__ = ("dm",)
 
@@ -17,7 +17,7 @@ def dm() -> None:
 @dm.command("list")
 @pass_session
 def list_devices(session: Session) -> None:
-    """List every device, the agent's and others."""
+    """List every device, whether the agent made it or not."""
     with session.agent() as guest:
         reply = guest.dm_list()
     header = ("NAME", "DEV", "TYPE", "OPEN", "STATUS", "UUID")

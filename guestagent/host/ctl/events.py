@@ -9,8 +9,7 @@ import click
 from guestagent.api import Event
 from guestagent.api.agent import EVENT_KINDS
 from guestagent.host.client import ALL_EVENTS, event_mask
-from guestagent.host.ctl.interrupt import wait_for_interrupt
-from guestagent.host.ctl.session import Session, emit, pass_session
+from guestagent.host.ctl.session import Session, emit, pass_session, wait_for_interrupt
 from guestagent.host.ctl.style import paint, plain, tint
 
 __all__ = ("describe_event", "events")

@@ -1,7 +1,8 @@
-"""Many guests for one Prometheus server: asked in parallel, each with a deadline of its own.
+"""Many guests for one Prometheus server: asked in parallel, each with its own deadline.
 
-A guest that does not answer in time is down for this scrape and for no longer; it holds one thread
-until its answer, or the end of its connection, comes, and no second one meanwhile.
+A guest that does not answer in time is down for this scrape only. It holds one thread, and never a
+second one, until it answers or its connection ends. Not by prometheus_client, whose server starts a
+thread for every request without a limit.
 """
 
 import threading
@@ -23,7 +24,7 @@ _MAX_THREADS = 32
 #: Scrapes at once; Prometheus makes one.
 _MAX_REQUESTS = 8
 _REQUEST_SECONDS = 10.0
-#: What is left of the scrape's time for putting it together and sending it.
+#: Part of the server's time limit that is kept for merging and sending.
 _RESERVE_SECONDS = 0.5
 
 
@@ -57,10 +58,10 @@ class _Guest:
 
 
 class Exporter:
-    """Asks every guest at once. A context manager."""
+    """Asks all guests in parallel. A context manager."""
 
     def __init__(self, guests: Mapping[str, str], *, seconds: float) -> None:
-        """``guests``: name -> address; ``seconds``: what each gets to answer in."""
+        """``guests``: name -> address; ``seconds``: time limit of each answer."""
         self._until = Deadline()
         self._guests = [_Guest(name, address, self._until) for name, address in guests.items()]
         self._seconds = seconds
@@ -75,7 +76,7 @@ class Exporter:
         self.close()
 
     def close(self) -> None:
-        """Give up what is still asked, without waiting for any guest. Idempotent."""
+        """End requests in flight without waiting for any guest. Idempotent."""
         self._until.cancel()
         self._pool.shutdown(cancel_futures=True)
         for guest in self._guests:
@@ -154,21 +155,21 @@ class MetricsServer(ThreadingMixIn, HTTPServer):
         super().__init__(address, _Handler)
 
     def process_request(self, request: object, client_address: object) -> None:
-        """Serve on a thread of its own, where there is one free."""
+        """Serve on a new thread; refuse the request where all are in use."""
         if not self._places.acquire(blocking=False):
             self.shutdown_request(request)  # type: ignore[arg-type]
             return
         super().process_request(request, client_address)  # type: ignore[arg-type]
 
     def process_request_thread(self, request: object, client_address: object) -> None:
-        """Serve, and make room for the next."""
+        """Serve, then free the place for the next request."""
         try:
             super().process_request_thread(request, client_address)  # type: ignore[arg-type]
         finally:
             self._places.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A peer that went away is no news."""
+        """Print nothing when a peer closes its connection early."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -178,14 +179,14 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _REQUEST_SECONDS
 
     def do_GET(self) -> None:
-        """Answer /metrics; everything else is not there."""
+        """Answer /metrics; 404 for every other path."""
         if self.path.partition("?")[0] != "/metrics":
             self._send(404, "there is only /metrics\n")
             return
         self._send(200, self.server.exporter.text(self._seconds()))
 
     def _seconds(self) -> float | None:
-        """Return what Prometheus says that the scrape may take, with something in reserve."""
+        """Return the time limit that Prometheus sent, less a reserve; None where it sent none."""
         try:
             seconds = float(self.headers.get("X-Prometheus-Scrape-Timeout-Seconds", ""))
         except ValueError:
@@ -201,4 +202,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: a scrape every few seconds is no news."""
+        """Print nothing: scrapes come every few seconds."""

@@ -1,15 +1,18 @@
-"""The Prometheus text of many guests as one: every sample with a label that says whose it is.
+"""Prometheus text of guests: parsed, and merged into one text with a label ``guest`` per sample.
 
-What a guest sends is not trusted: a line that is not of the format is left out and counted, so that
-one guest can neither spoil the others' numbers nor speak in their name.
+A guest is not trusted: a malformed line is left out and counted, so that one guest can neither
+spoil another guest's numbers nor report in its name. Not by prometheus_client: its parser stops at
+the first malformed line, and it takes and writes ``a b`` and ``a}b`` as names of metrics, which
+makes a server refuse the whole scrape.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ("Sample", "merged", "parsed")
+__all__ = ("Sample", "Timing", "merged", "parsed", "quantile", "step_timings", "totals")
 
+_STEP = "guestagent_step_duration_seconds"
 _NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 _LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\.)*"'
 _SAMPLE = re.compile(
@@ -23,7 +26,7 @@ _SUFFIXES = ("_bucket", "_sum", "_count")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A line: ``labels`` are as they were written, escapes and all."""
+    """A line of the text; the values of ``labels`` keep their escapes."""
 
     name: str
     labels: tuple[tuple[str, str], ...]
@@ -34,7 +37,7 @@ class Sample:
         return float(self.number)
 
     def label(self, name: str) -> str:
-        """Return a label's value, empty where there is none."""
+        """Return a label's value, empty where the sample has no such label."""
         return dict(self.labels).get(name, "")
 
     def text(self, more: Iterable[tuple[str, str]] = ()) -> str:
@@ -51,7 +54,7 @@ class _Family:
 
 
 def parsed(text: str) -> Iterator[Sample]:
-    """Yield the samples of a text; what is none is left out."""
+    """Yield the samples of a text; malformed lines are left out."""
     for line in text.splitlines():
         match = _SAMPLE.fullmatch(line)
         if match is not None and _is_number(match[3]):
@@ -60,9 +63,9 @@ def parsed(text: str) -> Iterator[Sample]:
 
 
 def merged(texts: Mapping[str, str], label: str = "guest") -> tuple[str, dict[str, int]]:
-    """Return one text of the texts of many, by name, and how many lines of each were left out.
+    """Merge texts by name of the guest; return the text, and each guest's count of lines left out.
 
-    A label of that name which a guest has set itself is taken away.
+    A label named ``label`` that a guest has set itself is removed.
     """
     families: dict[str, _Family] = {}
     refused: dict[str, int] = {}
@@ -102,7 +105,7 @@ def _add(families: dict[str, _Family], text: str, whose: tuple[str, str]) -> int
 
 
 def _describe(families: dict[str, _Family], comment: re.Match[str]) -> None:
-    """Note what the first that has a metric says of it."""
+    """Take the summary and the kind from the first guest that describes a metric."""
     family = families.setdefault(comment[2], _Family())
     if comment[1] == "HELP" and not family.summary:
         family.summary = comment[3]
@@ -111,8 +114,8 @@ def _describe(families: dict[str, _Family], comment: re.Match[str]) -> None:
 
 
 def _family_of(families: dict[str, _Family], said: Mapping[str, str], name: str) -> _Family | None:
-    """Return the metric that a sample belongs to, None if its guest says nothing of it, or not
-    what the guests before it said."""
+    """Return the metric of a sample; None if its guest gave it no type, or another type than an
+    earlier guest."""
     for suffix in ("", *_SUFFIXES):
         base = name.removesuffix(suffix) if suffix else name
         if (suffix and base == name) or base not in said:
@@ -133,3 +136,82 @@ def _is_number(text: str) -> bool:
 
 def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+# --- durations of a guest's steps, from its histograms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """A step: number of runs, total seconds, cumulative buckets (upper bound in seconds, count)."""
+
+    step: str
+    count: int
+    seconds: float
+    failures: int
+    buckets: tuple[tuple[float, int], ...]
+
+    @property
+    def mean_ms(self) -> float:
+        return self.seconds / self.count * 1000 if self.count else 0.0
+
+    def quantile_ms(self, part: float) -> float:
+        """Return an estimate of a quantile in milliseconds."""
+        return quantile(self.buckets, part) * 1000
+
+
+def quantile(buckets: Iterable[tuple[float, int]], part: float) -> float:
+    """Return an estimate as PromQL's ``histogram_quantile`` does: linear within a bucket.
+
+    In the last, unbounded bucket it is that bucket's lower bound.
+    """
+    places = tuple(buckets)
+    if not places or not places[-1][1]:
+        return 0.0
+    rank = part * places[-1][1]
+    low, below = 0.0, 0
+    for bound, count in places:
+        if count >= rank:
+            if bound == float("inf"):
+                return low
+            share = (rank - below) / (count - below) if count > below else 1.0
+            return low + (bound - low) * share
+        low, below = bound, count
+    return low
+
+
+def step_timings(text: str) -> tuple[Timing, ...]:
+    """Return every step of a guest's metrics, the largest total time first."""
+    buckets: dict[str, list[tuple[float, int]]] = {}
+    counts: dict[str, int] = {}
+    sums: dict[str, float] = {}
+    failures: dict[str, int] = {}
+    for sample in parsed(text):
+        step = sample.label("step")
+        if sample.name == f"{_STEP}_bucket":
+            buckets.setdefault(step, []).append((float(sample.label("le")), int(sample.value)))
+        elif sample.name == f"{_STEP}_count":
+            counts[step] = int(sample.value)
+        elif sample.name == f"{_STEP}_sum":
+            sums[step] = sample.value
+        elif sample.name == "guestagent_step_failures_total":
+            failures[step] = int(sample.value)
+    timings = (
+        Timing(
+            step=step,
+            count=count,
+            seconds=sums.get(step, 0.0),
+            failures=failures.get(step, 0),
+            buckets=tuple(sorted(buckets.get(step, ()))),
+        )
+        for step, count in counts.items()
+    )
+    return tuple(sorted(timings, key=lambda timing: -timing.seconds))
+
+
+def totals(samples: Iterable[Sample]) -> dict[str, float]:
+    """Return name -> sum over all labels."""
+    found: dict[str, float] = {}
+    for sample in samples:
+        found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found

@@ -16,7 +16,7 @@ import click
 from guestagent.api.inspect import CHECKSUM_ALGORITHMS, ENTRY_TYPES, Checksum, DirectoryEntry
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import Session, pass_session
-from guestagent.host.ctl.table import table
+from guestagent.host.ctl.style import table
 from vsock.record import Record
 
 __all__ = ("fs",)

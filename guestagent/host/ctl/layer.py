@@ -8,16 +8,14 @@ from guestagent.api import ByteRange, LayerReport, LayerSpec, Verity
 from guestagent.api.devices import VERITY_PRESETS, Device
 from guestagent.api.layers import MOUNT_OPTIONS, LayerListReply
 from guestagent.api.texts import device_from_text
-from guestagent.host.ctl.complete import complete_layers
+from guestagent.host.client.methods import STREAM_DEADLINE_MS
+from guestagent.host.ctl.completion import complete_layers
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import Session, pass_session
-from guestagent.host.ctl.style import human_bytes, paint, tint
-from guestagent.host.ctl.table import table
+from guestagent.host.ctl.style import human_bytes, paint, table, tint
 
 __all__ = ("describe_layer", "hex_bytes", "layer", "parse_device")
 
-#: Reading a whole layer takes longer than other requests.
-_CHECK_MS = 3_600_000
 _SHOWN_BLOCKS = 100
 
 
@@ -159,8 +157,7 @@ def check(session: Session, layer_id: str) -> None:
     Exits with status 1 when there is one. `layer verify` does it for an image on this host.
     """
     with session.agent() as guest, progress_bar(f"reading {layer_id}", session.as_json) as progress:
-        deadline_ms = max(session.deadline_ms, _CHECK_MS)
-        reply = guest.layer_verify(layer_id, progress=progress, deadline_ms=deadline_ms)
+        reply = guest.layer_verify(layer_id, progress=progress, deadline_ms=STREAM_DEADLINE_MS)
     blocks = ", ".join(map(str, reply.corrupt_blocks[:_SHOWN_BLOCKS]))
     more = len(reply.corrupt_blocks) - _SHOWN_BLOCKS
     if reply.corrupt_blocks:

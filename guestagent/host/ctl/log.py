@@ -10,8 +10,7 @@ import click
 
 from guestagent.api.observe import LOG_LEVELS, LogLine
 from guestagent.host.client import GuestAgent
-from guestagent.host.ctl.interrupt import wait_for_interrupt
-from guestagent.host.ctl.session import Session, emit, pass_session
+from guestagent.host.ctl.session import Session, emit, pass_session, wait_for_interrupt
 from guestagent.host.ctl.style import paint, plain, tint
 from vsock.address import VMADDR_CID_ANY, UnixAddress, parse_address
 from vsock.dial import listen

@@ -11,7 +11,6 @@ from guestagent import __version__
 from guestagent.host.ctl.agent import AGENT_COMMANDS
 from guestagent.host.ctl.completion import completion
 from guestagent.host.ctl.console import console
-from guestagent.host.ctl.crashes import crashes
 from guestagent.host.ctl.dm import dm
 from guestagent.host.ctl.events import events
 from guestagent.host.ctl.fs import fs
@@ -24,6 +23,7 @@ from guestagent.host.ctl.profiles import complete_profiles
 from guestagent.host.ctl.session import Session, uses_session
 from guestagent.host.ctl.status import status
 from guestagent.host.ctl.top import top
+from vsock.rpc import Limits
 
 __all__ = ("collect", "guestctl", "main")
 
@@ -50,7 +50,7 @@ __all__ = ("collect", "guestctl", "main")
 @click.option(
     "--deadline",
     "deadline_ms",
-    type=click.IntRange(1, 86_400_000),
+    type=click.IntRange(1, Limits().max_deadline_ms),
     default=60_000,
     show_default=True,
     help="Milliseconds that the agent may take for a request.",
@@ -145,7 +145,7 @@ def collect() -> click.Group:
     and ``LAYER_COMMANDS`` (for ``guestctl layer``): so the host's tools appear here although this
     package must not import them.
     """
-    own = (status, top, events, log, crashes, metrics, console, completion, man)
+    own = (status, top, events, log, metrics, console, completion, man)
     for command in (*AGENT_COMMANDS, *own, layer, overlay, dm, fs):
         guestctl.add_command(command)
     for entry in sorted(entry_points(group="guestctl.commands"), key=lambda entry: entry.name):

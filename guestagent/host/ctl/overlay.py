@@ -5,9 +5,9 @@ import click
 from guestagent.api import OverlayReport, OverlaySpec
 from guestagent.api.overlays import OverlayListReply
 from guestagent.api.texts import scratch_from_text
-from guestagent.host.ctl.complete import complete_layers, complete_overlays
+from guestagent.host.ctl.completion import complete_layers, complete_overlays
 from guestagent.host.ctl.session import Session, pass_session
-from guestagent.host.ctl.table import table
+from guestagent.host.ctl.style import table
 
 __all__ = ("overlay",)
 

@@ -1,9 +1,12 @@
-"""The frame of every command: which agent, which output, and how an error ends the program.
+"""The frame of every command: the agent, the output, and how an error ends the program.
 
 Exit status: 0 success, 1 with a message on the standard error (or as JSON), 2 wrong usage.
 """
 
 import json
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,17 +17,41 @@ from typing import Concatenate, NoReturn, ParamSpec, TypeVar
 import click
 
 from guestagent.host.client import GuestAgent
-from guestagent.host.ctl.advice import advice, unreachable
 from guestagent.host.ctl.profiles import resolve
 from guestagent.host.ctl.style import plain
+from vsock.address import HybridAddress, UnixAddress, VsockAddress, parse_address
 from vsock.errors import CallError, ConnectionClosed, RpcError, errno_name
 from vsock.record import Record
+from vsock.threads import Waker
 
-__all__ = ("Session", "emit", "fail", "pass_session", "reports_errors", "uses_session")
+__all__ = (
+    "Session",
+    "emit",
+    "fail",
+    "pass_session",
+    "reports_errors",
+    "uses_session",
+    "wait_for_interrupt",
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Command = TypeVar("Command", bound=Callable[..., None])
+
+#: Error code -> what a person does next, for errors that do not say it themselves.
+_NEXT_STEPS = {
+    "invalid": "`guestctl {command} --help` says what it takes",
+    "unsupported": "`guestctl hello` lists what this agent and its kernel can do",
+    "not_found": "`guestctl layer list`, `overlay list` and `dm list` show what is there",
+    "conflict": "`guestctl layer list` and `overlay list` show what uses it",
+    "busy": "try again when its holders are gone; `guestctl status` shows what is in use",
+    "integrity": "`guestctl layer verify` on the host tells whether the digest is the image's",
+    "timeout": "--deadline gives it more time; `guestctl log` says what it was waiting for",
+    "device": "`guestctl fs devices` lists the disks of the guest",
+    "mount": "`guestctl log --level debug` has the steps; the kernel's lines are above, if any",
+    "resource": "`guestctl status` and `guestctl top` show what is used up",
+    "internal": "`guestctl crashes` and `guestctl log` of the agent have the details",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +122,7 @@ def emit(value: object, *, is_line: bool = False) -> None:
 
 
 def pass_session(function: Callable[Concatenate[Session, P], R]) -> Callable[P, R]:
-    """Hand the session to a command that talks to an agent, and end the program on its errors."""
+    """Pass the session to a command that talks to an agent; end the program on its errors."""
 
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         session = click.get_current_context().find_object(Session)
@@ -105,7 +132,7 @@ def pass_session(function: Callable[Concatenate[Session, P], R]) -> Callable[P, 
         except CallError as error:
             fail(error, as_json=session.as_json)
         except ConnectionClosed as error:
-            hint = unreachable(session.address)
+            hint = _unreachable(session.address)
             lost = CallError("device", str(error), step="talk to the agent", hint=hint)
             fail(lost, as_json=session.as_json)
         except (RpcError, OSError) as error:
@@ -118,7 +145,7 @@ def pass_session(function: Callable[Concatenate[Session, P], R]) -> Callable[P, 
 
 
 def uses_session(command: click.Command) -> bool:
-    """Say whether a command is one that ``pass_session`` hands the session to."""
+    """Return whether ``pass_session`` wraps the command."""
     return getattr(command.callback, "uses_session", False) is True
 
 
@@ -156,7 +183,7 @@ def fail(error: CallError, *, as_json: bool) -> NoReturn:
             click.echo(f"  {name}: {plain(value)}", err=True)
     for line in error.kernel_log:
         click.echo(f"  kernel: {plain(line)}", err=True)
-    next_step = advice(error, command) if error.hint is None else None
+    next_step = _next_step(error, command) if error.hint is None else None
     if next_step is not None:
         click.echo(f"  next: {next_step}", err=True)
     sys.exit(1)
@@ -166,3 +193,45 @@ def _json(value: object) -> str:
     if isinstance(value, bytes):
         return value.hex()
     raise TypeError(f"cannot write {type(value).__name__} as JSON")
+
+
+def _next_step(error: CallError, command: str) -> str | None:
+    """Return what a person does next, None where the code does not say it."""
+    text = _NEXT_STEPS.get(error.code)
+    return None if text is None else text.format(command=command)
+
+
+def _unreachable(address: str | None) -> str:
+    """Return what to check when no agent answers at an address."""
+    try:
+        place = parse_address(address or "")
+    except ValueError:
+        return "check the address"
+    if isinstance(place, (HybridAddress, UnixAddress)):
+        if not os.path.exists(place.path):
+            return f"there is no socket {place.path!r}: is the machine running?"
+        return "the machine may still be booting (--wait), or its agent be on another port"
+    if isinstance(place, VsockAddress):
+        if not os.path.exists("/dev/vsock"):
+            return "this host has no vsock (/dev/vsock): use the VMM's hybrid:// socket"
+        return "the machine may still be booting (--wait), or have another CID or port"
+    return "is the other end of the line connected?"
+
+
+def wait_for_interrupt() -> None:
+    """Wait for Ctrl-C in the main thread.
+
+    Waiting for a lock would miss a signal that arrives after the interpreter checked for signals
+    and before it sleeps, which a busy machine makes likely. Here the signal writes a byte that
+    ends the wait.
+    """
+    with Waker() as waker:
+        before = signal.set_wakeup_fd(waker.signal_fd, warn_on_full_buffer=False)
+        try:
+            while True:
+                select.select([waker.fd], [], [])
+                waker.clear()  # another signal; its own handler has run
+        except KeyboardInterrupt:
+            return
+        finally:
+            signal.set_wakeup_fd(before)

@@ -9,8 +9,18 @@ from guestagent.api import Event, LayerReport, OverlayReport
 from guestagent.api.agent import EventsReply, HelloReply, StatusReply
 from guestagent.host.ctl.events import describe_event
 from guestagent.host.ctl.session import Session, emit, pass_session
-from guestagent.host.ctl.style import ago, human_bytes, human_seconds, paint, plain, tint
-from guestagent.host.ctl.table import elided, table, terminal_columns, width_of
+from guestagent.host.ctl.style import (
+    ago,
+    elided,
+    human_bytes,
+    human_seconds,
+    paint,
+    plain,
+    table,
+    terminal_columns,
+    tint,
+    width_of,
+)
 
 __all__ = ("count_of", "layer_rows", "status")
 

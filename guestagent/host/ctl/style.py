@@ -1,14 +1,31 @@
-"""How things look to a person: colours where a terminal shows them, sizes and times in words."""
+"""How text looks to a person: colours, sizes and times in words, tables that fit the terminal.
+
+Tables are not by rich.table: it cuts cells at their end, and names of dm devices differ there.
+"""
 
 import os
+import shutil
 import sys
 import time
+from collections.abc import Sequence
 
 import click
 
-__all__ = ("ago", "has_colour", "human_bytes", "human_seconds", "paint", "plain", "tint")
+__all__ = (
+    "ago",
+    "elided",
+    "has_colour",
+    "human_bytes",
+    "human_seconds",
+    "paint",
+    "plain",
+    "table",
+    "terminal_columns",
+    "tint",
+    "width_of",
+)
 
-#: Words that say how something is -> their colour, wherever a table shows them.
+#: Word for a state -> its colour in every table.
 _COLOURS = {
     "ready": "green",
     "mounted": "green",
@@ -21,24 +38,27 @@ _COLOURS = {
     "error": "red",
 }
 _BAD_ENDINGS = ("_failed", "_corrupted", "_lost")
+_GAP = 2
+#: No column is shortened below this width.
+_LEAST_COLUMNS = 8
 
 
 def has_colour() -> bool:
-    """Say whether the standard output shows colours and its user wants them (no-color.org)."""
+    """Return whether the standard output shows colours and NO_COLOR (no-color.org) is not set."""
     if os.environ.get("NO_COLOR"):
         return False
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def paint(text: str, colour: str | None, *, bold: bool = False) -> str:
-    """Return ``text`` in a colour where that can be seen."""
+    """Return ``text`` in a colour where the standard output shows colours."""
     if (colour is None and not bold) or not has_colour():
         return text
     return click.style(text, fg=colour, bold=bold or None)
 
 
 def tint(word: str) -> str | None:
-    """Return the colour of a word that says how something is, None for other words."""
+    """Return the colour of a word for a state, None for other words."""
     word = word.strip()
     if word.endswith(_BAD_ENDINGS):
         return "red"
@@ -46,7 +66,7 @@ def tint(word: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    """Return text for a terminal: what could move its cursor or change its state is escaped."""
+    """Return text for a terminal, with control and other unprintable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -76,5 +96,101 @@ def human_seconds(seconds: float) -> str:
 
 
 def ago(unix_ms: int) -> str:
-    """Return how long a moment is past, by this machine's clock."""
+    """Return how long ago a moment was, by this machine's clock."""
     return human_seconds(max(0.0, time.time() - unix_ms / 1000)) + " ago"
+
+
+# --- tables
+
+
+def terminal_columns() -> int | None:
+    """Return the width of the terminal, or COLUMNS; None where the output is no terminal."""
+    if sys.stdout.isatty() or os.environ.get("COLUMNS"):
+        return shutil.get_terminal_size().columns
+    return None
+
+
+def width_of(text: str) -> int:
+    """Return the width of a text: wide characters take two columns, combining characters none."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, columns: int | None = None
+) -> str:
+    """Return columns as wide as their longest cell, numbers to the right.
+
+    What is wider than the terminal (or ``columns``) has its widest columns shortened in the middle,
+    where long names differ least.
+    """
+    if not rows:
+        return "none"
+    cells = [list(header), *([plain(cell) for cell in row] for row in rows)]
+    limit = columns if columns is not None else terminal_columns()
+    widths = _fitting([max(map(width_of, column)) for column in zip(*cells, strict=True)], limit)
+    right = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
+    lines = []
+    for number, row in enumerate(cells):
+        padded = [
+            _cell(cell, width, to_the_right=to_the_right, is_head=number == 0)
+            for cell, width, to_the_right in zip(row, widths, right, strict=True)
+        ]
+        lines.append((" " * _GAP).join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def elided(text: str, columns: int) -> str:
+    """Return ``text`` in at most ``columns`` columns; a longer text loses its middle."""
+    if width_of(text) <= columns:
+        return text
+    if columns <= 1:
+        return "…"[:columns]
+    room = columns - 1
+    tail = _ending(text, room // 2)
+    return _beginning(text, room - width_of(tail)) + "…" + tail
+
+
+def _fitting(widths: list[int], limit: int | None) -> list[int]:
+    """Shorten the widest column repeatedly until the sum fits ``limit``."""
+    if limit is None:
+        return widths
+    excess = sum(widths) + _GAP * (len(widths) - 1) - limit
+    while excess > 0 and max(widths) > _LEAST_COLUMNS:
+        widest = max(range(len(widths)), key=widths.__getitem__)
+        others = [width for i, width in enumerate(widths) if i != widest]
+        floor = max([_LEAST_COLUMNS, *(width for width in others if width < widths[widest])])
+        step = min(excess, max(1, widths[widest] - floor))
+        widths[widest] -= step
+        excess -= step
+    return widths
+
+
+def _cell(text: str, width: int, *, to_the_right: bool, is_head: bool) -> str:
+    shown = elided(text, width)
+    room = " " * (width - width_of(shown))
+    painted = paint(shown, None, bold=True) if is_head else paint(shown, tint(shown))
+    return room + painted if to_the_right else painted + room
+
+
+def _is_number(text: str) -> bool:
+    """Return whether a cell is a number, with or without a unit, or the ``-`` for none."""
+    head = text.partition(" ")[0]
+    return text == "-" or head.replace(".", "", 1).replace("-", "", 1).isdigit()
+
+
+def _beginning(text: str, columns: int) -> str:
+    end = len(text)
+    while width_of(text[:end]) > columns:
+        end -= 1
+    return text[:end]
+
+
+def _ending(text: str, columns: int) -> str:
+    begin = 0
+    while width_of(text[begin:]) > columns:
+        begin += 1
+    return text[begin:]

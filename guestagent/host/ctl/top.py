@@ -14,12 +14,10 @@ from guestagent.api.agent import StatusReply
 from guestagent.api.layers import DmDevice
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.events import describe_event
-from guestagent.host.ctl.exposition import parsed
+from guestagent.host.ctl.exposition import Timing, parsed, step_timings, totals
 from guestagent.host.ctl.session import Session, emit, pass_session
 from guestagent.host.ctl.status import LAYER_HEADER, count_of, layer_rows
-from guestagent.host.ctl.style import human_bytes, human_seconds, paint, plain, tint
-from guestagent.host.ctl.table import elided, table
-from guestagent.host.ctl.timings import Timing, step_timings, totals
+from guestagent.host.ctl.style import elided, human_bytes, human_seconds, paint, plain, table, tint
 from vsock.errors import ConnectionClosed
 
 if TYPE_CHECKING:
