@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from guestagent.api.observe import CrashReport, LogLine
-from guestagent.host.ctl import completion, main
+from guestagent.host.ctl import completion, log, main
 from guestagent.host.ctl.main import collect
 from guestagent.host.ctl.man import pages
 from tests.beds.handlebed import WAIT_SECONDS, Agent
@@ -254,6 +255,117 @@ def test_crashes(agent: Agent, ctl: Callable[..., Result]) -> None:
     for text in ("killed by SIGSEGV", "layer.mount msgid=1", "Fatal\\x1b", "the end a='b c'"):
         assert text in told
     assert ctl("crashes", "4").exit_code == 1
+
+
+def test_a_log_line_cannot_drive_the_terminal(
+    agent: Agent, ctl: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = {
+        "number": 1,
+        "uptime_seconds": 1.0,
+        "unix_ms": 1,
+        "level": "\x1b[31minfo",
+        "text": "\x1b]0;text\x07",
+        "fields": {"\x1b]0;name\x07": "\x1b[2J", "a b=c": "d"},
+    }
+    reply = {"lines": [line], "dropped": 0, "next": 1, "more": False}
+    monkeypatch.setattr(agent, "_log_reply", lambda since: reply)
+    done = ctl("log")
+    assert done.exit_code == 0, done.stderr
+    assert "name" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert "\x07" not in done.stdout
+
+
+# --- log --listen
+
+
+@pytest.fixture
+def receiver(
+    tmp_path: Path,
+) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], socket.socket]]]:
+    """``guestctl log --listen``, and a function that connects to it as a guest."""
+    path = tmp_path / "log"
+    command = [*COMMAND, "log", "--listen", f"unix://{path}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    sockets = []
+
+    def dial() -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        sockets.append(sock)
+        sock.settimeout(WAIT_SECONDS)
+        sock.connect(str(path))
+        return sock
+
+    with process:
+        try:
+            assert b"waiting" in process.stderr.readline()
+            yield process, dial
+        finally:
+            for sock in sockets:
+                sock.close()
+            process.kill()
+
+
+def sent_line(number: int, text: str = "words", **fields: object) -> bytes:
+    line = {"number": number, "uptime_seconds": 1, "level": "info", "text": text, "fields": fields}
+    return json.dumps(line).encode() + b"\n"
+
+
+HEAD = b'{"stream": "guestagent.log", "boot_id": "0123456789abcdef"}\n'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"number":1e999}',
+        b'{"dropped":1e999}',
+        b'"stream"',
+        b'["stream"]',
+        b"[" * 100_000,
+        b'{"number":5,"uptime_seconds":1,"level":"info","text":"x","fields":[[1,2]]}',
+        b'{"number":5,"uptime_seconds":1,"level":"info","text":"x","fields":{"a":%s%s}}'
+        % (b"[" * 900, b"]" * 900),
+        b'{"number":5,"uptime_seconds":1e999,"level":"info","text":"x","fields":{}}',
+        b"\xff\xfe",
+    ],
+    ids=range(9),
+)
+def test_no_line_of_a_guest_ends_the_receiver(
+    receiver: tuple[subprocess.Popen[bytes], Callable[[], socket.socket]], line: bytes
+) -> None:
+    process, dial = receiver
+    dial().sendall(HEAD + line + b"\n")
+    dial().sendall(HEAD + sent_line(7, "another guest"))
+    assert process.stdout is not None
+    shown = process.stdout.readline()
+    while b"another guest" not in shown:
+        assert shown, "the receiver ended"
+        shown = process.stdout.readline()
+
+
+def test_a_received_line_cannot_drive_the_terminal(
+    receiver: tuple[subprocess.Popen[bytes], Callable[[], socket.socket]],
+) -> None:
+    process, dial = receiver
+    fields = {"\x1b]0;name\x07": {"\x1b[1m": "\x1b[2J"}}
+    dial().sendall(HEAD + sent_line(1, "words", **fields).replace(b'"info"', b'"\\u001b[31m"'))
+    assert process.stdout is not None
+    shown = process.stdout.readline()
+    assert b"words" in shown
+    assert b"\x1b" not in shown
+    assert b"\x07" not in shown
+
+
+def test_the_receiver_remembers_a_bounded_number_of_boots() -> None:
+    seen = log.SeenLines(limit=3)
+    assert seen.is_new("a", 1)
+    for number in range(100):
+        assert seen.is_new(f"boot{number}", 1)
+        assert not seen.is_new("a", 1)  # in use: not the one that is forgotten
+    assert len(seen) <= 3
 
 
 # --- errors

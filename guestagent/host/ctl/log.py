@@ -1,9 +1,13 @@
-"""``guestctl log``: the agent's log, read and followed, or received from guests that send it."""
+"""``guestctl log``: the agent's log, read and followed, or received from guests that send it.
+
+A guest is not trusted: whatever it sends, the receiver goes on serving the others.
+"""
 
 import contextlib
 import json
 import os
 import selectors
+import sys
 from collections.abc import Iterator, Mapping
 
 import click
@@ -17,11 +21,15 @@ from vsock.dial import listen
 from vsock.errors import CallError
 from vsock.stream import Listener, Stream
 
-__all__ = ("describe_line", "log")
+__all__ = ("SeenLines", "describe_line", "log")
 
 _READ_BYTES = 64 * 1024
-#: A line is far shorter; who sends more without an end is no agent.
+#: Longest line that is taken; a sender of a longer one is disconnected.
 _LINE_BYTES = 1024 * 1024
+_MAX_SENDERS = 128
+#: Boots whose last line is remembered.
+_MAX_BOOTS = 1024
+_MAX_BOOT_ID = 64
 
 
 @click.command()
@@ -47,8 +55,8 @@ def log(
 ) -> None:
     """Print the agent's log, which begins with the first line of its boot.
 
-    With --follow a lost connection is made again, and nothing is told twice; JSON comes one line
-    each.
+    With --follow a lost connection is made again, no line is printed twice, and JSON has one line
+    for each.
     """
     if listen_at is not None:
         _receive(session, listen_at)
@@ -107,8 +115,8 @@ def describe_line(line: LogLine) -> str:
 
 
 def _described(uptime: float, level: str, text: str, fields: Mapping[str, object]) -> str:
-    pairs = "".join(f" {name}={_field(value)}" for name, value in fields.items())
-    shown = paint(f"{level:7}", tint(level))
+    pairs = "".join(f" {_field(name)}={_field(value)}" for name, value in fields.items())
+    shown = paint(f"{plain(level):7}", tint(level))
     return f"[{uptime:12.6f}] {shown} {plain(text)}{pairs}"
 
 
@@ -121,6 +129,25 @@ def _field(value: object) -> str:
 # --- receiving
 
 
+class SeenLines:
+    """The number of the last line of each boot; past ``limit`` the least used goes."""
+
+    def __init__(self, limit: int = _MAX_BOOTS) -> None:
+        self._limit = limit
+        self._last: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    def is_new(self, boot_id: str, number: int) -> bool:
+        """Return whether a line has not been seen, and remember it."""
+        last = self._last.pop(boot_id, 0)
+        self._last[boot_id] = max(last, number)  # now the most recently used
+        if len(self._last) > self._limit:
+            del self._last[next(iter(self._last))]
+        return number > last
+
+
 class _Sender:
     """A guest that has connected."""
 
@@ -131,18 +158,17 @@ class _Sender:
 
 
 class _Receiver:
-    """Prints what guests send, each line once, and tells them what it has."""
+    """Prints the lines that guests send, each once, and acknowledges them."""
 
     def __init__(self, session: Session, listener: Listener) -> None:
         self._session = session
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener.fileno(), selectors.EVENT_READ, None)
-        #: Boot -> the number of its last line.
-        self._seen: dict[str, int] = {}
+        self._seen = SeenLines()
 
     def turn(self) -> None:
-        """Wait for something to come, and take it."""
+        """Wait for connections and lines, and take them."""
         for key, _ in self._selector.select():
             if isinstance(key.data, _Sender):
                 self._read(key.data)
@@ -150,6 +176,9 @@ class _Receiver:
             try:
                 stream = self._listener.accept()
             except BlockingIOError:
+                continue
+            if len(self._selector.get_map()) > _MAX_SENDERS:
+                stream.close()
                 continue
             self._selector.register(stream.fileno(), selectors.EVENT_READ, _Sender(stream))
 
@@ -177,38 +206,45 @@ class _Receiver:
             sender.stream.close()
 
     def _take(self, sender: _Sender, text: bytes) -> int:
-        """Print a line that is new; return its number, 0 for what is no line of the log."""
+        """Print a new line; return its number, 0 for what is no line of the log."""
         try:
             line = json.loads(text)
+            if not isinstance(line, dict):
+                raise TypeError("not an object")
             if "stream" in line:
-                sender.boot_id = str(line.get("boot_id", ""))
+                sender.boot_id = str(line.get("boot_id", ""))[:_MAX_BOOT_ID]
                 return 0
             if "dropped" in line:
                 click.echo(f"({int(line['dropped'])} lines were lost)", err=True)
                 return 0
-            number, uptime = int(line["number"]), float(line["uptime_seconds"])
-            level, words, fields = str(line["level"]), str(line["text"]), dict(line["fields"])
-        except (ValueError, TypeError, KeyError):
+            number, shown = int(line["number"]), self._shown(sender, line)
+        # deep nesting ends in RecursionError, 1e999 as a number in OverflowError
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             click.echo(f"(not a line of a log: {text[:80]!r})", err=True)
             return 0
-        if number <= self._seen.get(sender.boot_id, 0):
-            return number
-        self._seen[sender.boot_id] = number
-        if self._session.as_json:
-            emit({**line, "boot_id": sender.boot_id}, is_line=True)
-        else:
-            click.echo(f"{plain(sender.boot_id[:8])} {_described(uptime, level, words, fields)}")
+        if self._seen.is_new(sender.boot_id, number):
+            click.echo(shown)
+            sys.stdout.flush()
         return number
+
+    def _shown(self, sender: _Sender, line: dict[str, object]) -> str:
+        fields, uptime = line["fields"], line["uptime_seconds"]
+        if not isinstance(fields, dict) or not isinstance(uptime, (int, float)):
+            raise TypeError("not the fields of a line")
+        if self._session.as_json:
+            return json.dumps({**line, "boot_id": sender.boot_id})
+        described = _described(float(uptime), str(line["level"]), str(line["text"]), fields)
+        return f"{plain(sender.boot_id[:8])} {described}"
 
     def _acknowledge(self, sender: _Sender, number: int) -> None:
         try:
             sender.stream.send(b"%d\n" % number)
-        except OSError:  # it has gone: then it sends again what it was not told of
+        except OSError:  # the guest has gone, and sends again what was not acknowledged
             return
 
 
 def _receive(session: Session, text: str) -> None:
-    """Print what is sent to an address until Ctrl-C."""
+    """Print the lines that guests send to an address, until Ctrl-C."""
     try:
         address = parse_address(text)
     except ValueError as error:
