@@ -39,6 +39,18 @@ def test_the_widest_column_gives_way_in_the_middle() -> None:
     assert row.split()[1:] == ["254:1", "V"]
 
 
+@pytest.mark.parametrize("columns", [80, 60, 50, 40, 30, 12])
+def test_a_narrow_terminal_keeps_the_first_column(columns: int) -> None:
+    row = ("layer-of-the-image", "mounted", "erofs", "53.0 MiB", "V", "root", "/run/layers/image")
+    header = ("LAYER", "STATE", "FS", "SIZE", "VERITY", "USED BY", "TARGET")
+    shown = table(header, [row], columns=columns)
+    assert all(width_of(line) <= columns for line in shown.splitlines())
+    assert shown.startswith("LAYER")
+    if columns >= 30:
+        assert "layer-of-the-image" in shown
+        assert "mounted" in shown
+
+
 @given(
     st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1, max_size=5),
     st.integers(min_value=30, max_value=120),

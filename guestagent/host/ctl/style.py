@@ -40,7 +40,9 @@ _COLOURS = {
 _BAD_ENDINGS = ("_failed", "_corrupted", "_lost")
 _GAP = 2
 #: No column is shortened below this width.
-_LEAST_COLUMNS = 8
+_LEAST_COLUMNS = 9
+#: The first column is shortened below this width only where one or two columns are left.
+_NAME_COLUMNS = 20
 
 
 def has_colour() -> bool:
@@ -124,8 +126,8 @@ def table(
 ) -> str:
     """Return columns as wide as their longest cell, numbers to the right.
 
-    What is wider than the terminal (or ``columns``) has its widest columns shortened in the middle,
-    where long names differ least.
+    Where that is wider than the terminal (or ``columns``), cells are shortened in the middle, where
+    long names differ least, and the last columns are dropped.
     """
     if not rows:
         return "none"
@@ -137,7 +139,9 @@ def table(
     for number, row in enumerate(cells):
         padded = [
             _cell(cell, width, to_the_right=to_the_right, is_head=number == 0)
-            for cell, width, to_the_right in zip(row, widths, right, strict=True)
+            for cell, width, to_the_right in zip(
+                row, widths, right, strict=False
+            )  # dropped columns are at the end
         ]
         lines.append((" " * _GAP).join(padded).rstrip())
     return "\n".join(lines)
@@ -155,17 +159,32 @@ def elided(text: str, columns: int) -> str:
 
 
 def _fitting(widths: list[int], limit: int | None) -> list[int]:
-    """Shorten the widest column repeatedly until the sum fits ``limit``."""
+    """Return widths whose sum fits ``limit``, of fewer columns where not all fit.
+
+    The first column, which names what a row is about, is the last to be shortened.
+    """
     if limit is None:
         return widths
-    excess = sum(widths) + _GAP * (len(widths) - 1) - limit
-    while excess > 0 and max(widths) > _LEAST_COLUMNS:
-        widest = max(range(len(widths)), key=widths.__getitem__)
-        others = [width for i, width in enumerate(widths) if i != widest]
-        floor = max([_LEAST_COLUMNS, *(width for width in others if width < widths[widest])])
-        step = min(excess, max(1, widths[widest] - floor))
-        widths[widest] -= step
-        excess -= step
+    widths = [min(width, limit) for width in widths]
+    for count in range(len(widths), 1, -1):
+        fitted = _shortened(widths[:count], limit, least_of_first=_NAME_COLUMNS)
+        if fitted is not None:
+            return fitted
+    for count in (min(2, len(widths)), 1):
+        fitted = _shortened(widths[:count], limit, least_of_first=_LEAST_COLUMNS)
+        if fitted is not None:
+            return fitted
+    return widths[:1]
+
+
+def _shortened(widths: list[int], limit: int, *, least_of_first: int) -> list[int] | None:
+    """Shorten the widest column repeatedly until the sum fits; None where it cannot."""
+    least = [least_of_first, *[_LEAST_COLUMNS] * (len(widths) - 1)]
+    for _ in range(sum(widths) + _GAP * (len(widths) - 1) - limit):
+        longer = [i for i, width in enumerate(widths) if width > least[i]]
+        if not longer:
+            return None
+        widths[max(longer, key=widths.__getitem__)] -= 1
     return widths
 
 
