@@ -94,12 +94,12 @@ def _live(
     observers = Observers(crashes)
     try:
         observers.watch(engine)
-        boot_id = str((boot or {}).get("boot_id", ""))
-        observers.ship_log(config.log_dial, level=config.log, boot_id=boot_id)
+        observers.ship_log(config.log_dial, level=config.log, boot_id=engine.events.boot_id)
         recovered = engine.start()
         life = _Life(is_machine=bool((boot or {}).get("pid1")))
         boot = {
             **(boot or {}),
+            "boot_id": engine.events.boot_id,
             "adopted_layers": len(recovered.layers),
             "undone": len(recovered.undone),
             "engine_ms": round((time.perf_counter() - begin) * 1000, 3),

@@ -105,9 +105,10 @@ class AgentShutdown(Request[Empty], method="agent.shutdown", summary="unmount al
 
 
 class Event(Record):
-    """Something that happened. ``sequence`` grows by one with each event of one agent life, and
-    goes on across a restart of the agent. ``dropped`` says how many events this subscriber did not
-    get just before this one; ``agent.events`` still has them."""
+    """Something that happened. ``sequence`` grows by one with each event of a boot of the machine,
+    also across a restart of the agent; ``boot_id`` is the kernel's name for the boot. ``dropped``
+    says how many events this subscriber did not get just before this one; ``agent.events`` still
+    has them."""
 
     sequence: int
     kind: str
@@ -119,6 +120,7 @@ class Event(Record):
     detail: str = ""
     traceparent: str | None = None
     dropped: int = 0
+    boot_id: str = ""
 
     def check(self) -> None:
         check_choice("kind", self.kind, EVENT_KINDS)
@@ -140,11 +142,15 @@ class AgentSubscribe(
 
 
 class EventsReply(Record):
-    """``dropped`` counts events after ``since`` that are no longer kept."""
+    """The oldest kept events after ``since``, at most 1000. With ``more``, the number of the last
+    of them is the next ``since``. ``dropped`` counts events after ``since`` that are no longer
+    kept; ``sequence`` is the number of the last event there was."""
 
     events: tuple[Event, ...]
     dropped: int
     sequence: int
+    more: bool = False
+    boot_id: str = ""
 
 
 class AgentEvents(
@@ -153,6 +159,8 @@ class AgentEvents(
     quick=True,
     summary="list events since a sequence number",
 ):
+    """Kept events whose number is over ``since``, the oldest first."""
+
     since: int = 0
 
 

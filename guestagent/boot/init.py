@@ -71,7 +71,7 @@ def _boot_and_supervise(loading: Loading | OSError) -> str:
     if any(problem.fatal for problem in problems):
         log.error("a setting that guards security is wrong: powering off")
         return "poweroff"
-    boot: dict[str, object] = {"pid1": True, "boot_id": _boot_id(), **steps}
+    boot: dict[str, object] = {"pid1": True, **steps}
     boot["init_uptime_ms"] = _uptime_ms()
     try:
         plan = mount_root(config, boot)
@@ -173,11 +173,6 @@ def _expedite_rcu() -> None:
             stream.write("1")
     except OSError as error:
         log.debug("rcu_expedited cannot be set", error=str(error))
-
-
-def _boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
-        return stream.read().strip()
 
 
 def _uptime_ms() -> float:

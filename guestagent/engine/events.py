@@ -10,7 +10,6 @@ import msgpack
 
 from guestagent.api import Event
 from guestagent.engine.journal import Journal
-from vsock.record import wire_fields
 from vsock.rpc import encode_notification
 
 __all__ = ("EventLog", "Subscribers")
@@ -35,6 +34,8 @@ class EventLog:
         self._listeners: dict[int, Listener] = {}
         self._next_listener = 1
         self._counter = journal.counter("events")
+        #: The kernel's name for this boot, within which events are numbered.
+        self.boot_id = _boot_id()
 
     @property
     def sequence(self) -> int:
@@ -65,22 +66,28 @@ class EventLog:
                 block=block,
                 detail=detail[:1024],
                 traceparent=traceparent,
+                boot_id=self.boot_id,
             )
+            kept = event.as_dict()
+            del kept["boot_id"]  # the same for all
             # as an answer would tell it, where a name is no UTF-8
-            packed = msgpack.packb(event, default=wire_fields, unicode_errors="backslashreplace")
+            packed = msgpack.packb(kept, unicode_errors="backslashreplace")
             self._events.append(packed)
             for listener in list(self._listeners.values()):
                 listener(event)
         return event
 
-    def since(self, sequence: int) -> tuple[tuple[Event, ...], int]:
-        """Return the events after ``sequence`` that are kept, and how many are no longer."""
+    def since(self, sequence: int, *, at_most: int | None = None) -> tuple[tuple[Event, ...], int]:
+        """Return kept events after ``sequence``, the oldest first, and how many are gone."""
         with self._lock:
             # the last one kept has the number of the counter, and none is left out
             count = min(len(self._events), max(0, self._counter.value - sequence))
-            packed = list(itertools.islice(self._events, len(self._events) - count, None))
+            first = len(self._events) - count
+            end = None if at_most is None else first + at_most
+            packed = list(itertools.islice(self._events, first, end))
             oldest = self._counter.value + 1 - count
-        kept = tuple(Event.from_wire(msgpack.unpackb(each)) for each in packed)
+        boot = {"boot_id": self.boot_id}
+        kept = tuple(Event.from_wire({**msgpack.unpackb(each), **boot}) for each in packed)
         return kept, max(0, oldest - 1 - max(sequence, 0))
 
     def listen(self, listener: Listener) -> Callable[[], None]:
@@ -158,3 +165,8 @@ class _Follower:
     def __init__(self, connection: "Connection") -> None:
         self.connection = connection
         self.missed = 0
+
+
+def _boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
+        return stream.read().strip()

@@ -133,12 +133,16 @@ class AgentHandlers:
 
     @handles(AgentEvents)
     def events(self, request: AgentEvents, _call: Context) -> EventsReply:
-        """Return kept events."""
-        events, dropped = self._engine.events.since(request.since)
+        """Return the oldest kept events after a number."""
+        log = self._engine.events
+        events, dropped = log.since(request.since, at_most=_MAX_EVENTS)
+        sequence = log.sequence
         return EventsReply(
-            events=events[-_MAX_EVENTS:],
-            dropped=dropped + max(0, len(events) - _MAX_EVENTS),
-            sequence=self._engine.events.sequence,
+            events=events,
+            dropped=dropped,
+            sequence=sequence,
+            more=bool(events) and events[-1].sequence < sequence,
+            boot_id=log.boot_id,
         )
 
     @handles(AgentLog)

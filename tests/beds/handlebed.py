@@ -22,6 +22,8 @@ class Agent:
         self.address = f"unix://{path}"
         self.events: list[dict[str, object]] = []
         self.lines = 0
+        self.boot_id = "first"
+        self.events_per_page = 1000
         self.traces: list[str | None] = []
         self.subscribers: list[Connection] = []
         self.followers: list[Connection] = []
@@ -44,6 +46,15 @@ class Agent:
         self.server.add_listener(listen(UnixAddress(path=str(self._path))))
         self._thread = threading.Thread(target=self.server.serve_forever)
         self._thread.start()
+
+    def reboot(self) -> None:
+        """Start as another boot, which has told more than any client was told of the old one."""
+        self.boot_id = "second"
+        self.events.clear()
+        for _ in range(4):
+            self.publish("layer_mounted")
+        self.lines = 3
+        self.start()
 
     def stop(self) -> None:
         self.server.stop(0.0)
@@ -106,7 +117,7 @@ class Agent:
             "kernel": "6",
             "features": [],
             "limits": {},
-            "boot": {},
+            "boot": {"boot_id": self.boot_id},
         }
 
     def agent_subscribe(self, call: Call) -> object:
@@ -116,10 +127,12 @@ class Agent:
     def agent_events(self, call: Call) -> object:
         since = call.params.get("since", 0)
         assert isinstance(since, int)
+        events = [event for event in self.events if cast(int, event["sequence"]) > since]
         return {
-            "events": [e for e in self.events if cast(int, e["sequence"]) > since],
+            "events": events[: self.events_per_page],
             "dropped": 0,
             "sequence": self.last_sequence,
+            "more": len(events) > self.events_per_page,
         }
 
     def agent_log(self, call: Call) -> object:

@@ -426,6 +426,62 @@ def test_another_boot_counts_anew(agent: Agent) -> None:
         assert seen.get(timeout=WAIT_SECONDS) == (2, "layer_mounted")
 
 
+def test_nothing_of_another_boot_is_missed(agent: Agent) -> None:
+    """The new boot has numbered further than the client had come in the old one."""
+    seen: queue.Queue[tuple[str, int]] = queue.Queue()
+    agent.publish("agent_started")
+    with GuestAgent(agent.address, reconnect=True, connect_seconds=10) as guest:
+        guest.set_event_callback(lambda event: seen.put(("event", event.sequence)))
+        guest.follow_log(lambda line: seen.put(("line", line.number)))
+        agent.publish("layer_mounted")
+        assert seen.get(timeout=WAIT_SECONDS) == ("event", 2)
+        agent.log()
+        assert seen.get(timeout=WAIT_SECONDS) == ("line", 1)
+        agent.stop()
+        agent.reboot()
+        got = {seen.get(timeout=WAIT_SECONDS) for _ in range(7)}
+        assert got == {("event", n) for n in (1, 2, 3, 4)} | {("line", n) for n in (1, 2, 3)}
+
+
+def test_nothing_of_another_boot_is_missed_with_asyncio(agent: Agent) -> None:
+    agent.publish("agent_started")
+
+    async def scenario(guest: AsyncGuestAgent) -> None:
+        seen: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+        await guest.set_event_callback(lambda event: seen.put_nowait(("event", event.sequence)))
+        await guest.follow_log(lambda line: seen.put_nowait(("line", line.number)))
+        agent.log()
+        assert await seen.get() == ("line", 1)
+        await asyncio.to_thread(agent.stop)
+        agent.reboot()
+        got = {await seen.get() for _ in range(7)}
+        assert got == {("event", n) for n in (1, 2, 3, 4)} | {("line", n) for n in (1, 2, 3)}
+
+    run(agent, scenario, reconnect=True)
+
+
+def test_missed_events_are_fetched_page_by_page(agent: Agent) -> None:
+    seen: queue.Queue[int] = queue.Queue()
+    agent.events_per_page = 3
+    with GuestAgent(agent.address, reconnect=True, connect_seconds=10) as guest:
+        guest.set_event_callback(lambda event: seen.put(event.sequence))
+        agent.stop()
+        for _ in range(10):
+            agent.publish("layer_mounted")
+        agent.start()
+        assert [seen.get(timeout=WAIT_SECONDS) for _ in range(10)] == list(range(1, 11))
+        reply = guest.events(since=2)
+        assert [event.sequence for event in reply.events] == list(range(3, 11))
+        assert not reply.more
+
+
+def test_pages_of_events_end(agent: Agent, guest: GuestAgent) -> None:
+    """An agent that says that there is more, and sends the same again."""
+    agent.publish("layer_mounted")
+    agent.more_fields = {"more": True}
+    assert len(guest.events().events) < 100
+
+
 def test_the_log_goes_on_over_a_lost_connection(agent: Agent) -> None:
     seen: queue.Queue[int] = queue.Queue()
     agent.log()

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 import typing
+from pathlib import Path
 
 import msgpack
 import pytest
@@ -246,6 +247,35 @@ def test_a_subscriber_hears_and_stops_with_its_connection(bed):
     while followers and time.monotonic() < end:
         bed.peer()
     assert not followers
+
+
+def test_all_kept_events_can_be_fetched_from_the_oldest_on(bed):
+    for _ in range(4096 + 5):
+        bed.events.publish("layer_mounted")
+    peer, numbers, pages, since = bed.peer(), [], 0, 0
+    while True:
+        error, reply = peer.ask("agent.events", since=since)
+        assert error is None
+        assert reply["sequence"] == 4101
+        assert reply["dropped"] == (5 if since == 0 else 0)
+        numbers += [event["sequence"] for event in reply["events"]]
+        pages += 1
+        if not reply["more"]:
+            break
+        since = numbers[-1]
+    assert numbers == list(range(6, 4102))
+    assert pages == 5
+    assert peer.ask("agent.events", since=4101)[1]["more"] is False
+
+
+def test_events_say_of_which_boot_they_are(bed):
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    peer = bed.peer()
+    peer.ask("agent.subscribe")
+    bed.events.publish("layer_mounted")
+    assert peer.next()[2][0]["boot_id"] == boot_id
+    _, reply = peer.ask("agent.events")
+    assert (reply["boot_id"], reply["events"][0]["boot_id"]) == (boot_id, boot_id)
 
 
 def test_a_subscriber_that_does_not_read_holds_nobody_up(tmp_path):

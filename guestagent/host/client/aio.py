@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import BinaryIO, Generic, Self, TypeVar
 
 from guestagent import __version__
-from guestagent.api.agent import AgentMore, HelloReply, SubscribeReply
+from guestagent.api.agent import AgentMore, EventsReply, HelloReply, SubscribeReply
 from guestagent.api.inspect import StreamRequest
 from guestagent.api.observe import LogReply
 from guestagent.api.request import Request
@@ -222,6 +222,7 @@ class AsyncGuestAgent:
             ConnectionClosed: nobody answered in time.
         """
         await self._link.open()
+        self._feeds.connected(self.hello.boot.get("boot_id"))
         return self
 
     async def close(self) -> None:
@@ -286,6 +287,13 @@ class AsyncGuestAgent:
 
     # --- events
 
+    async def events(self, since: int = 0) -> EventsReply:
+        """Return all kept events after a sequence number, and how many are no longer kept.
+
+        The numbers are of one boot: see ``boot_id`` of the reply.
+        """
+        return await self._run(self._feeds.kept_events(since))
+
     async def subscribe(self, callback: EventCallback, mask: int = ALL_EVENTS) -> SubscribeReply:
         """Call ``callback`` with each event from now on whose bit is in ``mask``.
 
@@ -344,6 +352,7 @@ class AsyncGuestAgent:
         self._feeds.notified(method, params)
 
     async def _catch_up(self, client: AsyncClient) -> None:
+        self._feeds.connected(self.hello.boot.get("boot_id"))
         await self._run(self._feeds.catch_up(), client)
 
 

@@ -8,7 +8,14 @@ import threading
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeVar
 
-from guestagent.api.agent import EVENT_KINDS, AgentEvents, AgentSubscribe, Event, SubscribeReply
+from guestagent.api.agent import (
+    EVENT_KINDS,
+    AgentEvents,
+    AgentSubscribe,
+    Event,
+    EventsReply,
+    SubscribeReply,
+)
 from guestagent.api.observe import AgentLog, LogLine, LogReply
 from guestagent.api.request import Request
 from vsock.record import Record
@@ -29,6 +36,9 @@ LogCallback = Callable[[LogLine], None]
 T = TypeVar("T")
 #: Yields requests, is sent their replies, returns the result.
 Steps = Generator[Request[Record], Any, T]
+
+#: An agent keeps 4096 events and sends 1000 at once. One that sends pages without end is cut off.
+_MAX_PAGES = 64
 
 #: Kind of event -> its bit.
 EVENT_BITS: dict[str, int] = {kind: 1 << place for place, kind in enumerate(EVENT_KINDS)}
@@ -69,6 +79,7 @@ class Feeds:
         self._on_log: LogCallback | None = None
         self._log_level = "info"
         self._log_place = 0
+        self._boot_id: object = None
 
     # --- events
 
@@ -119,6 +130,18 @@ class Feeds:
             for callback in wanted:
                 callback(event)
 
+    def kept_events(self, since: int) -> Steps[EventsReply]:
+        """Fetch all kept events after a number, page by page; the reply is one for all pages."""
+        reply: EventsReply = yield AgentEvents(since=since)
+        events, dropped = list(reply.events), reply.dropped
+        for _ in range(_MAX_PAGES):
+            if not reply.more or not reply.events:
+                break
+            reply = yield AgentEvents(since=events[-1].sequence)
+            events += reply.events
+            dropped += reply.dropped
+        return reply.replace(events=tuple(events), dropped=dropped, more=False)
+
     # --- the log
 
     def follow_log(self, callback: LogCallback, since: int | None, level: str) -> Steps[LogReply]:
@@ -141,6 +164,16 @@ class Feeds:
 
     # --- both
 
+    def connected(self, boot_id: object) -> None:
+        """Note the boot id of hello, None where the agent tells none.
+
+        Events and lines are numbered within a boot: of another boot, none was handed on.
+        """
+        if boot_id != self._boot_id:
+            self._boot_id = boot_id
+            with self._order:
+                self.sequence = self._log_place = 0
+
     def notified(self, method: str, params: Mapping[str, object]) -> None:
         """Take a notification ``agent.event`` or ``agent.log``; others are ignored."""
         if method == "agent.event":
@@ -161,7 +194,7 @@ class Feeds:
             reply: LogReply = yield AgentLog(
                 since=self._log_place, level=self._log_level, follow=True
             )
-            if reply.next < self._log_place:  # of another boot
+            if reply.next < self._log_place:  # another boot, of an agent that tells no boot id
                 self._log_place = 0
             self._take_log(reply)
 
@@ -182,14 +215,12 @@ class Feeds:
                     self.deliver(event)
 
     def _missed(self) -> Steps[tuple[Event, ...]]:
-        reply = yield AgentEvents(since=self.sequence)
-        if reply.sequence < self.sequence:  # another boot counts from 1 again
+        reply = yield from self.kept_events(self.sequence)
+        if reply.sequence < self.sequence:  # another boot, of an agent that tells no boot id
             self.sequence = 0
-            reply = yield AgentEvents(since=0)
-        events: tuple[Event, ...] = reply.events
+            reply = yield from self.kept_events(0)
+        events = reply.events
         if events and reply.dropped:
-            first = Event.from_wire(
-                {**events[0].to_wire(), "dropped": reply.dropped}, "event", strict=False
-            )
-            return (first, *events[1:])
+            fields = {**events[0].to_wire(), "dropped": reply.dropped}
+            return (Event.from_wire(fields, "event", strict=False), *events[1:])
         return events

@@ -13,7 +13,7 @@ from contextlib import closing, nullcontext
 from typing import TypeVar
 
 from guestagent import __version__
-from guestagent.api.agent import SubscribeReply
+from guestagent.api.agent import EventsReply, SubscribeReply
 from guestagent.api.inspect import StreamRequest
 from guestagent.api.observe import LogReply
 from guestagent.api.request import Request
@@ -109,6 +109,7 @@ class GuestAgent(AgentMethods, FsMethods):
         )
         #: What the agent answered to the first hello: version, features, limits, boot.
         self.hello = self._link.hello
+        self._feeds.connected(self.hello.boot.get("boot_id"))
 
     def __enter__(self) -> "GuestAgent":
         return self
@@ -180,6 +181,13 @@ class GuestAgent(AgentMethods, FsMethods):
 
     # --- events
 
+    def events(self, since: int = 0) -> EventsReply:
+        """Return all kept events after a sequence number, and how many are no longer kept.
+
+        The numbers are of one boot: see ``boot_id`` of the reply.
+        """
+        return self._run(self._feeds.kept_events(since))
+
     def subscribe(self, callback: EventCallback, mask: int = ALL_EVENTS) -> SubscribeReply:
         """Call ``callback`` with each event from now on whose bit is in ``mask``.
 
@@ -238,4 +246,5 @@ class GuestAgent(AgentMethods, FsMethods):
         self._feeds.notified(method, params)
 
     def _catch_up(self, client: Client) -> None:
+        self._feeds.connected(self._link.hello.boot.get("boot_id"))
         self._run(self._feeds.catch_up(), client)

@@ -4,11 +4,9 @@ from typing import TypeVar
 
 from guestagent.api.agent import (
     AgentCancel,
-    AgentEvents,
     AgentShutdown,
     AgentStatus,
     CancelReply,
-    EventsReply,
     StatusReply,
 )
 from guestagent.api.devicemapper import (
@@ -98,10 +96,6 @@ class AgentMethods(Caller):
             CallError: ``busy``, something is in use and stays; ``force`` goes on in spite of it.
         """
         self.call(AgentShutdown(mode=mode, force=force))
-
-    def events(self, since: int = 0) -> EventsReply:
-        """Return the kept events after a sequence number, and how many are no longer kept."""
-        return self.call(AgentEvents(since=since))
 
     def log(self, since: int = 0, *, level: str = "info") -> LogReply:
         """Return lines of the agent's log after a number (negative: so many from the end).

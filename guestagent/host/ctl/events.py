@@ -44,21 +44,23 @@ def events(session: Session, since: int, follow: bool, kinds: tuple[str, ...]) -
 
 
 def _follow(session: Session, since: int, mask: int, kinds: tuple[str, ...]) -> None:
-    shown = since
+    shown, boot_id = since, ""
     lock = threading.Lock()
 
     def show(event: Event) -> None:
-        nonlocal shown
+        nonlocal shown, boot_id
         with lock:
             # of those that are both listed and sent, one is enough
-            if event.sequence > shown:
-                shown = event.sequence
+            if event.sequence > shown or event.boot_id != boot_id:
+                shown, boot_id = event.sequence, event.boot_id
                 _print(session, event)
 
     with session.agent(reconnect=True) as guest:
         with lock:  # what is sent meanwhile waits behind what is listed
             guest.set_event_callback(show, mask)
-            for event in guest.events(since).events:
+            reply = guest.events(since)
+            boot_id = reply.boot_id
+            for event in reply.events:
                 shown = event.sequence
                 if not kinds or event.kind in kinds:
                     _print(session, event)
