@@ -14,10 +14,10 @@ from functools import partial
 from guestagent.config import Config, Problem
 from guestagent.engine.engine import Engine
 from guestagent.engine.faults import Faults
+from guestagent.engine.journal import Journal
 from guestagent.engine.state import Rules
 from guestagent.listeners import HeldSockets, Listeners
 from guestagent.observe.crashes import CrashReports
-from guestagent.observe.leftovers import left_behind
 from guestagent.observe.observers import Observers
 from guestagent.service.dispatch import QUICK_METHODS, Service
 from guestagent.storage.syscalls import bound_malloc
@@ -66,10 +66,23 @@ def run(
     Raises:
         OSError: a plain process can listen on no address at all, and has none to dial.
     """
-    directory = config.state_directory
-    left = partial(left_behind, directory)
-    with CrashReports(directory, restarts=restarts, left=left) as crashes:
+    left = partial(_left_behind, config.state_directory)
+    with CrashReports(config.state_directory, restarts=restarts, left=left) as crashes:
         return _live(config, crashes, problems, boot, restarts, on_ready, sockets)
+
+
+def _left_behind(directory: str) -> dict[str, tuple[str, ...]]:
+    """Return what the journal of an agent that has ended holds, as texts."""
+    written = Journal(directory).read()
+    half = [(one.layer_id, one.mount_point) for one in written.begun_layers]
+    half += [(one.spec.overlay_id, one.spec.mount_point) for one in written.begun_overlays]
+    return {
+        "layers": tuple(f"{one.spec.layer_id} at {one.spec.mount_point}" for one in written.layers),
+        "overlays": tuple(
+            f"{one.spec.overlay_id} at {one.spec.mount_point}" for one in written.overlays
+        ),
+        "unfinished": tuple(f"{name} at {target}" for name, target in half),
+    }
 
 
 def _live(

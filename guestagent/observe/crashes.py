@@ -1,13 +1,13 @@
-"""How a life of the agent ended: written down by the dying one, or by the next from what is left.
+"""How an agent ended: written down by itself while it ends, or by the next one from what is left.
 
 In the state directory, which outlives the agent:
 
-- ``life``      who lives; an orderly end removes it, so that one found at a start tells of a death
+- ``life``      which agent runs; an orderly end removes it, so that a next agent that finds it
+                knows of a death
 - ``fault``     the stacks of all threads, written by the interpreter on SIGSEGV and its kind
-- ``requests``  what is being worked on, in slots that are written in place
 - ``death``     what PID 1 saw: pid and exit status
-- ``log``       the last lines (``recorder``)
-- ``N.crash``   the reports, as many as are kept
+- ``log``       the last lines and the requests in flight (``recorder``)
+- ``N.crash``   the reports that are kept
 
 Nothing here can fail the agent: a report that cannot be written is a line of the log.
 """
@@ -16,6 +16,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import contextmanager
 
 import msgpack
 
@@ -30,7 +31,7 @@ __all__ = ("KEPT_REPORTS", "CrashReports", "log_line", "note_death")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
     State = Callable[[], Mapping[str, tuple[str, ...]]]
@@ -39,17 +40,16 @@ KEPT_REPORTS = 8
 LOG_LINES = 100
 _SUFFIX = ".crash"
 _TRACEBACK_BYTES = 32 * 1024
-_SLOTS, _SLOT_BYTES = 64, 256
 _LIST_ITEMS = 64
 
 
 def note_death(directory: str, pid: int, status: int) -> None:
-    """Leave word of how the agent ended, for its next life; called by PID 1."""
+    """Note how the agent ended, for the next agent; called by PID 1."""
     try:
         with open(f"{directory}/crashes/death", "wb") as stream:
             stream.write(msgpack.packb([pid, status]))
     except OSError as error:
-        log.debug("no word is left of the agent's death", error=str(error))
+        log.debug("the agent's exit status cannot be noted", error=str(error))
 
 
 def log_line(line: Line) -> LogLine:
@@ -65,18 +65,17 @@ def log_line(line: Line) -> LogLine:
 
 
 class CrashReports:
-    """One for each life of the agent. A context manager around all of it."""
+    """One for each agent. A context manager around all that it does."""
 
     def __init__(self, directory: str, *, restarts: int, left: "State") -> None:
-        """Look for what an earlier life left, report it, and begin this one.
+        """Report how the agent before this one ended, if that was not in order.
 
-        ``left`` says what the earlier life had live and unfinished, before that is recovered.
+        ``left`` says what that agent had live and unfinished, before that is recovered.
         """
         self._directory = f"{directory}/crashes"
         self._restarts = restarts
         self._lock = threading.Lock()
-        self._free = list(range(_SLOTS))
-        self._requests_fd = self._fault_fd = -1
+        self._fault_fd = -1
         self._recorder: Recorder | None = None
         self._stop_recording: Callable[[], None] | None = None
         self._former_hook = threading.excepthook
@@ -92,19 +91,15 @@ class CrashReports:
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
         numbers = self._numbers()
         self.total = numbers[-1] if numbers else 0
-        before = read_recorded(f"{self._directory}/log")
-        log.restore(before)
-        self._report_death(before, left)
+        lines, requests = read_recorded(f"{self._directory}/log")
+        log.restore(lines)
+        self._report_death(lines, requests, left)
         self._recorder = Recorder(f"{self._directory}/log")
         self._stop_recording = log.add_sink(self._recorder, replay=True, level="debug")
-        self._requests_fd = self._open("requests")
-        self._fault_fd = self._open("fault")
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fault_fd = os.open(f"{self._directory}/fault", flags, 0o600)
         self._write("life", msgpack.packb([os.getpid(), self._restarts, __version__]))
         self._watch()
-
-    def _open(self, name: str) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(f"{self._directory}/{name}", flags, 0o600)
 
     def _watch(self) -> None:
         import faulthandler
@@ -134,7 +129,7 @@ class CrashReports:
         self._state = state
 
     def close(self) -> None:
-        """End this life in order. Idempotent."""
+        """The agent ends in order. Idempotent."""
         import faulthandler
 
         if self._fault_fd >= 0:
@@ -145,48 +140,21 @@ class CrashReports:
             self._recorder.close()
         for name in ("life", "death"):
             self._unlink(name)
-        with self._lock:
-            for fd in (self._requests_fd, self._fault_fd):
-                if fd >= 0:
-                    os.close(fd)
-            self._requests_fd = self._fault_fd = -1
+        if self._fault_fd >= 0:
+            os.close(self._fault_fd)
+            self._fault_fd = -1
 
-    # --- requests in flight
-
-    def begin_request(self, text: str) -> int:
-        """Note a request that is being worked on; return what ends it, -1 when there is no room."""
-        with self._lock:
-            if self._requests_fd < 0 or not self._free:
-                return -1
-            slot = self._free.pop()
-            data = text.encode("utf-8", "backslashreplace")[:_SLOT_BYTES].ljust(_SLOT_BYTES, b"\0")
-            self._put_slot(slot, data)
-        return slot
-
-    def end_request(self, slot: int) -> None:
-        """Strike a request."""
-        if slot < 0:
+    @contextmanager
+    def request(self, text: str) -> "Iterator[None]":
+        """Note a request for as long as it is being worked on."""
+        if self._recorder is None:
+            yield
             return
-        with self._lock:
-            self._free.append(slot)
-            self._put_slot(slot, b"\0")
-
-    def _put_slot(self, slot: int, data: bytes) -> None:
-        if self._requests_fd < 0:
-            return
+        number = self._recorder.begin(text)
         try:
-            os.pwrite(self._requests_fd, data, slot * _SLOT_BYTES)
-        except OSError:  # no space: the report will know less
-            return
-
-    def _requests(self) -> tuple[str, ...]:
-        try:
-            with open(f"{self._directory}/requests", "rb") as stream:
-                data = stream.read(_SLOTS * _SLOT_BYTES)
-        except OSError:
-            return ()
-        slots = (data[at : at + _SLOT_BYTES] for at in range(0, len(data), _SLOT_BYTES))
-        return tuple(slot.rstrip(b"\0").decode(errors="replace") for slot in slots if slot[0])
+            yield
+        finally:
+            self._recorder.end(number)
 
     # --- reports
 
@@ -204,7 +172,7 @@ class CrashReports:
         return CrashesReply(crashes=tuple(reports), total=self.total)
 
     def problems(self) -> tuple[str, ...]:
-        """Return what the status has to say: threads that this life goes on without."""
+        """Return what the status has to say: threads that the agent goes on without."""
         return tuple(self._threads_died)
 
     def _thread_died(self, args: "threading.ExceptHookArgs") -> None:
@@ -213,13 +181,14 @@ class CrashReports:
             return
         name = args.thread.name if args.thread is not None else "?"
         reason = f"thread {name!r} ended by {type(error).__name__}: {error}"
-        # a worker is replaced by the next one; whoever has a name of its own is missed
+        # a worker is replaced by the next one, any other thread is not
         if name != "rpc-worker":
             self._threads_died.append(f"{reason} (see the crash reports)")
         self._report(kind="thread", reason=reason, traceback=_formatted(error))
 
-    def _report_death(self, before: tuple[Line, ...], left: "State") -> None:
-        """Report the life before this, if it did not end in order."""
+    def _report_death(
+        self, lines: tuple[Line, ...], requests: tuple[str, ...], left: "State"
+    ) -> None:
         life = self._read("life")
         if life is None:
             return
@@ -233,7 +202,8 @@ class CrashReports:
             kind="death",
             reason=_reason(status, name),
             traceback=trace,
-            lines=before,
+            lines=lines,
+            requests=requests,
             pid=pid,
             restarts=restarts,
             agent=version,
@@ -249,6 +219,7 @@ class CrashReports:
         reason: str,
         traceback: str,
         lines: tuple[Line, ...] | None = None,
+        requests: tuple[str, ...] | None = None,
         pid: int | None = None,
         restarts: int | None = None,
         agent: str = __version__,
@@ -258,6 +229,8 @@ class CrashReports:
     ) -> None:
         log.error("crash", kind=kind, reason=reason)
         kept = log.tail(LOG_LINES) if lines is None else lines[-LOG_LINES:]
+        if requests is None:
+            requests = () if self._recorder is None else self._recorder.requests()
         with self._lock:
             self.total += 1
             number = self.total
@@ -274,7 +247,7 @@ class CrashReports:
                 status=status,
                 traceback=traceback[-_TRACEBACK_BYTES:],
                 log=tuple(map(log_line, kept)),
-                requests=self._requests(),
+                requests=requests,
                 **_bounded(state or self._state),
             )
             self._keep(report)
@@ -342,7 +315,7 @@ def _reason(status: int | None, name: str | None) -> str:
         return f"killed by {name}"
     if status is not None:
         return f"ended with status {status}"
-    return "ended without a word: killed, or out of memory"
+    return "ended without an exit status that is known: killed, or out of memory"
 
 
 def _signal_name(status: int | None, trace: str) -> str | None:

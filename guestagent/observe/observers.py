@@ -106,11 +106,8 @@ class Observers:
                 text += f" {name}={str(params[name])[:64]}"
         if call is not None and call.traceparent:
             text += f" traceparent={call.traceparent}"
-        slot = self._crashes.begin_request(f"{text} since={uptime_seconds:.3f}")
-        try:
+        with self._crashes.request(f"{text} since={uptime_seconds:.3f}"):
             yield
-        finally:
-            self._crashes.end_request(slot)
 
     def answered(self, method: str, code: str, seconds: float) -> None:
         """Count an answer; ``code`` is ok or that of an error."""

@@ -11,6 +11,7 @@ import pytest
 
 from guestagent.api.observe import CrashesReply
 from guestagent.observe.crashes import KEPT_REPORTS
+from guestagent.observe.recorder import REQUESTS_MAX
 
 _LIFE = """
 import os, sys, threading
@@ -19,10 +20,11 @@ from vsock.log import log
 state = {"layers": ("base at /run/layers/base: mounted",)}
 with CrashReports(sys.argv[1], restarts=3, left=lambda: state) as crashes:
     crashes.attach(lambda: state)
-    crashes.end_request(crashes.begin_request("done before"))
-    request = crashes.begin_request("layer.mount msgid=3")
-    log.info("the last words", signature=b"sign", secret="hidden")
-    exec(sys.argv[2])
+    with crashes.request("done before"):
+        pass
+    with crashes.request("layer.mount msgid=3"):
+        log.info("the last words", signature=b"sign", secret="hidden")
+        exec(sys.argv[2])
 """
 _SHOW = "import msgpack; os.write(1, msgpack.packb(crashes.since(0).to_wire()))"
 
@@ -120,7 +122,7 @@ def test_a_damaged_report_is_left_out(live, tmp_path: Path) -> None:
 
 def test_damage_does_not_stop_a_life(live, tmp_path: Path) -> None:
     live("os.kill(os.getpid(), 9)")
-    for name in ("life", "death", "log", "requests", "fault"):
+    for name in ("life", "death", "log", "log.old", "fault"):
         (tmp_path / "crashes" / name).write_bytes(os.urandom(600))
     assert live("").returncode == 0
 
@@ -130,7 +132,23 @@ def test_a_state_directory_that_cannot_be_written_is_no_failure(live, tmp_path: 
     assert reports(live).crashes == ()
 
 
-def test_more_requests_than_slots(live) -> None:
-    live("[crashes.begin_request(f'r{n}') for n in range(100)]; os.kill(os.getpid(), 9)")
+def test_more_requests_than_are_noted(live) -> None:
+    live(
+        "noted = [crashes.request(f'r{n}') for n in range(100)];"
+        "[one.__enter__() for one in noted]; os.kill(os.getpid(), 9)"
+    )
     (report,) = reports(live).crashes
-    assert len(report.requests) == 64
+    assert len(report.requests) == REQUESTS_MAX
+
+
+def test_a_request_that_takes_long_is_known_after_many_lines(live) -> None:
+    live("[log.info('x' * 300) for n in range(2000)]; os.kill(os.getpid(), 9)")
+    (report,) = reports(live).crashes
+    assert report.requests == ("layer.mount msgid=3",)
+    assert len(report.log) == 100
+
+
+def test_a_request_of_another_agent_is_in_flight_no_more(live) -> None:
+    live("os.kill(os.getpid(), 9)")
+    live("log.info('another'); os.kill(os.getpid(), 9)")
+    assert [report.requests for report in reports(live).crashes] == [("layer.mount msgid=3",)] * 2

@@ -9,7 +9,6 @@ from guestagent.api import ByteRange, LayerSpec, OverlaySpec, PathDevice, Verity
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from guestagent.engine.journal import Begun, Journal, Written
 from guestagent.engine.plan import plan_layer, source_of
-from guestagent.observe.leftovers import left_behind
 from guestagent.storage.blockdev import BlockDevice
 
 DEVICE = BlockDevice(
@@ -139,10 +138,6 @@ def test_a_name_that_its_file_does_not_speak_of_is_put_aside(journal, tmp_path):
     (tmp_path / "state/layer-c.entry").hardlink_to(tmp_path / "state/layer-a.entry")
     assert ids(journal) == ["a", "b"]
     assert journal.damaged() == (f"{tmp_path}/state/layer-c.entry.damaged",)
-    assert left_behind(str(tmp_path / "state"))["layers"] == (
-        "a at /run/layers/a",
-        "b at /run/layers/b",
-    )
 
 
 def test_an_entry_that_is_replaced_while_it_is_read_harms_no_other(journal):
@@ -279,29 +274,3 @@ def test_counters_outlive_their_object(journal):
     again = journal.counter("events")
     assert again.value == 41
     again.close()
-
-
-def test_what_a_life_left_is_told_without_changing_it(journal, tmp_path):
-    elsewhere = layer("b")
-    elsewhere = elsewhere.replace(spec=elsewhere.spec.replace(target="/run/elsewhere"))
-    journal.write_layers([layer("a")], "layer-a")
-    journal.write_layers([elsewhere], "")
-    journal.write_overlay(overlay(), "batch-2")
-    begin(journal, "batch-1", layer("c"), layer("f"))
-    journal.write_layers([layer("c")], "batch-1")
-    begin(journal, "overlay-p", overlay=overlay("p"))
-    (tmp_path / "state/batch-3.begun").write_bytes(b"\x81\xa1a\x01")
-    (tmp_path / "state/layer-d.entry").write_bytes(b"\x81\xa1a\x01")
-    (tmp_path / "state/overlay-e.entry").write_bytes(b"\xc1")
-    files = sorted((tmp_path / "state").iterdir())
-    assert left_behind(str(tmp_path / "state")) == {
-        "layers": ("a at /run/layers/a", "b at /run/elsewhere"),
-        "overlays": ("o at /run/overlays/o",),
-        "unfinished": (
-            "c at /run/layers/c",
-            "f at /run/layers/f",
-            "p at /run/overlays/p",
-        ),
-    }
-    assert sorted((tmp_path / "state").iterdir()) == files
-    assert left_behind(str(tmp_path / "none"))["layers"] == ()

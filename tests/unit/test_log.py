@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from guestagent.api.observe import LOG_LEVELS
 from guestagent.observe.following import read_log
 from guestagent.observe.kernellog import KernelLogSink
-from guestagent.observe.recorder import SLOTS, Recorder, read_recorded
+from guestagent.observe.recorder import LINES_MAX, Recorder, read_recorded
 from guestagent.observe.shipping import LogShipper
 from vsock.log import LEVELS, SECRETS, Line, Log, fd_sink, json_object, render, render_json
 
@@ -222,26 +222,27 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_recorder_keeps_the_last_lines(tmp_path: Path) -> None:
     path = str(tmp_path / "log")
     recorder = Recorder(path)
-    for number in range(1, SLOTS + 11):
+    for number in range(1, LINES_MAX + 11):
         recorder(line(f"line {number}", number, ms=1.5))
     recorder.close()
-    lines = read_recorded(path)
-    assert [entry.number for entry in lines] == list(range(11, SLOTS + 11))
-    assert (lines[-1].text, lines[-1].fields) == (f"line {SLOTS + 10}", {"ms": "1.500"})
+    lines, requests = read_recorded(path)
+    assert requests == ()
+    assert [entry.number for entry in lines] == list(range(11, LINES_MAX + 11))
+    assert (lines[-1].text, lines[-1].fields) == (f"line {LINES_MAX + 10}", {"ms": "1.500"})
 
 
 @given(
     st.text(max_size=2000),
     st.dictionaries(st.text(max_size=300), st.text(max_size=3000), max_size=20),
 )
-def test_every_line_fits_its_slot(recording: Path, text, fields) -> None:
+def test_every_line_is_recorded(recording: Path, text, fields) -> None:
     recording.unlink(missing_ok=True)
     path = str(recording)
     recorder = Recorder(path)
     recorder(line(text, 1).replace(fields=fields))
     recorder(line("the next", 2))
     recorder.close()
-    assert [entry.number for entry in read_recorded(path)] == [1, 2]
+    assert [entry.number for entry in read_recorded(path)[0]] == [1, 2]
 
 
 @given(st.binary(max_size=4096))
@@ -251,7 +252,7 @@ def test_a_damaged_recording_is_no_failure(recording: Path, data: bytes) -> None
 
 
 def test_no_recording(tmp_path: Path) -> None:
-    assert read_recorded(str(tmp_path / "missing")) == ()
+    assert read_recorded(str(tmp_path / "missing")) == ((), ())
 
 
 # --- reading it by RPC
