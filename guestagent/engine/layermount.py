@@ -129,6 +129,14 @@ class LayerMount:
 
     def _check_rules(self, spec: LayerSpec) -> None:
         check_target(spec.mount_point, self._state.rules.target_root)
+        if (spec.mapping or spec.verity) and not self._state.control.is_there:
+            raise CallError(
+                "unsupported",
+                f"layer {spec.layer_id!r} needs device-mapper, which this kernel does not have",
+                step="claim",
+                object="params.mapping" if spec.mapping else "params.verity",
+                hint="without a mapping and a root digest the whole device can be mounted",
+            )
         if self._state.rules.require_verity and spec.verity is None:
             raise CallError(
                 "denied",

@@ -7,7 +7,7 @@ from guestagent.engine.journal import Begun, Journal
 from guestagent.engine.locks import KeyLocks
 from guestagent.engine.plan import Version
 from guestagent.engine.transaction import Transaction
-from guestagent.storage.devicemapper.control import Control
+from guestagent.storage.devicemapper.control import open_control
 from guestagent.storage.kmsg import KernelLog
 from vsock.record import Record
 
@@ -41,7 +41,7 @@ class EngineState:
         self.inventory = Inventory(reserved=state_directory)
         self.locks = KeyLocks()
         self.kernel_log = KernelLog()
-        self.control = Control()
+        self.control = open_control()
         #: The version of the kernel's verity target, once it was asked for and there was one.
         self.known_verity_version: Version | None = None
 

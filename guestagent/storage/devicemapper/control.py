@@ -22,7 +22,7 @@ from guestagent.storage.devicemapper.targets import Target, TargetStatus
 from vsock.closeable import FdOwner
 from vsock.deadline import Deadline
 
-__all__ = ("CONTROL_PATH", "Control", "DeviceInfo")
+__all__ = ("CONTROL_PATH", "Control", "DeviceInfo", "NoControl", "open_control")
 
 CONTROL_PATH = "/dev/mapper/control"
 _HEADER_BYTES = dmioctl.HEADER.size
@@ -30,6 +30,7 @@ _HEADER_BYTES = dmioctl.HEADER.size
 _REQUESTS = {
     number: 3 << 30 | _HEADER_BYTES << 16 | 0xFD << 8 | number for number in dmioctl.CALL_NAMES
 }
+_ABSENT = "the kernel has no device-mapper"
 _ROOM_BYTES = 16 * 1024
 #: Enough for a table of ours, and small enough for the cheap kind of ioctl.
 _TABLE_ROOM_BYTES = 1024
@@ -38,6 +39,9 @@ _LARGEST_BUFFER_BYTES = 16 * 1024 * 1024
 
 class Control(FdOwner):
     """An open control device. Use as a context manager, or ``close()`` it."""
+
+    #: Whether the kernel has device-mapper.
+    is_there = True
 
     def __init__(self, path: str = CONTROL_PATH) -> None:
         """Open the control device; make its node first if nothing did.
@@ -247,6 +251,46 @@ class Control(FdOwner):
                 )
 
 
+class NoControl(Control):
+    """The control device of a kernel without device-mapper: there are no devices, and no targets.
+
+    What makes a device fails with ENODEV.
+    """
+
+    is_there = False
+
+    def __init__(self, path: str = CONTROL_PATH) -> None:
+        self._fd = -1
+        self._path = path
+        self._version = None
+
+    def list_devices(self) -> tuple[tuple[str, str, str], ...]:
+        return ()
+
+    def list_versions(self) -> dict[str, tuple[int, int, int]]:
+        return {}
+
+    def _look_up(self, name: str, uuid: str) -> None:
+        return None
+
+    def _call(self, number: int, name: str = "", *arguments: object, **options: object) -> Reply:
+        raise OSError(errno.ENODEV, _ABSENT, name or self._path)
+
+
+def open_control() -> Control:
+    """Return the kernel's control device, or a ``NoControl`` where the kernel has none.
+
+    Raises:
+        OSError: there is one that cannot be opened.
+    """
+    try:
+        return Control()
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        return NoControl()
+
+
 def _targets(reply: Reply) -> tuple[Target, ...]:
     return tuple(
         Target(start_sectors=start, length_sectors=length, target_type=kind, params=text)
@@ -276,10 +320,10 @@ def _open_control(path: str) -> int:
     except FileNotFoundError:
         minor = _misc_minor("device-mapper")
         if minor is None:
-            raise OSError(errno.ENODEV, "the kernel has no device-mapper", path) from None
+            raise OSError(errno.ENODEV, _ABSENT, path) from None
     except OSError as error:
         if error.errno in (errno.ENXIO, errno.ENODEV):  # a static node with nothing behind it
-            raise OSError(errno.ENODEV, "the kernel has no device-mapper", path) from error
+            raise OSError(errno.ENODEV, _ABSENT, path) from error
         raise
     os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
     with contextlib.suppress(FileExistsError):  # another thread was as quick
