@@ -26,8 +26,9 @@ from vsock.deadline import Deadline
 from vsock.dial import dial, listen
 from vsock.errors import CallError, RpcError
 from vsock.log import log
+from vsock.retry import retry
 from vsock.server import Server
-from vsock.stream import Listener
+from vsock.stream import Listener, Stream
 from vsock.threads import start_thread
 
 TYPE_CHECKING = False
@@ -45,7 +46,7 @@ _STOP_GRACE_SECONDS = 5.0
 _LAST_UNMOUNT_SECONDS = 10.0
 #: What a dialled peer gets to answer a connection attempt, and the pauses between attempts.
 _DIAL_SECONDS = 5.0
-_DIAL_PAUSES_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.05, 2.0
 
 
 def run(
@@ -253,32 +254,34 @@ class _Dialer:
         self._until.close()
 
     def _run(self) -> None:
-        attempt = 0
         try:
             while True:
-                if self._serve_once():
-                    attempt = 0
-                pause = _DIAL_PAUSES_SECONDS[min(attempt, len(_DIAL_PAUSES_SECONDS) - 1)]
-                self._until.wait([], "dial again", at_most=pause)
-                attempt += 1
-        except CallError:
+                stream = retry(
+                    self._dial,
+                    self._until,
+                    when=lambda error: isinstance(error, (OSError, RpcError)),
+                    step="dial again",
+                    first_seconds=_FIRST_PAUSE_SECONDS,
+                    most_seconds=_LAST_PAUSE_SECONDS,
+                )
+                self._serve(stream)
+                self._until.wait((), "dial again", at_most=_FIRST_PAUSE_SECONDS)
+        except CallError:  # closed
             return
 
-    def _serve_once(self) -> bool:
-        """Dial and serve until the connection ends; return whether there was one."""
-        deadline = Deadline(_DIAL_SECONDS)
-        try:
-            stream = dial(self._address, deadline)
-        except (OSError, RpcError) as error:
-            log.debug("cannot dial", address=self._address, error=str(error))
-            return False
-        finally:
-            deadline.close()
+    def _dial(self) -> Stream:
+        with self._until.part(_DIAL_SECONDS) as deadline:
+            try:
+                return dial(self._address, deadline)
+            except (OSError, RpcError) as error:
+                log.debug("cannot dial", address=self._address, error=str(error))
+                raise
+
+    def _serve(self, stream: Stream) -> None:
         ended, ended_there = socket.socketpair()
         with ended:
             self._server.add_stream(stream, on_close=ended_there.close)
             self._until.wait([ended.fileno()], "serve the host")
-        return True
 
 
 def _report(text: str) -> None:

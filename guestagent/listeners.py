@@ -11,12 +11,13 @@ from vsock.deadline import Deadline
 from vsock.dial import listen
 from vsock.errors import CallError
 from vsock.log import log
+from vsock.retry import retry
 from vsock.stream import Listener
 from vsock.threads import start_thread
 
 __all__ = ("HeldSockets", "Listeners")
 
-#: Between attempts at the addresses that cannot be listened on; each pause is twice the one before.
+#: Between attempts at the addresses that cannot be listened on.
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.05, 5.0
 
 
@@ -75,8 +76,9 @@ class Listeners(Closeable):
 
     def start(self) -> None:
         """Listen where that can be done; go on trying elsewhere, on a thread."""
-        self._try_all()
-        if self._absent:
+        try:
+            self._listen_all()
+        except OSError:
             start_thread(self._thread)
 
     def require_one(self) -> None:
@@ -96,20 +98,26 @@ class Listeners(Closeable):
         return tuple(f"cannot listen: {why}" for why in list(self._absent.values()) if why)
 
     def _run(self) -> None:
-        pause_seconds = _FIRST_PAUSE_SECONDS
         try:
-            while self._absent:
-                self._until.wait((), "listen again", at_most=pause_seconds)
-                pause_seconds = min(2 * pause_seconds, _LAST_PAUSE_SECONDS)
-                self._try_all()
-        except CallError:  # closed
+            retry(
+                self._listen_all,
+                self._until,
+                when=lambda error: isinstance(error, OSError),
+                step="listen again",
+                first_seconds=_FIRST_PAUSE_SECONDS,
+                most_seconds=_LAST_PAUSE_SECONDS,
+            )
+        except (CallError, OSError):  # closed
             return
 
-    def _try_all(self) -> None:
+    def _listen_all(self) -> None:
+        """Listen on every address that is absent; raise the error of the last that still is."""
+        last: OSError | None = None
         for address, known in list(self._absent.items()):
             try:
                 listener = self._listen(address)
             except OSError as error:
+                last = error
                 self._first_error = self._first_error or error
                 self._absent[address] = f"{address}: {error.strerror or error}"
                 if not known:
@@ -120,3 +128,5 @@ class Listeners(Closeable):
             del self._absent[address]
             if known:
                 log.info("listening", address=str(address))
+        if last is not None:
+            raise last

@@ -1,11 +1,9 @@
-"""Sends the log to the connections that follow it, each from where it has come to.
+"""Sends the log to the connections that follow it, each from the line that it has come to.
 
-Followers pull: a thread reads the ring for them, so that whoever writes a line waits for nobody,
-and one that does not keep up gets the rest later. Only what the ring no longer has is lost, and
-that is told.
+One thread reads the ring for all followers, so that a thread that logs waits for none of them. A
+follower that does not keep up gets the rest later; lines that the ring no longer has are counted.
 """
 
-import os
 import threading
 
 from guestagent.api.observe import LOG_LEVELS, LOG_LINES_MAX, LogReply
@@ -13,7 +11,7 @@ from guestagent.observe.crashes import log_line
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import LEVELS, Line, Log
-from vsock.threads import start_thread
+from vsock.threads import Waker, start_thread
 
 __all__ = ("LogFollowers", "read_log")
 
@@ -72,9 +70,9 @@ class LogFollowers:
         self._lock = threading.Lock()
         self._followers: dict[int, _Follower] = {}
         self._until = Deadline()
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name="log followers", daemon=True)
-        self._stop_sink: Callable[[], None] = _nothing
+        self._stop_sink: Callable[[], None] | None = None
         #: Lines that followers did not get.
         self.dropped = 0
 
@@ -85,46 +83,41 @@ class LogFollowers:
         with self._lock:
             is_new = connection.id not in self._followers
             self._followers[connection.id] = follower
-            if not self._thread.is_alive() and self._thread.ident is None:
-                self._stop_sink = self._log.add_sink(self._wake, level="debug")
+            if self._stop_sink is None:
+                self._stop_sink = self._log.add_sink(self._woken, level="debug")
                 start_thread(self._thread)
         if is_new:
             connection.on_close(lambda: self._forget(connection.id))
-        self._wake(None)
+        self._waker.wake()
 
     def close(self) -> None:
         """End the thread and wait for it. Idempotent."""
-        self._stop_sink()
-        self._until.cancel()
-        if self._thread.is_alive():
+        if self._stop_sink is not None:
+            self._stop_sink()
+            self._until.cancel()
             self._thread.join()
-        with self._lock:
-            if self._wake_fd >= 0:
-                os.close(self._wake_fd)
-                self._wake_fd = -1
+        self._waker.close()
         self._until.close()
 
     def _forget(self, number: int) -> None:
         with self._lock:
             self._followers.pop(number, None)
 
-    def _wake(self, _line: Line | None) -> None:
-        with self._lock:
-            if self._wake_fd >= 0 and self._followers:
-                os.eventfd_write(self._wake_fd, 1)
+    def _woken(self, _line: Line) -> None:
+        if self._followers:
+            self._waker.wake()
 
     def _run(self) -> None:
         slow: list[_Follower] = []
         while True:
             try:
-                self._until.wait(
-                    [self._wake_fd], "wait for lines", at_most=_RETRY_SECONDS if slow else None
-                )
+                seconds = _RETRY_SECONDS if slow else None
+                self._until.wait([self._waker.fd], "wait for lines", at_most=seconds)
             except CallError:
                 return
+            self._waker.clear()
             with self._lock:
                 followers = list(self._followers.values())
-                _clear(self._wake_fd)
             slow = [follower for follower in followers if not self._send(follower)]
 
     def _send(self, follower: _Follower) -> bool:
@@ -138,14 +131,3 @@ class LogFollowers:
             follower.since = max(follower.since, reply.next)
             if not reply.more:
                 return True
-
-
-def _nothing() -> None:
-    pass
-
-
-def _clear(event_fd: int) -> None:
-    try:
-        os.eventfd_read(event_fd)
-    except BlockingIOError:
-        return

@@ -8,12 +8,15 @@ Source: https://prometheus.io/docs/instrumenting/exposition_formats/ (text forma
 """
 
 import bisect
+import os
 import threading
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 
+from guestagent import __version__
 from vsock.record import Record
 
-__all__ = ("BUCKETS_SECONDS", "FAMILIES", "Family", "Metrics", "Sample")
+__all__ = ("BUCKETS_SECONDS", "FAMILIES", "Collector", "Family", "Metrics", "Sample", "one")
 
 #: From a round trip without work to a device that never comes.
 BUCKETS_SECONDS = (
@@ -161,6 +164,54 @@ class Metrics:
                     for name, series in self._histograms.items()
                 },
             )
+
+
+#: Returns samples by the name of their family.
+Source = Callable[[], Mapping[str, Iterable[Sample]]]
+
+
+class Collector:
+    """Tells the metrics: what is counted, and what its sources read when they are asked."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._sources: list[Source] = [self._process]
+        self._started = time.monotonic()
+        self._start_time = time.time()
+
+    def add(self, source: Source) -> None:
+        """Ask ``source`` too, from now on."""
+        self._sources.append(source)
+
+    def text(self) -> str:
+        """Return everything in the Prometheus text format."""
+        given: dict[str, list[Sample]] = {}
+        for source in self._sources:
+            for name, samples in source().items():
+                given.setdefault(name, []).extend(samples)
+        return self._metrics.render(given)
+
+    def _process(self) -> Mapping[str, Iterable[Sample]]:
+        times = os.times()
+        with open("/proc/self/statm", "rb") as stream:
+            virtual_pages, resident_pages = map(int, stream.read().split()[:2])
+        page_bytes = os.sysconf("SC_PAGE_SIZE")
+        return {
+            "guestagent_build_info": (((__version__, os.uname().release), 1),),
+            "guestagent_uptime_seconds": one(round(time.monotonic() - self._started, 3)),
+            "process_start_time_seconds": one(round(self._start_time, 3)),
+            "process_cpu_seconds_total": one(round(times.user + times.system, 3)),
+            "process_resident_memory_bytes": one(resident_pages * page_bytes),
+            "process_virtual_memory_bytes": one(virtual_pages * page_bytes),
+            # one of them is the directory that is being read
+            "process_open_fds": one(len(os.listdir("/proc/self/fd")) - 1),
+            "process_threads": one(len(os.listdir("/proc/self/task"))),
+        }
+
+
+def one(value: float) -> tuple[Sample, ...]:
+    """Return the samples of a family without labels."""
+    return (((), value),)
 
 
 def _bounded(series: Mapping[tuple[str, ...], object], labels: tuple[str, ...]) -> tuple[str, ...]:

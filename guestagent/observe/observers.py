@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from guestagent import __version__
 from guestagent.api import METHODS, Event
 from guestagent.api.observe import AgentLog, CrashesReply, LogReply
-from guestagent.observe.collector import Collector, one
-from guestagent.observe.metrics import Metrics, Sample
+from guestagent.observe.metrics import Collector, Metrics, Sample, one
 from vsock.log import json_object, log
 from vsock.server import Call
 

@@ -9,7 +9,6 @@ then goes on behind that number. A host that never answers gets what was not sen
 """
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable
 
@@ -18,15 +17,16 @@ from vsock.deadline import Deadline
 from vsock.dial import dial
 from vsock.errors import CallError, RpcError
 from vsock.log import LEVELS, Line, Log, render_json
+from vsock.retry import retry
 from vsock.stream import Stream
-from vsock.threads import start_thread
+from vsock.threads import Waker, start_thread
 
 __all__ = ("LogShipper",)
 
 _DIAL_SECONDS = 5.0
 #: A host that takes nothing for so long is dialled again.
 _STALL_SECONDS = 30.0
-_PAUSES_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.05, 5.0
 _BATCH_LINES = 128
 _ANSWER_BYTES = 4096
 
@@ -41,8 +41,7 @@ class LogShipper:
         self._level = level
         self._head = head
         self._until = Deadline()
-        self._lock = threading.Lock()
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name=f"log to {address}", daemon=True)
         self._stop_sink: Callable[[], None] | None = None
         self._closing = False
@@ -55,7 +54,7 @@ class LogShipper:
         self.dropped = 0
 
     def start(self) -> None:
-        self._stop_sink = self._log.add_sink(self._wake, level=self._level)
+        self._stop_sink = self._log.add_sink(self._woken, level=self._level)
         start_thread(self._thread)
 
     def close(self, flush_seconds: float = 1.0) -> None:
@@ -63,57 +62,56 @@ class LogShipper:
         if self._stop_sink is not None:
             self._stop_sink()
         self._closing = True
-        self._wake(None)
+        self._waker.wake()
         if self._thread.ident is not None:
             self._thread.join(flush_seconds if self._connected else 0.0)
         self._until.cancel()
         if self._thread.ident is not None:
             self._thread.join()
-        with self._lock:
-            if self._wake_fd >= 0:
-                os.close(self._wake_fd)
-                self._wake_fd = -1
+        self._waker.close()
         self._until.close()
 
-    def _wake(self, _line: Line | None) -> None:
-        with self._lock:
-            if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
+    def _woken(self, _line: Line) -> None:
+        self._waker.wake()
 
     def _run(self) -> None:
-        attempt = 0
         try:
             while not self._closing:
-                if self._ship_once():
-                    attempt = 0
-                pause = _PAUSES_SECONDS[min(attempt, len(_PAUSES_SECONDS) - 1)]
-                attempt += 1
-                self._until.wait([], "dial the log's host again", at_most=pause)
-        except CallError:
+                # nothing of it in the log: its lines would go where nobody listens
+                stream = retry(
+                    self._dial,
+                    self._until,
+                    when=lambda error: isinstance(error, (OSError, RpcError)),
+                    step="dial the log's host again",
+                    first_seconds=_FIRST_PAUSE_SECONDS,
+                    most_seconds=_LAST_PAUSE_SECONDS,
+                )
+                self._ship_by(stream)
+                self._until.wait((), "dial the log's host again", at_most=_FIRST_PAUSE_SECONDS)
+        except (CallError, OSError, RpcError):  # closed
             return
 
-    def _ship_once(self) -> bool:
-        """Dial and send until the connection ends; return whether there was one."""
+    def _dial(self) -> Stream:
         with self._until.part(_DIAL_SECONDS) as deadline:
-            try:
-                stream = dial(self._address, deadline)
-            except (OSError, RpcError):
-                # not a word of it in the log, whose lines would go where nobody listens
-                return False
-        with stream:
-            stream.setblocking(False)
-            self._connected = True
-            try:
-                self._ship(stream)
-            except (OSError, EOFError):
-                self._go_back(stream)
-            except CallError as error:
-                if error.code != "timeout":
-                    raise
-                self._go_back(stream)
-            finally:
-                self._connected = False
-        return True
+            stream = dial(self._address, deadline)
+        stream.setblocking(False)
+        return stream
+
+    def _ship_by(self, stream: Stream) -> None:
+        """Send until the connection ends."""
+        self._connected = True
+        try:
+            with stream:
+                try:
+                    self._ship(stream)
+                except (OSError, EOFError):
+                    self._go_back(stream)
+                except CallError as error:
+                    if error.code != "timeout":
+                        raise
+                    self._go_back(stream)
+        finally:
+            self._connected = False
 
     def _ship(self, stream: Stream) -> None:
         """Send what there is and what comes, until the end of the connection or of this."""
@@ -124,9 +122,8 @@ class LogShipper:
             self._send_new(stream)
             if self._closing:
                 return
-            ready = self._until.wait([self._wake_fd, stream.fileno()], "wait for lines")
-            if self._wake_fd in ready:
-                os.eventfd_read(self._wake_fd)
+            ready = self._until.wait([self._waker.fd, stream.fileno()], "wait for lines")
+            self._waker.clear()
             if stream.fileno() in ready:
                 self._hear(stream)
 

@@ -31,7 +31,7 @@ from guestagent.api.observe import (
 from guestagent.api.request import Empty
 from guestagent.engine.engine import Engine
 from guestagent.engine.events import Subscribers
-from guestagent.observe.collector import Sample, one
+from guestagent.observe.metrics import Sample, one
 from guestagent.observe.observers import Observers
 from guestagent.service.context import Context, handles
 from vsock.errors import CallError

@@ -11,7 +11,7 @@ __all__ = ("DEFAULT_FEATURES", "FEATURES", "Feature")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feature:
-    """What an image can be asked to serve: kernel modules, and packages imported late.
+    """What an image can be asked to serve, as kernel modules.
 
     ``optional_modules`` are taken where the kernel has them.
     """
@@ -19,7 +19,6 @@ class Feature:
     summary: str
     modules: tuple[str, ...] = ()
     optional_modules: tuple[str, ...] = ()
-    packages: tuple[str, ...] = ()
 
 
 FEATURES: Mapping[str, Feature] = {
@@ -61,9 +60,8 @@ FEATURES: Mapping[str, Feature] = {
         modules=("crypto-sha256",),
         optional_modules=("crypto-rsa", "crypto-ecdsa-nist-p256", "crypto-sha512"),
     ),
-    "retries": Feature(summary="bounded retries", packages=("tenacity",)),
 }
 DEFAULT_FEATURES = (
     "pmem", "virtio-blk", "scsi", "verity", *LAYER_FILESYSTEMS, "overlay", "vsock",
-    "console", "retries",
+    "console",
 )  # fmt: skip

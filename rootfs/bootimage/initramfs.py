@@ -146,7 +146,6 @@ def build_initramfs(
         check_output(output)
     modules, items = userland(
         spec.entry_module,
-        features=spec.features,
         imports=spec.imports,
         project=spec.project,
         optimize=spec.optimize,

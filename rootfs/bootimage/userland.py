@@ -7,20 +7,22 @@ our hooks in them.
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rootfs.bootimage.bytecode import compile_module
 from rootfs.bootimage.closure import Module, interpreter_path, module_closure, site_packages
 from rootfs.bootimage.elf import library_closure, without_debug_information
-from rootfs.bootimage.features import FEATURES
 
 __all__ = ("PROJECT", "PYTHON_DIR", "Item", "userland")
 
 PROJECT = Path(__file__).resolve().parents[2]
 #: Our packages that the guest may hold; a test keeps the guest's imports within them.
 _GUEST_PACKAGES = ("vsock", "guestagent")
+#: Of the packages that the guest imports late, those that it has: for dialling a host, again and
+#: again (vsock.retry).
+_LATE_PACKAGES = ("tenacity",)
 PYTHON_DIR = f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
 #: hashlib does without OpenSSL: the interpreter has the same functions built in, and the library
 #: would be a quarter of the image.
@@ -44,7 +46,6 @@ class Item:
 def userland(
     entry_module: str,
     *,
-    features: Iterable[str],
     imports: tuple[str, ...] = (),
     project: Path = PROJECT,
     optimize: int = 2,
@@ -59,7 +60,7 @@ def userland(
         [entry_module],
         project=project,
         packages=(*_GUEST_PACKAGES, entry_module.partition(".")[0]),
-        late=[name for feature in features for name in FEATURES[feature].packages],
+        late=_LATE_PACKAGES,
         extra=imports,
         search=[site_packages()],
         absent=_ABSENT,

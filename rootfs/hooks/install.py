@@ -76,7 +76,7 @@ def install(directory: Path, features: tuple[str, ...], index: ModuleIndex) -> t
     names = tuple(
         module_name(file.name) for file in index.closure(feature_modules(features, index))
     )
-    _, items = userland(ENTRY, features=features)
+    _, items = userland(ENTRY)
     for item in items:
         _put(directory / item.path, item.build(item.read()), item.permissions)
     # the interpreter knows its prefix by this file, and complains without this directory

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from guestagent.api.observe import LOG_LEVELS
 from guestagent.observe.following import read_log
-from guestagent.observe.kernellog import KernelLogSink
 from guestagent.observe.recorder import LINES_MAX, Recorder, read_recorded
 from guestagent.observe.shipping import LogShipper
+from guestagent.observe.sinks import KernelLogSink
 from vsock.log import LEVELS, SECRETS, Line, Log, fd_sink, json_object, render, render_json
 
 WAIT_SECONDS = 60.0

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.observe.collector import Collector
-from guestagent.observe.metrics import BUCKETS_SECONDS, FAMILIES, Metrics
+from guestagent.observe.metrics import BUCKETS_SECONDS, FAMILIES, Collector, Metrics
 
 PROMTOOL = Path(__file__).parents[2] / ".cache/tools/prometheus/usr/bin/promtool"
 

@@ -5,7 +5,7 @@ import json
 import lzma
 import shlex
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,11 +31,10 @@ def _one_look_at_the_interpreter_and_the_kernel() -> Iterator[None]:
     real = initramfs.userland
     found: dict[tuple[object, ...], tuple[object, list[object]]] = {}
 
-    def userland(entry_module: str, *, features: Iterable[str], **options: object) -> object:
-        names = tuple(features)
-        key = (entry_module, names, *sorted(options.items()))
+    def userland(entry_module: str, **options: object) -> object:
+        key = (entry_module, *sorted(options.items()))
         if key not in found:
-            found[key] = real(entry_module, features=names, **options)  # type: ignore[arg-type, assignment]
+            found[key] = real(entry_module, **options)  # type: ignore[arg-type, assignment]
         modules, items = found[key]
         return modules, list(items)
 
