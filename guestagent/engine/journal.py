@@ -13,6 +13,7 @@ where it cannot be read, none of its names counts.
 import contextlib
 import errno
 import os
+import stat
 import threading
 
 import msgpack
@@ -71,9 +72,15 @@ class Journal:
     """The files of one directory. One writer for each id at a time."""
 
     def __init__(self, directory: str) -> None:
+        """Make the directory if it is not there.
+
+        Raises:
+            OSError: EPERM, another user owns it or may write to it; or as mkdir(2).
+        """
         self._directory = directory
         self._striking = threading.Lock()
         os.makedirs(directory, mode=0o700, exist_ok=True)
+        _refuse_foreign(directory)
         for file in os.listdir(directory):
             if file.endswith(_DRAFT):  # of a writer that was killed
                 os.unlink(f"{directory}/{file}")
@@ -234,6 +241,24 @@ class Journal:
             os.unlink(f"{self._directory}/{file}")
         except FileNotFoundError:
             return
+
+
+def _refuse_foreign(directory: str) -> None:
+    """Refuse a directory that another user could have written to: recovery acts on its files.
+
+    Raises:
+        OSError: EPERM.
+    """
+    info = os.lstat(directory)
+    if not stat.S_ISDIR(info.st_mode):
+        why = "is a link or no directory"
+    elif info.st_uid != os.geteuid():
+        why = f"belongs to user {info.st_uid}, not to {os.geteuid()}"
+    elif info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        why = f"has mode {stat.S_IMODE(info.st_mode):04o}: others may write to it"
+    else:
+        return
+    raise OSError(errno.EPERM, f"the state directory {why}", directory)
 
 
 def _layer_file(layer_id: str) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -274,3 +275,29 @@ def test_counters_outlive_their_object(journal):
     again = journal.counter("events")
     assert again.value == 41
     again.close()
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
+def test_a_directory_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    state = tmp_path / "shared"
+    state.mkdir()
+    state.chmod(mode)
+    with pytest.raises(PermissionError, match="others may write to it"):
+        Journal(str(state))
+
+
+def test_a_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    state = Path("/usr")  # another user's, unless we are root
+    if os.geteuid() == 0:
+        state = tmp_path / "foreign"
+        state.mkdir(mode=0o700)
+        os.chown(state, 65534, 65534)
+    with pytest.raises(PermissionError, match="belongs to user"):
+        Journal(str(state))
+
+
+def test_a_link_is_no_state_directory(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "state").symlink_to("real")
+    with pytest.raises(PermissionError, match="is a link"):
+        Journal(str(tmp_path / "state"))
