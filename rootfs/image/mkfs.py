@@ -25,7 +25,14 @@ from vsock.errors import CallError
 __all__ = ("check_compression", "make_image")
 
 _SQUASHFS_COMPRESSIONS = ("gzip", "lzo", "lz4", "xz", "zstd")
-_MAX_TIME = (1 << 32) - 1
+#: What errors call the images.
+_IMAGES = {"squashfs": "a squashfs image", "erofs": "a compressed EROFS image"}
+_MAX_32_BIT = (1 << 32) - 1
+_MAX_TIME = (1 << 63) - 1
+#: mkfs.erofs 1.5 cuts the names that it reads in a directory.
+_MAX_STAGED_NAME_BYTES = 254
+#: The kernel's 32-bit form of a device number has 12 bits of major and 20 of minor.
+_MAX_MAJOR, _MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1
 
 
 def check_compression(filesystem: str, compression: str | None) -> None:
@@ -82,6 +89,7 @@ def make_image(
         CallError: ``unsupported``, the tree holds what the file system or the program cannot, or
             privilege is missing; ``resource``, a full disk; ``device``, the program failed.
     """
+    _check(root, filesystem)
     if filesystem == "squashfs":
         _make_squashfs(root, path, compression, cancel)
     else:
@@ -89,6 +97,16 @@ def make_image(
         assert compression is not None
         _make_erofs(root, path, compression, uuid, cancel)
     return len(link_counts(root))
+
+
+def _check(root: Node, filesystem: str) -> None:
+    """Refuse numbers that the programs would cut without an error."""
+    for path, node in walk(root):
+        if not (0 <= node.uid <= _MAX_32_BIT and 0 <= node.gid <= _MAX_32_BIT):
+            raise cannot_hold(_IMAGES[filesystem], path, f"the owner {node.uid}:{node.gid}")
+        major, minor = os.major(node.rdev), os.minor(node.rdev)
+        if node.is_device and not (major <= _MAX_MAJOR and minor <= _MAX_MINOR):
+            raise cannot_hold(_IMAGES[filesystem], path, f"the device number {major}:{minor}")
 
 
 def _make_squashfs(
@@ -102,7 +120,8 @@ def _make_squashfs(
     command += ["-comp", compression] if compression else []
     feed([*command, str(path)], _without_root(write_tar(root)), cancel)
     with path.open("r+b") as image:
-        set_root(image.fileno(), root.uid, root.gid, root.mtime_ns // 10**9)
+        owners = {owner for path, node in walk(root) if path for owner in (node.uid, node.gid)}
+        set_root(image.fileno(), root.uid, root.gid, root.mtime_ns // 10**9, owners)
 
 
 def _without_root(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -115,7 +134,7 @@ def _check_squashfs(root: Node) -> None:
     if root.xattrs:
         raise cannot_hold("a squashfs image", (), "attributes on the root directory")
     for path, node in walk(root):
-        if not 0 <= node.mtime_ns // 10**9 <= _MAX_TIME:
+        if not 0 <= node.mtime_ns // 10**9 <= _MAX_32_BIT:
             raise cannot_hold(
                 "a squashfs image", path, "a time that is no unsigned 32-bit number of seconds"
             )
@@ -128,12 +147,25 @@ def _make_erofs(
     root: Node, path: Path, compression: str, uuid: uuid_module.UUID, cancel: Deadline | None
 ) -> None:
     command = ["mkfs.erofs", "--quiet", f"-z{compression}", "-U", str(uuid)]
+    reads_tar = "--tar" in _help("mkfs.erofs")
+    _check_erofs(root, reads_tar)
     # later than every file, so that it only sets the time of the image
     latest = max(node.mtime_ns // 10**9 for _, node in walk(root))
-    environment = {"SOURCE_DATE_EPOCH": str(max(latest + 1, 0))}
-    if "--tar" in _help("mkfs.erofs"):
+    environment = {"SOURCE_DATE_EPOCH": str(latest + 1)}
+    if reads_tar:
         command += ["--tar=f", str(path)]
         feed(command, write_tar(root), cancel, environment=environment)
         return
     with staged(root, path.parent, "a compressed EROFS image, with this mkfs.erofs") as directory:
         run([*command, str(path), str(directory)], cancel, environment=environment)
+
+
+def _check_erofs(root: Node, reads_tar: bool) -> None:
+    """Refuse what mkfs.erofs would change or fail at, of which it names no file."""
+    for path, node in walk(root):
+        if not 0 <= node.mtime_ns // 10**9 < _MAX_TIME:
+            raise cannot_hold(
+                "a compressed EROFS image", path, "a time before 1970 or after 2^63 seconds"
+            )
+        if not reads_tar and path and len(path[-1]) > _MAX_STAGED_NAME_BYTES:
+            raise cannot_hold("a compressed EROFS image", path, "a name of 255 bytes")

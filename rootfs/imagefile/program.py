@@ -15,6 +15,9 @@ from vsock.errors import CallError
 __all__ = ("feed", "missing", "run")
 
 _MAX_SAID_BYTES = 64 << 20
+#: Variables by which the programs would write something else: what they make depends on their
+#: command line and input alone.
+_FOREIGN_VARIABLES = ("SOURCE_DATE_EPOCH", "MKE2FS_", "E2FSPROGS_", "EXT2FS_")
 
 
 def run(
@@ -25,7 +28,7 @@ def run(
 ) -> None:
     """Run a program to its end; it is killed when ``cancel`` says so.
 
-    ``environment`` is added to this process's.
+    ``environment`` is added to this process's, without what changes images.
 
     Raises:
         CallError: ``unsupported``, there is no such program; ``device``, it failed; ``resource``,
@@ -69,7 +72,7 @@ def _started(
                 stdin=stdin,
                 stdout=said,
                 stderr=said,
-                env={**os.environ, "LC_ALL": "C", **(environment or {})},
+                env={**_environment(), **(environment or {})},
             )
         except FileNotFoundError as problem:
             raise missing(command[0], problem) from problem
@@ -80,6 +83,13 @@ def _started(
                 yield program, said
             finally:
                 program.kill()
+
+
+def _environment() -> dict[str, str]:
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN_VARIABLES)
+    }
+    return {**kept, "LC_ALL": "C"}
 
 
 def _finish(

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 
@@ -92,17 +93,108 @@ def test_more_owners_than_fit_one_block_of_squashfs_ids(tmp_path: Path) -> None:
     assert re.search(r"^drwxr-xr-x 2999/0 .*squashfs-root$", listed, re.M)
 
 
-def test_a_root_whose_owner_squashfs_does_not_know(tmp_path: Path) -> None:
-    (tmp_path / "t").write_bytes(make_tar([Member("f"), directory(".", uid=77)]))
-    with pytest.raises(CallError, match="77 owns nothing else"):
-        build_image(tmp_path / "t", tmp_path / "image", filesystem="squashfs")
-    assert not (tmp_path / "image").exists()
+OWNERS = {
+    "files of one user": [Member("f", uid=1000, gid=1001)],
+    "files of root": [Member("f")],
+    "files of the builders": [Member("f", uid=65534), Member("g", gid=65533), Member("h")],
+    "a root of its own": [directory(".", uid=77, gid=78), Member("f", uid=5, gid=5)],
+    "attributes": [
+        *(Member(f"f{n}", uid=9, xattrs={"user.a": b"%d" % n}) for n in range(1100)),
+        Member("g", uid=10, xattrs={"user.b": b"long" * 500, "trusted.c": b""}),
+    ],
+    "two blocks of ids": [Member(f"f{number}", uid=number, gid=2) for number in range(1, 2049)],
+}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+@pytest.mark.parametrize("compression", [None, "gzip"])
+@pytest.mark.parametrize("what", OWNERS)
+def test_it_does_not_matter_which_user_builds(
+    tmp_path: Path, what: str, compression: str | None
+) -> None:
+    (tmp_path / "t").write_bytes(make_tar(OWNERS[what]))
+    images = []
+    for user in (0, 65534):
+        directory_path = Path(tempfile.mkdtemp(prefix="build-"))
+        shutil.copy(tmp_path / "t", directory_path)
+        os.chown(directory_path, user, user)
+        pid = os.fork()
+        if not pid:
+            try:
+                os.setgroups([])
+                os.setresgid(user and 65533, user and 65533, user and 65533)
+                os.setresuid(user, user, user)
+                build_image(
+                    directory_path / "t",
+                    directory_path / "image",
+                    filesystem="squashfs",
+                    compression=compression,
+                )
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+        images.append((directory_path / "image").read_bytes())
+        shutil.rmtree(directory_path)
+    assert images[0] == images[1]
+    (tmp_path / "image").write_bytes(images[0])
+    said("unsquashfs", "-q", "-n", "-d", tmp_path / "out", tmp_path / "image")
+    for member in OWNERS[what]:
+        facts = (tmp_path / "out" / member.name).lstat()
+        assert (facts.st_uid, facts.st_gid) == (member.uid, member.gid), member.name
+        for name, value in member.xattrs.items():
+            assert os.getxattr(tmp_path / "out" / member.name, name) == value
+
+
+def test_the_environment_leaves_no_trace(
+    tmp_path: Path, tar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second"):
+        for filesystem in ("erofs", "squashfs", "ext4"):
+            build_image(tar, tmp_path / f"{name}.{filesystem}", filesystem=filesystem)
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        monkeypatch.setenv("E2FSPROGS_FAKE_TIME", "1700000000")
+        monkeypatch.setenv("E2FSPROGS_LIBMAGIC_SUPPRESS", "1")
+        monkeypatch.setenv("TZ", "Asia/Tokyo")
+    for filesystem in ("erofs", "squashfs", "ext4"):
+        images = [(tmp_path / f"{name}.{filesystem}").read_bytes() for name in ("first", "second")]
+        assert images[0] == images[1], filesystem
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mkfs.erofs 1.5 reads directories, as root only")
+@pytest.mark.parametrize(
+    ("member", "what"),
+    [
+        (Member("x", mtime=-5), "a time"),
+        (Member("x", mtime=1 << 40), "cannot have"),
+        (Member("x", mtime=1 << 63), "a time"),
+        (Member("x", uid=(1 << 32) - 1), "cannot have"),
+        (Member("x", gid=1 << 32), "the owner"),
+        (Member("n" * 255), "255 bytes"),
+    ],
+)
+def test_what_compressed_erofs_would_change_is_refused(
+    tmp_path: Path, member: Member, what: str
+) -> None:
+    if "--tar" in mkfs._help("mkfs.erofs"):
+        pytest.skip("this mkfs.erofs reads no directory")
+    (tmp_path / "layer.tar").write_bytes(make_tar([member]))
+    with pytest.raises(CallError, match=what) as caught:
+        build_image(tmp_path / "layer.tar", tmp_path / "image", compression="lz4hc")
+    assert caught.value.code == "unsupported"
+    assert member.name in caught.value.message
 
 
 @pytest.mark.parametrize(
     ("filesystem", "member", "what"),
     [
         ("squashfs", Member("x", mtime=-1), "time"),
+        ("squashfs", Member("x", uid=1 << 32), "the owner 4294967296:0"),
+        ("squashfs", Member("x", gid=(1 << 33) + 7), "the owner"),
+        ("squashfs", Member("x", kind=b"3", device=(4096, 1)), "device number"),
+        ("squashfs", Member("x", kind=b"3", device=(1, 1 << 20)), "device number"),
+        ("ext4", Member("x", kind=b"3", device=(4096, 1)), "device number"),
+        ("ext4", Member("x", uid=1 << 32), "the owner"),
         ("squashfs", Member("x", xattrs={"system.posix_acl_access": b"\2\0\0\0"}), "posix_acl"),
     ],
 )
