@@ -5,15 +5,15 @@ Docker image manifest version 2, schema 2.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rootfs.image.filestore import FileStore, read_json
+from rootfs.image.platform import Platform, default_platform, fitting, listed, same_name
 from vsock.errors import CallError
 
-__all__ = ("LayerBlob", "default_platform", "find_layers", "is_layout", "pair_layers")
+__all__ = ("AmbiguousError", "LayerBlob", "find_layers", "is_layout", "pair_layers")
 
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})\Z", re.ASCII)
 _MAX_INDEX_DEPTH = 4
@@ -42,16 +42,11 @@ _FOREIGN_LAYERS = (
     "application/vnd.docker.image.rootfs.foreign.diff.tar",
     "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
 )
-_MACHINES = {
-    "x86_64": "amd64",
-    "aarch64": "arm64",
-    "armv7l": "arm",
-    "i686": "386",
-    "riscv64": "riscv64",
-    "ppc64le": "ppc64le",
-    "s390x": "s390x",
-}
-_REFERENCE_NAMES = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
+_CONFIGS = (
+    "application/vnd.oci.image.config.v1+json",
+    "application/vnd.docker.container.image.v1+json",
+)
+_NAMES = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +60,8 @@ class LayerBlob:
     diff_id: str
 
 
-def default_platform() -> str:
-    """Return the platform of this machine as images name it, such as ``linux/amd64``."""
-    machine = os.uname().machine
-    return f"linux/{_MACHINES.get(machine, machine)}"
+class AmbiguousError(CallError):
+    """Several images fit what was asked for; the message lists their names."""
 
 
 def is_layout(store: FileStore) -> bool:
@@ -90,45 +83,111 @@ def find_layers(
     if version.partition(".")[0] != "1":
         raise _refused("unsupported", "oci-layout", f"layout version {version!r}")
     index, _ = read_json(store, "index.json")
-    listed = _object(index, "index.json")
-    descriptors = _descriptors(listed, "index.json")
+    descriptors = _descriptors(_object(index, "index.json"), "index.json")
+    names = [name for each in descriptors for name in _names(each)]
     if reference is not None:
-        descriptors = [each for each in descriptors if _is_named(each, reference)]
+        descriptors = [
+            each for each in descriptors if any(same_name(n, reference) for n in _names(each))
+        ]
         if not descriptors:
-            raise _refused("not_found", "index.json", f"no image of the name {reference!r}")
-    manifest, where = _choose(store, descriptors, platform, "index.json", 0)
+            what = f"no image of the name {reference!r}; the names are {listed(names)}"
+            raise _refused("not_found", "index.json", what)
+    wanted = None if platform is None else Platform.parse(platform)
+    if wanted is None and len(_by_digest(descriptors, "index.json")) > 1:
+        _refuse_names(descriptors)
+    manifest, where = _choose(store, descriptors, wanted, "index.json", 0)
     return _layers_of(store, manifest, where)
 
 
 def _choose(
     store: FileStore,
     descriptors: list[Mapping[str, object]],
-    platform: str | None,
+    wanted: Platform | None,
     where: str,
     depth: int,
 ) -> tuple[Mapping[str, object], str]:
-    """Return the one manifest for the platform, going down nested indexes."""
-    images = [each for each in descriptors if not _is_attestation(each)]
-    candidates = images
-    if platform is not None or len(images) > 1:
-        wanted = platform or default_platform()
-        candidates = [each for each in images if _platform_fits(each, wanted)]
+    """Return the one manifest for the platform, going down nested indexes.
+
+    Of several that fit, the first counts in a nested index, which is one image, and under one name.
+    """
+    images = _images(descriptors, where)
+    candidates = [(Platform.of(each.get("platform")), each) for each in images]
+    if wanted is not None or len(images) > 1:
+        known = [(told or _platform_in(store, each, where), each) for told, each in candidates]
+        asked = wanted or Platform.parse(default_platform())
+        candidates = fitting(known, asked)
         if not candidates:
-            raise _refused("not_found", where, f"no image for {wanted}")
-    if not candidates:
-        raise _refused("not_found", where, "no image")
-    if len({_text(each, "digest", where) for each in candidates}) > 1:
-        raise _refused("invalid", where, f"{len(candidates)} images fit; name one")
-    descriptor = candidates[0]
-    kind = _text(descriptor, "mediaType", where)
-    if kind not in _INDEXES + _MANIFESTS:
-        raise _refused("unsupported", where, f"the media type {kind!r}")
+            there = listed(told for told, _ in known)
+            raise _refused("not_found", where, f"no image for {asked}; the platforms are {there}")
+    names = {_names(each)[:1] for _, each in candidates}
+    variants = {told.full for told, _ in candidates if told is not None}
+    if len(candidates) > 1 and (
+        len(variants) > 1 or (not depth and (len(names) > 1 or () in names))
+    ):
+        raise _ambiguous(where, [each for _, each in candidates], variants)
+    descriptor = candidates[0][1]
     document, name = _document(store, descriptor, where)
-    if kind in _MANIFESTS:
+    if descriptor["mediaType"] in _MANIFESTS:
         return document, name
     if depth == _MAX_INDEX_DEPTH:
         raise _refused("invalid", where, f"indexes nested over {_MAX_INDEX_DEPTH} deep")
-    return _choose(store, _descriptors(document, name), platform, name, depth + 1)
+    return _choose(store, _descriptors(document, name), wanted, name, depth + 1)
+
+
+def _images(descriptors: list[Mapping[str, object]], where: str) -> list[Mapping[str, object]]:
+    """Return the descriptors of images and indexes, each digest once; others are to be ignored.
+
+    Raises:
+        CallError: ``unsupported``, there are only others; ``not_found``, there are none.
+    """
+    listed_images = [each for each in _by_digest(descriptors, where) if not _is_attestation(each)]
+    kinds = [_text(each, "mediaType", where) for each in listed_images]
+    images = [
+        each
+        for each, kind in zip(listed_images, kinds, strict=True)
+        if kind in _INDEXES + _MANIFESTS and "artifactType" not in each
+    ]
+    if not images and kinds:
+        raise _refused("unsupported", where, f"the media type {kinds[0]!r}")
+    if not images:
+        raise _refused("not_found", where, "no image")
+    return images
+
+
+def _by_digest(descriptors: list[Mapping[str, object]], where: str) -> list[Mapping[str, object]]:
+    found: dict[str, Mapping[str, object]] = {}
+    for each in descriptors:
+        found.setdefault(_text(each, "digest", where), each)
+    return list(found.values())
+
+
+def _platform_in(store: FileStore, descriptor: Mapping[str, object], where: str) -> Platform | None:
+    """Return the platform that the configuration of an image states; an index has none."""
+    if descriptor["mediaType"] not in _MANIFESTS:
+        return None
+    manifest, name = _document(store, descriptor, where)
+    config = _object(manifest.get("config"), f"{name} config")
+    if config.get("mediaType") not in _CONFIGS:
+        return Platform(os="unknown", architecture="unknown")  # something else than an image
+    return Platform.of(_document(store, config, name)[0])
+
+
+def _refuse_names(descriptors: list[Mapping[str, object]]) -> None:
+    """Refuse to choose between images of several names by the platform of this machine."""
+    images = [each for each in descriptors if not _is_attestation(each)]
+    if len({_names(each)[0] for each in images if _names(each)}) > 1:
+        raise _ambiguous("index.json", images, set())
+
+
+def _ambiguous(
+    where: str, images: list[Mapping[str, object]], variants: set[Platform]
+) -> AmbiguousError:
+    names = listed(name for each in images for name in _names(each)[:1])
+    choice = f"name one: the names are {names}"
+    if len(variants) > 1:
+        choice = f"the platforms are {listed(sorted(variants, key=str))}"
+    problem = _refused("invalid", where, f"{len(images)} images fit; {choice}")
+    return AmbiguousError(problem.code, problem.message, step=problem.step, object=problem.object)
 
 
 def _layers_of(
@@ -208,24 +267,14 @@ def _is_attestation(descriptor: Mapping[str, object]) -> bool:
     return kind == "attestation-manifest"
 
 
-def _is_named(descriptor: Mapping[str, object], reference: str) -> bool:
+def _names(descriptor: Mapping[str, object]) -> tuple[str, ...]:
     annotations = _annotations(descriptor)
-    return any(annotations.get(name) == reference for name in _REFERENCE_NAMES)
+    return tuple(each for name in _NAMES if isinstance(each := annotations.get(name), str))
 
 
 def _annotations(descriptor: Mapping[str, object]) -> Mapping[str, object]:
     value = descriptor.get("annotations")
     return value if isinstance(value, Mapping) else {}
-
-
-def _platform_fits(descriptor: Mapping[str, object], wanted: str) -> bool:
-    """A descriptor without platform fits any: then there is nothing to choose by."""
-    platform = descriptor.get("platform")
-    if not isinstance(platform, Mapping):
-        return True
-    parts = wanted.split("/")
-    told = [platform.get("os"), platform.get("architecture"), platform.get("variant")]
-    return told[: len(parts)] == parts
 
 
 def _descriptors(index: Mapping[str, object], where: str) -> list[Mapping[str, object]]:

@@ -247,16 +247,21 @@ def _cancellable(reader: TarReader, cancel: Deadline | None) -> Iterator[TarEntr
 def _format_of(store: FileStore) -> str:
     if oci.is_layout(store):
         return "oci"
-    return "docker" if docker_archive.is_archive(store) else "tar"
+    if docker_archive.is_archive(store):
+        return "docker"
+    docker_archive.refuse_legacy(store)
+    return "tar"
 
 
 def _layered(
     source: str | os.PathLike[str], store: FileStore, found: str, options: SourceOptions
 ) -> Source:
     if found == "oci" and oci.is_layout(store):
-        blobs = oci.find_layers(store, platform=options.platform, reference=options.reference)
+        blobs = _layout_layers(store, options)
     elif found == "docker" and docker_archive.is_archive(store):
-        blobs = docker_archive.find_layers(store, reference=options.reference)
+        blobs = docker_archive.find_layers(
+            store, platform=options.platform, reference=options.reference
+        )
     else:
         raise _not_of_format(source, found)
     if not blobs:
@@ -267,6 +272,23 @@ def _layered(
             object=os.fspath(source),
         )
     return Source(options, store=store, blobs=blobs)
+
+
+def _layout_layers(store: FileStore, options: SourceOptions) -> tuple[LayerBlob, ...]:
+    """Return the layers by the layout, or, where that lists no image, by Docker's manifest.json.
+
+    Docker 25.0 wrote layouts without a list of manifests, and manifests without layers.
+    """
+    try:
+        return oci.find_layers(store, platform=options.platform, reference=options.reference)
+    except oci.AmbiguousError:
+        raise
+    except CallError as problem:
+        if problem.code not in ("invalid", "not_found") or not docker_archive.is_archive(store):
+            raise
+        return docker_archive.find_layers(
+            store, platform=options.platform, reference=options.reference
+        )
 
 
 def _open_file(source: str | os.PathLike[str], stack: contextlib.ExitStack) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from rootfs.image.images import build_image, build_layers
-from rootfs.image.oci import default_platform
-from tests.beds.imagebed import MEDIA, Layout, Member, digest, docker_archive, make_tar
+from rootfs.image.platform import default_platform
+from tests.beds.imagebed import MEDIA, Layout, Member, digest, docker_archive, make_tar, tar_of
 from vsock.errors import CallError
 
 FILES = [Member("etc/hosts", b"127.0.0.1")]
@@ -184,8 +184,131 @@ def test_the_reference_chooses(tmp_path: Path) -> None:
         make_tar(OTHER)
     )
     (tmp_path / "a").unlink()
-    refused(path, "invalid", "2 images fit")
-    refused(path, "not_found", "'three'", reference="three")
+    refused(path, "invalid", "2 images fit; name one: the names are 'one', 'two'")
+    refused(path, "not_found", "'three'; the names are 'one', 'two'", reference="three")
+
+
+def test_names_may_leave_out_the_registry_of_docker(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l")
+    for members, name in ((FILES, "a:1"), (OTHER, "b:1")):
+        annotations = {
+            "io.containerd.image.name": f"docker.io/library/{name}",
+            "org.opencontainers.image.ref.name": "1",
+        }
+        layout.layer(members).image(annotations=annotations)
+    path = layout.finish()
+    for name in ("b:1", "library/b:1", "docker.io/library/b:1"):
+        built = build_image(path, tmp_path / "image", reference=name)
+        assert built.source_digest == digest(make_tar(OTHER))
+    (tmp_path / "image").unlink()
+    refused(path, "invalid", "2 images fit", reference="1")
+
+
+INDEX = "application/vnd.oci.image.index.v1+json"
+
+
+def nested(layout: Layout) -> Path:
+    """Make the images of a layout the instances of one image."""
+    index = json.dumps({"manifests": layout.manifests}).encode()
+    layout.manifests = [layout.blob(index, INDEX)]
+    return layout.finish()
+
+
+def of(architecture: str, variant: str | None = None) -> dict[str, str]:
+    return {"os": "linux", "architecture": architecture} | ({"variant": variant} if variant else {})
+
+
+def test_the_first_instance_that_fits_counts(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l").layer(FILES, "+gzip").image(platform=of("amd64"))
+    layout.layer(OTHER).image(platform=of("arm64"))
+    layout.layer(FILES, "+zstd").image(platform=of("amd64"))
+    path = nested(layout)
+    built = build_image(path, tmp_path / "image", platform="linux/amd64")
+    assert built.source_digest == digest(make_tar(FILES))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"mediaType": "application/vnd.example.unknown.v1+json"},
+        {"artifactType": "application/vnd.example.sbom"},
+    ],
+)
+def test_what_is_no_image_in_an_index_is_ignored(tmp_path: Path, facts: dict[str, object]) -> None:
+    layout = Layout(tmp_path / "l").layer(OTHER).image(**facts)
+    path = nested(layout.layer(FILES).image(platform=of("amd64")))
+    built = build_image(path, tmp_path / "image", platform="linux/amd64")
+    assert built.source_digest == digest(make_tar(FILES))
+
+
+def test_a_configuration_of_something_else_is_no_image(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l").layer(OTHER).image()
+    name = str(layout.manifests[0]["digest"]).removeprefix("sha256:")
+    manifest = json.loads((tmp_path / "l/blobs/sha256" / name).read_text())
+    manifest["config"]["mediaType"] = "application/vnd.example.config+json"
+    other = layout.blob(json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")
+    layout.manifests = [other]
+    path = nested(layout.layer(FILES).image())
+    built = build_image(path, tmp_path / "image", platform="linux/amd64")
+    assert built.source_digest == digest(make_tar(FILES))
+
+
+def test_the_platform_of_a_single_image_is_heeded(tmp_path: Path) -> None:
+    path = Layout(tmp_path / "l").layer(FILES).finish()
+    message = "no image for linux/arm64; the platforms are 'linux/amd64'"
+    refused(path, "not_found", message, platform="linux/arm64")
+    build_image(path, tmp_path / "image", platform="linux/amd64")
+
+
+@pytest.mark.parametrize(
+    ("variants", "wanted", "found"),
+    [
+        ([None, "v9"], "arm64/v8", 0),
+        (["v8", "v9"], "arm64", 0),
+        ([None, "v2"], "amd64", 0),
+        ([None, "v2"], "amd64/v2", 1),
+        (["v1", "v2"], "amd64", 0),
+        (["v2"], "amd64", 0),
+        (["v6", "v7"], "arm", 1),
+        (["v6", None], "arm/v7", 1),
+        (["v2", "v3"], "amd64", "the platforms are 'linux/amd64/v2', 'linux/amd64/v3'"),
+        ([None, "v2"], "amd64/v3", "no image for linux/amd64/v3"),
+    ],
+)
+def test_variants_of_platforms(
+    tmp_path: Path, variants: list[str | None], wanted: str, found: int | str
+) -> None:
+    architecture = wanted.partition("/")[0]
+    tars = []
+    layout = Layout(tmp_path / "l")
+    for number, variant in enumerate(variants):
+        members = [Member("etc/number", b"%d" % number)]
+        tars.append(digest(make_tar(members)))
+        layout.layer(members).image(platform=of(architecture, variant))
+    path = nested(layout)
+    if isinstance(found, int):
+        built = build_image(path, tmp_path / "image", platform=f"linux/{wanted}")
+        assert built.source_digest == tars[found]
+    else:
+        with pytest.raises(CallError, match=found):
+            build_image(path, tmp_path / "image", platform=f"linux/{wanted}")
+
+
+def test_images_of_two_names_are_not_chosen_by_the_machine(tmp_path: Path) -> None:
+    here = default_platform().split("/")[1]
+    layout = Layout(tmp_path / "l")
+    for name, architecture in (("one", here), ("two", other_platform())):
+        annotations = {"org.opencontainers.image.ref.name": name}
+        layout.layer([Member(name)]).image(annotations=annotations, platform=of(architecture))
+    path = layout.finish()
+    refused(path, "invalid", "'one', 'two'")
+    build_image(path, tmp_path / "image", platform=f"linux/{here}")
+
+
+@pytest.mark.parametrize("platform", ["linux", "linux/", "/amd64", "a/b/c/d", ""])
+def test_a_platform_that_is_none(tmp_path: Path, platform: str) -> None:
+    path = Layout(tmp_path / "l").layer(FILES).finish()
+    refused(path, "invalid", "is not OS/ARCHITECTURE", platform=platform)
 
 
 # --- docker save
@@ -220,11 +343,76 @@ def test_a_docker_archive_of_two_images_wants_a_name(tmp_path: Path) -> None:
     }
     path = tmp_path / "two.tar"
     path.write_bytes(make_tar([Member(name, data) for name, data in files.items()]))
-    with pytest.raises(CallError, match="name one"):
+    with pytest.raises(CallError, match="name one: the names are 'a', 'b'"):
         build_image(path, tmp_path / "image")
     assert build_image(path, tmp_path / "image", reference="b").source_digest == digest(tar)
-    with pytest.raises(CallError, match="no image c"):
+    with pytest.raises(CallError, match="no image c; the names are 'a', 'b'"):
         build_image(path, tmp_path / "image", reference="c")
+
+
+def docker_25(path: Path, index: object, *, layers: bool = True) -> Path:
+    """Write what Docker 25 writes: an OCI layout with a manifest.json in it."""
+    tar = make_tar(FILES)
+    layout = Layout(path)
+    layer = layout.blob(tar)
+    config = {"os": "linux", "architecture": "amd64", "rootfs": {"diff_ids": [digest(tar)]}}
+    described = layout.blob(json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json")
+    names = [f"blobs/sha256/{str(each['digest'])[7:]}" for each in (described, layer)]
+    manifest = {"schemaVersion": 2, "config": described, "layers": [layer] if layers else []}
+    layout.manifests = [
+        layout.blob(json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")
+    ]
+    layout.finish()
+    if index is not None:
+        (path / "index.json").write_text(json.dumps(index))
+    listed = [{"Config": names[0], "RepoTags": ["app:1"], "Layers": names[1:]}]
+    (path / "manifest.json").write_text(json.dumps(listed))
+    return tar_of(path, path.with_suffix(".tar"))
+
+
+@pytest.mark.parametrize(
+    ("index", "layers"),
+    [
+        (None, True),
+        ({"schemaVersion": 2, "manifests": None}, True),
+        ({"schemaVersion": 2, "manifests": []}, True),
+        (None, False),
+    ],
+)
+def test_archives_of_docker_25(tmp_path: Path, index: object, layers: bool) -> None:
+    path = docker_25(tmp_path / "l", index, layers=layers)
+    for reference in (None, "app:1") if index is not None or not layers else (None,):
+        built = build_image(path, tmp_path / "image", reference=reference)
+        assert built.source_digest == digest(make_tar(FILES))
+    for code, options in (
+        ("not_found", {"platform": "linux/arm64"}),
+        ("not_found", {"reference": "app:2"}),
+    ):
+        with pytest.raises(CallError, match=r"linux/amd64|app:1") as caught:
+            build_image(path, tmp_path / "other", **options)  # type: ignore[arg-type]
+        assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "repositories": b'{"x": {"latest": "%s"}}' % (b"1" * 64),
+            "1" * 64 + "/json": b"{}",
+            "1" * 64 + "/layer.tar": make_tar(FILES),
+        },
+        {"manifest.json": b"null", "layer.tar": make_tar(FILES)},
+    ],
+)
+def test_an_archive_of_old_docker_is_not_built_of_its_own_files(
+    tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    (tmp_path / "x.tar").write_bytes(make_tar([Member(*each) for each in files.items()]))
+    with pytest.raises(CallError, match="docker archive") as caught:
+        build_image(tmp_path / "x.tar", tmp_path / "image")
+    assert caught.value.code == "unsupported"
+    assert "--format tar" in str(caught.value.hint)
+    build_image(tmp_path / "x.tar", tmp_path / "image", source_format="tar")
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside"])
