@@ -39,6 +39,12 @@ _WHITEOUTS = tuple(each.value for each in Whiteouts if each is not Whiteouts.APP
 @click.option("--platform", metavar="OS/ARCH", help="Which image of several, e.g. linux/arm64.")
 @click.option("--reference", metavar="NAME", help="Which image of several, by name.")
 @click.option(
+    "--drop-xattrs",
+    metavar="PATTERN",
+    multiple=True,
+    help="Leave out attributes of such names: 'com.apple.*'.",
+)
+@click.option(
     "--max-bytes",
     type=click.IntRange(min=1),
     default=DEFAULT_MAX_BYTES,
@@ -61,6 +67,7 @@ def build_command(
     whiteouts: str,
     platform: str | None,
     reference: str | None,
+    drop_xattrs: tuple[str, ...],
     max_bytes: int,
     as_json: bool,
 ) -> None:
@@ -86,6 +93,7 @@ def build_command(
             whiteouts=Whiteouts(whiteouts),
             platform=platform,
             reference=reference,
+            drop_xattrs=drop_xattrs,
             max_bytes=max_bytes,
             progress=progress,
         )

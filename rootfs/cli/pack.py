@@ -69,6 +69,12 @@ def create_command(*, image: Path, dax: bool, as_json: bool) -> None:
 @click.option("--format", "source_format", type=click.Choice(FORMATS), default="auto")
 @click.option("--platform", metavar="OS/ARCH", help="Which image of several, e.g. linux/arm64.")
 @click.option("--reference", metavar="NAME", help="Which image of several, by name.")
+@click.option(
+    "--drop-xattrs",
+    metavar="PATTERN",
+    multiple=True,
+    help="Leave out attributes of such names: 'com.apple.*'.",
+)
 @reports_errors
 def build_command(
     *,
@@ -79,6 +85,7 @@ def build_command(
     source_format: str,
     platform: str | None,
     reference: str | None,
+    drop_xattrs: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Make a pack of all layers of SOURCE, a container image, with hash trees."""
@@ -96,6 +103,7 @@ def build_command(
             source_format=source_format,
             platform=platform,
             reference=reference,
+            drop_xattrs=drop_xattrs,
             progress=progress,
         ):
             made.add(

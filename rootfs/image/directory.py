@@ -3,9 +3,9 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from rootfs.image.tree import Extent, Node
+from rootfs.image.tree import Extent, Node, without_xattrs
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.holes import data_extents
 from vsock.deadline import Deadline
@@ -19,6 +19,7 @@ KEPT_ATTRIBUTES = (b"user.", b"trusted.", b"security.", b"system.posix_acl_")
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _MAX_DEPTH = 1000
+_MAX_PATH_BYTES = 4095
 
 
 class DirectorySource:
@@ -46,8 +47,9 @@ class DirectorySource:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
-    def read_tree(self, *, cancel: Deadline | None = None) -> Node:
-        """Return the tree. Names that are one inode become one node.
+    def read_tree(self, *, cancel: Deadline | None = None, drop_xattrs: Iterable[str] = ()) -> Node:
+        """Return the tree. Names that are one inode become one node. ``drop_xattrs`` are shell
+        patterns of attributes to leave out.
 
         As a user without privilege, files that cannot be read are an error, and attributes in the
         ``trusted`` name space are not seen.
@@ -56,17 +58,18 @@ class DirectorySource:
             CallError: by errno; ``cancelled``, ``timeout`` by ``cancel``.
         """
         try:
-            return self._read_tree(cancel)
+            return self._read_tree(cancel, tuple(drop_xattrs))
         except OSError as problem:
             raise from_os_error(problem, step="read the source tree") from problem
 
-    def _read_tree(self, cancel: Deadline | None) -> Node:
+    def _read_tree(self, cancel: Deadline | None, drop_xattrs: tuple[str, ...]) -> Node:
         root = _node(os.fstat(self._fd), self._fd, None)
+        root.xattrs = without_xattrs(root.xattrs, drop_xattrs)
         inodes: dict[tuple[int, int], Node] = {}
         with contextlib.ExitStack() as stack:
             top = os.dup(self._fd)
             stack.callback(os.close, top)
-            levels = [(top, b"", self._entries(top, b"", root, inodes))]
+            levels = [(top, b"", self._entries(top, b"", root, inodes, drop_xattrs))]
             while levels:
                 parent, _, entries = levels[-1]
                 if cancel is not None:
@@ -87,11 +90,16 @@ class DirectorySource:
                     _close_all(levels[1:])
                     problem.filename = os.fsdecode(path)
                     raise
-                levels.append((fd, path, self._entries(fd, path, node, inodes)))
+                levels.append((fd, path, self._entries(fd, path, node, inodes, drop_xattrs)))
         return root
 
     def _entries(
-        self, fd: int, path: bytes, directory: Node, inodes: dict[tuple[int, int], Node]
+        self,
+        fd: int,
+        path: bytes,
+        directory: Node,
+        inodes: dict[tuple[int, int], Node],
+        drop_xattrs: tuple[str, ...],
     ) -> Iterator[tuple[bytes, Node]]:
         """Fill ``directory`` and yield the directories in it."""
         with os.scandir(fd) as listing:
@@ -103,6 +111,7 @@ class DirectorySource:
             node = inodes.get(key) if facts.st_nlink > 1 else None
             if node is None or node.is_directory:
                 node = _node(facts, fd, name)
+                node.xattrs = without_xattrs(node.xattrs, drop_xattrs)
                 if node.is_regular and facts.st_size:
                     node.content = _FileContent(self._fd, below, facts)
                 if facts.st_nlink > 1 and not node.is_directory:
@@ -168,7 +177,7 @@ class _FileContent:
     def open_unchanged(self) -> int:
         """Return a descriptor of the file, proven to be the one that was seen before."""
         try:
-            fd = os.open(self._path, _OPEN_FILE, dir_fd=self._root_fd)
+            fd = _open_below(self._root_fd, self._path)
         except OSError as problem:
             text = os.fsdecode(self._path)
             raise from_os_error(problem, step="open the source file", object=text) from problem
@@ -183,6 +192,17 @@ class _FileContent:
                 object=text,
             )
         return fd
+
+
+def _open_below(directory: int, path: bytes) -> int:
+    """Open a file by a path of any length: the kernel takes 4095 bytes at once."""
+    with contextlib.ExitStack() as opened:
+        while len(path) > _MAX_PATH_BYTES:
+            front, _, rest = path[:_MAX_PATH_BYTES].rpartition(b"/")
+            directory = os.open(front, _OPEN_DIRECTORY, dir_fd=directory)
+            opened.callback(os.close, directory)
+            path = rest + path[_MAX_PATH_BYTES:]
+        return os.open(path, _OPEN_FILE, dir_fd=directory)
 
 
 class _OpenFile:

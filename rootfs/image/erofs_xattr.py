@@ -6,7 +6,7 @@ Source: fs/erofs/erofs_fs.h, xattr.h (Linux 6.1).
 import struct
 from collections.abc import Mapping
 
-from rootfs.imagefile.errors import cannot_hold
+from rootfs.imagefile.errors import DROP_XATTRS_HINT, cannot_hold
 from vsock.errors import CallError
 
 __all__ = ("XATTR_HEADER_BYTES", "pack_xattrs", "unsupported")
@@ -55,9 +55,13 @@ def _prefix(path: Path, name: bytes) -> tuple[bytes, int]:
         whole = index in (2, 3)
         if name == prefix if whole else name.startswith(prefix) and name != prefix:
             return prefix, index
-    raise unsupported(path, f"the attribute {name!r}, of no name space it knows")
+    raise unsupported(
+        path,
+        f"the attribute {name!r}, of no name space it knows",
+        hint=DROP_XATTRS_HINT,
+    )
 
 
-def unsupported(path: Path, what: str) -> CallError:
+def unsupported(path: Path, what: str, *, hint: str | None = None) -> CallError:
     """Return the error for what an EROFS image cannot hold."""
-    return cannot_hold("an EROFS image", path, what)
+    return cannot_hold("an EROFS image", path, what, hint=hint)

@@ -9,7 +9,7 @@ Source: fs/ext4/xattr.h, xattr.c, acl.h and Documentation/filesystems/ext4/attri
 import struct
 from collections.abc import Mapping
 
-from rootfs.imagefile.errors import cannot_hold
+from rootfs.imagefile.errors import DROP_XATTRS_HINT, cannot_hold
 
 __all__ = ("Attribute", "pack_block", "pack_xattrs")
 
@@ -80,7 +80,7 @@ def _attribute(path: Path, name: bytes, value: bytes) -> Attribute:
             break
         return number, suffix, _disk_acl(path, name, value) if not suffix else value
     what = f"the attribute {name[:80]!r} ({len(name)} bytes), a name that ext4 cannot store"
-    raise cannot_hold("an ext4 image", path, what)
+    raise cannot_hold("an ext4 image", path, what, hint=DROP_XATTRS_HINT)
 
 
 def _disk_acl(path: Path, name: bytes, value: bytes) -> bytes:

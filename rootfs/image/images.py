@@ -122,6 +122,7 @@ class BuildOptions(TypedDict, total=False):
     platform: which image of an index, ``linux/amd64``; this machine's when there are several.
     reference: which image of a layout or archive, by its name there.
     max_bytes: what the source may grow to when it is decompressed.
+    drop_xattrs: shell patterns of extended attributes that are left out.
     progress: called with bytes done and in all, from the start for each phase of the work.
     cancel: ends the work, by its time or from outside.
     """
@@ -136,6 +137,7 @@ class BuildOptions(TypedDict, total=False):
     platform: str | None
     reference: str | None
     max_bytes: int
+    drop_xattrs: tuple[str, ...]
     progress: Progress | None
     cancel: Deadline | None
 
@@ -214,6 +216,7 @@ def _source_options(spool_directory: Path, options: BuildOptions) -> SourceOptio
         platform=options.get("platform"),
         reference=options.get("reference"),
         max_bytes=options.get("max_bytes", DEFAULT_MAX_BYTES),
+        drop_xattrs=options.get("drop_xattrs", ()),
         spool_directory=spool_directory,
         progress=options.get("progress"),
         cancel=options.get("cancel"),

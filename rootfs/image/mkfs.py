@@ -17,7 +17,7 @@ from rootfs.image.squashfs import set_root
 from rootfs.image.staging import staged
 from rootfs.image.tarwriter import write_tar
 from rootfs.image.tree import Node, link_counts, walk
-from rootfs.imagefile.errors import cannot_hold
+from rootfs.imagefile.errors import DROP_XATTRS_HINT, cannot_hold
 from rootfs.imagefile.program import feed, missing, run
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -28,6 +28,9 @@ _SQUASHFS_COMPRESSIONS = ("gzip", "lzo", "lz4", "xz", "zstd")
 #: What errors call the images.
 _IMAGES = {"squashfs": "a squashfs image", "erofs": "a compressed EROFS image"}
 _MAX_32_BIT = (1 << 32) - 1
+_SQUASHFS_NAME_SPACES = (b"user.", b"trusted.", b"security.")
+#: What Linux file systems know.
+_NAME_SPACES = (*_SQUASHFS_NAME_SPACES, b"system.posix_acl_access", b"system.posix_acl_default")
 _MAX_TIME = (1 << 63) - 1
 #: mkfs.erofs 1.5 cuts the names that it reads in a directory.
 _MAX_STAGED_NAME_BYTES = 254
@@ -100,13 +103,17 @@ def make_image(
 
 
 def _check(root: Node, filesystem: str) -> None:
-    """Refuse numbers that the programs would cut without an error."""
+    """Refuse what the programs would cut, or rename, without an error."""
     for path, node in walk(root):
         if not (0 <= node.uid <= _MAX_32_BIT and 0 <= node.gid <= _MAX_32_BIT):
             raise cannot_hold(_IMAGES[filesystem], path, f"the owner {node.uid}:{node.gid}")
         major, minor = os.major(node.rdev), os.minor(node.rdev)
         if node.is_device and not (major <= _MAX_MAJOR and minor <= _MAX_MINOR):
             raise cannot_hold(_IMAGES[filesystem], path, f"the device number {major}:{minor}")
+        for name in node.xattrs:
+            if not name.startswith(_NAME_SPACES):
+                what = f"the attribute {os.fsdecode(name)}"
+                raise cannot_hold(_IMAGES[filesystem], path, what, hint=DROP_XATTRS_HINT)
 
 
 def _make_squashfs(
@@ -139,8 +146,10 @@ def _check_squashfs(root: Node) -> None:
                 "a squashfs image", path, "a time that is no unsigned 32-bit number of seconds"
             )
         for name in node.xattrs:
-            if not name.startswith((b"user.", b"trusted.", b"security.")):
-                raise cannot_hold("a squashfs image", path, f"the attribute {os.fsdecode(name)}")
+            # a record of a tar, which sqfstar reads, ends its key at the first "="
+            if not name.startswith(_SQUASHFS_NAME_SPACES) or b"=" in name:
+                what = f"the attribute {os.fsdecode(name)}"
+                raise cannot_hold("a squashfs image", path, what, hint=DROP_XATTRS_HINT)
 
 
 def _make_erofs(
@@ -167,5 +176,8 @@ def _check_erofs(root: Node, reads_tar: bool) -> None:
             raise cannot_hold(
                 "a compressed EROFS image", path, "a time before 1970 or after 2^63 seconds"
             )
+        if reads_tar and any(b"=" in name for name in node.xattrs):
+            what = "an attribute with a '=' in its name"
+            raise cannot_hold("a compressed EROFS image", path, what, hint=DROP_XATTRS_HINT)
         if not reads_tar and path and len(path[-1]) > _MAX_STAGED_NAME_BYTES:
             raise cannot_hold("a compressed EROFS image", path, "a name of 255 bytes")

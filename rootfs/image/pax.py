@@ -136,7 +136,7 @@ class PaxRecords:
                 )
         for key, value in self._values.items():
             if key.startswith(_SCHILY):
-                found[key.removeprefix(_SCHILY)] = value
+                found[_decode_name(key.removeprefix(_SCHILY))] = value
         selinux = self._values.get(_SELINUX)
         if selinux:
             found[b"security.selinux"] = selinux + b"\0"  # as the kernel's users store it
@@ -197,6 +197,11 @@ def parse_decimal(text: bytes, what: str) -> int:
     if not text or len(text) > _MAX_DIGITS or text.strip(b"0123456789"):
         raise _bad(what.encode(), text)
     return int(text)
+
+
+def _decode_name(name: bytes) -> bytes:
+    """GNU tar writes the two characters that a record's key cannot hold, or that this takes."""
+    return name.replace(b"%3D", b"=").replace(b"%25", b"%")
 
 
 def _unquote(key: bytes) -> bytes:

@@ -8,7 +8,7 @@ import contextlib
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from rootfs.image.oci import LayerBlob
 from rootfs.image.spool import DEFAULT_MAX_BYTES, Spool, spooled
 from rootfs.image.tar import TarEntry, TarReader
 from rootfs.image.tarlower import LowerLayers, LowerTree
-from rootfs.image.tartree import TarTree, Whiteouts
-from rootfs.image.tree import Node, Progress, digest_tree
+from rootfs.image.tartree import TarTree, Whiteouts, overlay_names
+from rootfs.image.tree import Node, Progress, digest_tree, without_xattrs
 from rootfs.imagefile.errors import from_os_error
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -33,13 +33,15 @@ FORMATS = ("auto", "directory", "tar", "oci", "docker")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceOptions:
     """How to read a source. ``max_bytes`` bounds each stream once it is decompressed;
-    ``spool_directory`` is where such go."""
+    ``spool_directory`` is where such go; ``drop_xattrs`` are shell patterns of attributes that are
+    left out."""
 
     format: str = "auto"
     whiteouts: Whiteouts = Whiteouts.OVERLAY
     platform: str | None = None
     reference: str | None = None
     max_bytes: int = DEFAULT_MAX_BYTES
+    drop_xattrs: tuple[str, ...] = ()
     spool_directory: str | os.PathLike[str] = field(default="")
     progress: Progress | None = None
     cancel: Deadline | None = None
@@ -105,8 +107,9 @@ class Source:
                 tree = TarTree(Whiteouts.APPLY)
                 for blob in self._blobs:
                     spool = stack.enter_context(self._spool(blob))
+                    members = self._members(spool)
                     tree.add_layer(
-                        _members(spool), spool.fd, layer=blob.diff_id, cancel=self._options.cancel
+                        members, spool.fd, layer=blob.diff_id, cancel=self._options.cancel
                     )
                 yield SourceLayer(root=tree.root, digest=_chain_digest(self._blobs))
 
@@ -123,19 +126,23 @@ class Source:
             return
         merged = LowerTree()
         lower_layers = self._lower_layers()
+        cancel = self._options.cancel
         last = {blob.diff_id: index for index, blob in enumerate(self._blobs)}
+        # an overlay has each layer once: what a lower copy holds is below the layers between in the
+        # image, and not in the overlay
+        mounted = None if len(last) == len(self._blobs) else Node(stat.S_IFDIR | 0o755)
         for index, blob in enumerate(self._blobs):
             with self._spool(blob) as spool:
-                members = list(_cancellable(_members(spool), self._options.cancel))
-                tree = TarTree(self._options.whiteouts, below=merged.root)
+                members = list(self._members(spool))
+                tree = TarTree(self._options.whiteouts, below=merged.root, shown=mounted)
                 if last[blob.diff_id] == index:
                     merged.apply_whiteouts(members)
-                    tree.add_layer(
-                        members, spool.fd, layer=blob.diff_id, cancel=self._options.cancel
-                    )
+                    tree.add_layer(members, spool.fd, layer=blob.diff_id, cancel=cancel)
                 # before it is built: what is refused in an image of all layers leaves none of this
-                merged.add_layer(members, spool.fd, layer=blob.diff_id, cancel=self._options.cancel)
+                merged.add_layer(members, spool.fd, layer=blob.diff_id, cancel=cancel)
                 if last[blob.diff_id] == index:
+                    if mounted is not None:
+                        overlay_names(mounted, tree.root)
                     with lower_layers.copied(tree.borrowed.values()):
                         yield SourceLayer(root=tree.root, digest=blob.diff_id)
 
@@ -150,14 +157,34 @@ class Source:
 
     def _read_directory(self) -> SourceLayer:
         assert self._directory is not None
-        return SourceLayer(root=self._directory.read_tree(cancel=self._options.cancel), digest=None)
+        tree = self._directory.read_tree(
+            cancel=self._options.cancel, drop_xattrs=self._options.drop_xattrs
+        )
+        return SourceLayer(root=tree, digest=None)
 
     def _read_tar(self) -> SourceLayer:
         assert self._tar is not None
         spool, members = self._tar
         tree = TarTree(self._options.whiteouts)
-        tree.add_layer(members, spool.fd, cancel=self._options.cancel)
+        tree.add_layer(self._kept(members), spool.fd, cancel=self._options.cancel)
         return SourceLayer(root=tree.root, digest=spool.digest)
+
+    def _members(self, spool: Spool) -> Iterator[TarEntry]:
+        """Yield the members of a layer; its diff_id says that it is whole, and some writers leave
+        out the end marker."""
+        reader = TarReader(
+            spool.fd,
+            start_bytes=spool.start_bytes,
+            size_bytes=spool.size_bytes,
+            needs_end=False,
+        )
+        return self._kept(_cancellable(reader, self._options.cancel))
+
+    def _kept(self, members: Iterable[TarEntry]) -> Iterator[TarEntry]:
+        """Yield members without the attributes that are to be left out."""
+        for entry in members:
+            entry.xattrs = without_xattrs(entry.xattrs, self._options.drop_xattrs)
+            yield entry
 
     @contextlib.contextmanager
     def _spool(self, blob: LayerBlob) -> Iterator[Spool]:
@@ -302,13 +329,6 @@ def _open_file(source: str | os.PathLike[str], stack: contextlib.ExitStack) -> i
     if stat.S_ISDIR(os.fstat(fd).st_mode):
         raise _not_of_format(source, "tar")
     return fd
-
-
-def _members(spool: Spool) -> TarReader:
-    # its diff_id says that it is whole; some writers leave out the end marker
-    return TarReader(
-        spool.fd, start_bytes=spool.start_bytes, size_bytes=spool.size_bytes, needs_end=False
-    )
 
 
 def _chain_digest(blobs: tuple[LayerBlob, ...]) -> str:

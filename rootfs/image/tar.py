@@ -29,6 +29,7 @@ _MAX_ALL_HEADER_BYTES = 256 << 20
 _MAX_MEMBERS = 4 << 20
 #: Each member pays for these; real archives have one or two.
 _MAX_GLOBAL_RECORDS = 256
+#: Of one member, and of all together.
 _MAX_SPARSE_EXTENTS = 1 << 20
 _MAX_SIZE_BYTES = (1 << 63) - 1
 _MAX_DEVICE_NUMBER = (1 << 31) - 1
@@ -87,6 +88,7 @@ class TarReader:
         self._needs_end = needs_end
         self._header_bytes = 0
         self._members = 0
+        self._sparse_extents = 0
         self._global = PaxRecords()
 
     def __iter__(self) -> Iterator[TarEntry]:
@@ -95,7 +97,7 @@ class TarReader:
         Raises:
             CallError: ``integrity``, the archive is damaged or cut; ``unsupported``, a member of a
                 kind that is not known; ``resource``, a header of over 1 MiB, over 256 MiB of
-                them, or over 4 Mi members.
+                them, over 4 Mi members, or over 1 Mi pieces of sparse ones.
         """
         local = PaxRecords()
         long_name: bytes | None = None
@@ -234,12 +236,10 @@ class TarReader:
     ) -> tuple[int, tuple[Extent, ...]]:
         """Return the size of a member's file and where its data is, and go past the data."""
         stored = records.number(b"size", self._number(block, 124, 12, "size", at))
-        if not file_type:
-            stored = 0  # a hard link has no data here, whatever size it tells
+        if file_type != stat.S_IFREG:
+            stored = 0  # only regular files have data here, whatever size the others state
         if not 0 <= stored <= _MAX_SIZE_BYTES:
             raise self._damaged(at, f"has a member of {stored} bytes")
-        if stored and file_type != stat.S_IFREG:
-            raise self._damaged(at, f"has {stored} bytes of data for what is no regular file")
         sparse: list[tuple[int, int]] | None = None
         real_size = stored
         if block[156:157] == b"S":
@@ -267,6 +267,9 @@ class TarReader:
         self, sparse: list[tuple[int, int]], real_size: int, data_end: int, at: int
     ) -> tuple[Extent, ...]:
         """Return a sparse map with where each piece is in the archive, checked against its size."""
+        self._sparse_extents += len(sparse)
+        if self._sparse_extents > _MAX_SPARSE_EXTENTS:
+            raise self._too_much(at, "sparse members of more pieces", _MAX_SPARSE_EXTENTS)
         extents = []
         end, source = 0, self._at
         for offset, length in sparse:

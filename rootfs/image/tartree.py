@@ -19,14 +19,15 @@ Source: OCI image layer specification ("Whiteouts"); Documentation/filesystems/o
 import enum
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rootfs.image.tar import TarEntry
 from rootfs.image.tree import Content, FdContent, Node
+from rootfs.imagefile.errors import DROP_XATTRS_HINT
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("OPAQUE_TRUSTED", "OPAQUE_USER", "TarTree", "Whiteouts")
+__all__ = ("OPAQUE_TRUSTED", "OPAQUE_USER", "TarTree", "Whiteouts", "overlay_names")
 
 #: What marks a directory opaque for an overlay mounted with, and without, privilege (userxattr).
 OPAQUE_TRUSTED = b"trusted.overlay.opaque"
@@ -59,17 +60,23 @@ class TarTree:
     """A tree that members are added to, one archive after the other."""
 
     def __init__(
-        self, whiteouts: Whiteouts = Whiteouts.OVERLAY, *, below: Node | None = None
+        self,
+        whiteouts: Whiteouts = Whiteouts.OVERLAY,
+        *,
+        below: Node | None = None,
+        shown: Node | None = None,
     ) -> None:
         """``below`` is the tree under this layer: directories that the layer only passes through
         look as they do there, as the overlay shows those of the upper layer. It is not changed,
         but the layer's whiteouts are to be applied to it (``apply_whiteouts``) before
-        ``add_layer``."""
+        ``add_layer``. ``shown`` is what the layers show that are mounted below this one, where
+        that is less than ``below`` (see ``overlay_names``)."""
         self.root = Node(stat.S_IFDIR | 0o755)
         #: Copies of inodes of ``below`` that hard links name; their content is still that of below.
         self.borrowed: dict[Node, Node] = {}
         self._below = below
-        self._root_names = () if below is None else tuple(below.children)
+        self._shown = shown or below
+        self._root_names = () if self._shown is None else tuple(self._shown.children)
         if below is not None:
             _copy_facts(self.root, below)
         self._whiteouts = whiteouts
@@ -99,6 +106,7 @@ class TarTree:
             entries = list(entries)
             self.apply_whiteouts(entries)
         markers: list[tuple[tuple[bytes, ...], TarEntry]] = []
+        aufs: set[tuple[bytes, ...]] = set()
         for entry in entries:
             if cancel is not None:
                 cancel.check("read the tar")
@@ -114,6 +122,12 @@ class TarTree:
                 markers.append((path, entry))
             else:
                 self._add(path, entry, fd)
+                aufs.update(_aufs_directory(path))
+        if self._whiteouts is not Whiteouts.KEEP:
+            for path in aufs:
+                parent = self._find(path[:-1])
+                if parent is not None:
+                    parent.children.pop(path[-1], None)
         if self._whiteouts is not Whiteouts.APPLY:
             # now that all of the layer is known: what a marker is in may come after it; and
             # what hides a directory, or all that is in it, comes before single names in it
@@ -131,7 +145,11 @@ class TarTree:
                 if attribute.startswith(_RESERVED_ATTRIBUTES):
                     # with one of these a layer could reach into those below it
                     text = os.fsdecode(attribute)
-                    raise _refused(entry, f"the attribute {text} is overlayfs's own")
+                    raise _refused(
+                        entry,
+                        f"the attribute {text} is overlayfs's own",
+                        hint=DROP_XATTRS_HINT,
+                    )
         if not path:
             if entry.file_type != stat.S_IFDIR:
                 raise _refused(entry, "the root of an image is a directory")
@@ -258,14 +276,14 @@ class TarTree:
         umoci lists what was in a directory that the layer has made a symlink.
         """
         node: Node | None = self.root
-        below = self._below
+        below = self._shown
         for part in path:
             if node is not None and self._is_opaque(node):
                 return False
             node = None if node is None else node.children.get(part)
             if node is not None and not node.is_directory:
                 return False
-            if self._below is not None:
+            if self._shown is not None:
                 below = None if below is None else below.children.get(part)
                 if below is None or not below.is_directory:
                     return False
@@ -326,6 +344,37 @@ class TarTree:
         return node
 
 
+def overlay_names(lower: Node, upper: Node) -> None:
+    """Make of ``lower`` what an overlay of ``upper`` over it shows: names and types, no content.
+
+    ``upper`` is not changed, and no node of it is taken over.
+    """
+    waiting = [(lower, upper)]
+    while waiting:
+        below, above = waiting.pop()
+        for name, node in above.children.items():
+            if stat.S_ISCHR(node.mode) and not node.rdev:
+                below.children.pop(name, None)
+                continue
+            old = below.children.get(name)
+            hides = OPAQUE_TRUSTED in node.xattrs or OPAQUE_USER in node.xattrs
+            if old is None or not (old.is_directory and node.is_directory) or hides:
+                old = below.children[name] = Node(node.mode)
+            waiting.append((old, node))
+
+
+def _aufs_directory(path: tuple[bytes, ...]) -> Iterator[tuple[bytes, ...]]:
+    """Yield the directory of AUFS's own that a name is in: its files, such as those of
+    ``.wh..wh.plnk``, are targets of hard links and no part of the layer.
+
+    Source: moby pkg/archive/diff.go, UnpackLayer.
+    """
+    for depth, part in enumerate(path[:-1], 1):
+        if part.startswith(_AUFS_PREFIX):
+            yield path[:depth]
+            return
+
+
 def _hidden_by(marker: bytes, entry: TarEntry) -> bytes | None:
     """Return the one name that a marker hides, None for those that mean something else."""
     if marker.startswith(_AUFS_PREFIX):
@@ -361,11 +410,12 @@ def _path_of(name: bytes, entry: TarEntry, what: str) -> tuple[bytes, ...]:
     return parts
 
 
-def _refused(entry: TarEntry, why: str) -> CallError:
+def _refused(entry: TarEntry, why: str, *, hint: str | None = None) -> CallError:
     name = os.fsdecode(entry.name)
     return CallError(
         "invalid",
         f"cannot take member {name!r} at byte {entry.offset_bytes} of the tar: {why}",
         step="read the tar",
         object=name,
+        hint=hint,
     )

@@ -6,11 +6,12 @@ names. Nothing here opens a file.
 """
 
 import contextlib
+import fnmatch
 import hashlib
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from rootfs.imagefile.output import write_at
@@ -31,11 +32,12 @@ __all__ = (
     "digest_tree",
     "link_counts",
     "walk",
+    "without_xattrs",
 )
 
 #: How much is read or copied at once.
 CHUNK_BYTES = 1 << 20
-_ZEROS = bytes(CHUNK_BYTES)
+
 
 #: Takes the next piece of a file's content.
 Absorb = Callable[[bytes], object]
@@ -255,6 +257,21 @@ def read_content(content: Content, name: bytes) -> Iterator[bytes]:
                 yield piece
                 at += len(piece)
         yield from zeros(content.size_bytes - at)
+
+
+def without_xattrs(xattrs: dict[bytes, bytes], patterns: Iterable[str]) -> dict[bytes, bytes]:
+    """Return the attributes whose names fit none of some shell patterns."""
+    globs = [os.fsencode(pattern) for pattern in patterns] if xattrs else []
+    if not globs:
+        return xattrs
+    return {
+        name: value
+        for name, value in xattrs.items()
+        if not any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+    }
+
+
+_ZEROS = bytes(CHUNK_BYTES)
 
 
 def copy_content(

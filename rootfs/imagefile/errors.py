@@ -5,7 +5,10 @@ import os
 
 from vsock.errors import CallError
 
-__all__ = ("cannot_hold", "from_os_error")
+__all__ = ("DROP_XATTRS_HINT", "cannot_hold", "from_os_error")
+
+#: For attributes that an image cannot hold.
+DROP_XATTRS_HINT = "--drop-xattrs takes patterns of attributes to leave out"
 
 #: How much of a path a message shows.
 _MAX_PATH_BYTES = 200
@@ -56,7 +59,9 @@ def from_os_error(
     )
 
 
-def cannot_hold(image: str, path: tuple[bytes, ...], what: str) -> CallError:
+def cannot_hold(
+    image: str, path: tuple[bytes, ...], what: str, *, hint: str | None = None
+) -> CallError:
     """Return the ``unsupported`` error for a file that an image, "an ext4 image", cannot hold.
 
     ``path`` is of the file; a long one is shown by its start and end.
@@ -69,4 +74,5 @@ def cannot_hold(image: str, path: tuple[bytes, ...], what: str) -> CallError:
         f"cannot put {name!r} into {image}: it has {what}",
         step="lay out the image",
         object=name,
+        hint=hint,
     )

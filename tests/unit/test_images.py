@@ -379,6 +379,65 @@ def test_frames_of_zstd_are_read_over_skippable_ones(tmp_path: Path) -> None:
         assert "zstd" in problem.message, what
 
 
+ATTRIBUTES = {"com.apple.provenance": b"\1\2", "user.overlay.origin": b"", "user.kept": b"1"}
+
+
+@pytest.mark.parametrize("filesystem", ["erofs", "squashfs", "ext4"])
+def test_attributes_can_be_left_out(tmp_path: Path, filesystem: str) -> None:
+    files = [Member("f", b"x", xattrs=ATTRIBUTES), directory("d", xattrs=ATTRIBUTES)]
+    kept = [Member("f", b"x", xattrs={"user.kept": b"1"}), directory("d", xattrs=files[1].xattrs)]
+    kept[1].xattrs = {"user.kept": b"1"}
+    (tmp_path / "source").write_bytes(make_tar(files))
+    (tmp_path / "kept").write_bytes(make_tar(kept))
+    layout = Layout(tmp_path / "l").layer(files).layer(files[1:]).finish()
+    for some in ((), ("com.*",), ("user.overlay.*",), ("COM.APPLE.*", "user.overlay.*")):
+        for source in (tmp_path / "source", layout):
+            with pytest.raises(CallError) as caught:
+                build_image(source, tmp_path / "image", filesystem=filesystem, drop_xattrs=some)
+            assert caught.value.hint is not None
+            assert "--drop-xattrs" in caught.value.hint
+    both = ("com.apple.*", "user.overlay.*")
+    build_image(tmp_path / "source", tmp_path / "a", filesystem=filesystem, drop_xattrs=both)
+    build_image(tmp_path / "kept", tmp_path / "b", filesystem=filesystem)
+    build_image(layout, tmp_path / "image", filesystem=filesystem, drop_xattrs=both)
+    build_layers(layout, tmp_path, filesystem=filesystem, drop_xattrs=both)
+    if filesystem == "squashfs":  # its UUID is not of the source
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_attributes_of_a_directory_can_be_left_out(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "d").mkdir(parents=True)
+        (tmp_path / name / "d/f").write_bytes(b"x")
+        for path in (tmp_path / name / "d/f", tmp_path / name / "d", tmp_path / name):
+            if name == "a":
+                os.setxattr(path, "user.dropped", b"1")
+            os.utime(path, (1, 1))
+    digests = [
+        build_image(tmp_path / name, tmp_path / "image", drop_xattrs=("user.d*",)).source_digest
+        for name in ("a", "b")
+    ]
+    assert digests[0] == digests[1]
+    assert build_image(tmp_path / "a", tmp_path / "image").source_digest != digests[0]
+
+
+def test_a_file_deeper_than_one_path_reaches(tmp_path: Path) -> None:
+    (tmp_path / "top").mkdir()
+    fd = os.open(tmp_path / "top", os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("n" * 250, dir_fd=fd)
+        below = os.open("n" * 250, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    file = os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=fd)
+    os.write(file, b"deep" * 5000)
+    os.close(file)
+    os.close(fd)
+    build_image(tmp_path / "top", tmp_path / "image")
+    assert b"deep" * 1024 in (tmp_path / "image").read_bytes()
+    fsck(tmp_path / "image")
+
+
 def test_a_bomb_ends_at_the_limit(tmp_path: Path) -> None:
     bomb = make_tar([Member("zeros", bytes(8 << 20))])
     for packed in (gzip.compress(bomb), zstd(bomb), bomb):

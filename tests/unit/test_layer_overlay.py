@@ -60,11 +60,15 @@ def _facts(node: Node) -> object:
     return (oct(node.mode), node.uid, node.mtime_ns, data, kept)
 
 
-def flat_and_layered(layers: Sequence[Sequence[Member]]) -> tuple[Shown | str, Shown | str]:
-    """Return what both ways show of an image, or by which code they refuse it."""
+def flat_and_layered(
+    layers: Sequence[Sequence[Member]], again: int | None = None
+) -> tuple[Shown | str, Shown | str]:
+    """Return what both ways show of an image, or by which code they refuse it. ``again`` is the
+    number of a layer that comes again on top."""
     with tempfile.TemporaryDirectory() as top:
         # each layer is another one, so that none is left out
         tars = [make_tar([*each, Member(f"number{n}")]) for n, each in enumerate(layers)]
+        tars += [] if again is None else [tars[again]]
         source = docker_archive(Path(top, "docker.tar"), tars)
         options = SourceOptions(spool_directory=top)
         flat: Shown | str
@@ -151,4 +155,16 @@ TREE = [directory("a", uid=1, mode=0o700), Member("a/b", b"1"), Member("a/a/b", 
 @example([TREE, [Member("b"), hard_link("a/a/b", "a/b"), hard_link("a/x", "a/a/b")]])
 def test_both_ways_show_the_same(layers: list[list[Member]]) -> None:
     flat, layered = flat_and_layered(layers)
+    assert layered == flat
+
+
+@given(IMAGES, st.integers(0, 1))
+@settings(max_examples=int(os.environ.get("OVERLAY_EXAMPLES", "100")), deadline=None)
+@example([[Member("p/.wh.a"), Member("p/c", b"c")], [Member("q")]], 0)
+@example([[directory("p"), Member("p/.wh.a"), Member("p/c")], [directory("p")]], 0)
+@example([[Member("p/.wh.a"), Member("p/c")], [Member("p/a")]], 0)
+@example([[Member("a/b"), Member("a/.wh..wh..opq")], [Member("a/c")]], 0)
+@example([TREE, [Member("b")], [Member(".wh..wh..opq")]], 0)
+def test_a_layer_that_comes_twice_shows_the_same(layers: list[list[Member]], again: int) -> None:
+    flat, layered = flat_and_layered(layers, again)
     assert layered == flat

@@ -182,7 +182,7 @@ def test_what_compressed_erofs_would_change_is_refused(
     with pytest.raises(CallError, match=what) as caught:
         build_image(tmp_path / "layer.tar", tmp_path / "image", compression="lz4hc")
     assert caught.value.code == "unsupported"
-    assert member.name in caught.value.message
+    assert member.name[:50] in caught.value.message
 
 
 @pytest.mark.parametrize(

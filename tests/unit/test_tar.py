@@ -217,6 +217,15 @@ def test_every_flipped_header_byte_is_noticed_or_harmless() -> None:
             assert caught.value.code == "integrity"
 
 
+@pytest.mark.parametrize("kind", [b"1", b"2", b"3", b"4", b"5", b"6"])
+def test_a_size_where_there_is_no_data_means_nothing(kind: bytes) -> None:
+    first = _header(kind=kind, size=b"1000", target=b"target")
+    described = _pax(b"13 size=2000\n") + first
+    for data in (first, described):
+        listed = entries(data + _header(name=b"after", size=b"1") + b"x".ljust(512, b"\0") + END)
+        assert [(each.name, each.size_bytes) for each in listed] == [(b"x", 0), (b"after", 1)]
+
+
 def test_what_follows_the_end_marker_is_not_silently_lost() -> None:
     first, second = make_tar([Member("a")]), make_tar([Member("b")])
     with pytest.raises(CallError, match="goes on after its end"):
@@ -261,7 +270,8 @@ END = bytes(1024)
         (_header(size=b"\xff" * 12) + END, "integrity", "-1 bytes"),
         (_header(mode=b"rw-r--r"), "integrity", "mode"),
         (_header(kind=b"M") + END, "unsupported", "type b'M'"),
-        (_header(kind=b"5", size=b"1000") + bytes(512) + END, "integrity", "no regular file"),
+        (_header(kind=b"5", size=b"1000") + bytes(512) + _header() + END, "integrity", "goes on"),
+        (_header(kind=b"5", size=b"1000") + b"data".ljust(512) + END, "integrity", "checksum"),
         (_pax(b"30 path=a\n") + END, "integrity", "PAX"),
         (_pax(b"5 a=\n") + END, "integrity", "after"),
         (_pax(b"0 a=b\n") + END, "integrity", "PAX"),
@@ -414,6 +424,35 @@ def test_a_whiteout_of_no_name_is_refused(name: str) -> None:
         tree(make_tar([Member(name)]), Whiteouts.OVERLAY)
 
 
+def test_names_of_attributes_that_gnu_tar_encodes(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    names = ("user.a=b", "user.c%d", "user.e%3Df", "user.%25")
+    for name in names:
+        os.setxattr(tmp_path / "x", name, b"v")
+    command = ["tar", "--xattrs", "--format=posix", "-cf", "-", "-C", tmp_path, "x"]
+    data = subprocess.run(command, stdout=-1, check=True).stdout
+    assert b"user.a%3Db" in data
+    (entry,) = entries(data)
+    assert entry.xattrs == {os.fsencode(name): b"v" for name in names}
+
+
+def test_the_files_of_aufs_are_targets_only() -> None:
+    members = [
+        directory(".wh..wh.plnk", mode=0o700),
+        Member(".wh..wh.plnk/100.1", b"data"),
+        Member(".wh..wh.aufs"),
+        hard_link("bin/x", ".wh..wh.plnk/100.1"),
+        hard_link("bin/y", ".wh..wh.plnk/100.1"),
+        directory("d/.wh..wh.orph"),
+        Member("d/.wh..wh.orph/deep/file"),
+    ]
+    for whiteouts in (Whiteouts.OVERLAY, Whiteouts.OVERLAY_USER, Whiteouts.APPLY):
+        found = tree(make_tar(members), whiteouts)
+        assert list(found) == ["", "bin", "d", "bin/x", "bin/y"]
+        assert found["bin/x"][5] == b"data"  # type: ignore[index]
+    assert ".wh..wh.plnk/100.1" in tree(make_tar(members), Whiteouts.KEEP)
+
+
 @pytest.mark.parametrize("name", ["trusted.overlay.redirect", "user.overlay.metacopy"])
 def test_a_layer_cannot_bring_attributes_of_overlayfs(name: str) -> None:
     with pytest.raises(CallError, match="overlayfs"):
@@ -429,6 +468,23 @@ def test_shuffled_members_after_their_directories_give_the_same_tree() -> None:
     random.Random(1).shuffle(shuffled)
     first, second = (tree(make_tar([directory("d"), *some])) for some in (files, shuffled))
     assert first == second
+
+
+def test_the_pieces_of_all_sparse_members_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for number in range(3):
+            info = tarfile.TarInfo(str(number))
+            info.size = 4
+            sparse_map = "0,1,10,1,20,1,30,1"
+            info.pax_headers = {"GNU.sparse.map": sparse_map, "GNU.sparse.size": "40"}
+            archive.addfile(info, io.BytesIO(b"data"))
+    monkeypatch.setattr("rootfs.image.tar._MAX_SPARSE_EXTENTS", 11)
+    with pytest.raises(CallError, match="sparse members of more pieces") as caught:
+        entries(buffer.getvalue())
+    assert caught.value.code == "resource"
+    monkeypatch.setattr("rootfs.image.tar._MAX_SPARSE_EXTENTS", 12)
+    assert len(entries(buffer.getvalue())) == 3
 
 
 def test_what_a_listing_keeps_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
