@@ -124,6 +124,7 @@ def _facts(result: ImageResult) -> dict[str, object]:
         "inodes": result.inode_count,
         "source_digest": result.source_digest,
         "uuid": str(result.uuid),
+        "whiteouts": result.whiteouts,
     }
     if result.verity is not None:
         facts["hash_offset_bytes"] = result.verity.hash_offset_bytes

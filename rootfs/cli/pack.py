@@ -18,7 +18,7 @@ from rootfs.image.images import FILESYSTEMS, build_layers
 from rootfs.image.source import FORMATS
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.hasharea import identify
-from rootfs.pack.manifest import Manifest, ManifestLayer, layer_spec
+from rootfs.pack.manifest import WHITEOUT_KINDS, Manifest, ManifestLayer, layer_spec
 from rootfs.pack.pack import (
     DAX_ALIGNMENT_BYTES,
     PAGE_ALIGNMENT_BYTES,
@@ -111,6 +111,7 @@ def build_command(
                 result.source_digest.removeprefix("sha256:")[:_ID_DIGITS],
                 verity=result.verity,
                 source_digest=result.source_digest,
+                whiteouts=result.whiteouts,
             )
             result.path.unlink()
     _show(made.manifest, as_json)
@@ -125,6 +126,9 @@ def build_command(
 @click.option("--no-verity", is_flag=True, help="Take it without a hash tree.")
 @click.option("--source-digest", metavar="sha256:HEX", help="What it was built from.")
 @click.option(
+    "--whiteouts", type=click.Choice(WHITEOUT_KINDS), help="As `layer build` has said of the image."
+)
+@click.option(
     "--position", type=click.IntRange(min=0), default=0, help="Layers above it; default: none."
 )
 @reports_errors
@@ -137,6 +141,7 @@ def add_command(
     sidecar: bool,
     no_verity: bool,
     source_digest: str | None,
+    whiteouts: str | None,
     position: int,
     as_json: bool,
 ) -> None:
@@ -152,6 +157,7 @@ def add_command(
             filesystem=_filesystem_of(layer),
             verity=verity,
             source_digest=source_digest,
+            whiteouts=whiteouts,
             position=position,
             progress=progress,
         )

@@ -22,7 +22,7 @@ from rootfs.image.ext4 import Ext4Image
 from rootfs.image.source import SourceLayer, SourceOptions, open_source
 from rootfs.image.spool import DEFAULT_MAX_BYTES
 from rootfs.image.tartree import Whiteouts
-from rootfs.image.tree import Progress, TreeDigest
+from rootfs.image.tree import Node, Progress, TreeDigest, whiteout_kind
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import check_output, new_file
 from rootfs.imagefile.ranges import round_up
@@ -51,7 +51,7 @@ class ImageResult:
 
     ``source_digest`` is ``sha256:HEX``: of the uncompressed tar (a layer's diff_id), of the tree a
     directory holds (``rootfs.image.tree.digest_tree``), or the ChainID of the layers that were
-    merged.
+    merged. ``whiteouts`` is the form of its whiteouts (``whiteout_kind`` of rootfs.image.tree).
     """
 
     path: Path
@@ -61,6 +61,7 @@ class ImageResult:
     inode_count: int
     source_digest: str
     uuid: uuid_module.UUID
+    whiteouts: str
     verity: VerityParameters | None = None
 
     @property
@@ -264,7 +265,7 @@ def _make_filesystem(layer: SourceLayer, fd: int, path: Path, recipe: _Recipe) -
     if recipe.filesystem == "ext4":
         image = Ext4Image(layer.root, recipe.uuid(layer.digest))
         image.write(fd, progress=recipe.progress, cancel=recipe.cancel)
-        return _result(path, recipe, layer.digest, image.inode_count)
+        return _result(path, recipe, layer.root, layer.digest, image.inode_count)
     inodes = mkfs.make_image(
         layer.root,
         path,
@@ -275,7 +276,7 @@ def _make_filesystem(layer: SourceLayer, fd: int, path: Path, recipe: _Recipe) -
     )
     size_bytes = path.stat().st_size
     os.truncate(path, round_up(size_bytes, _BLOCK_BYTES))
-    return _result(path, recipe, layer.digest, inodes)
+    return _result(path, recipe, layer.root, layer.digest, inodes)
 
 
 def _make_erofs(layer: SourceLayer, fd: int, path: Path, recipe: _Recipe) -> ImageResult:
@@ -292,10 +293,12 @@ def _make_erofs(layer: SourceLayer, fd: int, path: Path, recipe: _Recipe) -> Ima
         progress=recipe.progress,
         cancel=recipe.cancel,
     )
-    return _result(path, recipe, source_digest(), image.inode_count)
+    return _result(path, recipe, layer.root, source_digest(), image.inode_count)
 
 
-def _result(path: Path, recipe: _Recipe, source_digest: str, inodes: int) -> ImageResult:
+def _result(
+    path: Path, recipe: _Recipe, root: Node, source_digest: str, inodes: int
+) -> ImageResult:
     return ImageResult(
         path=path,
         filesystem=recipe.filesystem,
@@ -304,6 +307,7 @@ def _result(path: Path, recipe: _Recipe, source_digest: str, inodes: int) -> Ima
         inode_count=inodes,
         source_digest=source_digest,
         uuid=recipe.uuid(source_digest),
+        whiteouts=whiteout_kind(root),
     )
 
 

@@ -22,16 +22,13 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 
 from rootfs.image.tar import TarEntry
-from rootfs.image.tree import Content, FdContent, Node
+from rootfs.image.tree import OPAQUE_TRUSTED, OPAQUE_USER, Content, FdContent, Node
 from rootfs.imagefile.errors import DROP_XATTRS_HINT
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("OPAQUE_TRUSTED", "OPAQUE_USER", "TarTree", "Whiteouts", "overlay_names")
+__all__ = ("TarTree", "Whiteouts", "overlay_names")
 
-#: What marks a directory opaque for an overlay mounted with, and without, privilege (userxattr).
-OPAQUE_TRUSTED = b"trusted.overlay.opaque"
-OPAQUE_USER = b"user.overlay.opaque"
 _RESERVED_ATTRIBUTES = (b"trusted.overlay.", b"user.overlay.")
 
 _PREFIX = b".wh."

@@ -21,6 +21,8 @@ from vsock.errors import CallError
 __all__ = (
     "CHUNK_BYTES",
     "EMPTY",
+    "OPAQUE_TRUSTED",
+    "OPAQUE_USER",
     "Absorb",
     "Content",
     "Extent",
@@ -32,6 +34,7 @@ __all__ = (
     "digest_tree",
     "link_counts",
     "walk",
+    "whiteout_kind",
     "without_xattrs",
 )
 
@@ -44,6 +47,11 @@ Absorb = Callable[[bytes], object]
 
 #: Called with (bytes done, bytes in all) while bulk data is read.
 Progress = Callable[[int, int], None]
+
+#: What marks a directory opaque for an overlay mounted with, and without, privilege (userxattr).
+OPAQUE_TRUSTED = b"trusted.overlay.opaque"
+OPAQUE_USER = b"user.overlay.opaque"
+_OPAQUE_KINDS = {OPAQUE_TRUSTED: "trusted", OPAQUE_USER: "user"}
 
 #: (offset in the file, length, offset in the source), all in bytes; what no extent covers is zero.
 Extent = tuple[int, int, int]
@@ -165,6 +173,23 @@ def link_counts(root: Node) -> dict[int, int]:
             counts[id(node)] = counts.get(id(node), 0) + 1
     counts[id(root)] += sum(child.is_directory for child in root.children.values())
     return counts
+
+
+def whiteout_kind(root: Node) -> str:
+    """Return which attribute marks opaque directories in a tree: ``none``, ``trusted``, ``user`` or
+    ``both``.
+
+    Source: Documentation/filesystems/overlayfs.rst ("whiteouts and opaque directories").
+    """
+    found: set[bytes] = set()
+    waiting = [root]
+    while waiting:
+        directory = waiting.pop()
+        if directory.xattrs:
+            found |= directory.xattrs.keys() & _OPAQUE_KINDS.keys()
+        waiting += [node for node in directory.children.values() if node.children or node.xattrs]
+    kinds = [kind for name, kind in _OPAQUE_KINDS.items() if name in found]
+    return kinds[0] if len(kinds) == 1 else "both" if kinds else "none"
 
 
 class TreeDigest:

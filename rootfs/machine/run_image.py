@@ -68,6 +68,7 @@ def prepare(
                 result.source_digest.removeprefix("sha256:")[:_ID_DIGITS],
                 verity=result.verity,
                 source_digest=result.source_digest,
+                whiteouts=result.whiteouts,
             )
             result.path.unlink()
         manifest = pack.manifest

@@ -19,11 +19,21 @@ from rootfs.imagefile.output import write_file
 from rootfs.imagefile.ranges import FileRange, overlapping
 from vsock.errors import CallError
 
-__all__ = ("IMAGE_STEP_BYTES", "Manifest", "ManifestLayer", "layer_spec", "verity_map")
+__all__ = (
+    "IMAGE_STEP_BYTES",
+    "WHITEOUT_KINDS",
+    "Manifest",
+    "ManifestLayer",
+    "layer_spec",
+    "verity_map",
+)
 
 VERSION = 1
 #: Images are a whole number of these: what virtio-pmem and NVDIMM devices are mapped by.
 IMAGE_STEP_BYTES = 2 << 20
+#: ``trusted.overlay.opaque``, for overlays; ``user.overlay.opaque``, for overlays mounted with
+#: userxattr; a layer without opaque directories suits either, one with both kinds neither.
+WHITEOUT_KINDS = ("none", "trusted", "user", "both")
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_LAYERS = 65536
 _MAX_BYTES = (1 << 63) - 1
@@ -36,7 +46,8 @@ _HEX = re.compile(r"(?:[0-9a-f]{2})*\Z", re.ASCII)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestLayer:
     """One layer. ``content_digest`` is over all its bytes in the image and is there to check layers
-    that have no hash tree."""
+    that have no hash tree. ``whiteouts`` says which attribute marks its opaque directories, one of
+    ``WHITEOUT_KINDS``; None where nobody has looked."""
 
     layer_id: str
     offset_bytes: int
@@ -45,6 +56,7 @@ class ManifestLayer:
     verity: VerityParameters | None = None
     source_digest: str | None = None
     content_digest: str | None = None
+    whiteouts: str | None = None
 
     def __post_init__(self) -> None:
         if not _LAYER_ID.match(self.layer_id):
@@ -54,6 +66,10 @@ class ManifestLayer:
         if self.filesystem not in LAYER_FILESYSTEMS:
             known = ", ".join(LAYER_FILESYSTEMS)
             raise FieldError("filesystem", f"{self.filesystem!r} is none of {known}")
+        if self.whiteouts is not None and self.whiteouts not in WHITEOUT_KINDS:
+            raise FieldError(
+                "whiteouts", f"{self.whiteouts!r} is none of {', '.join(WHITEOUT_KINDS)}"
+            )
         for name in ("source_digest", "content_digest"):
             value = getattr(self, name)
             if value is not None and not _DIGEST.match(value):
@@ -76,6 +92,8 @@ class ManifestLayer:
             "verity": None if self.verity is None else verity_map(self.verity),
             "source_digest": self.source_digest,
             "content_digest": self.content_digest,
+            # left out where it is not known: readers of before refuse fields that they do not know
+            **({} if self.whiteouts is None else {"whiteouts": self.whiteouts}),
         }
 
 
@@ -259,6 +277,7 @@ def _layer(value: object, path: str) -> ManifestLayer:
             verity=None if verity is None else _verity(verity, f"{path}.verity"),
             source_digest=fields.optional_text("source_digest"),
             content_digest=fields.optional_text("content_digest"),
+            whiteouts=fields.optional_text("whiteouts"),
         )
     except FieldError as problem:
         raise _below(path, problem) from None

@@ -152,6 +152,7 @@ class Pack:
         filesystem: str = "erofs",
         verity: VerityParameters | None = None,
         source_digest: str | None = None,
+        whiteouts: str | None = None,
         position: int = 0,
         progress: Progress | None = None,
         cancel: Deadline | None = None,
@@ -159,6 +160,7 @@ class Pack:
         """Copy a layer into the image; ``position`` counts from the top of the overlay.
 
         With ``verity`` the layer's tree must be in the file, at ``verity.hash_offset_bytes``.
+        ``whiteouts`` is that of the ``ImageResult``.
 
         Raises:
             CallError: ``conflict``, the id is taken, or the layer is being changed; ``invalid``, an
@@ -175,7 +177,7 @@ class Pack:
             )
         source = _open_layer(layer_image)
         try:
-            layer = self._describe(source, layer_id, filesystem, verity, source_digest)
+            layer = self._describe(source, layer_id, filesystem, verity, source_digest, whiteouts)
             self._copy_in(source, layer, progress, cancel)
         except OSError as problem:
             raise from_os_error(problem, step="copy the layer", object=layer_image) from problem
@@ -193,6 +195,7 @@ class Pack:
         filesystem: str,
         verity: VerityParameters | None,
         source_digest: str | None,
+        whiteouts: str | None,
     ) -> ManifestLayer:
         file_bytes = os.fstat(source).st_size
         if not file_bytes:
@@ -217,6 +220,7 @@ class Pack:
                 verity=verity,
                 source_digest=source_digest,
                 content_digest=content_digest,
+                whiteouts=whiteouts,
             )
         except FieldError as problem:
             raise _invalid("add to the pack", layer_id, str(problem)) from None

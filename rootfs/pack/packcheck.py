@@ -5,7 +5,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from guestagent.storage.verity import check_root
+from guestagent.storage.filesystems import check_size
+from guestagent.storage.verity import SUPERBLOCK_BYTES, VerityParameters, check_root
 from rootfs.image.tree import CHUNK_BYTES, Progress
 from rootfs.imagefile.ranges import FileRange, free_ranges
 from rootfs.pack.manifest import Manifest, ManifestLayer
@@ -101,6 +102,9 @@ def _layer_problem(fd: int, layer: ManifestLayer, cancel: Deadline | None) -> st
                 return f"its bytes hash to {found}, not {layer.content_digest}"
         if layer.verity is not None:
             _check_tree(fd, layer, cancel)
+            if layer.verity.superblock:
+                _check_superblock(fd, layer, layer.verity)
+        _check_filesystem(fd, layer)
     except CallError as problem:
         if problem.code in ("cancelled", "timeout"):
             raise
@@ -139,6 +143,34 @@ def _check_tree(fd: int, layer: ManifestLayer, cancel: Deadline | None) -> None:
                 step="check a layer",
                 object=layer.layer_id,
             )
+
+
+def _check_superblock(fd: int, layer: ManifestLayer, verity: VerityParameters) -> None:
+    """See that the superblock says what the manifest says, as the guest does.
+
+    Raises:
+        CallError: ``integrity``; ``object`` is the field.
+    """
+    VerityParameters.from_request(
+        verity,
+        hash_offset_bytes=verity.hash_offset_bytes,
+        superblock=os.pread(fd, SUPERBLOCK_BYTES, layer.offset_bytes + verity.hash_offset_bytes),
+    )
+
+
+def _check_filesystem(fd: int, layer: ManifestLayer) -> None:
+    """See that the file system is what the manifest says and fits, as the guest does.
+
+    Raises:
+        CallError: ``mount``.
+    """
+    size_bytes = layer.size_bytes if layer.verity is None else layer.verity.data_size_bytes
+
+    def read_at(offset_bytes: int, length_bytes: int) -> bytes:
+        wanted = min(length_bytes, max(0, size_bytes - offset_bytes))
+        return os.pread(fd, wanted, layer.offset_bytes + offset_bytes).ljust(length_bytes, b"\0")
+
+    check_size(layer.filesystem, read_at, size_bytes)
 
 
 def digest_range(

@@ -219,6 +219,38 @@ def test_a_hostile_name_does_not_reach_the_terminal(run: Run, tmp_path: Path) ->
     assert "\x07" not in output
 
 
+@pytest.mark.parametrize(
+    ("options", "members", "kind"),
+    [
+        ((), [directory("d"), Member("d/.wh..wh..opq")], "trusted"),
+        (("--whiteouts", "overlay-user"), [directory("d"), Member("d/.wh..wh..opq")], "user"),
+        (("--whiteouts", "keep"), [directory("d"), Member("d/.wh..wh..opq")], "none"),
+        (("--whiteouts", "keep"), [directory("d", xattrs={"user.overlay.opaque": b"y"})], "user"),
+        ((), [directory("d"), Member("d/.wh.x")], "none"),
+    ],
+)
+def test_a_pack_says_the_form_of_whiteouts(
+    run: Run, tmp_path: Path, options: tuple[str, ...], members: list[Member], kind: str
+) -> None:
+    (tmp_path / "w.tar").write_bytes(make_tar(members))
+    built = from_json(run("layer", "build", "w.tar", "w.erofs", "--json", *options))
+    assert built["whiteouts"] == kind
+    run("pack", "create", "p.img")
+    run("pack", "add", "p.img", "w.erofs", "--no-verity", "--whiteouts", kind)
+    assert Manifest.load(tmp_path / "p.img.json").layers[0].whiteouts == kind
+    run("pack", "add", "p.img", "w.erofs", "--no-verity", "--id", "other")
+    assert "whiteouts" not in json.loads((tmp_path / "p.img.json").read_text())["layers"][0]
+
+
+def test_packs_of_images_say_the_form_of_whiteouts(run: Run, tmp_path: Path) -> None:
+    hidden = [directory("etc"), Member("etc/.wh..wh..opq")]
+    lower = [directory("etc"), Member("etc/hosts")]
+    Layout(tmp_path / "image").layer(lower).layer(hidden).finish()
+    run("pack", "build", "image", "p.img")
+    kinds = [layer.whiteouts for layer in Manifest.load(tmp_path / "p.img.json").layers]
+    assert kinds == ["trusted", "none"]
+
+
 def test_no_output_replaces_what_a_command_reads(run: Run, tmp_path: Path) -> None:
     run("pack", "create", "p.img")
     for name in ("manifest", "key.pem"):

@@ -14,8 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rootfs.image.source import SourceLayer, SourceOptions, open_source
-from rootfs.image.tartree import OPAQUE_TRUSTED
-from rootfs.image.tree import Node, read_content, walk
+from rootfs.image.tree import OPAQUE_TRUSTED, Node, read_content, walk
 from tests.beds.imagebed import Member, directory, docker_archive, hard_link, make_tar, symlink
 from vsock.errors import CallError
 

@@ -41,6 +41,7 @@ GOOD: dict[str, object] = {
             },
             "source_digest": "sha256:" + "0" * 64,
             "content_digest": None,
+            "whiteouts": "trusted",
         },
         {
             "id": "base",
@@ -106,6 +107,8 @@ WRONG: list[tuple[Change, str]] = [
     (_set("layers", 0, "size_bytes", 0), "layers[0].size_bytes"),
     (_set("layers", 0, "filesystem", "ext2"), "layers[0].filesystem"),
     (_set("layers", 0, "source_digest", "sha256:" + "A" * 64), "layers[0].source_digest"),
+    (_set("layers", 0, "whiteouts", "overlay"), "layers[0].whiteouts"),
+    (_set("layers", 0, "whiteouts", True), "layers[0].whiteouts"),
     (_set("layers", 0, "source_digest", 5), "layers[0].source_digest"),
     (_set(*VERITY, {}), "layers[0].verity.root_digest"),
     (_set(*VERITY, "root_digest", "AB" * 32), "layers[0].verity.root_digest"),

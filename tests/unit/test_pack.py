@@ -29,8 +29,17 @@ from vsock.errors import CallError
 MIB = 1 << 20
 
 
+def superblock(size: int) -> bytes:
+    """Return what begins an EROFS image of ``size`` bytes; at least 2 KiB, of blocks of 512."""
+    head = bytearray(2048)
+    head[1024:1028] = b"\xe2\xe1\xf5\xe0"
+    head[1024 + 12] = 9
+    head[1024 + 36 : 1024 + 40] = struct.pack("<I", size // 512)
+    return bytes(head)
+
+
 def layer_file(path: Path, size: int, seed: int = 0) -> Path:
-    path.write_bytes(random.Random(seed).randbytes(size))
+    path.write_bytes(superblock(size) + random.Random(seed).randbytes(size - 2048))
     return path
 
 
@@ -138,6 +147,36 @@ def test_a_corrupt_block_is_found_wherever_it_is(tmp_path: Path) -> None:
         assert pack.check().is_sound
 
 
+def test_a_check_reads_what_the_guest_reads(tmp_path: Path) -> None:
+    path, parameters = verity_layer(tmp_path / "layer")
+    with Pack.create(tmp_path / "p") as pack:
+        added = pack.add(path, "v", verity=parameters)  # type: ignore[arg-type]
+    place = added.offset_bytes + parameters.hash_offset_bytes  # type: ignore[attr-defined]
+    for at, what in ((0, "signature"), (8, "version"), (72, "data_blocks"), (88, "salt")):
+        with flipped(tmp_path / "p", place + at), Pack.open(tmp_path / "p") as pack:
+            (finding,) = pack.check().findings
+            assert finding.layer_id == "v"
+            assert what in finding.problem, finding
+
+
+@pytest.mark.parametrize(
+    ("content", "filesystem", "what"),
+    [
+        (bytes(8192), "erofs", "no erofs superblock"),
+        (superblock(8192) + bytes(6144), "squashfs", "no squashfs superblock"),
+        (superblock(16384) + bytes(6144), "erofs", "claims 16384 bytes, the device has 8192"),
+    ],
+)
+def test_a_check_looks_for_the_file_system(
+    tmp_path: Path, content: bytes, filesystem: str, what: str
+) -> None:
+    (tmp_path / "layer").write_bytes(content)
+    with Pack.create(tmp_path / "p") as pack:
+        pack.add(tmp_path / "layer", "a", filesystem=filesystem)
+        (finding,) = pack.check().findings
+    assert what in finding.problem
+
+
 @contextlib.contextmanager
 def flipped(path: Path, at: int):  # type: ignore[no-untyped-def]
     with path.open("r+b") as file:
@@ -151,6 +190,7 @@ def flipped(path: Path, at: int):  # type: ignore[no-untyped-def]
 
 def test_holes_of_one_layer_are_not_taken_for_those_of_another(tmp_path: Path) -> None:
     with (tmp_path / "hole").open("wb") as file:
+        file.write(superblock(4 * MIB))
         file.truncate(4 * MIB)
     path, parameters = verity_layer(tmp_path / "layer", 2 * MIB)
     with Pack.create(tmp_path / "p") as pack:
@@ -165,11 +205,11 @@ def test_holes_read_as_zeros_where_something_was_before(tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(b"left by an addition that did not end" * 100_000)
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(MIB)
-        file.write(b"start")
+        file.write(superblock(MIB))
     with Pack.open(tmp_path / "p", writable=True) as pack:
         pack.add(tmp_path / "sparse", "a")
         assert pack.check().is_sound
-    assert (tmp_path / "p").read_bytes()[:MIB] == b"start".ljust(MIB, b"\0")
+    assert (tmp_path / "p").read_bytes()[:MIB] == superblock(MIB).ljust(MIB, b"\0")
 
 
 def test_a_layer_whose_tree_is_not_its_own_is_refused(tmp_path: Path) -> None:
@@ -343,7 +383,7 @@ class PackMachine(RuleBasedStateMachine):
         self.model: list[tuple[str, bytes]] = []
         self.count = 0
 
-    @rule(target=ids, size=st.integers(1, 40_000), position=st.integers(0, 3))
+    @rule(target=ids, size=st.integers(2048, 40_000), position=st.integers(0, 3))
     def add(self, size: int, position: int) -> str:
         self.count += 1
         path = layer_file(self.top / "layer", size, self.count)
