@@ -1,7 +1,9 @@
 """An agent that dials its host: served there, again after each end, and listening besides."""
 
 import contextlib
+import itertools
 import os
+import queue
 import socket
 import time
 from collections.abc import Iterator
@@ -9,6 +11,8 @@ from collections.abc import Iterator
 import msgpack
 import pytest
 
+from guestagent.api.observe import LogLine
+from guestagent.host.client import GuestAgent
 from tests.beds.agentbed import AgentProcess
 
 WAIT_SECONDS = 60.0
@@ -60,6 +64,19 @@ def host() -> Iterator[Host]:
         os.unlink(host.path)
 
 
+def failed_attempts(guest: GuestAgent, count: int, since: int | None = None) -> list[float]:
+    """Wait for so many attempts to dial that fail, from a line of the log on or from now on; return
+    their times in seconds."""
+    lines: queue.SimpleQueue[LogLine] = queue.SimpleQueue()
+    guest.follow_log(lines.put, since=since, level="debug")
+    times: list[float] = []
+    while len(times) < count:
+        line = lines.get(timeout=WAIT_SECONDS)
+        if line.text == "cannot dial":
+            times.append(line.uptime_seconds)
+    return times
+
+
 def test_the_host_restarts_and_is_dialled_again(host: Host) -> None:
     host.listen()
     with AgentProcess(f"dial=unix://{host.path}") as agent:
@@ -70,8 +87,8 @@ def test_the_host_restarts_and_is_dialled_again(host: Host) -> None:
                 assert isinstance(status, dict)
         with agent.client() as guest:
             assert guest.status().state == "ready", "it must listen at the same time"
-        host.close()
-        time.sleep(0.3)  # some attempts at nobody
+            host.close()
+            failed_attempts(guest, 3)
         host.listen()
         begin = time.monotonic()
         with host.accept() as peer:
@@ -82,13 +99,12 @@ def test_the_host_restarts_and_is_dialled_again(host: Host) -> None:
 
 
 def test_it_dials_a_host_that_comes_later_and_does_not_spin(host: Host) -> None:
-    attempts = []
-    with AgentProcess(f"dial=unix://{host.path}", "log=debug") as agent:
+    with AgentProcess(f"dial=unix://{host.path}") as agent:
         with agent.client() as guest:
-            guest.status()
-        time.sleep(1.0)
-        attempts = [line for line in agent.log.read_text().splitlines() if "cannot dial" in line]
-        assert 2 <= len(attempts) <= 10
+            times = failed_attempts(guest, 6, since=0)
+        pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+        assert pauses[0] >= 0.05
+        assert pauses[-1] >= 0.8, "the pauses do not grow"
         host.listen()
         with host.accept() as peer:
             ask(peer, "agent.hello", {"versions": [1]})

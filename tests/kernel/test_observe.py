@@ -379,8 +379,8 @@ def _received(path: Path, until: str) -> list[int]:
             line = json.loads(process.stdout.readline())
             numbers.append(line["number"])
             seen += line["text"] == until
-        time.sleep(0.1)  # for its last answer to arrive
         process.send_signal(signal.SIGINT)
+        numbers += [json.loads(text)["number"] for text in process.stdout]
         assert process.wait(WAIT_SECONDS) == 0
     assert not path.exists()
     return numbers

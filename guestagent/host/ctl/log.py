@@ -14,7 +14,13 @@ import click
 
 from guestagent.api.observe import LOG_LEVELS, LogLine
 from guestagent.host.client import GuestAgent
-from guestagent.host.ctl.session import Session, emit, pass_session, wait_for_interrupt
+from guestagent.host.ctl.session import (
+    Session,
+    emit,
+    noted_interrupt,
+    pass_session,
+    wait_for_interrupt,
+)
 from guestagent.host.ctl.style import paint, plain, tint
 from vsock.address import VMADDR_CID_ANY, UnixAddress, parse_address
 from vsock.dial import listen
@@ -129,6 +135,9 @@ def _field(value: object) -> str:
 # --- receiving
 
 
+_INTERRUPT = "interrupt"
+
+
 class SeenLines:
     """The number of the last line of each boot; past ``limit`` the least used goes."""
 
@@ -160,16 +169,22 @@ class _Sender:
 class _Receiver:
     """Prints the lines that guests send, each once, and acknowledges them."""
 
-    def __init__(self, session: Session, listener: Listener) -> None:
+    def __init__(self, session: Session, listener: Listener, interrupt_fd: int) -> None:
         self._session = session
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener.fileno(), selectors.EVENT_READ, None)
+        self._selector.register(interrupt_fd, selectors.EVENT_READ, _INTERRUPT)
         self._seen = SeenLines()
 
-    def turn(self) -> None:
-        """Wait for connections and lines, and take them."""
+    def turn(self) -> bool:
+        """Wait for connections and lines, and take them; False when Ctrl-C ends the receiver.
+
+        The guests have been told by then of each line that was printed.
+        """
         for key, _ in self._selector.select():
+            if key.data is _INTERRUPT:
+                return False
             if isinstance(key.data, _Sender):
                 self._read(key.data)
                 continue
@@ -181,6 +196,7 @@ class _Receiver:
                 stream.close()
                 continue
             self._selector.register(stream.fileno(), selectors.EVENT_READ, _Sender(stream))
+        return True
 
     def close(self) -> None:
         for key in list(self._selector.get_map().values()):
@@ -255,15 +271,16 @@ def _receive(session: Session, text: str) -> None:
         raise CallError(
             "device", f"cannot listen at {text}: {error.strerror}", errno=error.errno, object=text
         ) from error
-    receiver = _Receiver(session, listener)
-    click.echo(f"waiting for guests at {address}", err=True)
     try:
-        while True:
-            receiver.turn()
-    except KeyboardInterrupt:
-        return
+        with noted_interrupt() as interrupt_fd:
+            receiver = _Receiver(session, listener, interrupt_fd)
+            click.echo(f"waiting for guests at {address}", err=True)
+            try:
+                while receiver.turn():
+                    pass
+            finally:
+                receiver.close()
     finally:
-        receiver.close()
         listener.close()
         if isinstance(address, UnixAddress) and os.path.exists(address.path):
             os.unlink(address.path)

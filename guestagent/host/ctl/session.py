@@ -28,6 +28,7 @@ __all__ = (
     "Session",
     "emit",
     "fail",
+    "noted_interrupt",
     "pass_session",
     "reports_errors",
     "uses_session",
@@ -216,6 +217,22 @@ def _unreachable(address: str | None) -> str:
             return "this host has no vsock (/dev/vsock): use the VMM's hybrid:// socket"
         return "the machine may still be booting (--wait), or have another CID or port"
     return "is the other end of the line connected?"
+
+
+@contextmanager
+def noted_interrupt() -> Iterator[int]:
+    """Yield a descriptor that becomes readable at Ctrl-C, which raises nothing in the block.
+
+    For a loop in the main thread that ends between two turns.
+    """
+    with Waker() as waker:
+        former = signal.signal(signal.SIGINT, lambda number, frame: None)
+        before = signal.set_wakeup_fd(waker.signal_fd, warn_on_full_buffer=False)
+        try:
+            yield waker.fd
+        finally:
+            signal.set_wakeup_fd(before)
+            signal.signal(signal.SIGINT, former)
 
 
 def wait_for_interrupt() -> None:
