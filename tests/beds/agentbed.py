@@ -133,8 +133,14 @@ class AgentProcess:
 
     def command(self, *settings: str) -> list[str]:
         code = _START.format(paths=[str(PROJECT), SITE])
-        listen = [f"listen={self.address}", f"state={self.state}"]
-        return [sys.executable, "-I", "-S", "-c", code, *listen, *self.settings, *settings]
+        return [sys.executable, "-I", "-S", "-c", code, *self.all_settings(settings)]
+
+    def all_settings(self, settings: Sequence[str]) -> list[str]:
+        """Return the settings, with the own address and state directory unless others are named."""
+        given = [*self.settings, *settings]
+        names = {word.partition("=")[0] for word in given}
+        own = {"listen": self.address, "state": self.state}
+        return [*(f"{name}={value}" for name, value in own.items() if name not in names), *given]
 
     def start(self, *settings: str) -> None:
         """Start it, not waiting until it answers."""

@@ -46,8 +46,7 @@ class SupervisedAgent(AgentProcess):
     def command(self, *settings: str) -> list[str]:
         code = _SUPERVISED.format(paths=[str(PROJECT), SITE])
         python = [sys.executable, "-I", "-S", "-c", code]
-        own = [f"listen={self.address}", f"state={self.state}"]
-        inside = [*python, *own, *self.settings, *settings]
+        inside = [*python, *self.all_settings(settings)]
         return ["unshare", "--pid", "--fork", "--kill-child", *inside]
 
     def stop_init(self) -> None:
