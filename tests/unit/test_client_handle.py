@@ -602,6 +602,102 @@ def test_any_request_can_be_sent(agent: Agent, guest: GuestAgent) -> None:
     run(agent, scenario)
 
 
+def test_no_time_left_is_a_timeout_and_nothing_is_sent(agent: Agent, guest: GuestAgent) -> None:
+    sent = len(agent.traces)
+    for ask in (
+        lambda: guest.call(AgentMetrics(), deadline_ms=0),
+        lambda: guest.layer_verify("x", deadline_ms=0),
+        lambda: guest.fs_ls(layer_id="x", deadline_ms=0),
+    ):
+        with pytest.raises(CallError) as caught:
+            ask()
+        assert (caught.value.code, caught.value.errno) == ("timeout", None)
+
+    async def scenario(other: AsyncGuestAgent) -> None:
+        with pytest.raises(CallError) as caught:
+            await other.call(AgentMetrics(), deadline_ms=0)
+        assert caught.value.code == "timeout"
+
+    run(agent, scenario)
+    assert len(agent.traces) == sent + 1  # the hello of the second handle
+
+
+def test_a_request_is_cancelled_from_another_thread(agent: Agent, guest: GuestAgent) -> None:
+    pending = guest.start(LayerVerify(layer_id="slow"))
+    assert agent.waiting.wait(WAIT_SECONDS)
+    assert not pending.done
+    outcomes: queue.Queue[str] = queue.Queue()
+
+    def wait() -> None:
+        try:
+            pending.result()
+        except CallError as error:
+            outcomes.put(error.code)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    pending.cancel()
+    assert outcomes.get(timeout=WAIT_SECONDS) == "cancelled"
+    thread.join(WAIT_SECONDS)
+    assert pending.done
+    pending.cancel()
+
+
+def test_a_request_that_was_started_gives_its_typed_reply(guest: GuestAgent) -> None:
+    with guest.start(AgentMetrics()) as pending:
+        assert pending.result() == MetricsReply(text="guestagent_up 1\n")
+        assert pending.result().text
+
+
+def test_leaving_the_block_of_a_started_request_cancels_it(agent: Agent, guest: GuestAgent) -> None:
+    with guest.start(LayerVerify(layer_id="slow")):
+        assert agent.waiting.wait(WAIT_SECONDS)
+    assert agent.cancelled.wait(WAIT_SECONDS)
+
+
+def test_the_end_of_a_connection_is_told(agent: Agent) -> None:
+    told: queue.Queue[ConnectionClosed] = queue.Queue()
+    with GuestAgent(agent.address, on_disconnect=told.put) as guest:
+        agent.stop()
+        why = told.get(timeout=WAIT_SECONDS)
+        assert not isinstance(why, ClosedHandleError)
+        assert guest.closed
+    agent.start()
+    with GuestAgent(agent.address, on_disconnect=told.put):
+        pass
+    assert isinstance(told.get(timeout=WAIT_SECONDS), ClosedHandleError)
+    with GuestAgent(
+        agent.address, on_disconnect=told.put, reconnect=True, connect_seconds=10
+    ) as guest:
+        for _ in range(2):
+            agent.stop()
+            assert not isinstance(told.get(timeout=WAIT_SECONDS), ClosedHandleError)
+            agent.start()
+            assert guest.metrics()
+    assert isinstance(told.get(timeout=WAIT_SECONDS), ClosedHandleError)
+    assert told.empty()
+
+
+def test_the_end_of_a_connection_is_told_to_asyncio(agent: Agent) -> None:
+    told: asyncio.Queue[ConnectionClosed] = asyncio.Queue()
+
+    async def scenario(guest: AsyncGuestAgent) -> None:
+        await asyncio.to_thread(agent.stop)
+        assert not isinstance(await told.get(), ClosedHandleError)
+
+    run(agent, scenario, on_disconnect=told.put_nowait)
+    agent.start()
+
+
+def test_a_connection_that_never_said_hello_is_not_told_of(tmp_path: Path) -> None:
+    told: list[ConnectionClosed] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        with pytest.raises(ConnectionClosed):
+            GuestAgent(f"unix://{tmp_path}/socket", connect_seconds=0.1, on_disconnect=told.append)
+    assert told == []
+
+
 def test_a_cancelled_task_cancels_its_request(agent: Agent) -> None:
     async def scenario(guest: AsyncGuestAgent) -> None:
         task = asyncio.create_task(guest.call(LayerVerify(layer_id="slow")))

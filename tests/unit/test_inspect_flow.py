@@ -1,9 +1,11 @@
 """Bulk answers: at the pace of the reader, cancelled from either side, memory staying flat."""
 
+import asyncio
 import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +13,16 @@ from pathlib import Path
 import pytest
 
 from guestagent.api.inspect import FsDownload, FsLs
-from guestagent.host.client import GuestAgent
+from guestagent.host import AsyncGuestAgent, GuestAgent
 from guestagent.host.client.streams import WINDOW_CHUNKS
 from guestagent.service.streams import MAX_STREAMS
 from tests.beds.inspectbed import WAIT_SECONDS, Bed, connect, peer_of, serving
 from tests.beds.peer import Peer
+from vsock.address import UnixAddress
 from vsock.deadline import Deadline
+from vsock.dial import listen
 from vsock.errors import CallError, ConnectionClosed
+from vsock.server import Call, Outcome, Server
 
 GIB = 1 << 30
 CHUNK_BYTES = 32 * 1024
@@ -322,6 +327,101 @@ def _peak_bytes(pid: int) -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("no VmHWM")
+
+
+# --- what a reader bounds
+
+
+class _Flood:
+    """An agent that sends chunks without regard to the window."""
+
+    def __init__(self, path: Path, chunks: int) -> None:
+        self.address = f"unix://{path}"
+        self._chunks = chunks
+        self.sent = 0
+        self._server = Server(self._handle, hello_seconds=None)
+        self._server.add_listener(listen(UnixAddress(path=str(path))))
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def _handle(self, call: Call) -> Outcome:
+        if call.method == "agent.hello":
+            hello = {"version": 1, "agent": "0", "kernel": "6", "features": [], "limits": {}}
+            return Outcome(None, {**hello, "boot": {}})
+        if call.method == "agent.cancel":
+            return Outcome(None, {"cancelled": call.connection.cancel(call.params["msgid"])})
+        if call.method == "agent.more":
+            return Outcome(None, {"known": True})
+        call.cancel_on_disconnect = True
+        for sequence in range(self._chunks):
+            chunk = {"msgid": call.msgid, "sequence": sequence, "data": bytes(CHUNK_BYTES)}
+            call.connection.notify_wait("agent.chunk", chunk, call.deadline)
+            self.sent += 1
+        reply = {"chunks": self._chunks, "size_bytes": self._chunks * CHUNK_BYTES, "timings_ms": {}}
+        return Outcome(None, reply)
+
+    def close(self) -> None:
+        self._server.stop(0.0)
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def flood(tmp_path: Path) -> Iterator[_Flood]:
+    one = _Flood(tmp_path / "flood.sock", 8 * WINDOW_CHUNKS)
+    yield one
+    one.close()
+
+
+def test_more_than_the_window_ends_the_stream(flood: _Flood) -> None:
+    with GuestAgent(flood.address) as guest, guest.fs_download_stream("x", layer_id="a") as pieces:
+        assert len(next(pieces)) == CHUNK_BYTES
+        end = time.monotonic() + WAIT_SECONDS
+        while flood.sent <= 2 * WINDOW_CHUNKS and time.monotonic() < end:
+            time.sleep(0.005)
+        with pytest.raises(CallError, match="window") as caught:
+            list(pieces)
+        assert caught.value.code == "resource"
+
+
+def test_more_than_the_window_ends_the_stream_of_asyncio(flood: _Flood) -> None:
+    async def main() -> None:
+        async with (
+            AsyncGuestAgent(flood.address) as guest,
+            await guest.stream(FsDownload(path="x", layer_id="a")) as pieces,
+        ):
+            await anext(aiter(pieces))
+            while flood.sent <= 2 * WINDOW_CHUNKS:
+                await asyncio.sleep(0.005)
+            with pytest.raises(CallError, match="window"):
+                await pieces.drain()
+
+    asyncio.run(asyncio.wait_for(main(), WAIT_SECONDS))
+
+
+@pytest.mark.parametrize("method", ["fs_download", "fs_tar_out"])
+def test_a_reader_says_how_much_it_takes_at_most(
+    guest: GuestAgent, tmp_path: Path, method: str
+) -> None:
+    target = tmp_path / "target"
+    path = "big" if method == "fs_download" else "/"
+    with pytest.raises(CallError, match="max_bytes") as caught:
+        getattr(guest, method)(path, target, layer_id="base", max_bytes=(1 << 20) - 1)
+    assert caught.value.code == "resource"
+    assert list(tmp_path.glob("*target*")) == []
+    reply = guest.fs_download("big", target, layer_id="base", max_bytes=8 << 20)
+    assert reply.size_bytes == 8 << 20 == target.stat().st_size
+
+
+def test_a_reader_of_asyncio_says_how_much_it_takes_at_most(bed: Bed, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with AsyncGuestAgent(bed.address) as guest:
+            stream = await guest.stream(FsDownload(path="big", layer_id="base"))
+            with pytest.raises(CallError, match="max_bytes"):
+                await stream.save(tmp_path / "target", max_bytes=1 << 20)
+
+    asyncio.run(asyncio.wait_for(main(), WAIT_SECONDS))
+    assert list(tmp_path.glob("*target*")) == []
 
 
 # --- in the process of the agent

@@ -22,10 +22,11 @@ from guestagent.api.observe import LogReply
 from guestagent.api.request import Request
 from guestagent.host.client.aio_link import AsyncLink
 from guestagent.host.client.events import ALL_EVENTS, EventCallback, Feeds, LogCallback, Steps
-from guestagent.host.client.link import HELLO_MS, Traceparent
+from guestagent.host.client.link import HELLO_MS, DisconnectCallback, Traceparent
 from guestagent.host.client.methods import STREAM_DEADLINE_MS
 from guestagent.host.client.streams import (
     CANCEL_SECONDS,
+    ByteCount,
     ByteTarget,
     Chunks,
     ProgressCallback,
@@ -124,21 +125,28 @@ class AsyncFsStream(Generic[T]):
             pass
         return self.reply
 
-    async def save(self, target: ByteTarget) -> Mapping[str, object]:
-        """Write a stream of bytes to ``target``, to its end; return the final reply."""
+    async def save(
+        self, target: ByteTarget, *, max_bytes: int | None = None
+    ) -> Mapping[str, object]:
+        """Write a stream of bytes to ``target``, to its end; return the final reply.
+
+        Raises:
+            CallError: as of iterating; ``resource``, there are more than ``max_bytes``.
+        """
         async with self:
             if isinstance(target, (str, os.PathLike)):
                 with atomic_write(Path(target)) as file:
-                    await self._write_to(file)
+                    await self._write_to(file, max_bytes)
                     # the long part of an atomic write, where the event loop would wait for a disk
                     await asyncio.to_thread(_flush_to_disk, file)
             else:
-                await self._write_to(target)
+                await self._write_to(target, max_bytes)
             return self.reply
 
-    async def _write_to(self, file: BinaryIO) -> None:
+    async def _write_to(self, file: BinaryIO, max_bytes: int | None) -> None:
+        count = ByteCount(max_bytes)
         async for piece in self:
-            file.write(piece)  # type: ignore[call-overload]  # T is bytes
+            file.write(count.add(piece))
 
     def take(self, chunk: Mapping[str, object]) -> None:
         """Receive a chunk; for ``StreamTable``."""
@@ -182,6 +190,7 @@ class AsyncGuestAgent:
         reconnect: bool = False,
         traceparent: Traceparent = None,
         name: str = f"guestctl/{__version__}",
+        on_disconnect: DisconnectCallback | None = None,
     ) -> None:
         """As ``GuestAgent``, but for connecting.
 
@@ -199,6 +208,7 @@ class AsyncGuestAgent:
             traceparent=traceparent,
             on_notification=self._notified,
             on_reconnect=self._catch_up,
+            on_disconnect=on_disconnect,
         )
 
     @property
@@ -248,10 +258,10 @@ class AsyncGuestAgent:
     ) -> R:
         """Send a request and return its reply.
 
-        ``deadline_ms`` is the handle's by default. ``progress`` gets (done_bytes, total_bytes),
-        where 0 in all means unknown.
+        ``deadline_ms`` is the handle's by default; with 0 nothing is sent, and the error is
+        ``timeout``. ``progress`` gets (done_bytes, total_bytes), where 0 in all means unknown.
         """
-        deadline_ms = deadline_ms or self._deadline_ms
+        deadline_ms = self._deadline_ms if deadline_ms is None else deadline_ms
         pending = await self._link.start_call(
             request.method, request.to_sparse_wire(), deadline_ms=deadline_ms
         )

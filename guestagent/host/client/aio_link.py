@@ -9,6 +9,7 @@ from guestagent.api.agent import PROTOCOL_VERSIONS, AgentHello, HelloReply
 from guestagent.host.client.link import (
     FIRST_PAUSE_SECONDS,
     MOST_PAUSE_SECONDS,
+    DisconnectCallback,
     Traceparent,
     common_params,
     hello_seconds,
@@ -37,6 +38,7 @@ class AsyncLink:
         traceparent: Traceparent,
         on_notification: NotificationCallback,
         on_reconnect: Callable[[AsyncClient], Awaitable[None]],
+        on_disconnect: DisconnectCallback | None,
     ) -> None:
         self.address = parse_address(address) if isinstance(address, str) else address
         self._name = name
@@ -44,6 +46,8 @@ class AsyncLink:
         self._traceparent = traceparent
         self._on_notification = on_notification
         self._on_reconnect = on_reconnect
+        self._on_disconnect = on_disconnect
+        self._is_up = False
         self._reconnect = reconnect
         self._closed = False
         #: Cancelled by ``close``. No thread or task waits on it, so that it has no descriptor.
@@ -70,8 +74,9 @@ class AsyncLink:
         self, method: str, params: Mapping[str, object], *, deadline_ms: int | None = None
     ) -> AsyncPendingCall:
         """Send a request; see ``AsyncClient.start_call``."""
+        params = {**params, **common_params(method, self._traceparent, deadline_ms)}
         client = await self._usable()
-        return await client.start_call(method, self._with_common(params), deadline_ms=deadline_ms)
+        return await client.start_call(method, params, deadline_ms=deadline_ms)
 
     async def close(self) -> None:
         """Idempotent."""
@@ -84,9 +89,6 @@ class AsyncLink:
             await self.client.close()
         async with self._changed:
             self._changed.notify_all()
-
-    def _with_common(self, params: Mapping[str, object]) -> dict[str, object]:
-        return {**params, **common_params(self._traceparent)}
 
     async def _connect(self) -> tuple[AsyncClient, HelloReply]:
         """Connect and say hello; again where the connection is lost before hello is answered."""
@@ -112,7 +114,9 @@ class AsyncLink:
             request = AgentHello(versions=PROTOCOL_VERSIONS, client=self._name)
             seconds = hello_seconds(self._connect_seconds)
             reply = await client.call(request.method, request.to_wire(), timeout_seconds=seconds)
-            return client, request.read_reply(reply)
+            hello = request.read_reply(reply)
+            self._is_up = True
+            return client, hello
         except BaseException:
             await client.close()
             raise
@@ -143,6 +147,9 @@ class AsyncLink:
     def _ended(self, why: ConnectionClosed) -> None:
         self._why = why
         self._lost.set()
+        if self._is_up and self._on_disconnect is not None:
+            self._on_disconnect(why)
+        self._is_up = False
 
     async def _revive(self) -> None:
         while True:

@@ -135,17 +135,18 @@ class FsMethods(Caller):
         *,
         offset_bytes: int = 0,
         size_bytes: int | None = None,
+        max_bytes: int | None = None,
         progress: ProgressCallback | None = None,
         deadline_ms: int = STREAM_DEADLINE_MS,
         **place: Unpack[Place],
     ) -> DownloadReply:
         """Copy a file, or a range of it, to ``target``: an open file, or a path, where it appears
-        only once it is whole."""
+        only once it is whole; ``resource`` if the agent sends more than ``max_bytes``."""
         request = inspect.FsDownload(
             path=path, offset_bytes=offset_bytes, size_bytes=size_bytes, **place
         )
         stream = self.stream(request, deadline_ms=deadline_ms, progress=progress)
-        return request.read_reply(stream.save(target))
+        return request.read_reply(stream.save(target, max_bytes=max_bytes))
 
     def fs_checksum(
         self,
@@ -242,14 +243,15 @@ class FsMethods(Caller):
         target: ByteTarget,
         *,
         xattrs: bool = True,
+        max_bytes: int | None = None,
         progress: ProgressCallback | None = None,
         deadline_ms: int = STREAM_DEADLINE_MS,
         **place: Unpack[Place],
     ) -> TarOutReply:
-        """Write a directory as a tar archive to ``target``, as ``fs_download`` does."""
+        """Write a directory as a tar archive to ``target``, as ``fs_download`` writes a file."""
         request = inspect.FsTarOut(path=path, xattrs=xattrs, **place)
         stream = self.stream(request, deadline_ms=deadline_ms, progress=progress)
-        return request.read_reply(stream.save(target))
+        return request.read_reply(stream.save(target, max_bytes=max_bytes))
 
     # --- block devices and mounts
 

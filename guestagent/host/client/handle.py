@@ -9,8 +9,8 @@ handle for asyncio.
 """
 
 from collections.abc import Mapping
-from contextlib import closing, nullcontext
-from typing import TypeVar
+from contextlib import closing, nullcontext, suppress
+from typing import Generic, Self, TypeVar
 
 from guestagent import __version__
 from guestagent.api.agent import EventsReply, SubscribeReply
@@ -19,7 +19,7 @@ from guestagent.api.observe import LogReply
 from guestagent.api.request import Request
 from guestagent.host.client.events import ALL_EVENTS, EventCallback, Feeds, LogCallback, Steps
 from guestagent.host.client.fs import FsMethods
-from guestagent.host.client.link import HELLO_MS, Link, Traceparent
+from guestagent.host.client.link import HELLO_MS, DisconnectCallback, Link, Traceparent
 from guestagent.host.client.methods import STREAM_DEADLINE_MS, AgentMethods
 from guestagent.host.client.streams import (
     HAND_OVER_SECONDS,
@@ -30,13 +30,82 @@ from guestagent.host.client.streams import (
 from vsock.address import Address
 from vsock.client import MARGIN_SECONDS, Client
 from vsock.deadline import Deadline
-from vsock.errors import RpcError
+from vsock.errors import ConnectionClosed, RpcError
 from vsock.record import Record
 
-__all__ = ("GuestAgent", "LogCallback")
+__all__ = ("GuestAgent", "LogCallback", "PendingReply")
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
+
+
+class PendingReply(Generic[R]):
+    """A request whose reply is on its way. Leaving the block before it is here cancels it.
+
+    Every method may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        table: StreamTable,
+        request: Request[R],
+        *,
+        deadline_ms: int,
+        progress: ProgressCallback | None,
+    ) -> None:
+        """Send the request; see ``GuestAgent.start``."""
+        self._link = link
+        self._table = table
+        self._request = request
+        self._progress = progress
+        self._timeout_seconds = deadline_ms / 1000 + MARGIN_SECONDS
+        with table.lock if progress is not None else nullcontext():
+            self._pending = link.start_call(
+                request.method, request.to_sparse_wire(), deadline_ms=deadline_ms
+            )
+            table.add(self._pending.msgid, None, progress)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._pending.done:
+            self.cancel()
+        self._forget()
+
+    @property
+    def done(self) -> bool:
+        """True once the reply or an error is here."""
+        return self._pending.done
+
+    def result(self) -> R:
+        """Wait for the reply and return it. May be called again, and by many threads.
+
+        Raises:
+            CallError: the agent's answer; ``cancelled`` after ``cancel``; ``timeout``, also when no
+                answer came within the deadline and five seconds.
+            ConnectionClosed: the connection ended before the answer.
+        """
+        try:
+            value = self._pending.result(self._timeout_seconds)
+        except RpcError:
+            self._forget()
+            raise
+        if self._progress is not None:  # what was told before the answer comes before it here
+            self._link.wait_for_callbacks(HAND_OVER_SECONDS)
+        return self._request.read_reply(value)
+
+    def cancel(self) -> None:
+        """Ask the agent to stop; ``result`` then raises ``cancelled``, or has what came first."""
+        # where the agent cannot be asked any more, result() says so
+        with suppress(ConnectionClosed):
+            self._pending.cancel()
+
+    def _forget(self) -> None:
+        self._pending.forget()
+        if self._progress is not None:
+            self._table.drop(self._pending.msgid, None)
 
 
 class GuestAgent(AgentMethods, FsMethods):
@@ -75,6 +144,7 @@ class GuestAgent(AgentMethods, FsMethods):
         reconnect: bool = False,
         traceparent: Traceparent = None,
         name: str = f"guestctl/{__version__}",
+        on_disconnect: DisconnectCallback | None = None,
         until: Deadline | None = None,
     ) -> None:
         """Connect and say hello.
@@ -87,6 +157,9 @@ class GuestAgent(AgentMethods, FsMethods):
             traceparent: W3C trace context for every request, or what returns it for each; the
                 agent's log and events carry it.
             name: what the agent may log as the name of the client.
+            on_disconnect: gets the reason, a ``ConnectionClosed``, each time when a connection that
+                had said hello ends; a ``ClosedHandleError`` when the handle was closed. On a thread
+                of the handle's; it must not wait.
             until: when it passes or is cancelled, connecting ends, and so does the connection;
                 calls in flight raise ``ConnectionClosed``. For giving up from another thread.
 
@@ -105,6 +178,7 @@ class GuestAgent(AgentMethods, FsMethods):
             traceparent=traceparent,
             on_notification=self._notified,
             on_reconnect=self._catch_up,
+            on_disconnect=on_disconnect,
             until=until,
         )
         #: What the agent answered to the first hello: version, features, limits, boot.
@@ -144,28 +218,30 @@ class GuestAgent(AgentMethods, FsMethods):
     ) -> R:
         """Send a request and return its reply. An exception meanwhile cancels the request.
 
-        ``deadline_ms`` is the handle's by default. ``progress`` gets (done_bytes, total_bytes) on a
-        thread of the handle's, where 0 in all means unknown.
+        ``deadline_ms`` is the handle's by default; with 0 nothing is sent, and the error is
+        ``timeout``. ``progress`` gets (done_bytes, total_bytes) on a thread of the handle's, where
+        0 in all means unknown.
         """
-        deadline_ms = deadline_ms or self._deadline_ms
-        with self._streams.lock if progress is not None else nullcontext():
-            pending = self._link.start_call(
-                request.method, request.to_sparse_wire(), deadline_ms=deadline_ms
-            )
-            self._streams.add(pending.msgid, None, progress)
-        try:
-            value = pending.result(deadline_ms / 1000 + MARGIN_SECONDS)
-            if progress is not None:  # what was told before the answer comes before it here
-                self._link.wait_for_callbacks(HAND_OVER_SECONDS)
-        except RpcError:
-            raise
-        except BaseException:
-            pending.cancel()
-            raise
-        finally:
-            pending.forget()
-            self._streams.drop(pending.msgid, None)
-        return request.read_reply(value)
+        with self.start(request, deadline_ms=deadline_ms, progress=progress) as pending:
+            return pending.result()
+
+    def start(
+        self,
+        request: Request[R],
+        *,
+        deadline_ms: int | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> "PendingReply[R]":
+        """Send a request; wait for its reply, or cancel it from any thread, with what is returned.
+
+        with guest.start(LayerVerify(layer_id="base")) as pending:
+            ...  # another thread may call pending.cancel()
+            reply = pending.result()
+        """
+        deadline_ms = self._deadline_ms if deadline_ms is None else deadline_ms
+        return PendingReply(
+            self._link, self._streams, request, deadline_ms=deadline_ms, progress=progress
+        )
 
     def stream(
         self,

@@ -18,6 +18,7 @@ __all__ = (
     "FIRST_PAUSE_SECONDS",
     "HELLO_MS",
     "MOST_PAUSE_SECONDS",
+    "DisconnectCallback",
     "Link",
     "Traceparent",
     "common_params",
@@ -25,6 +26,8 @@ __all__ = (
     "is_lost",
 )
 
+#: Gets the reason why a connection that had said hello ended.
+DisconnectCallback = Callable[[ConnectionClosed], None]
 #: W3C text that every request carries, or what returns it for each.
 Traceparent = str | Callable[[], str | None] | None
 
@@ -48,8 +51,17 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, ConnectionClosed) and not isinstance(error, ClosedHandleError)
 
 
-def common_params(traceparent: Traceparent) -> dict[str, object]:
-    """Return the parameters of every request beside its own."""
+def common_params(
+    method: str, traceparent: Traceparent, deadline_ms: int | None
+) -> dict[str, object]:
+    """Return the parameters of a request beside its own.
+
+    Raises:
+        CallError: ``timeout``; ``deadline_ms`` is 0.
+    """
+    if deadline_ms == 0:
+        text = f"no time is left for {method}: its deadline is 0 ms"
+        raise CallError("timeout", text, step="send the request")
     value = traceparent() if callable(traceparent) else traceparent
     return {} if value is None else {"traceparent": value}
 
@@ -67,6 +79,7 @@ class Link:
         traceparent: Traceparent,
         on_notification: NotificationCallback,
         on_reconnect: Callable[[Client], None],
+        on_disconnect: DisconnectCallback | None,
         until: Deadline | None = None,
     ) -> None:
         """Connect and say hello. ``on_reconnect`` is told of each later connection.
@@ -79,11 +92,13 @@ class Link:
         self._traceparent = traceparent
         self._on_notification = on_notification
         self._on_reconnect = on_reconnect
+        self._on_disconnect = on_disconnect
         self._until = until
         #: For connecting: passes and is cancelled with ``until``, and is cancelled by ``close``.
         self._ending = Deadline() if until is None else until.part()
         self._changed = threading.Condition()
         self._closed = False
+        self._is_up = False
         self._is_lost = False
         self._why: Exception | None = None
         self._reviver: threading.Thread | None = None
@@ -105,8 +120,8 @@ class Link:
         self, method: str, params: Mapping[str, object], *, deadline_ms: int | None = None
     ) -> PendingCall:
         """Send a request; see ``Client.start_call``."""
-        client = self._usable()
-        return client.start_call(method, self._with_common(params), deadline_ms=deadline_ms)
+        params = {**params, **common_params(method, self._traceparent, deadline_ms)}
+        return self._usable().start_call(method, params, deadline_ms=deadline_ms)
 
     def wait_for_callbacks(self, seconds: float) -> bool:
         """See ``Client.wait_for_callbacks``."""
@@ -122,9 +137,6 @@ class Link:
         if self._reviver is not None and self._reviver is not threading.current_thread():
             self._reviver.join()
             self.client.close()  # the one that was made meanwhile
-
-    def _with_common(self, params: Mapping[str, object]) -> dict[str, object]:
-        return {**params, **common_params(self._traceparent)}
 
     def _connect(self) -> tuple[Client, HelloReply]:
         """Connect and say hello; again where the connection is lost before hello is answered."""
@@ -144,6 +156,8 @@ class Link:
                 raise ConnectionClosed(f"cannot connect to {self.address}: {error}") from error
 
     def _connect_once(self, whole: Deadline) -> tuple[Client, HelloReply]:
+        with self._changed:
+            self._is_lost = False
         client = Client(
             self.address,
             stream=connect(self.address, self._connect_seconds, whole),
@@ -155,7 +169,13 @@ class Link:
             request = AgentHello(versions=PROTOCOL_VERSIONS, client=self._name)
             seconds = hello_seconds(self._connect_seconds)
             reply = client.call(request.method, request.to_wire(), timeout_seconds=seconds)
-            return client, request.read_reply(reply)
+            hello = request.read_reply(reply)
+            with self._changed:
+                self._is_up = not self._is_lost
+                why = self._why
+            if not self._is_up and self._on_disconnect and isinstance(why, ConnectionClosed):
+                self._on_disconnect(why)  # it ended as soon as it had answered
+            return client, hello
         except BaseException:
             client.close()
             raise
@@ -183,9 +203,12 @@ class Link:
 
     def _ended(self, why: ConnectionClosed) -> None:
         with self._changed:
+            was_up, self._is_up = self._is_up, False
             self._is_lost = True
             self._why = why
             self._changed.notify_all()
+        if was_up and self._on_disconnect is not None:
+            self._on_disconnect(why)
 
     def _revive(self) -> None:
         with self._ending:
@@ -216,8 +239,6 @@ class Link:
         return True
 
     def _make_again(self) -> Client:
-        with self._changed:
-            self._is_lost = False
         try:
             client, hello = self._connect()
         except (RpcError, OSError) as error:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import BinaryIO, Generic, Protocol, Self, TypeVar
 
 from guestagent.api.agent import AgentMore
-from guestagent.api.inspect import StreamRequest
+from guestagent.api.inspect import REPLY_DATA_BYTES, StreamRequest
 from guestagent.host.client.link import Link
 from vsock.client import MARGIN_SECONDS, PendingCall
 from vsock.errors import CallError, ConnectionClosed, RpcError
@@ -22,6 +22,7 @@ from vsock.threads import start_thread
 __all__ = (
     "CANCEL_SECONDS",
     "WINDOW_CHUNKS",
+    "ByteCount",
     "ByteTarget",
     "Chunks",
     "FsStream",
@@ -58,7 +59,6 @@ class Chunks(Generic[T]):
         self._handled = 0
         self._is_handling = False
         self._asked_at = 0
-        self._is_lost = False
         self._is_closed = False
         self._error: Exception | None = None
         self._reply: Mapping[str, object] | None = None
@@ -78,22 +78,35 @@ class Chunks(Generic[T]):
     @property
     def is_ready(self) -> bool:
         """True when ``next_items`` has its final say."""
-        return bool(self._waiting) or self._is_lost or self._error is not None or self._is_whole()
+        return bool(self._waiting) or self._error is not None or self._is_whole()
 
     def _is_whole(self) -> bool:
         return self._reply is not None and self._reply.get("chunks", 0) == self._next_sequence
 
     def take(self, chunk: Mapping[str, object]) -> None:
-        """Note a chunk."""
-        if chunk.get("sequence") == self._next_sequence:
+        """Note a chunk. One that must not come is not kept, and ends the stream."""
+        if self._error is not None:
+            return
+        data = chunk.get("data")
+        if chunk.get("sequence") != self._next_sequence:
+            self._error = self._lost()
+        elif self._next_sequence - self._asked_at >= WINDOW_CHUNKS:
+            text = f"the agent sent more than the window of {WINDOW_CHUNKS} chunks"
+            self._error = CallError("resource", text, step="take chunks")
+        elif isinstance(data, bytes) and len(data) > REPLY_DATA_BYTES:
+            text = f"the agent sent a chunk of {len(data)} bytes; {REPLY_DATA_BYTES} are the most"
+            self._error = CallError("resource", text, step="take chunks")
+        else:
             self._next_sequence += 1
             self._waiting.append(chunk)
-        else:
-            self._is_lost = True
+
+    def _lost(self) -> CallError:
+        text = f"chunk {self._next_sequence} of the answer to {self._request.method} was lost"
+        return CallError("internal", text, step="take chunks")
 
     def answer(self, reply: object, error: Exception | None) -> None:
         """Note the final reply, or the error instead of one."""
-        self._error = error
+        self._error = self._error or error
         if error is None:
             assert isinstance(reply, Mapping)
             self._reply = reply
@@ -124,13 +137,11 @@ class Chunks(Generic[T]):
             return self._items(chunk)
         if self._error is not None:
             raise self._error
-        if self._is_whole() and not self._is_lost and self._handled == self._next_sequence:
+        if self._is_whole() and self._handled == self._next_sequence:
             return None
-        step = "take chunks"
         if self._is_closed:
-            raise CallError("cancelled", "the stream was closed", step=step)
-        text = f"chunk {self._next_sequence} of the answer to {self._request.method} was lost"
-        raise CallError("internal", text, step=step)
+            raise CallError("cancelled", "the stream was closed", step="take chunks")
+        raise self._lost()
 
     def _items(self, chunk: Mapping[str, object]) -> list[T]:
         try:
@@ -237,14 +248,19 @@ class FsStream(Generic[T]):
             pass
         return self.reply
 
-    def save(self, target: ByteTarget) -> Mapping[str, object]:
-        """Write a stream of bytes to ``target``, to its end; return the final reply."""
+    def save(self, target: ByteTarget, *, max_bytes: int | None = None) -> Mapping[str, object]:
+        """Write a stream of bytes to ``target``, to its end; return the final reply.
+
+        Raises:
+            CallError: as of iterating; ``resource``, there are more than ``max_bytes``.
+        """
+        pieces = map(ByteCount(max_bytes).add, self)
         with self:
             if isinstance(target, (str, os.PathLike)):
                 with atomic_write(Path(target)) as file:
-                    file.writelines(self)  # type: ignore[arg-type]  # T is bytes
+                    file.writelines(pieces)
             else:
-                target.writelines(self)  # type: ignore[arg-type]
+                target.writelines(pieces)
             return self.reply
 
     def take(self, chunk: Mapping[str, object]) -> None:
@@ -327,6 +343,27 @@ class StreamTable:
 def stream_params(request: StreamRequest[Record, T]) -> dict[str, object]:
     """Return the parameters of a request whose chunks are read at the reader's pace."""
     return {**request.to_sparse_wire(), "window_chunks": WINDOW_CHUNKS}
+
+
+class ByteCount:
+    """Bounds how many bytes a stream gives in all."""
+
+    def __init__(self, max_bytes: int | None) -> None:
+        self._max_bytes = max_bytes
+        self._count = 0
+
+    def add(self, piece: object) -> bytes:
+        """Count a piece and return it.
+
+        Raises:
+            CallError: ``resource``, there are more than ``max_bytes``.
+        """
+        assert isinstance(piece, bytes)
+        self._count += len(piece)
+        if self._max_bytes is not None and self._count > self._max_bytes:
+            text = f"the answer has more than max_bytes {self._max_bytes}"
+            raise CallError("resource", text, step="save the answer")
+        return piece
 
 
 @contextmanager
