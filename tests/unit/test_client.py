@@ -298,7 +298,7 @@ def test_an_answer_that_nobody_asked_for_is_ignored(tmp_path):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [("plain text", "internal"), ({"code": "busy"}, "busy"), ({"code": "new"}, "internal")],
+    [("plain text", "internal"), ({"code": "busy"}, "busy"), ({"code": "new"}, "new")],
 )
 def test_an_odd_error_answer_still_reaches_the_caller(tmp_path, error, code):
     def script(sock):
