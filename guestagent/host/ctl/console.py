@@ -1,6 +1,7 @@
 """``guestctl console``: a guest's debug console at this terminal, or its answers for a script."""
 
 import sys
+from contextlib import suppress
 
 import click
 
@@ -84,11 +85,10 @@ class Dialler:
     """Reaches the console that an address stands for, and says why when there is none."""
 
     def __init__(self, address: Address, seconds: float, *, is_agent: bool) -> None:
-        """``is_agent`` says that a Unix socket is the agent's, not the console's own."""
-        port = getattr(address, "port", None)
+        """``is_agent``: a Unix socket is the agent's, not the console's own."""
         is_unix_agent = is_agent and isinstance(address, UnixAddress)
-        self._agent = address if port == AGENT_PORT or is_unix_agent else None
-        self._console = address if self._agent is None else console_address(address)
+        self._is_agent = is_unix_agent or getattr(address, "port", None) == AGENT_PORT
+        self._address = address
         self._seconds = seconds
 
     def dial(self, seconds: float | None = None) -> Stream:
@@ -99,18 +99,18 @@ class Dialler:
             CallError: ``denied``, the agent is there and its console is off.
         """
         seconds = self._seconds if seconds is None else seconds
-        if self._agent is None:
-            assert self._console is not None
-            return connect(self._console, seconds)
-        if self._console is not None:
-            try:
-                return connect(self._console, min(seconds, _FIRST_SECONDS))
-            except ConnectionClosed:
-                pass  # the agent knows more
-        return connect(self._ask_agent(self._agent, seconds), seconds)
+        if not self._is_agent:
+            return connect(self._address, seconds)
+        console = console_address(self._address)
+        if console is not None:
+            # a console that is off does not answer, and the agent says so
+            with suppress(ConnectionClosed):
+                return connect(console, min(seconds, _FIRST_SECONDS))
+        return connect(self._ask_agent(seconds), seconds)
 
-    def _ask_agent(self, agent: Address, seconds: float) -> Address:
-        """Return where the agent says that its console is."""
+    def _ask_agent(self, seconds: float) -> Address:
+        """Return the address of the console that the agent states."""
+        agent = self._address
         with GuestAgent(agent, connect_seconds=seconds) as guest:
             listed = guest.hello.boot.get("console")
         texts = [str(text) for text in listed] if isinstance(listed, (list, tuple)) else []
@@ -121,22 +121,16 @@ class Dialler:
                 object=str(agent),
                 hint=f"boot the guest with guestagent.console=vsock:{CONSOLE_PORT} to have one",
             )
-        for text in texts:
-            place = _seen_from_here(parse_address(text), agent)
-            if place is not None:
-                return place
+        for console in map(parse_address, texts):
+            if isinstance(console, UnixAddress) and isinstance(agent, UnixAddress):
+                return console
+            if isinstance(console, VsockAddress):
+                seen_from_here = console_address(agent, console.port)
+                if seen_from_here is not None:
+                    return seen_from_here
         raise CallError(
             "not_found",
             "the console cannot be reached from here",
             object=str(agent),
             hint=f"it is at {', '.join(texts)}; --line takes a serial line's host side",
         )
-
-
-def _seen_from_here(console: Address, agent: Address) -> Address | None:
-    """Turn an address that the agent listens on into the one to dial."""
-    if isinstance(console, UnixAddress):
-        return console if isinstance(agent, UnixAddress) else None
-    if isinstance(console, VsockAddress):
-        return console_address(agent, console.port)
-    return None
