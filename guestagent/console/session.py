@@ -165,22 +165,20 @@ class Session:
         channel = self.channel
         channel.enter(EDITING)
         while True:
-            end = self._pending.find(b"\n")
-            if end < 0 and not channel.has_ended:
-                if len(self._pending) > _MAX_SCRIPT_LINE_BYTES:
-                    raise CallError("resource", f"a line of over {_MAX_SCRIPT_LINE_BYTES} bytes")
-                self._more_input()
-                continue
-            # what came before the end of input may still be on its way through the lock
-            self._pending += channel.poll_input()
-            end = self._pending.find(b"\n")
-            if end < 0 and not self._pending:
-                return
-            end = len(self._pending) if end < 0 else end
-            line = bytes(self._pending[:end])
-            del self._pending[: end + 1]
+            line, newline, _ = bytes(self._pending).partition(b"\n")
             if len(line) > _MAX_SCRIPT_LINE_BYTES:
                 raise CallError("resource", f"a line of over {_MAX_SCRIPT_LINE_BYTES} bytes")
+            if not newline and not channel.has_ended:
+                self._more_input()
+                continue
+            # what came before the end of input may have come since the last look
+            late = channel.poll_input()
+            if late:
+                self._pending += late
+                continue
+            if not newline and not line:
+                return
+            del self._pending[: len(line) + len(newline)]
             self._execute(os.fsdecode(line).rstrip("\r"))
             channel.enter(EDITING)
 
