@@ -21,7 +21,7 @@ from pathlib import Path
 
 from guestagent.api import LayerReport, LayerSpec, OverlaySpec
 from guestagent.host.client import GuestAgent
-from guestagent.host.ctl.style import table
+from guestagent.host.ctl.style import plain, table, words_of
 from guestagent.storage.verity import VerityTerms
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import cached_kernel
@@ -222,7 +222,8 @@ def _read_tree(root: Path) -> Tree:
 def _drive(guest: GuestAgent, layers: Layers, expected: Tree) -> None:
     hello = guest.hello
     print(f"  agent {hello.agent} on Linux {hello.kernel}, protocol version {hello.version}")
-    print(f"  boot {dict(hello.boot)}")
+    for name, value in hello.boot.items():
+        print(f"  {name:20} {words_of(value)}")
     reports = [guest.layer_mount(_spec(layer)) for layer in layers.good]
     for report in reports:
         _check_stack(report)
@@ -261,7 +262,8 @@ def _compare(seen: Tree, expected: Tree) -> None:
     different = [path for path in expected if seen.get(path) != expected[path]]
     different += [path for path in seen if path not in expected]
     for path in different[:10]:
-        print(f"  {path!r}: expected {expected.get(path)}, guest has {seen.get(path)}")
+        wanted, found = words_of(expected.get(path)), words_of(seen.get(path))
+        print(f"  {plain(path)}: expected {wanted}, guest has {found}")
     _require(not different, f"{len(different)} entries differ between the sources and the guest")
     files = sum(kind == "f" for kind, _ in expected.values())
     print(f"  all {len(expected)} entries, {files} files among them, are what the sources say")

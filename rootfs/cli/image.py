@@ -4,6 +4,7 @@ import click
 
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
+from guestagent.host.ctl.style import words_of
 from rootfs.cli.pack import pack
 from rootfs.image.images import FILESYSTEMS, ImageResult, build_image, build_layers
 from rootfs.image.source import FORMATS
@@ -17,7 +18,7 @@ _WHITEOUTS = tuple(each.value for each in Whiteouts if each is not Whiteouts.APP
 
 
 @click.command("build")
-@click.argument("source")
+@click.argument("source", type=click.Path(allow_dash=True))
 @click.argument("output", type=click.Path())
 @click.option("--filesystem", type=click.Choice(FILESYSTEMS), default="erofs", show_default=True)
 @click.option("--compression", metavar="NAME", help="lz4hc, zstd...; default: none.")
@@ -107,7 +108,7 @@ def build_command(
         return
     for each in facts:
         width = max(map(len, each))
-        click.echo("\n".join(f"{name:{width}}  {value}" for name, value in each.items()))
+        click.echo("\n".join(f"{name:{width}}  {words_of(value)}" for name, value in each.items()))
 
 
 def _write_sidecar(result: ImageResult) -> None:

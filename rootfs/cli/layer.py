@@ -16,6 +16,7 @@ import click
 from guestagent.host.ctl.layer import hex_bytes
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
+from guestagent.host.ctl.style import words_of
 from guestagent.storage.verity import DIGEST_BYTES, FieldError, VerityParameters, VerityTerms
 from rootfs.cli.sign import COMMANDS
 from rootfs.imagefile.errors import from_os_error
@@ -172,8 +173,7 @@ def _show(facts: dict[str, object], as_json: bool) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        shown = value.hex() or "-" if isinstance(value, bytes) else value
-        click.echo(f"{name:{width}}  {shown}")
+        click.echo(f"{name:{width}}  {words_of(value)}")
 
 
 @click.command("verify")

@@ -62,7 +62,7 @@ def create_command(*, image: Path, dax: bool, as_json: bool) -> None:
 
 
 @pack.command("build")
-@click.argument("source")
+@click.argument("source", type=click.Path(allow_dash=True))
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option("--dax", is_flag=True, help="Align layers to 2 MiB, for huge pages.")
 @click.option("--no-verity", is_flag=True, help="Build the layers without hash trees.")

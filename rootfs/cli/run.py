@@ -55,7 +55,7 @@ _CONSOLE = "guestagent.console=vsock:1025 guestagent.console_shell=1"
 
 
 @click.command("run")
-@click.argument("image")
+@click.argument("image", type=click.Path())
 @click.option("--vmm", type=click.Choice(VMMS), default="qemu", show_default=True)
 @click.option("--shell", is_flag=True, help="Open the debug console of the machine here.")
 @click.option("--keep", is_flag=True, help="Leave the machine up until Ctrl-C.")

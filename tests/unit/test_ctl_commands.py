@@ -21,6 +21,7 @@ from guestagent.host.ctl.main import collect
 from guestagent.host.ctl.man import pages
 from tests.beds.handlebed import WAIT_SECONDS, Agent
 from vsock.errors import CallError
+from vsock.server import Call
 
 GUESTCTL = Path(sys.executable).parent / "guestctl"
 COMMAND = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]
@@ -69,6 +70,31 @@ def fill(agent: Agent, layers: int) -> None:
     agent.overlays = {"root": tuple(agent.layers)}
     for _ in range(6):
         agent.publish("layer_mounted")
+
+
+def test_hello_has_words_and_no_python(
+    agent: Agent, ctl: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot = {"pid1": True, "console": [], "log": ["a", "b"], "more": {"x": None}, "ms": 1.5}
+    reply = {"version": 1, "agent": "0", "kernel": "6", "features": ["f"], "limits": {"n": 4}}
+    monkeypatch.setattr(
+        agent, "agent_hello", lambda call: said_hello(call, {**reply, "boot": boot})
+    )
+    rows = dict(line.split(maxsplit=1) for line in ctl("hello").stdout.splitlines()[1:])
+    assert rows == {
+        "features": "f",
+        "pid1": "yes",
+        "console": "-",
+        "log": "a b",
+        "more": "x=-",
+        "ms": "1.5",
+        "n": "4",
+    }
+
+
+def said_hello(call: Call, reply: object) -> object:
+    call.connection.said_hello = True
+    return reply
 
 
 def test_status_says_it_all(agent: Agent, ctl: Callable[..., Result]) -> None:
@@ -559,6 +585,7 @@ def test_bash_completes_commands_layers_and_profiles(agent: Agent, tmp_path: Pat
             eval "$(guestctl completion bash)"
             for COMP_LINE; do
                 COMP_POINT=${{#COMP_LINE}}
+                compopt() {{ [[ $2 == default ]] && COMPREPLY+=("(file)"); }}
                 _guestctl_completion guestctl
                 echo "${{COMPREPLY[@]}}"
             done
@@ -567,16 +594,22 @@ def test_bash_completes_commands_layers_and_profiles(agent: Agent, tmp_path: Pat
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return [line.split() for line in done.stdout.splitlines()]
 
-    commands, found, every, kinds = completed(
+    commands, found, every, kinds, places, *files = completed(
         "guestctl sta",
         f"guestctl --connect {agent.address} layer get a",
         f"guestctl --connect {agent.address} layer get ",
         "guestctl events --kind layer_c",
+        f"guestctl --connect {agent.address} fs ls layer:a",
+        "guestctl run ",
+        "guestctl layer build ",
+        "guestctl pack build ",
     )
     assert "status" in commands
     assert found == ["alpha"]
     assert every == ["alpha", "beta"]
     assert kinds == ["layer_corrupted"]
+    assert places == ["alpha"]  # bash replaces what is behind the colon
+    assert [words[0] for words in files] == ["(file)"] * 3
 
 
 def test_completion_of_nobody_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from guestagent.host.ctl.fs import fs, printable
 from guestagent.host.ctl.main import guestctl
+from guestagent.host.ctl.style import natural_key
 from tests.beds.inspectbed import serving
 
 Run = Callable[..., Result]
@@ -95,6 +98,29 @@ def test_devices(run: Run) -> None:
     result = run("devices")
     assert result.exit_code == 0, result.output
     assert isinstance(json.loads(run("devices", as_json=True).output), list)
+
+
+@pytest.mark.parametrize("words", ["ls layer:base", "find layer:base", "tar layer:base"])
+def test_a_reader_that_has_enough_ends_the_command_quietly(
+    tmp_path: Path, tree: Path, words: str
+) -> None:
+    for number in range(5000):
+        (tree / f"file{number:0100}").touch()
+    program = "from guestagent.host.ctl import main; main()"
+    with serving(tmp_path / "agent.sock", {"base": tree}, {}) as bed:
+        command = [sys.executable, "-c", program, "--connect", bed.address, "fs", *words.split()]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        with process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.read(10)
+            process.stdout.close()
+            assert process.stderr.read() == b""
+
+
+def test_devices_are_sorted_as_numbers() -> None:
+    nodes = ["/dev/dm-10", "/dev/dm-2", "/dev/sda", "/dev/dm-1"]
+    assert sorted(nodes, key=natural_key) == ["/dev/dm-1", "/dev/dm-2", "/dev/dm-10", "/dev/sda"]
 
 
 def test_what_goes_wrong_is_told(run: Run) -> None:

@@ -9,8 +9,8 @@ from guestagent.api.request import Empty
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.log import describe_line
 from guestagent.host.ctl.profiles import Profiles, complete_profiles, resolve
-from guestagent.host.ctl.session import Session, emit, pass_session
-from guestagent.host.ctl.style import plain, table
+from guestagent.host.ctl.session import Session, cannot_write, emit, pass_session
+from guestagent.host.ctl.style import plain, table, words_of
 from vsock.address import parse_address
 from vsock.errors import CallError
 
@@ -23,13 +23,13 @@ def hello(session: Session) -> None:
     """Print the versions of agent and kernel, and what they can do."""
     with session.agent() as guest:
         reply = guest.hello
+    facts = {"features": reply.features, **reply.boot, **reply.limits}
     session.show(
         reply,
         lambda: "\n".join(
             (
                 f"agent {reply.agent} on Linux {reply.kernel}, protocol version {reply.version}",
-                f"  features  {' '.join(reply.features)}",
-                *(f"  {name:20} {value}" for name, value in reply.boot.items()),
+                *(f"  {name:20} {words_of(value)}" for name, value in facts.items()),
             )
         ),
     )
@@ -98,8 +98,7 @@ def _keep(profiles: Profiles) -> None:
     try:
         profiles.save()
     except OSError as problem:
-        text = f"cannot write {str(profiles.path)!r}: {problem.strerror}"
-        raise CallError("denied", text, errno=problem.errno, object=str(profiles.path)) from problem
+        raise cannot_write(problem, str(profiles.path)) from problem
 
 
 def _list(session: Session, profiles: Profiles) -> None:

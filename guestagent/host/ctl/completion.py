@@ -9,7 +9,14 @@ from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.profiles import resolve
 from vsock.errors import RpcError
 
-__all__ = ("SHELLS", "complete_devices", "complete_layers", "complete_overlays", "completion")
+__all__ = (
+    "SHELLS",
+    "complete_devices",
+    "complete_layers",
+    "complete_overlays",
+    "complete_places",
+    "completion",
+)
 
 SHELLS = ("bash", "zsh", "fish")
 _VARIABLE = "_GUESTCTL_COMPLETE"
@@ -92,4 +99,10 @@ def _address(context: click.Context) -> str | None:
 
 complete_layers = _completer(lambda guest: (layer.layer_id for layer in guest.layer_list()))
 complete_overlays = _completer(lambda guest: (one.overlay_id for one in guest.overlay_list()))
+complete_places = _completer(
+    lambda guest: (
+        *(f"layer:{layer.layer_id}" for layer in guest.layer_list()),
+        *(f"overlay:{one.overlay_id}" for one in guest.overlay_list()),
+    )
+)
 complete_devices = _completer(lambda guest: (device.name for device in guest.dm_list().devices))

@@ -1,7 +1,6 @@
 """``guestctl fs``: look into layers, overlays and devices of a guest; nothing is changed."""
 
 import codecs
-import json
 import os
 import stat
 import sys
@@ -14,9 +13,11 @@ from typing import BinaryIO, TypedDict
 import click
 
 from guestagent.api.inspect import CHECKSUM_ALGORITHMS, ENTRY_TYPES, Checksum, DirectoryEntry
+from guestagent.host.ctl.completion import complete_places
 from guestagent.host.ctl.progress import progress_bar
-from guestagent.host.ctl.session import Session, pass_session
-from guestagent.host.ctl.style import table
+from guestagent.host.ctl.session import Session, cannot_write, emit, pass_session
+from guestagent.host.ctl.style import natural_key, table
+from guestagent.host.ctl.style import plain as escaped
 from vsock.record import Record
 
 __all__ = ("fs",)
@@ -41,7 +42,9 @@ def _place(text: str) -> Where:
     raise click.BadParameter(f"{text!r}: expected layer:ID or overlay:ID")
 
 
-place_argument = click.argument("place", type=_place, metavar="PLACE")
+place_argument = click.argument(
+    "place", type=_place, metavar="PLACE", shell_complete=complete_places
+)
 path_argument = click.argument("path", type=os.fsencode)
 directory_argument = click.argument("path", type=os.fsencode, default="/")
 algorithm_option = click.option(
@@ -248,7 +251,7 @@ def devices(session: Session) -> None:
             filesystems.get(info.node, "unknown"),
             printable((info.serial or "").encode()),
         )
-        for info in sorted(found, key=lambda info: info.node)
+        for info in sorted(found, key=lambda info: natural_key(info.node))
     ]
     header = ("DEVICE", "DEV", "KIND", "SIZE", "ACCESS", "CONTENT", "SERIAL")
     plain = [info.to_wire() | {"content": filesystems.get(info.node)} for info in found]
@@ -256,9 +259,8 @@ def devices(session: Session) -> None:
 
 
 def printable(name: bytes) -> str:
-    """Return a name for a terminal: what could move its cursor or change its state is escaped."""
-    text = name.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Return a name for a terminal, with control characters and what is no UTF-8 escaped."""
+    return escaped(name.decode("utf-8", "backslashreplace"))
 
 
 def _without_controls(text: str) -> str:
@@ -298,7 +300,7 @@ def _plain(entry: object) -> dict[str, object]:
 
 def _emit(session: Session, value: object, lines: Iterable[str]) -> None:
     if session.as_json:
-        click.echo(json.dumps(value, indent=2))
+        emit(value)
         return
     for line in lines:
         click.echo(line)
@@ -306,13 +308,15 @@ def _emit(session: Session, value: object, lines: Iterable[str]) -> None:
 
 @contextmanager
 def _writing(output: str) -> "Iterator[Path | BinaryIO]":
-    """Say where to write, and whose fault it is when that fails."""
+    """Yield the target to write to; an error of writing to it names it."""
     if output == _STDOUT and sys.stdout.isatty():
         raise click.UsageError("refusing to write binary data to a terminal: name a file")
     try:
         yield sys.stdout.buffer if output == _STDOUT else Path(output)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise click.ClickException(f"cannot write {output!r}: {error.strerror}") from error
+        raise cannot_write(error, output) from error
 
 
 def _done(session: Session, output: str, reply: Record, text: str) -> None:

@@ -13,8 +13,7 @@ from pathlib import Path
 import click
 
 from guestagent import __version__
-from guestagent.host.ctl.session import Session, pass_session
-from vsock.errors import CallError
+from guestagent.host.ctl.session import Session, cannot_write, pass_session
 
 __all__ = ("man", "pages")
 
@@ -41,8 +40,7 @@ def man(session: Session, output: Path) -> None:
             (output / name).write_text(text)
             written.append(str(output / name))
     except OSError as error:
-        text = f"cannot write {error.filename!r}: {error.strerror}"
-        raise CallError("denied", text, errno=error.errno, object=error.filename) from error
+        raise cannot_write(error, error.filename or str(output)) from error
     session.say(written, f"{len(written)} pages in {output}: man -l {output}/{_NAME}.1")
 
 

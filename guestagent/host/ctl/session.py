@@ -3,6 +3,7 @@
 Exit status: 0 success, 1 with a message on the standard error (or as JSON), 2 wrong usage.
 """
 
+import errno
 import json
 import os
 import select
@@ -26,6 +27,7 @@ from vsock.threads import Waker
 
 __all__ = (
     "Session",
+    "cannot_write",
     "emit",
     "fail",
     "noted_interrupt",
@@ -115,6 +117,13 @@ class Session:
             click.echo(text)
 
 
+def cannot_write(error: OSError, path: str) -> CallError:
+    """Return the error of a file on this host that could not be written."""
+    code = "resource" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "denied"
+    text = f"cannot write {path!r}: {error.strerror}"
+    return CallError(code, text, errno=error.errno, step="write", object=path)
+
+
 def emit(value: object, *, is_line: bool = False) -> None:
     """Print a value as JSON, bytes as hexadecimal; ``is_line`` for one line of many."""
     click.echo(json.dumps(value, default=_json, indent=None if is_line else 2))
@@ -136,6 +145,8 @@ def pass_session(function: Callable[Concatenate[Session, P], R]) -> Callable[P, 
             hint = _unreachable(session.address)
             lost = CallError("device", str(error), step="talk to the agent", hint=hint)
             fail(lost, as_json=session.as_json)
+        except BrokenPipeError:  # the reader of our output has gone; click ends the program quietly
+            raise
         except (RpcError, OSError) as error:
             broken = CallError("internal", f"cannot talk to the agent: {error}")
             fail(broken, as_json=session.as_json)

@@ -4,10 +4,11 @@ Tables are not by rich.table: it cuts cells at their end, and names of dm device
 """
 
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -17,12 +18,14 @@ __all__ = (
     "has_colour",
     "human_bytes",
     "human_seconds",
+    "natural_key",
     "paint",
     "plain",
     "table",
     "terminal_columns",
     "tint",
     "width_of",
+    "words_of",
 )
 
 #: Word for a state -> its colour in every table.
@@ -38,6 +41,7 @@ _COLOURS = {
     "error": "red",
 }
 _BAD_ENDINGS = ("_failed", "_corrupted", "_lost")
+_PARTS = re.compile(r"[0-9]+|[^0-9]+")
 _GAP = 2
 #: No column is shortened below this width.
 _LEAST_COLUMNS = 9
@@ -70,6 +74,24 @@ def tint(word: str) -> str | None:
 def plain(text: str) -> str:
     """Return text for a terminal, with control and other unprintable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def words_of(value: object) -> str:
+    """Return a plain value in words: yes or no, hexadecimal for bytes, ``-`` for none."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, bytes):
+        return value.hex() or "-"
+    if isinstance(value, Mapping):
+        return " ".join(f"{plain(str(key))}={words_of(each)}" for key, each in value.items()) or "-"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(words_of, value)) or "-"
+    return "-" if value in (None, "") else plain(str(value))
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a sort key by which dm-2 comes before dm-10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in _PARTS.findall(name)]
 
 
 def human_bytes(size_bytes: int) -> str:
