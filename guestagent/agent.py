@@ -19,7 +19,7 @@ from guestagent.engine.state import Rules
 from guestagent.listeners import HeldSockets, Listeners
 from guestagent.observe.crashes import CrashReports
 from guestagent.observe.observers import Observers
-from guestagent.service.dispatch import QUICK_METHODS, Service
+from guestagent.service.dispatch import QUICK_METHODS, URGENT_METHODS, Service
 from guestagent.storage.syscalls import bound_malloc
 from vsock.address import Address, parse_address
 from vsock.deadline import Deadline
@@ -27,6 +27,7 @@ from vsock.dial import dial, listen
 from vsock.errors import CallError, RpcError
 from vsock.log import log
 from vsock.retry import retry
+from vsock.rpc import Limits
 from vsock.server import Server
 from vsock.stream import Listener, Stream
 from vsock.threads import start_thread
@@ -130,10 +131,18 @@ def _live(
             on_shutdown=life.end,
             observers=observers,
         )
-        server = Server(service.handle, quick=QUICK_METHODS, report=_report)
+        server = Server(
+            service.handle,
+            limits=Limits(max_deadline_ms=config.max_deadline_seconds * 1000),
+            quick=QUICK_METHODS,
+            urgent=URGENT_METHODS,
+            report=_report,
+        )
         service.attach(server)
         life.attach(server)
-        listen_on = listen if sockets is None else sockets.listen
+        listen_on = partial(
+            _listen_for, config.vsock_peers, listen if sockets is None else sockets.listen
+        )
         listeners = Listeners(config.listen, server.add_listener, listen_on)
         observers.add_problems(listeners.problems)
         listeners.start()
@@ -159,6 +168,15 @@ def _live(
         observers.close()
         engine.close()
     return _STATUS_OF_MODE[life.mode]
+
+
+def _listen_for(
+    cids: tuple[int, ...], listen_on: Callable[[Address], Listener], address: Address
+) -> Listener:
+    """Listen on ``address`` for AF_VSOCK peers with ``cids``."""
+    listener = listen_on(address)
+    listener.allowed_cids = frozenset(cids)
+    return listener
 
 
 def _start_console(

@@ -49,6 +49,8 @@ class Config(Record):
     state_directory: str = "/run/guestagent"
     require_verity: bool = False
     deadline_seconds: int = 60
+    max_deadline_seconds: int = 600
+    vsock_peers: tuple[int, ...] = (2,)  # VMADDR_CID_HOST
     modules: tuple[str, ...] = ()
     fault: str = ""
     rcu_expedited: bool = True
@@ -142,6 +144,13 @@ def _directory(text: str) -> str:
     if not text.startswith("/") or "//" in text or "/.." in text or len(text) > 1024:
         raise ValueError(f"expected a plain absolute path, got {text!r}")
     return text.rstrip("/") or "/"
+
+
+def _cids(text: str) -> tuple[int, ...]:
+    from vsock.address import VMADDR_CID_ANY, VsockAddress, parse_cid
+
+    cids = [VsockAddress(cid=parse_cid(word), port=0).cid for word in _words(text)]
+    return tuple(VMADDR_CID_ANY if cid is None else cid for cid in cids)
 
 
 def _seconds(text: str) -> int:
@@ -263,6 +272,19 @@ KEYS: tuple[Key, ...] = (
         field="deadline_seconds",
         read=_seconds,
         summary="seconds that a request may take when it names no deadline_ms",
+    ),
+    Key(
+        name="max_deadline",
+        field="max_deadline_seconds",
+        read=_seconds,
+        summary="seconds of the longest deadline_ms that a request may name",
+    ),
+    Key(
+        name="vsock_peers",
+        field="vsock_peers",
+        read=_cids,
+        summary="CIDs that may connect over vsock, separated by commas: host, local, numbers, any",
+        guards_security=True,
     ),
     Key(
         name="modules",

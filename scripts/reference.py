@@ -65,7 +65,7 @@ def settings() -> str:
     defaults = Config()
     for key in KEYS:
         value = getattr(defaults, key.field)
-        shown = ",".join(value) if isinstance(value, tuple) else value
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         shown = {True: "1", False: "0"}.get(shown, shown) if isinstance(shown, bool) else shown
         guard = "; a wrong value stops the boot" if key.guards_security else ""
         default = f"`{shown}`" if shown != "" else ""

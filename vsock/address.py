@@ -17,6 +17,7 @@ __all__ = (
     "UnixAddress",
     "VsockAddress",
     "parse_address",
+    "parse_cid",
 )
 
 # include/uapi/linux/vm_sockets.h
@@ -118,7 +119,7 @@ def parse_address(text: str) -> Address:
             return SerialAddress(path=rest)
         if separator and scheme == "vsock":
             cid, port = _split_port(rest)
-            return VsockAddress(cid=_parse_cid(cid), port=port)
+            return VsockAddress(cid=parse_cid(cid), port=port)
         if separator and scheme == "hybrid":
             path, port = _split_port(rest)
             return HybridAddress(path=path, port=port)
@@ -134,7 +135,12 @@ def _split_port(text: str) -> tuple[str, int]:
     return head, _parse_number(port, "port")
 
 
-def _parse_cid(text: str) -> int | None:
+def parse_cid(text: str) -> int | None:
+    """Read a CID: a number, ``host``, ``local``, or ``any``, which is None.
+
+    Raises:
+        ValueError: the text is none of these.
+    """
     return _CID_NAMES[text] if text in _CID_NAMES else _parse_number(text, "CID")
 
 

@@ -9,17 +9,23 @@ from collections.abc import Callable
 
 __all__ = ("Loop", "Timer")
 
+#: Fewer cancelled timers than this are not worth a look.
+_FEW_TIMERS = 64
+
 
 class Timer:
     """A call to come. ``cancel`` is idempotent, and harmless after the call."""
 
-    __slots__ = ("_call",)
+    __slots__ = ("_call", "_on_cancel")
 
-    def __init__(self, call: Callable[[], None]) -> None:
+    def __init__(self, call: Callable[[], None], on_cancel: Callable[[], None]) -> None:
         self._call: Callable[[], None] | None = call
+        self._on_cancel = on_cancel
 
     def cancel(self) -> None:
-        self._call = None
+        if self._call is not None:
+            self._call = None
+            self._on_cancel()
 
     @property
     def cancelled(self) -> bool:
@@ -39,6 +45,7 @@ class Loop:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._fresh: set[int] = set()
         self._timers: list[tuple[float, int, Timer]] = []
+        self._cancelled = 0  # of these, at most
         self._sequence = itertools.count()
 
     def add(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
@@ -57,7 +64,7 @@ class Loop:
         self._epoll.unregister(fd)
 
     def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
-        timer = Timer(call)
+        timer = Timer(call, self._timer_cancelled)
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._sequence), timer))
         return timer
 
@@ -75,6 +82,14 @@ class Loop:
 
     def close(self) -> None:
         self._epoll.close()
+
+    def _timer_cancelled(self) -> None:
+        """Drop cancelled timers once they are more than the others, so that none pile up."""
+        self._cancelled += 1
+        if self._cancelled > _FEW_TIMERS and 2 * self._cancelled > len(self._timers):
+            self._timers = [entry for entry in self._timers if not entry[2].cancelled]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
 
     def _timeout(self) -> float | None:
         while self._timers and self._timers[0][2].cancelled:

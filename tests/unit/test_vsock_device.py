@@ -460,15 +460,37 @@ class TestHostileGuest:
         assert list(tx.take_used()) == [(0, 0)]
         device.dial_guest(guest, 52)
 
-    def test_resets_that_nobody_takes_are_bounded(self, device):
+    def test_packets_stay_in_the_ring_while_resets_wait_for_buffers(self, device):
         guest = device.front_end(boot=False).boot(post=0)
+        taken = 0
         for _ in range(100):
-            for _ in range(SIZE):
+            for _ in range(SIZE // 2):
                 guest.transmit(Header(CID, 2, 7, 8, op=OP_RW))
             device.turn()
-        assert len(device.device._switchboard._outbox._resets) <= 4096
-        guest.post(2)
-        assert guest.ops() == [OP_RST, OP_RST]
+            used = len(list(guest.rings[TX].take_used()))
+            taken += used
+            if used < SIZE // 2:
+                break
+        assert len(device.device._switchboard._outbox._resets) == taken == 1024
+        left = SIZE // 2 - used
+        answered = 0
+        guest.post(16)
+        while answered < taken + left:
+            ops = guest.ops()
+            assert ops == [OP_RST] * len(ops) != []
+            answered += len(ops)
+
+    def test_connections_that_end_unheard_leave_nothing(self, device):
+        device.listen(1234)
+        guest = device.front_end(boot=False).boot(post=0)
+        switchboard, loop = device.device._switchboard, device.device._loop
+        for port in range(2000):
+            guest.say(OP_REQUEST, 10_000 + port, 1234)
+            guest.say(OP_RST, 10_000 + port, 1234)
+        assert len(switchboard) == 0
+        outbox = switchboard._outbox
+        assert (len(outbox._controls), len(outbox._ready), len(outbox._resets)) == (0, 0, 0)
+        assert len(loop._timers) < 200
 
     def break_ring(self, guest: FrontEnd, index: int, how: str) -> None:
         ring = guest.rings[index]

@@ -27,9 +27,9 @@ class Limits:
 
 
 class Line(Connection):
-    """A connection with the host's end of it, and its places in the queues."""
+    """A connection with the host's end of it."""
 
-    __slots__ = ("deadline", "queued_control", "queued_data", "stream")
+    __slots__ = ("deadline", "stream")
 
     def __init__(
         self,
@@ -45,5 +45,3 @@ class Line(Connection):
         )
         self.stream = stream
         self.deadline: Timer | None = None
-        self.queued_control = False
-        self.queued_data = False

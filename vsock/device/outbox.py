@@ -5,7 +5,6 @@ something to say, connections whose host peer has sent data. Data itself is neve
 stays in the Unix socket until there are buffers and credit for it.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable
 
@@ -26,13 +25,11 @@ from vsock.device.virtqueue import Chain, Virtqueue, VirtqueueError
 
 __all__ = ("Outbox",)
 
-_log = logging.getLogger(__name__)
-
 #: Buffers of the guest filled by one read: 64 KiB with the 4 KiB buffers that Linux posts.
 _BURST_CHAINS = 16
 _TURNS = 64
-#: Answers to packets of no connection that may wait for the guest to post buffers.
-_MAX_RESETS = 4096
+#: With so many resets that wait for the guest to post buffers, its packets are left unread.
+_MAX_RESETS = 1024
 
 
 class Outbox:
@@ -44,29 +41,39 @@ class Outbox:
         self._cid = cid
         self._on_host_end = on_host_end
         self._resets: deque[Header] = deque()
-        self._controls: deque[Line] = deque()
-        self._ready: deque[Line] = deque()
+        # in the order of arrival; a connection that ends is taken out
+        self._controls: dict[Line, None] = {}
+        self._ready: dict[Line, None] = {}
+
+    @property
+    def is_full(self) -> bool:
+        """True when no more packets of the guest should be taken: each may need a reset."""
+        return len(self._resets) >= _MAX_RESETS
 
     def refuse(self, header: Header) -> None:
         """Answer a packet that belongs to no connection."""
         if header.op != OP_RST:
-            self._queue_reset(header.reset())
+            self._resets.append(header.reset())
 
     def reset(self, line: Line) -> None:
         """Tell the guest that a connection is no more; the line may be forgotten at once."""
-        self._queue_reset(line.header(OP_RST, cid=self._cid, host_cid=CID_HOST))
+        self._resets.append(line.header(OP_RST, cid=self._cid, host_cid=CID_HOST))
 
     def say(self, line: Line, op: int) -> None:
         """Send a packet without data."""
         line.say(op)
-        self._queue_control(line)
+        self._controls[line] = None
 
     def offer(self, line: Line) -> None:
         """Read from the host peer in its turn, if there is anything to read."""
         stream = line.stream
-        if stream is not None and stream.readable and not line.queued_data and not line.stalled:
-            line.queued_data = True
-            self._ready.append(line)
+        if stream is not None and stream.readable and not line.stalled:
+            self._ready[line] = None
+
+    def forget(self, line: Line) -> None:
+        """Say nothing more of a connection, but for a reset."""
+        self._controls.pop(line, None)
+        self._ready.pop(line, None)
 
     def forget_resets(self) -> None:
         """Drop answers that only a guest before this one would understand."""
@@ -92,16 +99,14 @@ class Outbox:
         if self._resets:
             self._put(queue, self._resets.popleft())
         elif self._controls:
-            line = self._controls.popleft()
-            line.queued_control = False
-            if line.state is not State.CLOSED and line.has_unsaid:
+            line = _pop_first(self._controls)
+            if line.has_unsaid:
                 op = line.next_unsaid()
                 self._put(queue, line.header(op, cid=self._cid, host_cid=CID_HOST))
                 if line.has_unsaid:
-                    self._queue_control(line)
+                    self._controls[line] = None
         else:
-            line = self._ready.popleft()
-            line.queued_data = False
+            line = _pop_first(self._ready)
             if line.state is State.ESTABLISHED:
                 self._move(queue, line)
 
@@ -147,16 +152,11 @@ class Outbox:
     def _has_work(self) -> bool:
         return bool(self._resets or self._controls or self._ready)
 
-    def _queue_reset(self, header: Header) -> None:
-        if len(self._resets) < _MAX_RESETS:
-            self._resets.append(header)
-        else:
-            _log.debug("reset dropped: the guest posts no buffers")
 
-    def _queue_control(self, line: Line) -> None:
-        if not line.queued_control:
-            line.queued_control = True
-            self._controls.append(line)
+def _pop_first(queue: dict[Line, None]) -> Line:
+    line = next(iter(queue))
+    del queue[line]
+    return line
 
 
 def _check_buffer(chain: Chain) -> None:

@@ -140,11 +140,16 @@ class Switchboard:
     def serve_tx(self, queue: Virtqueue) -> bool:
         """Take packets of the guest; True when more may wait.
 
+        While many answers wait for the guest to post buffers, its packets stay in the ring.
+
         Raises:
             VirtqueueError: the ring is broken.
         """
         queue.want_kicks(False)
         for _ in range(_TX_BUDGET):
+            if self._outbox.is_full:
+                queue.want_kicks(True)
+                return False
             if not (chains := queue.peek(1)):
                 queue.want_kicks(True)
                 return queue.pending() > 0
@@ -158,7 +163,9 @@ class Switchboard:
         Raises:
             VirtqueueError: the ring is broken.
         """
-        return self._outbox.serve(queue)
+        was_full = self._outbox.is_full
+        has_more = self._outbox.serve(queue)
+        return has_more or (was_full and not self._outbox.is_full)  # packets may be read again
 
     def _on_packet(self, views: list[memoryview]) -> None:
         header = Header.parse(views)
@@ -325,6 +332,7 @@ class Switchboard:
     def _hang_up(self, line: Line) -> None:
         """Forget a connection; the host peer still gets what the guest had sent to it."""
         self._table.remove(line)
+        self._outbox.forget(line)
         self._cancel_deadline(line)
         line.state = State.CLOSED
         stream, line.stream = line.stream, None
