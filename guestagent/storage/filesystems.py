@@ -139,9 +139,10 @@ _ROWS = (
         size=_ext4_size,
         kernel="2.6.28",
         modules=("ext4",),
-        # a journal that is replayed would be written to, or, where that cannot be, fail
-        layer_options=(("noload", None),),
-        scratch_options=(),
+        # a journal that is replayed would be written to, or, where that cannot be, fail; and an
+        # image that says errors=panic must not end the guest
+        layer_options=(("noload", None), ("errors", "remount-ro")),
+        scratch_options=(("errors", "remount-ro"),),
         has_dax=True,
         # discard is left to the mount, the journal to the default
         mkfs=("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1"),

@@ -9,6 +9,8 @@ from vsock.errors import CallError
 
 __all__ = ("make_filesystem",)
 
+#: The end of what a program says is kept: where it gives its reason.
+_SAID_BYTES = 1024
 _SEARCH = ("/usr/sbin", "/sbin", "/usr/bin", "/bin")
 
 
@@ -29,18 +31,39 @@ def make_filesystem(filesystem: str, node: str, deadline: Deadline) -> None:
             object=node,
             hint=f"build the guest with {program}, or hand in a formatted device",
         )
-    arguments = (program, *options, node)
-    child = os.posix_spawn(path, arguments, {"PATH": ":".join(_SEARCH)}, setsigmask=())
-    pid_fd = os.pidfd_open(child)
+    said = b""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
-        deadline.wait([pid_fd], f"{program} {node}")
+        child = os.posix_spawn(
+            path,
+            (program, *options, node),
+            {"PATH": ":".join(_SEARCH)},
+            file_actions=[(os.POSIX_SPAWN_DUP2, writer, 1), (os.POSIX_SPAWN_DUP2, writer, 2)],
+            setsigmask=(),
+        )
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    try:
+        while True:  # until the program has closed its end, by ending
+            deadline.wait([reader], f"{program} {node}")
+            piece = os.read(reader, _SAID_BYTES)
+            if not piece:
+                break
+            said = (said + piece)[-_SAID_BYTES:]
     except CallError:
         os.kill(child, signal.SIGKILL)
         raise
     finally:
-        os.close(pid_fd)
+        os.close(reader)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status != 0:
+        why = " ".join(said.decode("ascii", "replace").split())
         raise CallError(
-            "device", f"{program} {node} ended with {status}", step="format", object=node
+            "device",
+            f"{program} {node} ended with {status}: {why or 'it did not say why'}",
+            step="format",
+            object=node,
         )

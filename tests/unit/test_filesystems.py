@@ -146,8 +146,8 @@ def test_any_superblock_gives_a_size_or_a_refusal(head: bytes, filesystem: str) 
 def test_options() -> None:
     assert mount_options("erofs") == ()
     assert mount_options("squashfs") == ()
-    assert mount_options("ext4") == (("noload", None),)
-    assert mount_options("ext4", readonly=False) == ()
+    assert mount_options("ext4") == (("noload", None), ("errors", "remount-ro"))
+    assert mount_options("ext4", readonly=False) == (("errors", "remount-ro"),)
     assert mount_options("xfs", readonly=False) == (("nouuid", None),)
     assert mount_options("erofs", dax=True) == (("dax", "always"),)
     for filesystem, dax in (
