@@ -47,7 +47,7 @@ class Config(Record):
     log_dial: tuple[str, ...] = ()
     target_root: str = TARGET_ROOT
     state_directory: str = "/run/guestagent"
-    require_verity: bool = False
+    require_verity: str = "no"
     deadline_seconds: int = 60
     max_deadline_seconds: int = 600
     vsock_peers: tuple[int, ...] = (2,)  # VMADDR_CID_HOST
@@ -91,6 +91,15 @@ def _flag(text: str) -> bool:
     if text in ("0", "no", "off", "false"):
         return False
     raise ValueError(f"expected 1 or 0, got {text!r}")
+
+
+def _verity_rule(text: str) -> str:
+    if text == "full":
+        return text
+    try:
+        return "yes" if _flag(text) else "no"
+    except ValueError:
+        raise ValueError(f"expected 1, 0 or full, got {text!r}") from None
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -263,8 +272,9 @@ KEYS: tuple[Key, ...] = (
     Key(
         name="require_verity",
         field="require_verity",
-        read=_flag,
-        summary="refuse layers that are not verified",
+        read=_verity_rule,
+        summary="refuse layers that are not verified; full: refuse requests that leave a part of "
+        "what defines the hash tree to the superblock",
         guards_security=True,
     ),
     Key(
@@ -303,7 +313,9 @@ KEYS: tuple[Key, ...] = (
         name="layer",
         field="layers",
         read=_layer,
-        summary="mount at boot, topmost first: DEVICE,root=HEX[,offset=N,size=N][,id=ID][,fs=TYPE]",
+        summary="mount at boot, topmost first: DEVICE,root=HEX[,offset=N,size=N][,id=ID][,fs=TYPE]"
+        "[,salt=HEX,algorithm=NAME,hash_type=N,data_blocks=N,data_block_size=N,hash_block_size=N,"
+        "hash_offset=N]",
         guards_security=True,
         repeat=True,
     ),

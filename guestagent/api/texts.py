@@ -24,7 +24,10 @@ __all__ = (
 
 #: The id of the overlay that becomes the root, unless the text names another.
 ROOT_ID = "root"
-_LAYER_KEYS = ("id", "offset", "size", "root", "hash_offset", "fs", "preset", "target")
+#: What defines a hash tree; the root digest vouches for none of it.
+_TREE_NUMBERS = ("hash_type", "data_blocks", "data_block_size", "hash_block_size", "hash_offset")
+_VERITY_KEYS = ("salt", "algorithm", *_TREE_NUMBERS, "preset")
+_LAYER_KEYS = ("id", "offset", "size", "root", *_VERITY_KEYS, "fs", "target")
 
 
 class OverlayText(Record):
@@ -75,9 +78,10 @@ def scratch_from_text(text: str) -> Scratch:
 
 
 def layer_from_text(text: str, default_id: str) -> LayerSpec:
-    """Read DEVICE[,KEY=VALUE]... with the keys id, offset, size, root, hash_offset, fs, preset,
-    target. ``root`` is the digest in hexadecimal, or ``none`` for a layer that is not verified: an
-    absent root would be a guess.
+    """Read DEVICE[,KEY=VALUE]... with the keys id, offset, size, root, fs, preset, target, and for
+    the hash tree salt (``-`` is none), algorithm, hash_type, data_blocks, data_block_size,
+    hash_block_size, hash_offset. ``root`` is the digest in hexadecimal, or ``none`` for a layer
+    that is not verified: an absent root would be a guess.
 
     Raises:
         ValueError: a key is unknown, given twice, missing or malformed.
@@ -138,20 +142,32 @@ def _mapping(text: str, values: dict[str, str]) -> ByteRange | None:
 def _verity(text: str, values: dict[str, str]) -> Verity | None:
     root = values["root"]
     if root == "none":
-        for key in ("hash_offset", "preset"):
+        for key in _VERITY_KEYS:
             if key in values:
                 raise ValueError(f"layer {text!r}: {key} contradicts root=none")
         return None
-    try:
-        digest = bytes.fromhex(root)
-    except ValueError:
-        raise ValueError(f"layer {text!r}: root is no hexadecimal digest") from None
-    offset = values.get("hash_offset")
+    numbers = {name: _number(name, values[name]) for name in _TREE_NUMBERS if name in values}
+    salt = values.get("salt")
     return Verity(
-        root_digest=digest,
-        hash_offset_bytes=None if offset is None else _number("hash_offset", offset),
+        root_digest=_bytes(text, "root", root),
+        salt=None if salt is None else _bytes(text, "salt", salt.removeprefix("-")),
+        algorithm=values.get("algorithm"),
+        hash_type=numbers.get("hash_type"),
+        data_blocks=numbers.get("data_blocks"),
+        data_block_size=numbers.get("data_block_size"),
+        hash_block_size=numbers.get("hash_block_size"),
+        hash_offset_bytes=numbers.get("hash_offset"),
         preset=values.get("preset", "default"),
     )
+
+
+def _bytes(text: str, name: str, value: str) -> bytes:
+    try:
+        if not value.isalnum() and value:  # fromhex() takes spaces, too
+            raise ValueError(value)
+        return bytes.fromhex(value)
+    except ValueError:
+        raise ValueError(f"layer {text!r}: {name} is not hexadecimal") from None
 
 
 def _number(name: str, text: str) -> int:

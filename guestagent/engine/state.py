@@ -9,6 +9,7 @@ from guestagent.engine.plan import Version
 from guestagent.engine.transaction import Transaction
 from guestagent.storage.devicemapper.control import open_control
 from guestagent.storage.kmsg import KernelLog
+from vsock.errors import CallError
 from vsock.record import Record
 
 __all__ = ("EngineState", "Rules")
@@ -23,7 +24,9 @@ class Rules(Record):
     recovery use at most ``parallel`` threads."""
 
     target_root: str = "/run"
-    require_verity: bool = False
+    #: Which layers are refused: with "yes" those without verity, with "full" also those whose
+    #: request leaves a part of what defines the hash tree to the superblock; "no": none.
+    require_verity: str = "no"
     undo_seconds: float = 10.0
     parallel: int = 8
 
@@ -60,7 +63,7 @@ class EngineState:
         """Do the last of a clean-up, which is past failing; a failure shows in the status."""
         try:
             action(*arguments)
-        except OSError as error:
+        except (OSError, CallError) as error:
             self.inventory.note_problem(what, f"{what} could not be removed: {error}")
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from uuid import UUID
 
 import click
 
-from guestagent.host.ctl.layer import hex_bytes
+from guestagent.host.ctl.layer import hex_bytes, tree_fields, tree_options
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
 from guestagent.host.ctl.style import words_of
@@ -43,31 +43,12 @@ def _block_range(text: str) -> tuple[int, int | None]:
 
 def _place_options(command: Command) -> Command:
     """Add what says where the hash area is and what a superblock would say."""
-    for option in reversed(
-        (
-            click.option("--hash-file", type=click.Path(), help="The hash area is in this file."),
-            click.option("--hash-offset", type=int, metavar="BYTES", help="Where it starts."),
-            click.option(
-                "--no-superblock", is_flag=True, help="There is none: --salt, --data-blocks... say."
-            ),
-            click.option("--salt", type=hex_bytes, metavar="HEX", help="Salt; - is none."),
-            click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_BYTES))),
-            click.option("--hash-type", type=click.Choice(("0", "1"))),
-            click.option("--data-blocks", type=int),
-            click.option("--data-block-size", type=int, metavar="BYTES"),
-            click.option("--hash-block-size", type=int, metavar="BYTES"),
-        )
-    ):
-        command = option(command)
-    return command
+    help_text = "The hash area is in this file."
+    return click.option("--hash-file", type=click.Path(), help=help_text)(tree_options(command))
 
 
 def _terms(options: dict[str, object], root_digest: bytes | None = None) -> VerityTerms:
-    fields = dict(options)
-    fields["hash_offset_bytes"] = fields.pop("hash_offset")
-    fields["superblock"] = not fields.pop("no_superblock")
-    hash_type = fields["hash_type"]
-    fields["hash_type"] = None if hash_type is None else int(str(hash_type))
+    fields = tree_fields(options)
     try:
         return VerityTerms(root_digest=root_digest, **fields)  # type: ignore[arg-type]  # by click
     except FieldError as problem:

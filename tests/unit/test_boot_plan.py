@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import TmpfsScratch
+from guestagent.api import TmpfsScratch, Verity
+from guestagent.api.devices import VerityTerms
 from guestagent.boot.plan import plan_boot
 from vsock.errors import CallError
 
@@ -42,6 +43,33 @@ def test_one_layer_is_the_root_itself() -> None:
     assert plan is not None
     assert plan.overlay is None
     assert plan.root_target == "/run/layers/a"
+
+
+def test_a_layer_may_say_all_that_defines_its_hash_tree() -> None:
+    tree = "salt=0a0b,algorithm=sha256,hash_type=1,data_blocks=4,data_block_size=512"
+    plan = plan_boot((f"{layer('a')},{tree},hash_block_size=4096,hash_offset=0x1000",), None, ())
+    assert plan is not None
+    assert plan.layers[0].verity == Verity(
+        root_digest=bytes.fromhex(ROOT),
+        salt=b"\n\v",
+        algorithm="sha256",
+        hash_type=1,
+        data_blocks=4,
+        data_block_size=512,
+        hash_block_size=4096,
+        hash_offset_bytes=4096,
+    )
+    plan = plan_boot((f"{layer('a')},salt=-",), None, ())
+    assert plan is not None
+    assert plan.layers[0].verity == Verity(root_digest=bytes.fromhex(ROOT), salt=b"")
+
+
+def test_a_manifest_says_all_that_defines_a_hash_tree(tmp_path: Path) -> None:
+    plan = plan_boot((), None, (f"{manifest(tmp_path / 'm.json')},pmem:0",))
+    assert plan is not None
+    for spec in plan.layers:
+        assert spec.verity is not None
+        assert None not in [getattr(spec.verity, name) for name in VerityTerms._fields]
 
 
 def test_several_layers_are_overlaid_in_their_order() -> None:
@@ -84,6 +112,12 @@ def test_a_manifest_names_layers_with_all_that_verifies_them(tmp_path: Path) -> 
         ((layer("a"),), "root,layers=b", "'b', which is no layer"),
         ((layer("a"),), "root,layers=a+a", "a"),
         ((layer("a/b"),), None, "a/b"),
+        ((layer("a") + ",salt=xyz",), None, "salt is not hexadecimal"),
+        ((layer("a") + ",salt=a b",), None, "salt is not hexadecimal"),
+        ((layer("a") + ",hash_type=2",), None, "hash_type"),
+        ((layer("a") + ",data_block_size=8192",), None, "data_block_size"),
+        ((layer("a") + ",algorithm=md5",), None, "algorithm"),
+        ((layer("a").replace(ROOT, "none") + ",salt=",), None, "salt contradicts root=none"),
         ((layer("a").replace(ROOT, "abcd"),), None, "2 bytes"),
         ((layer("a", "pmem:x"),), None, "'x' is no number"),
         ((layer("a", "pmem:1_0"),), None, "'1_0' is no number"),

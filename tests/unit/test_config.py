@@ -70,8 +70,9 @@ def test_every_key_names_a_field() -> None:
         ("port=7", "listen", ("vsock://any:7",)),
         ("listen=unix:///run/a,vsock://any:9", "listen", ("unix:///run/a", "vsock://any:9")),
         ("dial=2:1024", "dial", ("vsock://2:1024",)),
-        ("require_verity", "require_verity", True),
-        ("require-verity=0", "require_verity", False),
+        ("require_verity", "require_verity", "yes"),
+        ("require-verity=0", "require_verity", "no"),
+        ("require_verity=full", "require_verity", "full"),
         ("target_root=/run/", "target_root", "/run"),
         ("deadline=5", "deadline_seconds", 5),
         ("modules=/a.ko,/b.ko", "modules", ("/a.ko", "/b.ko")),
@@ -97,7 +98,7 @@ def test_layers_gather_and_others_replace() -> None:
 def test_a_guarding_setting_cannot_be_turned_by_a_second_one() -> None:
     config, problems = read_settings(settings("require_verity=1", "require_verity=0"))
     assert [problem.fatal for problem in problems] == [True]
-    assert config.require_verity is True
+    assert config.require_verity == "yes"
     assert read_settings(settings("require_verity=1", "require_verity"))[1] == ()
 
 

@@ -236,7 +236,7 @@ FAILURES = {
     "no directory for /sys": ("bare", None, (), "'/sys'"),
     "a link for /run": ("linked", None, (), "'/run'"),
     "a fault": ("base", None, ("guestagent.fault=mount:EIO",), "not made for tests"),
-    "malformed": ("base", "xyz", (), "root is no hexadecimal digest"),
+    "malformed": ("base", "xyz", (), "root is not hexadecimal"),
     "contradictory": ("base", None, ("guestagent.init=/", "guestagent.init=/a"), "given twice"),
 }
 

@@ -1,11 +1,13 @@
 """``guestctl layer``: mount, unmount, list, show and read layers."""
 
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 import click
 
 from guestagent.api import ByteRange, LayerReport, LayerSpec, Verity
-from guestagent.api.devices import VERITY_PRESETS, Device
+from guestagent.api.devices import DIGEST_BYTES, VERITY_PRESETS, Device
 from guestagent.api.layers import MOUNT_OPTIONS, LayerListReply
 from guestagent.api.texts import device_from_text
 from guestagent.host.client.methods import STREAM_DEADLINE_MS
@@ -14,7 +16,9 @@ from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import Session, pass_session
 from guestagent.host.ctl.style import human_bytes, paint, table, tint
 
-__all__ = ("describe_layer", "hex_bytes", "layer", "parse_device")
+__all__ = ("describe_layer", "hex_bytes", "layer", "parse_device", "tree_fields", "tree_options")
+
+Command = TypeVar("Command", bound=Callable[..., None])
 
 _SHOWN_BLOCKS = 100
 
@@ -45,6 +49,36 @@ def hex_bytes(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
+def tree_options(command: Command) -> Command:
+    """Add the options that define a hash tree beside its root digest; see ``tree_fields``."""
+    for option in reversed(
+        (
+            click.option("--hash-offset", type=int, metavar="BYTES", help="Where it starts."),
+            click.option(
+                "--no-superblock", is_flag=True, help="There is none: --salt, --data-blocks... say."
+            ),
+            click.option("--salt", type=hex_bytes, metavar="HEX", help="Salt; - is none."),
+            click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_BYTES))),
+            click.option("--hash-type", type=click.Choice(("0", "1"))),
+            click.option("--data-blocks", type=int),
+            click.option("--data-block-size", type=int, metavar="BYTES"),
+            click.option("--hash-block-size", type=int, metavar="BYTES"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def tree_fields(options: dict[str, object]) -> dict[str, object]:
+    """Return what the options say by the names that ``guestagent.api.Verity`` has."""
+    fields = dict(options)
+    fields["hash_offset_bytes"] = fields.pop("hash_offset")
+    fields["superblock"] = not fields.pop("no_superblock")
+    hash_type = fields["hash_type"]
+    fields["hash_type"] = None if hash_type is None else int(str(hash_type))
+    return fields
+
+
 def _parse_range(text: str | None) -> ByteRange | None:
     if text is None:
         return None
@@ -61,8 +95,14 @@ def _parse_range(text: str | None) -> ByteRange | None:
 @click.argument("layer_id")
 @click.option("--device", required=True, metavar="DEVICE", help="pmem:N, virtio-blk:SERIAL, ...")
 @click.option("--mapping", metavar="OFFSET+SIZE", help="The byte range that holds the layer.")
-@click.option("--root-digest", metavar="HEX", help="Verify against this digest.")
-@click.option("--hash-offset", type=int, metavar="BYTES", help="Where the hash area starts.")
+@click.option(
+    "--root-digest",
+    type=hex_bytes,
+    metavar="HEX",
+    help="Verify against this digest. What defines the hash tree is read from the superblock, for "
+    "which the digest does not vouch, unless the options from --hash-offset on say it.",
+)
+@tree_options
 @click.option(
     "--preset", type=click.Choice(VERITY_PRESETS), default="default", help="Verity options."
 )
@@ -72,22 +112,25 @@ def _parse_range(text: str | None) -> ByteRange | None:
 @pass_session
 def mount(
     session: Session,
+    /,
     layer_id: str,
     device: str,
     mapping: str | None,
-    root_digest: str | None,
-    hash_offset: int | None,
+    root_digest: bytes | None,
     preset: str,
     filesystem: str,
     target: str | None,
     options: tuple[str, ...],
+    **tree: object,
 ) -> None:
     """Mount a layer read-only, verified if a digest is given."""
     try:
         verity = None
+        fields = tree_fields(tree)
         if root_digest is not None:
-            digest = bytes.fromhex(root_digest)
-            verity = Verity(root_digest=digest, hash_offset_bytes=hash_offset, preset=preset)
+            verity = Verity(root_digest=root_digest, preset=preset, **fields)  # type: ignore[arg-type]
+        elif any(value not in (None, True) for value in fields.values()):
+            raise ValueError("the options from --hash-offset on need --root-digest")
         spec = LayerSpec(
             layer_id=layer_id,
             device=parse_device(device),
