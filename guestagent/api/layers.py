@@ -62,7 +62,9 @@ class LayerReport(Record):
     """A layer as the kernel has it, read back. ``timings_ms`` has one entry for each step of its
     own, and none for what a batch does once for many.
 
-    ``state`` is mounted, corrupted or device_lost. ``overlaps`` names layers whose mappings share
+    ``state`` is mounted, corrupted, device_lost or changed (a dm device has another table than
+    it was given; ``verity`` is None where that is the verity device's). ``readonly`` says whether
+    the kernel refuses writes to its devices. ``overlaps`` names layers whose mappings share
     bytes with this one's; ``used_by`` names overlays.
     """
 
@@ -78,6 +80,7 @@ class LayerReport(Record):
     filesystem: str
     mount_id: int
     options: tuple[str, ...]
+    readonly: bool
     size_bytes: int
     used_by: tuple[str, ...]
     overlaps: tuple[str, ...]

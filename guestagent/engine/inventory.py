@@ -172,6 +172,8 @@ class Inventory:
         self._made: dict[str, int] = {}
         self._dm_names: dict[str, str] = {}
         self._scratch = PathClaims()
+        #: Of each device (MAJOR:MINOR) that layers keep read-only: whether the agent made it so.
+        self._readonly: dict[str, tuple[bool, frozenset[str]]] = {}
         self._problems: dict[str, str] = {}
 
     # --- layers and overlays
@@ -257,6 +259,31 @@ class Inventory:
                 for layer_id, live in self._layers.items()
                 if dev in [device.dev for device in live.source.devices]
             )
+
+    # --- devices that are read-only because layers are on them
+
+    def is_kept_readonly(self, dev: str) -> bool:
+        with self._lock:
+            return dev in self._readonly
+
+    def keep_readonly(self, dev: str, layer_id: str, was_writable: bool) -> bool:
+        """Note that a layer needs a device (MAJOR:MINOR) read-only. Return whether the agent made
+        it so, for this layer or for an earlier one."""
+        with self._lock:
+            made, layers = self._readonly.get(dev, (False, frozenset()))
+            self._readonly[dev] = (made or was_writable, layers | {layer_id})
+            return made or was_writable
+
+    def release_readonly(self, dev: str, layer_id: str) -> bool:
+        """Note that a layer does not need a device any more. Return whether it was the last, and
+        the agent made the device read-only."""
+        with self._lock:
+            made, layers = self._readonly.get(dev, (False, frozenset()))
+            layers -= {layer_id}
+            if layers:
+                self._readonly[dev] = (made, layers)
+                return False
+            return self._readonly.pop(dev, None) is not None and made
 
     # --- claims
 

@@ -9,10 +9,12 @@ import errno
 from collections.abc import Iterator
 
 from guestagent.api import LayerSpec
-from guestagent.api.devices import Device
+from guestagent.api.devices import TREE_FIELDS, Device
 from guestagent.engine.inventory import LayerClaim, LiveLayer
 from guestagent.engine.plan import (
     LayerPlan,
+    LinearStep,
+    VerityStep,
     Version,
     check_target,
     dm_names,
@@ -21,6 +23,7 @@ from guestagent.engine.plan import (
     source_of,
     verity_options,
 )
+from guestagent.engine.protection import protect
 from guestagent.engine.readback import verity_status
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
@@ -35,9 +38,9 @@ from guestagent.storage import blockdev
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import DeviceInfo
-from guestagent.storage.devicemapper.targets import Target
+from guestagent.storage.devicemapper.targets import Target, is_same_target
 from guestagent.storage.filesystems import check_size, layer_type, mount_options
-from guestagent.storage.keyring import signature_key
+from guestagent.storage.keyring import checks_signatures, signature_key
 from guestagent.storage.mount import READONLY_FLAGS, TargetDirectory, mount_filesystem
 from vsock.errors import CallError
 
@@ -68,6 +71,7 @@ class LayerMount:
                 self._refuse_scratch(hash_device)
                 source = source.replace(hash_device=hash_device)
             self._verity_version(op)  # a kernel without it is told before anything is begun
+        source = protect(self._state, spec.layer_id, source, op)
         names = inventory.claim_dm_names(
             spec.layer_id, dm_names(spec, unique=False), lambda: dm_names(spec, unique=True)
         )
@@ -87,7 +91,10 @@ class LayerMount:
         if spec.verity is not None:
             version = self._verity_version(op)
             parameters, parameters_from = read_parameters(claim, spec.verity, op)
-            signature_key = signature_description(spec.layer_id) if spec.verity.signature else None
+            signature_key = None
+            if spec.verity.signature:
+                _check_signatures_supported()
+                signature_key = signature_description(spec.layer_id)
             options = verity_options(spec.verity.preset, version, signature_key)
         plan = plan_layer(
             spec,
@@ -137,13 +144,22 @@ class LayerMount:
                 object="params.mapping" if spec.mapping else "params.verity",
                 hint="without a mapping and a root digest the whole device can be mounted",
             )
-        if self._state.rules.require_verity and spec.verity is None:
-            raise CallError(
-                "denied",
+        rule, verity = self._state.rules.require_verity, spec.verity
+        if rule == "no":
+            return
+        if verity is None:
+            raise _denied(
                 f"layer {spec.layer_id!r} is not verified, and this agent requires it",
-                step="claim",
-                object="params.verity",
-                hint="give a root_digest; the rule is guestagent.require_verity",
+                "give a root_digest",
+            )
+        left_out = [
+            name for name in (*TREE_FIELDS, "hash_offset_bytes") if getattr(verity, name) is None
+        ]
+        if rule == "full" and left_out:
+            raise _denied(
+                f"layer {spec.layer_id!r} leaves {', '.join(left_out)} to the superblock, for "
+                "which the root digest does not vouch",
+                f"give {', '.join(left_out)}",
             )
 
     def _refuse_scratch(self, device: BlockDevice) -> None:
@@ -179,12 +195,12 @@ class LayerMount:
         dev, node = live.source.dev, live.source.node
         if plan.linear is not None:
             with op.step("linear", plan.linear.name):
-                info = self._device(plan.linear.name, plan.linear.uuid, plan.linear.target())
+                info = self._device(plan.linear, plan.linear.target(), plan, op)
             self._undo_device(plan.linear.name, op)
             dev, node = info.dev, info.node
         if plan.verity is not None:
             with op.step("verity", plan.verity.name), _signature(live):
-                info = self._device(plan.verity.name, plan.verity.uuid, plan.verity.target(dev))
+                info = self._device(plan.verity, plan.verity.target(dev), plan, op)
             self._undo_device(plan.verity.name, op)
             dev, node = info.dev, info.node
         return dev, node
@@ -196,19 +212,68 @@ class LayerMount:
         if verity is None:
             with op.step("filesystem", node, code="mount"):
                 return Reader(node, size_bytes=live.source.range.size_bytes)
-        with op.step("prove", verity.name, code="integrity"):
-            return open_proved(node, verity.parameters.data_size_bytes)
+        with op.step("prove", verity.name):
+            try:
+                return open_proved(node, verity.parameters.data_size_bytes)
+            except OSError as error:
+                # the target alone can tell a block that does not verify from a disk that fails
+                if not self._is_corrupt(live.plan):
+                    raise
+                raise CallError(
+                    "integrity",
+                    f"the first block of layer {live.spec.layer_id!r} does not verify",
+                    errno=error.errno,
+                    kernel_log=op.kernel_lines(),
+                ) from error
 
-    def _device(self, name: str, uuid: str, target: Target) -> DeviceInfo:
-        """Create a device; one of ours that is still there from an unmount half done will do."""
+    def _device(
+        self, step: LinearStep | VerityStep, target: Target, plan: LayerPlan, op: Transaction
+    ) -> DeviceInfo:
+        """Create a device. One that an unmount half done has left is used again if it is exactly
+        what is planned, and removed if it is not.
+
+        Raises:
+            CallError: ``busy``, the name is a device's that is not the agent's.
+        """
         control = self._state.control
         try:
-            return devices.create_device(control, name=name, uuid=uuid, targets=[target])
+            return devices.create_device(control, name=step.name, uuid=step.uuid, targets=[target])
         except OSError as error:
-            there = control.find(name=name) if error.errno == errno.EBUSY else None
-            if there is None or there.uuid != uuid:
-                raise
-            return there
+            there = self._left_behind(step, error)
+            if self._is_planned(there, step, target):
+                return there
+        # what stands on it has to go first
+        above = plan.verity if plan.verity is not None and step is plan.linear else None
+        left = control.find(uuid=above.uuid) if above is not None else None
+        for device in (left, there):
+            if device is not None:
+                devices.remove_device(control, device.name, op.deadline)
+        return devices.create_device(control, name=step.name, uuid=step.uuid, targets=[target])
+
+    def _left_behind(self, step: LinearStep | VerityStep, error: OSError) -> DeviceInfo:
+        """Return the agent's own device that is in the way, or raise ``error``."""
+        control = self._state.control
+        if error.errno != errno.EBUSY:
+            raise error
+        there = control.find(name=step.name) or control.find(uuid=step.uuid)
+        if there is None:
+            raise error
+        if there.uuid != step.uuid:
+            raise CallError(
+                "busy",
+                f"the name {step.name!r} is another device's",
+                errno=error.errno,
+                object=step.name,
+                hint=f"a dm device {there.name!r} with the uuid {there.uuid!r} is there, which is "
+                f"not of this layer; it can be removed by: dmsetup remove {there.name}",
+            ) from error
+        return there
+
+    def _is_planned(self, there: DeviceInfo, step: LinearStep | VerityStep, target: Target) -> bool:
+        if there.name != step.name or not there.readonly or there.suspended:
+            return False
+        found = self._state.control.table(there.name)
+        return len(found) == 1 and is_same_target(target, found[0])
 
     def _undo_device(self, name: str, op: Transaction) -> None:
         def undo() -> None:
@@ -290,6 +355,16 @@ class LayerMount:
                     raise OSError(errno.ENXIO, "device vanished while it was mounted", name)
 
 
+def _denied(message: str, hint: str) -> CallError:
+    return CallError(
+        "denied",
+        message,
+        step="claim",
+        object="params.verity",
+        hint=f"{hint}; the rule is guestagent.require_verity",
+    )
+
+
 def _with_filesystem(plan: LayerPlan, reader: Reader) -> LayerPlan:
     """Look at the file system through the device that will be mounted: what verity does not let
     through is never parsed, here or in the kernel."""
@@ -298,6 +373,17 @@ def _with_filesystem(plan: LayerPlan, reader: Reader) -> LayerPlan:
     if filesystem == plan.mount.filesystem:
         return plan
     return plan.replace(mount=plan.mount.replace(filesystem=filesystem))
+
+
+def _check_signatures_supported() -> None:
+    if not checks_signatures():
+        raise CallError(
+            "unsupported",
+            "this kernel checks no signatures of root digests",
+            step="version",
+            object="params.verity.signature",
+            hint="it is built without CONFIG_DM_VERITY_VERIFY_ROOTHASH_SIG",
+        )
 
 
 @contextlib.contextmanager

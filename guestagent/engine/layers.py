@@ -8,7 +8,8 @@ from guestagent.api.layers import UnmountReply, VerifyReply
 from guestagent.engine.inventory import LayerClaim, LiveLayer, refuse_other_spec
 from guestagent.engine.journal import Begun
 from guestagent.engine.layermount import LayerMount
-from guestagent.engine.readback import LayerSeen, report_of, see_layer
+from guestagent.engine.protection import release
+from guestagent.engine.readback import LayerSeen, report_of, see_layer, table_problem
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
     busy_error,
@@ -172,6 +173,8 @@ class Layers:
         inventory.drop_layer(layer_id)
         inventory.release_target(live.spec.mount_point)
         inventory.release_dm_names(layer_id)
+        inventory.settle_problem(table_problem(layer_id))
+        release(self._state, live)
         self._state.tidy(f"the directories of layer {layer_id}", remove_directories, live.created)
         inventory.release_directories(("layer", layer_id))
         what = f"the journal of layer {layer_id}"

@@ -49,11 +49,12 @@ _DM_NAME_MAX = 127
 
 class Source(Record):
     """Where a layer's bytes come from: a range of a block device, and the device of its hash tree
-    where that is another."""
+    where that is another. ``made_readonly`` (MAJOR:MINOR) were writable before layers came."""
 
     device: BlockDevice
     range: ByteRange
     hash_device: BlockDevice | None = None
+    made_readonly: tuple[str, ...] = ()
 
     @property
     def devices(self) -> tuple[BlockDevice, ...]:

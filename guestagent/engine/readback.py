@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from guestagent.api import LayerReport
 from guestagent.api.layers import DmDevice, VerityReport
 from guestagent.engine.inventory import LiveLayer
-from guestagent.engine.plan import VerityStep
+from guestagent.engine.plan import LayerPlan, VerityStep
 from guestagent.engine.state import EngineState
+from guestagent.storage import blockdev
+from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import (
     Target,
+    is_same_target,
     parse_verity,
     parse_verity_status,
 )
@@ -18,7 +21,15 @@ from guestagent.storage.mountinfo import Mount, find_mount
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("DmView", "LayerSeen", "dm_device", "report_of", "see_layer", "verity_status")
+__all__ = (
+    "DmView",
+    "LayerSeen",
+    "dm_device",
+    "report_of",
+    "see_layer",
+    "table_problem",
+    "verity_status",
+)
 
 
 class LayerSeen(Record):
@@ -27,7 +38,10 @@ class LayerSeen(Record):
     live: LiveLayer
     mount: Mount
     dm: tuple[DmDevice, ...]
+    #: The dm device whose table is not the layer's; empty where all are as they were planned.
+    changed: str
     verity: VerityReport | None
+    readonly: bool
 
 
 def dm_device(control: Control, name: str) -> DmDevice:
@@ -122,22 +136,64 @@ def see_layer(
     mount = find_mount(target) if mounts is None else mounts.get(target)
     if mount is None or mount.dev != live.dev:
         raise _gone(live, f"no longer mounted at {live.spec.mount_point!r}")
-    try:
-        found = [_described(control, name) for name in live.plan.dm_names]
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        raise _gone(live, f"without its device {error.filename!r}") from error
-    for device, targets in found:
+    found = {}
+    for name in live.plan.dm_names:
+        try:
+            found[name] = _described(control, name)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            mount = find_mount(target)  # an unmount takes the devices away after the mount
+            if mount is None or mount.dev != live.dev:
+                raise _gone(live, f"without its device {name!r}") from error
+    for device, targets in found.values():
         # the kernel takes the table first and the device a moment later
         if not targets or (targets[0].target_type == "verity" and not device.status):
             raise _gone(live, f"without the table of its device {device.name!r}")
+    changed = _changed(live.plan, live.source.dev, found)
+    verity = live.plan.verity
+    report = None
+    if verity is not None and verity.name in found and changed != verity.name:
+        report = _verity_report(live, verity, *found[verity.name])
     return LayerSeen(
         live=live,
         mount=mount,
-        dm=tuple(device for device, _ in found),
-        verity=_verity_report(live, live.plan.verity, *found[0]) if live.plan.verity else None,
+        dm=tuple(device for device, _ in found.values()),
+        changed=changed,
+        verity=report,
+        readonly=all(_is_readonly(device) for device in live.source.devices),
     )
+
+
+def _changed(
+    plan: LayerPlan, dev: str, found: Mapping[str, tuple[DmDevice, tuple[Target, ...]]]
+) -> str:
+    """Return the name of the topmost device that is missing, or whose table is not as planned."""
+    changed = ""
+    if plan.linear is not None:
+        device, targets = found.get(plan.linear.name, (None, ()))
+        if len(targets) != 1 or not is_same_target(plan.linear.target(), targets[0]):
+            changed = plan.linear.name
+        dev = device.dev if device is not None else ""
+    if plan.verity is not None:
+        _, targets = found.get(plan.verity.name, (None, ()))
+        if not dev or len(targets) != 1 or not is_same_target(plan.verity.target(dev), targets[0]):
+            changed = plan.verity.name
+    return changed
+
+
+def _is_readonly(device: BlockDevice) -> bool:
+    try:
+        return blockdev.is_readonly(device.name)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            raise
+        return True  # it is gone, and so is never written to
+
+
+def table_problem(layer_id: str) -> str:
+    """Return the key of the problem that a dm device of a layer has a foreign table."""
+    return f"table of layer {layer_id}"
 
 
 def report_of(
@@ -152,10 +208,19 @@ def report_of(
     Those that came with it have to be in the books by then.
     """
     live, spec, mount = seen.live, seen.live.spec, seen.mount
-    corrupted = seen.verity is not None and seen.verity.status == "C"
+    layer_state = live.state
+    if layer_state == "mounted" and seen.changed:
+        layer_state = "changed"
+    elif layer_state == "mounted" and seen.verity is not None and seen.verity.status == "C":
+        layer_state = "corrupted"
+    if seen.changed:
+        text = f"layer {spec.layer_id!r}: the table of {seen.changed} is not the one it was given"
+        state.inventory.note_problem(table_problem(spec.layer_id), text)
+    else:
+        state.inventory.settle_problem(table_problem(spec.layer_id))
     return LayerReport(
         layer_id=spec.layer_id,
-        state="corrupted" if corrupted and live.state == "mounted" else live.state,
+        state=layer_state,
         target=mount.target,
         device=spec.device,
         device_node=live.source.node,
@@ -166,6 +231,7 @@ def report_of(
         filesystem=mount.filesystem,
         mount_id=mount.mount_id,
         options=_options(mount),
+        readonly=seen.readonly,
         size_bytes=live.source.range.size_bytes,
         used_by=state.inventory.users_of(spec.layer_id),
         overlaps=state.inventory.overlapping(live),

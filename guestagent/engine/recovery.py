@@ -146,6 +146,9 @@ def _adopt_layer(state: EngineState, live: LiveLayer) -> None:
     state.inventory.claim_target(live.spec.mount_point, ("layer", layer_id))
     state.inventory.hold_directories(("layer", layer_id), live.created)
     state.inventory.hold_dm_names(layer_id, live.plan.dm_names)
+    for device in live.source.devices:
+        made = device.dev in live.source.made_readonly
+        state.inventory.keep_readonly(device.dev, layer_id, made)
     state.inventory.add_layer(live)
 
 

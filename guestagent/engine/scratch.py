@@ -130,10 +130,6 @@ def _mount_device(
 ) -> LiveScratch:
     with op.step("device", blockdev.describe(scratch.device)):
         device = blockdev.wait_for(scratch.device, op.deadline)
-        if device.readonly:
-            raise CallError(
-                "invalid", f"scratch device {device.node} is read-only", object=device.node
-            )
     layers = state.inventory.layers_on(device.dev)
     if layers:
         raise CallError(
@@ -142,6 +138,9 @@ def _mount_device(
             step="claim",
             object=device.node,
         )
+    if device.readonly:
+        text = f"scratch device {device.node} is read-only"
+        raise CallError("invalid", text, step="device", object=device.node)
     _claim(state, overlay_id, device.dev, op)
     formatted = _ensure_filesystem(scratch, device.node, op)
     path, created = _mount_point(state, overlay_id, op)

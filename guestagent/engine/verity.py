@@ -176,7 +176,7 @@ def verify_layer(
     block_bytes = step.parameters.data_block_size
     corrupt: list[int] = []
     read_bytes = 0
-    with op.step("verify", step.name, code="integrity"):
+    with op.step("verify", step.name):
         fd = os.open(state.control.info(step.name).node, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -189,11 +189,22 @@ def verify_layer(
                 progress(start + size, total_bytes)
         finally:
             os.close(fd)
+    status = verity_status(state.control, step.name)
+    if corrupt and status == "V":
+        raise CallError(
+            "device",
+            f"data block {corrupt[0]} of layer {live.spec.layer_id!r} cannot be read, and not for "
+            "its content: the disk fails",
+            errno=errno.EIO,
+            step="verify",
+            object=step.name,
+            kernel_log=op.kernel_lines(),
+        )
     return VerifyReply(
         layer_id=live.spec.layer_id,
         read_bytes=read_bytes,
         corrupt_blocks=tuple(corrupt[:_MAX_LISTED]),
-        status=verity_status(state.control, step.name),
+        status=status,
         timings_ms=op.timings_ms,
     )
 

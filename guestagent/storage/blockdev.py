@@ -10,6 +10,7 @@ virtual machine monitors plug without telling. A failure says what was there ins
 import errno
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable
 
@@ -28,11 +29,13 @@ __all__ = (
     "flush",
     "holders",
     "inspect",
+    "is_readonly",
     "list_all",
+    "set_readonly",
     "wait_for",
 )
 
-_BLKFLSBUF = 0x1261  # include/uapi/linux/fs.h
+_BLKROSET, _BLKFLSBUF = 0x125D, 0x1261  # include/uapi/linux/fs.h
 #: How often to look again at a node that devtmpfs or udev makes meanwhile.
 _NODE_ATTEMPTS = 4
 #: Seconds without the device after which the buses are rescanned; once each.
@@ -281,6 +284,22 @@ def ensure_node(node: str, dev: str) -> None:
         except FileExistsError:
             if attempt == _NODE_ATTEMPTS:
                 raise
+
+
+def is_readonly(name: str, *, sys_root: str = "/sys") -> bool:
+    """Say whether the kernel refuses writes to a device, given by kernel name."""
+    return _read(f"{sys_root}/class/block/{name}/ro") == "1"
+
+
+def set_readonly(node: str, readonly: bool) -> None:
+    """Have the kernel refuse writes to a device, or no longer; what the host attached as read-only
+    stays so."""
+    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        flag = bytearray(int(readonly).to_bytes(4, sys.byteorder))
+        syscalls.ioctl(fd, _BLKROSET, flag, node, "BLKROSET")
+    finally:
+        os.close(fd)
 
 
 def flush(node: str) -> None:

@@ -7,9 +7,14 @@ and it cannot outlive the thread.
 Source: drivers/md/dm-verity-verify-sig.c (Linux 5.4), keyctl(2), add_key(2).
 """
 
+import os
+
 from guestagent.storage import syscalls
 
-__all__ = ("SignatureKey", "signature_key")
+__all__ = ("SignatureKey", "checks_signatures", "signature_key")
+
+#: A parameter of the verity target that is there with CONFIG_DM_VERITY_VERIFY_ROOTHASH_SIG alone.
+_PARAMETER = "/sys/module/dm_verity/parameters/require_signatures"
 
 
 class SignatureKey:
@@ -54,3 +59,8 @@ def signature_key(description: str, signature: bytes) -> SignatureKey:
         OSError: ENOSYS, the kernel has no keyrings; EDQUOT, too many keys.
     """
     return SignatureKey(description, signature)
+
+
+def checks_signatures() -> bool:
+    """Say whether the kernel's verity target, which is there, checks signatures of root digests."""
+    return os.path.exists(_PARAMETER)

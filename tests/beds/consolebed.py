@@ -55,6 +55,7 @@ def layer_report(layer_id: str, target: str) -> LayerReport:
         filesystem="erofs",
         mount_id=30,
         options=("ro",),
+        readonly=True,
         size_bytes=3 << 20,
         used_by=(),
         overlaps=(),

@@ -232,6 +232,7 @@ def layer_report(layer_id: str, state: str = "mounted") -> dict[str, object]:
         "filesystem": "erofs",
         "mount_id": 30,
         "options": ["ro"],
+        "readonly": True,
         "size_bytes": 55_574_528,
         "used_by": [],
         "overlaps": [],

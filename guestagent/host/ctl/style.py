@@ -36,6 +36,7 @@ _COLOURS = {
     "degraded": "yellow",
     "warning": "yellow",
     "corrupted": "red",
+    "changed": "red",
     "device_lost": "red",
     "C": "red",
     "error": "red",

@@ -19,6 +19,7 @@ __all__ = (
     "TargetStatus",
     "VerityStatus",
     "VerityTable",
+    "is_same_target",
     "linear_target",
     "parse_line",
     "parse_verity",
@@ -275,6 +276,18 @@ def parse_verity(target: Target) -> VerityTable:
     if (target.start_sectors, target.length_sectors) != (0, expected.length_sectors):
         raise ValueError(f"a verity target over a part of its data: {target.line()!r}")
     return table
+
+
+def is_same_target(planned: Target, found: Target) -> bool:
+    """Say whether the kernel has what was planned. It tells the options of a verity target in an
+    order of its own."""
+    if planned.target_type != "verity" or found.target_type != "verity":
+        return planned == found
+    places = [(each.start_sectors, each.length_sectors) for each in (planned, found)]
+    (fixed, options), (found_fixed, found_options) = (
+        (words[:10], sorted(words[11:])) for words in (planned.params.split(), found.params.split())
+    )
+    return places[0] == places[1] and fixed == found_fixed and options == found_options
 
 
 def parse_verity_status(status: str) -> VerityStatus:
