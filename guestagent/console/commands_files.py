@@ -236,7 +236,6 @@ def _df(run: Run) -> None:
             sizes = (size_text(size), size_text(size - free), size_text(free))
             rows.append((word, found.filesystem, *sizes, share))
     run.screen.table(("WHERE", "TYPE", "SIZE", "USED", "FREE", "USE%"), rows)
-    return
 
 
 # --- content

@@ -16,8 +16,6 @@ from vsock.threads import Waker
 __all__ = ("SYSTEM",)
 
 SYSTEM = Group("The guest")
-
-
 _TOP_SECONDS = 2.0
 _KMSG_RECORD_BYTES = 8 * 1024
 _LEVELS = ("emerg", "alert", "crit", "err", "warn", "notice", "info", "debug")
@@ -30,14 +28,9 @@ def _status(run: Run) -> None:
     run.screen.line(status.state)
     for problem in status.problems:
         run.screen.line(f"  problem: {problem}")
-    shown = {
-        name: value
-        for name, value in status.to_wire().items()
-        if name not in ("state", "problems") and value is not None
-    }
-    shown["rss_bytes"] = size_text(status.rss_bytes)
+    shown = {**status.to_wire(), "rss_bytes": size_text(status.rss_bytes)}
+    del shown["state"], shown["problems"]
     run.screen.fields([(name.removesuffix("_bytes"), value) for name, value in shown.items()])
-    return
 
 
 # --- events and logs
@@ -235,7 +228,6 @@ def _fds(run: Run) -> None:
     pid = number(run.words[0], "PID", low=1) if run.words else os.getpid()
     rows = [(str(fd), target) for fd, target in open_files(pid)]
     run.screen.table(("FD", "FILE"), rows)
-    return
 
 
 # --- settings

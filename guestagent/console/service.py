@@ -124,7 +124,7 @@ class Console:
     def _accept(self, listener: Listener, _events: int) -> None:
         try:
             stream = listener.accept()
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
             # a listener stays ready while accepting fails: to watch it would be a busy loop
