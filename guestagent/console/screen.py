@@ -69,7 +69,6 @@ class Screen:
         deadline: Deadline,
         *,
         next_key: "Callable[[], str] | None" = None,
-        max_bytes: int = MAX_OUTPUT_BYTES,
     ) -> None:
         self.is_terminal = channel.hello.terminal
         self.term = channel.hello.term
@@ -77,7 +76,7 @@ class Screen:
         self._deadline = deadline
         self._next_key = next_key
         self._held = bytearray()
-        self._left_bytes = max_bytes
+        self._left_bytes = MAX_OUTPUT_BYTES
         self._rows = 0
         self._column = 0
 

@@ -20,11 +20,13 @@ from guestagent.host.client import GuestAgent
 from guestagent.storage import syscalls
 from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
 from tests.beds.consolebed import END, HELLO, Client, frame, wait_until
+from vsock.address import VMADDR_CID_LOCAL
 
 PROJECT = Path(__file__).resolve().parents[2]
 GUESTCTL = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]
 CONNECTS = 10_000
 MAX_GROWTH_BYTES = 2 << 20
+PORT = 1099
 
 
 class ConsoleAgent(AgentProcess):
@@ -325,7 +327,21 @@ def test_reconcile_leaves_requests_in_flight_alone(
     assert guest.status().problems == ()
 
 
-# --- life and death
+# --- permission and lifetimes
+
+
+def test_a_process_of_the_guest_is_refused_at_the_vsock_console() -> None:
+    """Over the loopback transport; a shell there would make it root."""
+    agent = ConsoleAgent("console_shell=1")
+    agent.settings = (*agent.settings[:-1], f"console=unix://{agent.console},vsock:{PORT}")
+    with agent, agent.client(), socket.socket(socket.AF_VSOCK) as peer:
+        peer.settimeout(60)
+        peer.connect((VMADDR_CID_LOCAL, PORT))
+        with contextlib.suppress(ConnectionError):  # it may be refused already
+            peer.sendall(frame(HELLO, {"versions": [1], "command": "sh -c id"}))
+        with contextlib.suppress(ConnectionResetError):
+            assert peer.recv(100) == b""
+        assert f"peer refused listen=vsock://any:{PORT} cid=1" in agent.ok("log")
 
 
 def test_a_console_that_is_off() -> None:
