@@ -19,7 +19,7 @@ from guestagent.api import LayersMount, LayersUnmount, OverlaySpec
 from guestagent.host.client import GuestAgent
 from guestagent.storage import syscalls
 from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
-from tests.beds.consolebed import END, HELLO, Client, frame, wait_until
+from tests.beds.consolebed import END, HELLO, WELCOME, Client, frame, wait_until
 from vsock.address import VMADDR_CID_LOCAL
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -330,18 +330,24 @@ def test_reconcile_leaves_requests_in_flight_alone(
 # --- permission and lifetimes
 
 
-def test_a_process_of_the_guest_is_refused_at_the_vsock_console() -> None:
+@pytest.mark.parametrize("settings", [(), ("vsock_peers=host,local",)])
+def test_a_process_of_the_guest_reaches_the_vsock_console_only_where_configured(
+    settings: tuple[str, ...],
+) -> None:
     """Over the loopback transport; a shell there would make it root."""
-    agent = ConsoleAgent("console_shell=1")
+    agent = ConsoleAgent("console_shell=1", *settings)
     agent.settings = (*agent.settings[:-1], f"console=unix://{agent.console},vsock:{PORT}")
     with agent, agent.client(), socket.socket(socket.AF_VSOCK) as peer:
         peer.settimeout(60)
         peer.connect((VMADDR_CID_LOCAL, PORT))
-        with contextlib.suppress(ConnectionError):  # it may be refused already
+        with contextlib.suppress(ConnectionError):  # refused already
             peer.sendall(frame(HELLO, {"versions": [1], "command": "sh -c id"}))
+        answer = b""
         with contextlib.suppress(ConnectionResetError):
-            assert peer.recv(100) == b""
-        assert f"peer refused listen=vsock://any:{PORT} cid=1" in agent.ok("log")
+            answer = peer.recv(1000)
+        log = agent.ok("log")
+    assert answer[:1] == (bytes([WELCOME]) if settings else b"")
+    assert (f"peer refused listen=vsock://any:{PORT} cid=1" in log) is not bool(settings)
 
 
 def test_a_console_that_is_off() -> None:
