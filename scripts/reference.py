@@ -2,15 +2,18 @@
 
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from guestagent.api import METHODS
+from guestagent.api import METHODS, agent, devices, inspect, layers, observe, overlays
+from guestagent.api.agent import EVENT_KINDS, FEATURES
+from guestagent.api.devices import VERITY_PRESETS
 from guestagent.config import KEYS, PREFIX, Config
+from guestagent.engine.plan import PRESETS
 from guestagent.observe.metrics import FAMILIES
 from vsock.errors import CODES
 from vsock.record import Record, RecordType
 
-__all__ = ("SECTIONS", "update")
+__all__ = ("CHOICES", "SECTIONS", "update")
 
 _MEANING = {
     "invalid": "the request can never work as it is; a field is wrong, the error names it",
@@ -27,6 +30,46 @@ _MEANING = {
     "resource": "a limit was reached: memory, space, descriptors, requests, bytes",
     "internal": "a bug of the agent; its log has the details",
 }
+
+#: What an option of dm-verity does, Documentation/admin-guide/device-mapper/verity.rst.
+_VERITY_OPTIONS = {
+    "panic_on_corruption": "a corrupt block panics the kernel; otherwise its read fails with EIO",
+    "panic_on_error": "an error of the device panics the kernel, too",
+    "try_verify_in_tasklet": "hash in a softirq where possible, without a hand-over to a worker",
+    "ignore_zero_blocks": "blocks whose hash is that of zeros are not read, but answered as zeros",
+}
+
+#: Name of a constant of the contract -> the fields that take one of its values, and the values.
+CHOICES: dict[str, tuple[str, Iterable[str]]] = {
+    "FILESYSTEMS": (
+        "`filesystem` of LayerSpec; `auto` goes by the magic number",
+        layers.FILESYSTEMS,
+    ),
+    "MOUNT_OPTIONS": (
+        "`options` of LayerSpec, beside `ro`, `nodev` and `nosuid`, which always hold",
+        layers.MOUNT_OPTIONS,
+    ),
+    "VERITY_PRESETS": ("`preset` of Verity", VERITY_PRESETS),
+    "SCRATCH_FILESYSTEMS": ("`filesystem` of DeviceScratch", overlays.SCRATCH_FILESYSTEMS),
+    "METACOPY": ("`metacopy` of OverlayOptions", overlays.METACOPY),
+    "REDIRECT_DIR": ("`redirect_dir` of OverlayOptions", overlays.REDIRECT_DIR),
+    "XINO": ("`xino` of OverlayOptions", overlays.XINO),
+    "SHUTDOWN_MODES": ("`mode` of AgentShutdown", agent.SHUTDOWN_MODES),
+    "LOG_LEVELS": ("`level` of AgentLog and LogLine", observe.LOG_LEVELS),
+    "CRASH_KINDS": ("`kind` of CrashReport", observe.CRASH_KINDS),
+    "CHECKSUM_ALGORITHMS": (
+        "`algorithm` of FsChecksum, FsChecksums and FsChecksumDevice",
+        inspect.CHECKSUM_ALGORITHMS,
+    ),
+    "ACL_KINDS": ("`acl` of FsAclGetFile", inspect.ACL_KINDS),
+}
+#: The same, of what is told apart in another way than by a constant.
+_MORE_CHOICES: tuple[tuple[str, Iterable[str]], ...] = (
+    ("`algorithm` of Verity; `sha1` with `allow_sha1` only", devices.DIGEST_BYTES),
+    ("`kind` of a device", [str(cls._fields["kind"][1]) for cls in devices.Device.__args__]),
+    ("`kind` of a scratch", [str(cls._fields["kind"][1]) for cls in overlays.Scratch.__args__]),
+    ("`kind` of StatReply, DirectoryEntry, FoundEntry, Checksum and FsFind", inspect.ENTRY_TYPES),
+)
 
 
 def methods() -> str:
@@ -57,6 +100,39 @@ def error_codes() -> str:
     lines = ["| code | what it means to a caller |", "|---|---|"]
     lines += [f"| `{code}` | {_MEANING[code]} |" for code in CODES]
     return "\n".join(lines)
+
+
+def event_kinds() -> str:
+    """Return the table of events."""
+    rows = [f"| `{kind}` | {meaning} |" for kind, meaning in EVENT_KINDS.items()]
+    return "\n".join(["| kind | what happened |", "|---|---|", *rows])
+
+
+def features() -> str:
+    """Return the table of features that hello may tell."""
+    rows = [f"| `{name}` | {meaning} |" for name, meaning in FEATURES.items()]
+    return "\n".join(["| feature | what the agent and its kernel can do |", "|---|---|", *rows])
+
+
+def presets() -> str:
+    """Return the table of verity presets: the options that each asks of the kernel."""
+    lines = ["| preset | option | since verity target | |", "|---|---|---|---|"]
+    for preset in VERITY_PRESETS:
+        if not PRESETS[preset]:
+            lines.append(f"| `{preset}` | none | | the kernel's own behaviour |")
+        for option, since in PRESETS[preset]:
+            version = ".".join(map(str, since))
+            lines.append(f"| `{preset}` | `{option}` | {version} | {_VERITY_OPTIONS[option]} |")
+    return "\n".join(lines)
+
+
+def choices() -> str:
+    """Return the table of fields that take one of a few values."""
+    rows = [
+        f"| {where} | {', '.join(f'`{value}`' for value in values)} |"
+        for where, values in (*CHOICES.values(), *_MORE_CHOICES)
+    ]
+    return "\n".join(["| field | values |", "|---|---|", *rows])
 
 
 def settings() -> str:
@@ -128,6 +204,10 @@ def metrics() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "event-kinds": event_kinds,
+    "features": features,
+    "presets": presets,
+    "choices": choices,
     "methods": methods,
     "records": records,
     "error-codes": error_codes,

@@ -10,19 +10,44 @@ from vsock.record import Record
 PROTOCOL_VERSIONS = (1,)
 #: The vsock port that the agent listens on unless configured otherwise.
 AGENT_PORT = 1024
-EVENT_KINDS = (
-    "agent_started",
-    "layer_mounted",
-    "layer_unmounted",
-    "layer_failed",
-    "layer_corrupted",
-    "layer_device_lost",
-    "overlay_mounted",
-    "overlay_unmounted",
-    "overlay_failed",
-    "device_appeared",
-    "device_vanished",
-)
+#: Kind of event -> what happened.
+EVENT_KINDS = {
+    "agent_started": "an agent began to serve, perhaps after another had ended",
+    "layer_mounted": "a layer was mounted",
+    "layer_unmounted": "a layer was unmounted",
+    "layer_failed": "a layer could not be mounted; `detail` is the error",
+    "layer_corrupted": "dm-verity found a corrupt block; `block` is its number",
+    "layer_device_lost": "the device of a layer is gone",
+    "overlay_mounted": "an overlay was mounted",
+    "overlay_unmounted": "an overlay was unmounted",
+    "overlay_failed": "an overlay could not be mounted; `detail` is the error",
+    "device_appeared": "a block device came; `device` is its node",
+    "device_vanished": "a block device is gone; `device` was its node",
+}
+#: Name of a feature -> what the agent and its kernel can do.
+FEATURES = {
+    "dm-linear": "`mapping`: layers of a packed device",
+    "dm-verity": "`verity`: layers that are verified",
+    "verity-signatures": "`signature`: the kernel checks it against its keyring",
+    "preset-default": "the preset",
+    "preset-strict": "the preset, with all of its options",
+    "preset-fast": "the preset, with all of its options",
+    "fs-erofs": "layers of the file system",
+    "fs-squashfs": "layers of the file system",
+    "fs-ext4": "layers of the file system",
+    "overlay-fsconfig-fd": "overlays are made by fsconfig, of open directories",
+    "overlay-fsconfig-path": "overlays are made by fsconfig, of paths",
+    "overlay-mount": "overlays are made by mount",
+    "scratch-tmpfs": "a scratch in memory",
+    "scratch-directory": "a scratch in a directory",
+    "scratch-device-ext4": "a scratch on a block device with this file system",
+    "scratch-device-xfs": "a scratch on a block device with this file system",
+    "batch": "`layers.mount` and `layers.unmount`",
+    "events": "`agent.subscribe` and `agent.events`",
+    "inspect": "the methods `fs.*`",
+    "verify": "`layer.verify`",
+}
+SHUTDOWN_MODES = ("poweroff", "reboot", "exit")
 
 
 class HelloReply(Record):
@@ -101,7 +126,7 @@ class AgentShutdown(Request[Empty], method="agent.shutdown", summary="unmount al
     force: bool = False
 
     def check(self) -> None:
-        check_choice("mode", self.mode, ("poweroff", "reboot", "exit"))
+        check_choice("mode", self.mode, SHUTDOWN_MODES)
 
 
 class Event(Record):

@@ -1,5 +1,7 @@
 """The checks that several records share: each raises ValueError with the field's name."""
 
+from collections.abc import Collection
+
 _ID_MAX = 64
 _PATH_MAX = 1024
 _WORD = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
@@ -47,6 +49,6 @@ def check_range(name: str, value: int | None, low: int, high: int) -> None:
         raise ValueError(f"{name} must be in {low}..{high}, got {value}")
 
 
-def check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str | None, choices: Collection[str]) -> None:
     if value is not None and value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

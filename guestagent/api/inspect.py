@@ -425,7 +425,7 @@ class FsFind(
 
     def check(self) -> None:
         super().check()
-        check_choice("kind", self.kind, tuple(ENTRY_TYPES))
+        check_choice("kind", self.kind, ENTRY_TYPES)
         check_range("max_depth", self.max_depth, 1, PATH_MAX_BYTES)
         check_range("name length", len(self.name_bytes or b"x"), 1, _NAME_MAX_BYTES)
 

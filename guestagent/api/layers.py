@@ -115,7 +115,7 @@ class LayerSpec(Request[LayerReport], method="layer.mount", summary="mount a rea
 
 
 class Holder(Record):
-    """Who keeps something busy: kind is process, mount, dm, overlay or swap."""
+    """Who keeps something busy: kind is process, mount, dm, loop, overlay or swap."""
 
     kind: str
     name: str

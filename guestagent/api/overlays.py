@@ -10,6 +10,10 @@ from vsock.record import Record
 
 #: File systems a scratch device may have; each is a row of ``guestagent.storage.filesystems``.
 SCRATCH_FILESYSTEMS = ("ext4", "xfs")
+#: Values of options of overlayfs, by Documentation/filesystems/overlayfs.rst of the kernel.
+METACOPY = ("on", "off")
+REDIRECT_DIR = ("on", "off", "follow", "nofollow")
+XINO = ("on", "off", "auto")
 
 
 class TmpfsScratch(Record):
@@ -57,9 +61,9 @@ class OverlayOptions(Record):
     userxattr: bool = False
 
     def check(self) -> None:
-        check_choice("metacopy", self.metacopy, ("on", "off"))
-        check_choice("redirect_dir", self.redirect_dir, ("on", "off", "follow", "nofollow"))
-        check_choice("xino", self.xino, ("on", "off", "auto"))
+        check_choice("metacopy", self.metacopy, METACOPY)
+        check_choice("redirect_dir", self.redirect_dir, REDIRECT_DIR)
+        check_choice("xino", self.xino, XINO)
         if self.userxattr and (self.metacopy == "on" or self.redirect_dir == "on"):
             raise ValueError("userxattr excludes metacopy=on and redirect_dir=on")
 

@@ -16,12 +16,15 @@ from vsock.errors import CallError
 from vsock.record import Record
 
 __all__ = (
+    "PRESETS",
+    "SIGNATURES_SINCE",
     "LayerPlan",
     "LinearStep",
     "MountStep",
     "Source",
     "VerityOptions",
     "VerityStep",
+    "Version",
     "check_target",
     "device_tag",
     "dm_names",
@@ -36,13 +39,13 @@ Version = tuple[int, int, int]
 
 #: Options of each preset with the version of the verity target that is sure to have them
 #: (panic_on_error came with Linux 6.12 and no version of its own; 1.10.0 is the next above).
-_PRESETS: dict[str, tuple[tuple[str, Version], ...]] = {
+PRESETS: dict[str, tuple[tuple[str, Version], ...]] = {
     "default": (),
     "strict": (("panic_on_corruption", (1, 7, 0)), ("panic_on_error", (1, 10, 0))),
     "fast": (("try_verify_in_tasklet", (1, 9, 0)), ("ignore_zero_blocks", (1, 3, 0))),
 }
 #: root_hash_sig_key_desc came with Linux 5.4.
-_SIGNATURES_SINCE: Version = (1, 5, 0)
+SIGNATURES_SINCE: Version = (1, 5, 0)
 #: dm names have at most 127 characters (include/uapi/linux/dm-ioctl.h, DM_NAME_LEN).
 _DM_NAME_MAX = 127
 
@@ -208,7 +211,7 @@ def verity_options(preset: str, version: Version, signature_key: str | None) -> 
     Raises:
         CallError: ``unsupported``, this kernel's target knows no signatures.
     """
-    if signature_key is not None and version < _SIGNATURES_SINCE:
+    if signature_key is not None and version < SIGNATURES_SINCE:
         raise CallError(
             "unsupported",
             f"the kernel's verity target {version} knows no signatures of root digests",
@@ -217,7 +220,7 @@ def verity_options(preset: str, version: Version, signature_key: str | None) -> 
         )
     arguments: list[str] = []
     dropped: list[DroppedOption] = []
-    for option, since in _PRESETS[preset]:
+    for option, since in PRESETS[preset]:
         if version >= since:
             arguments.append(option)
         else:

@@ -19,6 +19,7 @@ from guestagent.api import (
     TmpfsScratch,
     Verity,
 )
+from guestagent.api.agent import FEATURES
 from guestagent.host.client import GuestAgent
 from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world, who
 from tests.beds.dmbed import loop_device
@@ -69,7 +70,14 @@ def refused(client: Client, method: str, params: dict[str, Any]) -> CallError:
 def test_every_method(guest: GuestAgent, pack: Pack) -> None:
     """Walk through the contract once; what is asked is what the kernel then has."""
     assert guest.hello.version == 1
-    assert {"dm-linear", "dm-verity", "fs-erofs", "batch"} <= set(guest.hello.features)
+    features = set(guest.hello.features)
+    assert features <= set(FEATURES)
+    assert features >= {
+        *("dm-linear", "dm-verity", "fs-erofs", "batch"),
+        *("preset-default", "scratch-tmpfs", "scratch-directory"),
+    }
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert guest.hello.boot["boot_id"] == guest.events().boot_id == boot_id
     _walk_layers(guest, pack)
     _walk_overlays(guest, pack)
     _walk_agent(guest)

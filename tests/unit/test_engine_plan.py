@@ -5,6 +5,8 @@ from test_engine_journal import DEVICE
 
 from guestagent.api import ByteRange, LayerSpec, PathDevice, PmemDevice, ScsiDevice, VirtioBlkDevice
 from guestagent.api import Verity as VerityRequest
+from guestagent.api.agent import FEATURES
+from guestagent.engine.engine import feature_names
 from guestagent.engine.plan import (
     check_target,
     device_tag,
@@ -179,3 +181,39 @@ def test_a_signature_is_never_dropped():
     with pytest.raises(CallError) as caught:
         verity_options("default", (1, 4, 0), "key")
     assert caught.value.code == "unsupported"
+
+
+# --- the features that hello tells
+
+VERITY = {"linear": (1, 4, 0), "verity": (1, 10, 0)}
+KNOWN = frozenset(("erofs", "squashfs", "ext4", "xfs", "tmpfs", "overlay"))
+
+
+def features(versions, known=KNOWN, ways=("fsconfig-fd", "fsconfig-path", "mount"), signed=True):
+    return set(feature_names(versions, known, ways, knows_signatures=signed))
+
+
+def test_every_feature_is_one_of_the_contract_and_can_be_had():
+    assert features(VERITY) == set(FEATURES)
+
+
+def test_a_preset_is_a_feature_where_none_of_its_options_is_dropped():
+    found = features({"verity": (1, 9, 0)})
+    assert {"preset-default", "preset-fast"} <= found
+    assert "preset-strict" not in found
+    assert not any(name.startswith("preset-") for name in features({}))
+
+
+def test_signatures_need_the_target_and_the_build_of_the_kernel():
+    assert "verity-signatures" in features(VERITY)
+    assert "verity-signatures" not in features({"verity": (1, 4, 0)})
+    assert "verity-signatures" not in features(VERITY, signed=False)
+    assert "verity-signatures" not in features({})
+
+
+def test_scratches_need_overlayfs_and_their_file_system():
+    found = features(VERITY, known=frozenset(("overlay", "tmpfs", "ext4")))
+    scratches = {name for name in found if name.startswith("scratch-")}
+    assert scratches == {"scratch-tmpfs", "scratch-directory", "scratch-device-ext4"}
+    without = features(VERITY, known=KNOWN - {"overlay"}, ways=())
+    assert not any(name.startswith(("scratch-", "overlay-")) for name in without)
