@@ -79,7 +79,7 @@ def methods() -> str:
         fields = _field_class(request)
         parameters = "" if fields is None else _link(fields.__name__)
         reply = _link(request.reply.__name__) if request.reply._fields else ""
-        lines.append(f"| `{name}` | {parameters} | {reply} | {request.summary} |")
+        lines.append(f"| `{name}` | {parameters} | {reply} | {_code(request.summary)} |")
     return "\n".join(lines)
 
 
@@ -258,7 +258,11 @@ def _record(record: type[Record]) -> str:
 
 def _prose(record: type[Record]) -> str:
     doc = record.__doc__ if "__doc__" in record.__dict__ and record.__doc__ else ""
-    return " ".join(doc.split()).replace("``", "`")
+    return _code(" ".join(doc.split()))
+
+
+def _code(text: str) -> str:
+    return text.replace("``", "`")
 
 
 def _type(kind: object) -> str:

@@ -61,11 +61,12 @@ class HelloReply(Record):
     boot: Mapping[str, object]
 
 
-class AgentHello(
-    Request[HelloReply], method="agent.hello", quick=True, summary="agree on a version"
-):
-    """The first call of every connection. ``versions`` are those of this contract that the client
-    speaks; ``client`` is a name for the agent's log."""
+class AgentHello(Request[HelloReply], method="agent.hello", quick=True):
+    """Agree on a version.
+
+    The first call of every connection. ``versions`` are those of this contract that the client
+    speaks; ``client`` is a name for the agent's log.
+    """
 
     versions: tuple[int, ...]
     client: str = ""
@@ -96,10 +97,8 @@ class StatusReply(Record):
     events_dropped: int
 
 
-class AgentStatus(
-    Request[StatusReply], method="agent.status", quick=True, summary="say how the agent is"
-):
-    pass
+class AgentStatus(Request[StatusReply], method="agent.status", quick=True):
+    """Say how the agent is."""
 
 
 class CancelReply(Record):
@@ -108,18 +107,17 @@ class CancelReply(Record):
     cancelled: bool
 
 
-class AgentCancel(
-    Request[CancelReply], method="agent.cancel", quick=True, summary="stop a waiting request"
-):
-    """``msgid`` is that of the request to stop, on the same connection."""
+class AgentCancel(Request[CancelReply], method="agent.cancel", quick=True):
+    """Stop a waiting request of the same connection, by its msgid."""
 
     msgid: int
 
 
-class AgentShutdown(Request[Empty], method="agent.shutdown", summary="unmount all, then end"):
-    """``mode``: poweroff or reboot the machine (only as PID 1), or exit the agent alone.
+class AgentShutdown(Request[Empty], method="agent.shutdown"):
+    """Unmount all, then end.
 
-    Layers and overlays are unmounted first; ``force`` goes on when some are busy.
+    ``mode``: poweroff or reboot the machine (only as PID 1), or exit the agent alone. ``force``
+    goes on when layers or overlays are busy.
     """
 
     mode: str = "poweroff"
@@ -157,13 +155,8 @@ class SubscribeReply(Record):
     sequence: int
 
 
-class AgentSubscribe(
-    Request[SubscribeReply],
-    method="agent.subscribe",
-    quick=True,
-    summary="send events to this connection",
-):
-    pass
+class AgentSubscribe(Request[SubscribeReply], method="agent.subscribe", quick=True):
+    """Send events to this connection until it ends."""
 
 
 class EventsReply(Record):
@@ -178,13 +171,8 @@ class EventsReply(Record):
     boot_id: str = ""
 
 
-class AgentEvents(
-    Request[EventsReply],
-    method="agent.events",
-    quick=True,
-    summary="list events since a sequence number",
-):
-    """Kept events whose number is over ``since``, the oldest first."""
+class AgentEvents(Request[EventsReply], method="agent.events", quick=True):
+    """List kept events whose number is over ``since``, the oldest first."""
 
     since: int = 0
 
@@ -195,13 +183,11 @@ class MoreReply(Record):
     known: bool
 
 
-class AgentMore(
-    Request[MoreReply],
-    method="agent.more",
-    quick=True,
-    summary="ask for more chunks of an answer",
-):
-    """All chunks before ``sequence`` of the request ``msgid`` have been dealt with."""
+class AgentMore(Request[MoreReply], method="agent.more", quick=True):
+    """Ask for more chunks of an answer.
+
+    All chunks before ``sequence`` of the request ``msgid`` have been dealt with.
+    """
 
     msgid: int
     sequence: int

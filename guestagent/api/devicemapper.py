@@ -21,8 +21,8 @@ class DmListReply(Record):
     devices: tuple[DmDevice, ...]
 
 
-class DmList(Request[DmListReply], method="dm.list", summary="list every device-mapper device"):
-    pass
+class DmList(Request[DmListReply], method="dm.list"):
+    """List every device-mapper device."""
 
 
 class DmTableReply(Record):
@@ -32,8 +32,8 @@ class DmTableReply(Record):
     lines: tuple[str, ...]
 
 
-class DmTable(Request[DmTableReply], DmName, method="dm.table", summary="print a device's table"):
-    pass
+class DmTable(Request[DmTableReply], DmName, method="dm.table"):
+    """Print a device's table."""
 
 
 class DmStatusReply(Record):
@@ -42,7 +42,5 @@ class DmStatusReply(Record):
     lines: tuple[str, ...]
 
 
-class DmStatus(
-    Request[DmStatusReply], DmName, method="dm.status", summary="print a device's status"
-):
-    pass
+class DmStatus(Request[DmStatusReply], DmName, method="dm.status"):
+    """Print a device's status."""

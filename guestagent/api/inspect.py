@@ -135,11 +135,7 @@ class Checksum(Record):
     device: str | None = None
 
 
-class FsChecksums(
-    StreamRequest[ChecksumsReply, Checksum],
-    method="fs.checksums",
-    summary="hash every file of a tree",
-):
+class FsChecksums(StreamRequest[ChecksumsReply, Checksum], method="fs.checksums"):
     """Hash every regular file of a tree.
 
     Entries are ``[path, type, size, value]`` with the path relative to the request's, and value the
@@ -181,13 +177,8 @@ class StatvfsReply(Record):
     readonly: bool
 
 
-class FsStatvfs(
-    Request[StatvfsReply],
-    PathRequest,
-    method="fs.statvfs",
-    summary="tell how full a file system is",
-):
-    pass
+class FsStatvfs(Request[StatvfsReply], PathRequest, method="fs.statvfs"):
+    """Tell how full a file system is."""
 
 
 class StatReply(Record):
@@ -210,23 +201,16 @@ class StatReply(Record):
     target: bytes | None
 
 
-class FsLstat(
-    Request[StatReply],
-    PathRequest,
-    method="fs.lstat",
-    summary="describe a file or a symlink itself",
-):
-    pass
+class FsLstat(Request[StatReply], PathRequest, method="fs.lstat"):
+    """Describe a file or a symlink itself."""
 
 
 class ReadlinkReply(Record):
     target: bytes
 
 
-class FsReadlink(
-    Request[ReadlinkReply], PathRequest, method="fs.readlink", summary="tell where a symlink leads"
-):
-    pass
+class FsReadlink(Request[ReadlinkReply], PathRequest, method="fs.readlink"):
+    """Tell where a symlink leads."""
 
 
 class Xattr(Record):
@@ -240,10 +224,8 @@ class XattrsReply(Record):
     xattrs: tuple[Xattr, ...]
 
 
-class FsGetxattrs(
-    Request[XattrsReply], PathRequest, method="fs.getxattrs", summary="list extended attributes"
-):
-    pass
+class FsGetxattrs(Request[XattrsReply], PathRequest, method="fs.getxattrs"):
+    """List extended attributes."""
 
 
 class AclEntry(Record):
@@ -263,10 +245,11 @@ class AclReply(Record):
     text: str
 
 
-class FsAclGetFile(
-    Request[AclReply], PathRequest, method="fs.acl_get_file", summary="list an access control list"
-):
-    """``acl`` is access, or default for that which a directory hands on."""
+class FsAclGetFile(Request[AclReply], PathRequest, method="fs.acl_get_file"):
+    """List an access control list.
+
+    ``acl`` is access, or default for that which a directory hands on.
+    """
 
     acl: str = "access"
 
@@ -281,10 +264,8 @@ class ExistsReply(Record):
     exists: bool
 
 
-class FsExists(
-    Request[ExistsReply], PathRequest, method="fs.exists", summary="tell if something is there"
-):
-    pass
+class FsExists(Request[ExistsReply], PathRequest, method="fs.exists"):
+    """Tell if something is there."""
 
 
 class DataReply(Record):
@@ -296,8 +277,8 @@ class DataReply(Record):
     is_whole: bool
 
 
-class FsPread(Request[DataReply], PathRequest, method="fs.pread", summary="read a range of a file"):
-    """A range of a regular file, at most 32 KiB."""
+class FsPread(Request[DataReply], PathRequest, method="fs.pread"):
+    """Read a range of a regular file, at most 32 KiB."""
 
     offset_bytes: int = 0
     size_bytes: int = REPLY_DATA_BYTES
@@ -308,9 +289,9 @@ class FsPread(Request[DataReply], PathRequest, method="fs.pread", summary="read 
         check_range("size_bytes", self.size_bytes, 1, REPLY_DATA_BYTES)
 
 
-class FsHead(
-    Request[DataReply], PathRequest, method="fs.head", summary="read the first lines of a file"
-):
+class FsHead(Request[DataReply], PathRequest, method="fs.head"):
+    """Read the first lines of a file."""
+
     lines: int = 10
 
     def check(self) -> None:
@@ -326,8 +307,11 @@ class DownloadReply(Record):
     timings_ms: Mapping[str, float]
 
 
-class FsReadFile(DataRequest[DownloadReply], method="fs.read_file", summary="read a file whole"):
-    """A whole regular file, refused with ``resource`` where it is longer than ``max_bytes``."""
+class FsReadFile(DataRequest[DownloadReply], method="fs.read_file"):
+    """Read a whole regular file.
+
+    It is refused with ``resource`` where it is longer than ``max_bytes``.
+    """
 
     max_bytes: int = 4 * 1024 * 1024
 
@@ -336,10 +320,11 @@ class FsReadFile(DataRequest[DownloadReply], method="fs.read_file", summary="rea
         check_range("max_bytes", self.max_bytes, 0, MAX_BYTES)
 
 
-class FsDownload(
-    DataRequest[DownloadReply], method="fs.download", summary="read a file of any size"
-):
-    """A regular file of any size, or a range of it; None is up to the end."""
+class FsDownload(DataRequest[DownloadReply], method="fs.download"):
+    """Read a regular file of any size, or a range of it.
+
+    ``size_bytes`` None is up to the end.
+    """
 
     offset_bytes: int = 0
     size_bytes: int | None = None
@@ -363,10 +348,8 @@ class ListReply(Record):
     timings_ms: Mapping[str, float]
 
 
-class FsLs(
-    StreamRequest[ListReply, bytes], method="fs.ls", summary="list the names in a directory"
-):
-    """The items are names."""
+class FsLs(StreamRequest[ListReply, bytes], method="fs.ls"):
+    """List the names in a directory."""
 
     @classmethod
     def items(cls, chunk: Mapping[str, object]) -> Iterator[bytes]:
@@ -391,11 +374,9 @@ class DirectoryEntry(Record):
     target: bytes | None
 
 
-class FsReaddir(
-    StreamRequest[ListReply, DirectoryEntry],
-    method="fs.readdir",
-    summary="list a directory with the status of each",
-):
+class FsReaddir(StreamRequest[ListReply, DirectoryEntry], method="fs.readdir"):
+    """List a directory with the status of each."""
+
     @classmethod
     def items(cls, chunk: Mapping[str, object]) -> Iterator[DirectoryEntry]:
         """Return the entries of a chunk."""
@@ -410,10 +391,8 @@ class FoundEntry(Record):
     kind: str
 
 
-class FsFind(
-    StreamRequest[ListReply, FoundEntry], method="fs.find", summary="list what is below a directory"
-):
-    """Everything below a directory.
+class FsFind(StreamRequest[ListReply, FoundEntry], method="fs.find"):
+    """List what is below a directory.
 
     ``name`` admits names that match, where ``*`` stands for any bytes and ``?`` for one;
     ``kind`` admits one letter of ``ENTRY_TYPES``; ``max_depth`` 1 stays in the directory itself.
@@ -455,8 +434,8 @@ class DuReply(Record):
     timings_ms: Mapping[str, float]
 
 
-class FsDu(Request[DuReply], PathRequest, method="fs.du", summary="add up what a tree takes"):
-    pass
+class FsDu(Request[DuReply], PathRequest, method="fs.du"):
+    """Add up what a tree takes."""
 
 
 class ChecksumReply(Record):
@@ -467,7 +446,7 @@ class ChecksumReply(Record):
     timings_ms: Mapping[str, float]
 
 
-class FsChecksum(Request[ChecksumReply], PathRequest, method="fs.checksum", summary="hash a file"):
+class FsChecksum(Request[ChecksumReply], PathRequest, method="fs.checksum"):
     """Hash a regular file."""
 
     algorithm: str = "sha256"
@@ -488,11 +467,11 @@ class TarOutReply(Record):
     timings_ms: Mapping[str, float]
 
 
-class FsTarOut(
-    DataRequest[TarOutReply], method="fs.tar_out", summary="read a directory as a tar archive"
-):
-    """A directory as a tar archive (POSIX pax), paths relative to it. ``xattrs`` also says whether
-    access control lists are part of it."""
+class FsTarOut(DataRequest[TarOutReply], method="fs.tar_out"):
+    """Read a directory as a tar archive (POSIX pax), with paths relative to it.
+
+    ``xattrs`` also says whether access control lists are part of it.
+    """
 
     xattrs: bool = True
 

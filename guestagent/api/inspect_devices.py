@@ -37,14 +37,12 @@ class DeviceListReply(Record):
     devices: tuple[DeviceInfo, ...]
 
 
-class FsListDevices(Request[DeviceListReply], method="fs.list_devices", summary="list the disks"):
-    pass
+class FsListDevices(Request[DeviceListReply], method="fs.list_devices"):
+    """List the disks."""
 
 
-class FsListPartitions(
-    Request[DeviceListReply], method="fs.list_partitions", summary="list the partitions of disks"
-):
-    pass
+class FsListPartitions(Request[DeviceListReply], method="fs.list_partitions"):
+    """List the partitions of disks."""
 
 
 class FilesystemsReply(Record):
@@ -53,10 +51,8 @@ class FilesystemsReply(Record):
     filesystems: Mapping[str, str]
 
 
-class FsListFilesystems(
-    Request[FilesystemsReply], method="fs.list_filesystems", summary="say what is on each device"
-):
-    pass
+class FsListFilesystems(Request[FilesystemsReply], method="fs.list_filesystems"):
+    """Tell what is at the start of each device."""
 
 
 class TextReply(Record):
@@ -65,62 +61,35 @@ class TextReply(Record):
     value: str
 
 
-class FsVfsType(
-    Request[TextReply],
-    DeviceRequest,
-    method="fs.vfs_type",
-    summary="name the file system of a device",
-):
-    pass
+class FsVfsType(Request[TextReply], DeviceRequest, method="fs.vfs_type"):
+    """Name the file system of a device."""
 
 
-class FsVfsUuid(
-    Request[TextReply],
-    DeviceRequest,
-    method="fs.vfs_uuid",
-    summary="tell the uuid of a file system",
-):
-    pass
+class FsVfsUuid(Request[TextReply], DeviceRequest, method="fs.vfs_uuid"):
+    """Tell the uuid of a file system."""
 
 
-class FsVfsLabel(
-    Request[TextReply],
-    DeviceRequest,
-    method="fs.vfs_label",
-    summary="tell the label of a file system",
-):
-    pass
+class FsVfsLabel(Request[TextReply], DeviceRequest, method="fs.vfs_label"):
+    """Tell the label of a file system."""
 
 
 class SizeReply(Record):
     size_bytes: int
 
 
-class FsBlockdevGetsize64(
-    Request[SizeReply],
-    DeviceRequest,
-    method="fs.blockdev_getsize64",
-    summary="tell how large a device is",
-):
-    pass
+class FsBlockdevGetsize64(Request[SizeReply], DeviceRequest, method="fs.blockdev_getsize64"):
+    """Tell how large a device is."""
 
 
 class ReadonlyReply(Record):
     readonly: bool
 
 
-class FsBlockdevGetro(
-    Request[ReadonlyReply],
-    DeviceRequest,
-    method="fs.blockdev_getro",
-    summary="tell if it is read-only",
-):
-    pass
+class FsBlockdevGetro(Request[ReadonlyReply], DeviceRequest, method="fs.blockdev_getro"):
+    """Tell whether a device is read-only."""
 
 
-class FsChecksumDevice(
-    Request[ChecksumReply], DeviceRequest, method="fs.checksum_device", summary="hash a device"
-):
+class FsChecksumDevice(Request[ChecksumReply], DeviceRequest, method="fs.checksum_device"):
     """Hash a whole block device."""
 
     algorithm: str = "sha256"
@@ -145,8 +114,8 @@ class MountPointsReply(Record):
     mounts: tuple[MountPoint, ...]
 
 
-class FsMountpoints(Request[MountPointsReply], method="fs.mountpoints", summary="list every mount"):
-    pass
+class FsMountpoints(Request[MountPointsReply], method="fs.mountpoints"):
+    """List every mount."""
 
 
 class AvailableReply(Record):
@@ -156,10 +125,8 @@ class AvailableReply(Record):
     missing: tuple[str, ...]
 
 
-class FsAvailable(
-    Request[AvailableReply], method="fs.available", summary="tell which features are there"
-):
-    """Names of features, as hello lists them."""
+class FsAvailable(Request[AvailableReply], method="fs.available"):
+    """Tell which of some features are there, by the names that hello has for them."""
 
     features: tuple[str, ...]
 
@@ -175,7 +142,5 @@ class VersionReply(Record):
     python: str
 
 
-class FsVersion(
-    Request[VersionReply], method="fs.version", summary="tell the versions of agent and kernel"
-):
-    pass
+class FsVersion(Request[VersionReply], method="fs.version"):
+    """Tell the versions of agent and kernel."""

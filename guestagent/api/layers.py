@@ -88,8 +88,11 @@ class LayerReport(Record):
     already: bool
 
 
-class LayerSpec(Request[LayerReport], method="layer.mount", summary="mount a read-only layer"):
-    """A layer to mount, read-only. ``target`` defaults to /run/layers/LAYER_ID."""
+class LayerSpec(Request[LayerReport], method="layer.mount"):
+    """Mount a read-only layer.
+
+    ``target`` defaults to /run/layers/LAYER_ID.
+    """
 
     layer_id: str
     device: Device
@@ -131,9 +134,12 @@ class UnmountReply(Record):
     already: bool
 
 
-class LayerUnmount(Request[UnmountReply], method="layer.unmount", summary="unmount a layer"):
-    """``force`` also removes a layer whose device is lost or whose parts are half gone; never one
-    that is in use."""
+class LayerUnmount(Request[UnmountReply], method="layer.unmount"):
+    """Unmount a layer.
+
+    ``force`` also removes a layer whose device is lost or whose parts are half gone; never one
+    that is in use.
+    """
 
     layer_id: str
     force: bool = False
@@ -146,15 +152,13 @@ class LayerListReply(Record):
     layers: tuple[LayerReport, ...]
 
 
-class LayerList(
-    Request[LayerListReply],
-    method="layer.list",
-    summary="list the layers, read back from the kernel",
-):
-    pass
+class LayerList(Request[LayerListReply], method="layer.list"):
+    """List the layers, read back from the kernel."""
 
 
-class LayerGet(Request[LayerReport], method="layer.get", summary="describe one layer"):
+class LayerGet(Request[LayerReport], method="layer.get"):
+    """Describe one layer."""
+
     layer_id: str
 
     def check(self) -> None:
@@ -169,9 +173,7 @@ class VerifyReply(Record):
     timings_ms: Mapping[str, float]
 
 
-class LayerVerify(
-    Request[VerifyReply], method="layer.verify", summary="read a layer through verity"
-):
+class LayerVerify(Request[VerifyReply], method="layer.verify"):
     """Read a whole layer through its verity device; progress comes as notifications."""
 
     layer_id: str

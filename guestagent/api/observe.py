@@ -34,17 +34,12 @@ class LogReply(Record):
     more: bool
 
 
-class AgentLog(
-    Request[LogReply],
-    method="agent.log",
-    quick=True,
-    summary="list lines of the log, and follow it",
-):
-    """Lines after ``since``, of ``level`` and above. A negative ``since`` counts from the end.
+class AgentLog(Request[LogReply], method="agent.log", quick=True):
+    """List lines of the log after a number, of ``level`` and above, and follow it.
 
-    With ``follow`` later lines come as notifications ``agent.log`` (a `LogReply` each) on this
-    connection, at the pace of its reader, until the connection ends or ``follow`` is asked for
-    again, which changes the level.
+    A negative ``since`` counts from the end. With ``follow`` later lines come as notifications
+    ``agent.log`` (a `LogReply` each) on this connection, at the pace of its reader, until the
+    connection ends or ``follow`` is asked for again, which changes the level.
     """
 
     since: int = 0
@@ -62,12 +57,8 @@ class MetricsReply(Record):
     text: str
 
 
-class AgentMetrics(
-    Request[MetricsReply],
-    method="agent.metrics",
-    summary="tell the metrics in Prometheus text",
-):
-    pass
+class AgentMetrics(Request[MetricsReply], method="agent.metrics"):
+    """Tell the metrics in Prometheus text."""
 
 
 class CrashReport(Record):
@@ -107,9 +98,7 @@ class CrashesReply(Record):
     total: int
 
 
-class AgentCrashes(
-    Request[CrashesReply], method="agent.crashes", summary="tell how earlier lives ended"
-):
-    """Reports whose number is over ``since``."""
+class AgentCrashes(Request[CrashesReply], method="agent.crashes"):
+    """List the kept reports of crashes whose number is over ``since``."""
 
     since: int = 0

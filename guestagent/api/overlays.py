@@ -95,8 +95,8 @@ class OverlayReport(Record):
     already: bool
 
 
-class OverlaySpec(Request[OverlayReport], method="overlay.mount", summary="overlay mounted layers"):
-    """An overlay of mounted layers, topmost first; read-only unless there is a scratch.
+class OverlaySpec(Request[OverlayReport], method="overlay.mount"):
+    """Overlay mounted layers, topmost first; read-only unless there is a scratch.
 
     ``target`` defaults to /run/overlays/OVERLAY_ID.
     """
@@ -127,8 +127,11 @@ class OverlaySpec(Request[OverlayReport], method="overlay.mount", summary="overl
         return self.target or f"{TARGET_ROOT}/overlays/{self.overlay_id}"
 
 
-class OverlayUnmount(Request[UnmountReply], method="overlay.unmount", summary="unmount an overlay"):
-    """The layers stay; ``force`` also removes what is half gone, never what is in use."""
+class OverlayUnmount(Request[UnmountReply], method="overlay.unmount"):
+    """Unmount an overlay.
+
+    The layers stay; ``force`` also removes what is half gone, never what is in use.
+    """
 
     overlay_id: str
     force: bool = False
@@ -141,8 +144,8 @@ class OverlayListReply(Record):
     overlays: tuple[OverlayReport, ...]
 
 
-class OverlayList(Request[OverlayListReply], method="overlay.list", summary="list the overlays"):
-    pass
+class OverlayList(Request[OverlayListReply], method="overlay.list"):
+    """List the overlays."""
 
 
 class LayersMountReply(Record):
@@ -151,9 +154,7 @@ class LayersMountReply(Record):
     timings_ms: Mapping[str, float]
 
 
-class LayersMount(
-    Request[LayersMountReply], method="layers.mount", summary="mount many, all or nothing"
-):
+class LayersMount(Request[LayersMountReply], method="layers.mount"):
     """Mount layers in parallel, then the overlay if one is given: all or nothing."""
 
     layers: tuple[LayerSpec, ...]
@@ -178,8 +179,8 @@ class LayersUnmountReply(Record):
     timings_ms: Mapping[str, float]
 
 
-class LayersUnmount(Request[LayersUnmountReply], method="layers.unmount", summary="unmount many"):
-    """Take an overlay and layers down in parallel; what is not named stays."""
+class LayersUnmount(Request[LayersUnmountReply], method="layers.unmount"):
+    """Unmount an overlay and layers in parallel, all or nothing; what is not named stays."""
 
     layers: tuple[str, ...] = ()
     overlay: str | None = None

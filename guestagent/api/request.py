@@ -1,10 +1,13 @@
 """A method is its request: the record of its parameters, which also says how it is called.
 
-    class LayerGet(Request[LayerReport], method="layer.get", summary="describe one layer"):
+    class LayerGet(Request[LayerReport], method="layer.get"):
+        '''Describe one layer.'''
+
         layer_id: str
 
-``LayerGet.method``, ``.reply``, ``.quick`` and ``.summary`` say what the class statement said. The
-type checker knows from it that a call with a ``LayerGet`` returns a ``LayerReport``.
+``LayerGet.method``, ``.reply`` and ``.quick`` say what the class statement said, ``.summary`` what
+the first line of its docstring said. The type checker knows from it that a call with a ``LayerGet``
+returns a ``LayerReport``.
 """
 
 from collections.abc import Iterable
@@ -57,12 +60,12 @@ class Request(Record, Answered[R_co]):
         quick: ClassVar[bool]
         summary: ClassVar[str]
 
-    def __init_subclass__(cls, *, method: str = "", summary: str = "", quick: bool = False) -> None:
+    def __init_subclass__(cls, *, method: str = "", quick: bool = False) -> None:
         super().__init_subclass__()
         if not method:
             return
         cls.method = method
-        cls.summary = summary
+        cls.summary = (cls.__doc__ or "").partition("\n")[0].rstrip(".")
         cls.quick = quick
         # the arguments in brackets after the base: the reply first
         cls.reply = vars(cls)["__orig_bases__"][0].__args__[0]
