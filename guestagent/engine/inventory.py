@@ -1,15 +1,15 @@
-"""What is live: layers, overlays, who uses whom, and which names and targets are spoken for.
+"""The mounted layers and overlays, and the targets, dm names and scratches that are reserved.
 
-The inventory is memory only. It is filled by requests and by recovery, and guarded by one mutex
-that is never held across a system call.
+The inventory is memory only. Requests and recovery fill it. One mutex guards it, which is never
+held across a system call.
 """
 
 import threading
-from collections.abc import Callable, Container, Mapping
+from bisect import bisect_left, insort
+from collections.abc import Container, Mapping
 
 from guestagent.api import LayerSpec, OverlaySpec
 from guestagent.api.layers import Holder
-from guestagent.engine.claims import Owner, PathClaims, SharedRanges, parent_of
 from guestagent.engine.plan import LayerPlan, Source, dm_uuid
 from vsock.errors import CallError
 from vsock.record import Record
@@ -22,8 +22,27 @@ __all__ = (
     "LiveOverlay",
     "LiveScratch",
     "Owner",
+    "PathClaims",
+    "Reservation",
+    "parent_of",
     "refuse_other_spec",
 )
+
+#: What a reservation belongs to: ("layer" or "overlay", id).
+Owner = tuple[str, str]
+
+
+class Reservation(Record):
+    """What a layer or an overlay has to itself: its target and, for a layer, the names of its
+    linear and its verity device.
+
+    ``directories`` are those on the way to the target that go with the last that needs them,
+    outermost first: missing ones, and those that the agent has made for others.
+    """
+
+    target: str
+    directories: tuple[str, ...] = ()
+    dm_names: tuple[str, ...] = ()
 
 
 class LayerTraces(Record):
@@ -41,20 +60,16 @@ class LayerTraces(Record):
 
 
 class LayerClaim(Record):
-    """A layer that is to be: its device found, its range checked, its names and target reserved.
-
-    ``names`` are those of the linear and the verity device, should it have them.
-    """
+    """A layer that is to be mounted: its device found, its range checked, its names reserved."""
 
     spec: LayerSpec
     source: Source
-    names: tuple[str, str]
-    created: tuple[str, ...]
+    reservation: Reservation
 
     @property
     def traces(self) -> LayerTraces:
         spec = self.spec
-        linear, verity = self.names
+        linear, verity = self.reservation.dm_names
         dm = {}
         if spec.verity is not None:
             dm[verity] = dm_uuid("verity", spec.layer_id)
@@ -65,7 +80,7 @@ class LayerClaim(Record):
             mount_point=spec.mount_point,
             dev=self.source.dev,
             dm=dm,
-            created=self.created,
+            created=self.reservation.directories,
         )
 
 
@@ -155,6 +170,64 @@ def refuse_other_spec(kind: str, name: str, wanted: Record, has: Record) -> None
         )
 
 
+class PathClaims:
+    """Path -> its owner and use; no path lies on, in or above another. Not thread-safe.
+
+    The number of a device (MAJOR:MINOR) counts as a path at the top.
+    """
+
+    def __init__(self) -> None:
+        self._owners: dict[str, tuple[str, Owner]] = {}
+        self._sorted: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"PathClaims({sorted(self._owners.items())})"
+
+    def get(self, path: str) -> tuple[str, Owner] | None:
+        """Return (use, owner) of a path that is claimed."""
+        return self._owners.get(path)
+
+    def conflicting_path(self, path: str) -> str | None:
+        """Return a claimed path that this one lies on, in or above."""
+        other = path
+        while other:
+            if other in self._owners:
+                return other
+            other = parent_of(other)
+        at = bisect_left(self._sorted, path + "/")
+        below = self._sorted[at : at + 1]
+        return below[0] if below and below[0].startswith(path + "/") else None
+
+    def add(self, path: str, use: str, owner: Owner) -> None:
+        """Claim ``path`` as the ``use`` (target or scratch) of ``owner``.
+
+        Raises:
+            CallError: ``conflict``, naming the path and the owner that it conflicts with.
+        """
+        other = self.conflicting_path(path)
+        if other is not None:
+            other_use, (kind, name) = self._owners[other]
+            how = "is" if path == other else "lies in or above"
+            raise CallError(
+                "conflict",
+                f"{use} {path!r} {how} {other!r}, the {other_use} of {kind} {name!r}",
+                step="claim",
+                object=path,
+            )
+        self._owners[path] = use, owner
+        insort(self._sorted, path)
+
+    def drop(self, path: str) -> None:
+        """Release a path. Idempotent."""
+        if self._owners.pop(path, None) is not None:
+            del self._sorted[bisect_left(self._sorted, path)]
+
+
+def parent_of(path: str) -> str:
+    """Return the directory that holds a path; nothing for a path at the top."""
+    return path.rpartition("/")[0]
+
+
 class Inventory:
     """Every method is atomic."""
 
@@ -163,17 +236,16 @@ class Inventory:
         self._lock = threading.Lock()
         self._layers: dict[str, LiveLayer] = {}
         self._overlays: dict[str, LiveOverlay] = {}
-        #: Of each device (MAJOR:MINOR) that layers are on.
-        self._ranges: dict[str, SharedRanges] = {}
-        self._targets = PathClaims()
-        self._targets.add(reserved, ("agent", "state"))
-        self._directories: dict[Owner, tuple[str, ...]] = {}
+        self._reservations: dict[Owner, Reservation] = {}
+        self._paths = PathClaims()
+        self._paths.add(reserved, "target", ("agent", "state"))
+        #: The scratch (device or directory) of an overlay, by owner.
+        self._scratches: dict[Owner, str] = {}
         #: How many owners need a directory that the agent made.
         self._made: dict[str, int] = {}
-        self._dm_names: dict[str, str] = {}
-        self._scratch = PathClaims()
         #: Of each device (MAJOR:MINOR) that layers keep read-only: whether the agent made it so.
         self._readonly: dict[str, tuple[bool, frozenset[str]]] = {}
+        self._dm_names: dict[str, Owner] = {}
         self._problems: dict[str, str] = {}
 
     # --- layers and overlays
@@ -195,13 +267,8 @@ class Inventory:
             return tuple(self._overlays.values())
 
     def add_layer(self, live: LiveLayer) -> None:
-        layer_id = live.spec.layer_id
         with self._lock:
-            self._drop_range(layer_id)
-            self._layers[layer_id] = live
-            self._ranges.setdefault(live.source.dev, SharedRanges()).add(
-                live.source.range, layer_id
-            )
+            self._layers[live.spec.layer_id] = live
 
     def set_layer_state(self, layer_id: str, state: str) -> bool:
         """Note what became of a layer; return whether that is news."""
@@ -218,17 +285,7 @@ class Inventory:
 
     def drop_layer(self, layer_id: str) -> None:
         with self._lock:
-            self._drop_range(layer_id)
             self._layers.pop(layer_id, None)
-
-    def _drop_range(self, layer_id: str) -> None:
-        live = self._layers.get(layer_id)
-        if live is None:
-            return
-        ranges = self._ranges[live.source.dev]
-        ranges.drop(live.source.range, layer_id)
-        if not ranges:
-            del self._ranges[live.source.dev]
 
     def drop_overlay(self, overlay_id: str) -> None:
         with self._lock:
@@ -245,11 +302,18 @@ class Inventory:
 
     def overlapping(self, live: LiveLayer) -> tuple[str, ...]:
         """Return the other layers whose ranges share bytes with that of this one."""
-        layer_id = live.spec.layer_id
+        layer_id, dev = live.spec.layer_id, live.source.dev
+        begin = live.source.range.offset_bytes
+        end = begin + live.source.range.size_bytes
         with self._lock:
-            ranges = self._ranges.get(live.source.dev)
-            sharing = ranges.sharing(live.source.range) if ranges is not None else ()
-            return tuple(other_id for other_id in sharing if other_id != layer_id)
+            return tuple(
+                other_id
+                for other_id, other in self._layers.items()
+                if other.source.range.offset_bytes < end
+                and begin < other.source.range.offset_bytes + other.source.range.size_bytes
+                and other.source.dev == dev
+                and other_id != layer_id
+            )
 
     def layers_on(self, dev: str) -> tuple[str, ...]:
         """Return the layers whose data or hash tree is on a device (MAJOR:MINOR)."""
@@ -285,110 +349,92 @@ class Inventory:
                 return False
             return self._readonly.pop(dev, None) is not None and made
 
-    # --- claims
+    # --- reservations
 
-    def _refuse_taken(self, what: str, path: str) -> None:
-        for claims, use in ((self._targets, "target"), (self._scratch, "scratch")):
-            taken = claims.conflicting_path(path)
-            if taken is not None:
-                other, (kind, name) = taken
-                raise _taken(what, path, other, f"the {use} of {kind} {name!r}")
+    def reserve(
+        self,
+        owner: Owner,
+        target: str,
+        *,
+        missing: Container[str] = (),
+        dm_names: tuple[str, ...] = (),
+        unique_dm_names: tuple[str, ...] = (),
+    ) -> Reservation:
+        """Reserve all that a layer or an overlay needs to itself, until it is released.
 
-    def claim_target(self, target: str, owner: Owner) -> None:
-        """Reserve a mount point; it may lie neither on, in nor above another's, nor a scratch.
+        Args:
+            missing: the directories on the way to ``target`` that the owner will make.
+            dm_names: those that are wanted; ``unique_dm_names`` if another layer has one of them.
 
         Raises:
-            CallError: ``conflict``, naming the other.
+            CallError: ``conflict``, ``target`` lies on, in or above another target or a scratch.
         """
         with self._lock:
-            self._refuse_taken("target", target)
-            self._targets.add(target, owner)
+            self._paths.add(target, "target", owner)
+            taken = any(name in self._dm_names for name in dm_names)
+            reservation = Reservation(
+                target=target,
+                directories=self._directories_to(target, missing),
+                dm_names=unique_dm_names if taken else dm_names,
+            )
+            self._hold(owner, reservation)
+            return reservation
 
-    def release_target(self, target: str) -> None:
-        with self._lock:
-            self._targets.drop(target)
+    def adopt(self, owner: Owner, reservation: Reservation) -> None:
+        """Reserve what a layer or an overlay of an earlier agent has.
 
-    def claim_directories(self, owner: Owner, target: str, missing: Container[str]) -> list[str]:
-        """Note which directories on the way to ``target`` go when nobody needs them any more.
-
-        Those are the ``missing`` ones, which the owner will make, and those that the agent made
-        for others: whoever of them is the last takes the directory away.
+        Raises:
+            CallError: ``conflict``, another has its target.
         """
         with self._lock:
-            claimed, path = [], target
-            while path:
-                if path in missing or path in self._made:
-                    claimed.append(path)
-                path = parent_of(path)
-            claimed.reverse()
-            self._hold_directories(owner, tuple(claimed))
-            return claimed
+            self._paths.add(reservation.target, "target", owner)
+            self._hold(owner, reservation)
 
-    def hold_directories(self, owner: Owner, paths: tuple[str, ...]) -> None:
-        """Note the directories that an adopted layer or overlay has."""
+    def release(self, owner: Owner) -> None:
+        """Release all that an owner has reserved, its scratch, too. Idempotent."""
         with self._lock:
-            self._hold_directories(owner, paths)
-
-    def _hold_directories(self, owner: Owner, paths: tuple[str, ...]) -> None:
-        self._drop_directories(owner)
-        self._directories[owner] = paths
-        for path in paths:
-            self._made[path] = self._made.get(path, 0) + 1
-
-    def _drop_directories(self, owner: Owner) -> None:
-        for path in self._directories.pop(owner, ()):
-            self._made[path] -= 1
-            if not self._made[path]:
-                del self._made[path]
-
-    def release_directories(self, owner: Owner) -> None:
-        with self._lock:
-            self._drop_directories(owner)
-
-    def claim_dm_names(
-        self, layer_id: str, preferred: tuple[str, str], unique: Callable[[], tuple[str, str]]
-    ) -> tuple[str, str]:
-        """Reserve a pair of dm names: the preferred ones, or, where another layer has one of them,
-        what ``unique`` returns."""
-        with self._lock:
-            taken = any(self._dm_names.get(name, layer_id) != layer_id for name in preferred)
-            names = unique() if taken else preferred
-            for name in names:
-                self._dm_names[name] = layer_id
-            return names
-
-    def hold_dm_names(self, layer_id: str, names: tuple[str, ...]) -> None:
-        """Note the names that an adopted layer has."""
-        with self._lock:
-            for name in names:
-                self._dm_names[name] = layer_id
-
-    def release_dm_names(self, layer_id: str) -> None:
-        with self._lock:
-            for name in [name for name, owner in self._dm_names.items() if owner == layer_id]:
+            self._paths.drop(self._scratches.pop(owner, ""))
+            reservation = self._reservations.pop(owner, None)
+            if reservation is None:
+                return
+            self._paths.drop(reservation.target)
+            for name in reservation.dm_names:
                 del self._dm_names[name]
+            for path in reservation.directories:
+                self._made[path] -= 1
+                if not self._made[path]:
+                    del self._made[path]
 
-    def claim_scratch(self, key: str, overlay_id: str) -> None:
-        """Reserve a scratch device (MAJOR:MINOR) or directory.
-
-        A directory may neither nest with another's nor with the target of anything.
+    def reserve_scratch(self, owner: Owner, key: str) -> None:
+        """Reserve a scratch device (MAJOR:MINOR) or directory, until the owner is released.
 
         Raises:
-            CallError: ``conflict``, naming the other.
+            CallError: ``conflict``, it lies on, in or above another scratch or a target.
         """
         with self._lock:
-            self._refuse_taken("scratch", key)
-            self._scratch.add(key, ("overlay", overlay_id))
-
-    def release_scratch(self, key: str) -> None:
-        with self._lock:
-            self._scratch.drop(key)
+            self._paths.add(key, "scratch", owner)
+            self._scratches[owner] = key
 
     def scratch_owner(self, key: str) -> str | None:
         """Return the overlay whose scratch a device (MAJOR:MINOR) or directory is."""
         with self._lock:
-            owner = self._scratch.get(key)
-            return None if owner is None else owner[1]
+            use, (_, name) = self._paths.get(key) or ("", ("", ""))
+            return name if use == "scratch" else None
+
+    def _directories_to(self, target: str, missing: Container[str]) -> tuple[str, ...]:
+        found, path = [], target
+        while path:
+            if path in missing or path in self._made:
+                found.append(path)
+            path = parent_of(path)
+        return tuple(reversed(found))
+
+    def _hold(self, owner: Owner, reservation: Reservation) -> None:
+        self._reservations[owner] = reservation
+        for name in reservation.dm_names:
+            self._dm_names[name] = owner
+        for path in reservation.directories:
+            self._made[path] = self._made.get(path, 0) + 1
 
     # --- problems
 
@@ -412,10 +458,3 @@ class Inventory:
             Holder(kind="overlay", name=overlay_id, detail="uses the layer")
             for overlay_id in self.users_of(layer_id)
         )
-
-
-def _taken(what: str, path: str, other: str, whose: str) -> CallError:
-    how = "is" if path == other else "lies in or above"
-    return CallError(
-        "conflict", f"{what} {path!r} {how} {other!r}, {whose}", step="claim", object=path
-    )

@@ -27,7 +27,7 @@ from guestagent.engine.protection import protect
 from guestagent.engine.readback import verity_status
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
-    claim_directories,
+    missing_directories,
     remove_directories,
     undo_deadline,
     unmount_target,
@@ -60,8 +60,14 @@ class LayerMount:
         self._check_rules(spec)
         inventory = self._state.inventory
         owner = ("layer", spec.layer_id)
-        inventory.claim_target(spec.mount_point, owner)
-        op.on_rollback("target claim", lambda: inventory.release_target(spec.mount_point))
+        reservation = inventory.reserve(
+            owner,
+            spec.mount_point,
+            missing=missing_directories(spec.mount_point, op),
+            dm_names=dm_names(spec, unique=False),
+            unique_dm_names=dm_names(spec, unique=True),
+        )
+        op.on_rollback("reservation", lambda: inventory.release(owner))
         device = self._find(spec.device, op)
         self._refuse_scratch(device)
         source = source_of(spec.mapping, device)
@@ -72,17 +78,10 @@ class LayerMount:
                 source = source.replace(hash_device=hash_device)
             self._verity_version(op)  # a kernel without it is told before anything is begun
         source = protect(self._state, spec.layer_id, source, op)
-        names = inventory.claim_dm_names(
-            spec.layer_id, dm_names(spec, unique=False), lambda: dm_names(spec, unique=True)
-        )
-        op.on_rollback("dm names", lambda: inventory.release_dm_names(spec.layer_id))
-        created = claim_directories(inventory, owner, spec.mount_point, op)
-        op.on_rollback("directory claim", lambda: inventory.release_directories(owner))
         return LayerClaim(
             spec=spec,
             source=source,
-            names=names,
-            created=created,
+            reservation=reservation,
         )
 
     def plan(self, claim: LayerClaim, op: Transaction) -> LiveLayer:
@@ -99,7 +98,7 @@ class LayerMount:
         plan = plan_layer(
             spec,
             claim.source,
-            names=claim.names,
+            names=claim.reservation.dm_names,
             parameters=parameters,
             parameters_from=parameters_from,
             options=options,
@@ -108,7 +107,7 @@ class LayerMount:
             spec=spec,
             source=claim.source,
             plan=plan,
-            created=claim.created,
+            created=claim.reservation.directories,
             timings_ms=op.timings_ms,
         )
 

@@ -171,14 +171,12 @@ class Layers:
         layer_id = live.spec.layer_id
         inventory = self._state.inventory
         inventory.drop_layer(layer_id)
-        inventory.release_target(live.spec.mount_point)
-        inventory.release_dm_names(layer_id)
         inventory.settle_problem(table_problem(layer_id))
         release(self._state, live)
         self._state.tidy(f"the directories of layer {layer_id}", remove_directories, live.created)
-        inventory.release_directories(("layer", layer_id))
         what = f"the journal of layer {layer_id}"
         self._state.tidy(what, self._state.journal.remove_layer, layer_id)
+        inventory.release(("layer", layer_id))
         self._state.events.publish(
             "layer_unmounted",
             layer_id=layer_id,

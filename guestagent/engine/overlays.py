@@ -11,7 +11,7 @@ from guestagent.engine.plan import check_target
 from guestagent.engine.scratch import device_of, make_scratch, scratch_report
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
-    claim_directories,
+    missing_directories,
     nothing_to_unmount,
     remove_directories,
     undo_deadline,
@@ -87,10 +87,9 @@ class Overlays:
         lowerdirs = self._lowerdirs(spec, fresh or {})
         inventory = self._state.inventory
         owner = ("overlay", spec.overlay_id)
-        inventory.claim_target(spec.mount_point, owner)
-        op.on_rollback("target claim", lambda: inventory.release_target(spec.mount_point))
-        created = claim_directories(inventory, owner, spec.mount_point, op)
-        op.on_rollback("directory claim", lambda: inventory.release_directories(owner))
+        missing = missing_directories(spec.mount_point, op)
+        created = inventory.reserve(owner, spec.mount_point, missing=missing).directories
+        op.on_rollback("reservation", lambda: inventory.release(owner))
         live = LiveOverlay(
             spec=spec, lowerdirs=lowerdirs, method="", links=None, scratch=None, created=created
         )
@@ -174,17 +173,15 @@ class Overlays:
         overlay_id, target = live.spec.overlay_id, live.spec.mount_point
         state = self._state
         state.inventory.drop_overlay(overlay_id)
-        state.inventory.release_target(target)
         if live.links is not None:
             state.tidy(f"the links of overlay {overlay_id}", remove_links, live.links)
         state.tidy(f"the directories of overlay {overlay_id}", remove_directories, live.created)
-        state.inventory.release_directories(("overlay", overlay_id))
         if live.scratch is not None:
             what = f"the scratch directory of overlay {overlay_id}"
             state.tidy(what, remove_directories, live.scratch.created)
-            state.inventory.release_scratch(live.scratch.key)
         what = f"the journal of overlay {overlay_id}"
         state.tidy(what, state.journal.remove_overlay, overlay_id)
+        state.inventory.release(("overlay", overlay_id))
         state.events.publish(
             "overlay_unmounted", overlay_id=overlay_id, detail=target, traceparent=op.traceparent
         )

@@ -271,7 +271,7 @@ def plan_layer(
     spec: LayerSpec,
     source: Source,
     *,
-    names: tuple[str, str],
+    names: tuple[str, ...],
     parameters: VerityParameters | None = None,
     parameters_from: str = "",
     options: VerityOptions | None = None,

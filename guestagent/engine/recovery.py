@@ -8,7 +8,7 @@ uuid of its dm devices, is taken away. What cannot be taken away becomes a probl
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from guestagent.engine.inventory import LayerTraces, LiveLayer, LiveOverlay
+from guestagent.engine.inventory import LayerTraces, LiveLayer, LiveOverlay, Reservation
 from guestagent.engine.journal import Written
 from guestagent.engine.parallel import for_each
 from guestagent.engine.state import EngineState
@@ -143,9 +143,12 @@ def overlay_is_there(kernel: KernelView, live: LiveOverlay) -> bool:
 
 def _adopt_layer(state: EngineState, live: LiveLayer) -> None:
     layer_id = live.spec.layer_id
-    state.inventory.claim_target(live.spec.mount_point, ("layer", layer_id))
-    state.inventory.hold_directories(("layer", layer_id), live.created)
-    state.inventory.hold_dm_names(layer_id, live.plan.dm_names)
+    state.inventory.adopt(
+        ("layer", layer_id),
+        Reservation(
+            target=live.spec.mount_point, directories=live.created, dm_names=live.plan.dm_names
+        ),
+    )
     for device in live.source.devices:
         made = device.dev in live.source.made_readonly
         state.inventory.keep_readonly(device.dev, layer_id, made)
@@ -154,10 +157,11 @@ def _adopt_layer(state: EngineState, live: LiveLayer) -> None:
 
 def _adopt_overlay(state: EngineState, live: LiveOverlay) -> None:
     overlay_id = live.spec.overlay_id
-    state.inventory.claim_target(live.spec.mount_point, ("overlay", overlay_id))
-    state.inventory.hold_directories(("overlay", overlay_id), live.created)
+    owner = ("overlay", overlay_id)
+    reservation = Reservation(target=live.spec.mount_point, directories=live.created)
+    state.inventory.adopt(owner, reservation)
     if live.scratch is not None and live.scratch.kind != "tmpfs":  # that one is nobody else's
-        state.inventory.claim_scratch(live.scratch.key, overlay_id)
+        state.inventory.reserve_scratch(owner, live.scratch.key)
     state.inventory.add_overlay(live)
 
 

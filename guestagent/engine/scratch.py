@@ -207,8 +207,8 @@ def _mount_point(
 
 
 def _claim(state: EngineState, overlay_id: str, key: str, op: Transaction) -> None:
-    state.inventory.claim_scratch(key, overlay_id)
-    op.on_rollback("scratch claim", lambda: state.inventory.release_scratch(key))
+    # released with the overlay's reservation
+    state.inventory.reserve_scratch(("overlay", overlay_id), key)
 
 
 def _undo_mount(state: EngineState, path: str, op: Transaction) -> None:

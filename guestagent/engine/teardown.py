@@ -4,8 +4,7 @@ import errno
 import os
 
 from guestagent.api.layers import Holder, UnmountReply
-from guestagent.engine.claims import parent_of
-from guestagent.engine.inventory import Inventory, Owner
+from guestagent.engine.inventory import parent_of
 from guestagent.engine.state import EngineState
 from guestagent.engine.transaction import Transaction
 from guestagent.storage.devicemapper import devices
@@ -17,7 +16,7 @@ from vsock.errors import CallError
 
 __all__ = (
     "busy_error",
-    "claim_directories",
+    "missing_directories",
     "nothing_to_unmount",
     "refuse_shared_devices",
     "remove_devices",
@@ -141,10 +140,8 @@ def _remove_one(state: EngineState, name: str, op: Transaction, limit: Deadline)
         raise busy_error(name, info.dev if info else "", op) from error
 
 
-def claim_directories(
-    inventory: Inventory, owner: Owner, target: str, op: Transaction
-) -> tuple[str, ...]:
-    """Note which directories a mount at ``target`` makes or shares; they go with the last of it."""
+def missing_directories(target: str, op: Transaction) -> list[str]:
+    """Return the directories on the way to ``target`` that do not exist, innermost first."""
     missing, path = [], target
     while path and path not in op.known_directories:
         if os.access(path, os.F_OK, follow_symlinks=False):
@@ -152,7 +149,7 @@ def claim_directories(
             break
         missing.append(path)
         path = parent_of(path)
-    return tuple(inventory.claim_directories(owner, target, missing))
+    return missing
 
 
 def remove_directories(paths: tuple[str, ...]) -> None:

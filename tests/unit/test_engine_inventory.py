@@ -1,4 +1,4 @@
-"""Claims: what is spoken for is refused with the owner's name, and is free again after."""
+"""Reservations: a conflict is refused with the owner's name, and released paths are free again."""
 
 import pytest
 from hypothesis import given
@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from test_engine_journal import layer
 
 from guestagent.api import ByteRange, OverlaySpec
-from guestagent.engine.claims import PathClaims, SharedRanges
-from guestagent.engine.inventory import Inventory, LiveOverlay
+from guestagent.engine.inventory import Inventory, LiveOverlay, PathClaims
 from vsock.errors import CallError
 
 STATE = "/run/guestagent"
@@ -22,9 +21,9 @@ def inventory():
     "target", ["/run/a", "/run/a/b", "/run", STATE, f"{STATE}/x", "/run/guestagent/links/o"]
 )
 def test_targets_must_not_lie_on_in_or_above_each_other(inventory, target):
-    inventory.claim_target("/run/a", ("layer", "first"))
+    inventory.reserve(("layer", "first"), "/run/a")
     with pytest.raises(CallError) as caught:
-        inventory.claim_target(target, ("layer", "second"))
+        inventory.reserve(("layer", "second"), target)
     assert (caught.value.code, caught.value.object) == ("conflict", target)
 
 
@@ -34,86 +33,104 @@ paths = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(
 
 
 @given(st.lists(st.tuples(paths, st.booleans()), max_size=20))
-def test_paths_in_the_way_are_those_found_one_by_one(steps):
+def test_conflicting_path_finds_what_a_search_of_all_finds(steps):
     claims, claimed = PathClaims(), set()
     for path, is_dropped in steps:
         if is_dropped:
             claims.drop(path)
             claimed.discard(path)
             continue
-        on_the_way = {
+        conflicting = {
             other
             for other in claimed
             if f"{path}/".startswith(f"{other}/") or f"{other}/".startswith(f"{path}/")
         }
         found = claims.conflicting_path(path)
         if found is None:
-            assert not on_the_way
-            claims.add(path, ("layer", path))
+            assert not conflicting
+            claims.add(path, "target", ("layer", path))
             claimed.add(path)
         else:
-            assert found[0] in on_the_way
-            assert found[1] == ("layer", found[0])
+            assert found in conflicting
+            with pytest.raises(CallError, match="conflict"):
+                claims.add(path, "target", ("layer", path))
     for path in claimed:
-        assert claims.get(path) == ("layer", path)
+        assert claims.get(path) == ("target", ("layer", path))
         claims.drop(path)
     assert all(claims.conflicting_path(path) is None for path in claimed | {"/a", "/b", "/c"})
 
 
 def test_names_that_only_begin_alike_are_apart(inventory):
-    inventory.claim_target("/run/a", ("layer", "first"))
-    inventory.claim_target("/run/ab", ("layer", "second"))
-    inventory.claim_target("/run/guestagent2", ("layer", "third"))
-    inventory.release_target("/run/a")
-    inventory.claim_target("/run/a/b", ("layer", "fourth"))
+    inventory.reserve(("layer", "first"), "/run/a")
+    inventory.reserve(("layer", "second"), "/run/ab")
+    inventory.reserve(("layer", "third"), "/run/guestagent2")
+    inventory.release(("layer", "first"))
+    inventory.reserve(("layer", "first"), "/run/a/b")
 
 
 @pytest.mark.parametrize("key", ["/run/s", "/run/s/upper", "/run", "/run/t/x", STATE])
 def test_scratches_must_not_overlap_each_other_or_targets(inventory, key):
-    inventory.claim_scratch("/run/s", "o")
-    inventory.claim_target("/run/t", ("layer", "first"))
+    inventory.reserve_scratch(("overlay", "o"), "/run/s")
+    inventory.reserve(("layer", "first"), "/run/t")
     with pytest.raises(CallError) as caught:
-        inventory.claim_scratch(key, "p")
+        inventory.reserve_scratch(("overlay", "p"), key)
     assert caught.value.code == "conflict"
 
 
 def test_an_overlay_cannot_be_mounted_into_its_own_scratch(inventory):
-    inventory.claim_target("/run/s/merged", ("overlay", "o"))
+    inventory.reserve(("overlay", "o"), "/run/s/merged")
     with pytest.raises(CallError, match="overlay 'o'"):
-        inventory.claim_scratch("/run/s", "o")
+        inventory.reserve_scratch(("overlay", "o"), "/run/s")
 
 
 def test_a_target_cannot_lie_in_a_scratch(inventory):
-    inventory.claim_scratch("/run/s", "o")
+    inventory.reserve_scratch(("overlay", "o"), "/run/s")
+    assert inventory.scratch_owner("/run/s") == "o"
     with pytest.raises(CallError, match="scratch of overlay 'o'"):
-        inventory.claim_target("/run/s/upper/etc", ("layer", "first"))
-    inventory.release_scratch("/run/s")
-    inventory.claim_target("/run/s/upper/etc", ("layer", "first"))
+        inventory.reserve(("layer", "first"), "/run/s/upper/etc")
+    inventory.release(("overlay", "o"))
+    assert inventory.scratch_owner("/run/s") is None
+    inventory.reserve(("layer", "first"), "/run/s/upper/etc")
 
 
-def test_directories_belong_to_all_that_share_them(inventory):
-    first, second = ("layer", "a"), ("layer", "b")
-    missing = ["/run/layers", "/run/layers/a"]
-    assert inventory.claim_directories(first, "/run/layers/a", missing) == missing
-    shared = inventory.claim_directories(second, "/run/layers/b", ["/run/layers/b"])
-    assert shared == ["/run/layers", "/run/layers/b"]
-    inventory.release_directories(first)
-    third = inventory.claim_directories(("layer", "c"), "/run/layers/c", ["/run/layers/c"])
-    assert third == ["/run/layers", "/run/layers/c"]
+def test_directories_are_reserved_by_all_that_share_them(inventory):
+    def reserved(name, missing):
+        target = f"/run/layers/{name}"
+        return inventory.reserve(("layer", name), target, missing=missing).directories
+
+    assert reserved("a", ["/run/layers", "/run/layers/a"]) == ("/run/layers", "/run/layers/a")
+    assert reserved("b", ["/run/layers/b"]) == ("/run/layers", "/run/layers/b")
+    inventory.release(("layer", "a"))
+    assert reserved("c", ["/run/layers/c"]) == ("/run/layers", "/run/layers/c")
 
 
-def test_directories_that_were_there_belong_to_nobody(inventory):
-    assert inventory.claim_directories(("layer", "a"), "/run/there/a", ["/run/there/a"]) == [
-        "/run/there/a"
-    ]
+def test_directories_that_existed_are_not_reserved(inventory):
+    made = inventory.reserve(("layer", "a"), "/run/there/a", missing=["/run/there/a"])
+    assert made.directories == ("/run/there/a",)
 
 
 def test_dm_names_are_the_preferred_unless_taken(inventory):
-    assert inventory.claim_dm_names("a", ("l", "v"), lambda: ("l-a", "v-a")) == ("l", "v")
-    assert inventory.claim_dm_names("a", ("l", "v"), lambda: ("l-a", "v-a")) == ("l", "v")
-    assert inventory.claim_dm_names("b", ("x", "v"), lambda: ("l-b", "v-b")) == ("l-b", "v-b")
-    inventory.release_dm_names("a")
-    assert inventory.claim_dm_names("c", ("l", "v"), lambda: ("l-c", "v-c")) == ("l", "v")
+    def names(name, *preferred):
+        unique = (f"l-{name}", f"v-{name}")
+        reservation = inventory.reserve(
+            ("layer", name), f"/run/{name}", dm_names=preferred, unique_dm_names=unique
+        )
+        return reservation.dm_names
+
+    assert names("a", "l", "v") == ("l", "v")
+    assert names("b", "x", "v") == ("l-b", "v-b")
+    inventory.release(("layer", "a"))
+    assert names("c", "l", "v") == ("l", "v")
+
+
+def test_release_gives_back_everything_and_may_be_repeated(inventory):
+    before = {name: repr(part) for name, part in vars(inventory).items()}
+    owner = ("overlay", "o")
+    inventory.reserve(owner, "/run/x/o", missing=["/run/x", "/run/x/o"], dm_names=("l", "v"))
+    inventory.reserve_scratch(owner, "7:1")
+    inventory.release(owner)
+    inventory.release(owner)
+    assert {name: repr(part) for name, part in vars(inventory).items()} == before
 
 
 @pytest.mark.parametrize(
@@ -137,33 +154,6 @@ def test_overlapping_ranges(inventory, offset, size, overlaps):
     inventory.drop_layer("a")
     inventory.drop_layer("a")
     assert inventory.overlapping(other) == ()
-
-
-extents = st.builds(
-    lambda offset, size: ByteRange(offset_bytes=512 * offset, size_bytes=512 * size),
-    st.integers(0, 40),
-    st.integers(1, 20) | st.just(100),
-)
-
-
-@given(st.lists(extents, max_size=12), st.sets(st.integers(0, 11)), extents)
-def test_ranges_that_share_bytes_are_those_that_meet_one_by_one(areas, dropped, wanted):
-    ranges = SharedRanges()
-    for number, area in enumerate(areas):
-        ranges.add(area, str(number))
-    left = {}
-    for number, area in enumerate(areas):
-        if number in dropped:
-            ranges.drop(area, str(number))
-        else:
-            left[str(number)] = area
-    end = wanted.offset_bytes + wanted.size_bytes
-    assert len(ranges) == len(left)
-    assert set(ranges.sharing(wanted)) == {
-        owner
-        for owner, area in left.items()
-        if area.offset_bytes < end and wanted.offset_bytes < area.offset_bytes + area.size_bytes
-    }
 
 
 def test_users_and_holders_of_a_layer(inventory):
