@@ -14,7 +14,7 @@ from functools import partial
 from guestagent.config import Config, Problem
 from guestagent.engine.engine import Engine
 from guestagent.engine.faults import Faults
-from guestagent.engine.journal import Journal
+from guestagent.engine.journal import Journal, StateDirectory
 from guestagent.engine.state import Rules
 from guestagent.listeners import HeldSockets, Listeners
 from guestagent.observe.crashes import CrashReports
@@ -68,9 +68,15 @@ def run(
     Raises:
         OSError: a plain process can listen on no address at all, and has none to dial.
     """
-    left = partial(_left_behind, config.state_directory)
-    with CrashReports(config.state_directory, restarts=restarts, left=left) as crashes:
-        return _live(config, crashes, problems, boot, restarts, on_ready, sockets)
+    path = config.state_directory
+    left = partial(_left_behind, path)
+    try:
+        directory = StateDirectory(path)
+    except CallError as error:
+        log.error("cannot start", error=str(error), hint=error.hint or "")
+        return EXIT_FAILED
+    with directory, CrashReports(path, restarts=restarts, left=left) as crashes:
+        return _live(config, directory, crashes, problems, boot, restarts, on_ready, sockets)
 
 
 def _left_behind(directory: str) -> dict[str, tuple[str, ...]]:
@@ -89,6 +95,7 @@ def _left_behind(directory: str) -> dict[str, tuple[str, ...]]:
 
 def _live(
     config: Config,
+    directory: StateDirectory,
     crashes: CrashReports,
     problems: tuple[Problem, ...],
     boot: dict[str, object] | None,
@@ -99,9 +106,9 @@ def _live(
     begin = time.perf_counter()
     bound_malloc()
     engine = Engine(
-        state_directory=config.state_directory,
+        state_directory=directory,
         rules=Rules(
-            target_root=config.target_root,
+            target_roots=config.target_roots,
             require_verity=config.require_verity,
         ),
         faults=Faults.parse(config.fault),

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from guestagent.api.agent import AGENT_PORT
-from guestagent.api.layers import TARGET_ROOT
+from guestagent.api.layers import TARGET_ROOTS
 from vsock.log import FORMATS, LEVELS
 from vsock.record import Record
 
@@ -45,7 +45,7 @@ class Config(Record):
     log_format: str = "text"
     log_to: tuple[str, ...] = ("console",)
     log_dial: tuple[str, ...] = ()
-    target_root: str = TARGET_ROOT
+    target_roots: tuple[str, ...] = TARGET_ROOTS
     state_directory: str = "/run/guestagent"
     require_verity: str = "no"
     deadline_seconds: int = 60
@@ -162,6 +162,10 @@ def _cids(text: str) -> tuple[int, ...]:
     return tuple(VMADDR_CID_ANY if cid is None else cid for cid in cids)
 
 
+def _directories(text: str) -> tuple[str, ...]:
+    return tuple(_directory(word) for word in text.split(","))
+
+
 def _seconds(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 86_400:
         raise ValueError(f"expected 1 to 86400 seconds, got {text!r}")
@@ -257,9 +261,9 @@ KEYS: tuple[Key, ...] = (
     ),
     Key(
         name="target_root",
-        field="target_root",
-        read=_directory,
-        summary="directory that all targets must lie below",
+        field="target_roots",
+        read=_directories,
+        summary="directories that all targets must lie below, separated by commas",
         guards_security=True,
     ),
     Key(

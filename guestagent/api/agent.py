@@ -21,6 +21,7 @@ EVENT_KINDS = {
     "overlay_mounted": "an overlay was mounted",
     "overlay_unmounted": "an overlay was unmounted",
     "overlay_failed": "an overlay could not be mounted; `detail` is the error",
+    "overlay_device_lost": "the device of an overlay's scratch is gone",
     "device_appeared": "a block device came; `device` is its node",
     "device_vanished": "a block device is gone; `device` was its node",
 }

@@ -7,8 +7,8 @@ from guestagent.api.devices import ByteRange, Device, Verity
 from guestagent.api.request import Request
 from vsock.record import Record
 
-#: Targets lie below this directory unless the agent's configuration allows another.
-TARGET_ROOT = "/run"
+#: Targets lie below these directories unless the agent's configuration allows others.
+TARGET_ROOTS = ("/run/layers", "/run/overlays")
 #: File systems a layer may have; each is a row of ``guestagent.storage.filesystems``.
 LAYER_FILESYSTEMS = ("erofs", "squashfs", "ext4")
 #: What a request may say: "auto" asks for detection by magic number.
@@ -62,10 +62,11 @@ class LayerReport(Record):
     """A layer as the kernel has it, read back. ``timings_ms`` has one entry for each step of its
     own, and none for what a batch does once for many.
 
-    ``state`` is mounted, corrupted, device_lost or changed (a dm device has another table than
-    it was given; ``verity`` is None where that is the verity device's). ``readonly`` says whether
-    the kernel refuses writes to its devices. ``overlaps`` names layers whose mappings share
-    bytes with this one's; ``used_by`` names overlays.
+    ``state`` is mounted, corrupted, device_lost, unmounted (another program unmounted, moved or
+    covered it), damaged (a device of it is missing) or changed (a dm device has another table
+    than it was given; ``verity`` is None where that is the verity device's). ``readonly`` says
+    whether the kernel refuses writes to its devices. ``overlaps`` names layers whose mappings
+    share bytes with this one's; ``used_by`` names overlays.
     """
 
     layer_id: str
@@ -114,7 +115,7 @@ class LayerSpec(Request[LayerReport], method="layer.mount"):
 
     @property
     def mount_point(self) -> str:
-        return self.target or f"{TARGET_ROOT}/layers/{self.layer_id}"
+        return self.target or f"/run/layers/{self.layer_id}"
 
 
 class Holder(Record):

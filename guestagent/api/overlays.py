@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from guestagent.api.checks import MAX_BYTES, check_choice, check_path, check_range, check_word
 from guestagent.api.devices import Device
-from guestagent.api.layers import TARGET_ROOT, LayerReport, LayerSpec, UnmountReply
+from guestagent.api.layers import LayerReport, LayerSpec, UnmountReply
 from guestagent.api.request import Request
 from vsock.record import Record
 
@@ -27,38 +27,55 @@ class TmpfsScratch(Record):
 
 
 class DeviceScratch(Record):
-    """Changes are kept on a block device; ``ensure_filesystem`` formats it if it has none."""
+    """Changes are kept on a block device; ``ensure_filesystem`` formats it if it is blank.
+
+    ``existing`` says what becomes of a file system that is there: ``refuse`` it, ``adopt`` it with
+    its content, or make a ``fresh`` one in its place, whatever is on the device.
+    """
 
     kind: str = "device"
     device: Device
     filesystem: str = "ext4"
     ensure_filesystem: bool = False
+    existing: str = "refuse"
 
     def check(self) -> None:
         check_choice("filesystem", self.filesystem, SCRATCH_FILESYSTEMS)
+        check_choice("existing", self.existing, ("refuse", "adopt", "fresh"))
 
 
 class DirectoryScratch(Record):
-    """Changes are kept in an existing directory below the allowed root."""
+    """Changes are kept in an existing directory below the allowed root.
+
+    ``existing`` says what becomes of an earlier overlay's changes there: ``refuse`` or ``adopt``.
+    """
 
     kind: str = "directory"
     path: str
+    existing: str = "refuse"
 
     def check(self) -> None:
         check_path("path", self.path)
+        check_choice("existing", self.existing, ("refuse", "adopt"))
 
 
 Scratch = TmpfsScratch | DeviceScratch | DirectoryScratch
 
 
 class OverlayOptions(Record):
-    """Options of overlayfs; None leaves the kernel's default."""
+    """Options of overlayfs; None leaves the kernel's default.
+
+    ``suid`` lets set-uid programs and file capabilities take effect, which most images for
+    containers need, and ``dev`` device nodes; an overlay is nosuid and nodev without.
+    """
 
     metacopy: str | None = None
     redirect_dir: str | None = None
     xino: str | None = None
     volatile: bool = False
     userxattr: bool = False
+    suid: bool = False
+    dev: bool = False
 
     def check(self) -> None:
         check_choice("metacopy", self.metacopy, METACOPY)
@@ -80,7 +97,12 @@ class ScratchReport(Record):
 
 
 class OverlayReport(Record):
-    """An overlay as the kernel has it. ``method`` is fsconfig or mount, whichever carried it."""
+    """An overlay as the kernel has it. ``method`` is fsconfig or mount, whichever carried it.
+
+    ``state`` is mounted, read_only (it has a scratch and the kernel writes to it no more),
+    device_lost (a disk of it or of its layers is gone) or unmounted (another program unmounted,
+    moved or covered it).
+    """
 
     overlay_id: str
     state: str
@@ -124,7 +146,7 @@ class OverlaySpec(Request[OverlayReport], method="overlay.mount"):
 
     @property
     def mount_point(self) -> str:
-        return self.target or f"{TARGET_ROOT}/overlays/{self.overlay_id}"
+        return self.target or f"/run/overlays/{self.overlay_id}"
 
 
 class OverlayUnmount(Request[UnmountReply], method="overlay.unmount"):

@@ -61,7 +61,9 @@ def device_from_text(text: str) -> Device:
 
 
 def scratch_from_text(text: str) -> Scratch:
-    """Read tmpfs:BYTES, dir:PATH or device:DEVICE[,FILESYSTEM].
+    """Read tmpfs:BYTES, dir:PATH[,adopt] or device:DEVICE[,FILESYSTEM][,adopt|fresh].
+
+    A blank device is formatted; ``adopt`` uses what is there, ``fresh`` replaces it.
 
     Raises:
         ValueError: it is none of these.
@@ -70,11 +72,22 @@ def scratch_from_text(text: str) -> Scratch:
     if kind == "tmpfs":
         return TmpfsScratch(size_bytes=_number("tmpfs", rest))
     if kind == "dir":
-        return DirectoryScratch(path=rest)
+        path = rest.removesuffix(",adopt")
+        return DirectoryScratch(path=path, existing="refuse" if path == rest else "adopt")
     if kind == "device":
-        device, _, filesystem = rest.partition(",")
-        return DeviceScratch(device=device_from_text(device), filesystem=filesystem or "ext4")
-    raise ValueError(f"scratch {text!r} is no tmpfs:BYTES, dir:PATH or device:DEVICE[,FILESYSTEM]")
+        device, *words = rest.split(",")
+        existing = words.pop() if words and words[-1] in ("adopt", "fresh") else "refuse"
+        if len(words) <= 1:
+            return DeviceScratch(
+                device=device_from_text(device),
+                filesystem=words[0] if words else "ext4",
+                ensure_filesystem=True,
+                existing=existing,
+            )
+    raise ValueError(
+        f"scratch {text!r} is no tmpfs:BYTES, dir:PATH[,adopt] or "
+        "device:DEVICE[,FILESYSTEM][,adopt|fresh]"
+    )
 
 
 def layer_from_text(text: str, default_id: str) -> LayerSpec:

@@ -64,8 +64,11 @@ def mount_at(target: str, config: Config) -> None:
     if plan is None:
         raise _contradiction("no guestagent.layer= and no guestagent.manifest= names a root")
     # a mount that lies below a shared one cannot be moved (systemd shares all)
+    parent = os.path.dirname(plan.root_target)
+    while not os.path.ismount(parent):
+        parent = os.path.dirname(parent)
     with contextlib.suppress(OSError):
-        syscalls.mount("", config.target_root, "", syscalls.MS_PRIVATE, "")
+        syscalls.mount("", parent, "", syscalls.MS_PRIVATE, "")
     syscalls.mount(plan.root_target, target, "", syscalls.MS_MOVE, "")
     rename_root(config.state_directory, plan.root_target)
     log.info("the root is mounted", target=target, layers=len(plan.layers))

@@ -29,7 +29,7 @@ def mount_plan(plan: BootPlan, config: Config) -> None:
     engine = Engine(
         state_directory=config.state_directory,
         rules=Rules(
-            target_root=config.target_root,
+            target_roots=config.target_roots,
             require_verity=config.require_verity,
         ),
         faults=Faults.parse(config.fault),

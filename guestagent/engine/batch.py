@@ -127,7 +127,7 @@ class Batches:
         spec = request.overlay
         if spec is None or self._overlays.is_mounted(spec):
             return None
-        fresh = {each.live.spec.layer_id: each.live.spec.mount_point for each in made}
+        fresh = {each.live.spec.layer_id: each.live for each in made}
         try:
             return self._overlays.bring_up(spec, op, fresh)
         except CallError as error:

@@ -10,6 +10,7 @@ from guestagent.api.overlays import SCRATCH_FILESYSTEMS
 from guestagent.engine.batch import Batches
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
+from guestagent.engine.journal import StateDirectory
 from guestagent.engine.layers import Layers
 from guestagent.engine.monitor import Monitor
 from guestagent.engine.overlays import Overlays
@@ -34,8 +35,17 @@ class Engine:
     """Open once; ``close`` leaves everything mounted, for the next life to adopt."""
 
     def __init__(
-        self, *, state_directory: str, rules: Rules | None = None, faults: Faults | None = None
+        self,
+        *,
+        state_directory: str | StateDirectory,
+        rules: Rules | None = None,
+        faults: Faults | None = None,
     ) -> None:
+        """Open the engine upon a state directory, which no other agent may have.
+
+        Raises:
+            CallError: ``conflict``, another agent has it.
+        """
         self.state = EngineState(
             state_directory=state_directory, rules=rules or Rules(), faults=faults or Faults()
         )
@@ -54,6 +64,7 @@ class Engine:
     def start(self) -> Recovered:
         """Adopt what an earlier life left, then watch the kernel's events."""
         recovered = recover(self.state)
+        self._monitor.note_lost_devices()
         self._monitor.start()
         detail = f"adopted {len(recovered.layers)} layers, {len(recovered.overlays)} overlays"
         self.state.events.publish("agent_started", detail=detail)

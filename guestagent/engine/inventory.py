@@ -65,6 +65,7 @@ class LayerClaim(Record):
     spec: LayerSpec
     source: Source
     reservation: Reservation
+    uuid_prefix: str = "guestagent-"
 
     @property
     def traces(self) -> LayerTraces:
@@ -72,9 +73,9 @@ class LayerClaim(Record):
         linear, verity = self.reservation.dm_names
         dm = {}
         if spec.verity is not None:
-            dm[verity] = dm_uuid("verity", spec.layer_id)
+            dm[verity] = dm_uuid("verity", spec.layer_id, self.uuid_prefix)
         if spec.mapping is not None:
-            dm[linear] = dm_uuid("linear", spec.layer_id)
+            dm[linear] = dm_uuid("linear", spec.layer_id, self.uuid_prefix)
         return LayerTraces(
             layer_id=spec.layer_id,
             mount_point=spec.mount_point,
@@ -85,7 +86,8 @@ class LayerClaim(Record):
 
 
 class LiveLayer(Record):
-    """A mounted layer. ``dev`` (MAJOR:MINOR) is what is mounted, empty until it is known.
+    """A mounted layer. ``dev`` (MAJOR:MINOR) is what is mounted and ``mount_id`` the mount itself;
+    both are unknown before.
 
     ``created`` are the directories on the way to its target that the agent has made, for this or
     for another, outermost first.
@@ -97,6 +99,7 @@ class LiveLayer(Record):
     created: tuple[str, ...]
     timings_ms: dict[str, float]
     dev: str = ""
+    mount_id: int = 0
     state: str = "mounted"
 
     @property
@@ -135,8 +138,8 @@ class LiveScratch(Record):
 
 
 class LiveOverlay(Record):
-    """A mounted overlay. ``links`` is the directory of short names for its layers, if any; ``dev``
-    and ``created`` are as a layer's."""
+    """A mounted overlay. ``links`` is the directory of short names for its layers, if any; ``dev``,
+    ``mount_id`` and ``created`` are as a layer's."""
 
     spec: OverlaySpec
     lowerdirs: tuple[str, ...]
@@ -146,6 +149,8 @@ class LiveOverlay(Record):
     created: tuple[str, ...]
     timings_ms: dict[str, float] = {}
     dev: str = ""
+    mount_id: int = 0
+    state: str = "mounted"
 
     @property
     def scratch_path(self) -> str | None:
@@ -279,6 +284,15 @@ class Inventory:
             self._layers[layer_id] = live.replace(state=state)
             return True
 
+    def set_overlay_state(self, overlay_id: str, state: str) -> bool:
+        """Note what became of an overlay; return whether that is news."""
+        with self._lock:
+            live = self._overlays.get(overlay_id)
+            if live is None or live.state == state:
+                return False
+            self._overlays[overlay_id] = live.replace(state=state)
+            return True
+
     def add_overlay(self, live: LiveOverlay) -> None:
         with self._lock:
             self._overlays[live.spec.overlay_id] = live
@@ -323,6 +337,19 @@ class Inventory:
                 for layer_id, live in self._layers.items()
                 if dev in [device.dev for device in live.source.devices]
             )
+
+    def targets_on(self, dev: str) -> set[str]:
+        """Return the targets of the layers and overlays whose file system is on ``dev``."""
+        with self._lock:
+            found = {live.spec.mount_point for live in self._layers.values() if live.dev == dev}
+            mounts = self._overlays.values()
+            return found | {live.spec.mount_point for live in mounts if live.dev == dev}
+
+    def is_target(self, path: str) -> bool:
+        """Return whether a path is reserved as a target."""
+        with self._lock:
+            use, _ = self._paths.get(path) or ("", None)
+            return use == "target"
 
     # --- devices that are read-only because layers are on them
 

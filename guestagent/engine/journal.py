@@ -10,8 +10,10 @@ tenth of a file, and is removed like one. What a file says of a layer counts und
 where it cannot be read, none of its names counts.
 """
 
+import binascii
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 import threading
@@ -19,11 +21,22 @@ import threading
 import msgpack
 
 from guestagent.engine.inventory import LayerTraces, LiveLayer, LiveOverlay
+from vsock.closeable import FdOwner
 from vsock.errors import CallError
 from vsock.record import Record, wire_fields
 
-__all__ = ("Begun", "Counter", "Journal", "LayerEntries", "OverlayEntry", "Written")
+__all__ = (
+    "Begun",
+    "Counter",
+    "Journal",
+    "LayerEntries",
+    "OverlayEntry",
+    "StateDirectory",
+    "Written",
+)
 
+#: Where the state is kept unless the configuration says otherwise.
+DEFAULT_STATE = "/run/guestagent"
 _LAYER, _OVERLAY = "layer-", "overlay-"
 _ENTRY, _BEGUN, _DAMAGED, _DRAFT = ".entry", ".begun", ".damaged", ".new"
 
@@ -66,6 +79,44 @@ class Written(Record):
     overlays: tuple[LiveOverlay, ...]
     begun_layers: tuple[LayerTraces, ...]
     begun_overlays: tuple[LiveOverlay, ...]
+
+
+class StateDirectory(FdOwner):
+    """The state directory of an agent, which no other agent can have meanwhile. A context manager.
+
+    Source: flock(2); the kernel releases the lock when the agent ends, however it ends.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Make the directory if it is missing, and lock it.
+
+        Raises:
+            CallError: ``conflict``, another agent has it.
+            OSError: it cannot be made.
+        """
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise CallError(
+                "conflict",
+                f"another agent has the state directory {path!r}",
+                object=path,
+                hint="a second agent needs a state directory of its own: guestagent.state=",
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def uuid_prefix(self) -> str:
+        """Return what the uuids of the agent's dm devices begin with: only the default directory
+        has none of its own."""
+        tag = "" if self.path == DEFAULT_STATE else f".{binascii.crc32(os.fsencode(self.path)):08x}"
+        return f"guestagent{tag}-"
 
 
 class Journal:

@@ -34,7 +34,7 @@ from guestagent.engine.teardown import (
 )
 from guestagent.engine.transaction import Transaction
 from guestagent.engine.verity import Reader, open_proved, read_parameters
-from guestagent.storage import blockdev
+from guestagent.storage import blockdev, syscalls
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import DeviceInfo
@@ -82,6 +82,7 @@ class LayerMount:
             spec=spec,
             source=source,
             reservation=reservation,
+            uuid_prefix=self._state.uuid_prefix,
         )
 
     def plan(self, claim: LayerClaim, op: Transaction) -> LiveLayer:
@@ -99,6 +100,7 @@ class LayerMount:
             spec,
             claim.source,
             names=claim.reservation.dm_names,
+            uuid_prefix=claim.uuid_prefix,
             parameters=parameters,
             parameters_from=parameters_from,
             options=options,
@@ -119,8 +121,9 @@ class LayerMount:
         # open until it is mounted, so that what was read and verified stays cached
         with self._open(planned, node, op) as reader:
             plan = self._mount(planned, reader, op)
+            _, mount_id = syscalls.mount_of(planned.spec.mount_point)
         self._defer_removal(plan, op)
-        return planned.replace(dev=dev, plan=plan)
+        return planned.replace(dev=dev, mount_id=mount_id, plan=plan)
 
     def _find(self, wanted: Device, op: Transaction) -> BlockDevice:
         """Look a device up, or wait for it; once for all layers of a batch that are on it.
@@ -134,7 +137,7 @@ class LayerMount:
         return found
 
     def _check_rules(self, spec: LayerSpec) -> None:
-        check_target(spec.mount_point, self._state.rules.target_root)
+        check_target(spec.mount_point, self._state.rules.target_roots)
         if (spec.mapping or spec.verity) and not self._state.control.is_there:
             raise CallError(
                 "unsupported",
@@ -282,7 +285,8 @@ class LayerMount:
         op.on_rollback(f"dm device {name}", undo)
 
     def _mount(self, planned: LiveLayer, reader: Reader, op: Transaction) -> LayerPlan:
-        spec, node, root = planned.spec, reader.node, self._state.rules.target_root
+        spec, node = planned.spec, reader.node
+        root = check_target(spec.mount_point, self._state.rules.target_roots)
         with op.step("target", spec.mount_point, code="mount"):
             target = TargetDirectory(spec.mount_point, root=root)
         with target:

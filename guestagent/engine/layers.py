@@ -9,11 +9,19 @@ from guestagent.engine.inventory import LayerClaim, LiveLayer, refuse_other_spec
 from guestagent.engine.journal import Begun
 from guestagent.engine.layermount import LayerMount
 from guestagent.engine.protection import release
-from guestagent.engine.readback import LayerSeen, report_of, see_layer, table_problem
+from guestagent.engine.readback import (
+    LayerSeen,
+    absent_report,
+    report_of,
+    see_layer,
+    table_problem,
+)
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
     busy_error,
     nothing_to_unmount,
+    refuse_held,
+    refuse_other_mounts,
     refuse_shared_devices,
     remove_devices,
     remove_directories,
@@ -152,12 +160,13 @@ class Layers:
         if any(user != ignore_user for user in users):
             raise busy_error(target, "", op, self._state.inventory.holders_of_layer(layer_id))
         names = live.plan.dm_names
-        if names:
-            with op.step("look", target):
-                refuse_shared_devices(self._state, names, target, op)
+        with op.step("look", target):
+            refuse_other_mounts(self._state, live.dev, target, op)
+            refuse_shared_devices(self._state, names, target, op)
         was_mounted = unmount_target(target, op, dev=live.dev)
-        if was_mounted and not force:
+        if was_mounted and not (force and live.state == "device_lost"):
             op.on_rollback(f"unmount of {target}", lambda: self._restore(live))
+        refuse_held(self._state, live.dev, target, op, name=names[0] if names else None)
         removed = remove_devices(self._state, names, op)
         return UnmountReply(
             unmounted=(target,) if was_mounted else (),
@@ -177,6 +186,7 @@ class Layers:
         what = f"the journal of layer {layer_id}"
         self._state.tidy(what, self._state.journal.remove_layer, layer_id)
         inventory.release(("layer", layer_id))
+        inventory.settle_problem(f"layer {layer_id}")
         self._state.events.publish(
             "layer_unmounted",
             layer_id=layer_id,
@@ -221,16 +231,31 @@ class Layers:
         return live
 
     def list(self) -> tuple[LayerReport, ...]:
-        """Describe all layers; one that vanishes meanwhile is left out."""
+        """Describe all layers; one that a request is mounting or unmounting may be left out.
+
+        A layer that is not as it was mounted has the state ``unmounted``, where its mount is gone,
+        moved or covered, or ``damaged``, where its devices are not its own any more.
+        """
         reports = []
+        inventory = self._state.inventory
         mounts = mounts_by_target()
-        for live in self._state.inventory.layers():
+        for live in inventory.layers():
+            layer_id = live.spec.layer_id
             try:
                 seen = see_layer(self._state.control, live, mounts)
-            except CallError as error:
-                if error.code != "not_found":
-                    raise
+            except (CallError, OSError, ValueError) as error:
+                if self._state.locks.is_held(("layer", layer_id)):
+                    continue
+                if inventory.layer(layer_id) is not live:
+                    continue
+                inventory.note_problem(f"layer {layer_id}", str(error))
+                mount = mounts.get(live.spec.mount_point)
+                is_there = mount is not None and mount.mount_id == live.mount_id
+                state = "damaged" if is_there else "unmounted"
+                reports.append(absent_report(self._state, live, state))
             else:
+                if live.state == "mounted":
+                    inventory.settle_problem(f"layer {layer_id}")
                 reports.append(report_of(self._state, seen))
         return tuple(reports)
 

@@ -46,6 +46,11 @@ class KeyLocks:
                 self._held -= wanted
                 self._grant()
 
+    def is_held(self, key: Key) -> bool:
+        """Return whether a request holds the key now."""
+        with self._lock:
+            return key in self._held
+
     def _acquire(self, wanted: frozenset[Key], deadline: Deadline, step: str) -> None:
         with self._lock:
             if not (self._held & wanted) and not any(w.keys & wanted for w in self._waiting):

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Callable
 
 from guestagent.engine.state import EngineState
 from guestagent.storage.uevents import Uevent, UeventSocket
@@ -48,7 +49,7 @@ class Monitor:
     def _take(self, event: Uevent) -> None:
         if event.action == "lost":
             log.warning("device events were lost; looking for what changed")
-            self._look_for_lost_devices()
+            self.note_lost_devices()
         elif event.subsystem == "block":
             name = os.path.basename(event.devpath)
             if _VERITY_FIELD in event.fields:
@@ -56,7 +57,7 @@ class Monitor:
             elif event.action == "add" and not name.startswith("dm-"):
                 self._state.events.publish("device_appeared", device=f"/dev/{name}")
             elif event.action == "remove" and not name.startswith("dm-"):
-                self._vanished(name)
+                self._vanished(event)
 
     def _corruption(self, dm_node: str, where: str) -> None:
         kind, _, block = where.partition(",")
@@ -65,7 +66,10 @@ class Monitor:
             step = live.plan.verity
             info = self._state.control.find(name=step.name) if step else None
             if info is not None and os.path.basename(info.node) == dm_node:
-                self._state.inventory.set_layer_state(live.spec.layer_id, "corrupted")
+                layer_id = live.spec.layer_id
+                self._state.inventory.set_layer_state(layer_id, "corrupted")
+                problem = f"layer {layer_id!r} is corrupted: a {what} does not verify"
+                self._state.inventory.note_problem(f"layer {layer_id}", problem)
                 self._state.events.publish(
                     "layer_corrupted",
                     layer_id=live.spec.layer_id,
@@ -74,20 +78,33 @@ class Monitor:
                     detail=f"{what} {block} does not verify",
                 )
 
-    def _vanished(self, name: str) -> None:
-        self._state.events.publish("device_vanished", device=f"/dev/{name}")
-        for live in self._state.inventory.layers():
-            for device in live.source.devices:
-                if device.name == name:
-                    self._lost(live.spec.layer_id, device.node)
+    def _vanished(self, event: Uevent) -> None:
+        node = f"/dev/{os.path.basename(event.devpath)}"
+        self._state.events.publish("device_vanished", device=node)
+        # by number: the next disk may have the same name
+        gone = f"{event.fields.get('MAJOR')}:{event.fields.get('MINOR')}"
+        self._note_lost(lambda dev: dev == gone)
 
-    def _lost(self, layer_id: str, node: str) -> None:
-        if self._state.inventory.set_layer_state(layer_id, "device_lost"):
-            log.error("the device of a layer is gone", layer=layer_id, device=node)
-            self._state.events.publish("layer_device_lost", layer_id=layer_id, device=node)
+    def note_lost_devices(self) -> None:
+        """Find the disks of layers and overlays that are gone, also those of an earlier agent."""
+        self._note_lost(lambda dev: not os.path.exists(f"/sys/dev/block/{dev}"))
 
-    def _look_for_lost_devices(self) -> None:
-        for live in self._state.inventory.layers():
-            for device in live.source.devices:
-                if not os.path.exists(f"/sys/class/block/{device.name}"):
-                    self._lost(live.spec.layer_id, device.node)
+    def _note_lost(self, is_gone: Callable[[str], bool]) -> None:
+        inventory = self._state.inventory
+        for layer in inventory.layers():
+            layer_id = layer.spec.layer_id
+            gone = [device.node for device in layer.source.devices if is_gone(device.dev)]
+            if gone and inventory.set_layer_state(layer_id, "device_lost"):
+                self._tell("layer", layer_id, gone[0])
+                self._state.events.publish("layer_device_lost", layer_id=layer_id, device=gone[0])
+        for overlay in inventory.overlays():
+            overlay_id = overlay.spec.overlay_id
+            dev = overlay.scratch.dev if overlay.scratch is not None else ""
+            if dev and is_gone(dev) and inventory.set_overlay_state(overlay_id, "device_lost"):
+                self._tell("overlay", overlay_id, dev)
+                self._state.events.publish("overlay_device_lost", overlay_id=overlay_id, device=dev)
+
+    def _tell(self, kind: str, name: str, dev: str) -> None:
+        text = f"the disk {dev} of {kind} {name!r} is gone"
+        log.error("a disk is gone", kind=kind, name=name, device=dev)
+        self._state.inventory.note_problem(f"{kind} {name}", text)

@@ -1,26 +1,43 @@
 """Overlays of mounted layers: read-only, or writable with a scratch of their own."""
 
+import errno
+import os
 from collections.abc import Mapping
 
 from guestagent.api import OverlayReport, OverlaySpec
 from guestagent.api.layers import UnmountReply
 from guestagent.api.overlays import ScratchReport
-from guestagent.engine.inventory import LiveOverlay, LiveScratch, refuse_other_spec
+from guestagent.engine.inventory import LiveLayer, LiveOverlay, LiveScratch, refuse_other_spec
 from guestagent.engine.journal import Begun
 from guestagent.engine.plan import check_target
-from guestagent.engine.scratch import device_of, make_scratch, scratch_report
+from guestagent.engine.scratch import (
+    make_scratch,
+    remount_scratch,
+    scratch_report,
+    settle_volatile,
+)
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
     missing_directories,
     nothing_to_unmount,
+    refuse_held,
+    refuse_mounts_elsewhere,
+    refuse_other_mounts,
     remove_directories,
     undo_deadline,
     unmount_target,
 )
 from guestagent.engine.transaction import Transaction
-from guestagent.storage.mount import TargetDirectory
-from guestagent.storage.mountinfo import Mount, find_mount
-from guestagent.storage.overlayfs import OverlayMount, lowerdirs_of, mount_overlay, remove_links
+from guestagent.storage import syscalls
+from guestagent.storage.mount import TargetDirectory, open_mounted
+from guestagent.storage.mountinfo import Mount, find_mount, whereabouts
+from guestagent.storage.overlayfs import (
+    OverlayMount,
+    lowerdirs_of,
+    mount_overlay,
+    open_plain,
+    remove_links,
+)
 from vsock.errors import CallError
 
 __all__ = ("Overlays",)
@@ -77,27 +94,27 @@ class Overlays:
         return True
 
     def bring_up(
-        self, spec: OverlaySpec, op: Transaction, fresh: Mapping[str, str] | None = None
+        self, spec: OverlaySpec, op: Transaction, fresh: Mapping[str, LiveLayer] | None = None
     ) -> LiveOverlay:
         """Do every step but ``write``; the caller holds the locks of ``keys``, and decides.
 
-        ``fresh`` tells the targets of layers that the same request has just mounted, by id.
+        ``fresh`` has the layers that the same request has just mounted, by id.
         """
-        check_target(spec.mount_point, self._state.rules.target_root)
-        lowerdirs = self._lowerdirs(spec, fresh or {})
+        check_target(spec.mount_point, self._state.rules.target_roots)
+        layers = self._layers_of(spec, fresh or {})
         inventory = self._state.inventory
         owner = ("overlay", spec.overlay_id)
         missing = missing_directories(spec.mount_point, op)
         created = inventory.reserve(owner, spec.mount_point, missing=missing).directories
         op.on_rollback("reservation", lambda: inventory.release(owner))
         live = LiveOverlay(
-            spec=spec, lowerdirs=lowerdirs, method="", links=None, scratch=None, created=created
+            spec=spec, lowerdirs=tuple(layers), method="", links=None, scratch=None, created=created
         )
         self._state.begin(_begun(spec.overlay_id), Begun(overlay=live), op)
         if spec.scratch is not None:
-            scratch = make_scratch(self._state, spec.overlay_id, spec.scratch, op)
+            scratch = make_scratch(self._state, spec, spec.scratch, layers[live.lowerdirs[0]], op)
             live = live.replace(scratch=scratch)
-        return self._mount(live, op).replace(timings_ms=op.timings_ms)
+        return self._mount(live, layers, op).replace(timings_ms=op.timings_ms)
 
     def write(self, live: LiveOverlay, begun: str, op: Transaction) -> None:
         """Write the entry of an overlay that is mounted; it counts once ``begun`` is decided.
@@ -152,9 +169,29 @@ class Overlays:
     def take_down(self, live: LiveOverlay, op: Transaction, *, force: bool) -> UnmountReply:
         """Unmount an overlay; the caller holds its lock, sees to the scratch, and commits."""
         target = live.spec.mount_point
+        with op.step("look", target):
+            refuse_other_mounts(self._state, live.dev, target, op)
+            file_systems = {live.dev}
+            if live.scratch is not None and live.scratch.is_mount:
+                refuse_other_mounts(self._state, live.scratch.mount_dev, live.scratch.path, op)
+                file_systems.add(live.scratch.mount_dev)
+            refuse_mounts_elsewhere(frozenset(file_systems), target, op)
         was_mounted = unmount_target(target, op, dev=live.dev)
+        held: list[CallError] = []
+
+        def restore() -> None:
+            # what is still held cannot be mounted again: two overlays must not share a scratch
+            if not held:
+                self._restore(live)
+
         if was_mounted and not force:
-            op.on_rollback(f"unmount of {target}", lambda: self._restore(live))
+            op.on_rollback(f"unmount of {target}", restore)
+        try:
+            refuse_held(self._state, live.dev, target, op)
+        except CallError as error:
+            if error.code == "busy":
+                held.append(error)
+            raise
         scratch = live.scratch.path if live.scratch and live.scratch.is_mount else None
         return UnmountReply(
             unmounted=tuple(path for path in (target if was_mounted else None, scratch) if path),
@@ -165,8 +202,15 @@ class Overlays:
 
     def take_scratch_down(self, live: LiveOverlay, op: Transaction) -> None:
         """Unmount the scratch. What was on a tmpfs is lost here, so nothing may fail after this."""
+        if live.spec.options.volatile and live.scratch is not None and live.scratch.kind != "tmpfs":
+            with op.step("sync", live.scratch.path, code="mount"):
+                settle_volatile(live.scratch)
         if live.scratch is not None and live.scratch.is_mount:
             unmount_target(live.scratch.path, op, dev=live.scratch.mount_dev)
+            if live.scratch.kind == "device":
+                scratch = live.scratch
+                op.on_rollback(f"unmount of {scratch.path}", lambda: remount_scratch(scratch))
+                refuse_held(self._state, scratch.mount_dev, scratch.path, op)
 
     def forget(self, live: LiveOverlay, op: Transaction) -> None:
         """Drop an overlay that is taken down from the books."""
@@ -182,6 +226,7 @@ class Overlays:
         what = f"the journal of overlay {overlay_id}"
         state.tidy(what, state.journal.remove_overlay, overlay_id)
         state.inventory.release(("overlay", overlay_id))
+        state.inventory.settle_problem(f"overlay {overlay_id}")
         state.events.publish(
             "overlay_unmounted", overlay_id=overlay_id, detail=target, traceparent=op.traceparent
         )
@@ -189,7 +234,7 @@ class Overlays:
     def _restore(self, live: LiveOverlay) -> None:
         """Mount an overlay again whose unmount failed half-way."""
         with undo_deadline(self._state) as deadline, Transaction(deadline) as op:
-            again = self._mount(live, op)
+            again = self._mount(live, self._layers_of(live.spec, {}), op)
             self._state.journal.write_overlay(again, begun="")
             self._state.inventory.add_overlay(again)
             op.commit()
@@ -197,14 +242,25 @@ class Overlays:
     # --- look
 
     def list(self) -> tuple[OverlayReport, ...]:
-        """Describe all overlays; one that vanishes meanwhile is left out."""
+        """Describe all overlays; one that a request is mounting or unmounting may be left out.
+
+        An overlay whose mount is gone, moved or covered has the state ``unmounted``.
+        """
         reports = []
-        for live in self._state.inventory.overlays():
+        inventory = self._state.inventory
+        for live in inventory.overlays():
+            overlay_id = live.spec.overlay_id
             try:
                 reports.append(self.report(live))
-            except CallError as error:
-                if error.code != "not_found":
-                    raise
+            except (CallError, OSError) as error:
+                if self._state.locks.is_held(("overlay", overlay_id)):
+                    continue
+                if inventory.overlay(overlay_id) is not live:
+                    continue
+                inventory.note_problem(f"overlay {overlay_id}", str(error))
+                reports.append(_absent_report(live))
+            else:
+                self._note_state(reports[-1])
         return tuple(reports)
 
     def get(self, overlay_id: str, *, already: bool = False) -> OverlayReport:
@@ -232,17 +288,18 @@ class Overlays:
         """
         spec = live.spec
         mount = find_mount(spec.mount_point)
-        if mount is None or mount.dev != live.dev:
+        if mount is None or (mount.dev, mount.mount_id) != (live.dev, live.mount_id):
+            what = whereabouts(spec.mount_point, live.dev, live.mount_id)
             raise CallError(
                 "not_found",
-                f"overlay {spec.overlay_id!r} is no longer mounted at {spec.mount_point!r}",
+                f"overlay {spec.overlay_id!r} is {what}",
                 step="read back",
                 object=spec.overlay_id,
                 hint="somebody else unmounted it; unmount it here to clean up",
             )
         return OverlayReport(
             overlay_id=spec.overlay_id,
-            state="mounted",
+            state=self._state_of(live, mount),
             target=mount.target,
             layers=spec.layers,
             lowerdirs=_shown_lowerdirs(live, mount),
@@ -254,20 +311,33 @@ class Overlays:
             already=already,
         )
 
+    def _note_state(self, report: OverlayReport) -> None:
+        key = f"overlay {report.overlay_id}"
+        if report.state == "mounted":
+            self._state.inventory.settle_problem(key)
+        else:
+            text = f"overlay {report.overlay_id!r} is {report.state}"
+            self._state.inventory.note_problem(key, text)
+
+    def _state_of(self, live: LiveOverlay, mount: Mount) -> str:
+        layers = [self._state.inventory.layer(layer_id) for layer_id in live.spec.layers]
+        if live.state != "mounted" or any(each and each.state == "device_lost" for each in layers):
+            return "device_lost"
+        if live.scratch is not None and is_read_only(live.scratch, mount):
+            return "read_only"
+        return live.state
+
     # --- the steps
 
-    def _lowerdirs(self, spec: OverlaySpec, fresh: Mapping[str, str]) -> tuple[str, ...]:
-        """Return where the layers are mounted, topmost first.
+    def _layers_of(self, spec: OverlaySpec, fresh: Mapping[str, LiveLayer]) -> dict[str, LiveLayer]:
+        """Return the layers by where they are mounted, topmost first.
 
         Raises:
             CallError: ``not_found``, naming the layer that is not there.
         """
-        found = []
+        found = {}
         for layer_id in spec.layers:
-            if layer_id in fresh:
-                found.append(fresh[layer_id])
-                continue
-            live = self._state.inventory.layer(layer_id)
+            live = fresh.get(layer_id) or self._state.inventory.layer(layer_id)
             if live is None:
                 raise CallError(
                     "not_found",
@@ -275,29 +345,45 @@ class Overlays:
                     step="claim",
                     object=layer_id,
                 )
-            found.append(live.spec.mount_point)
-        return tuple(found)
+            found[live.spec.mount_point] = live
+        return found
 
-    def _mount(self, live: LiveOverlay, op: Transaction) -> LiveOverlay:
+    def _mount(
+        self, live: LiveOverlay, layers: Mapping[str, LiveLayer], op: Transaction
+    ) -> LiveOverlay:
         spec = live.spec
         with op.step("target", spec.mount_point, code="mount"):
-            target = TargetDirectory(spec.mount_point, root=self._state.rules.target_root)
+            root = check_target(spec.mount_point, self._state.rules.target_roots)
+            target = TargetDirectory(spec.mount_point, root=root)
         with target:
             op.on_rollback("target directory", lambda: remove_directories(live.created))
             with op.step("overlay", live.scratch_path or spec.mount_point, code="mount"):
-                mounted = self._mount_at(live, target)
+                mounted = self._mount_at(live, layers, target)
             op.on_rollback(
                 "overlay mount", lambda: self._undo_mount(spec.mount_point, mounted.links)
             )
+        self._refuse_read_only(live, op)
+        dev, mount_id = syscalls.mount_of(spec.mount_point)
         return live.replace(
             lowerdirs=mounted.lowerdirs,
             method=mounted.method,
             links=mounted.links,
-            dev=device_of(spec.mount_point),
+            dev=dev,
+            mount_id=mount_id,
         )
 
-    def _mount_at(self, live: LiveOverlay, target: TargetDirectory) -> OverlayMount:
+    def _mount_at(
+        self, live: LiveOverlay, layers: Mapping[str, LiveLayer], target: TargetDirectory
+    ) -> OverlayMount:
         scratch = live.scratch
+
+        def open_directory(path: str) -> int:
+            """Open a directory of the overlay; of a layer it must be the layer's own mount."""
+            layer = layers.get(path)
+            if layer is None:
+                return open_plain(path)
+            return open_mounted(path, layer.dev, layer.mount_id)
+
         return mount_overlay(
             name=live.spec.overlay_id,
             lowerdirs=live.lowerdirs[: len(live.spec.layers)],
@@ -306,6 +392,25 @@ class Overlays:
             workdir=f"{scratch.path}/work" if scratch else None,
             options=live.spec.options,
             runtime_directory=self._state.directory,
+            open_directory=open_directory,
+            flags=_flags(live.spec),
+        )
+
+    def _refuse_read_only(self, live: LiveOverlay, op: Transaction) -> None:
+        """The kernel mounts an overlay read-only, without an error, where it cannot use its work
+        directory."""
+        mount = find_mount(live.spec.mount_point)
+        if live.scratch is None or mount is None or "ro" not in mount.super_options:
+            return
+        raise CallError(
+            "mount",
+            f"the kernel cannot write to the scratch of overlay {live.spec.overlay_id!r}, and "
+            "mounted it read-only",
+            errno=errno.EROFS,
+            step="overlay",
+            object=live.scratch.path,
+            hint="the kernel's log says why; a fresh scratch has no work directory of before",
+            kernel_log=op.kernel_lines(),
         )
 
     def _undo_mount(self, target: str, links: str | None) -> None:
@@ -313,6 +418,38 @@ class Overlays:
             unmount_target(target, Transaction(deadline))
         if links is not None:
             remove_links(links)
+
+
+def is_read_only(scratch: LiveScratch, mount: Mount) -> bool:
+    """Return whether the kernel refuses writes to an overlay or to its scratch."""
+    flags = os.statvfs(scratch.path).f_flag
+    return "ro" in mount.super_options or bool(flags & os.ST_RDONLY)
+
+
+def _flags(spec: OverlaySpec) -> tuple[str, ...]:
+    flags = {
+        "ro": spec.scratch is None,
+        "nodev": not spec.options.dev,
+        "nosuid": not spec.options.suid,
+    }
+    return tuple(flag for flag, is_set in flags.items() if is_set)
+
+
+def _absent_report(live: LiveOverlay) -> OverlayReport:
+    """Report an overlay that is not mounted at its target any more."""
+    return OverlayReport(
+        overlay_id=live.spec.overlay_id,
+        state="unmounted",
+        target=live.spec.mount_point,
+        layers=live.spec.layers,
+        lowerdirs=live.lowerdirs[: len(live.spec.layers)],
+        scratch=None,
+        method=live.method,
+        mount_id=live.mount_id,
+        options=(),
+        timings_ms=live.timings_ms,
+        already=False,
+    )
 
 
 def _begun(overlay_id: str) -> str:

@@ -185,21 +185,23 @@ def signature_description(layer_id: str) -> str:
     return f"guestagent-signature-{layer_id}"
 
 
-def check_target(target: str, root: str) -> None:
-    """Refuse a mount point that is not strictly below the allowed root.
+def check_target(target: str, roots: tuple[str, ...], what: str = "target") -> str:
+    """Return the allowed root that a mount point is strictly below.
 
     That no link leads out of it is seen when it is opened.
 
     Raises:
-        CallError: ``invalid``.
+        CallError: ``invalid``, it is below none of them.
     """
-    if not target.startswith(root.rstrip("/") + "/"):
-        raise CallError(
-            "invalid",
-            f"target {target!r} is not below {root!r}",
-            step="claim",
-            object="params.target",
-        )
+    for root in roots:
+        if target.startswith(root.rstrip("/") + "/"):
+            return root
+    raise CallError(
+        "invalid",
+        f"{what} {target!r} is not below {' or '.join(map(repr, roots))}",
+        step="claim",
+        object=f"params.{what}",
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -262,9 +264,12 @@ def dm_names(spec: LayerSpec, *, unique: bool) -> tuple[str, str]:
     return linear[:_DM_NAME_MAX], verity[:_DM_NAME_MAX]
 
 
-def dm_uuid(kind: str, layer_id: str) -> str:
-    """Return the uuid of a layer's ``linear`` or ``verity`` device: how it is known to be ours."""
-    return f"guestagent-{kind}-{layer_id}"
+def dm_uuid(kind: str, layer_id: str, prefix: str = "guestagent-") -> str:
+    """Return the uuid of a layer's ``linear`` or ``verity`` device, by which the agent knows it.
+
+    ``prefix`` is that of the agent: of several agents each knows its own devices.
+    """
+    return f"{prefix}{kind}-{layer_id}"
 
 
 def plan_layer(
@@ -272,6 +277,7 @@ def plan_layer(
     source: Source,
     *,
     names: tuple[str, ...],
+    uuid_prefix: str = "guestagent-",
     parameters: VerityParameters | None = None,
     parameters_from: str = "",
     options: VerityOptions | None = None,
@@ -282,7 +288,7 @@ def plan_layer(
     if spec.mapping is not None:
         linear = LinearStep(
             name=names[0],
-            uuid=dm_uuid("linear", spec.layer_id),
+            uuid=dm_uuid("linear", spec.layer_id, uuid_prefix),
             dev=source.dev,
             mapping=spec.mapping,
         )
@@ -290,7 +296,7 @@ def plan_layer(
     if parameters is not None:
         verity = VerityStep(
             name=names[1],
-            uuid=dm_uuid("verity", spec.layer_id),
+            uuid=dm_uuid("verity", spec.layer_id, uuid_prefix),
             dev=None if linear else source.dev,
             hash_dev=source.hash_device.dev if source.hash_device else None,
             parameters=parameters,

@@ -17,13 +17,14 @@ from guestagent.storage.devicemapper.targets import (
     parse_verity,
     parse_verity_status,
 )
-from guestagent.storage.mountinfo import Mount, find_mount
+from guestagent.storage.mountinfo import Mount, find_mount, whereabouts
 from vsock.errors import CallError
 from vsock.record import Record
 
 __all__ = (
     "DmView",
     "LayerSeen",
+    "absent_report",
     "dm_device",
     "report_of",
     "see_layer",
@@ -134,8 +135,8 @@ def see_layer(
     """
     target = live.spec.mount_point
     mount = find_mount(target) if mounts is None else mounts.get(target)
-    if mount is None or mount.dev != live.dev:
-        raise _gone(live, f"no longer mounted at {live.spec.mount_point!r}")
+    if mount is None or not _is_of(mount, live):
+        raise _gone(live, whereabouts(target, live.dev, live.mount_id))
     found = {}
     for name in live.plan.dm_names:
         try:
@@ -144,7 +145,7 @@ def see_layer(
             if error.errno != errno.ENXIO:
                 raise
             mount = find_mount(target)  # an unmount takes the devices away after the mount
-            if mount is None or mount.dev != live.dev:
+            if mount is None or not _is_of(mount, live):
                 raise _gone(live, f"without its device {name!r}") from error
     for device, targets in found.values():
         # the kernel takes the table first and the device a moment later
@@ -163,6 +164,10 @@ def see_layer(
         verity=report,
         readonly=all(_is_readonly(device) for device in live.source.devices),
     )
+
+
+def _is_of(mount: Mount, live: LiveLayer) -> bool:
+    return (mount.dev, mount.mount_id) == (live.dev, live.mount_id)
 
 
 def _changed(
@@ -233,10 +238,36 @@ def report_of(
         options=_options(mount),
         readonly=seen.readonly,
         size_bytes=live.source.range.size_bytes,
+        readonly=all(_is_readonly(device) for device in live.source.devices),
         used_by=state.inventory.users_of(spec.layer_id),
         overlaps=state.inventory.overlapping(live),
         timings_ms=live.timings_ms if timings_ms is None else timings_ms,
         already=already,
+    )
+
+
+def absent_report(state: EngineState, live: LiveLayer, layer_state: str) -> LayerReport:
+    """Report a layer that cannot be seen as it was mounted: what is known of it, and its state."""
+    spec = live.spec
+    return LayerReport(
+        layer_id=spec.layer_id,
+        state=layer_state,
+        target=spec.mount_point,
+        device=spec.device,
+        device_node=live.source.node,
+        dev=live.dev,
+        mapping=spec.mapping,
+        dm=(),
+        verity=None,
+        filesystem=live.plan.mount.filesystem,
+        mount_id=live.mount_id,
+        options=(),
+        size_bytes=live.source.range.size_bytes,
+        readonly=all(_is_readonly(device) for device in live.source.devices),
+        used_by=state.inventory.users_of(spec.layer_id),
+        overlaps=state.inventory.overlapping(live),
+        timings_ms=live.timings_ms,
+        already=False,
     )
 
 
@@ -262,7 +293,15 @@ def _verity_report(
     live: LiveLayer, step: VerityStep, device: DmDevice, targets: tuple[Target, ...]
 ) -> VerityReport:
     """Report the table that the kernel has, in the words of the contract."""
-    table = parse_verity(targets[0])
+    try:
+        table = parse_verity(targets[0])
+    except ValueError as error:
+        raise CallError(
+            "device",
+            f"layer {live.spec.layer_id!r}: the table of its device {device.name!r} is damaged",
+            step="read back",
+            object=live.spec.layer_id,
+        ) from error
     found, request = table.parameters, live.spec.verity
     assert request is not None
     return VerityReport(

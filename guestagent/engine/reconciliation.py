@@ -10,7 +10,6 @@ from guestagent.engine.journal import Written
 from guestagent.engine.layers import Layers
 from guestagent.engine.overlays import Overlays
 from guestagent.engine.recovery import (
-    UUID_PREFIX,
     KernelView,
     layer_is_there,
     overlay_is_there,
@@ -140,8 +139,9 @@ class Reconciliation:
             for name, _ in books.kernel.own_devices(traces)
         }
         # verity devices first, as they stand on the linear ones
+        prefix = self._state.uuid_prefix
         orphans = sorted(
-            ((uuid, name) for name, uuid in books.uuids.items() if uuid.startswith(UUID_PREFIX)),
+            ((uuid, name) for name, uuid in books.uuids.items() if uuid.startswith(prefix)),
             reverse=True,
         )
         return [

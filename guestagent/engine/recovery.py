@@ -25,8 +25,13 @@ from vsock.errors import CallError
 from vsock.log import log
 from vsock.record import Record
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    Live = TypeVar("Live", LiveLayer, LiveOverlay)
+
 __all__ = (
-    "UUID_PREFIX",
     "KernelView",
     "Recovered",
     "layer_is_there",
@@ -36,8 +41,6 @@ __all__ = (
     "undo_orphan",
     "undo_overlay",
 )
-
-UUID_PREFIX = "guestagent-"
 
 
 class Recovered(Record):
@@ -82,9 +85,10 @@ def recover(state: EngineState) -> Recovered:
             half.append(live.traces)
     undone = _recover_overlays(state, kernel, written, {live.spec.layer_id for live in whole})
     for live in whole:
-        _adopt_layer(state, live)
+        _adopt_layer(state, _as_mounted(kernel, live))
     undone += _undo_layers(state, kernel, half)
-    undone += _undo_orphans(state, "guestagent-verity-") + _undo_orphans(state, UUID_PREFIX)
+    undone += _undo_orphans(state, f"{state.uuid_prefix}verity-")
+    undone += _undo_orphans(state, state.uuid_prefix)
     for path in state.journal.damaged():
         state.inventory.note_problem(path, f"journal entry {path!r} could not be read")
     return Recovered(
@@ -113,7 +117,7 @@ def _recover_overlays(
     half = list(written.begun_overlays)
     for overlay in written.overlays:
         if whole_layers.issuperset(overlay.spec.layers) and overlay_is_there(kernel, overlay):
-            _adopt_overlay(state, overlay)
+            _adopt_overlay(state, _as_mounted(kernel, overlay))
         else:
             half.append(overlay)
     undos = [
@@ -127,7 +131,9 @@ def layer_is_there(kernel: KernelView, live: LiveLayer) -> bool:
     """Return whether the kernel has the mount and every device of a layer, on top of each other."""
     mount = kernel.mounts.get(live.spec.mount_point)
     own = kernel.own_devices(live.traces)
-    if mount is None or mount.dev != live.dev or len(own) < len(live.plan.dm_names):
+    if mount is None or mount.dev != live.dev or mount.root != "/":
+        return False
+    if len(own) < len(live.plan.dm_names):
         return False
     return live.dev == (own[0][1] if own else live.source.dev)
 
@@ -136,9 +142,15 @@ def overlay_is_there(kernel: KernelView, live: LiveOverlay) -> bool:
     """Return whether the kernel has the mount of an overlay, and that of its scratch."""
     mount = kernel.mounts.get(live.spec.mount_point)
     scratch = live.scratch
-    if mount is None or mount.dev != live.dev:
+    if mount is None or mount.dev != live.dev or mount.root != "/":
         return False
     return scratch is None or not scratch.is_mount or scratch.path in kernel.mounts
+
+
+def _as_mounted(kernel: KernelView, live: "Live") -> "Live":
+    """Return what is adopted with the mount id that it has now: an undo that was interrupted may
+    have mounted it again."""
+    return live.replace(mount_id=kernel.mounts[live.spec.mount_point].mount_id)
 
 
 def _adopt_layer(state: EngineState, live: LiveLayer) -> None:

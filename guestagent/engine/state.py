@@ -1,9 +1,10 @@
 """What the parts of the engine share: device-mapper control, inventory, journal, rules, events."""
 
+from guestagent.api.layers import TARGET_ROOTS
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
 from guestagent.engine.inventory import Inventory
-from guestagent.engine.journal import Begun, Journal
+from guestagent.engine.journal import Begun, Journal, StateDirectory
 from guestagent.engine.locks import KeyLocks
 from guestagent.engine.plan import Version
 from guestagent.engine.transaction import Transaction
@@ -23,25 +24,41 @@ class Rules(Record):
     """What requests may ask for. ``undo_seconds`` bounds the clean-up after a failure; unmounts and
     recovery use at most ``parallel`` threads."""
 
-    target_root: str = "/run"
+    target_roots: tuple[str, ...] = TARGET_ROOTS
     #: Which layers are refused: with "yes" those without verity, with "full" also those whose
     #: request leaves a part of what defines the hash tree to the superblock; "no": none.
     require_verity: str = "no"
     undo_seconds: float = 10.0
     parallel: int = 8
 
+    @property
+    def scratch_roots(self) -> tuple[str, ...]:
+        """Return the directories below which a scratch directory may lie."""
+        return ("/run",) if self.target_roots == TARGET_ROOTS else self.target_roots
+
 
 class EngineState:
     """Opened once for the life of an engine; ``close()`` frees descriptors and leaves the kernel's
     state as it is."""
 
-    def __init__(self, *, state_directory: str, rules: Rules, faults: Faults) -> None:
-        self.directory = state_directory
+    def __init__(
+        self, *, state_directory: "str | StateDirectory", rules: Rules, faults: Faults
+    ) -> None:
+        """``state_directory`` is locked here, and unlocked by ``close``, unless it is open already.
+
+        Raises:
+            CallError: ``conflict``, another agent has it.
+        """
+        self._own_directory: StateDirectory | None = None
+        if isinstance(state_directory, str):
+            state_directory = self._own_directory = StateDirectory(state_directory)
+        self.uuid_prefix = state_directory.uuid_prefix
+        self.directory = state_directory.path
         self.rules = rules
         self.faults = faults
-        self.journal = Journal(state_directory)
+        self.journal = Journal(self.directory)
         self.events = EventLog(self.journal)
-        self.inventory = Inventory(reserved=state_directory)
+        self.inventory = Inventory(reserved=self.directory)
         self.locks = KeyLocks()
         self.kernel_log = KernelLog()
         self.control = open_control()
@@ -71,3 +88,5 @@ class EngineState:
         self.control.close()
         self.kernel_log.close()
         self.events.close()
+        if self._own_directory is not None:
+            self._own_directory.close()

@@ -1,4 +1,8 @@
-"""Taking things away: unmount, wait until the devices are really gone, or say who holds them."""
+"""Unmounting: until the file system and its devices are gone, or ``busy`` with the holders.
+
+The kernel lets a mount go although the file system stays in use: by other mounts, other mount
+namespaces, or processes inside a detached mount. So it is checked before and after.
+"""
 
 import errno
 import os
@@ -7,8 +11,9 @@ from guestagent.api.layers import Holder, UnmountReply
 from guestagent.engine.inventory import parent_of
 from guestagent.engine.state import EngineState
 from guestagent.engine.transaction import Transaction
+from guestagent.storage import syscalls
 from guestagent.storage.devicemapper import devices
-from guestagent.storage.holders import find_holders
+from guestagent.storage.holders import find_holders, mounts_elsewhere
 from guestagent.storage.mount import unmount
 from guestagent.storage.mountinfo import Mount, find_mount, mounts_of_dev
 from vsock.deadline import Deadline
@@ -18,6 +23,9 @@ __all__ = (
     "busy_error",
     "missing_directories",
     "nothing_to_unmount",
+    "refuse_held",
+    "refuse_mounts_elsewhere",
+    "refuse_other_mounts",
     "refuse_shared_devices",
     "remove_devices",
     "remove_directories",
@@ -27,6 +35,9 @@ __all__ = (
 
 #: Looking for holders reads all of /proc; it must not make an answer late.
 _HOLDER_SECONDS = 2.0
+#: All mount namespaces are looked at within this.
+_NAMESPACE_SECONDS = 10.0
+_NO_HOLDER = "no holder was found"
 #: A device that nobody holds is gone within this; longer means that somebody does.
 _GONE_SECONDS = 5.0
 
@@ -74,21 +85,70 @@ def _foreign(mount: Mount, dev: str) -> CallError:
     )
 
 
+def refuse_other_mounts(state: EngineState, dev: str, target: str, op: Transaction) -> None:
+    """Check, before an unmount, that the file system on ``dev`` is mounted at ``target`` only, and
+    where other layers are on the same one.
+
+    Raises:
+        CallError: ``busy``, it is mounted elsewhere in our mount namespace; all holders are named.
+    """
+    allowed = {target, *state.inventory.targets_on(dev)}
+    for mount in mounts_of_dev(dev):
+        if mount.target not in allowed:
+            raise busy_error(target, dev, op)
+        allowed.discard(mount.target)
+
+
+def refuse_mounts_elsewhere(devs: frozenset[str], target: str, op: Transaction) -> None:
+    """Check, before an unmount, that no other mount namespace has one of the file systems ``devs``.
+
+    Raises:
+        CallError: ``busy``, with the holders.
+    """
+    with op.deadline.part(_NAMESPACE_SECONDS) as limit:
+        for dev in mounts_elsewhere(devs, limit):
+            raise busy_error(target, dev, op)
+
+
 def refuse_shared_devices(
     state: EngineState, names: tuple[str, ...], target: str, op: Transaction
 ) -> None:
-    """See, before anything is unmounted, that the devices (topmost first) will go with the mount.
+    """Check, before an unmount, that the dm devices (topmost first) will go with the mount.
 
     Raises:
         CallError: ``busy``, one has other users than what is right above it; they are named.
     """
-    for number, name in enumerate(names):
+    for name in names:
         info = state.control.find(name=name)
-        if info is None:
-            continue
-        elsewhere = number == 0 and any(m.target != target for m in mounts_of_dev(info.dev))
-        if info.open_count > 1 or elsewhere:
+        if info is not None and info.open_count > 1:
             raise busy_error(target, info.dev, op)
+
+
+def refuse_held(
+    state: EngineState, dev: str, target: str, op: Transaction, *, name: str | None = None
+) -> None:
+    """Check, after an unmount, that the kernel has dropped the file system that was on ``dev``.
+
+    It has not while another mount namespace, a detached mount with a process inside, or an overlay
+    has it. ``name`` is the dm device of that number, if it is one.
+
+    Raises:
+        CallError: ``busy``, with the holders.
+    """
+    if state.inventory.targets_on(dev) - {target}:  # another layer is on the same file system
+        return
+    if syscalls.has_superblock(dev) is False:
+        return
+    if name is not None:
+        info = state.control.find(name=name)
+        if info is None or info.open_count == 0:  # another device has its number by now
+            return
+    elif any(state.inventory.is_target(mount.target) for mount in mounts_of_dev(dev)):
+        return  # another mount has the number of this one by now
+    error = busy_error(target, dev, op)
+    if syscalls.has_superblock(dev) is None and error.hint == _NO_HOLDER:
+        return
+    raise error
 
 
 def busy_error(target: str, dev: str, op: Transaction, more: tuple[Holder, ...] = ()) -> CallError:
@@ -107,7 +167,7 @@ def busy_error(target: str, dev: str, op: Transaction, more: tuple[Holder, ...] 
         errno=errno.EBUSY,
         step="unmount",
         object=target,
-        hint=f"held by {named}" if named else "no holder was found in this mount namespace",
+        hint=f"held by {named}" if named else _NO_HOLDER,
         kernel_log=op.kernel_lines(),
     )
 

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from guestagent.api.inspect import PlaceRequest
+from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from guestagent.engine.readback import verity_status
 from guestagent.engine.state import EngineState
+from guestagent.storage.mountinfo import whereabouts
 from guestagent.storage.openat import Root
 from vsock.errors import CallError, errno_name
 
@@ -40,13 +42,19 @@ class Place:
     """One layer or overlay, opened. A context manager. ``name`` says which, for people."""
 
     def __init__(
-        self, state: EngineState, name: str, mount_point: str, layers: tuple[str, ...]
+        self,
+        state: EngineState,
+        name: str,
+        mount_point: str,
+        layers: tuple[str, ...],
+        mount: tuple[str, int] | None = None,
     ) -> None:
+        """``mount`` is the device number (MAJOR:MINOR) and the mount id that must be there."""
         self.name = name
         self.mount_point = mount_point
         self._state = state
         self._layers = layers
-        self.root = Root(mount_point)
+        self.root = Root(mount_point, mount)
 
     def __enter__(self) -> "Place":
         return self
@@ -119,13 +127,13 @@ def open_place(state: EngineState, request: PlaceRequest) -> Place:
         layer = state.inventory.layer(request.layer_id)
         name = f"layer {request.layer_id!r}"
         if layer is not None:
-            return _open(state, name, layer.spec.mount_point, (request.layer_id,))
+            return _open(state, name, layer, (request.layer_id,))
     else:
         assert request.overlay_id is not None
         overlay = state.inventory.overlay(request.overlay_id)
         name = f"overlay {request.overlay_id!r}"
         if overlay is not None:
-            return _open(state, name, overlay.spec.mount_point, overlay.spec.layers)
+            return _open(state, name, overlay, overlay.spec.layers)
     raise CallError(
         "not_found",
         f"{name} is not mounted",
@@ -134,10 +142,16 @@ def open_place(state: EngineState, request: PlaceRequest) -> Place:
     )
 
 
-def _open(state: EngineState, name: str, mount_point: str, layers: tuple[str, ...]) -> Place:
+def _open(
+    state: EngineState, name: str, live: LiveLayer | LiveOverlay, layers: tuple[str, ...]
+) -> Place:
+    mount_point = live.spec.mount_point
     try:
-        return Place(state, name, mount_point, layers)
+        return Place(state, name, mount_point, layers, (live.dev, live.mount_id))
     except OSError as error:
+        if error.errno == errno.ESTALE:
+            what = whereabouts(mount_point, live.dev, live.mount_id)
+            raise CallError("not_found", f"{name} is {what}", object=mount_point) from error
         raise CallError(
             "not_found" if error.errno == errno.ENOENT else "mount",
             f"cannot open {mount_point!r}, where {name} is mounted: {error.strerror}",

@@ -1,20 +1,26 @@
-"""Who keeps a mount or a device busy: the second half of every honest EBUSY.
+"""Holders of a file system or a block device: what an EBUSY of the kernel does not name.
 
-The kernel does not tell. What can be seen is: processes with an open file, a working or root
-directory, a program or a mapping on the file system; mounts, in any mount namespace; overlays that
-stand on a directory; device-mapper devices, loop devices and swap that stand on a device.
+Holders are processes with an open file, a working or root directory, a program or a mapping on it;
+mounts in any mount namespace; overlays that have a directory of it; device-mapper devices, loop
+devices and swap on a block device. A file of an overlay may have the number of another file system,
+so that files are compared by the id of their mount, too.
 """
 
 import os
 import stat
+from collections.abc import Iterator
 
 from guestagent.api.layers import Holder
+from guestagent.storage import syscalls
 from guestagent.storage.mountinfo import Mount, lowerdirs_of, read_mounts
 from vsock.deadline import Deadline
 
-__all__ = ("find_holders",)
+__all__ = ("find_holders", "mounts_elsewhere")
 
-_PROCESS_DETAILS = 4  # as many files of one process are named
+#: Files that are named of one process.
+_PROCESS_DETAILS = 4
+#: Holders that are returned.
+_MAX_HOLDERS = 64
 
 
 def find_holders(
@@ -25,30 +31,64 @@ def find_holders(
     proc_root: str = "/proc",
     sys_root: str = "/sys",
 ) -> tuple[Holder, ...]:
-    """Return who uses the file system on ``dev`` (MAJOR:MINOR), or the block device itself.
+    """Return the holders of the file system on ``dev`` (MAJOR:MINOR), or of that block device.
 
     Args:
-        deadline: looking stops there; what was found until then is returned.
-        target: the mount in question, which is no holder of itself; what stands on it is.
+        deadline: the search ends there; what was found until then is returned.
+        target: the mount in question, which is no holder itself; what stands on it is.
     """
     found = _dm_and_loop_holders(dev, sys_root)
     found += _swap_holders(dev, proc_root)
-    namespaces: set[str] = set()
+    mount_ids: set[int] = set()
+    for pid, mounts in _namespaces(proc_root, deadline):
+        mount_ids.update(mount.mount_id for mount in mounts if mount.dev == dev)
+        found += _mount_holders(mounts, dev, target if pid is None else None, pid)
+    for pid in _pids(proc_root):
+        if deadline.expired or deadline.cancelled or len(found) >= _MAX_HOLDERS:
+            break
+        found += _process_holders(f"{proc_root}/{pid}", pid, dev, mount_ids)
+    return tuple(found[:_MAX_HOLDERS])
+
+
+def mounts_elsewhere(
+    devs: frozenset[str], deadline: Deadline, *, proc_root: str = "/proc"
+) -> tuple[str, ...]:
+    """Return those of ``devs`` that are mounted in another mount namespace than our own.
+
+    Raises:
+        CallError: ``timeout`` or ``cancelled``, not all namespaces were looked at.
+    """
+    found: set[str] = set()
+    for pid, mounts in _namespaces(proc_root, deadline):
+        if pid is not None:
+            found.update(mount.dev for mount in mounts if mount.dev in devs)
+    deadline.check("look for mounts in other namespaces")
+    return tuple(sorted(found))
+
+
+def _namespaces(
+    proc_root: str, deadline: Deadline
+) -> Iterator[tuple[str | None, tuple[Mount, ...]]]:
+    """Yield the mounts of our own mount namespace with None, then those of each other namespace
+    with a process that is in it."""
+    seen: set[str] = set()
     for pid in _pids(proc_root):
         if deadline.expired or deadline.cancelled:
-            break
-        process = f"{proc_root}/{pid}"
-        found += _process_holders(process, pid, dev)
-        namespace = _read_link(f"{process}/ns/mnt")
-        if namespace and namespace not in namespaces:
-            # our own comes first: only there is the target itself no holder
-            own = not namespaces or namespace == _read_link(f"{proc_root}/self/ns/mnt")
-            namespaces.add(namespace)
-            found += _mount_holders(process, dev, target if own else None, None if own else pid)
-    return tuple(found)
+            return
+        namespace = _read_link(f"{proc_root}/{pid}/ns/mnt")
+        if namespace is None or namespace in seen:
+            continue
+        is_own = not seen or namespace == _read_link(f"{proc_root}/self/ns/mnt")
+        seen.add(namespace)
+        try:
+            mounts = read_mounts(f"{proc_root}/{pid}/mountinfo")
+        except OSError:  # the process ended, or is not ours to look into
+            continue
+        yield None if is_own else pid, mounts
 
 
 def _pids(proc_root: str) -> list[str]:
+    """Return the ids of all processes, our own first."""
     numbers = [name for name in os.listdir(proc_root) if name.isdigit()]
     own = str(os.getpid())
     return sorted(numbers, key=lambda pid: (pid != own, int(pid)))
@@ -61,45 +101,55 @@ def _read_link(path: str) -> str | None:
         return None
 
 
-def _process_holders(process: str, pid: str, dev: str) -> list[Holder]:
-    major, _, minor = dev.partition(":")
-    number = os.makedev(int(major), int(minor))
-    uses = [name for name in ("cwd", "root", "exe") if _is_on(f"{process}/{name}", number)]
+def _process_holders(process: str, pid: str, dev: str, mount_ids: set[int]) -> list[Holder]:
+    names = [name for name in ("cwd", "root", "exe") if _is_on(f"{process}/{name}", dev, mount_ids)]
     try:
         files = os.listdir(f"{process}/fd")
-    except OSError:  # as above
+    except OSError:  # the process ended, or is not ours to look into
         files = []
-    uses += [
+    names += [
         f"fd {name} ({_read_link(f'{process}/fd/{name}')})"
         for name in files
-        if _is_on(f"{process}/fd/{name}", number)
+        if _is_on(f"{process}/fd/{name}", dev, mount_ids)
     ]
-    uses += _mapped_files(process, int(major), int(minor))
-    if not uses:
+    names += _mapped_files(process, dev, mount_ids)
+    if not names:
         return []
-    detail = ", ".join(uses[:_PROCESS_DETAILS])
-    if len(uses) > _PROCESS_DETAILS:
-        detail += f" and {len(uses) - _PROCESS_DETAILS} more"
+    detail = ", ".join(names[:_PROCESS_DETAILS])
+    if len(names) > _PROCESS_DETAILS:
+        detail += f" and {len(names) - _PROCESS_DETAILS} more"
     return [Holder(kind="process", name=f"{_command(process)}[{pid}]", detail=detail)]
 
 
-def _is_on(path: str, number: int) -> bool:
-    """Say whether the file is on that file system, or is that block device."""
+def _is_on(path: str, dev: str, mount_ids: set[int]) -> bool:
+    """Say whether a file is on that file system, or is that block device."""
     try:
         found = os.stat(path)
+        if _text_of(found.st_dev) == dev:
+            return True
+        if stat.S_ISBLK(found.st_mode):
+            return _text_of(found.st_rdev) == dev
+        return bool(mount_ids) and syscalls.mount_of(path)[1] in mount_ids
     except OSError:  # a socket of another family, a process that ended
         return False
-    return found.st_dev == number or (stat.S_ISBLK(found.st_mode) and found.st_rdev == number)
 
 
-def _mapped_files(process: str, major: int, minor: int) -> list[str]:
-    wanted = f"{major:02x}:{minor:02x}"
-    paths: dict[str, None] = {}
+def _text_of(number: int) -> str:
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def _mapped_files(process: str, dev: str, mount_ids: set[int]) -> list[str]:
+    major, _, minor = dev.partition(":")
+    wanted = f"{int(major):02x}:{int(minor):02x}"
+    paths: dict[str, bool] = {}
     for line in _lines(f"{process}/maps"):
         words = line.split(None, 5)
-        if len(words) == 6 and words[3] == wanted:
-            paths[words[5]] = None
-    return [f"mapping of {path}" for path in paths]
+        if len(words) < 6 or not words[5].startswith("/") or words[5] in paths:
+            continue
+        paths[words[5]] = words[3] == wanted or (
+            bool(mount_ids) and _is_on(f"{process}/map_files/{words[0]}", dev, mount_ids)
+        )
+    return [f"mapping of {path}" for path, is_on in paths.items() if is_on]
 
 
 def _command(process: str) -> str:
@@ -116,17 +166,16 @@ def _lines(path: str) -> list[str]:
 
 
 def _mount_holders(
-    process: str, dev: str, target: str | None, foreign_pid: str | None
+    mounts: tuple[Mount, ...], dev: str, target: str | None, foreign_pid: str | None
 ) -> list[Holder]:
-    try:
-        mounts = read_mounts(f"{process}/mountinfo")
-    except OSError:  # as above
-        return []
     where = "" if foreign_pid is None else f" in the mount namespace of process {foreign_pid}"
     found = []
-    ids = {mount.mount_id for mount in mounts if mount.target == target}
+    at_target = [mount for mount in mounts if mount.target == target]
+    # the first there is the one in question; the same file system mounted on top is a holder
+    own_id = next((mount.mount_id for mount in at_target if mount.dev == dev), None)
+    ids = {mount.mount_id for mount in at_target}
     for mount in mounts:
-        if mount.dev == dev and mount.target != target:
+        if mount.dev == dev and mount.mount_id != own_id:
             found.append(Holder(kind="mount", name=mount.target, detail=f"same device{where}"))
         elif mount.parent_id in ids and mount.target != target:
             found.append(Holder(kind="mount", name=mount.target, detail="mounted below it"))
@@ -160,12 +209,10 @@ def _dm_and_loop_holders(dev: str, sys_root: str) -> list[Holder]:
 
 def _loop_holders(dev: str, sys_root: str) -> list[Holder]:
     """Find the loop devices whose file is on the file system (by its path, as far as we see it)."""
-    major, _, minor = dev.partition(":")
-    number = os.makedev(int(major), int(minor))
     found = []
     for name in sorted(os.listdir(f"{sys_root}/block")):
         backing = _lines(f"{sys_root}/block/{name}/loop/backing_file")
-        if backing and _is_on(backing[0], number):
+        if backing and _is_on(backing[0], dev, set()):
             found.append(
                 Holder(kind="loop", name=f"/dev/{name}", detail=f"loop device over {backing[0]}")
             )

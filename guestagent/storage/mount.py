@@ -17,6 +17,7 @@ from guestagent.storage.fscontext import (
     flag_bits,
     is_supported,
 )
+from guestagent.storage.mountinfo import whereabouts
 from vsock.closeable import FdOwner
 from vsock.errors import CallError
 
@@ -25,6 +26,7 @@ __all__ = (
     "TargetDirectory",
     "mount_filesystem",
     "open_detached",
+    "open_mounted",
     "unmount",
 )
 
@@ -44,20 +46,25 @@ class TargetDirectory(FdOwner):
     """
 
     def __init__(self, target: str, *, root: str = "/run", create: bool = True) -> None:
-        """Open ``target``, an absolute path strictly below ``root``; missing parts become 0700.
+        """Open ``target``, an absolute path strictly below ``root``; missing parts become 0700,
+        and so does ``root`` itself in its directory.
 
         Raises:
             CallError: ``invalid``, outside of root or with "." or ".."; ``denied``, a symbolic or
-                magic link on the way; ``conflict``, not a directory, or a mount point already.
+                magic link on the way; ``conflict``, not a directory, not empty, or a mount point
+                already.
             OSError: anything else the kernel refused.
         """
         self.path = target
+        #: Directories that were made, outermost first.
         self.created: tuple[str, ...] = ()
         self._root = root.rstrip("/")
         self._fd = -1
         names = _names_below(target, self._root)
         try:
             self._open_or_retry(names, create)
+            if target not in self.created:
+                self._refuse_entries()
         except BaseException:
             self.close()
             self.remove_created()
@@ -67,14 +74,6 @@ class TargetDirectory(FdOwner):
     def fd(self) -> int:
         """The O_PATH descriptor; it stays ours."""
         return self._fd
-
-    def is_empty(self) -> bool:
-        """Say whether the directory has no entries, which a mount would hide."""
-        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
-        try:
-            return not os.listdir(fd)
-        finally:
-            os.close(fd)
 
     def remove_created(self) -> tuple[str, ...]:
         """Remove the directories that were made here and are empty; return those removed.
@@ -95,6 +94,18 @@ class TargetDirectory(FdOwner):
         self.created = ()
         return tuple(removed)
 
+    def _refuse_entries(self) -> None:
+        """A mount would hide what is in the directory, and may replace what others read there."""
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
+        try:
+            with os.scandir(fd) as entries:
+                if next(entries, None) is None:
+                    return
+        finally:
+            os.close(fd)
+        text = f"target {self.path!r} is not empty"
+        raise CallError("conflict", text, step="target", object=self.path)
+
     def _open_or_retry(self, names: list[str], create: bool) -> None:
         for attempt in range(_RESOLVE_ATTEMPTS):
             try:
@@ -107,7 +118,14 @@ class TargetDirectory(FdOwner):
 
     def _open(self, names: list[str], create: bool) -> None:
         """Walk down from the root; on the way ``self._fd`` is the directory reached so far."""
-        self._fd = os.open(self._root or "/", _OPEN_DIRECTORY)
+        try:
+            self._fd = os.open(self._root or "/", _OPEN_DIRECTORY)
+        except FileNotFoundError:
+            if not create:
+                raise
+            os.mkdir(self._root, 0o700)
+            self.created += (self._root,)
+            self._fd = os.open(self._root, _OPEN_DIRECTORY)
         path = self._root
         for name in names:
             path = f"{path}/{name}"
@@ -190,6 +208,30 @@ def _remove_directory(path: str) -> None:
         os.rmdir(os.path.basename(path), dir_fd=parent_fd)
     finally:
         os.close(parent_fd)
+
+
+def open_mounted(target: str, dev: str, mount_id: int) -> int:
+    """Open the root of a mount with O_PATH; the caller owns the descriptor.
+
+    Args:
+        target: where it was mounted; no link is followed.
+        dev: the number (MAJOR:MINOR) of its file system.
+        mount_id: as in mountinfo and statx.
+
+    Raises:
+        CallError: ``conflict``, something else is there: the mount is gone, moved or covered.
+        OSError: ENOENT and the like.
+    """
+    resolve = syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
+    fd = syscalls.openat2(syscalls.AT_FDCWD, target, _OPEN_DIRECTORY, resolve=resolve)
+    try:
+        if syscalls.mount_of("", fd=fd) != (dev, mount_id):
+            what = whereabouts(target, dev, mount_id)
+            raise CallError("conflict", f"what was mounted is {what}", object=target)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def open_detached(

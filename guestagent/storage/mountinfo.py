@@ -19,6 +19,7 @@ __all__ = (
     "parse",
     "read_mounts",
     "split_lowerdir",
+    "whereabouts",
 )
 
 MOUNTINFO_PATH = "/proc/self/mountinfo"
@@ -150,6 +151,19 @@ def mounts_of_dev(dev: str, path: str = MOUNTINFO_PATH) -> tuple[Mount, ...]:
     """Return the mounts of the file system on device ``dev`` (MAJOR:MINOR)."""
     lines = [line for line in _read_text(path).split("\n") if f" {dev} " in line]
     return tuple(mount for mount in map(parse_line, lines) if mount.dev == dev)
+
+
+def whereabouts(target: str, dev: str, mount_id: int, path: str = MOUNTINFO_PATH) -> str:
+    """Say what became of a mount that is not what is seen at ``target`` any more."""
+    mounts = read_mounts(path)
+    found = next((m for m in mounts if m.mount_id == mount_id and m.dev == dev), None)
+    if found is None:
+        return f"no longer mounted at {target!r}"
+    if found.target != target:
+        return f"no longer mounted at {target!r}: it was moved to {found.target!r}"
+    top = _topmost([mount for mount in mounts if mount.target == target])
+    what = f"{top.filesystem} of {top.source!r} ({top.dev})" if top else "another mount"
+    return f"covered at {target!r} by {what}"
 
 
 def split_lowerdir(value: str) -> tuple[str, ...]:

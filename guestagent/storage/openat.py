@@ -28,17 +28,21 @@ _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 class Root(Closeable):
     """The top of a tree. A context manager. ``is_clone`` tells whether mounts below are hidden."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, mount: tuple[str, int] | None = None) -> None:
         """Open ``directory``, whose own path is trusted.
 
+        ``mount`` is the number (MAJOR:MINOR) and the mount id that it must have.
+
         Raises:
-            OSError: ENOENT, ENOTDIR.
+            OSError: ENOENT, ENOTDIR; ESTALE, it has another ``mount``.
         """
-        # held beside the copy, so that who unmounts hears that it is in use
+        # held beside the copy, so that an unmount meanwhile is busy
         self._directory_fd = os.open(
             directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         )
         try:
+            if mount is not None and syscalls.mount_of("", fd=self._directory_fd) != mount:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), directory)
             flags = syscalls.OPEN_TREE_CLONE | syscalls.AT_EMPTY_PATH
             self.fd = syscalls.open_tree(self._directory_fd, "", flags)
             self.is_clone = True

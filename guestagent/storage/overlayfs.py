@@ -40,6 +40,7 @@ __all__ = (
     "available_ways",
     "lowerdirs_of",
     "mount_overlay",
+    "open_plain",
     "remove_links",
 )
 
@@ -138,6 +139,13 @@ def _accepts(action: "Callable[[], None]") -> bool:
     return True
 
 
+def open_plain(path: str) -> int:
+    """Open a directory with O_PATH, following no link; the caller owns the descriptor."""
+    resolve = syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
+    flags = os.O_PATH | os.O_DIRECTORY
+    return syscalls.openat2(syscalls.AT_FDCWD, path, flags, resolve=resolve)
+
+
 def mount_overlay(
     *,
     name: str,
@@ -149,6 +157,7 @@ def mount_overlay(
     flags: Sequence[str] | None = None,
     runtime_directory: str = "/run/guestagent",
     way: str | None = None,
+    open_directory: "Callable[[str], int]" = open_plain,
 ) -> OverlayMount:
     """Mount an overlay and check that the kernel has the layers that were asked for.
 
@@ -160,6 +169,8 @@ def mount_overlay(
         flags: as of ``mount_filesystem``; by default nodev,nosuid, and ro without an upperdir.
         runtime_directory: where the empty directory and the links may be kept.
         way: forces one of ``available_ways``.
+        open_directory: opens one of the directories with O_PATH, or raises if it is not what it
+            must be. Where the kernel takes no descriptors each is opened before and after.
 
     Raises:
         FsContextError: the kernel refused; ``log`` says why where it is told.
@@ -170,16 +181,21 @@ def mount_overlay(
     plan = _plan(name, lowerdirs, upperdir, workdir, options, flags, runtime_directory)
     chosen = way or _choose(plan)
     if chosen != BY_FD:  # which opens each of them in any case
-        for _, path in _directories(plan):
-            os.close(_open_directory(path))
+        _check_directories(plan, open_directory)
     if chosen == BY_MOUNT:
         links = _mount_by_mount2(plan, target)
     elif chosen in (BY_FD, BY_PATH):
         links = None
-        _mount_by_fsconfig(plan, target, by_fd=chosen == BY_FD)
+        _mount_by_fsconfig(plan, target, open_directory if chosen == BY_FD else None)
     else:
         raise ValueError(f"no such way to mount an overlay: {chosen!r}")
     shown = _read_back(plan, target, links)
+    if chosen != BY_FD:
+        try:
+            _check_directories(plan, open_directory)
+        except BaseException:
+            _take_back(target, links)
+            raise
     return OverlayMount(
         method="mount" if chosen == BY_MOUNT else "fsconfig",
         way=chosen,
@@ -243,21 +259,17 @@ def _choose(plan: _Plan) -> str:
     return ways[0]
 
 
-def _open_directory(path: str) -> int:
-    resolve = syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
-    flags = os.O_PATH | os.O_DIRECTORY
-    return syscalls.openat2(syscalls.AT_FDCWD, path, flags, resolve=resolve)
-
-
-def _mount_by_fsconfig(plan: _Plan, target: "int | str", *, by_fd: bool) -> None:
+def _mount_by_fsconfig(
+    plan: _Plan, target: "int | str", open_directory: "Callable[[str], int] | None"
+) -> None:
     attributes, _ = flag_bits(plan.flags)
     with FsContext("overlay") as context:
         context.set("source", "overlay")
         if "ro" in plan.flags:
             context.set("ro")
         for key, path in _directories(plan):
-            if by_fd:
-                fd = _open_directory(path)
+            if open_directory is not None:
+                fd = open_directory(path)
                 try:
                     context.set_fd(key, fd)
                 finally:
@@ -372,9 +384,7 @@ def _read_back(plan: _Plan, target: "int | str", links: str | None) -> tuple[str
     shown = lowerdirs_of(mounted) if mounted is not None else ()
     if mounted is not None and mounted.filesystem == "overlay" and shown == plan.lowerdirs:
         return shown
-    syscalls.umount2(path, syscalls.UMOUNT_NOFOLLOW)
-    if links is not None:
-        remove_links(links)
+    _take_back(target, links)
     raise CallError(
         "integrity",
         f"overlay {plan.name!r} was asked for {len(plan.lowerdirs)} layers, the kernel shows "
@@ -382,3 +392,15 @@ def _read_back(plan: _Plan, target: "int | str", links: str | None) -> tuple[str
         step="mount-check",
         object=path,
     )
+
+
+def _check_directories(plan: _Plan, open_directory: "Callable[[str], int]") -> None:
+    for _, path in _directories(plan):
+        os.close(open_directory(path))
+
+
+def _take_back(target: "int | str", links: str | None) -> None:
+    path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target
+    syscalls.umount2(path, syscalls.UMOUNT_NOFOLLOW)
+    if links is not None:
+        remove_links(links)

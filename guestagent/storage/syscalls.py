@@ -51,6 +51,7 @@ MOUNT_ATTR_NODIRATIME = 0x80
 # include/uapi/linux/fcntl.h and openat2.h
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
+STATX_MNT_ID = 0x1000
 AT_RECURSIVE = 0x8000
 RESOLVE_NO_XDEV = 0x1
 RESOLVE_NO_MAGICLINKS = 0x2
@@ -77,21 +78,28 @@ MODULE_INIT_COMPRESSED_FILE = 4
 #: mount(2) copies one page of options, and cuts what is longer without an error.
 MOUNT_DATA_MAX_BYTES = 4095
 
+#: struct statx has 256 bytes: stx_dev_major and _minor at 136, then stx_mnt_id.
+_STATX_BYTES, _STATX_DEV_AT, _STATX_MOUNT = 256, 136, struct.Struct("=IIQ")
+#: struct ustat has 32 bytes or less.
+_USTAT_BYTES = 64
 #: What fcntl.ioctl copies, to run without the interpreter lock.
 _FCNTL_MAX_BYTES = 1024
 
 _NUMBERS_BY_MACHINE = {
     "x86_64": {
+        "ustat": 136,
         "pivot_root": 155,
         "add_key": 248,
         "keyctl": 250,
         "finit_module": 313,
+        "statx": 332,
     },
     "aarch64": {
         "pivot_root": 41,
         "add_key": 217,
         "keyctl": 219,
         "finit_module": 273,
+        "statx": 291,
     },
 }
 #: Calls made since Linux 5.0 have the same number everywhere.
@@ -121,6 +129,7 @@ _SIGNATURES: dict[str, tuple[type, ...] | None] = {
     "mount": (_c_str, _c_str, _c_str, _c_ulong, _c_str),
     "umount2": (_c_str, _c_int),
     "unshare": (_c_int,),
+    "syncfs": (_c_int,),
     "setns": (_c_int, _c_int),
     "sethostname": (_c_str, ctypes.c_size_t),
     "reboot": (_c_int,),
@@ -291,6 +300,43 @@ def openat2(dirfd: int, path: str, flags: int, *, mode: int = 0, resolve: int = 
     """Open below ``dirfd`` under the ``RESOLVE_`` rules. struct open_how is three u64."""
     how = struct.pack("=3Q", flags | os.O_CLOEXEC, mode, resolve)
     return _call_number("openat2", path, dirfd, _text(path), how, len(how))
+
+
+def mount_of(path: str, *, fd: int = AT_FDCWD) -> tuple[str, int]:
+    """Return what a path, or an empty one with ``fd``, is on: the number of the file system
+    (MAJOR:MINOR) and the id of the mount. Links are followed. struct statx, since Linux 5.8.
+
+    Raises:
+        OSError: ENOENT and the like.
+    """
+    result = ctypes.create_string_buffer(_STATX_BYTES)
+    address = ctypes.addressof(result)
+    flags = 0 if path else AT_EMPTY_PATH
+    _call_number("statx", path, fd, _text(path), flags, STATX_MNT_ID, address)
+    major, minor, mount_id = _STATX_MOUNT.unpack_from(result, _STATX_DEV_AT)
+    return f"{major}:{minor}", mount_id
+
+
+def has_superblock(dev: str) -> bool | None:
+    """Return whether the kernel still has a file system of the number ``dev`` (MAJOR:MINOR),
+    mounted or only held open; None on machines without ustat(2)."""
+    if "ustat" not in _NR:
+        return None
+    major, minor = map(int, dev.split(":"))
+    number = (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)  # new_encode_dev of Linux
+    result = ctypes.create_string_buffer(_USTAT_BYTES)
+    try:
+        _call_number("ustat", dev, number, ctypes.addressof(result))
+    except OSError as error:
+        if error.errno != errno_module.EINVAL:
+            raise
+        return False
+    return True
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2): write out the file system that an open file is on."""
+    _checked("syncfs", f"fd {fd}", _libc.syncfs, fd)
 
 
 def mount_setattr(

@@ -182,7 +182,7 @@ class EngineBed:
     def __init__(self, directory: Path, rules: Rules | None = None) -> None:
         self.directory = directory
         self.faults = Faults()
-        self._rules = rules or Rules()
+        self._rules = rules or Rules(target_roots=("/run",))
         self.engine = self._open()
 
     def _open(self) -> Engine:
@@ -228,7 +228,7 @@ def _settled(value: object) -> object:
     if isinstance(value, dict):
         return {name: _settled(item) for name, item in sorted(value.items(), key=str)}
     if hasattr(value, "as_dict"):
-        fields = {**value.as_dict(), "timings_ms": {}, "dev": ""}
+        fields = {**value.as_dict(), "timings_ms": {}, "dev": "", "mount_id": 0}
         return {name: _settled(item) for name, item in fields.items()}
     return value
 

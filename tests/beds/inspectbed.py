@@ -13,6 +13,7 @@ from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from guestagent.engine.transaction import Transaction
 from guestagent.host.client import GuestAgent
 from guestagent.service.dispatch import QUICK_METHODS, Service
+from guestagent.storage import syscalls
 from tests.beds.peer import Peer
 from vsock.address import UnixAddress
 from vsock.deadline import Deadline
@@ -63,13 +64,18 @@ def _live_layer(layer_id: str, path: Path) -> LiveLayer:
     )
     plan = type("Plan", (), {"verity": None})()
     blank = dict.fromkeys(LiveLayer._fields)
-    return LiveLayer(**{**blank, "spec": spec, "plan": plan, "state": "mounted"})  # type: ignore[arg-type]
+    return LiveLayer(**{**blank, "spec": spec, "plan": plan, "state": "mounted", **_mount(path)})  # type: ignore[arg-type]
 
 
 def _live_overlay(overlay_id: str, path: Path, layers: tuple[str, ...]) -> LiveOverlay:
     spec = OverlaySpec(overlay_id=overlay_id, layers=layers, target=str(path))
     blank = dict.fromkeys(LiveOverlay._fields)
-    return LiveOverlay(**{**blank, "spec": spec})  # type: ignore[arg-type]
+    return LiveOverlay(**{**blank, "spec": spec, **_mount(path)})  # type: ignore[arg-type]
+
+
+def _mount(path: Path) -> dict[str, object]:
+    dev, mount_id = syscalls.mount_of(str(path))
+    return {"dev": dev, "mount_id": mount_id}
 
 
 class Bed:

@@ -1,7 +1,10 @@
 """Overlays: up to 500 layers in the right order, scratches of every kind, options, full disks."""
 
 import contextlib
+import errno
 import os
+import shutil
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ from guestagent.api import (
     DeviceScratch,
     DirectoryScratch,
     LayersMount,
+    LayerSpec,
     LayersUnmount,
     OverlayOptions,
     OverlayReport,
@@ -19,6 +23,7 @@ from guestagent.api import (
     PathDevice,
     TmpfsScratch,
 )
+from guestagent.engine.state import Rules
 from guestagent.storage.mountinfo import find_mount
 from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world, who
 from tests.beds.dmbed import loop_device
@@ -135,10 +140,18 @@ def test_device_scratch_keeps_what_was_written(
         assert (first.scratch.formatted, first.scratch.filesystem) == (True, filesystem)
         Path(first.target, "kept").write_text("kept")
         unmount(bed)
-        again = mount(bed, overlay("o", "layer0", scratch=scratch))
+        refusal = refused(bed, overlay("o", "layer0", scratch=scratch))
+        assert (refusal.code, refusal.step) == ("conflict", "format")
+        adopted = scratch.replace(existing="adopt")
+        again = mount(bed, overlay("o", "layer0", scratch=adopted))
         assert again.scratch is not None
         assert not again.scratch.formatted
         assert Path(again.target, "kept").read_text() == "kept"
+        unmount(bed)
+        fresh = mount(bed, overlay("o", "layer0", scratch=scratch.replace(existing="fresh")))
+        assert fresh.scratch is not None
+        assert fresh.scratch.formatted
+        assert not Path(fresh.target, "kept").exists()
         unmount(bed)
 
 
@@ -153,6 +166,11 @@ def test_directory_scratch(bed: EngineBed) -> None:
     assert "'o'" in refusal.message
     unmount(bed)
     assert (directory / "upper/new").read_text() == "new"
+    refusal = refused(bed, overlay("o", "layer0", scratch=scratch))
+    assert (refusal.code, refusal.object) == ("conflict", f"{directory}/upper")
+    adopted = mount(bed, overlay("o", "layer0", scratch=scratch.replace(existing="adopt")))
+    assert Path(adopted.target, "new").read_text() == "new"
+    unmount(bed)
     for name in ("upper/new", "work/work", "work/index", "upper", "work", ""):
         path = directory / name
         if path.is_file():
@@ -225,7 +243,7 @@ def test_a_full_scratch_is_named(bed: EngineBed, tmp_path: Path) -> None:
             for number in range(100):
                 Path(f"/mnt/{number}").touch()
         subprocess.run(["umount", "/mnt"], check=True)
-        scratch = DeviceScratch(device=PathDevice(path=node))
+        scratch = DeviceScratch(device=PathDevice(path=node), existing="adopt")
         error = refused(bed, overlay("o", "layer0", scratch=scratch))
     assert (error.code, error.step) == ("resource", "scratch")
     assert "ext4 at" in (error.hint or "")
@@ -244,10 +262,174 @@ def test_a_full_scratch_is_named(bed: EngineBed, tmp_path: Path) -> None:
     ],
 )
 def test_options_reach_the_kernel(bed: EngineBed, options: OverlayOptions, shown: str) -> None:
-    report = mount(
-        bed, overlay("o", "layer0", scratch=TmpfsScratch(size_bytes=1 << 20), options=options)
-    )
+    spec = overlay("o", "layer0", scratch=TmpfsScratch(size_bytes=1 << 20), options=options)
+    if options.userxattr and not tmpfs_has_user_attributes():
+        refusal = refused(bed, spec)
+        assert (refusal.code, refusal.object) == ("unsupported", "params.options.userxattr")
+        return
+    report = mount(bed, spec)
     assert not shown or shown in report.options
+
+
+def tmpfs_has_user_attributes() -> bool:
+    """Since Linux 6.6."""
+    try:
+        os.setxattr("/run", "user.test", b"")
+    except OSError:
+        return False
+    os.removexattr("/run", "user.test")
+    return True
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_set_uid_programs_and_devices_where_the_request_says_so(
+    bed: EngineBed, allowed: bool
+) -> None:
+    options = OverlayOptions(suid=allowed, dev=allowed)
+    for name, scratch in (("o", None), ("p", TmpfsScratch(size_bytes=1 << 20))):
+        report = mount(bed, overlay(name, "layer0", scratch=scratch, options=options))
+        assert ("nosuid" in report.options) != allowed
+        assert ("nodev" in report.options) != allowed
+    report = mount(
+        bed,
+        overlay("q", "layer0", scratch=TmpfsScratch(size_bytes=1 << 20), options=options),
+    )
+    program = Path(report.target, "id")
+    shutil.copy("/usr/bin/id", program)
+    program.chmod(0o4755)
+    command = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", program]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert ("euid=0" in said) == allowed
+
+
+@pytest.mark.parametrize(("mode", "uid"), [(0o1777, 0), (0o555, 0), (0o700, 1000)])
+def test_the_root_of_a_writable_overlay_is_that_of_its_top_layer(
+    bed: EngineBed, tmp_path: Path, mode: int, uid: int
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").touch()
+    source.chmod(mode)
+    os.chown(source, uid, uid)
+    os.setxattr(source, "security.test", b"kept")
+    os.utime(source, (1_000_000_000, 1_100_000_000))
+    image = tmp_path / "image"
+    subprocess.run(["mkfs.erofs", image, source], check=True, capture_output=True)
+    os.truncate(image, -(-image.stat().st_size // 4096) * 4096)
+    umask = os.umask(0o077)
+    try:
+        with loop_device(image) as node, bed.operation() as op:
+            bed.engine.layers.mount(
+                LayerSpec(layer_id="top", device=PathDevice(path=node), filesystem="erofs"), op
+            )
+            spec = overlay("o", "top", "layer0", scratch=TmpfsScratch(size_bytes=1 << 20))
+            report = mount(bed, spec)
+            found = os.stat(report.target)
+            assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (mode, uid, uid)
+            assert int(found.st_mtime) == 1_100_000_000
+            assert os.getxattr(report.target, "security.test") == b"kept"
+            unmount(bed)
+            bed.engine.layers.unmount("top", op)
+    finally:
+        os.umask(umask)
+
+
+def test_an_overlay_that_the_kernel_made_read_only_is_refused(bed: EngineBed) -> None:
+    """The kernel does so without an error where it cannot clear its work directory."""
+    directory = Path("/run/changes")
+    (directory / "work/work/x/y/z").mkdir(parents=True)
+    (directory / "upper").mkdir()
+    scratch = DirectoryScratch(path=str(directory))
+    try:
+        assert refused(bed, overlay("o", "layer0", scratch=scratch)).code == "conflict"
+        adopted = overlay("o", "layer0", scratch=scratch.replace(existing="adopt"))
+        error = refused(bed, adopted)
+        assert (error.code, error.errno) == ("mount", errno.EROFS)
+        assert any("overlayfs" in line for line in error.kernel_log)
+    finally:
+        shutil.rmtree(directory)
+
+
+def test_an_overlay_whose_scratch_became_read_only_says_so(bed: EngineBed, disk: str) -> None:
+    scratch = DeviceScratch(device=PathDevice(path=disk), ensure_filesystem=True)
+    report = mount(bed, overlay("o", "layer0", scratch=scratch))
+    assert report.state == "mounted"
+    assert report.scratch is not None
+    subprocess.run(["mount", "-o", "remount,ro", report.scratch.path], check=True)
+    assert bed.engine.overlays.get("o").state == "read_only"
+    assert [listed.state for listed in bed.engine.overlays.list()] == ["read_only"]
+    assert any("'o'" in problem for problem in bed.engine.problems())
+    unmount(bed)
+    assert bed.engine.problems() == ()
+
+
+@pytest.mark.parametrize("kind", ["device", "directory"])
+def test_a_volatile_scratch_can_be_used_again(bed: EngineBed, disk: str, kind: str) -> None:
+    directory = Path("/run/changes")
+    directory.mkdir()
+    scratch: DeviceScratch | DirectoryScratch = DirectoryScratch(path=str(directory))
+    if kind == "device":
+        scratch = DeviceScratch(device=PathDevice(path=disk), ensure_filesystem=True)
+    options = OverlayOptions(volatile=True)
+    try:
+        report = mount(bed, overlay("o", "layer0", scratch=scratch, options=options))
+        Path(report.target, "new").write_text("new")
+        unmount(bed)
+        adopted = scratch.replace(existing="adopt")
+        report = mount(bed, overlay("o", "layer0", scratch=adopted, options=options))
+        assert Path(report.target, "new").read_text() == "new"
+    finally:
+        with bed.operation() as op:
+            bed.engine.overlays.unmount("o", op, force=True)
+        shutil.rmtree(directory)
+
+
+def test_a_volatile_scratch_of_a_crash_is_refused(bed: EngineBed) -> None:
+    directory = Path("/run/changes")
+    (directory / "work/work/incompat/volatile").mkdir(parents=True)
+    scratch = DirectoryScratch(path=str(directory), existing="adopt")
+    try:
+        error = refused(bed, overlay("o", "layer0", scratch=scratch))
+        assert error.code == "conflict"
+        assert "volatile" in error.message
+        assert "fresh" in (error.hint or "")
+    finally:
+        shutil.rmtree(directory)
+
+
+def test_a_scratch_directory_may_be_a_mount_point(bed: EngineBed) -> None:
+    directory = Path("/run/changes")
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)
+    try:
+        scratch = DirectoryScratch(path=str(directory))
+        report = mount(bed, overlay("o", "layer0", scratch=scratch))
+        Path(report.target, "new").touch()
+        unmount(bed)
+    finally:
+        subprocess.run(["umount", directory], check=True)
+        directory.rmdir()
+
+
+def test_default_roots_and_empty_targets(tmp_path: Path, pack: Pack) -> None:
+    full = Path("/run/layers/full")
+    full.mkdir(parents=True)
+    (full / "unit.service").touch()
+    try:
+        with EngineBed(tmp_path / "strict", Rules()) as bed, bed.operation() as op:
+            for target in ("/run/systemd/system", "/run/udev/rules.d", "/run/elsewhere"):
+                with pytest.raises(CallError) as caught:
+                    bed.engine.layers.mount(pack.spec(0, target=target), op)
+                assert caught.value.code == "invalid"
+                with pytest.raises(CallError) as caught:
+                    bed.engine.overlays.mount(overlay("o", "layer0", target=target), op)
+                assert caught.value.code == "invalid"
+            with pytest.raises(CallError, match="not empty") as caught:
+                bed.engine.layers.mount(pack.spec(0, target=str(full)), op)
+            assert caught.value.code == "conflict"
+            assert (full / "unit.service").exists()
+    finally:
+        shutil.rmtree("/run/layers")
 
 
 @pytest.mark.timeout(120)

@@ -107,9 +107,11 @@ def scratch_of(kind: str, disk: str) -> dict[str, object]:
             return {"scratch": TmpfsScratch(size_bytes=1 << 20)}
         case "device":
             device = PathDevice(path=disk)
-            return {"scratch": DeviceScratch(device=device, ensure_filesystem=True)}
+            return {
+                "scratch": DeviceScratch(device=device, ensure_filesystem=True, existing="adopt")
+            }
         case "directory":
-            return {"scratch": DirectoryScratch(path="/run/changes")}
+            return {"scratch": DirectoryScratch(path="/run/changes", existing="adopt")}
     return {}
 
 

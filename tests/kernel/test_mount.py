@@ -59,7 +59,6 @@ def test_a_target_is_made_and_unmade(tmp_path: Path) -> None:
         assert target.created == (f"{root}/kept/a", f"{root}/kept/a/b")
         assert os.stat(f"{root}/kept/a/b").st_mode & 0o777 == 0o700
         assert os.readlink(f"/proc/self/fd/{target.fd}") == f"{root}/kept/a/b"
-        assert target.is_empty()
     assert target.remove_created() == (f"{root}/kept/a/b", f"{root}/kept/a")
     assert target.remove_created() == ()
     assert os.listdir(f"{root}/kept") == []
@@ -69,10 +68,27 @@ def test_what_others_use_meanwhile_stays(tmp_path: Path) -> None:
     with mount.TargetDirectory(f"{tmp_path}/a/b", root=str(tmp_path)) as target:
         (tmp_path / "a" / "other").mkdir()
         (tmp_path / "a" / "b" / "file").touch()
-        assert not target.is_empty()
     assert target.remove_created() == ()
     (tmp_path / "a" / "b" / "file").unlink()
     assert (tmp_path / "a" / "b").is_dir()
+
+
+@pytest.mark.parametrize("name", ["file", ".hidden"])
+def test_a_target_with_entries_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).touch()
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(CallError, match="not empty") as caught:
+        mount.TargetDirectory(f"{tmp_path}/a", root=str(tmp_path))
+    assert (caught.value.code, caught.value.object) == ("conflict", f"{tmp_path}/a")
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_missing_root_is_made_in_its_directory(tmp_path: Path) -> None:
+    root = f"{tmp_path}/root"
+    with mount.TargetDirectory(f"{root}/a", root=root) as target:
+        assert target.created == (root, f"{root}/a")
+    assert target.remove_created() == (f"{root}/a", root)
 
 
 def test_a_target_that_was_there_is_not_ours(tmp_path: Path) -> None:
@@ -135,7 +151,7 @@ def test_a_refused_target_leaves_no_directories(tmp_path: Path) -> None:
 
 def test_a_missing_root_is_no_invitation(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        mount.TargetDirectory(f"{tmp_path}/none/a", root=f"{tmp_path}/none")
+        mount.TargetDirectory(f"{tmp_path}/none/root/a", root=f"{tmp_path}/none/root")
     assert os.listdir(tmp_path) == []
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import TmpfsScratch, Verity
+from guestagent.api import DeviceScratch, DirectoryScratch, PathDevice, TmpfsScratch, Verity
 from guestagent.api.devices import VerityTerms
+from guestagent.api.overlays import Scratch
+from guestagent.api.texts import scratch_from_text
 from guestagent.boot.plan import plan_boot
 from vsock.errors import CallError
 
 ROOT = "ab" * 32
+VDA = PathDevice(path="/dev/vda")
 
 
 def layer(name: str, device: str = "pmem:0") -> str:
@@ -186,3 +189,29 @@ def test_a_manifest_that_is_none(tmp_path: Path, raw: bytes) -> None:
     with pytest.raises(CallError) as caught:
         plan_boot((), None, (f"{path},pmem:0",))
     assert caught.value.code == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("text", "scratch"),
+    [
+        ("tmpfs:4096", TmpfsScratch(size_bytes=4096)),
+        ("dir:/run/a,adopt", DirectoryScratch(path="/run/a", existing="adopt")),
+        ("device:/dev/vda", DeviceScratch(device=VDA, ensure_filesystem=True)),
+        (
+            "device:/dev/vda,xfs,fresh",
+            DeviceScratch(device=VDA, filesystem="xfs", ensure_filesystem=True, existing="fresh"),
+        ),
+        (
+            "device:/dev/vda,adopt",
+            DeviceScratch(device=VDA, ensure_filesystem=True, existing="adopt"),
+        ),
+    ],
+)
+def test_a_scratch_as_text(text: str, scratch: Scratch) -> None:
+    assert scratch_from_text(text) == scratch
+
+
+@pytest.mark.parametrize("text", ["device:/dev/vda,btrfs", "device:/dev/vda,ext4,xfs", "disk:a"])
+def test_what_is_no_scratch(text: str) -> None:
+    with pytest.raises((ValueError, CallError)):
+        scratch_from_text(text)

@@ -135,21 +135,24 @@ def test_no_mapping_is_the_whole_device():
 
 
 @pytest.mark.parametrize(
-    ("target", "root", "fits"),
+    ("target", "roots", "root"),
     [
-        ("/run/a", "/run", True),
-        ("/run/a", "/run/", True),
-        ("/run", "/run", False),
-        ("/runa", "/run", False),
-        ("/a", "/", True),
+        ("/run/a", ("/run",), "/run"),
+        ("/run/a", ("/run/",), "/run/"),
+        ("/run/b/a", ("/run/a", "/run/b"), "/run/b"),
+        ("/a", ("/",), "/"),
+        ("/run", ("/run",), None),
+        ("/runa", ("/run",), None),
+        ("/run/c", ("/run/a", "/run/b"), None),
     ],
 )
-def test_targets_lie_below_the_root(target, root, fits):
-    if fits:
-        check_target(target, root)
+def test_targets_lie_below_a_root(target, roots, root):
+    if root is not None:
+        assert check_target(target, roots) == root
     else:
-        with pytest.raises(CallError):
-            check_target(target, root)
+        with pytest.raises(CallError) as caught:
+            check_target(target, roots)
+        assert caught.value.code == "invalid"
 
 
 @pytest.mark.parametrize(

@@ -50,10 +50,10 @@ def test_all_that_stands_on_it(roots: tuple[Path, Path]) -> None:
     assert [(holder.kind, holder.name, holder.detail) for holder in found] == [
         ("dm", "upper-device", "/dev/dm-2"),
         ("dm", "md0", "/dev/md0"),
-        ("process", "reader[77]", "mapping of /run/layers/a/lib.so"),
         ("mount", "/run/layers/a/below", "mounted below it"),
         ("mount", "/elsewhere", "same device"),
         ("overlay", "/merged", "layer /run/layers/a"),
+        ("process", "reader[77]", "mapping of /run/layers/a/lib.so"),
     ]
 
 

@@ -21,7 +21,11 @@ def overlay() -> None:
 @click.argument("overlay_id")
 @click.argument("layers", nargs=-1, required=True, shell_complete=complete_layers)
 @click.option("--target", metavar="PATH", help="Default: /run/overlays/OVERLAY_ID.")
-@click.option("--scratch", metavar="SCRATCH", help="tmpfs:BYTES, dir:PATH, device:DEVICE[,FS].")
+@click.option(
+    "--scratch",
+    metavar="SCRATCH",
+    help="tmpfs:BYTES, dir:PATH[,adopt], device:DEVICE[,FS][,adopt|fresh].",
+)
 @pass_session
 def mount(
     session: Session,

@@ -1,0 +1,170 @@
+"""A disk that is gone is told in replies, lists, the status and events, also after a restart; and
+of two agents each keeps to its own devices."""
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from guestagent.api import DeviceScratch, LayerSpec, ScsiDevice, Verity
+from guestagent.storage import blockdev
+from rootfs.verity.formatter import format_image
+from tests.beds import dmbed
+from tests.beds.agentbed import AgentProcess, EngineBed, Pack, World, attached_pack, overlay
+from vsock.deadline import Deadline
+from vsock.errors import CallError
+
+_HOSTS = Path("/sys/bus/pseudo/drivers/scsi_debug/add_host")
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
+    with attached_pack(tmp_path_factory.mktemp("pack"), 2) as pack:
+        yield pack
+
+
+@pytest.fixture
+def bed(tmp_path: Path) -> Iterator[EngineBed]:
+    with EngineBed(tmp_path / "state") as bed:
+        yield bed
+
+
+@contextlib.contextmanager
+def scsi_disk() -> Iterator[tuple[ScsiDevice, str]]:
+    """Plug a disk in; all of them have the same content. Yields it and its kernel name."""
+    dmbed.run("modprobe", "sd_mod")
+    dmbed.run("modprobe", "scsi_debug", "dev_size_mb=8", "max_luns=1", "delay=0")
+    hosts = Path("/sys/class/scsi_host")
+    before = set(os.listdir(hosts))
+    _HOSTS.write_text("1")
+    try:
+        (host,) = set(os.listdir(hosts)) - before
+        device = ScsiDevice(controller=int(host.removeprefix("host")), lun=0)
+        with Deadline(10) as deadline:
+            yield device, blockdev.wait_for(device, deadline).name
+    finally:
+        _HOSTS.write_text("-1")
+
+
+def unplug(name: str) -> None:
+    Path(f"/sys/block/{name}/device/delete").write_text("1")
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def verity_image(path: Path, name: str) -> bytes:
+    """Write an image with its hash tree to a disk; return the root digest."""
+    source = path / "source"
+    source.mkdir()
+    (source / "file").write_bytes(os.urandom(100_000))
+    image = path / "image"
+    subprocess.run(["mkfs.erofs", "-T0", image, source], check=True, capture_output=True)
+    os.truncate(image, -(-image.stat().st_size // 4096) * 4096)
+    made = format_image(image, workers=1)
+    with open(f"/dev/{name}", "wb") as disk:
+        disk.write(image.read_bytes())
+        disk.flush()
+        os.fsync(disk.fileno())
+    return made.root_digest
+
+
+@pytest.mark.parametrize("which", ["data", "hash"])
+def test_a_disk_of_a_layer(bed: EngineBed, tmp_path: Path, which: str) -> None:
+    with scsi_disk() as (data, data_name), scsi_disk() as (hashes, hash_name):
+        digest = verity_image(tmp_path, data_name)
+        size_bytes = (tmp_path / "image").stat().st_size
+        superblock_at = next(
+            offset
+            for offset in range(0, size_bytes, 512)
+            if (tmp_path / "image").read_bytes()[offset : offset + 6] == b"verity"
+        )
+        verity = Verity(root_digest=digest, hash_device=hashes, hash_offset_bytes=superblock_at)
+        spec = LayerSpec(layer_id="l", device=data, filesystem="erofs", verity=verity)
+        with bed.operation() as op:
+            assert bed.engine.layers.mount(spec, op).state == "mounted"
+            bed.engine.overlays.mount(overlay("o", "l"), op)
+        unplug({"data": data_name, "hash": hash_name}[which])
+        wait_until(lambda: bed.engine.layers.get("l").state == "device_lost")
+        for _ in range(2):
+            assert [report.state for report in bed.engine.layers.list()] == ["device_lost"]
+            assert bed.engine.overlays.get("o").state == "device_lost"
+            assert any("'l'" in problem for problem in bed.engine.problems())
+            kinds = [event.kind for event in bed.engine.events.since(0)[0]]
+            assert "layer_device_lost" in kinds
+            with bed.operation() as op:
+                assert bed.engine.layers.mount(spec, op).state == "device_lost"
+            bed.reopen()
+        with bed.operation() as op:
+            bed.engine.overlays.unmount("o", op)
+            bed.engine.layers.unmount("l", op, force=True)
+        assert bed.engine.problems() == ()
+
+
+def test_the_disk_of_a_scratch(bed: EngineBed, pack: Pack) -> None:
+    with scsi_disk() as (device, name):
+        scratch = DeviceScratch(device=device, existing="fresh")
+        with bed.operation() as op:
+            bed.engine.layers.mount(pack.spec(0), op)
+            bed.engine.overlays.mount(overlay("o", "layer0", scratch=scratch), op)
+        unplug(name)
+        wait_until(lambda: bed.engine.overlays.get("o").state == "device_lost")
+        for _ in range(2):
+            assert [report.state for report in bed.engine.overlays.list()] == ["device_lost"]
+            assert [report.state for report in bed.engine.layers.list()] == ["mounted"]
+            assert any("'o'" in problem for problem in bed.engine.problems())
+            kinds = [event.kind for event in bed.engine.events.since(0)[0]]
+            assert "overlay_device_lost" in kinds
+            bed.reopen()
+        with bed.operation() as op:
+            bed.engine.overlays.unmount("o", op, force=True)
+        assert bed.engine.problems() == ()
+
+
+def test_a_state_directory_has_one_agent(bed: EngineBed, pack: Pack) -> None:
+    with bed.operation() as op:
+        bed.engine.layers.mount(pack.spec(0), op)
+    files = {path.name: path.read_bytes() for path in bed.directory.glob("*.entry")}
+    with pytest.raises(CallError, match="another agent") as caught:
+        EngineBed(bed.directory)
+    assert caught.value.code == "conflict"
+    assert bed.engine.layers.get("layer0").state == "mounted"
+    assert {path.name: path.read_bytes() for path in bed.directory.glob("*.entry")} == files
+
+
+def test_a_second_agent_process_is_refused(pack: Pack) -> None:
+    with AgentProcess() as first, first.client() as guest:
+        guest.layer_mount(pack.spec(0))
+        before = sorted(path.name for path in Path(first.state).iterdir())
+        second = AgentProcess(directory=first.directory)
+        second.start()
+        assert second.wait() == 1
+        assert sorted(path.name for path in Path(first.state).iterdir()) == before
+        assert "another agent has the state directory" in first.log.read_text()
+        assert guest.layer_get("layer0").state == "mounted"
+        guest.layer_unmount("layer0")
+
+
+def test_the_devices_of_another_agent_are_no_orphans(
+    bed: EngineBed, pack: Pack, tmp_path: Path
+) -> None:
+    with bed.operation() as op:
+        bed.engine.layers.mount(pack.spec(0), op)
+    before = World.now()
+    with EngineBed(tmp_path / "other") as other:
+        assert other.engine.layers.list() == ()
+        assert World.now() == before
+        with other.operation() as op:
+            other.engine.layers.mount(pack.spec(1), op)
+        bed.reopen()
+        assert [report.layer_id for report in bed.engine.layers.list()] == ["layer0"]
+        assert other.engine.layers.get("layer1").state == "mounted"
+    assert World.now() == before

@@ -1,0 +1,260 @@
+"""Unmounting says ``busy`` as long as anything has the file system: other mounts, other mount
+namespaces, detached mounts, open files and running programs of an overlay."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from guestagent.api import (
+    DeviceScratch,
+    LayerSpec,
+    LayersUnmount,
+    OverlaySpec,
+    PathDevice,
+    TmpfsScratch,
+)
+from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay
+from tests.beds.dmbed import loop_device
+from vsock.errors import CallError
+
+_CONTAINER = """
+    import ctypes, os, sys
+    libc = ctypes.CDLL(None, use_errno=True)
+    def do(result):
+        if result:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    root = sys.argv[1].encode()
+    do(libc.unshare(0x20000))                                # CLONE_NEWNS
+    do(libc.mount(b"none", b"/", None, 0x44000, None))       # MS_REC | MS_PRIVATE
+    do(libc.mount(root, root, None, 0x5000, None))           # MS_BIND | MS_REC
+    os.chdir(root)
+    do(libc.syscall(155, b".", b"."))                        # pivot_root
+    do(libc.umount2(b".", 2))
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+_OTHER_NAMESPACE = """
+    import ctypes, sys
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(0x20000) == 0
+    assert libc.mount(b"none", b"/", None, 0x44000, None) == 0
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
+    with attached_pack(tmp_path_factory.mktemp("pack"), 2) as pack:
+        yield pack
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LayerSpec]:
+    """A layer without a dm device, with a program in it."""
+    directory = tmp_path_factory.mktemp("plain")
+    source = directory / "source"
+    source.mkdir()
+    shutil.copy("/bin/busybox", source / "busybox")
+    (source / "hello").write_text("hello\n")
+    image = directory / "image"
+    subprocess.run(["mkfs.erofs", "-T0", image, source], check=True, capture_output=True)
+    os.truncate(image, -(-image.stat().st_size // 4096) * 4096)
+    with loop_device(image) as node:
+        yield LayerSpec(layer_id="plain", device=PathDevice(path=node), filesystem="erofs")
+
+
+@pytest.fixture
+def bed(tmp_path: Path) -> Iterator[EngineBed]:
+    with EngineBed(tmp_path / "state") as bed:
+        yield bed
+
+
+@contextlib.contextmanager
+def process(*command: str, cwd: str | None = None) -> Iterator[None]:
+    """Run a program until it has said that it is ready."""
+    with subprocess.Popen(
+        command, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "ready\n"
+        try:
+            yield
+        finally:
+            running.kill()
+
+
+def python(code: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", textwrap.dedent(code), *arguments)
+
+
+@contextlib.contextmanager
+def bound_elsewhere(target: str) -> Iterator[None]:
+    other = Path("/run/elsewhere")
+    other.mkdir()
+    subprocess.run(["mount", "--bind", target, other], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", other], check=True)
+        other.rmdir()
+
+
+@contextlib.contextmanager
+def bound_on_itself(target: str) -> Iterator[None]:
+    subprocess.run(["mount", "--bind", target, target], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", target], check=True)
+
+
+def container(target: str) -> contextlib.AbstractContextManager[None]:
+    return process(*python(_CONTAINER, target))
+
+
+def other_namespace(_target: str) -> contextlib.AbstractContextManager[None]:
+    return process(*python(_OTHER_NAMESPACE))
+
+
+def detached(target: str) -> contextlib.AbstractContextManager[None]:
+    """A process works in a mount that another one has detached lazily."""
+    code = "import sys; print('ready', flush=True); sys.stdin.read()"
+
+    @contextlib.contextmanager
+    def hold() -> Iterator[None]:
+        with process(*python(code), cwd=target):
+            subprocess.run(["umount", "-l", target], check=True)
+            yield
+
+    return hold()
+
+
+HOLDS = (bound_elsewhere, bound_on_itself, container, other_namespace, detached)
+#: The layer cannot be read back at its target meanwhile.
+HIDDEN = (bound_on_itself, detached)
+Hold = Callable[[str], contextlib.AbstractContextManager[None]]
+
+
+def busy(bed: EngineBed, unmount: Callable[..., object], *arguments: object) -> CallError:
+    begin = time.monotonic()
+    with bed.operation() as op, pytest.raises(CallError) as caught:
+        unmount(*arguments, op)
+    assert time.monotonic() - begin < 5.0
+    assert caught.value.code == "busy"
+    assert caught.value.hint is not None
+    assert "no holder" not in caught.value.hint
+    return caught.value
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+@pytest.mark.parametrize("kind", ["plain", "verity"])
+def test_a_layer(bed: EngineBed, pack: Pack, plain: LayerSpec, hold: Hold, kind: str) -> None:
+    before = World.now(skip=["/run/mount"])
+    spec = plain if kind == "plain" else pack.spec(0)
+    with bed.operation() as op:
+        report = bed.engine.layers.mount(spec, op)
+    with hold(report.target):
+        busy(bed, bed.engine.layers.unmount, spec.layer_id)
+        busy(bed, lambda name, op: bed.engine.layers.unmount(name, op, force=True), spec.layer_id)
+        if hold not in HIDDEN:
+            again = bed.engine.layers.get(spec.layer_id)
+            assert (again.state, again.dev) == ("mounted", report.dev)
+            assert hold is not bound_elsewhere or again.mount_id == report.mount_id
+            assert os.listdir(report.target)
+        assert bed.engine.problems() == ()
+    with bed.operation() as op:
+        bed.engine.layers.unmount(spec.layer_id, op)
+    assert World.now(skip=["/run/mount"]) == before
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+@pytest.mark.parametrize("kind", ["none", "tmpfs", "device"])
+def test_an_overlay(bed: EngineBed, tmp_path: Path, pack: Pack, hold: Hold, kind: str) -> None:
+    with contextlib.ExitStack() as stack:
+        scratch: TmpfsScratch | DeviceScratch | None = None
+        if kind == "tmpfs":
+            scratch = TmpfsScratch(size_bytes=1 << 20)
+        elif kind == "device":
+            image = tmp_path / "disk.img"
+            image.touch()
+            os.truncate(image, 8 << 20)
+            node = stack.enter_context(loop_device(image, readonly=False))
+            scratch = DeviceScratch(device=PathDevice(path=node), ensure_filesystem=True)
+        with bed.operation() as op:
+            bed.engine.layers.mount(pack.spec(0), op)
+            bed.engine.layers.mount(pack.spec(1), op)
+            report = bed.engine.overlays.mount(
+                OverlaySpec(overlay_id="o", layers=("layer0",), scratch=scratch), op
+            )
+        with hold(report.target):
+            busy(bed, bed.engine.overlays.unmount, "o")
+            request = LayersUnmount(layers=("layer0", "layer1"), overlay="o")
+            busy(bed, bed.engine.batches.unmount, request)
+            assert len(bed.engine.layers.list()) == 2
+            # the scratch stays the overlay's own
+            if kind == "device":
+                second = OverlaySpec(overlay_id="p", layers=("layer1",), scratch=scratch)
+                with bed.operation() as op, pytest.raises(CallError) as caught:
+                    bed.engine.overlays.mount(second, op)
+                assert caught.value.code == "conflict"
+            if hold not in HIDDEN:
+                assert bed.engine.overlays.get("o").mount_id == report.mount_id
+        with bed.operation() as op:
+            bed.engine.batches.unmount(request, op)
+        assert bed.engine.problems() == ()
+
+
+def test_a_process_elsewhere_keeps_its_mount(bed: EngineBed, plain: LayerSpec) -> None:
+    """The mount point is not removed: the kernel would unmount it in every namespace."""
+    with bed.operation() as op:
+        report = bed.engine.layers.mount(plain, op)
+    code = f"""
+        {textwrap.indent(textwrap.dedent(_OTHER_NAMESPACE), " " * 8).strip()}
+        import os
+        print(os.listdir({report.target!r}), flush=True)
+    """
+    with subprocess.Popen(
+        python(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "ready\n"
+        busy(bed, bed.engine.layers.unmount, "plain")
+        other.stdin.close()
+        assert "hello" in other.stdout.readline()
+
+
+def test_files_and_programs_of_an_overlay_are_named(bed: EngineBed, plain: LayerSpec) -> None:
+    with bed.operation() as op:
+        bed.engine.layers.mount(plain, op)
+        report = bed.engine.overlays.mount(
+            overlay("o", "plain", scratch=TmpfsScratch(size_bytes=1 << 20)), op
+        )
+    with open(f"{report.target}/hello"):
+        hint = busy(bed, bed.engine.overlays.unmount, "o").hint or ""
+        assert f"[{os.getpid()}]" in hint
+        assert "/hello" in hint
+    program = f"{report.target}/busybox"
+    with process(program, "sh", "-c", "echo ready; read nothing"):
+        hint = busy(bed, bed.engine.overlays.unmount, "o").hint or ""
+        assert "exe" in hint
+        assert "busybox" in hint or "sh[" in hint
+
+
+def test_a_mount_namespace_that_ends_lets_go(bed: EngineBed, plain: LayerSpec) -> None:
+    with bed.operation() as op:
+        report = bed.engine.layers.mount(plain, op)
+    with other_namespace(report.target):
+        busy(bed, bed.engine.layers.unmount, "plain")
+    with bed.operation() as op:
+        reply = bed.engine.layers.unmount("plain", op)
+    assert reply.unmounted == (report.target,)
