@@ -238,7 +238,6 @@ def report_of(
         options=_options(mount),
         readonly=seen.readonly,
         size_bytes=live.source.range.size_bytes,
-        readonly=all(_is_readonly(device) for device in live.source.devices),
         used_by=state.inventory.users_of(spec.layer_id),
         overlaps=state.inventory.overlapping(live),
         timings_ms=live.timings_ms if timings_ms is None else timings_ms,
