@@ -11,6 +11,7 @@ from scripts.benchmarks.format import format_rows
 from scripts.benchmarks.images import images_rows
 from scripts.benchmarks.machine import machine_rows
 from scripts.benchmarks.rows import Row, print_rows, write_rows
+from scripts.benchmarks.start import start_rows
 
 PROJECT = Path(__file__).resolve().parents[2]
 _UML_SECONDS = 900
@@ -37,6 +38,7 @@ SUITES = {
     "format": format_rows,
     "images": images_rows,
     "engine": _engine_rows,
+    "start": start_rows,
     "machine": machine_rows,
 }
 

@@ -23,6 +23,7 @@ from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import Target, parse_line
 from guestagent.storage.mount import mount_filesystem, unmount
 from scripts.benchmarks.rows import Row, milliseconds, print_rows, row, timed, write_rows
+from scripts.benchmarks.start import start_rows
 from tests.beds.agentbed import AgentProcess, Pack, attached_pack, overlay
 from tests.beds.supervised import SupervisedAgent
 from vsock.deadline import Deadline
@@ -55,6 +56,7 @@ def engine_rows(rounds: int = 30) -> list[Row]:
             rows += _batches(guest, pack)
             rows += _overlays(guest, pack)
             memory["after 500 layers"] = _rss_mib(guest)
+        rows += start_rows(BED)
         rows += _recovery(agent, pack)
         rows += _recovery_of_a_child(pack)
         rows += [row(BED, f"memory {when}", "MiB", [size]) for when, size in memory.items()]
