@@ -11,6 +11,7 @@ import sys
 
 from guestagent.engine.journal import Journal
 from guestagent.storage import syscalls
+from guestagent.storage.makefs import forbid_programs
 from vsock.errors import CallError
 from vsock.log import log
 
@@ -98,8 +99,9 @@ def keep_modules(state_directory: str) -> None:
     """Copy the interpreter's modules to /run, for an agent that outlives the boot image.
 
     What is imported is in memory; what is imported later must come from what was measured, never
-    from the new root.
+    from the new root. The same holds for the programs that make file systems: there are none then.
     """
+    forbid_programs()
     kept = f"{state_directory}/python"
     for path in list(sys.path):
         if os.path.isdir(path) and path != kept:

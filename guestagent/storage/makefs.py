@@ -7,11 +7,18 @@ from guestagent.storage.filesystems import TABLE
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("make_filesystem",)
+__all__ = ("forbid_programs", "make_filesystem")
 
 #: The end of what a program says is kept: where it gives its reason.
 _SAID_BYTES = 1024
 _SEARCH = ("/usr/sbin", "/sbin", "/usr/bin", "/bin")
+_is_forbidden = False
+
+
+def forbid_programs() -> None:
+    """Refuse to format from now on: this process leaves the root whose programs it may trust."""
+    global _is_forbidden
+    _is_forbidden = True
 
 
 def make_filesystem(filesystem: str, node: str, deadline: Deadline) -> None:
@@ -23,6 +30,14 @@ def make_filesystem(filesystem: str, node: str, deadline: Deadline) -> None:
     """
     program, *options = TABLE[filesystem].mkfs
     path = next((f"{d}/{program}" for d in _SEARCH if os.access(f"{d}/{program}", os.X_OK)), None)
+    if _is_forbidden:
+        raise CallError(
+            "unsupported",
+            f"cannot format {node}: the programs of this root were not measured with the agent",
+            step="format",
+            object=node,
+            hint="hand in a formatted device",
+        )
     if path is None:
         raise CallError(
             "unsupported",

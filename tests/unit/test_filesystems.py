@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from guestagent.api.layers import LAYER_FILESYSTEMS
 from guestagent.api.overlays import SCRATCH_FILESYSTEMS
-from guestagent.storage import filesystems
+from guestagent.storage import filesystems, makefs
 from guestagent.storage.filesystems import (
     TABLE,
     check_size,
@@ -24,6 +24,7 @@ from guestagent.storage.filesystems import (
     mount_options,
 )
 from rootfs.image.images import FILESYSTEMS as BUILT
+from vsock.deadline import Deadline
 from vsock.errors import CallError
 
 SCHEMA = Path(__file__).resolve().parents[2] / "rootfs/schema/manifest-v1.json"
@@ -169,3 +170,14 @@ def test_registered(tmp_path: Path) -> None:
     path.write_text("nodev\tsysfs\nnodev\ttmpfs\n\text4\n\n")
     assert filesystems.registered(str(path)) == {"sysfs", "tmpfs", "ext4"}
     assert "tmpfs" in filesystems.registered()
+
+
+def test_no_program_of_another_root_formats_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(makefs, "_is_forbidden", False)
+    makefs.forbid_programs()
+    with (
+        contextlib.closing(Deadline(10)) as deadline,
+        pytest.raises(CallError, match="not measured") as caught,
+    ):
+        makefs.make_filesystem("ext4", "/dev/null", deadline)
+    assert caught.value.code == "unsupported"
