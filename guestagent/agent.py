@@ -1,6 +1,6 @@
-"""The agent as a process: engine, service and server put together, until somebody says how to end.
+"""The agent as a process: engine, service and server, until a request or a signal ends it.
 
-The same function serves as PID 1's child in a VM and as a plain root process beside other things.
+The same function serves as a child of PID 1 in a VM and as a plain root process elsewhere.
 """
 
 import os
@@ -118,7 +118,7 @@ def _live(
         observers.watch(engine)
         observers.ship_log(config.log_dial, level=config.log, boot_id=engine.events.boot_id)
         recovered = engine.start()
-        life = _Life(is_machine=bool((boot or {}).get("pid1")))
+        ending = _Ending(is_machine=bool((boot or {}).get("pid1")))
         boot = {
             **(boot or {}),
             "boot_id": engine.events.boot_id,
@@ -135,7 +135,7 @@ def _live(
             problems=problems,
             restarts=restarts,
             deadline_seconds=config.deadline_seconds,
-            on_shutdown=life.end,
+            on_shutdown=ending.end,
             observers=observers,
         )
         server = Server(
@@ -146,7 +146,7 @@ def _live(
             report=_report,
         )
         service.attach(server)
-        life.attach(server)
+        ending.attach(server)
         listen_on = partial(
             _listen_for, config.vsock_peers, listen if sockets is None else sockets.listen
         )
@@ -163,18 +163,18 @@ def _live(
         if on_ready is not None:
             on_ready()
         server.serve_forever()
-        life.detach()
+        ending.detach()
         listeners.close()
         for dialer in dialers:
             dialer.close()
         if console is not None:
             console.close()
-        if life.mode != "exit":
+        if ending.mode != "exit":
             _leave_nothing(engine)
     finally:
         observers.close()
         engine.close()
-    return _STATUS_OF_MODE[life.mode]
+    return _STATUS_OF_MODE[ending.mode]
 
 
 def _listen_for(
@@ -218,11 +218,11 @@ def _leave_nothing(engine: Engine) -> None:
             log.error("the machine ends with layers mounted", error=str(error))
 
 
-class _Life:
-    """How the agent's life is to end, and the hand that ends it.
+class _Ending:
+    """How the agent is to end: what ``agent.shutdown`` asked for, or a signal.
 
-    A plain process that gets a signal leaves everything mounted, for the next one to adopt; under
-    PID 1 the machine ends, and so does everything in it.
+    A plain process that gets a signal leaves everything mounted, for the next agent to adopt; under
+    PID 1 the machine ends.
     """
 
     def __init__(self, *, is_machine: bool) -> None:
@@ -236,14 +236,14 @@ class _Life:
 
     def attach(self, server: Server) -> None:
         self._server = server
-        # a copy, which lives longer than the server's
+        # a copy, so that a signal after the server has closed its own meets an open one
         self._waker_fd = os.dup(server.waker_fd)
         signal.set_wakeup_fd(self._waker_fd, warn_on_full_buffer=False)
         if self._ended:  # a signal came before there was a server to stop
             server.stop(0.0)
 
     def detach(self) -> None:
-        """The server has stopped: no signal is to wake it any more. Idempotent."""
+        """Stop waking the server by signals: it has stopped. Idempotent."""
         if self._waker_fd >= 0:
             signal.set_wakeup_fd(-1)
             os.close(self._waker_fd)

@@ -236,7 +236,7 @@ KEYS: tuple[Key, ...] = (
         name="console_shell",
         field="console_shell",
         read=_flag,
-        summary="let who is at the console run programs of the guest, too",
+        summary="let a person at the console run programs of the guest, too",
         guards_security=True,
     ),
     Key(name="log", field="log", read=_level, summary="least level that is printed"),

@@ -1,8 +1,8 @@
 """PID 1 of a utility VM: boots what ``guestagent.boot.early`` began, supervises the agent, ends.
 
-PID 1 itself does little, so that it cannot fail: it starts the agent in a child, reaps whatever
-is orphaned, starts the agent again when it dies, and powers the machine off when the agent says
-so. Whatever happens here, the kernel is not left to panic: the last resort is a power-off.
+PID 1 itself does little, so that little can fail: it runs the agent in a child, reaps orphans,
+starts the agent again when it dies, and powers the machine off when the agent says so. An error in
+PID 1 powers the machine off, so that the kernel does not panic.
 """
 
 import os
@@ -17,7 +17,7 @@ import guestagent.agent as agent
 from guestagent.boot.modules import Loading, load_module
 from guestagent.boot.plan import BootPlan
 from guestagent.boot.root import enter_root, mount_root
-from guestagent.boot.supervisor import SIGNALS, Life, start, supervise
+from guestagent.boot.supervisor import SIGNALS, RunAgent, start, supervise
 from guestagent.boot.switch import exec_init
 from guestagent.config import Config, Problem, machine_settings
 from guestagent.listeners import HeldSockets
@@ -54,7 +54,7 @@ def _boot_and_supervise(loading: Loading | OSError) -> str:
         if isinstance(loading, OSError):
             raise loading
         config, problems = machine_settings()
-    except OSError:  # nobody can say where the log goes: to the console
+    except OSError:  # without settings the log goes to the console
         log.add_sink(fd_sink(2), replay=True)
         raise
     open_sinks(config, is_machine=True)
@@ -90,7 +90,7 @@ def _boot_and_supervise(loading: Loading | OSError) -> str:
         note_death(config.state_directory, pid, status)
         sockets.open_missing()
 
-    return supervise(_life_of(config, problems, boot, sockets), on_death)
+    return supervise(_agent_of(config, problems, boot, sockets), on_death)
 
 
 def _become_init(
@@ -103,18 +103,18 @@ def _become_init(
     enter_root(plan, config, boot)
     if config.agent == "stay":
         sockets = HeldSockets((*config.listen, *config.console))
-        start(_life_of(config, problems, {**boot, "pid1": False}, sockets), 0)
+        start(_agent_of(config, problems, {**boot, "pid1": False}, sockets), 0)
     # what the kernel did not understand of its command line is for the init: a run level
     exec_init(config.init, tuple(sys.argv[1:]))
 
 
-def _life_of(
+def _agent_of(
     config: Config,
     problems: tuple[Problem, ...],
     boot: dict[str, object],
     sockets: HeldSockets,
-) -> Life:
-    def life(restarts: int, on_ready: Callable[[], None]) -> int:
+) -> RunAgent:
+    def run_agent(restarts: int, on_ready: Callable[[], None]) -> int:
         return agent.run(
             config,
             problems=problems,
@@ -124,7 +124,7 @@ def _life_of(
             sockets=sockets,
         )
 
-    return life
+    return run_agent
 
 
 def _open_console() -> None:

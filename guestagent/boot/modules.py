@@ -1,7 +1,7 @@
 """Kernel modules at boot, loaded by a process of their own while PID 1 imports the agent.
 
-Loading them and importing take as long as each other, and neither needs the other. The order is
-that of the list in the boot image: each module after those that it needs.
+Both take about as long, and neither needs the other. The order is that of the list in the boot
+image: each module after those that it needs.
 """
 
 import os
@@ -18,7 +18,7 @@ _DONE = "\0"
 
 
 class Loading:
-    """Modules being loaded; ``finish`` is to be called once."""
+    """Modules that a child process is loading. Call ``finish`` once."""
 
     def __init__(self, pid: int, fd: int) -> None:
         self._pid = pid
@@ -27,7 +27,7 @@ class Loading:
     def finish(self, seconds: float) -> tuple[tuple[str, ...], float]:
         """Wait until all are loaded; return what went wrong, and the milliseconds that it took.
 
-        A module that hangs is a problem, too; the process stays with it.
+        A module that hangs is a problem, too; its process is left behind.
         """
         raw, is_ended = self._read_all(seconds)
         os.close(self._fd)
@@ -98,7 +98,9 @@ def _listed(path: str) -> list[str]:
 
 
 def load_module(path: str, parameters: dict[str, str]) -> None:
-    """Load one module, with its own of ``parameters``. One that is there already will do.
+    """Load a module with its parameters; a module that is loaded already is no error.
+
+    ``parameters`` are by module name.
 
     Raises:
         OSError: there is no such file, or the kernel refuses it.
@@ -114,8 +116,10 @@ def load_module(path: str, parameters: dict[str, str]) -> None:
 
 
 def module_parameters(command_line: str) -> dict[str, str]:
-    """Return what a kernel's command line says for each module, as MODULE.NAME=VALUE: the kernel
-    heeds that for what is built in and leaves the rest to whoever loads modules."""
+    """Return the parameters of each module on a kernel's command line (MODULE.NAME=VALUE).
+
+    The kernel applies those of built-in modules; for other modules the loader passes them on.
+    """
     found: dict[str, str] = {}
     for word in command_line.split():
         module, dot, parameter = word.partition(".")

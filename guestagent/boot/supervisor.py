@@ -1,7 +1,7 @@
-"""Keeps the agent alive in a child of PID 1: started again when it dies, ended when asked.
+"""Runs the agent in a child of PID 1: starts it again when it dies, and ends it when asked.
 
-Needs no PID 1, so that it can be tried anywhere: it forks, reaps, and waits for signals. The caller
-has the ``SIGNALS`` blocked, in every thread, for as long as this runs.
+It forks, reaps and waits for signals, which works in a process other than PID 1, too. The caller
+blocks the ``SIGNALS`` in every thread for as long as this runs.
 """
 
 import contextlib
@@ -13,34 +13,33 @@ from collections.abc import Callable
 import guestagent.agent as agent
 from vsock.log import log
 
-__all__ = ("SIGNALS", "Life", "start", "supervise")
+__all__ = ("SIGNALS", "RunAgent", "start", "supervise")
 
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGPWR)
 
-#: Pauses before the next start, by how many lives in a row were short: of an agent that never came
-#: to serve, and of one that did, whose layers somebody is waiting for.
+#: Restart delay after N quick failures: before, and after, the agent was serving.
 _PAUSES_SECONDS = (0.0, 0.0, 0.1, 0.5, 1.0, 2.0)
 _PAUSES_AFTER_SERVICE_SECONDS = (0.0, 0.0, 0.0, 0.05)
-#: A life of this length ends the row.
+#: An agent that ran for so long did not fail quickly.
 _HEALTHY_SECONDS = 2.0
 #: What an agent gets for unmounting everything before the machine ends without it.
 _END_SECONDS = 25.0
 
-#: Runs one life: gets the number of lives before, and what to call when it serves; returns its
-#: exit status.
-Life = Callable[[int, Callable[[], None]], int]
+#: Runs an agent in the child: gets the number of restarts, and a function to call when it serves;
+#: returns the exit status.
+RunAgent = Callable[[int, Callable[[], None]], int]
 
 
-def supervise(life: Life, on_death: Callable[[int, int], None] | None = None) -> str:
-    """Run one life after the other until one, or a signal, says how to end; returns the mode.
+def supervise(run_agent: RunAgent, on_death: Callable[[int, int], None] | None = None) -> str:
+    """Run agents, one after another, until one of them or a signal ends the machine; return how.
 
-    ``on_death`` is told the pid and the exit status (negative: the signal) of each life that ends.
+    ``on_death`` gets the pid and the exit status (negative: the signal) of each agent that ends.
     """
     restarts = 0
-    short_lives = 0
+    quick_failures = 0
     while True:
         began = time.monotonic()
-        child, ready_fd = start(life, restarts)
+        child, ready_fd = start(run_agent, restarts)
         try:
             mode = _wait_for(child, on_death)
             if mode is not None:
@@ -48,18 +47,19 @@ def supervise(life: Life, on_death: Callable[[int, int], None] | None = None) ->
             served = os.read(ready_fd, 1) != b""
         finally:
             os.close(ready_fd)
-        short_lives = 0 if time.monotonic() - began > _HEALTHY_SECONDS else short_lives + 1
+        quick_failures = 0 if time.monotonic() - began > _HEALTHY_SECONDS else quick_failures + 1
         restarts += 1
         pauses = _PAUSES_AFTER_SERVICE_SECONDS if served else _PAUSES_SECONDS
-        pause = pauses[min(short_lives, len(pauses) - 1)]
+        pause = pauses[min(quick_failures, len(pauses) - 1)]
         log.error("the agent died and is started again", restarts=restarts, pause_seconds=pause)
         mode = _signalled_within(pause)
         if mode is not None:
             return mode
 
 
-def start(life: Life, restarts: int) -> tuple[int, int]:
-    """Begin a life; return the child, and what holds a byte once it serves, or ends without."""
+def start(run_agent: RunAgent, restarts: int) -> tuple[int, int]:
+    """Fork an agent; return its pid, and a descriptor that holds a byte once the agent serves, and
+    is at its end if the agent has ended before."""
     ready_fd, ready_there = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child:
@@ -69,7 +69,7 @@ def start(life: Life, restarts: int) -> tuple[int, int]:
     try:
         os.close(ready_fd)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        status = life(restarts, lambda: _tell(ready_there))
+        status = run_agent(restarts, lambda: _tell(ready_there))
     except BaseException:  # a child that fails to start must not run on as a second init
         import traceback
 

@@ -1,1 +1,1 @@
-"""What can be seen of a running agent: its log, its metrics, and how an earlier life ended."""
+"""What can be seen of a running agent: its log, its metrics, and how an earlier agent ended."""

@@ -39,8 +39,8 @@ Sample = tuple[tuple[str, ...], float]
 
 _ROWS = (
     ("guestagent_build_info", "gauge", ("version", "kernel"), "versions; always 1"),
-    ("guestagent_uptime_seconds", "gauge", (), "since this life of the agent began"),
-    ("guestagent_restarts_total", "counter", (), "lives of the agent before this one"),
+    ("guestagent_uptime_seconds", "gauge", (), "since this agent started"),
+    ("guestagent_restarts_total", "counter", (), "agents before this one in this boot"),
     ("guestagent_crash_reports_total", "counter", (), "crash reports ever written"),
     ("guestagent_problems", "gauge", (), "problems in the status; 0 when all is well"),
     ("guestagent_layers", "gauge", ("state",), "layers by state"),
@@ -73,7 +73,7 @@ _ROWS = (
         "lines that a sink did not get because it did not keep up",
     ),
     ("process_cpu_seconds_total", "counter", (), "processor time, user and system"),
-    ("process_start_time_seconds", "gauge", (), "start of this life, Unix time"),
+    ("process_start_time_seconds", "gauge", (), "start of this agent, Unix time"),
     ("process_resident_memory_bytes", "gauge", (), "resident memory"),
     ("process_virtual_memory_bytes", "gauge", (), "virtual memory"),
     ("process_open_fds", "gauge", (), "open file descriptors"),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Observers:
-    """From the start of a life to its end; ``crashes`` stays the caller's."""
+    """One for each agent. ``crashes`` stays the caller's."""
 
     def __init__(self, crashes: "CrashReports | None" = None) -> None:
         self._crashes = crashes
@@ -117,7 +117,7 @@ class Observers:
             self.metrics.observe("guestagent_request_duration_seconds", seconds, name)
 
     def problems(self) -> tuple[str, ...]:
-        """Return what the status has to say of this life."""
+        """Return the problems that the status tells."""
         own = () if self._crashes is None else self._crashes.problems()
         return (*own, *(text for source in self._problems for text in source()))
 
