@@ -33,6 +33,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
+    from typing import Any, TypeVar
+
+    T = TypeVar("T", bound=tuple[Any, ...])
 
     State = Callable[[], Mapping[str, tuple[str, ...]]]
 
@@ -189,27 +192,26 @@ class CrashReports:
     def _report_death(
         self, lines: tuple[Line, ...], requests: tuple[str, ...], left: "State"
     ) -> None:
-        life = self._read("life")
-        if life is None:
+        pid, restarts, version = self._read("life", (0, 0, ""))
+        if not pid:
             return
-        pid, restarts, version = int(str(life[0])), int(str(life[1])), str(life[-1])
-        death = self._read("death")
-        status = int(str(death[1])) if death is not None and death[0] == pid else None
+        dead_pid, status = self._read("death", (0, 0))
         self._unlink("death")
         trace = self._fault_text()
-        name = _signal_name(status, trace)
+        known = status if dead_pid == pid else None
+        name = _signal_name(known, trace)
         self._report(
             kind="death",
-            reason=_reason(status, name),
+            reason=_reason(known, name),
             traceback=trace,
-            lines=lines,
-            requests=requests,
+            state=left,
+            agent=version,
             pid=pid,
             restarts=restarts,
-            agent=version,
-            signal_name=name,
-            status=status,
-            state=left,
+            signal=name,
+            status=known,
+            log=lines,
+            requests=requests,
         )
 
     def _report(
@@ -218,37 +220,32 @@ class CrashReports:
         kind: str,
         reason: str,
         traceback: str,
-        lines: tuple[Line, ...] | None = None,
-        requests: tuple[str, ...] | None = None,
-        pid: int | None = None,
-        restarts: int | None = None,
-        agent: str = __version__,
-        signal_name: str | None = None,
-        status: int | None = None,
         state: "State | None" = None,
+        **told: "Any",
     ) -> None:
+        """Keep a report: of this agent, but for what ``told`` names as fields of a CrashReport."""
         log.error("crash", kind=kind, reason=reason)
-        kept = log.tail(LOG_LINES) if lines is None else lines[-LOG_LINES:]
-        if requests is None:
-            requests = () if self._recorder is None else self._recorder.requests()
         with self._lock:
             self.total += 1
             number = self.total
+        fields = {
+            "agent": __version__,
+            "pid": os.getpid(),
+            "restarts": self._restarts,
+            "log": log.tail(LOG_LINES),
+            "requests": () if self._recorder is None else self._recorder.requests(),
+            **_bounded(state or self._state),
+            **told,
+        }
+        fields["log"] = tuple(map(log_line, fields["log"][-LOG_LINES:]))
         try:
             report = CrashReport(
                 number=number,
                 kind=kind,
                 reason=reason[:1024],
                 unix_ms=time.time_ns() // 1_000_000,
-                agent=agent,
-                pid=os.getpid() if pid is None else pid,
-                restarts=self._restarts if restarts is None else restarts,
-                signal=signal_name,
-                status=status,
                 traceback=traceback[-_TRACEBACK_BYTES:],
-                log=tuple(map(log_line, kept)),
-                requests=requests,
-                **_bounded(state or self._state),
+                **fields,
             )
             self._keep(report)
         except (OSError, ValueError) as problem:
@@ -275,13 +272,15 @@ class CrashReports:
         except OSError:
             return ""
 
-    def _read(self, name: str) -> "list[object] | None":
+    def _read(self, name: str, none: "T") -> "T":
+        """Return the values of a file, if they are of the types of ``none``, which is none."""
+        value: Any
         try:
             with open(f"{self._directory}/{name}", "rb") as stream:
-                value = msgpack.unpackb(stream.read())
-        except (OSError, ValueError, msgpack.UnpackException):
-            return None
-        return value if isinstance(value, list) and len(value) >= 2 else None
+                value = tuple(msgpack.unpackb(stream.read()))
+        except (OSError, ValueError, TypeError, msgpack.UnpackException):
+            return none
+        return value if tuple(map(type, value)) == tuple(map(type, none)) else none
 
     def _write(self, name: str, content: bytes) -> None:
         path = f"{self._directory}/{name}"

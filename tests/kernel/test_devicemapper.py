@@ -293,7 +293,7 @@ def test_a_device_is_gone_only_when_its_disk_is_free(
             devices.wait_gone(control, (name,), within(5))
         else:
             devices.remove_device(control, name, within(5))
-        os.close(os.open(disk, os.O_RDWR | os.O_EXCL))
+        os.close(dmbed.open_free_disk(disk))
 
 
 def test_deferred_removal_can_be_taken_back(control: Control, disk: str) -> None:
