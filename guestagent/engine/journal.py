@@ -92,9 +92,10 @@ class StateDirectory(FdOwner):
 
         Raises:
             CallError: ``conflict``, another agent has it.
-            OSError: it cannot be made.
+            OSError: EPERM, another user owns it or may write to it; or it cannot be made.
         """
         os.makedirs(path, mode=0o700, exist_ok=True)
+        _refuse_foreign(path)
         self.path = path
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -11,6 +11,7 @@ import pytest
 from guestagent.host.client import GuestAgent
 from tests.beds.agentbed import AgentProcess
 from tests.beds.supervised import SupervisedAgent
+from vsock.errors import ConnectionClosed
 
 WAIT_SECONDS = 60.0
 PORT = 7654
@@ -42,6 +43,24 @@ def test_nothing_takes_the_port_while_no_agent_lives() -> None:
             assert guest.status().restarts == 1
         bed.end()
         assert bed.wait() == 0
+
+
+@pytest.mark.parametrize("bed_class", [AgentProcess, SupervisedAgent])
+def test_a_process_of_the_guest_is_served_by_vsock_only_if_that_is_configured(
+    bed_class: type[AgentProcess],
+) -> None:
+    local = f"vsock://local:{PORT}"
+    with bed_class() as bed:
+        restarted(bed, f"vsock://any:{PORT},{bed.address}")
+        with bed.client() as guest:
+            with pytest.raises(ConnectionClosed):
+                GuestAgent(local, connect_seconds=0.5)
+            texts = [line.text for line in guest.log(level="debug").lines]
+            assert "peer refused" in texts
+        bed.stop()
+        bed.start(f"listen=vsock://any:{PORT}", "vsock_peers=host,local")
+        with GuestAgent(local, connect_seconds=WAIT_SECONDS) as guest:
+            assert guest.status().state == "ready"
 
 
 @pytest.mark.parametrize("bed_class", [AgentProcess, SupervisedAgent])
