@@ -46,6 +46,15 @@ FEATURES: Mapping[str, Feature] = {
         summary="AF_VSOCK to the host",
         modules=("virtio_pci", "vmw_vsock_virtio_transport"),
     ),
+    "hyper-v": Feature(
+        summary="Hyper-V: SCSI disks, and AF_VSOCK to the host",
+        modules=("hv_vmbus", "hv_storvsc", "sd_mod", "hv_sock"),
+        optional_modules=("pci-hyperv", "hv_utils"),
+    ),
+    "vmware": Feature(
+        summary="VMware: SCSI disks, and AF_VSOCK to the host",
+        modules=("vmw_pvscsi", "sd_mod", "vmw_vsock_vmci_transport"),
+    ),
     "vsock-loopback": Feature(
         # with it any process of the guest can be a peer, with CID 1
         summary="AF_VSOCK inside the guest, for tests",

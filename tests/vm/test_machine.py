@@ -117,6 +117,25 @@ def test_requests_go_over_a_serial_port_that_the_guest_finds_by_name(
         machine.port_path("third")
 
 
+@pytest.mark.parametrize(
+    ("feature", "ordered"),
+    [
+        ("hyper-v", ("hv_vmbus", "hv_storvsc")),
+        ("hyper-v", ("vsock", "hv_sock")),
+        ("vmware", ("vmw_vmci", "vmw_vsock_vmci_transport")),
+    ],
+)
+def test_an_image_has_the_drivers_of_another_monitor(
+    kernel: Kernel, feature: str, ordered: tuple[str, str]
+) -> None:
+    """Only the files and their order: the monitors are not here."""
+    spec = InitramfsSpec(kernel=kernel, features=(feature, "verity", "erofs"), compression="none")
+    modules = build_initramfs(spec, cache_dir=CACHE_DIR).kernel_modules
+    names = [name.replace("-", "_") for name in modules]
+    assert names.index(ordered[0]) < names.index(ordered[1])
+    assert "sd_mod" in names
+
+
 def test_no_process_of_the_guest_is_a_peer_by_vsock(initramfs: Path, kernel: Kernel) -> None:
     """The loopback transport is in no default image: its peers would need no host."""
     report = build_initramfs(InitramfsSpec(kernel=kernel), cache_dir=CACHE_DIR)
