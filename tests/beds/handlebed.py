@@ -32,6 +32,8 @@ class Agent:
         self.problems: list[str] = []
         self.crashes: list[CrashReport] = []
         self.metrics = "guestagent_up 1\n"
+        #: The answer to the next subscriptions.
+        self.refusal: CallError | None = None
         #: What a newer agent says beyond: in each reply, event, batch of lines and error.
         self.more_fields: dict[str, object] = {}
         #: Set while a request for the layer "slow" waits, and after it was cancelled.
@@ -121,6 +123,8 @@ class Agent:
         }
 
     def agent_subscribe(self, call: Call) -> object:
+        if self.refusal is not None:
+            raise self.refusal
         self.subscribers.append(call.connection)
         return {"sequence": self.last_sequence}
 

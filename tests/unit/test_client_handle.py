@@ -250,6 +250,19 @@ def test_a_callback_may_call_and_delete_itself(agent: Agent, guest: GuestAgent) 
     assert seen.empty()
 
 
+def test_a_callback_whose_subscription_fails_is_not_kept(agent: Agent) -> None:
+    seen: queue.Queue[str] = queue.Queue()
+    with GuestAgent(agent.address, reconnect=True, connect_seconds=10) as guest:
+        agent.refusal = CallError("resource", "no room")
+        with pytest.raises(CallError, match="no room"):
+            guest.set_event_callback(lambda event: seen.put("first"))
+        agent.refusal = None
+        guest.set_event_callback(lambda event: seen.put("second"))
+        agent.publish("layer_mounted")
+        assert seen.get(timeout=WAIT_SECONDS) == "second"
+        assert seen.empty()
+
+
 @pytest.mark.parametrize("mask", [0, -1, ALL_EVENTS + 1])
 def test_a_mask_of_no_events_is_refused(guest: GuestAgent, mask: int) -> None:
     with pytest.raises(ValueError, match="mask"):

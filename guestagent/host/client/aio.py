@@ -298,45 +298,27 @@ class AsyncGuestAgent:
     # --- events
 
     async def events(self, since: int = 0) -> EventsReply:
-        """Return all kept events after a sequence number, and how many are no longer kept.
-
-        The numbers are of one boot: see ``boot_id`` of the reply.
-        """
+        """As ``GuestAgent.events``."""
         return await self._run(self._feeds.kept_events(since))
 
     async def subscribe(self, callback: EventCallback, mask: int = ALL_EVENTS) -> SubscribeReply:
-        """Call ``callback`` with each event from now on whose bit is in ``mask``.
-
-        The reply has the number of the last event before.
-        """
-        self._feeds.add(callback, mask)
-        return await self._run(self._feeds.subscribe())
+        """As ``GuestAgent.subscribe``."""
+        _, reply = await self._run(self._feeds.subscribe(callback, mask, always=True))
+        assert reply is not None
+        return reply
 
     async def set_event_callback(self, callback: EventCallback, mask: int = ALL_EVENTS) -> int:
-        """As ``subscribe``; return what ``delete_event_callback`` takes.
-
-        ``event_mask("layer_corrupted", ...)`` makes a mask.
-
-        Raises:
-            ValueError: the mask holds no bits of events, or others.
-        """
-        number = self._feeds.add(callback, mask)
-        if not self._feeds.is_subscribed:
-            await self._run(self._feeds.subscribe())
-        return number
+        """As ``GuestAgent.set_event_callback``."""
+        return (await self._run(self._feeds.subscribe(callback, mask, always=False)))[0]
 
     def delete_event_callback(self, number: int) -> bool:
-        """Call it no more; return False when there is no such callback."""
+        """As ``GuestAgent.delete_event_callback``."""
         return self._feeds.remove(number)
 
     async def follow_log(
         self, callback: LogCallback, *, since: int | None = None, level: str = "info"
     ) -> LogReply:
-        """Call ``callback`` with each line of the log from now on, of ``level`` and above.
-
-        With ``since``, first those after that number; negative, so many from the end. The reply
-        holds none of them. A second call replaces the callback.
-        """
+        """As ``GuestAgent.follow_log``."""
         return await self._run(self._feeds.follow_log(callback, since, level))
 
     # --- inside

@@ -83,6 +83,31 @@ class Feeds:
 
     # --- events
 
+    def subscribe(
+        self, callback: EventCallback, mask: int, *, always: bool
+    ) -> Steps[tuple[int, SubscribeReply | None]]:
+        """Hand events to a callback; return its number for ``remove``, and the agent's reply.
+
+        The agent is asked where it was not asked before, or ``always``. Where it refuses, the
+        callback is removed.
+
+        Raises:
+            ValueError: the mask has no bit of an event, or others too.
+        """
+        number = self.add(callback, mask)
+        if self._is_subscribed and not always:
+            return number, None
+        reply: SubscribeReply | None = None
+        try:
+            reply = yield AgentSubscribe()
+        finally:
+            if reply is None:
+                self.remove(number)
+        self._is_subscribed = True
+        with self._order:
+            self.sequence = max(self.sequence, reply.sequence)
+        return number, reply
+
     def add(self, callback: EventCallback, mask: int) -> int:
         """Return the number by which ``remove`` knows the callback.
 
@@ -101,19 +126,6 @@ class Feeds:
         """Return False when there is no such callback."""
         with self._lock:
             return self._callbacks.pop(number, None) is not None
-
-    @property
-    def is_subscribed(self) -> bool:
-        """Whether the agent was asked for events."""
-        return self._is_subscribed
-
-    def subscribe(self) -> Steps[SubscribeReply]:
-        """Ask for events. Those before the reply are not missed by any callback."""
-        self._is_subscribed = True
-        reply: SubscribeReply = yield AgentSubscribe()
-        with self._order:
-            self.sequence = max(self.sequence, reply.sequence)
-        return reply
 
     def deliver(self, event: Event) -> None:
         """Hand on an event that was not handed on before."""

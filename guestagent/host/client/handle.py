@@ -269,8 +269,9 @@ class GuestAgent(AgentMethods, FsMethods):
 
         The reply has the number of the last event before.
         """
-        self._feeds.add(callback, mask)
-        return self._run(self._feeds.subscribe())
+        _, reply = self._run(self._feeds.subscribe(callback, mask, always=True))
+        assert reply is not None
+        return reply
 
     def set_event_callback(self, callback: EventCallback, mask: int = ALL_EVENTS) -> int:
         """As ``subscribe``; return what ``delete_event_callback`` takes.
@@ -280,10 +281,7 @@ class GuestAgent(AgentMethods, FsMethods):
         Raises:
             ValueError: the mask holds no bits of events, or others.
         """
-        number = self._feeds.add(callback, mask)
-        if not self._feeds.is_subscribed:
-            self._run(self._feeds.subscribe())
-        return number
+        return self._run(self._feeds.subscribe(callback, mask, always=False))[0]
 
     def delete_event_callback(self, number: int) -> bool:
         """Call it no more; return False when there is no such callback."""
