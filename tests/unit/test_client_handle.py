@@ -1,4 +1,4 @@
-"""The handle and its asyncio twin: same methods, events by mask, closed handles, reconnecting."""
+"""Both handles: requests, events by mask, closed handles, reconnecting, newer agents."""
 
 import asyncio
 import inspect
@@ -79,9 +79,9 @@ def test_both_handles_share_what_they_can_do() -> None:
     """The asyncio handle has no method for each RPC: its call takes any request."""
     shared = {name for name in vars(AsyncGuestAgent) if not name.startswith("_")} - {"open"}
     for name in shared - {"hello"}:
-        member, twin = getattr(GuestAgent, name), getattr(AsyncGuestAgent, name)
+        member, other = getattr(GuestAgent, name), getattr(AsyncGuestAgent, name)
         if not isinstance(member, property):
-            ours, theirs = inspect.signature(member), inspect.signature(twin)
+            ours, theirs = inspect.signature(member), inspect.signature(other)
             assert list(ours.parameters) == list(theirs.parameters), name
 
 
@@ -180,7 +180,7 @@ def test_a_closed_handle_says_so(agent: Agent) -> None:
     assert issubclass(ClosedHandleError, ConnectionClosed)
 
 
-def test_a_closed_twin_says_so(agent: Agent) -> None:
+def test_a_closed_asyncio_handle_says_so(agent: Agent) -> None:
     async def main() -> None:
         guest = AsyncGuestAgent(agent.address)
         for _ in range(2):
@@ -274,7 +274,7 @@ def test_an_unknown_kind_is_refused() -> None:
         event_mask("layer_munted")
 
 
-def test_the_twin_has_masks_too(agent: Agent) -> None:
+def test_asyncio_callbacks_get_what_their_mask_says(agent: Agent) -> None:
     async def scenario(guest: AsyncGuestAgent) -> None:
         seen: asyncio.Queue[str] = asyncio.Queue()
         number = await guest.set_event_callback(lambda event: seen.put_nowait("all"))
@@ -298,9 +298,9 @@ def test_progress_is_told(agent: Agent, guest: GuestAgent) -> None:
     guest.layer_verify("x", progress=lambda *place: places.append(place))
     assert places == [(1, 2), (2, 2)]
 
-    async def scenario(twin: AsyncGuestAgent) -> None:
+    async def scenario(other: AsyncGuestAgent) -> None:
         again: list[tuple[int, int]] = []
-        await twin.call(LayerVerify(layer_id="x"), progress=lambda *place: again.append(place))
+        await other.call(LayerVerify(layer_id="x"), progress=lambda *place: again.append(place))
         assert again == [(1, 2), (2, 2)]
 
     run(agent, scenario)
@@ -317,8 +317,8 @@ def test_a_trace_is_on_every_request(agent: Agent) -> None:
         guest.metrics()
     assert agent.traces[-2:] == [None, TRACE]
 
-    async def scenario(twin: AsyncGuestAgent) -> None:
-        await twin.call(AgentMetrics())
+    async def scenario(other: AsyncGuestAgent) -> None:
+        await other.call(AgentMetrics())
 
     run(agent, scenario, traceparent=TRACE)
     assert agent.traces[-1] == TRACE
@@ -351,14 +351,16 @@ def hanging_up(tmp_path: Path) -> Iterator[tuple[str, list[int]]]:
         agents[0].stop()
 
 
-def test_who_hangs_up_before_hello_is_tried_again(hanging_up: tuple[str, list[int]]) -> None:
+def test_connecting_goes_on_after_a_hang_up_before_hello(hanging_up: tuple[str, list[int]]) -> None:
     address, taken = hanging_up
     with GuestAgent(address, connect_seconds=WAIT_SECONDS) as guest:
         assert guest.metrics()
     assert taken == [0, 1]
 
 
-def test_the_twin_tries_again_too(hanging_up: tuple[str, list[int]]) -> None:
+def test_asyncio_tries_again_after_a_hang_up_before_hello(
+    hanging_up: tuple[str, list[int]],
+) -> None:
     address, taken = hanging_up
 
     async def main() -> None:
@@ -488,6 +490,19 @@ def test_missed_events_are_fetched_page_by_page(agent: Agent) -> None:
         assert not reply.more
 
 
+def test_a_loss_while_catching_up_loses_no_event(agent: Agent) -> None:
+    """Events come on the new connection, which ends before the missed ones are told."""
+    seen: queue.Queue[int] = queue.Queue()
+    with GuestAgent(agent.address, reconnect=True, connect_seconds=10) as guest:
+        guest.set_event_callback(lambda event: seen.put(event.sequence))
+        agent.stop()
+        agent.publish("layer_mounted")
+        agent.hang_ups = 1
+        agent.start()
+        assert [seen.get(timeout=WAIT_SECONDS) for _ in range(2)] == [1, 2]
+        assert guest.reconnects == 2
+
+
 def test_pages_of_events_end(agent: Agent, guest: GuestAgent) -> None:
     """An agent that says that there is more, and sends the same again."""
     agent.publish("layer_mounted")
@@ -576,7 +591,7 @@ def test_threads_share_a_handle_over_a_lost_connection(agent: Agent) -> None:
     assert len(answers) >= 8 * 18
 
 
-def test_the_twin_reconnects_and_catches_up(agent: Agent) -> None:
+def test_asyncio_reconnects_and_catches_up(agent: Agent) -> None:
     async def scenario(guest: AsyncGuestAgent) -> None:
         events: asyncio.Queue[int] = asyncio.Queue()
         lines: asyncio.Queue[int] = asyncio.Queue()
@@ -596,7 +611,7 @@ def test_the_twin_reconnects_and_catches_up(agent: Agent) -> None:
     run(agent, scenario, reconnect=True)
 
 
-def test_the_twin_waits_no_longer_than_asked(agent: Agent) -> None:
+def test_asyncio_waits_no_longer_than_asked(agent: Agent) -> None:
     async def scenario(guest: AsyncGuestAgent) -> None:
         await asyncio.to_thread(agent.stop)
         with pytest.raises(ConnectionClosed):

@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Generic, Self, TypeVar
+from typing import Any, BinaryIO, Generic, Self, TypeVar
 
 from guestagent import __version__
 from guestagent.api.agent import AgentMore, EventsReply, HelloReply, SubscribeReply
@@ -326,18 +326,23 @@ class AsyncGuestAgent:
     async def _run(self, steps: Steps[T], client: AsyncClient | None = None) -> T:
         """Send the requests of some steps, on a new connection where one is given."""
         with contextlib.closing(steps):
-            reply = None
+            go_on: Callable[[Any], Request[Record]] = steps.send
+            answer: object = None
             while True:
                 try:
-                    request = steps.send(reply)
+                    request = go_on(answer)
                 except StopIteration as end:
                     return end.value  # type: ignore[no-any-return]
-                if client is None:
-                    reply = await self.call(request)
-                else:
-                    params = request.to_sparse_wire()
-                    value = await client.call(request.method, params, deadline_ms=HELLO_MS)
-                    reply = request.read_reply(value)
+                try:
+                    go_on, answer = steps.send, await self._answer(request, client)
+                except RpcError as error:
+                    go_on, answer = steps.throw, error
+
+    async def _answer(self, request: Request[Record], client: AsyncClient | None) -> Record:
+        if client is None:
+            return await self.call(request)
+        params = request.to_sparse_wire()
+        return request.read_reply(await client.call(request.method, params, deadline_ms=HELLO_MS))
 
     def _notified(self, method: str, params: Mapping[str, object]) -> None:
         self._streams.notified(method, params)

@@ -1,10 +1,11 @@
 """The events and the log that a handle follows, without input or output.
 
-Both handles drive the same steps: a generator that yields each request to send, is sent its reply,
-and returns the result.
+Both handles drive the same generators: they yield each request to send, are sent its reply or thrown
+its error, and return the result.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from guestagent.api.agent import (
 )
 from guestagent.api.observe import AgentLog, LogLine, LogReply
 from guestagent.api.request import Request
+from vsock.errors import CallError
 from vsock.record import Record
 
 __all__ = (
@@ -34,11 +36,13 @@ EventCallback = Callable[[Event], None]
 LogCallback = Callable[[LogLine], None]
 
 T = TypeVar("T")
-#: Yields requests, is sent their replies, returns the result.
+#: Yields requests, is sent their replies or thrown their errors, returns the result.
 Steps = Generator[Request[Record], Any, T]
 
 #: An agent keeps 4096 events and sends 1000 at once. One that sends pages without end is cut off.
 _MAX_PAGES = 64
+#: What an agent may send while missed events are fetched; of more, the oldest are dropped.
+_MAX_HELD = 4096
 
 #: Kind of event -> its bit.
 EVENT_BITS: dict[str, int] = {kind: 1 << place for place, kind in enumerate(EVENT_KINDS)}
@@ -73,7 +77,7 @@ class Feeds:
         self._next_number = 1
         self._is_subscribed = False
         #: Events that arrived while missed ones are fetched, None outside of that.
-        self._held: list[Event] | None = None
+        self._held: deque[Event] | None = None
         #: The number of the last event that was handed on.
         self.sequence = 0
         self._on_log: LogCallback | None = None
@@ -211,20 +215,24 @@ class Feeds:
             self._take_log(reply)
 
     def _catch_up_events(self) -> Steps[None]:
+        held: deque[Event] = deque(maxlen=_MAX_HELD)
         with self._lock:
-            self._held = []
+            self._held = held
         missed: tuple[Event, ...] = ()
         try:
             yield AgentSubscribe()
             missed = yield from self._missed()
-        finally:
-            with self._order:
-                for event in missed:
-                    self.deliver(event)
-                with self._lock:
-                    held, self._held = self._held or [], None
-                for event in held:
-                    self.deliver(event)
+        except CallError:
+            pass  # the agent lives and does not tell them: what comes is better than nothing
+        # where the connection is lost again, what comes stays held until the next one: it is then
+        # fetched with what was missed before it
+        with self._order:
+            for event in missed:
+                self.deliver(event)
+            with self._lock:
+                self._held = None
+            for event in held:
+                self.deliver(event)
 
     def _missed(self) -> Steps[tuple[Event, ...]]:
         reply = yield from self.kept_events(self.sequence)

@@ -8,9 +8,9 @@ Requests and replies are the records of ``guestagent.api``. ``guestagent.host.cl
 handle for asyncio.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext, suppress
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from guestagent import __version__
 from guestagent.api.agent import EventsReply, SubscribeReply
@@ -302,18 +302,23 @@ class GuestAgent(AgentMethods, FsMethods):
     def _run(self, steps: Steps[T], client: Client | None = None) -> T:
         """Send the requests of some steps, on a new connection where one is given."""
         with closing(steps):
-            reply = None
+            go_on: Callable[[Any], Request[Record]] = steps.send
+            answer: object = None
             while True:
                 try:
-                    request = steps.send(reply)
+                    request = go_on(answer)
                 except StopIteration as end:
                     return end.value  # type: ignore[no-any-return]
-                if client is None:
-                    reply = self.call(request)
-                else:
-                    params = request.to_sparse_wire()
-                    value = client.call(request.method, params, deadline_ms=HELLO_MS)
-                    reply = request.read_reply(value)
+                try:
+                    go_on, answer = steps.send, self._answer(request, client)
+                except RpcError as error:
+                    go_on, answer = steps.throw, error
+
+    def _answer(self, request: Request[Record], client: Client | None) -> Record:
+        if client is None:
+            return self.call(request)
+        params = request.to_sparse_wire()
+        return request.read_reply(client.call(request.method, params, deadline_ms=HELLO_MS))
 
     def _notified(self, method: str, params: Mapping[str, object]) -> None:
         self._streams.notified(method, params)
