@@ -1,7 +1,7 @@
 """The events and the log that a handle follows, without input or output.
 
-Both handles drive the same generators: they yield each request to send, are sent its reply or thrown
-its error, and return the result.
+Both handles drive the same generators, which yield each request to send, are sent its reply or
+thrown its error, and return the result.
 """
 
 import threading
