@@ -28,8 +28,7 @@ from typing import BinaryIO, cast
 from rootfs.bootimage.closure import Module
 from rootfs.bootimage.cpio import CpioEntry, device, directory, regular, write_cpio
 from rootfs.bootimage.features import DEFAULT_FEATURES, FEATURES
-from rootfs.bootimage.kernel import Kernel, ModuleIndex, module_bytes
-from rootfs.bootimage.modsig import without_signature
+from rootfs.bootimage.kernel import Kernel, ModuleIndex, module_bytes, without_signature
 from rootfs.bootimage.userland import PROJECT, PYTHON_DIR, Item, userland
 from rootfs.imagefile.output import check_output, new_file, write_file
 
@@ -46,7 +45,7 @@ __all__ = (
 MODULE_LIST = "etc/guestagent/modules"  # guestagent.boot.modules reads it
 _KEPT_IN_CACHE = 12
 #: The code that decides the bytes of an image, which are part of its key in the cache.
-_BUILDERS = ("initramfs.py", "userland.py", "cpio.py", "elf.py", "bytecode.py", "modsig.py")
+_BUILDERS = ("initramfs.py", "userland.py", "cpio.py", "elf.py", "kernel.py")
 
 
 #: Commands that compress standard input as the kernel unpacks it, reproducibly.

@@ -9,6 +9,7 @@ import fnmatch
 import gzip
 import lzma
 import re
+import struct
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,11 +26,17 @@ __all__ = (
     "module_bytes",
     "module_name",
     "open_kernel",
+    "without_signature",
 )
 
 #: Where a tree has its modules. Debian before 13 has the second only, and elsewhere one is a link.
 MODULE_PLACES = ("usr/lib/modules", "lib/modules")
 _SUFFIXES = (".ko", ".ko.gz", ".ko.xz", ".ko.zst")
+#: A signed module file ends with its signature, a struct module_signature (12 bytes, of which the
+#: last four are the length of the signature, big-endian) and a marker.
+#: Source: include/linux/module_signature.h.
+_SIGNATURE_MARKER = b"~Module signature appended~\n"
+_SIGNATURE_TRAILER = struct.Struct(">8xI")
 
 
 class KernelNotFoundError(Exception):
@@ -64,6 +71,23 @@ def module_bytes(path: Path) -> bytes:
     if path.name.endswith(".zst"):
         return subprocess.run(["zstd", "-dcq"], input=data, stdout=-1, check=True).stdout
     return data
+
+
+def without_signature(module: bytes) -> bytes:
+    """Return a module without its signature; one that has none as it is.
+
+    Raises:
+        ValueError: the signature is said to be longer than the file.
+    """
+    if not module.endswith(_SIGNATURE_MARKER):
+        return module
+    end = len(module) - len(_SIGNATURE_MARKER) - _SIGNATURE_TRAILER.size
+    if end < 0:
+        raise ValueError("a module that is shorter than what tells of its signature")
+    (size_bytes,) = _SIGNATURE_TRAILER.unpack_from(module, end)
+    if size_bytes > end:
+        raise ValueError(f"a module of {len(module)} bytes with a signature of {size_bytes}")
+    return module[: end - size_bytes]
 
 
 @dataclass(frozen=True, kw_only=True)

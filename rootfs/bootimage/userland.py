@@ -6,16 +6,18 @@ our hooks in them.
 """
 
 import contextlib
+import importlib.util
+import marshal
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rootfs.bootimage.bytecode import compile_module
 from rootfs.bootimage.closure import Module, interpreter_path, module_closure, site_packages
 from rootfs.bootimage.elf import library_closure, without_debug_information
 
-__all__ = ("PROJECT", "PYTHON_DIR", "Item", "userland")
+__all__ = ("PROJECT", "PYTHON_DIR", "Item", "compile_module", "userland")
 
 PROJECT = Path(__file__).resolve().parents[2]
 #: Our packages that the guest may hold; a test keeps the guest's imports within them.
@@ -27,6 +29,10 @@ PYTHON_DIR = f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
 #: hashlib does without OpenSSL: the interpreter has the same functions built in, and the library
 #: would be a quarter of the image.
 _ABSENT = ("_hashlib",)
+_UNCHECKED_HASH = 0b01  # PEP 552: the file has a hash of its source, and nobody compares it
+# Later formats mark objects that may be referred to again, and decide that by reference counts,
+# which differ from one compilation to the next. This one has no marks; it is a fifth larger.
+_MARSHAL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,3 +116,14 @@ def _python_items(modules: tuple[Module, ...], optimize: int) -> Iterator[Item]:
             source=module.path,
             build=lambda source, name=inner: compile_module(source, name, optimize),  # type: ignore[misc]
         )
+
+
+def compile_module(source: bytes, name: str, optimize: int) -> bytes:
+    """Return the contents of a .pyc file for ``source``; ``name`` is the path in tracebacks.
+
+    Raises:
+        SyntaxError: the source is no Python of this version.
+    """
+    code = compile(source, name, "exec", dont_inherit=True, optimize=optimize)
+    header = struct.pack("<I", _UNCHECKED_HASH) + importlib.util.source_hash(source)
+    return importlib.util.MAGIC_NUMBER + header + marshal.dumps(code, _MARSHAL_VERSION)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from rootfs.image.tree import Extent, Node, without_xattrs
 from rootfs.imagefile.errors import from_os_error
-from rootfs.imagefile.holes import data_extents
+from rootfs.imagefile.ranges import data_extents
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

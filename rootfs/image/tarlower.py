@@ -16,9 +16,8 @@ from rootfs.image.tar import BLOCK_BYTES, TarEntry
 from rootfs.image.tartree import TarTree, Whiteouts
 from rootfs.image.tree import Content, Extent, FdContent, Node
 from rootfs.imagefile.errors import from_os_error
-from rootfs.imagefile.holes import copy_range
 from rootfs.imagefile.output import unnamed_file
-from rootfs.imagefile.ranges import FileRange
+from rootfs.imagefile.ranges import FileRange, copy_range
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -21,10 +21,16 @@ from guestagent.storage.verity import FieldError, VerityParameters, check_tree_s
 from rootfs.image.tree import Progress
 from rootfs.imagefile.attached import refuse_attached
 from rootfs.imagefile.errors import from_os_error
-from rootfs.imagefile.holes import copy_range, data_extents, punch_hole
 from rootfs.imagefile.imagelock import open_locked
 from rootfs.imagefile.output import check_output, new_file, sync_directory
-from rootfs.imagefile.ranges import FileRange, first_fit, round_up
+from rootfs.imagefile.ranges import (
+    FileRange,
+    copy_range,
+    data_extents,
+    first_fit,
+    punch_hole,
+    round_up,
+)
 from rootfs.pack.manifest import IMAGE_STEP_BYTES, Manifest, ManifestLayer
 from rootfs.pack.packcheck import PackReport, check_pack, digest_range
 from vsock.deadline import Deadline

@@ -21,10 +21,9 @@ from guestagent.storage.verity import VerityParameters, VerityTerms, hash_area_o
 from rootfs.imagefile.attached import refuse_attached
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.hasharea import data_end, filesystem_size
-from rootfs.imagefile.holes import copy_range
 from rootfs.imagefile.imagelock import open_locked
 from rootfs.imagefile.output import check_output, new_file, unnamed_file
-from rootfs.imagefile.ranges import FileRange
+from rootfs.imagefile.ranges import FileRange, copy_range
 from rootfs.verity import workers as parallel
 from rootfs.verity.hashtree import Progress, build_tree
 from vsock.deadline import Deadline

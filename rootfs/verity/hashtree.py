@@ -12,8 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 
 from guestagent.storage.verity import VerityParameters, block_digest
-from rootfs.imagefile.holes import data_extents
-from rootfs.imagefile.ranges import free_ranges
+from rootfs.imagefile.ranges import data_extents, free_ranges
 from rootfs.verity import workers as parallel
 from rootfs.verity.hashing import BlockHash
 from rootfs.verity.multibuffer import open_hasher

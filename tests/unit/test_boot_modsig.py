@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rootfs.bootimage.kernel import cached_kernel, module_bytes
-from rootfs.bootimage.modsig import without_signature
+from rootfs.bootimage.kernel import cached_kernel, module_bytes, without_signature
 
 CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"
 MARKER = b"~Module signature appended~\n"

@@ -1,7 +1,10 @@
+import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,21 +28,29 @@ _UNPACK = {"zstd": ["zstd", "-dcq"], "lz4": ["lz4", "-dcq"], "gzip": ["gzip", "-
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Kernel:
-    modules = tmp_path / "modules"
+    return make_kernel(tmp_path)
+
+
+def make_kernel(place: Path) -> Kernel:
+    modules = place / "modules"
     modules.mkdir()
-    (tmp_path / "vmlinuz").write_bytes(b"kernel")
+    (place / "vmlinuz").write_bytes(b"kernel")
     dep = "k/dm-mod.ko:\nk/dm-verity.ko: k/dm-mod.ko\nk/sha256.ko:\n"
     (modules / "modules.dep").write_text(dep)
     (modules / "modules.alias").write_text("alias crypto-sha256 sha256\n")
     (modules / "k").mkdir()
     for name in ("dm-mod", "dm-verity", "sha256"):
         (modules / "k" / f"{name}.ko").write_bytes(name.encode())
-    return Kernel(version="6.1-test", image=tmp_path / "vmlinuz", modules_dir=modules)
+    return Kernel(version="6.1-test", image=place / "vmlinuz", modules_dir=modules)
 
 
 @pytest.fixture
 def spec(tmp_path: Path, kernel: Kernel) -> InitramfsSpec:
-    package = tmp_path / "project" / "pid1"
+    return make_spec(tmp_path, kernel)
+
+
+def make_spec(place: Path, kernel: Kernel) -> InitramfsSpec:
+    package = place / "project" / "pid1"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "init.py").write_text("def main():\n    print('up')\n")
@@ -48,7 +59,7 @@ def spec(tmp_path: Path, kernel: Kernel) -> InitramfsSpec:
         entry="pid1.init:main",
         features=("verity",),
         compression="none",
-        project=tmp_path / "project",
+        project=place / "project",
     )
 
 
@@ -197,6 +208,26 @@ def test_a_copy_is_whole_or_not_at_all(spec: InitramfsSpec, cache: Path, tmp_pat
     output.symlink_to("elsewhere")
     with pytest.raises(CallError, match="a symbolic link"):
         build_initramfs(spec, cache_dir=cache, output=output)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_a_cache_of_another_user_is_used(tmp_path: Path) -> None:
+    place = Path(tempfile.mkdtemp(prefix="cache-"))  # tmp_path is for its owner only
+    try:
+        place.chmod(0o755)
+        spec = make_spec(place, make_kernel(place))
+        built = build_initramfs(spec, cache_dir=place / "cache")
+        pid = os.fork()
+        if not pid:
+            try:
+                os.setresuid(65534, 65534, 65534)
+                again = build_initramfs(spec, cache_dir=place / "cache")
+                os._exit(0 if again.cached and again.path == built.path else 2)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        shutil.rmtree(place)
 
 
 def test_added_files_keep_their_permissions(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rootfs.bootimage.bytecode import compile_module
 from rootfs.bootimage.closure import ClosureError, interpreter_path, module_closure
 from rootfs.bootimage.elf import ElfError, ElfFile, library_closure, without_debug_information
+from rootfs.bootimage.userland import compile_module
 
 _SOURCES = {
     "app/__init__.py": "",
@@ -112,7 +112,7 @@ def test_byte_code_does_not_depend_on_who_compiles(alive: bool) -> None:
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from rootfs.bootimage.bytecode import compile_module\n"
+        "from rootfs.bootimage.userland import compile_module\n"
         "source = Path(sys.argv[1]).read_bytes()\n"
         f"kept = compile(source, 'x', 'exec', optimize=2) if {alive} else None\n"
         "sys.stdout.buffer.write(compile_module(source, 'ftplib.py', 2))\n"
