@@ -10,6 +10,7 @@ from rootfs.image.images import FILESYSTEMS, ImageResult, build_image, build_lay
 from rootfs.image.source import FORMATS
 from rootfs.image.spool import DEFAULT_MAX_BYTES
 from rootfs.image.tartree import Whiteouts
+from rootfs.imagefile.output import check_output
 from rootfs.pack.sidecar import Sidecar
 
 __all__ = ("COMMANDS", "LAYER_COMMANDS")
@@ -80,6 +81,8 @@ def build_command(
         raise click.UsageError("--sidecar tells of a hash area: it needs --verity")
     if dax and (filesystem != "erofs" or compression):
         raise click.UsageError("--dax is of uncompressed EROFS")
+    if sidecar and not layers:
+        check_output(Sidecar.path_of(output), inputs=(source,))
     build = build_layers if layers else build_image
     with progress_bar("building", as_json) as progress:
         built = build(

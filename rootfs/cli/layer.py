@@ -21,6 +21,7 @@ from guestagent.storage.verity import DIGEST_BYTES, FieldError, VerityParameters
 from rootfs.cli.sign import COMMANDS
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.hasharea import data_end
+from rootfs.imagefile.output import check_output
 from rootfs.pack.sidecar import Sidecar
 from rootfs.verity.formatter import derive_identity, format_image
 from rootfs.verity.runs import Run
@@ -95,6 +96,8 @@ def format_command(
         terms = terms.replace(salt=salt)
     if sidecar and (not terms.superblock or hash_file is not None):
         raise click.UsageError("a sidecar tells where the superblock is in IMAGE")
+    if sidecar:
+        check_output(Sidecar.path_of(image), inputs=(image,))
     with progress_bar("hashing", as_json) as progress:
         result = format_image(
             image,

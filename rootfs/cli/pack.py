@@ -318,6 +318,16 @@ def _mount_request(
     Raises:
         CallError: ``invalid``.
     """
+    for layer in manifest.layers:
+        # the overlay is mounted without userxattr, and would show what such a layer has removed
+        if overlay is not None and layer.whiteouts in ("user", "both"):
+            raise CallError(
+                "invalid",
+                f"cannot overlay layer {layer.layer_id!r}: its opaque directories are marked by "
+                "user.overlay.opaque, for overlays mounted with userxattr",
+                step="plan",
+                object=layer.layer_id,
+            )
     specs = tuple(
         LayerSpec.from_wire(layer_spec(layer, device), f"layers[{index}]")
         for index, layer in enumerate(manifest.layers)

@@ -269,3 +269,25 @@ def test_no_output_replaces_what_a_command_reads(run: Run, tmp_path: Path) -> No
     ):
         assert "cannot write the output" in run(*words, status=1).output
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("kind", ["user", "both"])
+def test_layers_for_another_kind_of_overlay_are_not_overlaid(run: Run, kind: str) -> None:
+    run("layer", "build", "layer.tar", "a.erofs")
+    run("pack", "create", "p.img")
+    run("pack", "add", "p.img", "a.erofs", "--no-verity", "--whiteouts", kind)
+    mount = ("pack", "mount", "p.img", "--connect", "unix:///nowhere")
+    assert "userxattr" in run(*mount, "--overlay", "o", status=1).output
+    assert "userxattr" not in run(*mount, status=1).output
+
+
+def test_a_sidecar_that_cannot_be_written_leaves_the_image_alone(run: Run, tmp_path: Path) -> None:
+    run("layer", "build", "layer.tar", "a.erofs")
+    (tmp_path / "a.erofs.dmverity").symlink_to("elsewhere")
+    before = (tmp_path / "a.erofs").read_bytes()
+    for words in (
+        ("layer", "format", "a.erofs", "--sidecar"),
+        ("layer", "build", "layer.tar", "a.erofs", "--verity", "--sidecar"),
+    ):
+        assert "a symbolic link" in run(*words, status=1).output
+        assert (tmp_path / "a.erofs").read_bytes() == before
