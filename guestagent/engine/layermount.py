@@ -39,7 +39,7 @@ from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import DeviceInfo
 from guestagent.storage.devicemapper.targets import Target, is_same_target
-from guestagent.storage.filesystems import check_size, layer_type, mount_options
+from guestagent.storage.filesystems import TABLE, check_size, layer_type, mount_options
 from guestagent.storage.keyring import checks_signatures, signature_key
 from guestagent.storage.mount import READONLY_FLAGS, TargetDirectory, mount_filesystem
 from vsock.errors import CallError
@@ -331,6 +331,14 @@ class LayerMount:
                 options=options,
             )
         except OSError as error:
+            if error.errno == errno.ENODEV:
+                row = TABLE[step.filesystem]
+                raise CallError(
+                    "unsupported",
+                    f"this kernel has no file system {row.name}",
+                    errno=error.errno,
+                    hint=f"load the module {row.modules[0]}, of Linux {row.kernel} or later",
+                ) from error
             if self._is_corrupt(plan):
                 raise CallError(
                     "integrity",

@@ -16,9 +16,8 @@ from guestagent.storage import blockdev, syscalls
 from guestagent.storage.filesystems import detect, mount_options
 from guestagent.storage.makefs import make_filesystem
 from guestagent.storage.mount import mount_filesystem, open_mounted
-from guestagent.storage.mountinfo import find_mount
+from guestagent.storage.mountinfo import filesystem_at, find_mount
 from guestagent.storage.overlayfs import open_plain
-from guestagent.storage.space import filesystem_at
 from vsock.errors import CallError
 from vsock.log import log
 

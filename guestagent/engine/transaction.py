@@ -14,7 +14,7 @@ from guestagent.api.devices import Device
 from guestagent.engine.faults import Faults
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.kmsg import KernelLog
-from guestagent.storage.space import describe_space
+from guestagent.storage.mountinfo import describe_space
 from vsock.deadline import Deadline
 from vsock.errors import CallError, errno_name
 from vsock.log import log

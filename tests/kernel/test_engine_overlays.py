@@ -223,10 +223,14 @@ def test_nobodys_data_is_formatted_away(bed: EngineBed, disk: str) -> None:
 
 
 def test_a_read_only_disk_and_an_empty_one_are_no_scratch(
-    bed: EngineBed, pack: Pack, disk: str
+    bed: EngineBed, pack: Pack, disk: str, tmp_path: Path
 ) -> None:
-    readonly = DeviceScratch(device=PathDevice(path=pack.node))
-    assert refused(bed, overlay("o", "layer0", scratch=readonly)).code == "invalid"
+    (tmp_path / "readonly").write_bytes(bytes(1 << 20))
+    with loop_device(tmp_path / "readonly") as node:
+        readonly = DeviceScratch(device=PathDevice(path=node))
+        assert refused(bed, overlay("o", "layer0", scratch=readonly)).code == "invalid"
+    layers = DeviceScratch(device=PathDevice(path=pack.node))
+    assert refused(bed, overlay("o", "layer0", scratch=layers)).code == "conflict"
     empty = DeviceScratch(device=PathDevice(path=disk))
     assert refused(bed, overlay("o", "layer0", scratch=empty)).step in ("scratch", "format")
 

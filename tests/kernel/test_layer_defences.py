@@ -135,6 +135,28 @@ def test_auto_takes_no_type_that_is_not_for_layers(bed: EngineBed, tmp_path: Pat
     assert "xfs" in error.message
 
 
+def test_a_file_system_that_the_kernel_lacks_is_named(bed: EngineBed, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    image = tmp_path / "image"
+    dmbed.run("mksquashfs", tmp_path / "tree", image, "-quiet", "-no-progress")
+    os.truncate(image, 8192)
+    loader = Path("/proc/sys/kernel/modprobe")
+    before = loader.read_text()
+    if "squashfs" in Path("/proc/modules").read_text():
+        dmbed.run("modprobe", "-r", "squashfs")
+    if "squashfs" in Path("/proc/filesystems").read_text():
+        pytest.skip("squashfs is built into this kernel")
+    loader.write_text("/bin/false")
+    try:
+        with loop_device(image) as node:
+            spec = LayerSpec(layer_id="l", device=PathDevice(path=node), filesystem="squashfs")
+            error = refused(bed, spec)
+    finally:
+        loader.write_text(before)
+    assert (error.code, error.step) == ("unsupported", "mount")
+    assert error.hint == "load the module squashfs, of Linux 2.6.29 or later"
+
+
 def test_mkfs_says_why_it_failed(bed: EngineBed, pack: Pack, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with disk.open("wb") as file:
@@ -279,7 +301,7 @@ def test_a_foreign_table_is_a_problem_of_its_layer_alone(
             listed = {report.layer_id: report for report in bed.engine.layers.list()}
             assert listed["layer0"].state == "mounted"
             assert (listed["l"].state, listed["l"].verity) == ("changed", None)
-            assert [device.table for device in listed["l"].dm] == [control.table(name)[0].line()]
+            assert listed["l"].dm[0].table == control.table(name)[0].line()
             assert bed.engine.layers.get("l").state == "changed"
             assert any("'l'" in text and name in text for text in bed.engine.problems())
         unmount(bed, "l")
