@@ -114,7 +114,7 @@ def test_an_ext4_scratch_that_says_errors_panic_does_not_end_the_guest(
     damaged_ext4(tmp_path / "image")
     with loop_device(tmp_path / "image", readonly=False) as node:
         mount(bed, pack.spec(0))
-        scratch = DeviceScratch(device=PathDevice(path=node))
+        scratch = DeviceScratch(device=PathDevice(path=node), existing="adopt")
         with bed.operation() as op:
             bed.engine.overlays.mount(overlay("o", "layer0", scratch=scratch), op)
         text = Path("/proc/self/mountinfo").read_text()
