@@ -26,6 +26,7 @@ TREE_FIELDS = (
 #: Bytes of a data or a hash block: what a kernel with pages of 4 KiB can map.
 BLOCK_SIZES = (512, 1024, 2048, 4096)
 MAX_SALT_BYTES = 256
+MAX_SIGNATURE_BYTES = 64 * 1024
 #: The salt follows the block in the hash, digests lie end to end.
 HASH_TYPE_CHROMEOS = 0
 #: The salt precedes the block, each digest starts at a power of two.
@@ -159,7 +160,7 @@ class Verity(VerityTerms):
     def check(self) -> None:
         super().check()
         check_choice("preset", self.preset, VERITY_PRESETS)
-        check_range("signature length", len(self.signature or b""), 0, 64 * 1024)
+        check_range("signature length", len(self.signature or b""), 0, MAX_SIGNATURE_BYTES)
         if self.superblock:
             return
         for name in TREE_FIELDS:

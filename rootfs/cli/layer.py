@@ -8,12 +8,12 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, Unpack
 from uuid import UUID
 
 import click
 
-from guestagent.host.ctl.layer import hex_bytes, tree_fields, tree_options
+from guestagent.host.ctl.layer import TreeWords, hex_bytes, tree_options
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
 from guestagent.host.ctl.style import words_of
@@ -42,16 +42,15 @@ def _block_range(text: str) -> tuple[int, int | None]:
     return int(first or 0), int(end) if end else None
 
 
-def _place_options(command: Command) -> Command:
-    """Add what says where the hash area is and what a superblock would say."""
-    help_text = "The hash area is in this file."
-    return click.option("--hash-file", type=click.Path(), help=help_text)(tree_options(command))
+def _area_options(command: Command) -> Command:
+    """Add the options that say where the hash area is, and what its superblock would say."""
+    add = click.option("--hash-file", type=click.Path(), help="The hash area is in this file.")
+    return add(tree_options(command))
 
 
-def _terms(options: dict[str, object], root_digest: bytes | None = None) -> VerityTerms:
-    fields = tree_fields(options)
+def _terms(options: TreeWords, root_digest: bytes | None = None) -> VerityTerms:
     try:
-        return VerityTerms(root_digest=root_digest, **fields)  # type: ignore[arg-type]  # by click
+        return VerityTerms(root_digest=root_digest, **options)
     except FieldError as problem:
         raise CallError("invalid", str(problem), object=problem.field) from None
 
@@ -64,13 +63,21 @@ def _terms(options: dict[str, object], root_digest: bytes | None = None) -> Veri
     "--reproducible", is_flag=True, help="Derive salt and UUID from the content of the image."
 )
 @click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_BYTES)), default="sha256")
-@click.option("--hash-type", type=click.Choice(("0", "1")), default="1", help="0: Chrome OS.")
+@click.option("--hash-type", type=click.IntRange(0, 1), default=1, help="0: Chrome OS.")
 @click.option("--data-block-size", type=int, metavar="BYTES", default=4096, show_default=True)
 @click.option("--hash-block-size", type=int, metavar="BYTES", default=4096, show_default=True)
 @click.option("--data-blocks", type=int, help="Hash only so many blocks.")
-@click.option("--hash-offset", type=int, metavar="BYTES", help="Default: behind the data.")
+@click.option(
+    "--hash-offset",
+    "hash_offset_bytes",
+    type=int,
+    metavar="BYTES",
+    help="Default: behind the data.",
+)
 @click.option("--hash-file", type=click.Path(), help="Put the hash area there, not behind.")
-@click.option("--no-superblock", is_flag=True, help="Write the tree alone.")
+@click.option(
+    "--superblock/--no-superblock", default=True, help="Write a superblock, or the tree alone."
+)
 @click.option("--sidecar", is_flag=True, help="Write IMAGE.dmverity, as containerd does.")
 @click.option("--force", is_flag=True, help="Replace a hash area, or a hash file.")
 @click.option("--workers", type=click.IntRange(min=1), help="Default: one for each core.")
@@ -85,7 +92,7 @@ def format_command(
     force: bool,
     workers: int | None,
     as_json: bool,
-    **options: object,
+    **options: Unpack[TreeWords],
 ) -> None:
     """Add a dm-verity hash area to IMAGE, in place."""
     terms = _terms(options)
@@ -131,9 +138,11 @@ def _identity(image: str, data_blocks: int | None, block_size_bytes: int) -> tup
 
 @click.command("dump")
 @click.argument("image", type=click.Path())
-@_place_options
+@_area_options
 @reports_errors
-def dump_command(*, image: str, hash_file: str | None, as_json: bool, **options: object) -> None:
+def dump_command(
+    *, image: str, hash_file: str | None, as_json: bool, **options: Unpack[TreeWords]
+) -> None:
     """Print what the hash area of IMAGE says. Checks nothing but that it is there."""
     layer = read_layer(image, terms=_terms(options), hash_file=hash_file)
     vhd = {} if layer.footer is None else {"vhd_uuid": str(layer.footer.uuid)}
@@ -179,7 +188,7 @@ def _show(facts: dict[str, object], as_json: bool) -> None:
     help="Data blocks FIRST to END - 1.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Default: one for each core.")
-@_place_options
+@_area_options
 @reports_errors
 def verify_command(
     *,
@@ -190,14 +199,18 @@ def verify_command(
     workers: int | None,
     hash_file: str | None,
     as_json: bool,
-    **options: object,
+    **options: Unpack[TreeWords],
 ) -> None:
     """Check IMAGE against its hash tree and name every corrupt block (exit status 1)."""
     if sidecar:
-        if root_digest is not None or options["hash_offset"] is not None or hash_file is not None:
+        if (
+            root_digest is not None
+            or options["hash_offset_bytes"] is not None
+            or hash_file is not None
+        ):
             raise click.UsageError("--sidecar says the root digest, and where the hash area is")
         known = Sidecar.load(Sidecar.path_of(image))
-        root_digest, options["hash_offset"] = known.root_digest, known.hash_offset_bytes
+        root_digest, options["hash_offset_bytes"] = known.root_digest, known.hash_offset_bytes
     first, end = block_range or (0, None)
     with progress_bar("verifying", as_json) as progress:
         result = verify_image(

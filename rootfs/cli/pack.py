@@ -4,15 +4,22 @@ import dataclasses
 import sys
 import tempfile
 from pathlib import Path
+from typing import Unpack
 
 import click
 
-from guestagent.api import LayersMount, LayerSpec, OverlaySpec
-from guestagent.api.overlays import LayersMountReply
-from guestagent.host.client import GuestAgent
-from guestagent.host.ctl.layer import hex_bytes
+from guestagent.api import LayersMount, LayerSpec, LayersUnmount
+from guestagent.api.devices import VERITY_PRESETS
+from guestagent.host.ctl.layer import hex_bytes, parse_device, read_signature
+from guestagent.host.ctl.overlay import (
+    OverlayWords,
+    describe_batch,
+    describe_unmounted,
+    optional_overlay,
+    overlay_options,
+)
 from guestagent.host.ctl.progress import progress_bar
-from guestagent.host.ctl.session import emit, reports_errors
+from guestagent.host.ctl.session import Session, emit, pass_session, reports_errors
 from guestagent.storage.verity import VerityParameters, VerityTerms
 from rootfs.image.images import FILESYSTEMS, build_layers
 from rootfs.image.source import FORMATS
@@ -28,7 +35,7 @@ from rootfs.pack.pack import (
 )
 from rootfs.pack.sidecar import Sidecar
 from rootfs.verity.verifier import read_layer
-from vsock.errors import CallError, RpcError
+from vsock.errors import CallError
 
 __all__ = ("pack",)
 
@@ -222,8 +229,7 @@ def remove_command(*, image: Path, layer_id: str, trim: bool, as_json: bool) -> 
 @reports_errors
 def list_command(*, image: Path, as_json: bool) -> None:
     """List the layers, topmost first."""
-    manifest = Manifest.load(image if image.suffix == ".json" else manifest_path_of(image))
-    _show(manifest, as_json)
+    _show(_manifest_of(image), as_json)
 
 
 @pack.command("check")
@@ -250,107 +256,85 @@ def check_command(*, image: Path, as_json: bool) -> None:
 
 @pack.command("mount")
 @click.argument("image", type=click.Path(path_type=Path))
-@click.option("--connect", metavar="ADDRESS", help="The agent; default: that of guestctl.")
-@click.option("--pmem", type=click.IntRange(0, 255), metavar="N", help="Attached as /dev/pmemN.")
-@click.option("--virtio-blk", metavar="SERIAL", help="Attached as this virtio-blk disk.")
-@click.option("--path", metavar="DEVICE", help="Attached as this block device.")
-@click.option("--overlay", metavar="ID", help="Overlay the layers under this id.")
-@click.option("--target", metavar="DIR", help="Where the overlay goes.")
-@reports_errors
+@click.option(
+    "--device",
+    default="pmem:0",
+    show_default=True,
+    metavar="DEVICE",
+    help="Attached as: pmem:N, virtio-blk:SERIAL, scsi:CONTROLLER:LUN or /dev/...",
+)
+@click.option("--overlay", "overlay_id", metavar="ID", help="Overlay the layers under this id.")
+@click.option(
+    "--preset", type=click.Choice(VERITY_PRESETS), default="default", help="Verity options."
+)
+@click.option(
+    "--signatures",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory with LAYER_ID.p7s for every verified layer, for the kernel's keyring.",
+)
+@overlay_options
+@pass_session
 def mount_command(
-    *,
+    session: Session,
     image: Path,
-    connect: str | None,
-    pmem: int | None,
-    virtio_blk: str | None,
-    path: str | None,
-    overlay: str | None,
-    target: str | None,
-    as_json: bool,
+    device: str,
+    overlay_id: str | None,
+    preset: str,
+    signatures: Path | None,
+    **words: Unpack[OverlayWords],
 ) -> None:
     """Mount all layers of a pack in the guest that it is attached to, and overlay them."""
-    manifest = Manifest.load(image if image.suffix == ".json" else manifest_path_of(image))
-    device = _device(pmem, virtio_blk, path)
-    if target is not None and overlay is None:
-        raise click.UsageError("--target is where the overlay goes: name it with --overlay ID")
-    _show_mounted(_ask_agent(connect, _mount_request(manifest, device, overlay, target)), as_json)
-
-
-def _ask_agent(connect: str | None, request: LayersMount) -> LayersMountReply:
-    """Have the agent mount it: ``connect``, or else the one of the command line's start."""
-    session = click.get_current_context().obj
-    address = connect or getattr(session, "address", None)
-    if address is None:
-        raise click.UsageError("which agent? say --connect ADDRESS")
-    # --wait and --deadline stand before the command, on a guestctl that has them
-    names = ("connect_seconds", "deadline_ms")
-    options = {name: getattr(session, name) for name in names if hasattr(session, name)}
+    manifest = _manifest_of(image)
+    place = parse_device(device).to_wire()
+    specs = []
+    for index, layer in enumerate(manifest.layers):
+        spec = LayerSpec.from_wire(layer_spec(layer, place), f"layers[{index}]")
+        if spec.verity is not None:
+            signed = None if signatures is None else _signature(signatures, layer.layer_id)
+            spec = spec.replace(verity=spec.verity.replace(preset=preset, signature=signed))
+        specs.append(spec)
     try:
-        with GuestAgent(address, **options) as guest:
-            return guest.layers_mount(request)
-    except ValueError as problem:
-        raise click.UsageError(str(problem)) from None
-    except CallError:
-        raise
-    except (RpcError, OSError) as problem:
-        text = f"cannot mount the pack: {problem}"
-        raise CallError("internal", text, step="talk to the agent", object=address) from problem
-
-
-def _device(pmem: int | None, virtio_blk: str | None, path: str | None) -> dict[str, object]:
-    given: list[dict[str, object]] = []
-    if pmem is not None:
-        given.append({"kind": "pmem", "number": pmem})
-    if virtio_blk is not None:
-        given.append({"kind": "virtio-blk", "serial": virtio_blk})
-    if path is not None:
-        given.append({"kind": "path", "path": path})
-    if len(given) > 1:
-        raise click.UsageError("--pmem, --virtio-blk and --path: give one")
-    return given[0] if given else {"kind": "pmem", "number": 0}
-
-
-def _mount_request(
-    manifest: Manifest, device: dict[str, object], overlay: str | None, target: str | None
-) -> LayersMount:
-    """Build the request; it is checked here as the agent will check it.
-
-    Raises:
-        CallError: ``invalid``.
-    """
-    for layer in manifest.layers:
-        # the overlay is mounted without userxattr, and would show what such a layer has removed
-        if overlay is not None and layer.whiteouts in ("user", "both"):
-            raise CallError(
-                "invalid",
-                f"cannot overlay layer {layer.layer_id!r}: its opaque directories are marked by "
-                "user.overlay.opaque, for overlays mounted with userxattr",
-                step="plan",
-                object=layer.layer_id,
-            )
-    specs = tuple(
-        LayerSpec.from_wire(layer_spec(layer, device), f"layers[{index}]")
-        for index, layer in enumerate(manifest.layers)
-    )
-    ids = tuple(layer.layer_id for layer in manifest.layers)
-    try:
-        spec = None
-        if overlay is not None:
-            spec = OverlaySpec(overlay_id=overlay, layers=ids, target=target)
-        return LayersMount(layers=specs, overlay=spec)
+        overlay = optional_overlay(overlay_id, _ids(manifest), words)
+        request = LayersMount(layers=tuple(specs), overlay=overlay)
     except ValueError as problem:
         raise CallError("invalid", f"cannot mount the pack: {problem}", step="plan") from None
+    with session.agent() as guest:
+        reply = guest.layers_mount(request)
+    session.show(reply, lambda: describe_batch(reply))
 
 
-def _show_mounted(reply: LayersMountReply, as_json: bool) -> None:
-    if as_json:
-        emit(reply.to_wire())
-        return
-    for layer in reply.layers:
-        verity = f" verity {layer.verity.root_digest}" if layer.verity is not None else ""
-        click.echo(f"{layer.layer_id}  {layer.target}  {layer.filesystem}{verity}")
-    if reply.overlay is not None:
-        click.echo(f"{reply.overlay.overlay_id}  {reply.overlay.target}  overlay")
+@pack.command("unmount")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option("--overlay", "overlay_id", metavar="ID", help="The overlay of the layers.")
+@click.option("--force", is_flag=True, help="Also clean up what is half gone.")
+@pass_session
+def unmount_command(session: Session, image: Path, overlay_id: str | None, force: bool) -> None:
+    """Unmount all layers of a pack, and their overlay: all or nothing."""
+    ids = _ids(_manifest_of(image))
+    try:
+        request = LayersUnmount(layers=ids, overlay=overlay_id, force=force)
+    except ValueError as problem:
+        raise CallError("invalid", f"cannot unmount the pack: {problem}", step="plan") from None
+    with session.agent() as guest:
+        reply = guest.layers_unmount(request)
+    session.show(reply, lambda: describe_unmounted(reply))
+
+
+def _manifest_of(image: Path) -> Manifest:
+    return Manifest.load(image if image.suffix == ".json" else manifest_path_of(image))
+
+
+def _ids(manifest: Manifest) -> tuple[str, ...]:
+    return tuple(layer.layer_id for layer in manifest.layers)
+
+
+def _signature(directory: Path, layer_id: str) -> bytes:
+    path = directory / f"{layer_id}.p7s"
+    try:
+        with path.open("rb") as file:
+            return read_signature(file)
+    except OSError as problem:
+        raise from_os_error(problem, step="read the signature", object=path) from problem
 
 
 def _show(manifest: Manifest, as_json: bool) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import click
 
-from guestagent.api.overlays import LayersMountReply
 from guestagent.host.client import GuestAgent
+from guestagent.host.ctl.overlay import describe_batch
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
 from guestagent.host.ctl.style import table
@@ -173,7 +173,10 @@ def _run(
             GuestAgent(address, connect_seconds=_BOOT_SECONDS, until=up) as guest,
         ):
             reply = guest.layers_mount(request)
-            _show(reply, as_json)
+            if as_json:
+                emit(reply.to_wire())
+            else:
+                click.echo(describe_batch(reply))
             if shell:
                 _open_shell(address)
             if keep:
@@ -196,28 +199,6 @@ def _open_shell(address: str) -> None:
     dialler = Dialler(parse_address(address), _CONSOLE_SECONDS, is_agent=True)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     ConsoleClient(dialler.dial, command=None, is_terminal=is_terminal).run()
-
-
-def _show(reply: LayersMountReply, as_json: bool) -> None:
-    if as_json:
-        emit(reply.to_wire())
-        return
-    rows = [
-        [
-            layer.layer_id,
-            layer.filesystem,
-            f"{layer.size_bytes}",
-            layer.verity.status if layer.verity is not None else "-",
-            layer.verity.root_digest if layer.verity is not None else "-",
-            f"{sum(layer.timings_ms.values()):.1f}",
-        ]
-        for layer in reply.layers
-    ]
-    click.echo(table(["LAYER", "FS", "BYTES", "VERITY", "ROOT DIGEST", "MS"], rows))
-    overlay = reply.overlay
-    if overlay is not None:
-        access = "read-only" if overlay.scratch is None else "writable"
-        click.echo(f"overlay {overlay.overlay_id} at {overlay.target}, {access}")
 
 
 def _print_configuration(

@@ -76,7 +76,7 @@ def cloud_hypervisor(
         config=config,
         config_path=None,
         command=shlex.join(command),
-        mount=_mount(socket, prepared, "--pmem", "0"),
+        mount=_mount(socket, prepared, "--device", "pmem:0"),
     )
 
 
@@ -108,7 +108,7 @@ def firecracker(
         config=config,
         config_path=config_path,
         command=shlex.join(["firecracker", "--no-api", "--config-file", str(config_path)]),
-        mount=_mount(socket, prepared, "--path", "/dev/vda"),
+        mount=_mount(socket, prepared, "--device", "/dev/vda"),
     )
 
 

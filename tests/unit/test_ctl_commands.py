@@ -216,6 +216,24 @@ def test_events_are_listed(agent: Agent, ctl: Callable[..., Result]) -> None:
     assert [event["sequence"] for event in chosen["events"]] == [2]
 
 
+def test_events_of_all_pages_are_listed(
+    agent: Agent, ctl: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(5):
+        agent.publish("layer_mounted")
+    whole = agent.agent_events
+
+    def page(call: Call) -> object:
+        reply = whole(call)
+        assert isinstance(reply, dict)
+        return {**reply, "events": reply["events"][:2], "more": len(reply["events"]) > 2}
+
+    monkeypatch.setattr(agent, "agent_events", page)
+    listed = json.loads(ctl("events", "--json").stdout)
+    assert [event["sequence"] for event in listed["events"]] == [1, 2, 3, 4, 5]
+    assert listed["more"] is False
+
+
 def test_events_are_followed_over_a_restart(
     agent: Agent, following: Callable[..., subprocess.Popen[str]]
 ) -> None:

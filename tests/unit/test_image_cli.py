@@ -6,12 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 
-from guestagent.api import LayersMount
-from rootfs.cli import image, layer
+from guestagent.host.ctl.main import collect
 from rootfs.pack.manifest import Manifest
 from rootfs.pack.pack import Pack
 from tests.beds.imagebed import Layout, Member, directory, make_tar
@@ -27,13 +25,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     files = [directory("etc"), Member("etc/hosts", b"localhost")]
     (tmp_path / "layer.tar").write_bytes(make_tar(files))
     Layout(tmp_path / "layout").layer(files).layer([Member("etc/.wh.hosts")], "+gzip").finish()
-    top = (*image.COMMANDS, *layer.COMMANDS)
-    layers = (*image.LAYER_COMMANDS, *layer.LAYER_COMMANDS)
-    group = click.Group("guestctl", commands={each.name or "": each for each in top})
-    group.add_command(click.Group("layer", commands={each.name or "": each for each in layers}))
 
     def invoke(*words: str, status: int = 0) -> Result:
-        result = CliRunner().invoke(group, [*words])
+        result = CliRunner().invoke(collect(), [*words])
         assert result.exit_code == status, result.output
         return result
 
@@ -143,51 +137,6 @@ def test_a_wrong_root_digest_is_refused(run: Run) -> None:
     run("pack", "create", "p.img")
     result = run("pack", "add", "p.img", "a.erofs", "--root-digest", "00" * 32, status=1)
     assert "integrity" in result.output
-
-
-class FakeGuest:
-    """Stands where a connection would be; keeps the request."""
-
-    request: LayersMount
-
-    def __init__(self, address: str) -> None:
-        assert address == "unix:///agent"
-
-    def __enter__(self) -> "FakeGuest":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def layers_mount(self, request: LayersMount) -> Any:
-        from vsock.errors import CallError
-
-        type(self).request = request
-        raise CallError("busy", "no kernel here")
-
-
-def test_mounting_asks_for_all_layers_and_the_overlay(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rootfs.cli.pack.GuestAgent", FakeGuest)
-    run("pack", "build", "layout", "p.img")
-    place = ("--connect", "unix:///agent", "--pmem", "2", "--overlay", "root")
-    assert "no kernel here" in run("pack", "mount", "p.img.json", *place, status=1).output
-    request = FakeGuest.request
-    manifest = Manifest.load(tmp_path / "p.img.json")
-    assert [each.layer_id for each in request.layers] == [e.layer_id for e in manifest.layers]
-    assert request.overlay is not None
-    assert request.overlay.layers == tuple(each.layer_id for each in manifest.layers)
-    for asked, known in zip(request.layers, manifest.layers, strict=True):
-        assert asked.device.to_wire() == {"kind": "pmem", "number": 2}
-        assert asked.mapping is not None
-        assert asked.mapping.offset_bytes == known.offset_bytes
-        assert asked.verity is not None
-        assert known.verity is not None
-        assert asked.verity.root_digest == known.verity.root_digest
-    run("pack", "mount", "p.img", status=2)
-    run("pack", "mount", "p.img", *place, "--path", "/dev/vda", status=2)
-    run("pack", "mount", "p.img", "--connect", "unix:///agent", "--target", "/x", status=2)
 
 
 def test_a_pack_that_cannot_be_filled_leaves_nothing(

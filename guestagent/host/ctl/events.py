@@ -1,4 +1,4 @@
-"""``guestctl events``: what has happened in a guest, and what happens."""
+"""``guestctl events``: the events of a guest, listed and followed."""
 
 import contextlib
 import threading
@@ -7,14 +7,16 @@ import time
 import click
 
 from guestagent.api import Event
-from guestagent.api.agent import EVENT_KINDS
-from guestagent.host.client import ALL_EVENTS, event_mask
+from guestagent.api.agent import EVENT_KINDS, EventsReply
+from guestagent.host.client import ALL_EVENTS, GuestAgent, event_mask
 from guestagent.host.ctl.session import Session, emit, pass_session, wait_for_interrupt
 from guestagent.host.ctl.style import paint, plain, tint
 
 __all__ = ("describe_event", "events")
 
 _KIND_COLUMNS = max(map(len, EVENT_KINDS))
+#: An agent keeps a few pages; one that announces more for ever is not followed for ever.
+_MAX_PAGES = 100
 
 
 @click.command()
@@ -23,17 +25,17 @@ _KIND_COLUMNS = max(map(len, EVENT_KINDS))
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(EVENT_KINDS), help="Only these.")
 @pass_session
 def events(session: Session, since: int, follow: bool, kinds: tuple[str, ...]) -> None:
-    """List what has happened.
+    """List events of the guest, the oldest first.
 
-    With --follow a lost connection is made again, and nothing is told twice; JSON comes one event
-    a line.
+    With --follow a lost connection is made again, no event is printed twice, and JSON has one line
+    for each.
     """
     if follow:
         with contextlib.suppress(KeyboardInterrupt):  # the way to end it, whenever it comes
             _follow(session, since, event_mask(*kinds) if kinds else ALL_EVENTS, kinds)
         return
     with session.agent() as guest:
-        reply = guest.events(since)
+        reply = _all_events(guest, since)
     if kinds:
         chosen = tuple(event for event in reply.events if event.kind in kinds)
         reply = reply.replace(events=chosen)
@@ -50,21 +52,34 @@ def _follow(session: Session, since: int, mask: int, kinds: tuple[str, ...]) -> 
     def show(event: Event) -> None:
         nonlocal shown, boot_id
         with lock:
-            # of those that are both listed and sent, one is enough
+            # an event may be both listed and sent
             if event.sequence > shown or event.boot_id != boot_id:
                 shown, boot_id = event.sequence, event.boot_id
                 _print(session, event)
 
     with session.agent(reconnect=True) as guest:
-        with lock:  # what is sent meanwhile waits behind what is listed
+        with lock:  # events that are sent meanwhile are printed after the list
             guest.set_event_callback(show, mask)
-            reply = guest.events(since)
+            reply = _all_events(guest, since)
             boot_id = reply.boot_id
             for event in reply.events:
                 shown = event.sequence
                 if not kinds or event.kind in kinds:
                     _print(session, event)
         wait_for_interrupt()
+
+
+def _all_events(guest: GuestAgent, since: int) -> EventsReply:
+    """Ask for all kept events, page by page."""
+    reply = guest.events(since)
+    found = list(reply.events)
+    for _ in range(_MAX_PAGES):
+        if not reply.more or not reply.events:
+            break
+        page = guest.events(found[-1].sequence)
+        found += page.events
+        reply = page.replace(dropped=reply.dropped + page.dropped)
+    return reply.replace(events=tuple(found))
 
 
 def _print(session: Session, event: Event) -> None:
@@ -86,6 +101,6 @@ def describe_event(event: Event) -> str:
     if event.traceparent:
         words.append(f"trace {event.traceparent.split('-')[1]}")
     if event.dropped:
-        words.append(f"({event.dropped} before it are lost)")
+        words.append(f"({event.dropped} events before it were not delivered)")
     kind = paint(event.kind.ljust(_KIND_COLUMNS), tint(event.kind))
     return f"{when}  {event.sequence:>5}  {kind}  {plain(' '.join(words))}".rstrip()

@@ -12,11 +12,17 @@ from typing import BinaryIO, TypedDict
 
 import click
 
-from guestagent.api.inspect import CHECKSUM_ALGORITHMS, ENTRY_TYPES, Checksum, DirectoryEntry
+from guestagent.api.inspect import (
+    ACL_KINDS,
+    CHECKSUM_ALGORITHMS,
+    ENTRY_TYPES,
+    Checksum,
+    DirectoryEntry,
+)
 from guestagent.host.ctl.completion import complete_places
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import Session, cannot_write, emit, pass_session
-from guestagent.host.ctl.style import natural_key, table
+from guestagent.host.ctl.style import natural_key, table, words_of
 from guestagent.host.ctl.style import plain as escaped
 from vsock.record import Record
 
@@ -81,16 +87,40 @@ def ls(session: Session, place: Where, path: bytes, long: bool) -> None:
 @fs.command()
 @place_argument
 @path_argument
+@click.option("--offset", "offset_bytes", type=click.IntRange(0), default=0, metavar="BYTES")
+@click.option("--size", "size_bytes", type=click.IntRange(0), metavar="BYTES")
 @pass_session
-def cat(session: Session, place: Where, path: bytes) -> None:
-    """Print a file. On a terminal, control characters are shown as escapes."""
+def cat(
+    session: Session, place: Where, path: bytes, offset_bytes: int, size_bytes: int | None
+) -> None:
+    """Print a file, or a range of it. On a terminal, control characters are shown as escapes."""
+    with (
+        session.agent() as guest,
+        guest.fs_download_stream(
+            path, offset_bytes=offset_bytes, size_bytes=size_bytes, **place
+        ) as pieces,
+    ):
+        _write(pieces)
+
+
+@fs.command()
+@place_argument
+@path_argument
+@click.option("-n", "--lines", type=click.IntRange(1), default=10, show_default=True)
+@pass_session
+def head(session: Session, place: Where, path: bytes, lines: int) -> None:
+    """Print the first lines of a file, at most 32 KiB."""
+    with session.agent() as guest:
+        _write([guest.fs_head(path, lines, **place).data])
+
+
+def _write(pieces: Iterable[bytes]) -> None:
     decode = codecs.getincrementaldecoder("utf-8")("backslashreplace").decode
-    with session.agent() as guest, guest.fs_download_stream(path, **place) as pieces:
-        for piece in pieces:
-            if sys.stdout.isatty():
-                click.echo(_without_controls(decode(piece)), nl=False)
-            else:
-                sys.stdout.buffer.write(piece)
+    for piece in pieces:
+        if sys.stdout.isatty():
+            click.echo(_without_controls(decode(piece)), nl=False)
+        else:
+            sys.stdout.buffer.write(piece)
     sys.stdout.buffer.flush()
 
 
@@ -103,7 +133,8 @@ def status(session: Session, place: Where, path: bytes) -> None:
     with session.agent() as guest:
         found = guest.fs_lstat(path, **place)
         xattrs = guest.fs_getxattrs(path, **place)
-        acl = guest.fs_acl_get_file(path, **place) if found.kind in "fd" else None
+        kinds = {"f": ("access",), "d": ACL_KINDS}.get(found.kind, ())
+        acls = {kind: guest.fs_acl_get_file(path, kind, **place) for kind in kinds}
     plain = _plain(found) | {"xattrs": {os.fsdecode(k): v.hex() for k, v in xattrs.items()}}
     lines = [
         f"{printable(path)}: {ENTRY_TYPES[found.kind]}"
@@ -114,9 +145,11 @@ def status(session: Session, place: Where, path: bytes) -> None:
         f"  modified  {_when(found.mtime_ns)}   changed {_when(found.ctime_ns)}",
     ]
     lines += [f"  xattr     {printable(name)} = {value.hex()}" for name, value in xattrs.items()]
-    if acl is not None:
-        plain["acl"] = acl.text.splitlines()
-        lines.append(f"  acl       {acl.text.replace(chr(10), ', ')}")
+    for kind, acl in acls.items():
+        name = "acl" if kind == "access" else f"{kind}_acl"
+        if acl.text:
+            plain[name] = acl.text.splitlines()
+            lines.append(f"  {name:9} {acl.text.replace(chr(10), ', ')}")
     _emit(session, plain, lines)
 
 
@@ -256,6 +289,44 @@ def devices(session: Session) -> None:
     header = ("DEVICE", "DEV", "KIND", "SIZE", "ACCESS", "CONTENT", "SERIAL")
     plain = [info.to_wire() | {"content": filesystems.get(info.node)} for info in found]
     _emit(session, plain, [table(header, rows)])
+
+
+@fs.command()
+@click.argument("node", metavar="DEVICE")
+@pass_session
+def device(session: Session, node: str) -> None:
+    """Describe a block device: size, access, and type, uuid and label of its file system."""
+    with session.agent() as guest:
+        facts = {
+            "size_bytes": guest.fs_blockdev_getsize64(node),
+            "readonly": guest.fs_blockdev_getro(node),
+            "content": guest.fs_vfs_type(node),
+            "uuid": guest.fs_vfs_uuid(node),
+            "label": guest.fs_vfs_label(node),
+        }
+    _emit(session, facts, (f"{name:10}  {words_of(value)}" for name, value in facts.items()))
+
+
+@fs.command("checksum-device")
+@click.argument("node", metavar="DEVICE")
+@algorithm_option
+@pass_session
+def checksum_device(session: Session, node: str, algorithm: str) -> None:
+    """Hash a whole block device, in the form of sha256sum."""
+    with session.agent() as guest, progress_bar("hashing", session.as_json) as progress:
+        reply = guest.fs_checksum_device(node, algorithm=algorithm, progress=progress)
+    session.show(reply, lambda: f"{reply.digest}  {escaped(node)}")
+
+
+@fs.command()
+@pass_session
+def mountpoints(session: Session) -> None:
+    """List every mount of the guest that the agent sees."""
+    with session.agent() as guest:
+        mounts = guest.fs_mountpoints()
+    header = ("TARGET", "TYPE", "DEV", "SOURCE", "OPTIONS")
+    rows = [(m.target, m.filesystem, m.dev, m.source, ",".join(m.options)) for m in mounts]
+    _emit(session, [mount.to_wire() for mount in mounts], [table(header, rows)])
 
 
 def printable(name: bytes) -> str:

@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import BinaryIO, TypedDict, TypeVar, Unpack
 
 import click
 
 from guestagent.api import ByteRange, LayerReport, LayerSpec, Verity
-from guestagent.api.devices import DIGEST_BYTES, VERITY_PRESETS, Device
+from guestagent.api.devices import DIGEST_BYTES, MAX_SIGNATURE_BYTES, VERITY_PRESETS, Device
 from guestagent.api.layers import MOUNT_OPTIONS, LayerListReply
 from guestagent.api.texts import device_from_text
 from guestagent.host.client.methods import STREAM_DEADLINE_MS
@@ -16,9 +16,17 @@ from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import Session, pass_session
 from guestagent.host.ctl.style import human_bytes, paint, table, tint
 
-__all__ = ("describe_layer", "hex_bytes", "layer", "parse_device", "tree_fields", "tree_options")
+__all__ = (
+    "TreeWords",
+    "describe_layer",
+    "hex_bytes",
+    "layer",
+    "parse_device",
+    "read_signature",
+    "tree_options",
+)
 
-Command = TypeVar("Command", bound=Callable[..., None])
+Command = TypeVar("Command", bound=Callable[..., object])
 
 _SHOWN_BLOCKS = 100
 
@@ -49,36 +57,6 @@ def hex_bytes(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
-def tree_options(command: Command) -> Command:
-    """Add the options that define a hash tree beside its root digest; see ``tree_fields``."""
-    for option in reversed(
-        (
-            click.option("--hash-offset", type=int, metavar="BYTES", help="Where it starts."),
-            click.option(
-                "--no-superblock", is_flag=True, help="There is none: --salt, --data-blocks... say."
-            ),
-            click.option("--salt", type=hex_bytes, metavar="HEX", help="Salt; - is none."),
-            click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_BYTES))),
-            click.option("--hash-type", type=click.Choice(("0", "1"))),
-            click.option("--data-blocks", type=int),
-            click.option("--data-block-size", type=int, metavar="BYTES"),
-            click.option("--hash-block-size", type=int, metavar="BYTES"),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def tree_fields(options: dict[str, object]) -> dict[str, object]:
-    """Return what the options say by the names that ``guestagent.api.Verity`` has."""
-    fields = dict(options)
-    fields["hash_offset_bytes"] = fields.pop("hash_offset")
-    fields["superblock"] = not fields.pop("no_superblock")
-    hash_type = fields["hash_type"]
-    fields["hash_type"] = None if hash_type is None else int(str(hash_type))
-    return fields
-
-
 def _parse_range(text: str | None) -> ByteRange | None:
     if text is None:
         return None
@@ -91,10 +69,50 @@ def _parse_range(text: str | None) -> ByteRange | None:
         raise click.BadParameter(f"{text!r}: {error}") from None
 
 
+class TreeWords(TypedDict):
+    """What ``tree_options`` adds to a command: the fields of VerityTerms but the root digest."""
+
+    hash_offset_bytes: int | None
+    superblock: bool
+    salt: bytes | None
+    algorithm: str | None
+    hash_type: int | None
+    data_blocks: int | None
+    data_block_size: int | None
+    hash_block_size: int | None
+
+
+def tree_options(command: Command) -> Command:
+    """Add the options that say where a hash area is, and what its superblock would say."""
+    for option in reversed(
+        (
+            click.option(
+                "--hash-offset", "hash_offset_bytes", type=int, metavar="BYTES", help="Start of it."
+            ),
+            click.option(
+                "--superblock/--no-superblock",
+                default=True,
+                help="It starts with a superblock, or the options below say all of it.",
+            ),
+            click.option("--salt", type=hex_bytes, metavar="HEX", help="- is an empty salt."),
+            click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_BYTES))),
+            click.option("--hash-type", type=click.IntRange(0, 1), help="0: Chrome OS."),
+            click.option("--data-blocks", type=int, metavar="N"),
+            click.option("--data-block-size", type=int, metavar="BYTES"),
+            click.option("--hash-block-size", type=int, metavar="BYTES"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @layer.command("mount")
 @click.argument("layer_id")
 @click.option("--device", required=True, metavar="DEVICE", help="pmem:N, virtio-blk:SERIAL, ...")
 @click.option("--mapping", metavar="OFFSET+SIZE", help="The byte range that holds the layer.")
+@click.option("--filesystem", default="erofs", show_default=True)
+@click.option("--target", metavar="PATH", help="Default: /run/layers/LAYER_ID.")
+@click.option("-o", "--option", "options", multiple=True, type=click.Choice(MOUNT_OPTIONS))
 @click.option(
     "--root-digest",
     type=hex_bytes,
@@ -102,13 +120,17 @@ def _parse_range(text: str | None) -> ByteRange | None:
     help="Verify against this digest. What defines the hash tree is read from the superblock, for "
     "which the digest does not vouch, unless the options from --hash-offset on say it.",
 )
-@tree_options
 @click.option(
     "--preset", type=click.Choice(VERITY_PRESETS), default="default", help="Verity options."
 )
-@click.option("--filesystem", default="erofs", show_default=True)
-@click.option("--target", metavar="PATH", help="Default: /run/layers/LAYER_ID.")
-@click.option("-o", "--option", "options", multiple=True, type=click.Choice(MOUNT_OPTIONS))
+@click.option("--hash-device", metavar="DEVICE", help="The hash area is on this device.")
+@click.option(
+    "--signature",
+    type=click.File("rb"),
+    help="PKCS#7 of the root digest for the kernel's keyring, as `guestctl sign` makes it.",
+)
+@click.option("--allow-sha1", is_flag=True, help="Accept SHA-1, which is refused otherwise.")
+@tree_options
 @pass_session
 def mount(
     session: Session,
@@ -116,21 +138,34 @@ def mount(
     layer_id: str,
     device: str,
     mapping: str | None,
-    root_digest: bytes | None,
-    preset: str,
     filesystem: str,
     target: str | None,
     options: tuple[str, ...],
-    **tree: object,
+    root_digest: bytes | None,
+    preset: str,
+    hash_device: str | None,
+    signature: BinaryIO | None,
+    allow_sha1: bool,
+    **terms: Unpack[TreeWords],
 ) -> None:
-    """Mount a layer read-only, verified if a digest is given."""
+    """Mount a layer read-only, verified if a root digest is given.
+
+    The hash area is behind the data, or on --hash-device. What its superblock says need not be
+    said; what is said must be the same.
+    """
     try:
         verity = None
-        fields = tree_fields(tree)
         if root_digest is not None:
-            verity = Verity(root_digest=root_digest, preset=preset, **fields)  # type: ignore[arg-type]
-        elif any(value not in (None, True) for value in fields.values()):
-            raise ValueError("the options from --hash-offset on need --root-digest")
+            verity = Verity(
+                root_digest=root_digest,
+                preset=preset,
+                hash_device=None if hash_device is None else parse_device(hash_device),
+                signature=None if signature is None else read_signature(signature),
+                allow_sha1=allow_sha1,
+                **terms,
+            )
+        elif _says_verity(terms) or hash_device or signature or allow_sha1 or preset != "default":
+            raise click.UsageError("options of verity need --root-digest")
         spec = LayerSpec(
             layer_id=layer_id,
             device=parse_device(device),
@@ -145,6 +180,16 @@ def mount(
     with session.agent() as guest:
         report = guest.layer_mount(spec)
     session.show(report, lambda: describe_layer(report))
+
+
+def _says_verity(terms: TreeWords) -> bool:
+    values = [value for name, value in terms.items() if name != "superblock"]
+    return not terms["superblock"] or any(value is not None for value in values)
+
+
+def read_signature(file: BinaryIO) -> bytes:
+    """Read a signature; one byte more than the agent accepts, so that it refuses a longer one."""
+    return file.read(MAX_SIGNATURE_BYTES + 1)
 
 
 @layer.command("unmount")

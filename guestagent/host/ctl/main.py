@@ -18,7 +18,7 @@ from guestagent.host.ctl.layer import layer
 from guestagent.host.ctl.log import log
 from guestagent.host.ctl.man import man
 from guestagent.host.ctl.metrics import metrics
-from guestagent.host.ctl.overlay import overlay
+from guestagent.host.ctl.overlay import layers, overlay
 from guestagent.host.ctl.profiles import complete_profiles
 from guestagent.host.ctl.session import Session, uses_session
 from guestagent.host.ctl.status import status
@@ -146,7 +146,7 @@ def collect() -> click.Group:
     package must not import them.
     """
     own = (status, top, events, log, metrics, console, completion, man)
-    for command in (*AGENT_COMMANDS, *own, layer, overlay, dm, fs):
+    for command in (*AGENT_COMMANDS, *own, layer, layers, overlay, dm, fs):
         guestctl.add_command(command)
     for entry in sorted(entry_points(group="guestctl.commands"), key=lambda entry: entry.name):
         module = entry.load()

@@ -1,15 +1,120 @@
-"""``guestctl overlay``: overlays of mounted layers."""
+"""``guestctl overlay`` and ``guestctl layers``: overlays of layers, and batches of both."""
+
+import json
+from collections.abc import Callable
+from typing import BinaryIO, TypedDict, TypeVar, Unpack
 
 import click
 
-from guestagent.api import OverlayReport, OverlaySpec
-from guestagent.api.overlays import OverlayListReply
-from guestagent.api.texts import scratch_from_text
+from guestagent.api import (
+    LayersMount,
+    LayerSpec,
+    LayersUnmount,
+    OverlayReport,
+    OverlaySpec,
+)
+from guestagent.api.overlays import (
+    METACOPY,
+    REDIRECT_DIR,
+    XINO,
+    LayersMountReply,
+    LayersUnmountReply,
+    OverlayListReply,
+    OverlayOptions,
+)
+from guestagent.api.texts import layer_from_text, scratch_from_text
 from guestagent.host.ctl.completion import complete_layers, complete_overlays
 from guestagent.host.ctl.session import Session, pass_session
 from guestagent.host.ctl.style import table
 
-__all__ = ("overlay",)
+__all__ = (
+    "OverlayWords",
+    "describe_batch",
+    "describe_unmounted",
+    "layers",
+    "optional_overlay",
+    "overlay",
+    "overlay_options",
+)
+
+#: No request of this size is accepted by an agent.
+_MAX_REQUEST_BYTES = 16 * 1024 * 1024
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+class OverlayWords(TypedDict):
+    """What ``overlay_options`` adds to a command."""
+
+    target: str | None
+    scratch: str | None
+    metacopy: str | None
+    redirect_dir: str | None
+    xino: str | None
+    volatile: bool
+    userxattr: bool
+    suid: bool
+    dev: bool
+
+
+def overlay_options(command: Command) -> Command:
+    """Add the options that say how an overlay is mounted."""
+    for option in reversed(
+        (
+            click.option("--target", metavar="PATH", help="Default: /run/overlays/OVERLAY_ID."),
+            click.option(
+                "--scratch",
+                metavar="SCRATCH",
+                help="Where changes go: tmpfs:BYTES, dir:PATH[,adopt], "
+                "device:DEVICE[,FS][,adopt|fresh].",
+            ),
+            click.option("--metacopy", type=click.Choice(METACOPY)),
+            click.option("--redirect-dir", type=click.Choice(REDIRECT_DIR)),
+            click.option("--xino", type=click.Choice(XINO)),
+            click.option("--volatile", is_flag=True, help="Do not sync the scratch."),
+            click.option("--userxattr", is_flag=True, help="Attributes are user.overlay.*."),
+            click.option("--suid", is_flag=True, help="Let set-uid programs take effect."),
+            click.option("--dev", is_flag=True, help="Let device nodes take effect."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _overlay_spec(overlay_id: str, layer_ids: tuple[str, ...], words: OverlayWords) -> OverlaySpec:
+    """Raises ValueError as ``OverlaySpec`` does."""
+    return OverlaySpec(
+        overlay_id=overlay_id,
+        layers=layer_ids,
+        target=words["target"],
+        scratch=None if words["scratch"] is None else scratch_from_text(words["scratch"]),
+        options=OverlayOptions(
+            metacopy=words["metacopy"],
+            redirect_dir=words["redirect_dir"],
+            xino=words["xino"],
+            volatile=words["volatile"],
+            userxattr=words["userxattr"],
+            suid=words["suid"],
+            dev=words["dev"],
+        ),
+    )
+
+
+def optional_overlay(
+    overlay_id: str | None, layer_ids: tuple[str, ...], words: OverlayWords
+) -> OverlaySpec | None:
+    """Return the overlay of a batch, None where none is asked for.
+
+    Raises:
+        ValueError: as ``OverlaySpec``.
+        UsageError: options of an overlay are given without its id.
+    """
+    if overlay_id is not None:
+        return _overlay_spec(overlay_id, layer_ids, words)
+    given = [name for name, value in words.items() if value]
+    if given:
+        name = given[0].replace("_", "-")
+        raise click.UsageError(f"--{name} is for an overlay: name it with --overlay ID")
+    return None
 
 
 @click.group()
@@ -20,28 +125,14 @@ def overlay() -> None:
 @overlay.command("mount")
 @click.argument("overlay_id")
 @click.argument("layers", nargs=-1, required=True, shell_complete=complete_layers)
-@click.option("--target", metavar="PATH", help="Default: /run/overlays/OVERLAY_ID.")
-@click.option(
-    "--scratch",
-    metavar="SCRATCH",
-    help="tmpfs:BYTES, dir:PATH[,adopt], device:DEVICE[,FS][,adopt|fresh].",
-)
+@overlay_options
 @pass_session
 def mount(
-    session: Session,
-    overlay_id: str,
-    layers: tuple[str, ...],
-    target: str | None,
-    scratch: str | None,
+    session: Session, overlay_id: str, layers: tuple[str, ...], **words: Unpack[OverlayWords]
 ) -> None:
     """Overlay LAYERS, topmost first; read-only unless there is a scratch."""
     try:
-        spec = OverlaySpec(
-            overlay_id=overlay_id,
-            layers=layers,
-            target=target,
-            scratch=scratch_from_text(scratch) if scratch is not None else None,
-        )
+        spec = _overlay_spec(overlay_id, layers, words)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     with session.agent() as guest:
@@ -91,3 +182,106 @@ def _describe(report: OverlayReport) -> str:
             f"  ms      {spent}",
         )
     )
+
+
+# --- batches
+
+
+@click.group()
+def layers() -> None:
+    """Many layers at once, with their overlay: all or nothing."""
+
+
+@layers.command("mount")
+@click.argument("layer_texts", nargs=-1, metavar="[LAYER]...")
+@click.option("--overlay", "overlay_id", metavar="ID", help="Overlay the layers under this id.")
+@click.option(
+    "--request",
+    "request_file",
+    type=click.File("rb"),
+    help="Read the parameters of layers.mount from this file as JSON, - is standard input.",
+)
+@overlay_options
+@pass_session
+def mount_many(
+    session: Session,
+    layer_texts: tuple[str, ...],
+    overlay_id: str | None,
+    request_file: BinaryIO | None,
+    **words: Unpack[OverlayWords],
+) -> None:
+    """Mount layers in parallel, then an overlay of them: all or nothing.
+
+    LAYER is DEVICE,root=HEX[,id=ID][,offset=N,size=N][,fs=TYPE][,target=PATH], with the keys of the
+    hash tree as in guestagent.layer= of the kernel command line; topmost first.
+    """
+    if (request_file is None) == (not layer_texts):
+        raise click.UsageError("say either LAYERs or --request FILE")
+    try:
+        if request_file is not None:
+            optional_overlay(overlay_id, ("x",), words)
+            if overlay_id is not None:
+                raise click.UsageError("--request says the overlay itself")
+            text = request_file.read(_MAX_REQUEST_BYTES)
+            request = LayersMount.from_wire(json.loads(text))
+        else:
+            specs = tuple(layer_from_text(t, f"layer{n}") for n, t in enumerate(layer_texts))
+            spec = optional_overlay(overlay_id, _ids(specs), words)
+            request = LayersMount(layers=specs, overlay=spec)
+    except (ValueError, RecursionError) as error:
+        raise click.UsageError(str(error)) from None
+    with session.agent() as guest:
+        reply = guest.layers_mount(request)
+    session.show(reply, lambda: describe_batch(reply))
+
+
+def _ids(specs: tuple[LayerSpec, ...]) -> tuple[str, ...]:
+    return tuple(spec.layer_id for spec in specs)
+
+
+@layers.command("unmount")
+@click.argument("layer_ids", nargs=-1, metavar="[LAYER_ID]...", shell_complete=complete_layers)
+@click.option(
+    "--overlay", "overlay_id", metavar="ID", shell_complete=complete_overlays, help="This first."
+)
+@click.option("--force", is_flag=True, help="Also clean up what is half gone.")
+@pass_session
+def unmount_many(
+    session: Session, layer_ids: tuple[str, ...], overlay_id: str | None, force: bool
+) -> None:
+    """Unmount an overlay and layers, all or nothing; layers that are not named stay."""
+    try:
+        request = LayersUnmount(layers=layer_ids, overlay=overlay_id, force=force)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    with session.agent() as guest:
+        reply = guest.layers_unmount(request)
+    session.show(reply, lambda: describe_unmounted(reply))
+
+
+def describe_batch(reply: LayersMountReply) -> str:
+    """Return a table of the layers, and the overlay."""
+    rows = [
+        (
+            layer.layer_id,
+            layer.filesystem,
+            str(layer.size_bytes),
+            layer.verity.status if layer.verity is not None else "-",
+            layer.verity.root_digest if layer.verity is not None else "-",
+            f"{sum(layer.timings_ms.values()):.1f}",
+            layer.target,
+        )
+        for layer in reply.layers
+    ]
+    text = table(("LAYER", "FS", "BYTES", "VERITY", "ROOT DIGEST", "MS", "TARGET"), rows)
+    if reply.overlay is None:
+        return text
+    access = "read-only" if reply.overlay.scratch is None else "writable"
+    return f"{text}\noverlay {reply.overlay.overlay_id} at {reply.overlay.target}, {access}"
+
+
+def describe_unmounted(reply: LayersUnmountReply) -> str:
+    """Return what is gone."""
+    replies = [*reply.layers.values(), *([reply.overlay] if reply.overlay else [])]
+    gone = [name for one in replies for name in (*one.unmounted, *one.removed_devices)]
+    return f"gone: {', '.join(gone)}" if gone else "nothing was mounted"

@@ -1,0 +1,350 @@
+"""The command line can ask for everything that the contract has: every method, every field."""
+
+import json
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from guestagent.api import METHODS, LayersMount, LayerSpec, OverlaySpec, Verity
+from guestagent.api.devices import ByteRange, PathDevice, ScsiDevice, VirtioBlkDevice
+from guestagent.api.overlays import DeviceScratch, OverlayOptions
+from guestagent.host.ctl.main import collect
+from rootfs.pack.manifest import Manifest, layer_spec
+from tests.beds.handlebed import Agent
+from tests.beds.imagebed import Layout, Member, directory
+from vsock.errors import CallError
+from vsock.record import Record
+from vsock.server import Call, Outcome
+
+#: Method -> a command that calls it.
+COMMANDS = {
+    "agent.hello": "hello",
+    "agent.status": "status",
+    "agent.shutdown": "shutdown --mode exit --force",
+    "agent.events": "events --since 1",
+    "agent.log": "log --level debug",
+    "agent.metrics": "metrics",
+    "agent.crashes": "crashes",
+    "layer.mount": "layer mount x --device pmem:0",
+    "layer.unmount": "layer unmount x --force",
+    "layer.list": "layer list",
+    "layer.get": "layer get x",
+    "layer.verify": "layer check x",
+    "overlay.mount": "overlay mount o a b",
+    "overlay.unmount": "overlay unmount o --force",
+    "overlay.list": "overlay list",
+    "layers.mount": "layers mount pmem:0,root=none",
+    "layers.unmount": "layers unmount a b --overlay o --force",
+    "dm.list": "dm list",
+    "dm.table": "dm table x",
+    "dm.status": "dm status x",
+    "fs.list_devices": "fs devices",
+    "fs.list_partitions": "fs devices",
+    "fs.list_filesystems": "fs devices",
+    "fs.vfs_type": "fs device /dev/vda",
+    "fs.vfs_uuid": "fs device /dev/vda",
+    "fs.vfs_label": "fs device /dev/vda",
+    "fs.blockdev_getsize64": "fs device /dev/vda",
+    "fs.blockdev_getro": "fs device /dev/vda",
+    "fs.checksum_device": "fs checksum-device /dev/vda --algorithm sha512",
+    "fs.mountpoints": "fs mountpoints",
+    "fs.checksums": "fs checksum layer:a /directory",
+    "fs.checksum": "fs checksum layer:a /file",
+    "fs.statvfs": "fs df layer:a",
+    "fs.lstat": "fs stat layer:a /file",
+    "fs.getxattrs": "fs stat layer:a /file",
+    "fs.acl_get_file": "fs stat layer:a /file",
+    "fs.head": "fs head layer:a /file -n 3",
+    "fs.download": "fs download layer:a /file",
+    "fs.ls": "fs ls layer:a",
+    "fs.readdir": "fs ls -l overlay:a",
+    "fs.find": "fs find layer:a --name x --type f --max-depth 2",
+    "fs.du": "fs du layer:a",
+    "fs.tar_out": "fs tar layer:a",
+}
+#: Methods without a command, and why.
+NO_COMMAND = {
+    "agent.cancel": "Ctrl-C does it",
+    "agent.subscribe": "events --follow does it",
+    "agent.more": "flow control of streams",
+    "fs.exists": "fs stat says it by its exit status",
+    "fs.readlink": "fs stat prints the target",
+    "fs.read_file": "fs cat reads files of any size",
+    "fs.pread": "fs cat --offset --size reads ranges of any size",
+    "fs.available": "hello lists the features",
+    "fs.version": "hello has the versions",
+}
+
+
+class Recorder(Agent):
+    """Keeps what was asked, and refuses what it knows no answer to."""
+
+    def __init__(self, path: Path) -> None:
+        self.asked: list[tuple[str, dict[str, object]]] = []
+        super().__init__(path)
+
+    def _handle(self, call: Call) -> Outcome:
+        self.asked.append((call.method, dict(call.params)))
+        if not hasattr(self, call.method.replace(".", "_")):
+            return Outcome(CallError("unsupported", "only recorded").to_wire(), None)
+        return super()._handle(call)
+
+    def fs_list_devices(self, _call: Call) -> object:
+        return {"devices": []}
+
+    fs_list_partitions = fs_list_devices
+
+    def fs_list_filesystems(self, _call: Call) -> object:
+        return {"filesystems": {}}
+
+    def fs_blockdev_getsize64(self, _call: Call) -> object:
+        return {"size_bytes": 512}
+
+    def fs_blockdev_getro(self, _call: Call) -> object:
+        return {"readonly": True}
+
+    def fs_vfs_type(self, _call: Call) -> object:
+        return {"value": "erofs"}
+
+    fs_vfs_uuid = fs_vfs_label = fs_vfs_type
+
+    def fs_lstat(self, call: Call) -> object:
+        numbers = dict.fromkeys(
+            ("mode", "uid", "gid", "links", "size_bytes", "allocated_bytes", "inode"), 0
+        )
+        times = dict.fromkeys(("mtime_ns", "atime_ns", "ctime_ns"), 0)
+        kind = "d" if b"directory" in bytes(call.params["path"]) else "f"  # type: ignore[call-overload]
+        more = {"kind": kind, "dev": "1:1", "rdev": None, "target": None}
+        return {**numbers, **times, **more}
+
+    def fs_getxattrs(self, _call: Call) -> object:
+        return {"xattrs": []}
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Recorder]:
+    one = Recorder(tmp_path / "agent")
+    yield one
+    one.stop()
+
+
+@pytest.fixture
+def ctl(agent: Recorder) -> Callable[..., Result]:
+    def run(*words: str, text: bytes | None = None) -> Result:
+        return CliRunner().invoke(collect(), ["--connect", agent.address, *words], input=text)
+
+    return run
+
+
+def request(agent: Recorder, method: str) -> dict[str, object]:
+    return next(params for name, params in reversed(agent.asked) if name == method)
+
+
+def test_every_method_has_a_command_or_a_reason() -> None:
+    assert set(METHODS) == set(COMMANDS) | set(NO_COMMAND)
+    assert not set(COMMANDS) & set(NO_COMMAND)
+
+
+@pytest.mark.parametrize("method", COMMANDS)
+def test_a_command_calls_its_method(
+    agent: Recorder, ctl: Callable[..., Result], method: str
+) -> None:
+    done = ctl(*COMMANDS[method].split())
+    assert method in [name for name, _ in agent.asked], done.output
+    METHODS[method].from_wire(request(agent, method))
+
+
+def test_every_field_of_a_mount_can_be_said(
+    agent: Recorder, ctl: Callable[..., Result], tmp_path: Path
+) -> None:
+    signature = tmp_path / "layer.p7s"
+    signature.write_bytes(b"signed")
+    digest = "ab" * 20
+    whole = (
+        "layer mount x --device scsi:1:2:3 --mapping 4096+8192 --filesystem squashfs -o noexec "
+        f"--target /run/layers/y --root-digest {digest} --preset strict --allow-sha1 "
+        f"--hash-device virtio-blk:tree --signature {signature} --no-superblock --salt 0a "
+        "--hash sha1 --hash-type 0 --data-blocks 3 --data-block-size 1024 --hash-block-size 2048 "
+        "--hash-offset 4096"
+    )
+    overlay = "overlay mount o a b"
+    lines = (
+        whole,
+        "layer mount x --device pmem:7",
+        "layer mount x --device /dev/vda",
+        f"{overlay} --target /run/overlays/p --scratch device:/dev/vdb,xfs,fresh "
+        "--metacopy off --redirect-dir follow --xino auto --volatile --userxattr --suid --dev",
+        f"{overlay} --scratch tmpfs:8192",
+        f"{overlay} --scratch dir:/run/scratch,adopt",
+    )
+    for line in lines:
+        assert "only recorded" in ctl(*line.split()).stderr, line
+    kinds: dict[str, type[Record]] = {"layer.mount": LayerSpec, "overlay.mount": OverlaySpec}
+    sent = [kinds[name].from_wire(params) for name, params in agent.asked if name in kinds]
+    assert sent[0] == LayerSpec(
+        layer_id="x",
+        device=ScsiDevice(controller=1, lun=2, partition=3),
+        mapping=ByteRange(offset_bytes=4096, size_bytes=8192),
+        filesystem="squashfs",
+        options=("noexec",),
+        target="/run/layers/y",
+        verity=Verity(
+            root_digest=bytes.fromhex(digest),
+            preset="strict",
+            allow_sha1=True,
+            hash_device=VirtioBlkDevice(serial="tree"),
+            signature=b"signed",
+            superblock=False,
+            salt=b"\n",
+            algorithm="sha1",
+            hash_type=0,
+            data_blocks=3,
+            data_block_size=1024,
+            hash_block_size=2048,
+            hash_offset_bytes=4096,
+        ),
+    )
+    assert sent[3] == OverlaySpec(
+        overlay_id="o",
+        layers=("a", "b"),
+        target="/run/overlays/p",
+        scratch=DeviceScratch(
+            device=PathDevice(path="/dev/vdb"),
+            filesystem="xfs",
+            ensure_filesystem=True,
+            existing="fresh",
+        ),
+        options=OverlayOptions(
+            metacopy="off",
+            redirect_dir="follow",
+            xino="auto",
+            volatile=True,
+            userxattr=True,
+            suid=True,
+            dev=True,
+        ),
+    )
+    said = {field for record in sent for field in fields_said(record)}
+    assert fields_of(LayerSpec) | fields_of(OverlaySpec) == said
+
+
+def fields_of(kind: object) -> set[tuple[type[Record], str]]:
+    """Return every field of a type of the contract and of the records in it, but ``kind``."""
+    if isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
+        if not issubclass(kind, Record):
+            return set()
+        own = {(kind, name) for name in kind._fields if name != "kind"}
+        return own.union(*(fields_of(each) for each, _ in kind._fields.values()))
+    return set[tuple[type[Record], str]]().union(*map(fields_of, typing.get_args(kind)))
+
+
+def fields_said(value: object) -> Iterator[tuple[type[Record], str]]:
+    """Yield the fields of a record, and of records in it, whose value is not the default."""
+    if not isinstance(value, Record):
+        return
+    for name, (_, default) in type(value)._fields.items():
+        field = getattr(value, name)
+        if name != "kind" and field != default:
+            yield type(value), name
+        yield from fields_said(field)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "layer mount x --device pmem:0 --salt ab",
+        "layer mount x --device pmem:0 --no-superblock",
+        "layer mount x --device pmem:0 --preset strict",
+        f"layer mount x --device pmem:0 --root-digest {'ab' * 32} --no-superblock",
+        "layer mount x --device pmem:0 --root-digest abc",
+        "overlay mount o a --volatile",
+        "layers mount",
+        "layers mount pmem:0,root=none --xino on",
+        "layers mount pmem:0",
+        "layers unmount",
+    ],
+)
+def test_what_makes_no_request_is_wrong_usage(
+    agent: Recorder, ctl: Callable[..., Result], line: str
+) -> None:
+    done = ctl(*line.split())
+    assert done.exit_code == 2, done.output
+    assert agent.asked == []
+
+
+def test_a_batch_as_text_and_as_json(agent: Recorder, ctl: Callable[..., Result]) -> None:
+    digest = "ab" * 32
+    words = (f"pmem:0,root={digest},id=top", "/dev/vda,root=none", "--overlay", "root")
+    ctl("layers", "mount", *words, "--scratch", "tmpfs:8192")
+    asked = request(agent, "layers.mount")
+    batch = LayersMount.from_wire(asked)
+    assert [layer.layer_id for layer in batch.layers] == ["top", "layer1"]
+    assert batch.overlay is not None
+    assert batch.overlay.layers == ("top", "layer1")
+    text = json.dumps(batch.to_wire(), default=bytes.hex).encode()
+    agent.asked.clear()
+    ctl("layers", "mount", "--request", "-", text=text)
+    assert LayersMount.from_wire(request(agent, "layers.mount")) == batch
+    assert ctl("layers", "mount", "--request", "-", text=b"[" * 100_000).exit_code == 2
+    assert ctl("layers", "mount", "--request", "-", *words, text=text).exit_code == 2
+    unknown = b'{"layers": [], "unknown": 1}'
+    done = ctl("layers", "mount", "--request", "-", text=unknown)
+    assert (done.exit_code, "unknown" in done.stderr) == (1, True)
+
+
+# --- packs
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, ctl: Callable[..., Result]) -> Manifest:
+    files = [directory("etc"), Member("etc/hosts", b"localhost")]
+    layout = Layout(tmp_path / "layout").layer(files).layer([Member("etc/.wh.hosts")])
+    done = ctl("pack", "build", str(layout.finish()), str(tmp_path / "p.img"))
+    assert done.exit_code == 0, done.stderr
+    return Manifest.load(tmp_path / "p.img.json")
+
+
+def test_a_pack_is_mounted_and_unmounted(
+    agent: Recorder, ctl: Callable[..., Result], manifest: Manifest, tmp_path: Path
+) -> None:
+    ids = tuple(layer.layer_id for layer in manifest.layers)
+    signatures = tmp_path / "signatures"
+    signatures.mkdir()
+    words = ("--device", "pmem:2", "--overlay", "root", "--scratch", "tmpfs:8192")
+    path = str(tmp_path / "p.img.json")
+    more = ("--signatures", str(signatures), "--preset", "strict")
+    assert ids[0] in ctl("pack", "mount", path, *words, *more).stderr  # no signature of it
+    assert agent.asked == []
+    for layer_id in ids:
+        (signatures / f"{layer_id}.p7s").write_bytes(layer_id.encode())
+    assert "only recorded" in ctl("pack", "mount", path, *words, *more).stderr
+    batch = LayersMount.from_wire(request(agent, "layers.mount"))
+    device = {"kind": "pmem", "number": 2}
+    for sent, layer in zip(batch.layers, manifest.layers, strict=True):
+        known = LayerSpec.from_wire(layer_spec(layer, device))
+        assert known.verity is not None
+        signed = known.verity.replace(signature=layer.layer_id.encode(), preset="strict")
+        assert sent == known.replace(verity=signed)
+    assert batch.overlay is not None
+    assert batch.overlay.layers == ids
+    assert batch.overlay.scratch is not None
+    ctl("pack", "unmount", path, "--overlay", "root", "--force")
+    assert request(agent, "layers.unmount") == {
+        "layers": list(ids),
+        "overlay": "root",
+        "force": True,
+    }
+
+
+def test_a_pack_needs_an_agent_and_a_right_device(
+    ctl: Callable[..., Result], manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    path = str(tmp_path / "p.img")
+    assert CliRunner().invoke(collect(), ["pack", "mount", path]).exit_code == 2
+    assert ctl("pack", "mount", path, "--device", "pmem").exit_code == 2
+    assert ctl("pack", "mount", path, "--target", "/x").exit_code == 2
