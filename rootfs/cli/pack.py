@@ -285,6 +285,8 @@ def mount_command(
 ) -> None:
     """Mount all layers of a pack in the guest that it is attached to, and overlay them."""
     manifest = _manifest_of(image)
+    if overlay_id is not None:
+        _check_whiteouts(manifest, userxattr=words["userxattr"])
     place = parse_device(device).to_wire()
     specs = []
     for index, layer in enumerate(manifest.layers):
@@ -326,6 +328,28 @@ def _manifest_of(image: Path) -> Manifest:
 
 def _ids(manifest: Manifest) -> tuple[str, ...]:
     return tuple(layer.layer_id for layer in manifest.layers)
+
+
+def _check_whiteouts(manifest: Manifest, *, userxattr: bool) -> None:
+    """Refuse an overlay in which names that a layer removed would be back.
+
+    Raises:
+        CallError: ``invalid``, with the layer.
+    """
+    unfit = ("both", "trusted" if userxattr else "user")
+    for layer in manifest.layers:
+        if layer.whiteouts in unfit:
+            kind = "with" if userxattr else "without"
+            raise CallError(
+                "invalid",
+                f"cannot overlay the pack {kind} userxattr: the whiteouts of layer "
+                f"{layer.layer_id} are of the kind {layer.whiteouts}",
+                step="plan",
+                object=layer.layer_id,
+                hint="no overlay can be made of it"
+                if layer.whiteouts == "both"
+                else f"say it {'without' if userxattr else 'with'} --userxattr",
+            )
 
 
 def _signature(directory: Path, layer_id: str) -> bytes:

@@ -1,5 +1,6 @@
 """The command line can ask for everything that the contract has: every method, every field."""
 
+import dataclasses
 import json
 import types
 import typing
@@ -338,6 +339,37 @@ def test_a_pack_is_mounted_and_unmounted(
         "overlay": "root",
         "force": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "is_sent"),
+    [
+        ("trusted", (), True),
+        ("trusted", ("--userxattr",), False),
+        ("user", (), False),
+        ("user", ("--userxattr",), True),
+        ("both", ("--userxattr",), False),
+        ("none", ("--userxattr",), True),
+    ],
+)
+def test_a_pack_is_overlaid_only_as_its_whiteouts_are(
+    agent: Recorder,
+    ctl: Callable[..., Result],
+    manifest: Manifest,
+    tmp_path: Path,
+    kind: str,
+    option: tuple[str, ...],
+    is_sent: bool,
+) -> None:
+    layers = tuple(dataclasses.replace(layer, whiteouts=kind) for layer in manifest.layers)
+    path = tmp_path / "p.img.json"
+    dataclasses.replace(manifest, layers=layers).save(path)
+    ctl("pack", "mount", str(path), "--overlay", "root", *option)
+    assert ("layers.mount" in [name for name, _ in agent.asked]) == is_sent
+    agent.asked.clear()
+    if not option:
+        ctl("pack", "mount", str(path))  # without an overlay every layer can be mounted
+        assert request(agent, "layers.mount")
 
 
 def test_a_pack_needs_an_agent_and_a_right_device(
