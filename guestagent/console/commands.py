@@ -44,8 +44,8 @@ def _help(run: Run) -> None:
 
 
 @SESSION.command(
-    "sh [-c COMMAND]",
-    "run the guest's shell, where that is permitted and there is one",
+    "sh [--root DIRECTORY] [-c COMMAND]",
+    "run the shell of the guest, or of a root, where that is permitted",
     is_paged=False,
 )
 def _sh(run: Run) -> int | None:
@@ -57,7 +57,7 @@ def _sh(run: Run) -> int | None:
         )
     from guestagent.console.shell import run_shell
 
-    return run_shell(run, run.options.get("c"))
+    return run_shell(run, run.options.get("c"), run.options.get("root"))
 
 
 @SESSION.command("term [NAME] [COLUMNSxROWS]", "say or set the terminal, for a bare line")

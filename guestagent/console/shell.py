@@ -15,23 +15,15 @@ from contextlib import ExitStack
 
 from guestagent.api.console import Size
 from guestagent.console.channel import RAW, RUNNING
+from guestagent.console.chroot import find_shell, shell_in
 from guestagent.console.command import Run
 from guestagent.console.processes import session_members
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
 
-__all__ = ("SHELLS", "find_shell", "run_shell")
+__all__ = ("run_shell",)
 
-#: Program and the arguments that make it a shell; the first that is there.
-SHELLS = (
-    ("/bin/sh",),
-    ("/usr/bin/sh",),
-    ("/bin/bash",),
-    ("/usr/bin/bash",),
-    ("/bin/busybox", "sh"),
-    ("/usr/bin/busybox", "sh"),
-)
 _ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/",
@@ -45,28 +37,14 @@ _KILL_SECONDS = 5.0
 _MAX_LEFT_BYTES = 64 * 1024
 
 
-def find_shell() -> tuple[str, ...]:
-    """Return the first shell that can be executed, as arguments.
+def run_shell(run: Run, command: str | None, root: str | None) -> int:
+    """Run a shell, in the directory ``root`` if one is given, until it ends.
 
-    Raises:
-        CallError: ``not_found``, there is none.
-    """
-    for arguments in SHELLS:
-        if os.access(arguments[0], os.X_OK):
-            return arguments
-    raise CallError(
-        "not_found",
-        "there is no shell in this guest",
-        hint=f"looked for {', '.join(' '.join(arguments) for arguments in SHELLS)}",
-    )
-
-
-def run_shell(run: Run, command: str | None) -> int:
-    """Run a shell until it ends; return its exit status, 128 and the signal's number for one.
+    Returns its exit status, or 128 and the number of the signal that ended it.
 
     When the peer goes, or the agent ends, everything in the shell's session is killed.
     """
-    arguments = find_shell()
+    arguments = find_shell() if root is None else shell_in(root)
     if command is not None:
         arguments += ("-c", command)
     run.screen.flush()

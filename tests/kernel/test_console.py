@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -380,6 +382,43 @@ def test_the_shell(agent: ConsoleAgent, guest: GuestAgent) -> None:
         cwd=PROJECT,
     )
     assert (done.returncode, done.stdout) == (0, data)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """A root with a shell of its own, on a file system of its own."""
+    top = tmp_path / "root"
+    top.mkdir()
+    syscalls.mount("root", str(top), "tmpfs")
+    for name in ("bin", "proc", "dev", "etc"):
+        (top / name).mkdir()
+    (top / "sys").symlink_to("etc")
+    shutil.copy("/bin/busybox", top / "bin/busybox")
+    (top / "bin/sh").symlink_to("/bin/busybox")
+    (top / "etc/name").write_text("the root\n")
+    yield top
+    syscalls.umount2(str(top))
+
+
+def test_the_shell_of_a_mounted_root(agent: ConsoleAgent, guest: GuestAgent, root: Path) -> None:
+    def run(command: str) -> tuple[int, str]:
+        return agent.run(f"sh --root {root} -c '{command}'")
+
+    assert run("busybox cat /etc/name; pwd; exit 3") == (3, "the root\n/\n")
+    assert run("test -c /dev/null && test -d /proc/self && busybox ls /sys") == (0, "name\n")
+    assert run("kill -PIPE $$")[0] == 128 + signal.SIGPIPE
+    assert os.listdir(root / "dev") == []  # nothing is mounted for others
+    with Client(agent.console, command=f"sh --root {root} -c 'echo up; busybox cat'") as client:
+        client.expect("up")
+        with pytest.raises(OSError, match="busy"):
+            syscalls.umount2(str(root))
+        client.send(END)
+        assert client.finish()[0] == 0
+    (root / "bin/sh").unlink()
+    (root / "bin/busybox").unlink()
+    status, output = run("true")
+    assert (status, "there is no shell" in output, "/bin/busybox sh" in output) == (127, True, True)
+    assert agent.run(f"sh --root {root}/missing")[0] == 1
 
 
 def test_a_terminal_reconnects_when_the_agent_is_started_again(pack: Pack) -> None:

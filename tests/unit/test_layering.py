@@ -46,6 +46,8 @@ MAY_IMPORT["guestagent.console"] = (
     "guestagent.console",
     "guestagent.listeners",
 )
+#: A program of its own, which becomes the shell of a mounted root.
+MAY_IMPORT["guestagent.console.chroot"] = ("vsock", "guestagent.storage.syscalls")
 
 #: What would make the guest slow to start or large; late imports inside functions are not counted.
 HEAVY = frozenset(
