@@ -29,10 +29,11 @@ from rootfs.bootimage.closure import Module
 from rootfs.bootimage.cpio import CpioEntry, device, directory, regular, write_cpio
 from rootfs.bootimage.features import DEFAULT_FEATURES, FEATURES
 from rootfs.bootimage.kernel import Kernel, ModuleIndex, module_bytes, without_signature
-from rootfs.bootimage.userland import PROJECT, PYTHON_DIR, Item, userland
+from rootfs.bootimage.userland import CACHE_DIR, PROJECT, PYTHON_DIR, Item, userland
 from rootfs.imagefile.output import check_output, new_file, write_file
 
 __all__ = (
+    "CACHE_DIR",
     "COMPRESSIONS",
     "DEFAULT_COMPRESSION",
     "PROJECT",
@@ -89,6 +90,11 @@ class InitramfsSpec:
             raise ValueError(
                 f"unknown compression {self.compression!r}; known: {', '.join(COMPRESSIONS)}"
             )
+        for path, _ in self.files:
+            if not path or any(part in ("", ".", "..") for part in path.split("/")):
+                raise ValueError(
+                    f"{path!r} is no path of a file, relative to the root of the image"
+                )
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.entry):
             raise ValueError(f"entry {self.entry!r} is not module:function")
 
@@ -128,7 +134,7 @@ def _mib(size_bytes: int) -> str:
 
 
 def build_initramfs(
-    spec: InitramfsSpec, *, cache_dir: Path = PROJECT / ".cache", output: Path | None = None
+    spec: InitramfsSpec, *, cache_dir: Path = CACHE_DIR, output: Path | None = None
 ) -> InitramfsReport:
     """Build the image, or take it from the cache when nothing that goes into it has changed.
 

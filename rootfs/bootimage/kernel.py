@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from rootfs.bootimage.userland import IS_CHECKOUT
+
 __all__ = (
     "MODULE_PLACES",
     "Kernel",
@@ -288,7 +290,12 @@ def cached_kernel(cache_dir: Path) -> Kernel:
     # a name that begins with a dot is of a tree that scripts/setup has not finished
     roots = [path for path in (cache_dir / "kernel").glob("[!.]*") if path.is_dir()]
     if not roots:
-        raise KernelNotFoundError(f"no kernel in {cache_dir / 'kernel'}: run scripts/setup")
+        advice = (
+            "run scripts/setup"
+            if IS_CHECKOUT
+            else "say --kernel DIR with boot/ and lib/modules/ in it (/ is this machine's kernel)"
+        )
+        raise KernelNotFoundError(f"no kernel in {cache_dir / 'kernel'}: {advice}")
     return open_kernel(max(roots, key=lambda path: _version_key(path.name)))
 
 

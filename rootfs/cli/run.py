@@ -2,17 +2,21 @@
 ``guestctl initramfs build``: the boot image alone."""
 
 import contextlib
+import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
 from guestagent.host.client import GuestAgent
+from guestagent.host.ctl.console import Dialler
+from guestagent.host.ctl.console_client import ConsoleClient
 from guestagent.host.ctl.overlay import describe_batch
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
@@ -21,9 +25,9 @@ from rootfs.bootimage.closure import ClosureError
 from rootfs.bootimage.elf import ElfError
 from rootfs.bootimage.features import DEFAULT_FEATURES, FEATURES
 from rootfs.bootimage.initramfs import (
+    CACHE_DIR,
     COMPRESSIONS,
     DEFAULT_COMPRESSION,
-    PROJECT,
     InitramfsReport,
     InitramfsSpec,
     build_initramfs,
@@ -41,24 +45,26 @@ from rootfs.machine.qemu import Machine, MachineError, MachineSpec, PmemSpec
 from rootfs.machine.run_image import Prepared, mount_request, prepare
 from rootfs.machine.vmlinux import write_vmlinux
 from rootfs.machine.vmms import VMMS, Configuration, cloud_hypervisor, firecracker
+from rootfs.pack.manifest import Manifest
 from vsock.address import parse_address
 from vsock.deadline import Deadline
 from vsock.errors import CallError, RpcError
 
 __all__ = ("COMMANDS",)
 
-_CACHE_DIR = PROJECT / ".cache"
 _BOOT_SECONDS = 120.0
 _END_SECONDS = 30.0
 _CONSOLE_SECONDS = 10.0
+#: Where the manifest of a pack is in a boot image.
+_MANIFEST_PATH = "etc/pack.json"
 _CONSOLE = "guestagent.console=vsock:1025 guestagent.console_shell=1"
 
 
 @click.command("run")
 @click.argument("image", type=click.Path())
 @click.option("--vmm", type=click.Choice(VMMS), default="qemu", show_default=True)
-@click.option("--shell", is_flag=True, help="Open the debug console of the machine here.")
-@click.option("--keep", is_flag=True, help="Leave the machine up until Ctrl-C.")
+@click.option("--shell", is_flag=True, help="Run the shell of the mounted image here.")
+@click.option("--keep", is_flag=True, help="Leave the machine up until Ctrl-C powers it off.")
 @click.option("--platform", metavar="OS/ARCH", help="Which image of several, e.g. linux/arm64.")
 @click.option("--reference", metavar="NAME", help="Which image of several, by name.")
 @click.option("--format", "source_format", type=click.Choice(FORMATS), default="auto")
@@ -86,8 +92,9 @@ def run_command(
 ) -> None:
     """Run IMAGE, an OCI layout or docker archive: every layer verified, overlaid in a machine.
 
-    Prints the agent's report. For Cloud Hypervisor and Firecracker it prints how to start the same
-    machine there, and starts nothing.
+    Prints the agent's report. With --shell the image's own /bin/sh runs in the overlay, at this
+    terminal or reading commands from a pipe, and its exit status is that of this command. For Cloud
+    Hypervisor and Firecracker it prints how to start the same machine there, and starts nothing.
     """
     if vmm != "qemu" and (shell or keep or scratch):
         raise click.UsageError("--shell, --keep and --scratch are for --vmm qemu")
@@ -99,11 +106,12 @@ def run_command(
                 image,
                 place,
                 _kernel(kernel_root),
-                cache_dir=_CACHE_DIR,
+                cache_dir=CACHE_DIR,
                 platform=platform,
                 reference=reference,
                 source_format=source_format,
                 progress=progress,
+                report=_reporter(as_json),
             )
         if vmm == "qemu":
             spec = MachineSpec(
@@ -114,7 +122,9 @@ def run_command(
                 cpus=cpus,
                 pmem=(PmemSpec(path=prepared.pack),),
             )
-            _run(spec, prepared, scratch, shell=shell, keep=keep, as_json=as_json)
+            status = _run(spec, prepared, scratch, shell=shell, keep=keep, as_json=as_json)
+            if status:
+                sys.exit(status)
         else:
             _print_configuration(vmm, prepared, place, memory, cpus, as_json)
 
@@ -153,7 +163,17 @@ def _place(directory: str | None) -> Iterator[Path]:
 
 
 def _kernel(root: str | None) -> Kernel:
-    return cached_kernel(_CACHE_DIR) if root is None else open_kernel(Path(root))
+    return cached_kernel(CACHE_DIR) if root is None else open_kernel(Path(root))
+
+
+def _reporter(as_json: bool) -> Callable[[str], None]:
+    """Return what tells a person on the standard error which step begins."""
+
+    def report(step: str) -> None:
+        if not as_json:
+            click.echo(f"guestctl: {step} ...", err=True)
+
+    return report
 
 
 def _run(
@@ -164,41 +184,45 @@ def _run(
     shell: bool,
     keep: bool,
     as_json: bool,
-) -> None:
+) -> int:
+    """Boot the machine, mount, and power it off; return the exit status of the shell, else 0."""
+    report = _reporter(as_json)
     request = mount_request(prepared.manifest, {"kind": "pmem", "number": 0}, scratch_bytes=scratch)
-    with Machine(spec, cache_dir=_CACHE_DIR) as machine:
+    status = 0
+    with Machine(spec, cache_dir=CACHE_DIR) as machine:
+        report(f"booting with {machine.accel} ({machine.accel_reason})")
         address = machine.agent_address()
         with (
             machine.while_up() as up,
             GuestAgent(address, connect_seconds=_BOOT_SECONDS, until=up) as guest,
         ):
+            report(f"mounting {len(request.layers)} layers")
             reply = guest.layers_mount(request)
             if as_json:
                 emit(reply.to_wire())
             else:
                 click.echo(describe_batch(reply))
-            if shell:
-                _open_shell(address)
+            if shell and reply.overlay is not None:
+                status = _run_shell(address, reply.overlay.target)
             if keep:
-                click.echo(f"guestctl --connect {address} ...; Ctrl-C ends it", err=True)
+                click.echo(f"guestctl --connect {address} ...; Ctrl-C powers it off", err=True)
                 with contextlib.suppress(KeyboardInterrupt), contextlib.closing(Deadline()) as ever:
                     machine.wait(ever)
+            report("powering off")
             guest.shutdown("poweroff", force=True)
         with contextlib.closing(Deadline(_END_SECONDS)) as deadline:
-            machine.wait(deadline)
+            end = machine.wait(deadline)
+    if end:
+        raise MachineError(f"QEMU ended with status {end}, not by a power-off of the guest")
+    return status
 
 
-def _open_shell(address: str) -> None:
-    """Open the debug console of the machine at this terminal."""
-    try:
-        from guestagent.host.ctl.console import Dialler
-        from guestagent.host.ctl.console_client import ConsoleClient
-    except ImportError:
-        text = "this guestctl has no console to open"
-        raise CallError("unsupported", text, step="open a shell") from None
+def _run_shell(address: str, root: str) -> int:
+    """Run the shell of a root in the guest at this terminal; return its exit status."""
     dialler = Dialler(parse_address(address), _CONSOLE_SECONDS, is_agent=True)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    ConsoleClient(dialler.dial, command=None, is_terminal=is_terminal).run()
+    command = shlex.join(("sh", "--root", root))
+    return ConsoleClient(dialler.dial, command=command, is_terminal=is_terminal).run()
 
 
 def _print_configuration(
@@ -231,6 +255,18 @@ def initramfs() -> None:
 @click.option(
     "--module-signatures", is_flag=True, help="Keep them, for a kernel that loads no other modules."
 )
+@click.option(
+    "--file",
+    "files",
+    multiple=True,
+    metavar="SOURCE:PATH",
+    help="Put a file into the image under this path; may be repeated.",
+)
+@click.option(
+    "--manifest",
+    type=click.Path(path_type=Path),
+    help=f"Put the manifest of a pack into the image, as /{_MANIFEST_PATH}.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Default: it stays in the cache.")
 @reports_errors
 def initramfs_build_command(
@@ -239,10 +275,15 @@ def initramfs_build_command(
     kernel_root: str | None,
     compression: str,
     module_signatures: bool,
+    files: tuple[str, ...],
+    manifest: Path | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Build the boot image, and print what takes the space in it."""
+    """Build the boot image, and print what takes the space in it.
+
+    With --manifest it also prints the setting by which the image mounts the pack at boot.
+    """
     names: tuple[str, ...] = DEFAULT_FEATURES
     if features is not None:
         names = tuple(name for name in features.split(",") if name)
@@ -250,18 +291,43 @@ def initramfs_build_command(
         if unknown:
             known = ", ".join(FEATURES)
             raise click.BadParameter(f"unknown feature {unknown[0]!r}; known: {known}")
+    added = [_added_file(text) for text in files]
+    setting = None
+    if manifest is not None:
+        added.append((_MANIFEST_PATH, manifest))
+        setting = _manifest_setting(manifest)
     with _failures():
         spec = InitramfsSpec(
             kernel=_kernel(kernel_root),
             features=names,
+            files=tuple(added),
             compression=compression,
             module_signatures=module_signatures,
         )
-        report = build_initramfs(spec, cache_dir=_CACHE_DIR, output=output)
+        report = build_initramfs(spec, cache_dir=CACHE_DIR, output=output)
     if as_json:
-        emit(_facts(report))
-    else:
-        click.echo(report.describe())
+        emit({**_facts(report), "setting": setting})
+        return
+    click.echo(report.describe())
+    if setting is not None:
+        click.echo(f"boot with {setting}")
+
+
+def _added_file(text: str) -> tuple[str, Path]:
+    """Read SOURCE:PATH; the source may hold colons, the path not."""
+    source, colon, path = text.rpartition(":")
+    if not colon or not source:
+        raise click.BadParameter(f"--file {text!r}: expected SOURCE:PATH")
+    return path.lstrip("/"), Path(source)
+
+
+def _manifest_setting(path: Path) -> str:
+    Manifest.load(path)
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as problem:
+        raise from_os_error(problem, step="read the manifest", object=path) from problem
+    return f"guestagent.manifest=/{_MANIFEST_PATH},DEVICE,sha256={digest}"
 
 
 def _facts(report: InitramfsReport) -> dict[str, object]:

@@ -13,9 +13,9 @@ from types import FrameType
 from rootfs.bootimage.closure import ClosureError
 from rootfs.bootimage.features import DEFAULT_FEATURES, FEATURES
 from rootfs.bootimage.initramfs import (
+    CACHE_DIR,
     COMPRESSIONS,
     DEFAULT_COMPRESSION,
-    PROJECT,
     InitramfsSpec,
     build_initramfs,
 )
@@ -26,7 +26,6 @@ from vsock.deadline import Deadline
 
 __all__ = ("main",)
 
-_CACHE_DIR = PROJECT / ".cache"
 _FAILURES = (
     OSError, ValueError, KernelNotFoundError, ModuleNotFoundInKernelError, ClosureError,
     MachineError, subprocess.CalledProcessError,
@@ -102,12 +101,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    kernel = cached_kernel(_CACHE_DIR)
+    kernel = cached_kernel(CACHE_DIR)
     features = DEFAULT_FEATURES
     if options.features is not None:
         features = tuple(name for name in options.features.split(",") if name)
     spec = InitramfsSpec(kernel=kernel, features=features, compression=options.compression)
-    report = build_initramfs(spec, cache_dir=_CACHE_DIR, output=options.output)
+    report = build_initramfs(spec, cache_dir=CACHE_DIR, output=options.output)
     _say(report.describe())
     if options.output is not None:
         return 0
@@ -129,12 +128,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _boot(spec: MachineSpec, interactive: bool) -> int:
-    accel, reason = choose_accelerator(spec.accel, spec.kernel, _CACHE_DIR)
+    accel, reason = choose_accelerator(spec.accel, spec.kernel, CACHE_DIR)
     _say(f"kernel {spec.kernel.name}, {accel} ({reason})")
     with Machine(spec) as machine, contextlib.closing(Deadline()) as forever:
         address = machine.agent_address()
         _say(f"the agent: {address}")
-        _say(f"for example: .cache/venv/bin/guestctl --address {address} status")
+        _say(f"for example: .cache/venv/bin/guestctl --connect {address} status")
         _say("Ctrl-a x ends the machine" if interactive else "a signal ends the machine")
         status = machine.wait(forever)
     return status if status >= 0 else 128 - status

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from rootfs.bootimage.userland import CACHE_DIR
 from rootfs.machine.accelerator import (
     choose_accelerator,
     has_kernel_vsock,
@@ -46,7 +47,6 @@ from vsock.threads import start_thread
 __all__ = ("DiskSpec", "Machine", "MachineError", "MachineSpec", "PmemSpec")
 
 AGENT_PORT = 1024
-_CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"
 _PANIC = "Kernel panic - not syncing"
 _START_SECONDS = 20.0
 _END_SECONDS = 1.0
@@ -70,7 +70,7 @@ class Machine:
     ``accel`` is kvm or tcg, and ``accel_reason`` why. Not for use by several threads.
     """
 
-    def __init__(self, spec: MachineSpec, *, cache_dir: Path = _CACHE_DIR) -> None:
+    def __init__(self, spec: MachineSpec, *, cache_dir: Path = CACHE_DIR) -> None:
         self.spec = spec
         self.accel, self.accel_reason = choose_accelerator(spec.accel, spec.kernel, cache_dir)
         self._stack = contextlib.ExitStack()

@@ -42,8 +42,11 @@ def prepare(
     reference: str | None = None,
     source_format: str = "auto",
     progress: Progress | None = None,
+    report: Callable[[str], None] = lambda step: None,
 ) -> Prepared:
     """Build the layers of ``source``, verified, as ``pack.img`` in ``directory``, and a boot image.
+
+    ``report`` is called with each step that begins.
 
     Raises:
         CallError: as ``build_layers``; ``conflict``, there is a pack already.
@@ -52,6 +55,7 @@ def prepare(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise from_os_error(problem, step="create", object=directory) from problem
+    report(f"building the layers of {source}")
     results = build_layers(
         source,
         directory,
@@ -75,6 +79,7 @@ def prepare(
     features: tuple[str, ...] = FEATURES
     if kernel.modules.has("virtio_mmio"):
         features += ("virtio-mmio",)
+    report("building the boot image")
     initramfs = build_initramfs(
         InitramfsSpec(kernel=kernel, features=features), cache_dir=cache_dir
     )

@@ -1,16 +1,22 @@
 """``guestctl run`` for monitors that are not started here, and ``guestctl initramfs``."""
 
 import functools
+import hashlib
 import json
 import lzma
+import os
 import shlex
+import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from guestagent.host.ctl.main import collect
 from rootfs.bootimage import initramfs
 from rootfs.bootimage.kernel import cached_kernel
 from rootfs.cli import run as run_cli
@@ -195,3 +201,96 @@ def test_features_are_chosen_by_name() -> None:
     listed = json.loads(invoke("initramfs", "features", "--json").stdout)
     assert {"pmem", "virtio-blk", "scsi", "verity", "erofs", "overlay", "console"} <= set(listed)
     assert "signatures" in listed
+
+
+def test_files_and_a_manifest_go_into_the_boot_image(layout: Path, tmp_path: Path) -> None:
+    needs_kernel()
+    pack = tmp_path / "p.img"
+    done = CliRunner().invoke(collect(), ["pack", "build", str(layout), str(pack)])
+    assert done.exit_code == 0, done.stderr
+    program = tmp_path / "a:b"
+    program.write_bytes(b"#!/bin/sh\n")
+    program.chmod(0o750)
+    manifest, output = f"{pack}.json", tmp_path / "initrd"
+    arguments = ("build", "--with", "erofs", "--compression", "none", "--manifest", manifest)
+    added = ("--file", f"{program}:/usr/local/bin/tool", "--output", output)
+    done = invoke("initramfs", *arguments, *added, "--json")
+    assert done.exit_code == 0, done.stderr
+    digest = hashlib.sha256(Path(manifest).read_bytes()).hexdigest()
+    setting = f"guestagent.manifest=/etc/pack.json,DEVICE,sha256={digest}"
+    assert json.loads(done.stdout)["setting"] == setting
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    wanted = ["etc/pack.json", "usr/local/bin/tool"]
+    with output.open("rb") as file:
+        command = ["cpio", "--extract", "--make-directories", "--quiet", *wanted]
+        subprocess.run(command, stdin=file, cwd=unpacked, check=True)
+    assert (unpacked / "etc/pack.json").read_bytes() == Path(manifest).read_bytes()
+    tool = unpacked / "usr/local/bin/tool"
+    assert (tool.read_bytes(), tool.stat().st_mode & 0o777) == (b"#!/bin/sh\n", 0o750)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "named"),
+    [
+        (("--file", "/etc/hostname"), 2, "'/etc/hostname'"),
+        (("--file", "/etc/hostname:"), 1, "''"),
+        (("--file", "/etc/hostname:a/../b"), 1, "'a/../b'"),
+        (("--file", "/nowhere/file:a"), 1, "/nowhere/file"),
+        (("--file", "/etc:a"), 1, "/etc"),
+        (("--file", "/etc/hostname:init"), 1, "'init'"),
+        (("--manifest", "/nowhere/file"), 1, "/nowhere/file"),
+        (("--manifest", "/etc/hostname"), 1, "/etc/hostname"),
+    ],
+)
+def test_what_cannot_be_added_to_a_boot_image(
+    tmp_path: Path, arguments: tuple[str, ...], status: int, named: str
+) -> None:
+    needs_kernel()
+    output = tmp_path / "initrd"
+    done = invoke("initramfs", "build", "--with", "erofs", *arguments, "--output", output)
+    assert (done.exit_code, named in done.stderr) == (status, True), done.output
+    assert "Traceback" not in done.stderr
+    assert not output.exists()
+
+
+def test_steps_are_told_as_they_begin(layout: Path, tmp_path: Path) -> None:
+    needs_kernel()
+    words = ("run", layout, "--vmm", "firecracker", "--directory")
+    done = invoke(*words, tmp_path / "a")
+    steps = [f"building the layers of {layout}", "building the boot image"]
+    assert done.stderr.splitlines() == [f"guestctl: {step} ..." for step in steps]
+    assert invoke(*words, tmp_path / "b", "--json").stderr == ""
+
+
+def test_an_installation_keeps_its_cache_with_the_user(tmp_path: Path) -> None:
+    """An installed wheel has no scripts/, and site-packages is no place to write to."""
+    site, project = tmp_path / "site", Path(__file__).resolve().parents[2]
+    site.mkdir()
+    for package in ("vsock", "guestagent", "rootfs"):
+        shutil.copytree(project / package, site / package)
+    before = sorted(site.rglob("*"))
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(site)}
+    program = "from guestagent.host.ctl import main; main()"
+    (tmp_path / "cwd").mkdir()
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-B", "-c", program, "initramfs", "build", *words],
+            env=environment,
+            cwd=tmp_path / "cwd",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = run()
+    assert done.returncode == 1
+    assert "scripts/setup" not in done.stderr
+    assert "--kernel" in done.stderr
+    needs_kernel()
+    kernel = max((CACHE_DIR / "kernel").glob("[!.]*"))
+    done = run("--with", "erofs", "--kernel", str(kernel))
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / ".cache/guestagent/initramfs") in done.stdout
+    assert sorted(site.rglob("*")) == before

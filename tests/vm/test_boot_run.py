@@ -1,12 +1,20 @@
 """``guestctl run`` with the machine that it starts."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pexpect
+import pytest
 from click.testing import CliRunner
 
 from rootfs.cli import run as run_cli
-from tests.beds.imagebed import Layout, Member, directory  # the bed of another tier
+from tests.beds.imagebed import Layout, Member, directory, symlink
+
+COMMAND = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]
+BOOT_SECONDS = 240
 
 
 def test_an_image_is_mounted_and_reported(tmp_path: Path) -> None:
@@ -22,3 +30,52 @@ def test_an_image_is_mounted_and_reported(tmp_path: Path) -> None:
     assert reply["overlay"]["target"] == "/run/overlays/root"
     assert len(reply["overlay"]["lowerdirs"]) == 2
     assert reply["overlay"]["scratch"]["kind"] == "tmpfs"
+
+
+@pytest.fixture
+def image_with_shell(tmp_path: Path) -> str:
+    busybox = Member("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755)
+    image = Layout(tmp_path / "oci")
+    image.layer([directory("bin"), busybox, symlink("bin/sh", "busybox"), directory("proc")])
+    image.layer([directory("etc"), Member("etc/motd", b"of the image\n"), directory("dev")])
+    return str(image.finish())
+
+
+def test_ctrl_c_powers_a_kept_machine_off(image_with_shell: str) -> None:
+    """The terminal sends its signal to every process of the foreground, the helpers, too."""
+    terminal = pexpect.spawn(
+        COMMAND[0],
+        [*COMMAND[1:], "run", image_with_shell, "--shell", "--keep"],
+        timeout=BOOT_SECONDS,
+        encoding="utf-8",
+        env={**os.environ, "TERM": "xterm"},
+        dimensions=(24, 200),
+    )
+    try:
+        terminal.expect_exact("building the layers")
+        terminal.expect_exact("building the boot image")
+        terminal.expect_exact("booting with")
+        terminal.expect_exact("overlay root at /run/overlays/root")
+        terminal.expect_exact("guest# ")
+        terminal.send("busybox cat /etc/motd; test -d /proc/self && test -c /dev/null && exit\r")
+        terminal.expect_exact("\nof the image")
+        terminal.expect_exact("Ctrl-C powers it off")
+        terminal.sendintr()
+        terminal.expect_exact("powering off")
+        terminal.expect(pexpect.EOF)
+    finally:
+        terminal.close(force=True)
+    assert terminal.exitstatus == 0
+
+
+def test_commands_from_a_pipe_run_in_the_image(image_with_shell: str) -> None:
+    done = subprocess.run(
+        [*COMMAND, "run", image_with_shell, "--shell"],
+        input=b"busybox cat /etc/motd\nbusybox touch /new || exit 7\n",
+        capture_output=True,
+        timeout=BOOT_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 7, done.stderr  # the overlay is read-only
+    assert done.stdout.splitlines()[-1] == b"of the image"
+    assert b"powering off" in done.stderr

@@ -127,5 +127,7 @@ def _spawn(
         stdin=subprocess.DEVNULL,
         stderr=log,
         pass_fds=(ready_fd,),
+        # Ctrl-C at the terminal is for us, who then power the guest off; --parent ends the device
+        start_new_session=True,
         env={**os.environ, "PYTHONPATH": path},
     )
