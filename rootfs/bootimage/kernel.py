@@ -1,8 +1,8 @@
 """A kernel on the build machine: its image, and which module files a feature needs.
 
-The index files are those that ``depmod`` writes (modules.dep(5)): ``modules.dep`` names the hard
-dependencies, ``modules.softdep`` those that a module asks for while it runs, ``modules.builtin``
-what needs no file, ``modules.alias`` other names, such as ``crypto-sha256``.
+The index files are those of ``depmod`` (modules.dep(5)): ``modules.dep`` names hard dependencies,
+``modules.softdep`` modules to be loaded before or after another, ``modules.builtin`` modules that
+need no file, ``modules.alias`` other names, such as ``crypto-sha256``.
 """
 
 import fnmatch
@@ -76,16 +76,16 @@ def module_bytes(path: Path) -> bytes:
 
 
 def without_signature(module: bytes) -> bytes:
-    """Return a module without its signature; one that has none as it is.
+    """Return a module without its signature; a module that has none is returned unchanged.
 
     Raises:
-        ValueError: the signature is said to be longer than the file.
+        ValueError: the signature would be longer than the file.
     """
     if not module.endswith(_SIGNATURE_MARKER):
         return module
     end = len(module) - len(_SIGNATURE_MARKER) - _SIGNATURE_TRAILER.size
     if end < 0:
-        raise ValueError("a module that is shorter than what tells of its signature")
+        raise ValueError("a module that is shorter than the trailer of its signature")
     (size_bytes,) = _SIGNATURE_TRAILER.unpack_from(module, end)
     if size_bytes > end:
         raise ValueError(f"a module of {len(module)} bytes with a signature of {size_bytes}")
@@ -94,7 +94,7 @@ def without_signature(module: bytes) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleIndex:
-    """What depmod knows about one directory of modules. Read lazily, file by file."""
+    """What depmod knows about one directory of modules. Each file is read when it is needed."""
 
     modules_dir: Path
 

@@ -1,4 +1,4 @@
-"""Whether KVM works here. That /dev/kvm exists does not say so: only booting a kernel does."""
+"""Whether KVM works here, found out by booting a kernel: that /dev/kvm exists is not enough."""
 
 import contextlib
 import hashlib
@@ -40,7 +40,7 @@ def choose_accelerator(wanted: str, kernel: Path, cache_dir: Path) -> tuple[str,
     if wanted != "auto":
         return wanted, "as asked for"
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        return "tcg", "/dev/kvm is missing, or not ours to use"
+        return "tcg", "/dev/kvm is missing, or this user may not use it"
     path = cache_dir / "accelerator.json"
     key = _key(kernel)
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -56,7 +56,7 @@ def choose_accelerator(wanted: str, kernel: Path, cache_dir: Path) -> tuple[str,
 
 
 def has_steady_tsc(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Say whether this machine's TSC counts at one rate whatever its processors do."""
+    """Say whether this machine's TSC counts at a constant rate in every state of its processors."""
     for line in cpuinfo.read_text().splitlines():
         name, _, value = line.partition(":")
         if name.strip() == "flags":
@@ -92,7 +92,7 @@ def _key(kernel: Path) -> str:
 
 
 def _probe(kernel: Path) -> tuple[str, str]:
-    """Boot the kernel with nothing to start; it works when it comes as far as to miss its root."""
+    """Boot the kernel without a root: KVM works if the kernel says that it cannot mount one."""
     with tempfile.TemporaryDirectory(prefix="guestagent-kvm-") as name:
         console, initrd = Path(name, "console"), Path(name, "initrd")
         archive = io.BytesIO()

@@ -64,8 +64,9 @@ class MachineError(Exception):
 class Machine:
     """One virtual machine. The end of the ``with`` block ends it, whatever state it is in.
 
-    So does the end of this process, a killed one's too; and that of the thread that entered the
-    block, to which Linux ties such an end: enter it in one that lives for as long as the machine.
+    The machine also ends with this process, even if that is killed, and with the thread that
+    entered the block: Linux ties a parent-death signal to a thread. So enter the block in a thread
+    that lives for as long as the machine.
 
     ``accel`` is kvm or tcg, and ``accel_reason`` why. Not for use by several threads.
     """
@@ -149,8 +150,8 @@ class Machine:
     def tty_path(self, name: str) -> Path:
         """Return the Unix socket at the far end of a tty, hvc0 or ttyS1: a plain byte stream.
 
-        One peer at a time; the guest sees neither its coming nor its going. What the guest writes
-        while nobody is there is lost.
+        One peer at a time. The guest does not see a peer connect or disconnect; what it writes
+        while there is no peer is lost.
 
         Raises:
             MachineError: the machine has no such line.
@@ -221,7 +222,7 @@ class Machine:
         """Press the power button, wait for the guest to end the machine, return QEMU's status.
 
         Raises:
-            CallError: ``timeout`` when the guest does not heed the button.
+            CallError: ``timeout`` when the guest does not react.
         """
         with contextlib.suppress(QmpClosedError):
             self.qmp.execute("system_powerdown", deadline=deadline)
@@ -257,7 +258,7 @@ class Machine:
         return name
 
     def unplug(self, node: str, deadline: Deadline) -> None:
-        """Take a disk out again, and wait until the guest has let go of it.
+        """Take a disk out again, and wait until the guest has released it.
 
         Raises:
             CallError: ``timeout`` when the guest keeps it.
