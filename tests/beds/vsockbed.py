@@ -120,13 +120,15 @@ class Bed:
         return line[:-1]
 
     def _end(self, number: signal.Signals) -> None:
-        if self._control is not None:
-            self._control.close()
-            self._control = None
         if self._process is not None:
             self._process.send_signal(number)
             self._process.wait(20)
             self._process = None
+        # last: a guest that sees its control connection end makes another one, which would then be
+        # taken for the next guest's
+        if self._control is not None:
+            self._control.close()
+            self._control = None
 
 
 class UmlBed(Bed):
