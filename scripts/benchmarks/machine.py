@@ -47,9 +47,11 @@ def machine_rows(boots: int = 3, rounds: int = 20) -> list[Row]:
         replies: list[float] = []
         uptimes: list[float] = []
         for boot in range(boots):
-            with Machine(spec) as machine:
+            with Machine(spec) as machine, machine.while_up() as up:
                 with timed(replies):
-                    guest = GuestAgent(machine.agent_address(), connect_seconds=_BOOT_SECONDS)
+                    guest = GuestAgent(
+                        machine.agent_address(), connect_seconds=_BOOT_SECONDS, until=up
+                    )
                 with guest:
                     uptimes.append(_number(guest.hello.boot["ready_uptime_ms"]))
                     if boot + 1 == boots:
@@ -94,7 +96,8 @@ def _switch_root(kernel: Path, initrd: Path, directory: Path) -> float:
     )
     with (
         Machine(spec) as machine,
-        GuestAgent(machine.agent_address(), connect_seconds=_BOOT_SECONDS) as guest,
+        machine.while_up() as up,
+        GuestAgent(machine.agent_address(), connect_seconds=_BOOT_SECONDS, until=up) as guest,
     ):
         return _number(guest.hello.boot["switch_root_uptime_ms"])
 
