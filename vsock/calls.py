@@ -300,24 +300,23 @@ class _Workers:
             finally:
                 threading.stack_size(before)
 
-    def _work(self, first: Call) -> None:
-        call: Call | None = first
+    def _work(self, call: Call) -> None:
+        running: Call | None = call
         try:
-            while call is not None:
-                try:
-                    self._run(call)
-                finally:
-                    with self._ready:
-                        self._lane(call).ended(call)
-                        call = None
-                call = self._next()
+            while running is not None:
+                self._run(running)
+                running = self._next(running)
         finally:
             with self._ready:
                 self._threads.discard(threading.current_thread())
-                self._hand_out()  # where this thread was lost to a call that raised
+                if running is not None:  # it raised: this thread is lost, its work goes on
+                    self._lane(running).ended(running)
+                    self._hand_out()
 
-    def _next(self) -> Call | None:
+    def _next(self, done: Call) -> Call | None:
+        """Account for the end of a call and return the next one; None to end the thread."""
         with self._ready:
+            self._lane(done).ended(done)
             call = self._pick()
             if call is None and not self._closed:
                 self._idle += 1

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from vsock.deadline import Deadline
 from vsock.errors import CallError
+from vsock.loop import Timer
 from vsock.record import Record
 from vsock.rpc import (
     ERROR_METHOD,
@@ -282,6 +283,10 @@ class Connection:
         self.read_ended = False
         #: Why the server is to end this connection, None while it is to live.
         self.close_reason: str | None = None
+        #: For the server: the events that it waits for, and the timer that ends the connection.
+        self.watched_events = 0
+        self.timer: Timer | None = None
+        self.timer_at = 0.0
         self.heard_at = time.monotonic()
         #: Monotonic time at which the message began whose end has yet to come.
         self.unfinished_at: float | None = None
@@ -387,8 +392,11 @@ class Connection:
         return self._unanswered > 0
 
     def receive(self, data: bytes) -> None:
-        """Take bytes in, for ``next_message`` to read."""
-        self._decoder.feed(data)
+        """Take bytes in, for ``next_message`` to read; no bytes are the end of the input."""
+        if data:
+            self._decoder.feed(data)
+        else:
+            self.end_of_input()
 
     def next_message(self) -> Message | None:
         """Return the next message of the peer, None when there is no whole one."""

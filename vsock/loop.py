@@ -1,6 +1,6 @@
 """One thread's wait: callbacks for the events of descriptors, and a heap of timers."""
 
-import heapq
+import _heapq as heapq  # the standard one is this and examples, whose import costs a guest time
 import itertools
 import math
 import select

@@ -168,7 +168,8 @@ class Decoder:
     def _start_message(self) -> None:
         self._at = 0  # offset of the next header; once the message is whole, of its end
         self._values = 0
-        self._open = [1]  # values still missing at each level
+        self._left = 1  # values that are missing at this level
+        self._levels: list[int] = []  # and at each level around it
         self._has_extension = False
 
     @property
@@ -209,60 +210,63 @@ class Decoder:
         Raises:
             _Refused: a limit is passed, or the framing is lost.
         """
-        open_values, at, sizes = self._open, self._at, _FIXED_SIZES
-        buffer, end = self._buffer, len(self._buffer)
-        while open_values and at < end:
-            left = open_values[-1]
-            while left and at < end and (size := sizes[buffer[at]]):  # most headers are of these
+        buffer, sizes, at, left, levels = (
+            self._buffer,
+            _FIXED_SIZES,
+            self._at,
+            self._left,
+            self._levels,
+        )
+        end = len(buffer)
+        while left and at < end:
+            first = buffer[at]
+            count = 0
+            if size := sizes[first]:  # most headers are of these
                 at += size
-                left -= 1
-            open_values[-1] = left
-            if left and at < end:
-                after = self._walk_header(at)
-                if after is None:
+            elif first < 0xA0:  # fixmap, fixarray
+                at += 1
+                count = first & 0x0F if first >= 0x90 else 2 * (first & 0x0F)
+            else:
+                header = self._sized_header(at)
+                if header is None:
                     break
-                at = after
-            while open_values and not open_values[-1]:
-                open_values.pop()
-        self._at = at
+                at, count = header
+            left -= 1
+            if count:
+                self._values += count
+                if self._values > self._max_values:
+                    raise _Refused("resource", f"more than {self._max_values} values")
+                if len(levels) >= self._max_depth:
+                    raise _Refused("resource", f"deeper than {self._max_depth} levels")
+                levels.append(left)
+                left = count
+            while not left and levels:
+                left = levels.pop()
+        self._at, self._left = at, left
         if at > self.max_bytes:
             raise _Refused("resource", f"at least {at} bytes, more than {self.max_bytes}")
-        return not open_values and at <= end
+        return not left and at <= end
 
-    def _walk_header(self, at: int) -> int | None:
-        """Return the offset after a header whose size is not fixed; None if it is not whole."""
+    def _sized_header(self, at: int) -> tuple[int, int] | None:
+        """Return the end of a value with a length, and how many values are inside it.
+
+        None if the header is not whole.
+        """
         first = self._buffer[at]
-        if first < 0xA0:  # fixmap, fixarray
-            self._descend((first & 0x0F) * (2 if first < 0x90 else 1))
-            return at + 1
         if first == _NEVER_USED:
             raise _Refused("invalid", "byte 0xc1 is not MessagePack, the framing is lost")
         if first in _FIXED_EXTENSIONS:
             self._has_extension = True
-            self._open[-1] -= 1
-            return at + _FIXED_EXTENSIONS[first]
+            return at + _FIXED_EXTENSIONS[first], 0
         width, rest = _SIZED.get(first) or _COUNTED[first]
         after = at + 1 + width
         if after > len(self._buffer):
             return None
         number = int.from_bytes(self._buffer[at + 1 : after], "big")
         if first in _COUNTED:
-            self._descend(number * rest)
-            return after
+            return after, number * rest
         self._has_extension |= rest > 0
-        self._open[-1] -= 1
-        return after + rest + number
-
-    def _descend(self, values: int) -> None:
-        self._open[-1] -= 1
-        if not values:
-            return
-        self._values += values
-        if self._values > self._max_values:
-            raise _Refused("resource", f"more than {self._max_values} values")
-        if len(self._open) > self._max_depth:
-            raise _Refused("resource", f"deeper than {self._max_depth} levels")
-        self._open.append(values)
+        return after + rest + number, 0
 
     def _take(self) -> Message:
         """Cut the whole message off the buffer and decode it."""
@@ -308,6 +312,7 @@ _COUNTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 #: First byte -> size of the whole value, for the extension types of fixed size.
 _FIXED_EXTENSIONS = {0xD4: 3, 0xD5: 4, 0xD6: 6, 0xD7: 10, 0xD8: 18}
 _NEVER_USED = 0xC1
+_TEXT = frozenset((str,))
 
 
 class _Refused(Exception):
@@ -328,12 +333,14 @@ def _decode(body: bytes) -> object:
         raise _Refused("invalid", text) from None
 
 
-def _strict_map(pairs: list[tuple[object, object]]) -> dict[str, object]:
-    result: dict[str, object] = {}
-    for key, value in pairs:
-        if type(key) is not str:
-            raise _BadKey(f"map key {_brief(key)} is not text")
-        result[key] = value
+def _strict_map(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    try:
+        result = dict(pairs)
+    except TypeError:
+        raise _BadKey("a map key is not text") from None
+    if not _TEXT.issuperset(map(type, result)):
+        bad = next(key for key in result if type(key) is not str)
+        raise _BadKey(f"map key {_brief(bad)} is not text")
     if len(result) != len(pairs):
         raise _BadKey("a map holds the same key twice")
     return result

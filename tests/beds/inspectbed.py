@@ -88,7 +88,7 @@ class Bed:
         self.path = address.removeprefix("unix://")
 
     def connections(self) -> list[Connection]:
-        return self.server._peers.all()
+        return list(self.server._connections)
 
 
 @contextlib.contextmanager
