@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import vsock.server
 from vsock.address import UnixAddress, parse_address
 from vsock.dial import listen
+from vsock.log import fd_sink, log
 from vsock.rpc import Limits
 from vsock.server import Outcome, Server
 from vsock.stream import Listener, Stream
@@ -849,6 +850,30 @@ def test_no_descriptor_left_does_not_spin_and_passes(serve):
         for fd in (*fillers, held):
             os.close(fd)
     assert running.adopt(waiting).ask(1, "echo") == {}
+
+
+def test_a_console_that_takes_nothing_stops_no_answer(serve):
+    """As a serial console at its speed, while a quick method of one peer is refused again."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, bytes(4096)):
+            pass
+    os.set_blocking(writer, True)
+    stop = log.add_sink(fd_sink(writer), is_slow=True)
+    running = serve()
+    running.handler.do_log = lambda call: log.warning("x" * 2000, number=call.msgid)
+    running.server._calls._quick = frozenset({"echo", "log"})
+    noisy, other = running.peer(), running.peer()
+    try:
+        for msgid in range(500):
+            noisy.ask(msgid, "log")
+        assert other.ask(1, "echo") == {}
+    finally:
+        stop()
+        os.close(reader)  # the write that waits fails
+        running.stop(0.0)
+        os.close(writer)
 
 
 def test_threads_come_with_work_only(serve):
