@@ -19,6 +19,11 @@ _IDLE_SECONDS = 20.0
 _STACK_BYTES = 1024 * 1024
 _stack_size_lock = threading.Lock()
 
+#: What a call takes in memory beside its parameters: its deadline, its locks, its places in queues.
+_CALL_BYTES = 1536
+#: The only call of a connection is let in when memory is short, unless its parameters take more.
+_FREE_BYTES = 4096
+
 _LOST = Outcome(CallError("internal", "the handler failed", step="handle request").to_wire(), None)
 
 
@@ -66,8 +71,9 @@ class Calls:
         is_quick = request.method in self._quick
         if self._closing and not is_quick:
             raise CallError("busy", "the server is stopping", step="accept request")
-        # a quick call ends before the next message is decoded, and must go on when memory is short
-        held_bytes = 0 if is_quick else request.memory_bytes
+        # a quick call ends before the next message is decoded
+        is_only = not connection.owes_answers and request.memory_bytes <= _FREE_BYTES
+        held_bytes = 0 if is_quick or is_only else request.memory_bytes + _CALL_BYTES
         if not self._budget.take(held_bytes):
             raise CallError(
                 "resource",

@@ -333,10 +333,10 @@ def test_the_257th_request_in_flight_is_refused(serve):
 
 
 def test_requests_in_flight_are_bounded_in_bytes_as_well(serve):
-    running = serve(workers=1, max_memory_bytes=168 * 1024)
+    running = serve(workers=1, max_memory_bytes=232 * 1024)
     peer = running.peer()
     for msgid in range(16):
-        peer.request(msgid, "gate", a=bytes(3700))  # and 7 values of 64 bytes
+        peer.request(msgid, "gate", a=bytes(3700))  # and 7 values of 64 bytes, and the call
     assert peer.error()[1] == "resource"
     running.handler.gate.set()
     assert all(peer.next()[2] is None for _ in range(15))

@@ -69,6 +69,17 @@ def test_unfinished_messages_share_one_budget(server: WireServer, hello: bool) -
     assert growth(server, attack) < ALLOWED_BYTES
 
 
+def test_many_short_requests_share_one_budget(server: WireServer) -> None:
+    request = msgpack.packb([0, 0, "layer.get", [{"layer_id": "a", "deadline_ms": 600_000}]])
+
+    def attack() -> None:
+        for _ in range(60):
+            peer = server.peer()
+            push(peer, b"".join(b"\x94\x00\xcd\x01" + bytes([n]) + request[3:] for n in range(256)))
+
+    assert growth(server, attack) < ALLOWED_BYTES
+
+
 def test_queued_requests_share_one_budget(server: WireServer) -> None:
     def attack() -> None:
         for _ in range(4):
