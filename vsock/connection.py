@@ -374,6 +374,11 @@ class Connection:
         return not (self._unanswered or self.has_more or self.outbox.pending_bytes)
 
     @property
+    def is_stranger(self) -> bool:
+        """True while the peer has yet to introduce itself."""
+        return self.must_introduce and not self.said_hello
+
+    @property
     def has_callbacks(self) -> bool:
         """True when ``on_close`` was called for it."""
         return bool(self._on_close)
@@ -401,8 +406,7 @@ class Connection:
     def next_message(self) -> Message | None:
         """Return the next message of the peer, None when there is no whole one."""
         decoder, limits = self._decoder, self.limits
-        is_stranger = self.must_introduce and not self.said_hello
-        decoder.max_bytes = limits.max_hello_bytes if is_stranger else limits.max_request_bytes
+        decoder.max_bytes = limits.max_hello_bytes if self.is_stranger else limits.max_request_bytes
         message = decoder.next()
         if message is not None:
             self.heard_at = time.monotonic()

@@ -221,7 +221,7 @@ class _Writer:
 
     def leave(self) -> None:
         with self._ready:
-            self._users -= 1
+            self._users = max(0, self._users - 1)  # 0 in a process forked meanwhile
             thread = self._thread
             if self._users or thread is None:
                 return

@@ -304,17 +304,19 @@ class Server:
         """End the connection that has been idle for the longest time, if it is long enough.
 
         A connection that has something to do at its end, such as a subscription, goes after those
-        that have not.
+        that have not. Before hello a tenth of the time is long enough.
         """
-        before = time.monotonic() - self._idle_seconds
-        idle = [
-            connection
-            for connection in self._connections
-            if connection.idle and connection.heard_at <= before and not connection.point_to_point
-        ]
-        if not idle:
+
+        def idle_by(connection: Connection) -> float:
+            seconds = self._idle_seconds * (0.1 if connection.is_stranger else 1.0)
+            return connection.heard_at + seconds
+
+        now = time.monotonic()
+        idle = [c for c in self._connections if c.idle and not c.point_to_point]
+        late = [connection for connection in idle if idle_by(connection) <= now]
+        if not late:
             return False
-        oldest = min(idle, key=lambda connection: (connection.has_callbacks, connection.heard_at))
+        oldest = min(late, key=lambda connection: (connection.has_callbacks, connection.heard_at))
         self._drop(oldest, "it was idle, and its place was needed")
         return True
 
@@ -457,7 +459,7 @@ class Server:
         if connection.unfinished_at is not None:
             at = connection.unfinished_at + _MESSAGE_SECONDS
             yield at, f"its message was not whole after {_MESSAGE_SECONDS:.0f} s"
-        if connection.must_introduce and not connection.said_hello:
+        if connection.is_stranger:
             assert self._hello_seconds is not None
             at = connection.heard_at + self._hello_seconds
             yield at, f"it was silent for {self._hello_seconds:g} s"

@@ -54,6 +54,16 @@ class Peer:
         assert (kind, method) == (2, "rpc.error")
         return params[0]["code"]
 
+    def complaint_or_silence(self) -> str | None:
+        """Return the code of ``rpc.error`` if that is what the server says first, else None."""
+        self.sock.settimeout(0.05)
+        try:
+            return self.complaint()
+        except TimeoutError:
+            return None
+        finally:
+            self.sock.settimeout(WAIT_SECONDS)
+
     def at_end(self) -> bool:
         try:
             self.next()

@@ -456,6 +456,19 @@ def test_answers_that_are_not_read_leave_memory_for_those_that_are(serve):
     assert other.ask(2, "big", bytes=10_000) == b"x" * 10_000
 
 
+def test_a_connection_without_hello_makes_room_before_one_with_it(serve):
+    running = serve(max_connections=2, idle_seconds=1.0, hello_seconds=60.0)
+    stranger, known = running.peer(), running.peer()
+    known.ask(1, "hello")
+    extra = running.peer()
+    while extra.complaint_or_silence() == "resource":
+        known.ask(2, "echo")
+        extra = running.peer()
+    assert stranger.at_end()
+    assert known.ask(3, "echo") == {}
+    assert extra.ask(1, "hello") is None
+
+
 def test_the_longest_idle_connection_makes_room_for_a_new_one(serve):
     running = serve(max_connections=3, idle_seconds=0.0)
     subscriber, busy, idle = (running.peer() for _ in range(3))
