@@ -51,6 +51,8 @@ CHOICES: dict[str, tuple[str, Iterable[str]]] = {
     ),
     "VERITY_PRESETS": ("`preset` of Verity", VERITY_PRESETS),
     "SCRATCH_FILESYSTEMS": ("`filesystem` of DeviceScratch", overlays.SCRATCH_FILESYSTEMS),
+    "DEVICE_EXISTING": ("`existing` of DeviceScratch", overlays.DEVICE_EXISTING),
+    "DIRECTORY_EXISTING": ("`existing` of DirectoryScratch", overlays.DIRECTORY_EXISTING),
     "METACOPY": ("`metacopy` of OverlayOptions", overlays.METACOPY),
     "REDIRECT_DIR": ("`redirect_dir` of OverlayOptions", overlays.REDIRECT_DIR),
     "XINO": ("`xino` of OverlayOptions", overlays.XINO),

@@ -10,6 +10,9 @@ from vsock.record import Record
 
 #: File systems a scratch device may have; each is a row of ``guestagent.storage.filesystems``.
 SCRATCH_FILESYSTEMS = ("ext4", "xfs")
+#: What may become of a file system, or of an earlier overlay's changes, that is there.
+DEVICE_EXISTING = ("refuse", "adopt", "fresh")
+DIRECTORY_EXISTING = ("refuse", "adopt")
 #: Values of options of overlayfs, by Documentation/filesystems/overlayfs.rst of the kernel.
 METACOPY = ("on", "off")
 REDIRECT_DIR = ("on", "off", "follow", "nofollow")
@@ -41,7 +44,7 @@ class DeviceScratch(Record):
 
     def check(self) -> None:
         check_choice("filesystem", self.filesystem, SCRATCH_FILESYSTEMS)
-        check_choice("existing", self.existing, ("refuse", "adopt", "fresh"))
+        check_choice("existing", self.existing, DEVICE_EXISTING)
 
 
 class DirectoryScratch(Record):
@@ -56,7 +59,7 @@ class DirectoryScratch(Record):
 
     def check(self) -> None:
         check_path("path", self.path)
-        check_choice("existing", self.existing, ("refuse", "adopt"))
+        check_choice("existing", self.existing, DIRECTORY_EXISTING)
 
 
 Scratch = TmpfsScratch | DeviceScratch | DirectoryScratch
