@@ -81,11 +81,14 @@ def _events(run: Run) -> None:
 
     def tell() -> None:
         nonlocal since
-        reply = run.ask(AgentEvents, since=since)
-        _tell_dropped(run, reply.dropped)
-        for event in reply.events:
-            run.screen.line(_event_text(event))
-            since = event.sequence
+        more = True
+        while more:
+            reply = run.ask(AgentEvents, since=since)
+            _tell_dropped(run, reply.dropped)
+            for event in reply.events:
+                run.screen.line(_event_text(event))
+                since = event.sequence
+            more = reply.more
 
     _follow(run, run.guest.debug.listen, tell)
 

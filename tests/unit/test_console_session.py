@@ -186,6 +186,14 @@ def test_following_events(bed: Bed, person: Client) -> None:
     assert events._listeners == {}
 
 
+def test_events_beyond_one_reply_are_printed_too(bed: Bed) -> None:
+    for number in range(3, 2501):
+        bed.engine.event_log.publish("device_appeared", detail=f"event {number}")
+    status, output = bed.run("events -n 2400")
+    sequences = [int(row.split()[0]) for row in output.splitlines()]
+    assert (status, sequences) == (0, list(range(101, 2501)))
+
+
 def test_following_the_log(person: Client) -> None:
     person.type("log -f\r")
     person.expect("console session")
