@@ -166,7 +166,14 @@ class Layers:
         was_mounted = unmount_target(target, op, dev=live.dev)
         if was_mounted and not (force and live.state == "device_lost"):
             op.on_rollback(f"unmount of {target}", lambda: self._restore(live))
-        refuse_held(self._state, live.dev, target, op, name=names[0] if names else None)
+        refuse_held(
+            self._state,
+            live.dev,
+            target,
+            op,
+            filesystem=live.plan.mount.filesystem,
+            name=names[0] if names else None,
+        )
         removed = remove_devices(self._state, names, op)
         return UnmountReply(
             unmounted=(target,) if was_mounted else (),

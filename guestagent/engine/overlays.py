@@ -187,7 +187,7 @@ class Overlays:
         if was_mounted and not force:
             op.on_rollback(f"unmount of {target}", restore)
         try:
-            refuse_held(self._state, live.dev, target, op)
+            refuse_held(self._state, live.dev, target, op, filesystem="overlay")
         except CallError as error:
             if error.code == "busy":
                 held.append(error)
@@ -210,7 +210,8 @@ class Overlays:
             if live.scratch.kind == "device":
                 scratch = live.scratch
                 op.on_rollback(f"unmount of {scratch.path}", lambda: remount_scratch(scratch))
-                refuse_held(self._state, scratch.mount_dev, scratch.path, op)
+                kind = scratch.filesystem
+                refuse_held(self._state, scratch.mount_dev, scratch.path, op, filesystem=kind)
 
     def forget(self, live: LiveOverlay, op: Transaction) -> None:
         """Drop an overlay that is taken down from the books."""

@@ -19,6 +19,7 @@ from guestagent.engine.teardown import (
     unmount_target,
 )
 from guestagent.engine.transaction import Transaction
+from guestagent.storage import syscalls
 from guestagent.storage.mountinfo import Mount, mounts_by_target, mounts_of_dev
 from guestagent.storage.overlayfs import remove_links
 from vsock.errors import CallError
@@ -118,6 +119,8 @@ def _recover_overlays(
     for overlay in written.overlays:
         if whole_layers.issuperset(overlay.spec.layers) and overlay_is_there(kernel, overlay):
             _adopt_overlay(state, _as_mounted(kernel, overlay))
+        elif _is_held(kernel, overlay):
+            _adopt_overlay(state, overlay)
         else:
             half.append(overlay)
     undos = [
@@ -151,6 +154,13 @@ def _as_mounted(kernel: KernelView, live: "Live") -> "Live":
     """Return what is adopted with the mount id that it has now: an undo that was interrupted may
     have mounted it again."""
     return live.replace(mount_id=kernel.mounts[live.spec.mount_point].mount_id)
+
+
+def _is_held(kernel: KernelView, live: LiveOverlay) -> bool:
+    """Return whether an overlay that is not mounted any more is still in use, by a process inside
+    or by another mount namespace: its scratch is not free until it is unmounted here as well."""
+    is_free = live.spec.mount_point not in kernel.mounts
+    return is_free and bool(live.dev) and syscalls.has_superblock(live.dev) is True
 
 
 def _adopt_layer(state: EngineState, live: LiveLayer) -> None:

@@ -125,12 +125,18 @@ def refuse_shared_devices(
 
 
 def refuse_held(
-    state: EngineState, dev: str, target: str, op: Transaction, *, name: str | None = None
+    state: EngineState,
+    dev: str,
+    target: str,
+    op: Transaction,
+    *,
+    filesystem: str,
+    name: str | None = None,
 ) -> None:
     """Check, after an unmount, that the kernel has dropped the file system that was on ``dev``.
 
     It has not while another mount namespace, a detached mount with a process inside, or an overlay
-    has it. ``name`` is the dm device of that number, if it is one.
+    has it. ``filesystem`` is its type; ``name`` is the dm device of that number, if it is one.
 
     Raises:
         CallError: ``busy``, with the holders.
@@ -143,8 +149,9 @@ def refuse_held(
         info = state.control.find(name=name)
         if info is None or info.open_count == 0:  # another device has its number by now
             return
-    elif any(state.inventory.is_target(mount.target) for mount in mounts_of_dev(dev)):
-        return  # another mount has the number of this one by now
+    for mount in mounts_of_dev(dev):
+        if state.inventory.is_target(mount.target) or mount.filesystem != filesystem:
+            return  # another file system has the number of this one by now
     error = busy_error(target, dev, op)
     if syscalls.has_superblock(dev) is None and error.hint == _NO_HOLDER:
         return

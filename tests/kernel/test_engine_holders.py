@@ -213,6 +213,34 @@ def test_an_overlay(bed: EngineBed, tmp_path: Path, pack: Pack, hold: Hold, kind
         assert bed.engine.problems() == ()
 
 
+def test_an_overlay_that_is_in_use_through_a_restart(
+    bed: EngineBed, tmp_path: Path, pack: Pack
+) -> None:
+    """Its scratch is not given to another one."""
+    image = tmp_path / "disk.img"
+    image.touch()
+    os.truncate(image, 8 << 20)
+    with loop_device(image, readonly=False) as node:
+        scratch = DeviceScratch(device=PathDevice(path=node), ensure_filesystem=True)
+        with bed.operation() as op:
+            for number in range(2):
+                bed.engine.layers.mount(pack.spec(number), op)
+            report = bed.engine.overlays.mount(overlay("o", "layer0", scratch=scratch), op)
+        with detached(report.target):
+            bed.reopen()
+            assert [listed.state for listed in bed.engine.overlays.list()] == ["unmounted"]
+            second = overlay("p", "layer1", scratch=scratch.replace(existing="adopt"))
+            with bed.operation() as op, pytest.raises(CallError) as caught:
+                bed.engine.overlays.mount(second, op)
+            assert caught.value.code == "conflict"
+            busy(bed, bed.engine.overlays.unmount, "o")
+        with bed.operation() as op:
+            bed.engine.overlays.unmount("o", op)
+            bed.engine.overlays.mount(second, op)
+            bed.engine.overlays.unmount("p", op)
+        assert bed.engine.problems() == ()
+
+
 def test_a_process_elsewhere_keeps_its_mount(bed: EngineBed, plain: LayerSpec) -> None:
     """The mount point is not removed: the kernel would unmount it in every namespace."""
     with bed.operation() as op:

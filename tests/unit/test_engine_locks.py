@@ -157,3 +157,11 @@ def test_many_threads_on_few_keys_never_meet(locks):
     for thread in threads:
         thread.join(WAIT_SECONDS)
     assert wrong == []
+
+
+def test_a_held_key_is_known():
+    locks = KeyLocks()
+    with Deadline(10.0) as deadline, locks.hold([("layer", "a")], deadline):
+        assert locks.is_held(("layer", "a"))
+        assert not locks.is_held(("layer", "b"))
+    assert not locks.is_held(("layer", "a"))

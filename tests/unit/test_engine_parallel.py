@@ -63,3 +63,15 @@ def test_the_caller_does_what_no_thread_can_be_had_for(monkeypatch, possible):
     assert for_each(range(20), lambda n, item: item, threads=4) == list(range(20))
     assert len(started) == possible
     assert not any(thread.is_alive() for thread in started)
+
+
+@pytest.mark.parametrize("code", ["timeout", "cancelled"])
+def test_a_cause_is_raised_before_what_the_deadline_stopped(code):
+    both = threading.Barrier(2)
+
+    def work(number, _item):
+        both.wait(10)
+        raise CallError("device" if number == 1 else code, f"item {number}")
+
+    with pytest.raises(CallError, match="item 1"):
+        for_each(range(2), work, threads=2)
