@@ -1,1 +1,1 @@
-"""What is mounted, who uses it, and how it comes and goes as a transaction."""
+"""Mounted layers and overlays, and the transactions that mount and unmount them."""

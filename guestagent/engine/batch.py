@@ -152,13 +152,13 @@ class Batches:
     def _report(
         self, made: Sequence[LayerSeen], there: Sequence[LayerSeen]
     ) -> dict[str, LayerReport]:
-        """Report what was seen of each layer, and, now that all are in the books, of each other."""
+        """Report what was seen of each layer, with its overlaps: all are in the inventory now."""
         reports = [report_of(self._state, seen) for seen in made]
         reports += [report_of(self._state, seen, already=True) for seen in there]
         return {report.layer_id: report for report in reports}
 
     def _keep(self, made: Sequence[LayerSeen], overlay: LiveOverlay | None) -> None:
-        """Bring the books in line with what is decided; nothing can fail any more."""
+        """Add what is decided to the inventory; nothing can fail any more."""
         for each in made:
             self._state.inventory.add_layer(each.live)
         if overlay is not None:

@@ -1,4 +1,4 @@
-"""The engine as a whole: its parts, its life, and what it can say of itself."""
+"""The engine as a whole: its parts, its start and end, its features and counts."""
 
 import os
 from collections.abc import Callable
@@ -32,7 +32,7 @@ _SIGNATURE_RULE = "/sys/module/dm_verity/parameters/require_signatures"
 
 
 class Engine:
-    """Open once; ``close`` leaves everything mounted, for the next life to adopt."""
+    """Open once; ``close`` leaves everything mounted, for the next agent to adopt."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Engine:
         return self.state.events
 
     def start(self) -> Recovered:
-        """Adopt what an earlier life left, then watch the kernel's events."""
+        """Adopt what an earlier agent left, then watch the kernel's events."""
         recovered = recover(self.state)
         self._monitor.note_lost_devices()
         self._monitor.start()

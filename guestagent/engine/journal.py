@@ -1,4 +1,4 @@
-"""What the agent is doing and has done, kept in a tmpfs so that its next life can go on.
+"""What the agent is doing and has done, kept in a tmpfs for the agent that is started after it.
 
 A request first writes down, in one ``begun`` file, the traces of all that it may leave. For each
 layer and overlay that it has mounted it writes an entry, which names that file. Dropping the file
@@ -169,7 +169,7 @@ class Journal:
         """Forget an overlay's entry. Idempotent."""
         self._unlink(_overlay_file(overlay_id))
 
-    # --- what the next life reads
+    # --- what the next agent reads
 
     def read(self) -> Written:
         """Return what can be read; a file that cannot is put aside."""
@@ -250,7 +250,7 @@ class Journal:
                 yield file.removesuffix(suffix), record
 
     def _load(self, path: str, kind: "type[Kind]") -> "Kind | None":
-        """Read a record; put it aside if that fails: who will not start cannot clean up either."""
+        """Read a record; put a damaged one aside, so that the agent starts and can undo the rest."""
         try:
             with open(path, "rb") as stream:
                 return kind.from_wire(msgpack.unpackb(stream.read()), path)

@@ -132,7 +132,7 @@ class Layers:
     def unmount(self, layer_id: str, op: Transaction, *, force: bool = False) -> UnmountReply:
         """Unmount a layer and see its devices gone.
 
-        ``force`` also cleans up a layer that somebody else unmounted or whose device is lost.
+        ``force`` also cleans up a layer that another program unmounted or whose device is lost.
 
         Raises:
             CallError: ``busy``, naming the holders; the layer stays as it was.
@@ -183,7 +183,7 @@ class Layers:
         )
 
     def forget(self, live: LiveLayer, op: Transaction) -> None:
-        """Drop a layer that is taken down from the books. What is left over becomes a problem."""
+        """Drop an unmounted layer from inventory and journal; what stays becomes a problem."""
         layer_id = live.spec.layer_id
         inventory = self._state.inventory
         inventory.drop_layer(layer_id)

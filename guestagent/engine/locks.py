@@ -76,7 +76,7 @@ class KeyLocks:
             self._grant()
 
     def _grant(self) -> None:
-        """Serve whoever can be served; the lock is held by the caller."""
+        """Grant every waiter whose keys are free; the caller holds the lock."""
         blocked: set[Key] = set()
         for waiter in list(self._waiting):
             if waiter.keys & self._held or waiter.keys & blocked:

@@ -214,7 +214,7 @@ class Overlays:
                 refuse_held(self._state, scratch.mount_dev, scratch.path, op, filesystem=kind)
 
     def forget(self, live: LiveOverlay, op: Transaction) -> None:
-        """Drop an overlay that is taken down from the books."""
+        """Drop an unmounted overlay from inventory and journal."""
         overlay_id, target = live.spec.overlay_id, live.spec.mount_point
         state = self._state
         state.inventory.drop_overlay(overlay_id)
@@ -296,7 +296,7 @@ class Overlays:
                 f"overlay {spec.overlay_id!r} is {what}",
                 step="read back",
                 object=spec.overlay_id,
-                hint="somebody else unmounted it; unmount it here to clean up",
+                hint="another program unmounted it; unmount it here to clean up",
             )
         return OverlayReport(
             overlay_id=spec.overlay_id,

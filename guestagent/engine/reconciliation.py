@@ -1,6 +1,6 @@
-"""Holding the books against the kernel while the agent runs: what no request accounts for.
+"""Comparing journal and inventory with the kernel while the agent runs.
 
-What recovery does once at the start, for a person who asks in between. Requests go on meanwhile:
+Recovery does so once at the start; this is for a person at the console. Requests go on meanwhile:
 whatever looks unaccounted for is looked at again under the lock of its id, so that what a request
 is just making, or taking away, is left to it.
 """
@@ -30,7 +30,7 @@ _IN_ORDER = "it is in order now"
 
 
 class Finding(Record):
-    """Something that the books and the kernel do not agree on.
+    """A difference between journal, inventory and kernel.
 
     ``kind`` is ``dm device``, ``layer``, ``overlay`` or ``journal``; ``owner`` is whose lock guards
     it. ``action`` says how it is undone, empty where nothing can be done about it.
@@ -51,8 +51,8 @@ class Outcome(Record):
     detail: str = ""
 
 
-class _Books(Record):
-    """One look at the journal, the inventory and the kernel."""
+class _Snapshot(Record):
+    """The journal and the kernel at one moment."""
 
     kernel: KernelView
     written: Written
@@ -104,19 +104,19 @@ class Reconciliation:
 
     # --- looking
 
-    def _read(self) -> _Books:
+    def _read(self) -> _Snapshot:
         kernel = KernelView.look(self._state)
-        return _Books(
+        return _Snapshot(
             kernel=kernel,
             written=self._state.journal.read(),
             uuids={name: uuid for name, (_, uuid) in kernel.devices.items()},
         )
 
-    def _scan(self, books: _Books) -> tuple[Finding, ...]:
+    def _scan(self, snapshot: _Snapshot) -> tuple[Finding, ...]:
         return (
-            *self._orphan_devices(books),
-            *self._layer_findings(books),
-            *self._overlay_findings(books),
+            *self._orphan_devices(snapshot),
+            *self._layer_findings(snapshot),
+            *self._overlay_findings(snapshot),
             *(
                 Finding(
                     kind="journal",
@@ -129,19 +129,19 @@ class Reconciliation:
             ),
         )
 
-    def _orphan_devices(self, books: _Books) -> list[Finding]:
+    def _orphan_devices(self, snapshot: _Snapshot) -> list[Finding]:
         owned = self._dm_names_in_use()
         # of one in the journal the entry is the finding, and takes its devices with it
         owned |= {
             name
-            for layer_id, (traces, _) in books.layers().items()
+            for layer_id, (traces, _) in snapshot.layers().items()
             if self._state.inventory.layer(layer_id) is None
-            for name, _ in books.kernel.own_devices(traces)
+            for name, _ in snapshot.kernel.own_devices(traces)
         }
         # verity devices first, as they stand on the linear ones
         prefix = self._state.uuid_prefix
         orphans = sorted(
-            ((uuid, name) for name, uuid in books.uuids.items() if uuid.startswith(prefix)),
+            ((uuid, name) for name, uuid in snapshot.uuids.items() if uuid.startswith(prefix)),
             reverse=True,
         )
         return [
@@ -156,17 +156,17 @@ class Reconciliation:
             if name not in owned
         ]
 
-    def _layer_findings(self, books: _Books) -> list[Finding]:
+    def _layer_findings(self, snapshot: _Snapshot) -> list[Finding]:
         inventory = self._state.inventory
         found = []
-        entries = books.layers()
+        entries = snapshot.layers()
         for layer_id, (_, state) in entries.items():
             if inventory.layer(layer_id) is None:
                 problem = f"is in the journal ({state}) and not in the inventory"
                 found.append(_finding("layer", layer_id, problem, "take down what there is of it"))
         for live in inventory.layers():
             layer_id = live.spec.layer_id
-            if not layer_is_there(books.kernel, live):
+            if not layer_is_there(snapshot.kernel, live):
                 problem = f"is not whole in the kernel (at {live.spec.mount_point})"
                 found.append(_finding("layer", layer_id, problem, "unmount it by force"))
             elif layer_id not in entries:
@@ -174,10 +174,10 @@ class Reconciliation:
                 found.append(_finding("layer", layer_id, problem, "write its journal entry"))
         return found
 
-    def _overlay_findings(self, books: _Books) -> list[Finding]:
+    def _overlay_findings(self, snapshot: _Snapshot) -> list[Finding]:
         inventory = self._state.inventory
         found = []
-        entries = books.overlays()
+        entries = snapshot.overlays()
         for overlay_id, (_, state) in entries.items():
             if inventory.overlay(overlay_id) is None:
                 problem = f"is in the journal ({state}) and not in the inventory"
@@ -185,7 +185,7 @@ class Reconciliation:
                 found.append(_finding("overlay", overlay_id, problem, action))
         for live in inventory.overlays():
             overlay_id = live.spec.overlay_id
-            if not overlay_is_there(books.kernel, live):
+            if not overlay_is_there(snapshot.kernel, live):
                 problem = f"is not whole in the kernel (at {live.spec.mount_point})"
                 found.append(_finding("overlay", overlay_id, problem, "unmount it by force"))
             elif overlay_id not in entries:
@@ -216,10 +216,10 @@ class Reconciliation:
         with op.deadline.part(_LOCK_SECONDS) as limit:
             kind, name = finding.owner
             with self._state.locks.hold([(kind, name)], limit):
-                books = self._read()
-                if finding not in self._scan(books):
+                snapshot = self._read()
+                if finding not in self._scan(snapshot):
                     return _IN_ORDER
-                self._undo_locked(finding, books)
+                self._undo_locked(finding, snapshot)
         return None
 
     def _unmount(self, finding: Finding, op: Transaction) -> str | None:
@@ -230,25 +230,25 @@ class Reconciliation:
         parts.unmount(finding.name, op, force=True)
         return None
 
-    def _undo_locked(self, finding: Finding, books: _Books) -> None:
+    def _undo_locked(self, finding: Finding, snapshot: _Snapshot) -> None:
         name = finding.name
         if finding.kind == "dm device":
-            undo_orphan(self._state, name, books.kernel.devices[name][0])
+            undo_orphan(self._state, name, snapshot.kernel.devices[name][0])
         elif finding.kind == "layer":
-            self._settle_layer(name, books)
+            self._settle_layer(name, snapshot)
         else:
-            self._settle_overlay(name, books)
+            self._settle_overlay(name, snapshot)
 
-    def _settle_layer(self, layer_id: str, books: _Books) -> None:
+    def _settle_layer(self, layer_id: str, snapshot: _Snapshot) -> None:
         live = self._state.inventory.layer(layer_id)
         if live is not None:
             self._state.journal.write_layers((live,), begun="")
             return
-        gone, _ = books.layers()[layer_id]
-        own = books.kernel.own_devices(gone)
+        gone, _ = snapshot.layers()[layer_id]
+        own = snapshot.kernel.own_devices(gone)
         in_use = self._dm_names_in_use()
         if not self._is_taken(gone.mount_point) and in_use.isdisjoint(name for name, _ in own):
-            undo_layer(self._state, books.kernel, gone)
+            undo_layer(self._state, snapshot.kernel, gone)
             return
         # what it had is another's by now, and stays
         for name, dev in own:
@@ -260,16 +260,16 @@ class Reconciliation:
         layers = self._state.inventory.layers()
         return {name for layer in layers for name in layer.plan.dm_names}
 
-    def _settle_overlay(self, overlay_id: str, books: _Books) -> None:
+    def _settle_overlay(self, overlay_id: str, snapshot: _Snapshot) -> None:
         live = self._state.inventory.overlay(overlay_id)
         if live is not None:
             self._state.journal.write_overlay(live, begun="")
             return
-        gone, _ = books.overlays()[overlay_id]
+        gone, _ = snapshot.overlays()[overlay_id]
         if self._is_taken(gone.spec.mount_point):
             self._state.journal.strike_overlay(overlay_id)
         else:
-            undo_overlay(self._state, books.kernel, gone)
+            undo_overlay(self._state, snapshot.kernel, gone)
 
     def _is_taken(self, target: str) -> bool:
         inventory = self._state.inventory

@@ -182,13 +182,13 @@ def _adopt_overlay(state: EngineState, live: LiveOverlay) -> None:
     owner = ("overlay", overlay_id)
     reservation = Reservation(target=live.spec.mount_point, directories=live.created)
     state.inventory.adopt(owner, reservation)
-    if live.scratch is not None and live.scratch.kind != "tmpfs":  # that one is nobody else's
+    if live.scratch is not None and live.scratch.kind != "tmpfs":  # a tmpfs is of one overlay
         state.inventory.reserve_scratch(owner, live.scratch.key)
     state.inventory.add_overlay(live)
 
 
 def _undo_all(state: EngineState, undos: Sequence[tuple[str, Callable[[], None]]]) -> list[str]:
-    """Undo everything listed, side by side: each waits for the kernel, and somebody waits for us.
+    """Undo everything listed on a few threads: each undo waits for the kernel.
 
     What cannot be undone is told in the status and tried again next time.
     """
@@ -238,7 +238,7 @@ def undo_layer(state: EngineState, kernel: KernelView, traces: LayerTraces) -> N
 
 
 def _undo_orphans(state: EngineState, prefix: str) -> list[str]:
-    """Remove dm devices whose uuid says that they are ours (``prefix``) but that belong to no
+    """Remove dm devices whose uuid begins with ``prefix``, the agent's own, but that belong to no
     layer, with what is mounted on them. Verity devices stand on linear ones and must go first."""
     owned = {name for live in state.inventory.layers() for name in live.plan.dm_names}
     orphans = [

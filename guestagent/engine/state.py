@@ -38,7 +38,7 @@ class Rules(Record):
 
 
 class EngineState:
-    """Opened once for the life of an engine; ``close()`` frees descriptors and leaves the kernel's
+    """Opened once for an engine; ``close()`` frees descriptors and leaves the kernel's
     state as it is."""
 
     def __init__(

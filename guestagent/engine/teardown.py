@@ -38,7 +38,7 @@ _HOLDER_SECONDS = 2.0
 #: All mount namespaces are looked at within this.
 _NAMESPACE_SECONDS = 10.0
 _NO_HOLDER = "no holder was found"
-#: A device that nobody holds is gone within this; longer means that somebody does.
+#: A device without holders is gone within this.
 _GONE_SECONDS = 5.0
 
 
@@ -48,17 +48,18 @@ def undo_deadline(state: EngineState) -> Deadline:
 
 
 def nothing_to_unmount(op: Transaction) -> UnmountReply:
-    """Return the answer for an id that nothing has: it is as if it were unmounted already."""
+    """Return the reply for an id that is not mounted."""
     return UnmountReply(unmounted=(), removed_devices=(), timings_ms=op.timings_ms, already=True)
 
 
 def unmount_target(target: str, op: Transaction, *, dev: str | None = None) -> bool:
     """Unmount what is mounted at ``target``; return whether something was.
 
-    ``dev`` (MAJOR:MINOR) says what is ours; None takes whatever is there for ours.
+    ``dev`` (MAJOR:MINOR) is that of the agent's mount; with None any mount there is unmounted.
 
     Raises:
-        CallError: ``busy``, with the holders named in the hint; ``conflict``, it is not ours.
+        CallError: ``busy``, with the holders named in the hint; ``conflict``, another mount
+            covers the agent's.
     """
     with op.step("unmount", target, code="mount"):
         mount = find_mount(target)
@@ -81,7 +82,7 @@ def _foreign(mount: Mount, dev: str) -> CallError:
         f"{mount.target!r} is covered by {mount.filesystem} of {mount.source!r} ({mount.dev}), "
         f"not ours ({dev})",
         object=mount.target,
-        hint="somebody else mounted it; unmount that first",
+        hint="another program mounted it; unmount that first",
     )
 
 
@@ -159,7 +160,7 @@ def refuse_held(
 
 
 def busy_error(target: str, dev: str, op: Transaction, more: tuple[Holder, ...] = ()) -> CallError:
-    """Return the error for something that cannot go because it is in use, naming who uses it.
+    """Return the error for something that cannot go because it is in use, naming its holders.
 
     ``more`` are holders that are known already; with an empty ``dev`` no others are looked for.
     """
@@ -186,7 +187,7 @@ def remove_devices(state: EngineState, names: tuple[str, ...], op: Transaction) 
     waits; what is not so marked is removed here.
 
     Raises:
-        CallError: ``busy``, naming what is left and who holds it; ``timeout`` or ``cancelled``.
+        CallError: ``busy``, naming what is left and its holders; ``timeout`` or ``cancelled``.
     """
     if not names:
         return ()

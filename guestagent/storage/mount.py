@@ -1,4 +1,4 @@
-"""Mount and unmount one file system, at a place that nobody could have swapped.
+"""Mount and unmount one file system, at a directory that cannot be swapped meanwhile.
 
 A target is opened component by component below an allowed root, following no link of any kind; the
 mount is then attached to that very directory through its descriptor. Unmounting never detaches
@@ -78,7 +78,7 @@ class TargetDirectory(FdOwner):
     def remove_created(self) -> tuple[str, ...]:
         """Remove the directories that were made here and are empty; return those removed.
 
-        One that another request has come to use since is left, and is no longer ours.
+        A directory that another request has come to use since is left.
         """
         removed = []
         for path in reversed(self.created):
@@ -148,7 +148,7 @@ class TargetDirectory(FdOwner):
     def _make(self, parent_fd: int, name: str, path: str) -> None:
         try:
             os.mkdir(name, 0o700, dir_fd=parent_fd)
-        except FileExistsError:  # then it is not ours
+        except FileExistsError:  # another request made it
             return
         if path not in self.created:
             self.created += (path,)

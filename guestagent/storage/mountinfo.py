@@ -130,8 +130,8 @@ def _escaped(target: str) -> str:
 def mounts_by_target(
     targets: Iterable[str] | None = None, *, path: str = MOUNTINFO_PATH
 ) -> dict[str, Mount]:
-    """Return the topmost mount of each target, or of each of ``targets`` that is a mount point: one
-    reading, for whoever asks for many."""
+    """Return the topmost mount of each target, or of each of ``targets`` that is a mount point, by
+    one reading."""
     lines = [line for line in _read_text(path).split("\n") if line]
     if targets is not None:
         wanted = {_escaped(target) for target in targets}

@@ -1,7 +1,7 @@
 """Opening below a root that no path leads out of: not by ``..``, a symlink, a mount or a device.
 
 A ``Root`` is a private copy of the mount at a directory (``open_tree`` with OPEN_TREE_CLONE): what
-somebody mounted further below is not part of it, and it vanishes when it is closed. Without the
+is mounted further below is not part of it, and it vanishes when it is closed. Without the
 privilege to make one, the directory itself is the root, and mounts below it are seen.
 
 Nothing is opened to see what it is: a path is resolved with O_PATH, which has no effect on devices,
@@ -21,7 +21,7 @@ __all__ = ("Root", "reopen")
 
 _RESOLVE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 #: No effect on regular files; they keep a device that slipped in from blocking or from becoming a
-#: terminal of ours.
+#: controlling terminal.
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 

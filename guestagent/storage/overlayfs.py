@@ -1,7 +1,7 @@
 r"""Overlays of up to 500 layers, right on every kernel or refused.
 
 mount(2) hands the kernel one page of options and the kernel cuts what is longer, without an error:
-an overlay then lacks its lower layers and nobody is told. So there are three ways here:
+the overlay then lacks its lower layers. So there are three ways here:
 
 - fsconfig ``lowerdir+``, one call for each layer; by descriptor since Linux 6.13, by path of at
   most 255 bytes since 6.7. No limit but the kernel's 500 layers, no escaping.
@@ -9,7 +9,7 @@ an overlay then lacks its lower layers and nobody is told. So there are three wa
 - mount(2) with short names: a directory of symbolic links ``0``, ``1``, ... stands in for the
   paths, and a thread that has left the shared working directory (unshare CLONE_FS, so that no
   other thread moves) mounts from within it. The directory is the overlay's ``source`` in
-  mountinfo, which keeps the layers readable for whoever looks later.
+  mountinfo, which keeps the layers readable later.
 
 After each mount what the kernel shows is compared with what was asked.
 """

@@ -5,7 +5,7 @@ guest more memory (24 MiB) than the whole agent may take, so that this is our ow
 
 Only the kernel is believed: messages from other senders (any process with the privilege may send)
 are dropped. When the kernel could not queue all events, ``receive`` puts one ``Uevent`` with the
-action ``lost`` in place: whoever waits for a state must then look at the state itself.
+action ``lost`` in place: a reader that waits for a state must then look at the state itself.
 """
 
 import _socket
