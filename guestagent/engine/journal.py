@@ -250,7 +250,7 @@ class Journal:
                 yield file.removesuffix(suffix), record
 
     def _load(self, path: str, kind: "type[Kind]") -> "Kind | None":
-        """Read a record; put a damaged one aside, so that the agent starts and can undo the rest."""
+        """Read a record; put a damaged one aside, so that the agent can start and undo the rest."""
         try:
             with open(path, "rb") as stream:
                 return kind.from_wire(msgpack.unpackb(stream.read()), path)

@@ -6,13 +6,14 @@ devices and swap on a block device. A file of an overlay may have the number of 
 so that files are compared by the id of their mount, too.
 """
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
 
 from guestagent.api.layers import Holder
 from guestagent.storage import syscalls
-from guestagent.storage.mountinfo import Mount, lowerdirs_of, read_mounts
+from guestagent.storage.mountinfo import Mount, lowerdirs_of, mounts_of_dev, read_mounts
 from vsock.deadline import Deadline
 
 __all__ = ("find_holders", "mounts_elsewhere")
@@ -40,7 +41,11 @@ def find_holders(
     found = _dm_and_loop_holders(dev, sys_root)
     found += _swap_holders(dev, proc_root)
     mount_ids: set[int] = set()
-    for pid, mounts in _namespaces(proc_root, deadline):
+    for pid, path in _namespaces(proc_root, deadline):
+        try:
+            mounts = read_mounts(path)
+        except OSError:  # the process ended, or is not ours to look into
+            continue
         mount_ids.update(mount.mount_id for mount in mounts if mount.dev == dev)
         found += _mount_holders(mounts, dev, target if pid is None else None, pid)
     for pid in _pids(proc_root):
@@ -59,18 +64,18 @@ def mounts_elsewhere(
         CallError: ``timeout`` or ``cancelled``, not all namespaces were looked at.
     """
     found: set[str] = set()
-    for pid, mounts in _namespaces(proc_root, deadline):
-        if pid is not None:
-            found.update(mount.dev for mount in mounts if mount.dev in devs)
+    for pid, path in _namespaces(proc_root, deadline):
+        if pid is None:
+            continue
+        with contextlib.suppress(OSError):  # the process ended
+            found.update(dev for dev in devs if mounts_of_dev(dev, path))
     deadline.check("look for mounts in other namespaces")
     return tuple(sorted(found))
 
 
-def _namespaces(
-    proc_root: str, deadline: Deadline
-) -> Iterator[tuple[str | None, tuple[Mount, ...]]]:
-    """Yield the mounts of our own mount namespace with None, then those of each other namespace
-    with a process that is in it."""
+def _namespaces(proc_root: str, deadline: Deadline) -> Iterator[tuple[str | None, str]]:
+    """Yield the path of the mountinfo of our own mount namespace with None, then that of each other
+    namespace with a process that is in it."""
     seen: set[str] = set()
     for pid in _pids(proc_root):
         if deadline.expired or deadline.cancelled:
@@ -80,11 +85,7 @@ def _namespaces(
             continue
         is_own = not seen or namespace == _read_link(f"{proc_root}/self/ns/mnt")
         seen.add(namespace)
-        try:
-            mounts = read_mounts(f"{proc_root}/{pid}/mountinfo")
-        except OSError:  # the process ended, or is not ours to look into
-            continue
-        yield None if is_own else pid, mounts
+        yield None if is_own else pid, f"{proc_root}/{pid}/mountinfo"
 
 
 def _pids(proc_root: str) -> list[str]:
