@@ -12,10 +12,11 @@ from click.testing import CliRunner, Result
 
 from guestagent.api import METHODS, LayersMount, LayerSpec, OverlaySpec, Verity
 from guestagent.api.devices import ByteRange, PathDevice, ScsiDevice, VirtioBlkDevice
+from guestagent.api.layers import VerityReport
 from guestagent.api.overlays import DeviceScratch, OverlayOptions
 from guestagent.host.ctl.main import collect
 from rootfs.pack.manifest import Manifest, layer_spec
-from tests.beds.handlebed import Agent
+from tests.beds.handlebed import Agent, dm_device, layer_report, overlay_report
 from tests.beds.imagebed import Layout, Member, directory
 from vsock.errors import CallError
 from vsock.record import Record
@@ -295,6 +296,115 @@ def test_a_batch_as_text_and_as_json(agent: Recorder, ctl: Callable[..., Result]
     unknown = b'{"layers": [], "unknown": 1}'
     done = ctl("layers", "mount", "--request", "-", text=unknown)
     assert (done.exit_code, "unknown" in done.stderr) == (1, True)
+
+
+# --- a guest that sends control sequences
+
+EVIL = "\x1b]0;owned\x07"
+
+
+class Hostile(Recorder):
+    """Every text of its replies has a control sequence in it."""
+
+    def _handle(self, call: Call) -> Outcome:
+        outcome = super()._handle(call)
+        return Outcome(outcome.error, spoilt(outcome.result)) if outcome.error is None else outcome
+
+    def layer_mount(self, _call: Call) -> object:
+        device, verity = dm_device("x"), dict.fromkeys(VerityReport._fields, "x")
+        numbers = ("hash_type", "data_blocks", "data_block_size", "hash_block_size")
+        verity |= dict.fromkeys((*numbers, "hash_offset_bytes"), 0)
+        verity |= {"superblock": True, "signed": False, "options": [], "dropped": []}
+        more = {"dm": [device], "verity": verity, "overlaps": ["x"], "timings_ms": {"x": 1.0}}
+        return {**layer_report("x"), **more}
+
+    def overlay_mount(self, _call: Call) -> object:
+        return overlay_report("x", "a")
+
+    def layers_mount(self, call: Call) -> object:
+        layers = [self.layer_mount(call)]
+        return {"layers": layers, "overlay": self.overlay_mount(call), "timings_ms": {}}
+
+    def layer_unmount(self, _call: Call) -> object:
+        more = {"timings_ms": {}, "already": False}
+        return {"unmounted": ["x"], "removed_devices": ["x"], **more}
+
+    overlay_unmount = layer_unmount
+
+    def layers_unmount(self, call: Call) -> object:
+        gone = self.layer_unmount(call)
+        return {"layers": {"x": gone}, "overlay": gone, "timings_ms": {}}
+
+    def dm_table(self, _call: Call) -> object:
+        return {"name": "x", "lines": ["x"]}
+
+    def dm_status(self, _call: Call) -> object:
+        return {"name": "x", "lines": ["x"], "device": dm_device("x")}
+
+    def fs_acl_get_file(self, _call: Call) -> object:
+        return {"entries": [], "text": "x"}
+
+    def fs_mountpoints(self, _call: Call) -> object:
+        texts = dict.fromkeys(("target", "source", "filesystem", "dev"), "x")
+        return {"mounts": [{**texts, "mount_id": 1, "options": ["x"]}]}
+
+    def fs_checksum_device(self, _call: Call) -> object:
+        return {"algorithm": "sha256", "digest": "x", "size_bytes": 1, "timings_ms": {}}
+
+    fs_checksum = fs_checksum_device
+
+
+def spoilt(value: object, name: str = "") -> object:
+    if isinstance(value, dict):
+        is_map = name in ("timings_ms", "boot", "limits", "fields")
+        return {f"{key}{EVIL if is_map else ''}": spoilt(v, key) for key, v in value.items()}
+    if isinstance(value, list):
+        return [spoilt(each, name) for each in value]
+    return value + EVIL if isinstance(value, str) and name != "kind" else value
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "hello",
+        "status",
+        "top",
+        "log",
+        "crashes",
+        "events",
+        "layer list",
+        "layer mount x --device pmem:0",
+        "layer unmount x",
+        "layer check x",
+        "overlay list",
+        "overlay mount o a",
+        "overlay unmount o",
+        "layers mount pmem:0,root=none",
+        "layers unmount a",
+        "dm list",
+        "dm table x",
+        "dm status x",
+        "fs mountpoints",
+        "fs device /dev/vda",
+        "fs devices",
+        "fs stat layer:a /file",
+        "fs checksum layer:a /file",
+        "fs checksum-device /dev/vda",
+    ],
+)
+def test_what_a_guest_says_does_not_reach_the_terminal_raw(tmp_path: Path, line: str) -> None:
+    agent = Hostile(tmp_path / "agent")
+    try:
+        agent.layers, agent.overlays = {"a": "mounted"}, {"o": ("a",)}
+        agent.publish("layer_mounted")
+        agent.log()
+        done = CliRunner().invoke(collect(), ["--connect", agent.address, *line.split()])
+    finally:
+        agent.stop()
+    assert done.exit_code == 0, done.output
+    assert done.stdout
+    assert "\x1b" not in done.output
+    assert "\x07" not in done.output
 
 
 # --- packs

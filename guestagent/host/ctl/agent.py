@@ -28,8 +28,10 @@ def hello(session: Session) -> None:
         reply,
         lambda: "\n".join(
             (
-                f"agent {reply.agent} on Linux {reply.kernel}, protocol version {reply.version}",
-                *(f"  {name:20} {words_of(value)}" for name, value in facts.items()),
+                plain(
+                    f"agent {reply.agent} on Linux {reply.kernel}, protocol version {reply.version}"
+                ),
+                *(f"  {plain(name):20} {words_of(value)}" for name, value in facts.items()),
             )
         ),
     )

@@ -4,7 +4,7 @@ import click
 
 from guestagent.host.ctl.completion import complete_devices
 from guestagent.host.ctl.session import Session, pass_session
-from guestagent.host.ctl.style import table
+from guestagent.host.ctl.style import plain, table
 
 __all__ = ("dm",)
 
@@ -42,7 +42,7 @@ def print_table(session: Session, name: str) -> None:
     """Print a device's table, as dmsetup does."""
     with session.agent() as guest:
         reply = guest.dm_table(name)
-    session.show(reply, lambda: "\n".join(reply.lines))
+    session.show(reply, lambda: "\n".join(map(plain, reply.lines)))
 
 
 @dm.command("status")
@@ -52,4 +52,4 @@ def status(session: Session, name: str) -> None:
     """Print a device's status, as dmsetup does."""
     with session.agent() as guest:
         reply = guest.dm_status(name)
-    session.show(reply, lambda: "\n".join(reply.lines))
+    session.show(reply, lambda: "\n".join(map(plain, reply.lines)))

@@ -150,7 +150,7 @@ def status(session: Session, place: Where, path: bytes) -> None:
         if acl.text:
             plain[name] = acl.text.splitlines()
             lines.append(f"  {name:9} {acl.text.replace(chr(10), ', ')}")
-    _emit(session, plain, lines)
+    _emit(session, plain, map(escaped, lines))
 
 
 @fs.command()
@@ -233,10 +233,10 @@ def checksum(session: Session, place: Where, path: bytes, algorithm: str) -> Non
             entries = guest.fs_checksums(path, algorithm=algorithm, progress=progress, **place)
     if reply is not None:
         digest = reply.digest
-        session.show(reply, lambda: f"{digest}  {printable(path)}")
+        session.show(reply, lambda: f"{escaped(digest)}  {printable(path)}")
         return
     ordered = [entries[name] for name in sorted(entries)]
-    lines = (f"{e.digest}  {printable(e.path)}" for e in ordered if e.digest is not None)
+    lines = (f"{escaped(e.digest)}  {printable(e.path)}" for e in ordered if e.digest is not None)
     _emit(session, [_plain(entry) for entry in ordered], lines)
 
 
@@ -315,7 +315,7 @@ def checksum_device(session: Session, node: str, algorithm: str) -> None:
     """Hash a whole block device, in the form of sha256sum."""
     with session.agent() as guest, progress_bar("hashing", session.as_json) as progress:
         reply = guest.fs_checksum_device(node, algorithm=algorithm, progress=progress)
-    session.show(reply, lambda: f"{reply.digest}  {escaped(node)}")
+    session.show(reply, lambda: escaped(f"{reply.digest}  {node}"))
 
 
 @fs.command()

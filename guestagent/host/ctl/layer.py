@@ -1,26 +1,29 @@
 """``guestctl layer``: mount, unmount, list, show and read layers."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import BinaryIO, TypedDict, TypeVar, Unpack
 
 import click
 
 from guestagent.api import ByteRange, LayerReport, LayerSpec, Verity
 from guestagent.api.devices import DIGEST_BYTES, MAX_SIGNATURE_BYTES, VERITY_PRESETS, Device
-from guestagent.api.layers import MOUNT_OPTIONS, LayerListReply
+from guestagent.api.layers import MOUNT_OPTIONS, LayerListReply, UnmountReply
 from guestagent.api.texts import device_from_text
 from guestagent.host.client.methods import STREAM_DEADLINE_MS
 from guestagent.host.ctl.completion import complete_layers
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import Session, pass_session
-from guestagent.host.ctl.style import human_bytes, paint, table, tint
+from guestagent.host.ctl.style import described, human_bytes, paint, plain, spent, table
 
 __all__ = (
+    "LAYER_HEADER",
     "TreeWords",
+    "describe_gone",
     "describe_layer",
     "hex_bytes",
     "layer",
+    "layer_rows",
     "parse_device",
     "read_signature",
     "tree_options",
@@ -200,8 +203,13 @@ def unmount(session: Session, layer_id: str, force: bool) -> None:
     """Unmount a layer and remove its devices."""
     with session.agent() as guest:
         reply = guest.layer_unmount(layer_id, force=force)
-    gone = ", ".join((*reply.unmounted, *reply.removed_devices))
-    session.show(reply, lambda: f"gone: {gone}" if gone else "nothing was mounted")
+    session.show(reply, lambda: describe_gone(reply))
+
+
+def describe_gone(*replies: UnmountReply) -> str:
+    """Return the mounts and devices that were removed."""
+    gone = [name for one in replies for name in (*one.unmounted, *one.removed_devices)]
+    return f"gone: {plain(', '.join(gone))}" if gone else "nothing was mounted"
 
 
 @layer.command("list")
@@ -210,20 +218,27 @@ def list_layers(session: Session) -> None:
     """List the layers of a guest."""
     with session.agent() as guest:
         reports = guest.layer_list()
-    header = ("LAYER", "STATE", "FS", "SIZE", "VERITY", "DEVICE", "TARGET")
-    rows = [
+    session.show(LayerListReply(layers=reports), lambda: table(LAYER_HEADER, layer_rows(reports)))
+
+
+LAYER_HEADER = ("LAYER", "STATE", "FS", "SIZE", "VERITY", "USED BY", "DEVICE", "TARGET")
+
+
+def layer_rows(layers: Iterable[LayerReport]) -> list[tuple[str, ...]]:
+    """Return rows for ``LAYER_HEADER``."""
+    return [
         (
-            report.layer_id,
-            report.state,
-            report.filesystem,
-            human_bytes(report.size_bytes),
-            report.verity.status if report.verity else "-",
-            report.device_node,
-            report.target,
+            layer.layer_id,
+            layer.state,
+            layer.filesystem,
+            human_bytes(layer.size_bytes),
+            layer.verity.status if layer.verity else "-",
+            " ".join(layer.used_by) or "-",
+            layer.device_node,
+            layer.target,
         )
-        for report in reports
+        for layer in layers
     ]
-    session.show(LayerListReply(layers=reports), lambda: table(header, rows))
 
 
 @layer.command("get")
@@ -258,20 +273,20 @@ def check(session: Session, layer_id: str) -> None:
 
 
 def describe_layer(report: LayerReport) -> str:
-    """Return what a person wants to know of a mounted layer."""
-    state = paint(report.state, tint(report.state))
-    state = f"{state}, was mounted already" if report.already else state
-    lines = [
-        f"layer {report.layer_id}: {state}",
-        f"  target      {report.target} (mount {report.mount_id}, {','.join(report.options)})",
-        f"  filesystem  {report.filesystem} on {report.device_node} ({report.dev}), "
-        f"{report.size_bytes} bytes ({human_bytes(report.size_bytes)})",
+    """Return the description of a mounted layer for a person."""
+    already = ", was mounted already" if report.already else ""
+    facts = [
+        ("target", f"{report.target} (mount {report.mount_id}, {','.join(report.options)})"),
+        (
+            "filesystem",
+            f"{report.filesystem} on {report.device_node} ({report.dev}), "
+            f"{report.size_bytes} bytes ({human_bytes(report.size_bytes)})",
+        ),
     ]
     if report.verity is not None:
         verity = report.verity
-        lines.append(f"  verity      {verity.algorithm} {verity.root_digest} ({verity.status})")
-    lines += [f"  dm          {dm.name} {dm.dev}: {dm.table}" for dm in report.dm]
-    lines += [f"  shares bytes with {other}" for other in report.overlaps]
-    spent = "  ".join(f"{step} {ms:.1f}" for step, ms in report.timings_ms.items())
-    lines.append(f"  ms          {spent}")
-    return "\n".join(lines)
+        facts.append(("verity", f"{verity.algorithm} {verity.root_digest} ({verity.status})"))
+    facts += [("dm", f"{dm.name} {dm.dev}: {dm.table}") for dm in report.dm]
+    facts += [("overlaps", other) for other in report.overlaps]
+    facts.append(("ms", spent(report.timings_ms)))
+    return described("layer", report.layer_id, report.state, facts, already)

@@ -1,7 +1,7 @@
 """``guestctl overlay`` and ``guestctl layers``: overlays of layers, and batches of both."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import BinaryIO, TypedDict, TypeVar, Unpack
 
 import click
@@ -24,10 +24,12 @@ from guestagent.api.overlays import (
 )
 from guestagent.api.texts import layer_from_text, scratch_from_text
 from guestagent.host.ctl.completion import complete_layers, complete_overlays
+from guestagent.host.ctl.layer import describe_gone
 from guestagent.host.ctl.session import Session, pass_session
-from guestagent.host.ctl.style import table
+from guestagent.host.ctl.style import described, plain, spent, table
 
 __all__ = (
+    "OVERLAY_HEADER",
     "OverlayWords",
     "describe_batch",
     "describe_unmounted",
@@ -35,6 +37,7 @@ __all__ = (
     "optional_overlay",
     "overlay",
     "overlay_options",
+    "overlay_rows",
 )
 
 #: No request of this size is accepted by an agent.
@@ -148,8 +151,7 @@ def unmount(session: Session, overlay_id: str, force: bool) -> None:
     """Unmount an overlay; its layers stay."""
     with session.agent() as guest:
         reply = guest.overlay_unmount(overlay_id, force=force)
-    gone = ", ".join(reply.unmounted)
-    session.show(reply, lambda: f"gone: {gone}" if gone else "nothing was mounted")
+    session.show(reply, lambda: describe_gone(reply))
 
 
 @overlay.command("list")
@@ -158,30 +160,35 @@ def list_overlays(session: Session) -> None:
     """List the overlays of a guest."""
     with session.agent() as guest:
         reports = guest.overlay_list()
-    header = ("OVERLAY", "STATE", "LAYERS", "SCRATCH", "TARGET")
-    rows = [
+    reply = OverlayListReply(overlays=reports)
+    session.show(reply, lambda: table(OVERLAY_HEADER, overlay_rows(reports)))
+
+
+OVERLAY_HEADER = ("OVERLAY", "STATE", "LAYERS", "SCRATCH", "METHOD", "TARGET")
+
+
+def overlay_rows(overlays: Iterable[OverlayReport]) -> list[tuple[str, ...]]:
+    """Return rows for ``OVERLAY_HEADER``."""
+    return [
         (
-            report.overlay_id,
-            report.state,
-            str(len(report.layers)),
-            report.scratch.kind if report.scratch else "-",
-            report.target,
+            overlay.overlay_id,
+            overlay.state,
+            str(len(overlay.layers)),
+            overlay.scratch.kind if overlay.scratch else "-",
+            overlay.method,
+            overlay.target,
         )
-        for report in reports
+        for overlay in overlays
     ]
-    session.show(OverlayListReply(overlays=reports), lambda: table(header, rows))
 
 
 def _describe(report: OverlayReport) -> str:
-    spent = "  ".join(f"{step} {ms:.1f}" for step, ms in report.timings_ms.items())
-    return "\n".join(
-        (
-            f"overlay {report.overlay_id}: {report.state}",
-            f"  target  {report.target} (mount {report.mount_id}, by {report.method})",
-            f"  layers  {' '.join(report.layers)} (topmost first)",
-            f"  ms      {spent}",
-        )
-    )
+    facts = [
+        ("target", f"{report.target} (mount {report.mount_id}, by {report.method})"),
+        ("layers", f"{' '.join(report.layers)} (topmost first)"),
+        ("ms", spent(report.timings_ms)),
+    ]
+    return described("overlay", report.overlay_id, report.state, facts)
 
 
 # --- batches
@@ -277,11 +284,10 @@ def describe_batch(reply: LayersMountReply) -> str:
     if reply.overlay is None:
         return text
     access = "read-only" if reply.overlay.scratch is None else "writable"
-    return f"{text}\noverlay {reply.overlay.overlay_id} at {reply.overlay.target}, {access}"
+    place = plain(f"overlay {reply.overlay.overlay_id} at {reply.overlay.target}")
+    return f"{text}\n{place}, {access}"
 
 
 def describe_unmounted(reply: LayersUnmountReply) -> str:
-    """Return what is gone."""
-    replies = [*reply.layers.values(), *([reply.overlay] if reply.overlay else [])]
-    gone = [name for one in replies for name in (*one.unmounted, *one.removed_devices)]
-    return f"gone: {', '.join(gone)}" if gone else "nothing was mounted"
+    """Return the mounts and devices that a batch has removed."""
+    return describe_gone(*reply.layers.values(), *([reply.overlay] if reply.overlay else []))

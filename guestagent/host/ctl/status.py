@@ -1,4 +1,4 @@
-"""``guestctl status``: how a guest is, on one screen."""
+"""``guestctl status``: the state of a guest on one screen."""
 
 import shutil
 import sys
@@ -8,10 +8,13 @@ import click
 from guestagent.api import Event, LayerReport, OverlayReport
 from guestagent.api.agent import EventsReply, HelloReply, StatusReply
 from guestagent.host.ctl.events import describe_event
+from guestagent.host.ctl.layer import LAYER_HEADER, layer_rows
+from guestagent.host.ctl.overlay import OVERLAY_HEADER, overlay_rows
 from guestagent.host.ctl.session import Session, emit, pass_session
 from guestagent.host.ctl.style import (
     ago,
-    elided,
+    count_of,
+    cut,
     human_bytes,
     human_seconds,
     paint,
@@ -19,23 +22,21 @@ from guestagent.host.ctl.style import (
     table,
     terminal_columns,
     tint,
-    width_of,
 )
 
-__all__ = ("count_of", "layer_rows", "status")
+__all__ = ("heading", "status")
 
-#: What stands around the rows of the tables, and the prompt behind it all.
+#: Lines around the rows of the tables, and the prompt behind them.
 _FIXED_LINES = 13
 _EVENTS = 4
 _OVERLAYS = 3
-LAYER_HEADER = ("LAYER", "STATE", "FS", "SIZE", "VERITY", "USED BY", "TARGET")
 
 
 @click.command()
 @click.option("--check", is_flag=True, help="Exit with status 1 when the agent is degraded.")
 @pass_session
 def status(session: Session, check: bool) -> None:
-    """Say how the agent is, what it has mounted, and what happened last."""
+    """Print the state of the agent, its layers and overlays, and the last events."""
     with session.agent() as guest:
         reply = guest.status()
         if not session.as_json:
@@ -72,7 +73,7 @@ def _screen(
 
 
 def _room(overlays: int, problems: int) -> int:
-    """Return how many layers fit on the screen, with everything else."""
+    """Return how many layers fit on the screen beside the other lines."""
     lines = shutil.get_terminal_size(fallback=(80, 24)).lines if sys.stdout.isatty() else 1000
     others = _EVENTS + problems
     if overlays:
@@ -81,18 +82,17 @@ def _room(overlays: int, problems: int) -> int:
 
 
 def _head(session: Session, hello: HelloReply, reply: StatusReply) -> list[str]:
-    state = paint(reply.state, tint(reply.state), bold=True)
-    again = f", {reply.restarts} lives before it" if reply.restarts else ""
     return [
-        f"{state}  agent {plain(hello.agent)} on Linux {plain(hello.kernel)}, "
-        f"up {human_seconds(reply.uptime_seconds)}{again}",
-        f"       {_shortened(str(session.address))}",
+        heading(reply, f"agent {plain(hello.agent)} on Linux {plain(hello.kernel)},"),
+        cut(f"       {session.address}", terminal_columns()),
     ]
 
 
-def _shortened(text: str) -> str:
-    columns = terminal_columns()
-    return text if columns is None else elided(text, columns - 7)
+def heading(reply: StatusReply, name: str) -> str:
+    """Return the first line of a screen: state, name, time since the start, restarts."""
+    state = paint(plain(reply.state), tint(reply.state), bold=True)
+    restarts = f", restarted {count_of(reply.restarts, 'time')}" if reply.restarts else ""
+    return f"{state}  {name} up {human_seconds(reply.uptime_seconds)}{restarts}"
 
 
 def _numbers(reply: StatusReply, events: tuple[Event, ...]) -> list[str]:
@@ -109,80 +109,28 @@ def _numbers(reply: StatusReply, events: tuple[Event, ...]) -> list[str]:
     ]
 
 
-def count_of(number: int, what: str) -> str:
-    """Return a number of things in words."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def layer_rows(layers: tuple[LayerReport, ...]) -> list[tuple[str, ...]]:
-    """Return rows for ``LAYER_HEADER``."""
-    return [
-        (
-            layer.layer_id,
-            layer.state,
-            layer.filesystem,
-            human_bytes(layer.size_bytes),
-            layer.verity.status if layer.verity else "-",
-            " ".join(layer.used_by) or "-",
-            layer.target,
-        )
-        for layer in layers
-    ]
-
-
 def _layers(layers: tuple[LayerReport, ...], room: int) -> list[str]:
-    if not layers:
-        return []
-    # those that are not well first: they must not be among those that do not fit
+    # layers with a problem come first, so that they are among those that fit
     ordered = sorted(layers, key=lambda layer: layer.state == "mounted")
-    lines = [
-        "",
-        *_indented(table(LAYER_HEADER, layer_rows(tuple(ordered[:room])), columns=_edge())),
-    ]
-    if len(ordered) > room:
-        lines.append(f"  and {len(ordered) - room} more: guestctl layer list")
-    return lines
+    shown = table(LAYER_HEADER, layer_rows(ordered[:room]), columns=_edge())
+    return _section(shown, len(ordered) - room, "layer") if layers else []
 
 
 def _overlays(overlays: tuple[OverlayReport, ...]) -> list[str]:
-    if not overlays:
-        return []
-    rows = [
-        (
-            overlay.overlay_id,
-            overlay.state,
-            str(len(overlay.layers)),
-            overlay.scratch.kind if overlay.scratch else "-",
-            overlay.target,
-        )
-        for overlay in overlays[:_OVERLAYS]
-    ]
-    header = ("OVERLAY", "STATE", "LAYERS", "SCRATCH", "TARGET")
-    lines = ["", *_indented(table(header, rows, columns=_edge()))]
-    if len(overlays) > _OVERLAYS:
-        lines.append(f"  and {len(overlays) - _OVERLAYS} more: guestctl overlay list")
-    return lines
+    shown = table(OVERLAY_HEADER, overlay_rows(overlays[:_OVERLAYS]), columns=_edge())
+    return _section(shown, len(overlays) - _OVERLAYS, "overlay") if overlays else []
+
+
+def _section(shown: str, hidden: int, kind: str) -> list[str]:
+    more = [f"  and {hidden} more: guestctl {kind} list"] if hidden > 0 else []
+    return ["", *(f"  {line}" for line in shown.splitlines()), *more]
 
 
 def _events(events: tuple[Event, ...]) -> list[str]:
-    if not events:
-        return []
-    edge = _edge()
-    lines = [f"  {_cut(describe_event(event), edge)}" for event in events[-_EVENTS:]]
-    return ["", *lines]
-
-
-def _cut(text: str, edge: int | None) -> str:
-    # colours take no columns, and a line of colour is not cut in two
-    if edge is None or width_of(click.unstyle(text)) <= edge:
-        return text
-    return click.unstyle(text)[: edge - 1] + "…"
+    lines = [f"  {cut(describe_event(event), _edge())}" for event in events[-_EVENTS:]]
+    return ["", *lines] if lines else []
 
 
 def _edge() -> int | None:
     columns = terminal_columns()
     return None if columns is None else columns - 2
-
-
-def _indented(text: str) -> list[str]:
-    return [f"  {line}" for line in text.splitlines()]

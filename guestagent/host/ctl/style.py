@@ -8,12 +8,15 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import click
 
 __all__ = (
     "ago",
+    "count_of",
+    "cut",
+    "described",
     "elided",
     "has_colour",
     "human_bytes",
@@ -21,6 +24,7 @@ __all__ = (
     "natural_key",
     "paint",
     "plain",
+    "spent",
     "table",
     "terminal_columns",
     "tint",
@@ -88,6 +92,24 @@ def words_of(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(words_of, value)) or "-"
     return "-" if value in (None, "") else plain(str(value))
+
+
+def count_of(number: int, what: str) -> str:
+    """Return a number of things in words."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def spent(timings_ms: Mapping[str, float]) -> str:
+    """Return the milliseconds of each step."""
+    return "  ".join(f"{step} {ms:.1f}" for step, ms in timings_ms.items())
+
+
+def described(
+    kind: str, name: str, state: str, facts: Iterable[tuple[str, str]], more: str = ""
+) -> str:
+    """Return the description of a layer or overlay: its state, and a line for each fact."""
+    lines = [f"{kind} {plain(name)}: {paint(plain(state), tint(state))}{more}"]
+    return "\n".join((*lines, *(f"  {label:10}  {plain(text)}" for label, text in facts)))
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -179,6 +201,12 @@ def elided(text: str, columns: int) -> str:
     room = columns - 1
     tail = _ending(text, room // 2)
     return _beginning(text, room - width_of(tail)) + "…" + tail
+
+
+def cut(text: str, columns: int | None) -> str:
+    """Return a line in at most ``columns`` columns; a line that is cut loses its colours."""
+    bare = click.unstyle(text)
+    return text if columns is None or width_of(bare) <= columns else elided(bare, columns)
 
 
 def _fitting(widths: list[int], limit: int | None) -> list[int]:

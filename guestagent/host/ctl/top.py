@@ -15,9 +15,11 @@ from guestagent.api.layers import DmDevice
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.events import describe_event
 from guestagent.host.ctl.exposition import Timing, parsed, step_timings, totals
+from guestagent.host.ctl.layer import LAYER_HEADER, layer_rows
+from guestagent.host.ctl.overlay import OVERLAY_HEADER, overlay_rows
 from guestagent.host.ctl.session import Session, emit, pass_session
-from guestagent.host.ctl.status import LAYER_HEADER, count_of, layer_rows
-from guestagent.host.ctl.style import elided, human_bytes, human_seconds, paint, plain, table, tint
+from guestagent.host.ctl.status import heading
+from guestagent.host.ctl.style import count_of, cut, human_bytes, paint, plain, table
 from vsock.errors import ConnectionClosed
 
 if TYPE_CHECKING:
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 __all__ = ("Picture", "look", "screen", "top")
 
 _EVENTS_KEPT = 200
-#: What one look asks, which is not what one wants to see.
+#: Requests of one look, which are left out of the rate.
 _OWN_REQUESTS = 6
+_DEVICE_HEADER = ("DEVICE", "DEV", "TYPE", "OPEN", "STATUS")
+_TIMING_HEADER = ("STEP", "COUNT", "FAILED", "MEAN", "P50", "P95", "TOTAL")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +51,7 @@ class Picture:
 
 
 def look(guest: GuestAgent, name: str) -> Picture:
-    """Ask a guest for everything that is shown."""
+    """Ask a guest for everything on the screen."""
     text = guest.metrics()
     status = guest.status()
     samples = tuple(parsed(text))
@@ -107,7 +111,7 @@ def _watch(session: Session, address: str, interval: float) -> None:
     before: Picture | None = None
     shown = "connecting"
     with (
-        contextlib.suppress(KeyboardInterrupt),  # the way to end it, whenever it comes
+        contextlib.suppress(KeyboardInterrupt),  # ends the command
         session.agent(reconnect=True) as guest,
         Live(console=console, screen=True) as live,
     ):
@@ -122,7 +126,7 @@ def _watch(session: Session, address: str, interval: float) -> None:
             except ConnectionClosed:
                 pass
             live.update(Text.from_ansi(lost + shown), refresh=True)
-            # something happened: do not wait for the next turn, but let more of it gather
+            # after an event, look early, but let further events arrive first
             if changed.wait(interval):
                 threading.Event().wait(min(0.2, interval))
             changed.clear()
@@ -133,26 +137,29 @@ def _fitting(console: "Console", picture: Picture, before: Picture | None) -> st
 
 
 def screen(picture: Picture, before: Picture | None, *, columns: int, lines: int | None) -> str:
-    """Return the whole of what is shown, in at most ``lines`` lines."""
+    """Return the screen in at most ``lines`` lines."""
     head = _head(picture, before, columns)
-    events = [describe_event(event) for event in reversed(picture.events)]
-    sections = [
-        _layers(picture, columns),
-        _overlays(picture, columns),
-        _devices(picture, columns),
-        _timings(picture, columns),
-        [paint("EVENTS", None, bold=True), *events] if events else [],
-    ]
-    filled = [rows for rows in sections if rows]
+    # layers with a problem come first, so that they are among those that fit
+    layers = sorted(picture.layers, key=lambda layer: layer.state == "mounted")
+    tables = (
+        (LAYER_HEADER, layer_rows(layers)),
+        (OVERLAY_HEADER, overlay_rows(picture.overlays)),
+        (_DEVICE_HEADER, [_device_row(device) for device in picture.devices]),
+        (_TIMING_HEADER, [_timing_row(timing) for timing in picture.timings]),
+    )
+    filled = [table(names, rows, columns=columns).splitlines() for names, rows in tables if rows]
+    if picture.events:
+        events = [describe_event(event) for event in reversed(picture.events)]
+        filled.append([paint("EVENTS", None, bold=True), *events])
     room = None if lines is None else max(0, lines - len(head))
     out = head
     for rows in _shared(filled, room):
-        out += ["", *(_cut(row, columns) for row in rows)]
+        out += ["", *(cut(row, columns) for row in rows)]
     return "\n".join(out if lines is None else out[:lines])
 
 
 def _shared(sections: list[list[str]], room: int | None) -> list[list[str]]:
-    """Give each section its share of the lines: who needs less leaves the rest to the others."""
+    """Share the lines between the sections; lines that a section does not need go to the others."""
     if room is None:
         return [_first(rows, 30) for rows in sections]
     left = room - len(sections)
@@ -162,7 +169,7 @@ def _shared(sections: list[list[str]], room: int | None) -> list[list[str]]:
         place = waiting.pop(0)
         shares[place] = min(len(sections[place]), max(0, left // (len(waiting) + 1)))
         left -= shares[place]
-    # a header and a line that says how many more is nothing
+    # a section of a header and a line of how many more says nothing
     return [_first(rows, shares[place]) for place, rows in enumerate(sections) if shares[place] > 2]
 
 
@@ -174,16 +181,14 @@ def _first(rows: list[str], count: int) -> list[str]:
 
 def _head(picture: Picture, before: Picture | None, columns: int) -> list[str]:
     status = picture.status
-    state = paint(status.state, tint(status.state), bold=True)
-    again = f", {status.restarts} lives before it" if status.restarts else ""
     head = [
-        f"{state}  {picture.name}  up {human_seconds(status.uptime_seconds)}{again}",
+        heading(status, f"{picture.name} "),
         f"       {human_bytes(status.rss_bytes)}, {count_of(status.threads, 'thread')}, "
         f"{count_of(status.connections, 'connection')}, {_rates(picture, before)}, "
         f"{count_of(status.event_sequence, 'event')}",
     ]
     head += [paint(f"       {plain(problem)}", "yellow") for problem in status.problems[:3]]
-    return [_cut(line, columns) for line in head]
+    return [cut(line, columns) for line in head]
 
 
 def _rates(picture: Picture, before: Picture | None) -> str:
@@ -198,50 +203,15 @@ def _rates(picture: Picture, before: Picture | None) -> str:
     return f"{text}, {asked:.1f}/s, cpu {busy:.0f}%"
 
 
-def _layers(picture: Picture, columns: int) -> list[str]:
-    ordered = sorted(picture.layers, key=lambda layer: layer.state == "mounted")
-    rows = layer_rows(tuple(ordered))
-    return table(LAYER_HEADER, rows, columns=columns).splitlines() if rows else []
+def _device_row(device: DmDevice) -> tuple[str, ...]:
+    opens, status = str(device.open_count), device.status or "-"
+    return device.name, device.dev, device.target_type, opens, status
 
 
-def _overlays(picture: Picture, columns: int) -> list[str]:
-    rows = [
-        (one.overlay_id, one.state, str(len(one.layers)), one.method, one.target)
-        for one in picture.overlays
-    ]
-    header = ("OVERLAY", "STATE", "LAYERS", "METHOD", "TARGET")
-    return table(header, rows, columns=columns).splitlines() if rows else []
-
-
-def _devices(picture: Picture, columns: int) -> list[str]:
-    rows = [
-        (one.name, one.dev, one.target_type, str(one.open_count), one.status or "-")
-        for one in picture.devices
-    ]
-    header = ("DEVICE", "DEV", "TYPE", "OPEN", "STATUS")
-    return table(header, rows, columns=columns).splitlines() if rows else []
-
-
-def _timings(picture: Picture, columns: int) -> list[str]:
-    rows = [
-        (
-            one.step,
-            str(one.count),
-            str(one.failures),
-            f"{one.mean_ms:.1f}",
-            f"{one.quantile_ms(0.5):.1f}",
-            f"{one.quantile_ms(0.95):.1f}",
-            f"{one.seconds * 1000:.0f}",
-        )
-        for one in picture.timings
-    ]
-    header = ("STEP", "COUNT", "FAILED", "MEAN", "P50", "P95", "TOTAL")
-    return table(header, rows, columns=columns).splitlines() if rows else []
-
-
-def _cut(text: str, columns: int) -> str:
-    bare = click.unstyle(text)
-    return text if len(bare) <= columns else elided(bare, columns)
+def _timing_row(one: Timing) -> tuple[str, ...]:
+    quantiles = (f"{one.quantile_ms(part):.1f}" for part in (0.5, 0.95))
+    total = f"{one.seconds * 1000:.0f}"
+    return one.step, str(one.count), str(one.failures), f"{one.mean_ms:.1f}", *quantiles, total
 
 
 def _plain(picture: Picture) -> dict[str, object]:
