@@ -1,14 +1,20 @@
 """``guestctl layer build``: file system images from directories, tars and container images."""
 
+from typing import Unpack
+
 import click
 
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
 from guestagent.host.ctl.style import words_of
-from rootfs.cli.pack import pack
-from rootfs.image.images import FILESYSTEMS, ImageResult, build_image, build_layers
-from rootfs.image.source import FORMATS
-from rootfs.image.spool import DEFAULT_MAX_BYTES
+from rootfs.cli.pack import pack, source_options
+from rootfs.image.images import (
+    FILESYSTEMS,
+    BuildOptions,
+    ImageResult,
+    build_image,
+    build_layers,
+)
 from rootfs.image.tartree import Whiteouts
 from rootfs.imagefile.output import check_output
 from rootfs.pack.sidecar import Sidecar
@@ -30,77 +36,45 @@ _WHITEOUTS = tuple(each.value for each in Whiteouts if each is not Whiteouts.APP
 @click.option(
     "--layers", is_flag=True, help="One image for each layer of a container image, in OUTPUT/."
 )
-@click.option("--format", "source_format", type=click.Choice(FORMATS), default="auto")
 @click.option(
     "--whiteouts",
+    "markers",
     type=click.Choice(_WHITEOUTS),
     default="overlay",
     show_default=True,
     help="What .wh. markers become: overlayfs form (-user: for userxattr mounts), or plain files.",
 )
-@click.option("--platform", metavar="OS/ARCH", help="Which image of several, e.g. linux/arm64.")
-@click.option("--reference", metavar="NAME", help="Which image of several, by name.")
-@click.option(
-    "--drop-xattrs",
-    metavar="PATTERN",
-    multiple=True,
-    help="Leave out attributes of such names: 'com.apple.*'.",
-)
-@click.option(
-    "--max-bytes",
-    type=click.IntRange(min=1),
-    default=DEFAULT_MAX_BYTES,
-    show_default=True,
-    help="What the source may grow to uncompressed.",
-)
+@source_options
 @reports_errors
 def build_command(
     *,
     source: str,
     output: str,
-    filesystem: str,
-    compression: str | None,
     dax: bool,
-    verity: bool,
     vhd: bool,
     sidecar: bool,
     layers: bool,
-    source_format: str,
-    whiteouts: str,
-    platform: str | None,
-    reference: str | None,
-    drop_xattrs: tuple[str, ...],
-    max_bytes: int,
+    markers: str,
     as_json: bool,
+    **choices: Unpack[BuildOptions],
 ) -> None:
     """Build a layer image from SOURCE: a directory, a tar, an OCI layout, a docker archive, or -.
 
     The same source gives the same image, byte for byte.
     """
-    if sidecar and not verity:
+    if sidecar and not choices["verity"]:
         raise click.UsageError("--sidecar tells of a hash area: it needs --verity")
-    if dax and (filesystem != "erofs" or compression):
+    if dax and (choices["filesystem"] != "erofs" or choices["compression"]):
         raise click.UsageError("--dax is of uncompressed EROFS")
     if sidecar and not layers:
         check_output(Sidecar.path_of(output), inputs=(source,))
+    choices["inline_tails"] = not dax
+    choices["vhd_footer"] = vhd
+    choices["whiteouts"] = Whiteouts(markers)
     build = build_layers if layers else build_image
     with progress_bar("building", as_json) as progress:
-        built = build(
-            source,
-            output,
-            filesystem=filesystem,
-            compression=compression,
-            inline_tails=not dax,
-            verity=verity,
-            vhd_footer=vhd,
-            source_format=source_format,
-            whiteouts=Whiteouts(whiteouts),
-            platform=platform,
-            reference=reference,
-            drop_xattrs=drop_xattrs,
-            max_bytes=max_bytes,
-            progress=progress,
-        )
+        choices["progress"] = progress
+        built = build(source, output, **choices)
     results = (built,) if isinstance(built, ImageResult) else built
     if sidecar:
         for result in results:

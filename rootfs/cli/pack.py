@@ -2,9 +2,9 @@
 
 import dataclasses
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Unpack
+from typing import TypeVar, Unpack
 
 import click
 
@@ -21,8 +21,9 @@ from guestagent.host.ctl.overlay import (
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import Session, emit, pass_session, reports_errors
 from guestagent.storage.verity import VerityParameters, VerityTerms
-from rootfs.image.images import FILESYSTEMS, build_layers
-from rootfs.image.source import FORMATS
+from rootfs.image.images import FILESYSTEMS
+from rootfs.image.source import FORMATS, SourceChoices
+from rootfs.image.spool import DEFAULT_MAX_BYTES
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.hasharea import identify
 from rootfs.pack.manifest import WHITEOUT_KINDS, Manifest, ManifestLayer, layer_spec
@@ -30,16 +31,44 @@ from rootfs.pack.pack import (
     DAX_ALIGNMENT_BYTES,
     PAGE_ALIGNMENT_BYTES,
     Pack,
+    build_pack,
     manifest_path_of,
-    new_pack,
 )
 from rootfs.pack.sidecar import Sidecar
 from rootfs.verity.verifier import read_layer
 from vsock.errors import CallError
 
-__all__ = ("pack",)
+__all__ = ("pack", "source_options")
 
-_ID_DIGITS = 16
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def source_options(command: Command) -> Command:
+    """Add the options by which a source is read, named as in ``SourceChoices``."""
+    for option in reversed(
+        (
+            click.option("--format", "source_format", type=click.Choice(FORMATS), default="auto"),
+            click.option(
+                "--platform", metavar="OS/ARCH", help="Which image of several, e.g. linux/arm64."
+            ),
+            click.option("--reference", metavar="NAME", help="Which image of several, by name."),
+            click.option(
+                "--drop-xattrs",
+                metavar="PATTERN",
+                multiple=True,
+                help="Leave out attributes of such names: 'com.apple.*'.",
+            ),
+            click.option(
+                "--max-bytes",
+                type=click.IntRange(min=1),
+                default=DEFAULT_MAX_BYTES,
+                show_default=True,
+                help="What the source may grow to uncompressed.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 @click.group("pack")
@@ -73,15 +102,7 @@ def create_command(*, image: Path, dax: bool, as_json: bool) -> None:
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option("--dax", is_flag=True, help="Align layers to 2 MiB, for huge pages.")
 @click.option("--no-verity", is_flag=True, help="Build the layers without hash trees.")
-@click.option("--format", "source_format", type=click.Choice(FORMATS), default="auto")
-@click.option("--platform", metavar="OS/ARCH", help="Which image of several, e.g. linux/arm64.")
-@click.option("--reference", metavar="NAME", help="Which image of several, by name.")
-@click.option(
-    "--drop-xattrs",
-    metavar="PATTERN",
-    multiple=True,
-    help="Leave out attributes of such names: 'com.apple.*'.",
-)
+@source_options
 @reports_errors
 def build_command(
     *,
@@ -89,39 +110,21 @@ def build_command(
     image: Path,
     dax: bool,
     no_verity: bool,
-    source_format: str,
-    platform: str | None,
-    reference: str | None,
-    drop_xattrs: tuple[str, ...],
     as_json: bool,
+    **choices: Unpack[SourceChoices],
 ) -> None:
     """Make a pack of all layers of SOURCE, a container image, with hash trees."""
-    alignment = DAX_ALIGNMENT_BYTES if dax else PAGE_ALIGNMENT_BYTES
-    with (
-        progress_bar("building", as_json) as progress,
-        new_pack(image, alignment_bytes=alignment) as made,
-        tempfile.TemporaryDirectory(prefix="layers-", dir=made.path.parent) as directory,
-    ):
-        for result in build_layers(
+    with progress_bar("building", as_json) as progress:
+        choices["progress"] = progress
+        manifest = build_pack(
             source,
-            directory,
+            image,
+            alignment_bytes=DAX_ALIGNMENT_BYTES if dax else PAGE_ALIGNMENT_BYTES,
             inline_tails=not dax,
             verity=not no_verity,
-            source_format=source_format,
-            platform=platform,
-            reference=reference,
-            drop_xattrs=drop_xattrs,
-            progress=progress,
-        ):
-            made.add(
-                result.path,
-                result.source_digest.removeprefix("sha256:")[:_ID_DIGITS],
-                verity=result.verity,
-                source_digest=result.source_digest,
-                whiteouts=result.whiteouts,
-            )
-            result.path.unlink()
-    _show(made.manifest, as_json)
+            **choices,
+        )
+    _show(manifest, as_json)
 
 
 @pack.command("add")

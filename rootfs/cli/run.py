@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Unpack
 
 import click
 
@@ -39,7 +40,8 @@ from rootfs.bootimage.kernel import (
     cached_kernel,
     open_kernel,
 )
-from rootfs.image.source import FORMATS
+from rootfs.cli.pack import source_options
+from rootfs.image.source import SourceChoices
 from rootfs.imagefile.errors import from_os_error
 from rootfs.machine.qemu import Machine, MachineError, MachineSpec, PmemSpec
 from rootfs.machine.run_image import Prepared, mount_request, prepare
@@ -65,9 +67,7 @@ _CONSOLE = "guestagent.console=vsock:1025 guestagent.console_shell=1"
 @click.option("--vmm", type=click.Choice(VMMS), default="qemu", show_default=True)
 @click.option("--shell", is_flag=True, help="Run the shell of the mounted image here.")
 @click.option("--keep", is_flag=True, help="Leave the machine up until Ctrl-C powers it off.")
-@click.option("--platform", metavar="OS/ARCH", help="Which image of several, e.g. linux/arm64.")
-@click.option("--reference", metavar="NAME", help="Which image of several, by name.")
-@click.option("--format", "source_format", type=click.Choice(FORMATS), default="auto")
+@source_options
 @click.option("--scratch", type=click.IntRange(4096), metavar="BYTES", help="Writable, in memory.")
 @click.option("--memory", type=click.IntRange(128), default=768, metavar="MIB", show_default=True)
 @click.option("--cpus", type=click.IntRange(1), default=2, show_default=True)
@@ -80,15 +80,13 @@ def run_command(
     vmm: str,
     shell: bool,
     keep: bool,
-    platform: str | None,
-    reference: str | None,
-    source_format: str,
     scratch: int | None,
     memory: int,
     cpus: int,
     kernel_root: str | None,
     directory: str | None,
     as_json: bool,
+    **choices: Unpack[SourceChoices],
 ) -> None:
     """Run IMAGE, an OCI layout or docker archive: every layer verified, overlaid in a machine.
 
@@ -102,16 +100,14 @@ def run_command(
         raise click.UsageError(f"--vmm {vmm} starts nothing: say --directory, where all is to stay")
     with _failures(), _place(directory) as place:
         with progress_bar("building", as_json) as progress:
+            choices["progress"] = progress
             prepared = prepare(
                 image,
                 place,
                 _kernel(kernel_root),
                 cache_dir=CACHE_DIR,
-                platform=platform,
-                reference=reference,
-                source_format=source_format,
-                progress=progress,
                 report=_reporter(as_json),
+                **choices,
             )
         if vmm == "qemu":
             spec = MachineSpec(

@@ -11,17 +11,15 @@ import os
 import sys
 import uuid as uuid_module
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, Unpack
 
 from guestagent.storage.verity import VerityParameters, VerityTerms
 from rootfs.image import mkfs
 from rootfs.image.erofs import ErofsImage
 from rootfs.image.ext4 import Ext4Image
-from rootfs.image.source import SourceLayer, SourceOptions, open_source
-from rootfs.image.spool import DEFAULT_MAX_BYTES
-from rootfs.image.tartree import Whiteouts
+from rootfs.image.source import Source, SourceChoices, SourceLayer, SourceOptions, open_source
 from rootfs.image.tree import Node, Progress, TreeDigest, whiteout_kind
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import check_output, new_file
@@ -79,13 +77,13 @@ class ImageResult:
 class _Recipe:
     """What to make of a tree. ``inline_tails`` is of EROFS: False lets every file be mapped."""
 
-    filesystem: str
-    compression: str | None
-    inline_tails: bool
-    verity: bool
-    vhd_footer: bool
-    progress: Progress | None
-    cancel: Deadline | None
+    filesystem: str = "erofs"
+    compression: str | None = None
+    inline_tails: bool = True
+    verity: bool = False
+    vhd_footer: bool = False
+    progress: Progress | None = None
+    cancel: Deadline | None = None
 
     def __post_init__(self) -> None:
         if self.filesystem not in FILESYSTEMS:
@@ -110,22 +108,14 @@ def derive_uuid(source_digest: str, purpose: str) -> uuid_module.UUID:
     return uuid_module.UUID(bytes=bytes(raw))
 
 
-class BuildOptions(TypedDict, total=False):
-    """What ``build_image`` and ``build_layers`` can be told.
+class BuildOptions(SourceChoices, total=False):
+    """What a caller of ``build_image`` and ``build_layers`` may choose, beside the source.
 
     filesystem: one of ``FILESYSTEMS``; erofs unless said otherwise.
     compression: as the file system has it (``lz4hc``, ``zstd``...); None is uncompressed.
     inline_tails: False starts every file of an EROFS image at a block (for DAX).
     verity: put a dm-verity hash area behind it, with salt and UUID from the source's digest.
     vhd_footer: end the file as a fixed VHD; with ext4 and ``verity`` it is a layer of hcsshim.
-    source_format: one of ``rootfs.image.source.FORMATS``; ``auto`` unless said otherwise.
-    whiteouts: what markers in a tar become.
-    platform: which image of an index, ``linux/amd64``; this machine's when there are several.
-    reference: which image of a layout or archive, by its name there.
-    max_bytes: what the source may grow to when it is decompressed.
-    drop_xattrs: shell patterns of extended attributes that are left out.
-    progress: called with bytes done and in all, from the start for each phase of the work.
-    cancel: ends the work, by its time or from outside.
     """
 
     filesystem: str
@@ -133,14 +123,6 @@ class BuildOptions(TypedDict, total=False):
     inline_tails: bool
     verity: bool
     vhd_footer: bool
-    source_format: str
-    whiteouts: Whiteouts
-    platform: str | None
-    reference: str | None
-    max_bytes: int
-    drop_xattrs: tuple[str, ...]
-    progress: Progress | None
-    cancel: Deadline | None
 
 
 def build_image(
@@ -158,14 +140,21 @@ def build_image(
             ``unsupported``, what the format cannot hold; ``resource``, a full disk or a limit;
             ``denied``; ``conflict``, the source changed; ``cancelled``, ``timeout`` by ``cancel``.
     """
-    recipe = _recipe(options)
+    recipe = _Recipe(**_chosen(options, _Recipe))
     check_output(output, inputs=_inputs(source))
     with (
         _collector_paused(),
-        open_source(source, _source_options(Path(output).parent, options)) as opened,
+        _opened(source, Path(output).parent, options) as opened,
         opened.tree() as layer,
     ):
         return _write(layer, output, recipe, _inputs(source))
+
+
+def _opened(
+    source: str | os.PathLike[str], spool_directory: Path, options: BuildOptions
+) -> contextlib.AbstractContextManager[Source]:
+    chosen = _chosen(options, SourceOptions)
+    return open_source(source, SourceOptions(spool_directory=spool_directory, **chosen))
 
 
 def _inputs(source: str | os.PathLike[str]) -> tuple[str | os.PathLike[str] | int, ...]:
@@ -186,10 +175,10 @@ def build_layers(
     Raises:
         CallError: as ``build_image``.
     """
-    recipe = _recipe(options)
+    recipe = _Recipe(**_chosen(options, _Recipe))
     directory = Path(output_directory)
     results = []
-    with _collector_paused(), open_source(source, _source_options(directory, options)) as opened:
+    with _collector_paused(), _opened(source, directory, options) as opened:
         for each in opened.layers():
             layer = each.digested(progress=recipe.progress, cancel=recipe.cancel)
             assert layer.digest is not None
@@ -198,30 +187,10 @@ def build_layers(
     return tuple(results)
 
 
-def _recipe(options: BuildOptions) -> _Recipe:
-    return _Recipe(
-        filesystem=options.get("filesystem", "erofs"),
-        compression=options.get("compression"),
-        inline_tails=options.get("inline_tails", True),
-        verity=options.get("verity", False),
-        vhd_footer=options.get("vhd_footer", False),
-        progress=options.get("progress"),
-        cancel=options.get("cancel"),
-    )
-
-
-def _source_options(spool_directory: Path, options: BuildOptions) -> SourceOptions:
-    return SourceOptions(
-        format=options.get("source_format", "auto"),
-        whiteouts=options.get("whiteouts", Whiteouts.OVERLAY),
-        platform=options.get("platform"),
-        reference=options.get("reference"),
-        max_bytes=options.get("max_bytes", DEFAULT_MAX_BYTES),
-        drop_xattrs=options.get("drop_xattrs", ()),
-        spool_directory=spool_directory,
-        progress=options.get("progress"),
-        cancel=options.get("cancel"),
-    )
+def _chosen(options: BuildOptions, kind: type[_Recipe | SourceOptions]) -> dict[str, Any]:
+    """Return those of the options that are fields of ``kind``."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in options.items() if name in names}
 
 
 @contextlib.contextmanager

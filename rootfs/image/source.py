@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 from rootfs.image import docker_archive, oci
 from rootfs.image.directory import DirectorySource
@@ -25,18 +26,40 @@ from rootfs.imagefile.errors import from_os_error
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("FORMATS", "Source", "SourceLayer", "open_source")
+__all__ = ("FORMATS", "Source", "SourceChoices", "SourceLayer", "SourceOptions", "open_source")
 
 FORMATS = ("auto", "directory", "tar", "oci", "docker")
 
 
+class SourceChoices(TypedDict, total=False):
+    """What a caller may choose.
+
+    source_format: one of ``FORMATS``; ``auto`` unless said otherwise.
+    whiteouts: what markers in a tar become.
+    platform: which image of an index, ``linux/amd64``; this machine's when there are several.
+    reference: which image of a layout or archive, by its name there.
+    max_bytes: what each stream of the source may grow to when it is decompressed.
+    drop_xattrs: shell patterns of extended attributes that are left out.
+    progress: called with bytes done and in all, from the start for each phase of the work.
+    cancel: ends the work, by its time or from outside.
+    """
+
+    source_format: str
+    whiteouts: Whiteouts
+    platform: str | None
+    reference: str | None
+    max_bytes: int
+    drop_xattrs: tuple[str, ...]
+    progress: Progress | None
+    cancel: Deadline | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceOptions:
-    """How to read a source. ``max_bytes`` bounds each stream once it is decompressed;
-    ``spool_directory`` is where such go; ``drop_xattrs`` are shell patterns of attributes that are
-    left out."""
+    """How to read a source: the choices, and ``spool_directory``, where streams go that are
+    decompressed."""
 
-    format: str = "auto"
+    source_format: str = "auto"
     whiteouts: Whiteouts = Whiteouts.OVERLAY
     platform: str | None = None
     reference: str | None = None
@@ -216,9 +239,9 @@ def open_source(source: str | os.PathLike[str], options: SourceOptions) -> Itera
     Raises:
         CallError: ``invalid``, it is not of the format asked for; by errno.
     """
-    if options.format not in FORMATS:
+    if options.source_format not in FORMATS:
         known = ", ".join(FORMATS)
-        raise CallError("invalid", f"source format {options.format!r} is none of {known}")
+        raise CallError("invalid", f"source format {options.source_format!r} is none of {known}")
     with contextlib.ExitStack() as stack:
         if os.fspath(source) != "-" and os.path.isdir(source):
             yield _open_directory(source, options, stack)
@@ -230,7 +253,7 @@ def _open_directory(
     source: str | os.PathLike[str], options: SourceOptions, stack: contextlib.ExitStack
 ) -> Source:
     store = DirectoryStore(source)
-    found = options.format
+    found = options.source_format
     if found == "auto":
         found = (
             "oci" if oci.is_layout(store) and os.path.isdir(Path(source) / "blobs") else "directory"
@@ -243,7 +266,7 @@ def _open_directory(
 def _open_archive(
     source: str | os.PathLike[str], options: SourceOptions, stack: contextlib.ExitStack
 ) -> Source:
-    if options.format == "directory":
+    if options.source_format == "directory":
         raise _not_of_format(source, "directory")
     fd = _open_file(source, stack)
     spool = stack.enter_context(
@@ -258,7 +281,7 @@ def _open_archive(
     reader = TarReader(spool.fd, start_bytes=spool.start_bytes, size_bytes=spool.size_bytes)
     members = list(_cancellable(reader, options.cancel))
     store = ArchiveStore(spool.fd, members)
-    found = _format_of(store) if options.format == "auto" else options.format
+    found = _format_of(store) if options.source_format == "auto" else options.source_format
     if found == "tar":
         return Source(options, tar=(spool, members))
     return _layered(source, store, found, options)

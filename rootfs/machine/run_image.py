@@ -3,23 +3,21 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 from guestagent.api import LayersMount, LayerSpec, OverlaySpec, TmpfsScratch
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel
-from rootfs.image.images import build_layers
+from rootfs.image.source import SourceChoices
 from rootfs.imagefile.errors import from_os_error
 from rootfs.pack.manifest import Manifest, layer_spec
-from rootfs.pack.pack import new_pack
+from rootfs.pack.pack import build_pack
 from vsock.errors import CallError
 
 __all__ = ("OVERLAY_ID", "Prepared", "mount_request", "prepare")
 
 OVERLAY_ID = "root"
 FEATURES = ("pmem", "virtio-blk", "verity", "erofs", "overlay", "vsock", "console")
-_ID_DIGITS = 12
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,44 +36,22 @@ def prepare(
     kernel: Kernel,
     *,
     cache_dir: Path,
-    platform: str | None = None,
-    reference: str | None = None,
-    source_format: str = "auto",
-    progress: Progress | None = None,
     report: Callable[[str], None] = lambda step: None,
+    **choices: Unpack[SourceChoices],
 ) -> Prepared:
     """Build the layers of ``source``, verified, as ``pack.img`` in ``directory``, and a boot image.
 
     ``report`` is called with each step that begins.
 
     Raises:
-        CallError: as ``build_layers``; ``conflict``, there is a pack already.
+        CallError: as ``build_pack``; ``conflict``, there is a pack already.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise from_os_error(problem, step="create", object=directory) from problem
     report(f"building the layers of {source}")
-    results = build_layers(
-        source,
-        directory,
-        verity=True,
-        platform=platform,
-        reference=reference,
-        source_format=source_format,
-        progress=progress,
-    )
-    with new_pack(directory / "pack.img") as pack:
-        for result in results:  # the lowest first; each is added above those before it
-            pack.add(
-                result.path,
-                result.source_digest.removeprefix("sha256:")[:_ID_DIGITS],
-                verity=result.verity,
-                source_digest=result.source_digest,
-                whiteouts=result.whiteouts,
-            )
-            result.path.unlink()
-        manifest = pack.manifest
+    manifest = build_pack(source, directory / "pack.img", verity=True, **choices)
     features: tuple[str, ...] = FEATURES
     if kernel.modules.has("virtio_mmio"):
         features += ("virtio-mmio",)

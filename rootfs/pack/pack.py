@@ -16,8 +16,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Unpack
 
 from guestagent.storage.verity import FieldError, VerityParameters, check_tree_spines
+from rootfs.image.images import BuildOptions, build_layers
 from rootfs.image.tree import Progress
 from rootfs.imagefile.attached import refuse_attached
 from rootfs.imagefile.errors import from_os_error
@@ -36,12 +38,21 @@ from rootfs.pack.packcheck import PackReport, check_pack, digest_range
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("DAX_ALIGNMENT_BYTES", "PAGE_ALIGNMENT_BYTES", "Pack", "manifest_path_of", "new_pack")
+__all__ = (
+    "DAX_ALIGNMENT_BYTES",
+    "PAGE_ALIGNMENT_BYTES",
+    "Pack",
+    "build_pack",
+    "manifest_path_of",
+    "new_pack",
+)
 
 #: Enough to map a layer; what dm-linear and dm-verity need.
 PAGE_ALIGNMENT_BYTES = 4096
 #: Lets the guest map a layer with huge pages.
 DAX_ALIGNMENT_BYTES = 2 << 20
+#: Of the diff_id of a layer: its id in a pack of a container image.
+_ID_DIGITS = 16
 
 
 def manifest_path_of(image: str | os.PathLike[str]) -> Path:
@@ -364,6 +375,36 @@ def new_pack(
             sync_directory(image.parent)
         except OSError as problem:
             raise from_os_error(problem, step="create", object=image) from problem
+
+
+def build_pack(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    alignment_bytes: int = PAGE_ALIGNMENT_BYTES,
+    **options: Unpack[BuildOptions],
+) -> Manifest:
+    """Make a pack of all layers of a container image, each under the start of its diff_id.
+
+    Raises:
+        CallError: as ``new_pack`` and ``build_layers``.
+    """
+    with (
+        new_pack(path, alignment_bytes=alignment_bytes) as pack,
+        tempfile.TemporaryDirectory(prefix="layers-", dir=pack.path.parent) as directory,
+    ):
+        for result in build_layers(source, directory, **options):
+            pack.add(
+                result.path,
+                result.source_digest.removeprefix("sha256:")[:_ID_DIGITS],
+                verity=result.verity,
+                source_digest=result.source_digest,
+                whiteouts=result.whiteouts,
+                progress=options.get("progress"),
+                cancel=options.get("cancel"),
+            )
+            result.path.unlink()
+        return pack.manifest
 
 
 def _beside(path: Path | str | os.PathLike[str], manifest: str | os.PathLike[str] | None) -> Path:
