@@ -52,9 +52,9 @@ PYTHON_DIR = f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
 #: hashlib does without OpenSSL: the interpreter has the same functions built in, and the library
 #: would be a quarter of the image.
 _ABSENT = ("_hashlib",)
-_UNCHECKED_HASH = 0b01  # PEP 552: the file has a hash of its source, and nobody compares it
-# Later formats mark objects that may be referred to again, and decide that by reference counts,
-# which differ from one compilation to the next. This one has no marks; it is a fifth larger.
+_UNCHECKED_HASH = 0b01  # PEP 552: with a hash of the source that is not compared
+# Later versions of the format mark objects by their reference counts, which differ from one
+# compilation to the next. This version has no marks; its files are a fifth larger.
 _MARSHAL_VERSION = 2
 
 

@@ -25,8 +25,8 @@ _MAX_PATH_BYTES = 4095
 class DirectorySource:
     """A directory opened for reading into a tree. Use as a context manager.
 
-    Files are opened again when their content is needed; one that is no longer the same inode of
-    the same size and time is an error, so that an image is never a mix of two states.
+    Files are opened again when their content is needed. A file whose inode, size or time has
+    changed since is an error, so that an image is never a mix of two states.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -175,7 +175,7 @@ class _FileContent:
         return _OpenFile(self)
 
     def open_unchanged(self) -> int:
-        """Return a descriptor of the file, proven to be the one that was seen before."""
+        """Open the file again; it must be the inode that was listed, of the same size and time."""
         try:
             fd = _open_below(self._root_fd, self._path)
         except OSError as problem:

@@ -73,7 +73,7 @@ class SourceOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceLayer:
     """One tree, readable until the next is asked for. ``digest`` (``sha256:HEX``) tells its
-    content: of the uncompressed tar, or of the tree itself. None: nobody has read it yet."""
+    content: of the uncompressed tar, or of the tree itself. None: not computed yet."""
 
     root: Node
     digest: str | None
@@ -137,8 +137,8 @@ class Source:
                 yield SourceLayer(root=tree.root, digest=_chain_digest(self._blobs))
 
     def layers(self) -> Iterator[SourceLayer]:
-        """Yield the layers, the lowest first, each once: one that comes again counts where it comes
-        last, as whatever it holds hides itself further down.
+        """Yield the layers, the lowest first. A layer that comes several times is yielded once, at
+        its highest place: an overlay takes no directory twice.
 
         Raises:
             CallError: as ``tree``.

@@ -1,8 +1,8 @@
-"""The layers below the one that is being built: what is still there of them, and their content.
+"""The layers below the layer that is being built: their merged tree, and copies of their content.
 
-A hard link may name a file of a lower layer. Of that file the layer gets a copy, as overlayfs makes
-one when such a link is made. So each file of the merged tree remembers the layer that has its
-content, and that layer is read again when a copy is due: what no link asks for is never kept.
+A hard link may name a file of a lower layer. The layer then gets a copy of the file, as overlayfs
+makes one. Each file of the merged tree keeps the diff_id of the layer that has its content; that
+layer is read again when a copy is needed. Content that no link names is not kept.
 
 Source: OCI image layer specification ("Applying Changesets"); overlayfs.rst ("Non-directories").
 """

@@ -6,9 +6,8 @@
 - Of several members of one name the last counts, as when a tar is unpacked; a directory that comes
   again keeps what it holds. Directories that no member describes are made, root:root 0755, time 0.
 - A hard link names an earlier member of the same archive, or what lower layers have by that name
-  when the whiteouts of this layer are applied. Of a lower file the layer gets a copy, under the
-  name that the link tells as well: so does overlayfs when somebody makes such a link, and so both
-  names stay one inode.
+  when the whiteouts of this layer are applied. The layer then gets a copy of the lower file under
+  both names, as overlayfs copies a file up when it is linked: the names stay one inode.
 
 Whiteouts (``.wh.NAME``, ``.wh..wh..opq``) are turned into overlayfs form, applied to the tree, or
 taken as plain names; see ``Whiteouts``.

@@ -1,7 +1,7 @@
 """Whether an image is attached to a loop device, or mounted.
 
-Changing such an image corrupts what reads it, and no error says so; and neither takes a lock that
-``imagelock`` would see.
+Changing such an image corrupts what is read from it, without an error. Neither a loop device nor a
+mount takes a lock that ``imagelock`` would see.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ def refuse_attached(fd: int, path: str) -> None:
 def _is_open_elsewhere(fd: int) -> bool:
     """Say whether anything but ``fd`` may have the file open; False is certain.
 
-    A write lease is granted only if nothing has, neither a process nor a loop device nor a mount.
-    It is given back at once. Should somebody open the file in between, the kernel sends a signal:
-    one that is ignored by default, where SIGIO would kill.
+    A write lease is granted only if no process, loop device or mount has the file open. It is given
+    back at once. If the file is opened in between, the kernel sends SIGURG, which is ignored by
+    default; SIGIO, which it would send otherwise, kills.
 
     Source: fcntl(2), F_SETLEASE; fs/locks.c, check_conflicting_open (Linux 6.1).
     """

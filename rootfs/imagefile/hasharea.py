@@ -46,7 +46,7 @@ def identify(fd: int, offset_bytes: int = 0) -> str | None:
 def filesystem_size(fd: int) -> int | None:
     """Return the bytes of the file system at the start of ``fd``, by its superblock.
 
-    None if there is no file system that layers have, or one that contradicts itself.
+    None without a file system that layers can have, and for a superblock that contradicts itself.
     """
     try:
         found = identify(fd)

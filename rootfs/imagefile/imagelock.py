@@ -1,8 +1,7 @@
-"""Who may touch an image now: advisory locks on the open file, never waited for.
+"""Advisory locks on images, which are never waited for.
 
-``flock(2)`` is the lock of these tools: shared by whoever attaches an image to a machine,
-exclusive by whoever changes it. QEMU takes OFD locks of its own on disks that it opens; a change is
-refused while such a lock is there, too.
+These tools take ``flock(2)``: a shared lock to attach an image to a machine, an exclusive lock to
+change it. QEMU takes OFD locks on the disks that it opens; a change is refused while there is one.
 """
 
 import fcntl

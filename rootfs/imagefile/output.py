@@ -155,7 +155,7 @@ _KINDS = {
 def _refuse_input(text: str, existing: os.stat_result, read: str | os.PathLike[str] | int) -> None:
     try:
         facts = os.stat(read)
-    except (OSError, ValueError):  # whoever reads it says so
+    except (OSError, ValueError):  # reading it fails, too, with an error of its own
         return
     if os.path.samestat(facts, existing):
         raise _refused(text, "the command reads this file")

@@ -47,7 +47,7 @@ _HEX = re.compile(r"(?:[0-9a-f]{2})*\Z", re.ASCII)
 class ManifestLayer:
     """One layer. ``content_digest`` is over all its bytes in the image and is there to check layers
     that have no hash tree. ``whiteouts`` says which attribute marks its opaque directories, one of
-    ``WHITEOUT_KINDS``; None where nobody has looked."""
+    ``WHITEOUT_KINDS``; None: not known."""
 
     layer_id: str
     offset_bytes: int

@@ -5,8 +5,8 @@ are used again, first fit. The image is a whole number of 2 MiB. The manifest be
 lies where, and is only ever replaced whole: a process that dies leaves, at worst, bytes in a range
 that no layer claims.
 
-Whoever attaches the image to a machine holds a shared flock(2) on it, whoever changes it an
-exclusive one; neither ever waits.
+A shared flock(2) on the image is held while it is attached to a machine, an exclusive lock while it
+is changed; no lock is waited for.
 """
 
 import contextlib
