@@ -81,7 +81,8 @@ class InitramfsTools:
 
     def __init__(self, cache: Path, directory: Path, kernel: Kernel) -> None:
         packages = ("initramfs-tools", "dracut-core", "busybox", "zstd", "python3", "kmod", "udev")
-        tree = _bootstrap(cache, "tools", (*packages, "python3-msgpack"))
+        libraries = ("python3-msgpack", "python3-pyelftools", "python3-tenacity")
+        tree = _bootstrap(cache, "tools", (*packages, *libraries))
         self._kernel = kernel
         self._root = directory / "tools"
         subprocess.run(["cp", "-a", "--reflink=auto", str(tree), str(self._root)], check=True)
