@@ -13,6 +13,7 @@ returns a ``LayerReport``.
 from collections.abc import Iterable
 from types import GenericAlias, ModuleType
 
+from vsock.errors import CallError
 from vsock.record import Record
 
 __all__ = ("Empty", "Item_co", "R_co", "Request", "Streamed", "collect_methods")
@@ -76,9 +77,14 @@ class Request(Record, Answered[R_co]):
         Fields that are unknown here are ignored: a newer agent may send them.
 
         Raises:
-            CallError: ``invalid``; the reply is not of the contract.
+            CallError: ``internal``; the reply is not of the contract.
         """
-        return type(self).reply.from_wire(value, "reply", strict=False)  # type: ignore[return-value]  # R_co
+        try:
+            reply = type(self).reply.from_wire(value, "reply", strict=False)
+        except CallError as error:
+            text = f"the agent's answer to {self.method} is malformed: {error.message}"
+            raise CallError("internal", text, step="read reply", object=error.object) from None
+        return reply  # type: ignore[return-value]  # R_co is the type of this class's reply
 
 
 def collect_methods(modules: Iterable[ModuleType]) -> "dict[str, type[Request[Record]]]":

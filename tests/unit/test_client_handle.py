@@ -24,6 +24,7 @@ from guestagent.api.observe import AgentMetrics, MetricsReply
 from guestagent.host.client import ALL_EVENTS, ClosedHandleError, GuestAgent, event_mask
 from guestagent.host.client.aio import AsyncGuestAgent
 from guestagent.host.client.events import Feeds
+from guestagent.host.client.streams import Chunks
 from tests.beds.consolebed import wait_until
 from tests.beds.handlebed import WAIT_SECONDS, Agent
 from vsock.client import ClosedHandleError as LowerClosedHandleError
@@ -135,6 +136,24 @@ def test_an_event_may_be_newer_than_this_client(agent: Agent) -> None:
         agent.publish("layer_polished")
         agent.start()
         assert seen.get(timeout=WAIT_SECONDS) == (3, "layer_polished")
+
+
+def test_a_malformed_reply_is_an_error_of_the_agent(agent: Agent) -> None:
+    """Not of the caller, whose request was right."""
+    agent.more_fields = {"text": 5}
+    with GuestAgent(agent.address) as guest:
+        with pytest.raises(CallError, match=r"agent\.metrics is malformed: reply\.text") as caught:
+            guest.metrics()
+        assert (caught.value.code, caught.value.object) == ("internal", "reply.text")
+
+
+def test_an_answer_that_is_no_map_ends_the_stream() -> None:
+    chunks = Chunks(FsLs(layer_id="a"))
+    chunks.answer([], None)
+    assert chunks.is_ready
+    with pytest.raises(CallError, match="malformed") as caught:
+        chunks.next_items()
+    assert caught.value.code == "internal"
 
 
 def test_an_entry_may_be_longer_than_is_known_here() -> None:

@@ -107,9 +107,10 @@ class Chunks(Generic[T]):
     def answer(self, reply: object, error: Exception | None) -> None:
         """Note the final reply, or the error instead of one."""
         self._error = self._error or error
-        if error is None:
-            assert isinstance(reply, Mapping)
+        if isinstance(reply, Mapping):
             self._reply = reply
+        elif self._error is None:
+            self._error = self._malformed(f"{reply!r:.80}")
 
     def handled(self) -> int | None:
         """Note that the items of the last chunk were handled.
@@ -147,8 +148,11 @@ class Chunks(Generic[T]):
         try:
             return list(self._request.items(chunk))
         except (KeyError, TypeError, ValueError) as problem:
-            text = f"the agent's answer to {self._request.method} is malformed: {problem!r}"
-            raise CallError("internal", text, step="take chunks") from problem
+            raise self._malformed(repr(problem)) from problem
+
+    def _malformed(self, problem: str) -> CallError:
+        text = f"the agent's answer to {self._request.method} is malformed: {problem}"
+        return CallError("internal", text, step="take chunks")
 
     def close(self) -> None:
         """Drop what is here. Idempotent."""
