@@ -234,11 +234,13 @@ def test_reconcile_finds_nothing_after_plain_mounts(
 
 
 def test_an_orphan_device_is_removed(agent: ConsoleAgent, guest: GuestAgent, pack: Pack) -> None:
+    _, linear = guest.layer_mount(pack.spec(0)).dm
+    guest.layer_unmount("layer0")
+    uuid = linear.uuid.removesuffix("layer0") + "ghost"  # its start names the agent
     subprocess.run(
-        ["dmsetup", "create", "orphan", "--uuid", "guestagent-linear-ghost",
-         "--table", f"0 8 linear {pack.node} 0"],
+        ["dmsetup", "create", "orphan", "--uuid", uuid, "--table", f"0 8 linear {pack.node} 0"],
         check=True,
-    )  # fmt: skip
+    )
     dry = agent.ok("reconcile --dry-run")
     assert dry.startswith("dm device orphan is the agent's and belongs to no layer\n  would ")
     assert "orphan" in agent.ok("tables")
