@@ -10,7 +10,7 @@ from vsock.record import Record
 
 #: File systems a scratch device may have; each is a row of ``guestagent.storage.filesystems``.
 SCRATCH_FILESYSTEMS = ("ext4", "xfs")
-#: What may become of a file system, or of an earlier overlay's changes, that is there.
+#: What becomes of a file system on a scratch device, and of changes in a scratch directory.
 DEVICE_EXISTING = ("refuse", "adopt", "fresh")
 DIRECTORY_EXISTING = ("refuse", "adopt")
 #: Values of options of overlayfs, by Documentation/filesystems/overlayfs.rst of the kernel.
