@@ -33,6 +33,7 @@ __all__ = (
     "OverlayEntry",
     "StateDirectory",
     "Written",
+    "uuid_prefix",
 )
 
 #: Where the state is kept unless the configuration says otherwise.
@@ -112,12 +113,13 @@ class StateDirectory(FdOwner):
             self.close()
             raise
 
-    @property
-    def uuid_prefix(self) -> str:
-        """Return what the uuids of the agent's dm devices begin with: only the default directory
-        has none of its own."""
-        tag = "" if self.path == DEFAULT_STATE else f".{binascii.crc32(os.fsencode(self.path)):08x}"
-        return f"guestagent{tag}-"
+
+def uuid_prefix(state_directory: str) -> str:
+    """Return what the uuids of an agent's dm devices begin with: each state directory but the
+    default one has its own."""
+    if state_directory == DEFAULT_STATE:
+        return "guestagent-"
+    return f"guestagent.{binascii.crc32(os.fsencode(state_directory)):08x}-"
 
 
 class Journal:

@@ -4,7 +4,7 @@ from guestagent.api.layers import TARGET_ROOTS
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
 from guestagent.engine.inventory import Inventory
-from guestagent.engine.journal import Begun, Journal, StateDirectory
+from guestagent.engine.journal import Begun, Journal, StateDirectory, uuid_prefix
 from guestagent.engine.locks import KeyLocks
 from guestagent.engine.plan import Version
 from guestagent.engine.transaction import Transaction
@@ -52,8 +52,8 @@ class EngineState:
         self._own_directory: StateDirectory | None = None
         if isinstance(state_directory, str):
             state_directory = self._own_directory = StateDirectory(state_directory)
-        self.uuid_prefix = state_directory.uuid_prefix
         self.directory = state_directory.path
+        self.uuid_prefix = uuid_prefix(self.directory)
         self.rules = rules
         self.faults = faults
         self.journal = Journal(self.directory)
