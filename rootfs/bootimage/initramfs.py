@@ -29,7 +29,8 @@ from rootfs.bootimage.closure import Module
 from rootfs.bootimage.cpio import CpioEntry, device, directory, regular, write_cpio
 from rootfs.bootimage.features import DEFAULT_FEATURES, FEATURES
 from rootfs.bootimage.kernel import Kernel, ModuleIndex, module_bytes, without_signature
-from rootfs.bootimage.userland import CACHE_DIR, PROJECT, PYTHON_DIR, Item, userland
+from rootfs.bootimage.places import CACHE_DIR, PROJECT
+from rootfs.bootimage.userland import PYTHON_DIR, Item, userland
 from rootfs.imagefile.output import check_output, new_file, write_file
 
 __all__ = (

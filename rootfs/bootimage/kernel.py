@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from rootfs.bootimage.userland import IS_CHECKOUT
+from rootfs.bootimage.places import IS_CHECKOUT
 
 __all__ = (
     "MODULE_PLACES",

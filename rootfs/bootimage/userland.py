@@ -8,7 +8,6 @@ our hooks in them.
 import contextlib
 import importlib.util
 import marshal
-import os
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -17,32 +16,15 @@ from pathlib import Path
 
 from rootfs.bootimage.closure import Module, interpreter_path, module_closure, site_packages
 from rootfs.bootimage.elf import library_closure, without_debug_information
+from rootfs.bootimage.places import PROJECT
 
 __all__ = (
-    "CACHE_DIR",
-    "IS_CHECKOUT",
-    "PROJECT",
     "PYTHON_DIR",
     "Item",
     "compile_module",
     "userland",
 )
 
-#: Where the packages are: a checkout, or the site-packages of an installation.
-PROJECT = Path(__file__).resolve().parents[2]
-IS_CHECKOUT = (PROJECT / "scripts/setup").is_file()
-
-
-def _cache_directory() -> Path:
-    """Return ``.cache`` of a checkout; of an installation, the user's cache directory (XDG)."""
-    if IS_CHECKOUT:
-        return PROJECT / ".cache"
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "guestagent"
-
-
-#: Kernels, boot images, and what is known of this machine's accelerators.
-CACHE_DIR = _cache_directory()
 #: Our packages that the guest may hold; a test keeps the guest's imports within them.
 _GUEST_PACKAGES = ("vsock", "guestagent")
 #: Of the packages that the guest imports late, those that it has: for dialling a host, again and

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rootfs.bootimage.userland import CACHE_DIR
+from rootfs.bootimage.places import CACHE_DIR
 from rootfs.machine.accelerator import (
     choose_accelerator,
     has_kernel_vsock,
