@@ -123,8 +123,7 @@ class TargetDirectory(FdOwner):
         except FileNotFoundError:
             if not create:
                 raise
-            os.mkdir(self._root, 0o700)
-            self.created += (self._root,)
+            self._make(None, self._root, self._root)
             self._fd = os.open(self._root, _OPEN_DIRECTORY)
         path = self._root
         for name in names:
@@ -145,7 +144,7 @@ class TargetDirectory(FdOwner):
         self._make(parent_fd, name, path)
         return self._open_child(parent_fd, name, path)
 
-    def _make(self, parent_fd: int, name: str, path: str) -> None:
+    def _make(self, parent_fd: int | None, name: str, path: str) -> None:
         try:
             os.mkdir(name, 0o700, dir_fd=parent_fd)
         except FileExistsError:  # another request made it
