@@ -415,3 +415,20 @@ def test_odd_names_come_back_whole(tmp_path: Path) -> None:
     assert (found.target, found.source) == (target, "odd # source")
     assert found in read_mounts()
     mount.unmount(target)
+
+
+def test_two_requests_may_make_the_root_of_targets_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other request is played between our look and our mkdir, where no event can be awaited."""
+    root = tmp_path / "layers"
+    make = os.mkdir
+
+    def make_after_another(path: str, *args: int, **options: int) -> None:
+        if path == str(root):
+            make(path)
+        make(path, *args, **options)
+
+    monkeypatch.setattr(os, "mkdir", make_after_another)
+    with mount.TargetDirectory(str(root / "a"), root=str(root)) as target:
+        assert target.created == (str(root / "a"),)
