@@ -34,7 +34,7 @@ __all__ = (
 _SPAN_BYTES = 8 * 1024 * 1024
 _MAX_SPANS = 16384
 #: Below this, starting workers costs more than they save.
-_PARALLEL_BYTES = 24 * 1024 * 1024
+_PARALLEL_BYTES = 48 * 1024 * 1024
 #: A shorter hole is read like data: it is not worth a task of its own.
 _MIN_HOLE_BLOCKS = 64
 #: A task over alike blocks only writes their slots.
