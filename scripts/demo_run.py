@@ -1,4 +1,4 @@
-"""The main job, shown end to end: real directories become verified layers of a virtual machine.
+"""The main job, end to end: directories become verified layers of a virtual machine.
 
     scripts/demo [--keep]
 
@@ -51,12 +51,12 @@ Tree = dict[str, tuple[str, str]]
 
 
 class DemoError(Exception):
-    """Something did not hold."""
+    """A check of the demo failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
-    """The pack, and two more of its layers with one bit flipped in each."""
+    """The pack, its good layers, and two layers with one flipped bit each."""
 
     pack: Path
     good: tuple[ManifestLayer, ...]
@@ -165,7 +165,7 @@ def _flip_bit(path: Path, offset_bytes: int) -> None:
 
 
 def _write_top_layer(path: Path) -> None:
-    """Write a tar as a container image has them: a file over another's, and markers of absence."""
+    """Write a tar as container images have: it replaces a file and removes others by whiteouts."""
     notice = "# This file comes from the topmost layer.\n" * 500
     files = {OVERRIDDEN: notice, "etc/motd": "Verified, layer by layer.\n"}
     files.update({f".wh.{name}": "" for name in WHITED_OUT})
@@ -182,7 +182,7 @@ def _write_top_layer(path: Path) -> None:
 
 
 def _expected_tree(site: Path) -> Tree:
-    """Merge the source trees as an overlay would: from the sources, not from the images."""
+    """Merge the source trees as the overlay must, from the sources alone."""
     tree: Tree = {}
     for source in reversed(SOURCES.values()):
         tree.update(_read_tree(source))

@@ -29,9 +29,9 @@ _WHITEOUTS = tuple(each.value for each in Whiteouts if each is not Whiteouts.APP
 @click.argument("output", type=click.Path())
 @click.option("--filesystem", type=click.Choice(FILESYSTEMS), default="erofs", show_default=True)
 @click.option("--compression", metavar="NAME", help="lz4hc, zstd...; default: none.")
-@click.option("--dax", is_flag=True, help="EROFS: start every file at a block of its own.")
-@click.option("--verity", is_flag=True, help="Put a dm-verity hash area behind it.")
-@click.option("--vhd", is_flag=True, help="End it with the footer of a fixed VHD.")
+@click.option("--dax", is_flag=True, help="EROFS: start every file at a new block.")
+@click.option("--verity", is_flag=True, help="Append a dm-verity hash area.")
+@click.option("--vhd", is_flag=True, help="Append the footer of a fixed VHD.")
 @click.option("--sidecar", is_flag=True, help="Write OUTPUT.dmverity, as containerd does.")
 @click.option(
     "--layers", is_flag=True, help="One image for each layer of a container image, in OUTPUT/."
@@ -63,9 +63,9 @@ def build_command(
     The same source gives the same image, byte for byte.
     """
     if sidecar and not choices["verity"]:
-        raise click.UsageError("--sidecar tells of a hash area: it needs --verity")
+        raise click.UsageError("--sidecar describes a hash area: it needs --verity")
     if dax and (choices["filesystem"] != "erofs" or choices["compression"]):
-        raise click.UsageError("--dax is of uncompressed EROFS")
+        raise click.UsageError("--dax is for uncompressed EROFS")
     if sidecar and not layers:
         check_output(Sidecar.path_of(output), inputs=(source,))
     choices["inline_tails"] = not dax

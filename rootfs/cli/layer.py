@@ -66,7 +66,7 @@ def _terms(options: TreeWords, root_digest: bytes | None = None) -> VerityTerms:
 @click.option("--hash-type", type=click.IntRange(0, 1), default=1, help="0: Chrome OS.")
 @click.option("--data-block-size", type=int, metavar="BYTES", default=4096, show_default=True)
 @click.option("--hash-block-size", type=int, metavar="BYTES", default=4096, show_default=True)
-@click.option("--data-blocks", type=int, help="Hash only so many blocks.")
+@click.option("--data-blocks", type=int, help="Hash this number of blocks.")
 @click.option(
     "--hash-offset",
     "hash_offset_bytes",
@@ -102,7 +102,7 @@ def format_command(
         salt, uuid = _identity(image, terms.data_blocks, terms.data_block_size or 4096)
         terms = terms.replace(salt=salt)
     if sidecar and (not terms.superblock or hash_file is not None):
-        raise click.UsageError("a sidecar tells where the superblock is in IMAGE")
+        raise click.UsageError("a sidecar describes a superblock in IMAGE")
     if sidecar:
         check_output(Sidecar.path_of(image), inputs=(image,))
     with progress_bar("hashing", as_json) as progress:
@@ -143,7 +143,7 @@ def _identity(image: str, data_blocks: int | None, block_size_bytes: int) -> tup
 def dump_command(
     *, image: str, hash_file: str | None, as_json: bool, **options: Unpack[TreeWords]
 ) -> None:
-    """Print what the hash area of IMAGE says. Checks nothing but that it is there."""
+    """Print the parameters of the hash area of IMAGE, without checking it."""
     layer = read_layer(image, terms=_terms(options), hash_file=hash_file)
     vhd = {} if layer.footer is None else {"vhd_uuid": str(layer.footer.uuid)}
     _show({**vhd, **_facts(layer.parameters, layer.uuid)}, as_json)
@@ -175,7 +175,7 @@ def _show(facts: dict[str, object], as_json: bool) -> None:
     "--root-digest",
     type=hex_bytes,
     metavar="HEX",
-    help="Without it, data and tree vouch for each other.",
+    help="Default: the digest that the tree has.",
 )
 @click.option(
     "--sidecar", is_flag=True, help="Root digest and offset are in IMAGE.dmverity, of containerd."

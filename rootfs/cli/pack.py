@@ -73,14 +73,14 @@ def source_options(command: Command) -> Command:
 
 @click.group("pack")
 def pack() -> None:
-    """Put many layers into one image for a VPMem, NVDIMM or disk device.
+    """Images that hold many layers, for a VPMem, NVDIMM or disk device.
 
     IMAGE is the image or its manifest, IMAGE.json.
     """
 
 
 def _image_of(path: Path) -> Path:
-    """Return the image, where its manifest was named."""
+    """Return the image of a path that may name its manifest."""
     if path.suffix != ".json":
         return path
     return path.with_name(Manifest.load(path).image)
@@ -131,10 +131,16 @@ def build_command(
 @click.argument("image", type=click.Path(path_type=Path))
 @click.argument("layer", type=click.Path(path_type=Path))
 @click.option("--id", "layer_id", metavar="ID", help="Default: the file's name.")
-@click.option("--root-digest", type=hex_bytes, metavar="HEX", help="What its tree must hash to.")
-@click.option("--sidecar", is_flag=True, help="What its tree must hash to is in LAYER.dmverity.")
-@click.option("--no-verity", is_flag=True, help="Take it without a hash tree.")
-@click.option("--source-digest", metavar="sha256:HEX", help="What it was built from.")
+@click.option(
+    "--root-digest", type=hex_bytes, metavar="HEX", help="The digest that its hash tree must have."
+)
+@click.option(
+    "--sidecar",
+    is_flag=True,
+    help="Take the digest that its hash tree must have from LAYER.dmverity.",
+)
+@click.option("--no-verity", is_flag=True, help="Accept a layer without a hash tree.")
+@click.option("--source-digest", metavar="sha256:HEX", help="Digest of the source of the layer.")
 @click.option(
     "--whiteouts", type=click.Choice(WHITEOUT_KINDS), help="As `layer build` has said of the image."
 )
@@ -178,8 +184,10 @@ def add_command(
 
 
 def _verity_of(layer: Path, root_digest: bytes | None, sidecar: bool) -> VerityParameters:
-    """Return what the layer's own hash area says, which has to hash to ``root_digest``, if given,
-    or be where the sidecar says and hash to what it says."""
+    """Return the parameters in the hash area of the layer.
+
+    Its root digest must be ``root_digest``, if given; with a sidecar, that of the sidecar.
+    """
     hash_offset_bytes = None
     if sidecar:
         if root_digest is not None:
@@ -220,7 +228,7 @@ def _filesystem_of(layer: Path) -> str:
 @click.option("--trim", is_flag=True, help="Cut free space off the end of the image.")
 @reports_errors
 def remove_command(*, image: Path, layer_id: str, trim: bool, as_json: bool) -> None:
-    """Take a layer out; its range is used again."""
+    """Remove a layer; its range becomes free."""
     with Pack.open(_image_of(image), writable=True) as opened:
         removed = opened.remove(layer_id, trim=trim)
     if as_json:
@@ -311,7 +319,7 @@ def mount_command(
 @pack.command("unmount")
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option("--overlay", "overlay_id", metavar="ID", help="The overlay of the layers.")
-@click.option("--force", is_flag=True, help="Also clean up what is half gone.")
+@click.option("--force", is_flag=True, help="Also remove layers of which only parts are left.")
 @pass_session
 def unmount_command(session: Session, image: Path, overlay_id: str | None, force: bool) -> None:
     """Unmount all layers of a pack, and their overlay: all or nothing."""

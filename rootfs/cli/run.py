@@ -68,11 +68,18 @@ _CONSOLE = "guestagent.console=vsock:1025 guestagent.console_shell=1"
 @click.option("--shell", is_flag=True, help="Run the shell of the mounted image here.")
 @click.option("--keep", is_flag=True, help="Leave the machine up until Ctrl-C powers it off.")
 @source_options
-@click.option("--scratch", type=click.IntRange(4096), metavar="BYTES", help="Writable, in memory.")
+@click.option(
+    "--scratch",
+    type=click.IntRange(4096),
+    metavar="BYTES",
+    help="Make the overlay writable, with this much memory.",
+)
 @click.option("--memory", type=click.IntRange(128), default=768, metavar="MIB", show_default=True)
 @click.option("--cpus", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--kernel", "kernel_root", metavar="DIR", help="With boot/ and lib/modules/.")
-@click.option("--directory", metavar="DIR", help="Where the pack is made, and stays.")
+@click.option(
+    "--kernel", "kernel_root", metavar="DIR", help="A directory with boot/ and lib/modules/."
+)
+@click.option("--directory", metavar="DIR", help="Where the pack is made and kept.")
 @reports_errors
 def run_command(
     *,
@@ -97,7 +104,9 @@ def run_command(
     if vmm != "qemu" and (shell or keep or scratch):
         raise click.UsageError("--shell, --keep and --scratch are for --vmm qemu")
     if vmm != "qemu" and directory is None:
-        raise click.UsageError(f"--vmm {vmm} starts nothing: say --directory, where all is to stay")
+        raise click.UsageError(
+            f"--vmm {vmm} starts nothing: give --directory for the files to keep"
+        )
     with _failures(), _place(directory) as place:
         with progress_bar("building", as_json) as progress:
             choices["progress"] = progress
@@ -127,7 +136,7 @@ def run_command(
 
 @contextlib.contextmanager
 def _failures() -> Iterator[None]:
-    """Make a CallError of what the parts raise."""
+    """Turn the exceptions of the parts into CallErrors."""
     try:
         yield
     except (KernelNotFoundError, ModuleNotFoundInKernelError) as problem:
@@ -163,7 +172,7 @@ def _kernel(root: str | None) -> Kernel:
 
 
 def _reporter(as_json: bool) -> Callable[[str], None]:
-    """Return what tells a person on the standard error which step begins."""
+    """Return a function that prints the step that begins on the standard error."""
 
     def report(step: str) -> None:
         if not as_json:
@@ -244,12 +253,16 @@ def initramfs() -> None:
 
 @initramfs.command("build")
 @click.option("--with", "features", metavar="A,B,...", help="Features; see `initramfs features`.")
-@click.option("--kernel", "kernel_root", metavar="DIR", help="With boot/ and lib/modules/.")
+@click.option(
+    "--kernel", "kernel_root", metavar="DIR", help="A directory with boot/ and lib/modules/."
+)
 @click.option(
     "--compression", type=click.Choice(COMPRESSIONS), default=DEFAULT_COMPRESSION, show_default=True
 )
 @click.option(
-    "--module-signatures", is_flag=True, help="Keep them, for a kernel that loads no other modules."
+    "--module-signatures",
+    is_flag=True,
+    help="Keep the signatures of modules, for kernels that require them.",
 )
 @click.option(
     "--file",
@@ -263,7 +276,7 @@ def initramfs() -> None:
     type=click.Path(path_type=Path),
     help=f"Put the manifest of a pack into the image, as /{_MANIFEST_PATH}.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Default: it stays in the cache.")
+@click.option("--output", type=click.Path(path_type=Path), help="Default: a file in the cache.")
 @reports_errors
 def initramfs_build_command(
     *,
@@ -276,7 +289,7 @@ def initramfs_build_command(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Build the boot image, and print what takes the space in it.
+    """Build the boot image, and print the size of its parts.
 
     With --manifest it also prints the setting by which the image mounts the pack at boot.
     """
@@ -341,7 +354,7 @@ def _facts(report: InitramfsReport) -> dict[str, object]:
 @initramfs.command("features")
 @reports_errors
 def initramfs_features_command(*, as_json: bool) -> None:
-    """List what a boot image can be asked to serve."""
+    """List the features of boot images."""
     if as_json:
         emit({name: feature.summary for name, feature in FEATURES.items()})
         return

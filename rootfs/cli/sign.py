@@ -20,12 +20,14 @@ _MAX_FILE_BYTES = 64 << 20
     "--root-digest",
     type=hex_bytes,
     metavar="HEX",
-    help="Sign this, for the kernel, not a manifest.",
+    help="Sign this digest for the kernel, instead of a manifest.",
 )
 @click.option("--key", type=click.Path(), help="Private key; with --verify the public one.")
-@click.option("--certificate", type=click.Path(), help="Of the key, for --root-digest.")
 @click.option(
-    "--password-file", type=click.Path(), help="Its first line is the password of the key."
+    "--certificate", type=click.Path(), help="The certificate of the key, for --root-digest."
+)
+@click.option(
+    "--password-file", type=click.Path(), help="File whose first line is the password of the key."
 )
 @click.option("--signature", type=click.Path(), help="Default: MANIFEST.sig.")
 @click.option("--verify", is_flag=True, help="Check a signature instead of making one.")
@@ -50,7 +52,7 @@ def sign_command(
     guestctl sign --verify --certificate CRT --root-digest HEX --signature FILE
     """
     if (manifest is None) == (root_digest is None):
-        raise click.UsageError("what is to be signed: a MANIFEST, or --root-digest?")
+        raise click.UsageError("give either a MANIFEST or --root-digest")
     if manifest is not None:
         path = signature or f"{manifest}.sig"
         by = _needed("--key", key)

@@ -39,7 +39,7 @@ def hello(session: Session) -> None:
 
 @click.command()
 @click.option("--mode", type=click.Choice(("poweroff", "reboot", "exit")), default="poweroff")
-@click.option("--force", is_flag=True, help="Go on although something is busy.")
+@click.option("--force", is_flag=True, help="Continue although a mount is in use.")
 @pass_session
 def shutdown(session: Session, mode: str, force: bool) -> None:
     """Unmount everything, then end the machine or the agent."""
@@ -67,7 +67,9 @@ def connect(
         _list(session, profiles)
         return
     if "://" in name:
-        raise click.UsageError(f"{name!r} is an address: say `guestctl connect NAME {name}`")
+        raise click.UsageError(
+            f"{name!r} is an address, not a name: `guestctl connect NAME {name}`"
+        )
     if address is None and name not in profiles.addresses:
         resolve(name)
     if delete:

@@ -15,14 +15,20 @@ from guestagent.host.ctl.style import paint, plain, tint
 __all__ = ("describe_event", "events")
 
 _KIND_COLUMNS = max(map(len, EVENT_KINDS))
-#: An agent keeps a few pages; one that announces more for ever is not followed for ever.
+#: An agent keeps a few pages of events; this ends the list of an agent that always announces more.
 _MAX_PAGES = 100
 
 
 @click.command()
 @click.option("--since", default=0, show_default=True, help="Sequence number to start after.")
-@click.option("-f", "--follow", is_flag=True, help="Go on with those that come; Ctrl-C ends it.")
-@click.option("--kind", "kinds", multiple=True, type=click.Choice(EVENT_KINDS), help="Only these.")
+@click.option("-f", "--follow", is_flag=True, help="Print new events until Ctrl-C.")
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    type=click.Choice(EVENT_KINDS),
+    help="Only events of this kind; may be repeated.",
+)
 @pass_session
 def events(session: Session, since: int, follow: bool, kinds: tuple[str, ...]) -> None:
     """List events of the guest, the oldest first.

@@ -1,4 +1,4 @@
-"""``guestctl fs``: look into layers, overlays and devices of a guest; nothing is changed."""
+"""``guestctl fs``: inspect layers, overlays and devices of a guest, read-only."""
 
 import codecs
 import os
@@ -60,7 +60,7 @@ algorithm_option = click.option(
 
 @click.group()
 def fs() -> None:
-    """Look into layers, overlays and devices of a guest; nothing is changed.
+    """Inspect layers, overlays and devices of a guest, read-only.
 
     PLACE is layer:ID or overlay:ID. PATH starts at its root and cannot leave it.
     """
@@ -156,9 +156,9 @@ def status(session: Session, place: Where, path: bytes) -> None:
 @fs.command()
 @place_argument
 @directory_argument
-@click.option("--name", type=os.fsencode, help="Only names like this; * and ? are wild.")
-@click.option("--type", "kind", type=click.Choice(tuple(ENTRY_TYPES)), help="Only these.")
-@click.option("--max-depth", type=click.IntRange(min=1), help="1 stays in the directory.")
+@click.option("--name", type=os.fsencode, help="Only names that match; * and ? are wildcards.")
+@click.option("--type", "kind", type=click.Choice(tuple(ENTRY_TYPES)), help="Only this type.")
+@click.option("--max-depth", type=click.IntRange(min=1), help="1: only the directory itself.")
 @pass_session
 def find(
     session: Session,
@@ -184,7 +184,7 @@ def find(
 @directory_argument
 @pass_session
 def du(session: Session, place: Where, path: bytes) -> None:
-    """Add up what a tree takes."""
+    """Print the size of a tree: allocated bytes, content, number of entries."""
     with session.agent() as guest:
         reply = guest.fs_du(path, **place)
     about = "" if reply.is_exact else " (some files of many links counted more than once)"
@@ -201,7 +201,7 @@ def du(session: Session, place: Where, path: bytes) -> None:
 @directory_argument
 @pass_session
 def df(session: Session, place: Where, path: bytes) -> None:
-    """Say how large and how full a file system is."""
+    """Print the size and the free space of a file system."""
     with session.agent() as guest:
         reply = guest.fs_statvfs(path, **place)
     header = ("TYPE", "SIZE", "USED", "AVAILABLE", "INODES", "FREE", "ACCESS")
@@ -244,7 +244,7 @@ def checksum(session: Session, place: Where, path: bytes, algorithm: str) -> Non
 @place_argument
 @directory_argument
 @click.option("-o", "--output", default=_STDOUT, metavar="FILE", help="Default: standard output.")
-@click.option("--xattrs/--no-xattrs", default=True, help="Extended attributes too.")
+@click.option("--xattrs/--no-xattrs", default=True, help="Include extended attributes.")
 @pass_session
 def tar(session: Session, place: Where, path: bytes, output: str, xattrs: bool) -> None:
     """Write a directory as a tar archive."""
@@ -330,7 +330,7 @@ def mountpoints(session: Session) -> None:
 
 
 def printable(name: bytes) -> str:
-    """Return a name for a terminal, with control characters and what is no UTF-8 escaped."""
+    """Return a name for a terminal; control characters and bytes that are no UTF-8 are escaped."""
     return escaped(name.decode("utf-8", "backslashreplace"))
 
 
@@ -358,7 +358,7 @@ def _when(time_ns: int) -> str:
 
 
 def _plain(entry: object) -> dict[str, object]:
-    """Return the fields of an entry for JSON: names as text, stray bytes as lone surrogates."""
+    """Return the fields of an entry for JSON; bytes that are no UTF-8 become lone surrogates."""
     if isinstance(entry, Record):
         fields = entry.to_wire()
     else:
@@ -379,7 +379,7 @@ def _emit(session: Session, value: object, lines: Iterable[str]) -> None:
 
 @contextmanager
 def _writing(output: str) -> "Iterator[Path | BinaryIO]":
-    """Yield the target to write to; an error of writing to it names it."""
+    """Yield the target to write to; a failed write ends with an error that names it."""
     if output == _STDOUT and sys.stdout.isatty():
         raise click.UsageError("refusing to write binary data to a terminal: name a file")
     try:

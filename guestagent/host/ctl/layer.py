@@ -1,4 +1,4 @@
-"""``guestctl layer``: mount, unmount, list, show and read layers."""
+"""``guestctl layer``: mount, unmount, list, describe and check layers."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -48,7 +48,7 @@ def parse_device(text: str) -> Device:
 
 
 def hex_bytes(text: str) -> bytes:
-    """Read bytes in hexadecimal; ``-`` is no bytes at all, as for veritysetup.
+    """Read bytes in hexadecimal; ``-`` is the empty value, as for veritysetup.
 
     Raises:
         click.BadParameter: it is not hexadecimal.
@@ -90,12 +90,16 @@ def tree_options(command: Command) -> Command:
     for option in reversed(
         (
             click.option(
-                "--hash-offset", "hash_offset_bytes", type=int, metavar="BYTES", help="Start of it."
+                "--hash-offset",
+                "hash_offset_bytes",
+                type=int,
+                metavar="BYTES",
+                help="Start of the hash area.",
             ),
             click.option(
                 "--superblock/--no-superblock",
                 default=True,
-                help="It starts with a superblock, or the options below say all of it.",
+                help="It starts with a superblock, or --salt and the options after it say all.",
             ),
             click.option("--salt", type=hex_bytes, metavar="HEX", help="- is an empty salt."),
             click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_BYTES))),
@@ -153,8 +157,8 @@ def mount(
 ) -> None:
     """Mount a layer read-only, verified if a root digest is given.
 
-    The hash area is behind the data, or on --hash-device. What its superblock says need not be
-    said; what is said must be the same.
+    The hash area is behind the data, or on --hash-device. Options may leave out the values of its
+    superblock; values that are given must equal them.
     """
     try:
         verity = None
@@ -197,7 +201,7 @@ def read_signature(file: BinaryIO) -> bytes:
 
 @layer.command("unmount")
 @click.argument("layer_id", shell_complete=complete_layers)
-@click.option("--force", is_flag=True, help="Also clean up a layer whose parts are half gone.")
+@click.option("--force", is_flag=True, help="Also remove a layer of which only parts are left.")
 @pass_session
 def unmount(session: Session, layer_id: str, force: bool) -> None:
     """Unmount a layer and remove its devices."""
@@ -255,9 +259,9 @@ def get(session: Session, layer_id: str) -> None:
 @click.argument("layer_id", shell_complete=complete_layers)
 @pass_session
 def check(session: Session, layer_id: str) -> None:
-    """Read a whole layer in the guest, through verity, and name every corrupt block.
+    """Read a whole layer in the guest through verity, and print every corrupt block.
 
-    Exits with status 1 when there is one. `layer verify` does it for an image on this host.
+    The exit status is 1 if a block is corrupt. `layer verify` checks an image on this host.
     """
     with session.agent() as guest, progress_bar(f"reading {layer_id}", session.as_json) as progress:
         reply = guest.layer_verify(layer_id, progress=progress, deadline_ms=STREAM_DEADLINE_MS)

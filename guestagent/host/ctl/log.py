@@ -39,15 +39,15 @@ _MAX_BOOT_ID = 64
 
 
 @click.command()
-@click.option("-f", "--follow", is_flag=True, help="Go on with those that come; Ctrl-C ends it.")
+@click.option("-f", "--follow", is_flag=True, help="Print new lines until Ctrl-C.")
 @click.option("--level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
-@click.option("--since", type=int, metavar="NUMBER", help="Only lines after this one.")
-@click.option("-n", "--lines", type=click.IntRange(0), help="Only so many at the end.")
+@click.option("--since", type=int, metavar="NUMBER", help="Only lines after this number.")
+@click.option("-n", "--lines", type=click.IntRange(0), help="Only the last lines.")
 @click.option(
     "--listen",
     "listen_at",
     metavar="ADDRESS",
-    help="Receive what guests send that were booted with guestagent.log_dial= (for "
+    help="Receive the log of guests that were booted with guestagent.log_dial= (for "
     "hybrid:///PATH and port 1026 at unix:///PATH_1026).",
 )
 @pass_session
@@ -180,7 +180,7 @@ class _Receiver:
     def turn(self) -> bool:
         """Wait for connections and lines, and take them; False when Ctrl-C ends the receiver.
 
-        The guests have been told by then of each line that was printed.
+        By then each printed line has been acknowledged.
         """
         for key, _ in self._selector.select():
             if key.data is _INTERRUPT:
@@ -222,7 +222,7 @@ class _Receiver:
             sender.stream.close()
 
     def _take(self, sender: _Sender, text: bytes) -> int:
-        """Print a new line; return its number, 0 for what is no line of the log."""
+        """Print a new line; return its number, 0 where the text is no line of the log."""
         try:
             line = json.loads(text)
             if not isinstance(line, dict):

@@ -1,4 +1,4 @@
-"""The root of ``guestctl``: options before the command, and where commands come from."""
+"""The root of ``guestctl``: the options before the command, and the collection of commands."""
 
 import dataclasses
 import sys
@@ -35,8 +35,8 @@ __all__ = ("collect", "guestctl", "main")
     envvar="GUESTCTL_CONNECT",
     metavar="AGENT",
     shell_complete=complete_profiles,
-    help="The agent: vsock://CID:PORT, unix:///PATH, hybrid:///PATH:PORT, or the NAME of one "
-    "that `guestctl connect` keeps. Default: the one that it keeps as default.",
+    help="The agent: vsock://CID:PORT, unix:///PATH, hybrid:///PATH:PORT, or a NAME that `guestctl "
+    "connect` keeps. Default: the default of `guestctl connect`.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @click.option(
@@ -53,7 +53,7 @@ __all__ = ("collect", "guestctl", "main")
     type=click.IntRange(1, Limits().max_deadline_ms),
     default=60_000,
     show_default=True,
-    help="Milliseconds that the agent may take for a request.",
+    help="Time limit of each request in milliseconds.",
 )
 @click.option(
     "--traceparent",
@@ -71,9 +71,9 @@ def guestctl(
     deadline_ms: int,
     traceparent: str | None,
 ) -> None:
-    """Drive a guest agent, and make what it mounts.
+    """Control a guest agent, and build the images that it mounts.
 
-    Exit status: 0 it is done, 1 it failed (the error says what to do next), 2 wrong usage.
+    Exit status: 0 success, 1 failure (the error says what to do next), 2 wrong usage.
     """
     context.obj = Session(
         agent_name=address,
@@ -87,7 +87,7 @@ def guestctl(
 
 
 def _json_everywhere(group: click.Group) -> dict[str, object]:
-    """Return defaults by which commands with a --json of their own heed the one before them."""
+    """Return defaults by which --json before a command also sets the command's own --json."""
     return {
         name: _json_everywhere(command) if isinstance(command, click.Group) else {"as_json": True}
         for name, command in group.commands.items()
@@ -107,7 +107,7 @@ def _set_json(context: click.Context, _parameter: click.Parameter, value: bool) 
 
 
 def _add_common_options(command: click.Command) -> None:
-    """Let --connect and --json stand behind a command, too, where people look for them."""
+    """Accept --connect and --json behind a command as well."""
     names = {parameter.name for parameter in command.params}
     if "address" not in names:
         command.params.append(
@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def collect() -> click.Group:
-    """Add the commands of this package, and those that other packages offer; return the root.
+    """Add the commands of this package and of other packages; return the root.
 
     An entry point in the group ``guestctl.commands`` is a module with ``COMMANDS`` (for the root)
     and ``LAYER_COMMANDS`` (for ``guestctl layer``): so the host's tools appear here although this
@@ -161,7 +161,7 @@ def collect() -> click.Group:
 
 
 def leaves(group: click.Group) -> Iterator[click.Command]:
-    """Yield every command that is no group."""
+    """Yield every command that is not a group."""
     for command in group.commands.values():
         if isinstance(command, click.Group):
             yield from leaves(command)

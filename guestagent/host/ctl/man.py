@@ -26,7 +26,7 @@ _COLUMNS = 76
     "--output",
     required=True,
     type=click.Path(file_okay=False, path_type=Path),
-    help="Directory for guestctl.1 and a page for each command; it is made.",
+    help="Directory for guestctl.1 and a page for each command; created if missing.",
 )
 @pass_session
 def man(session: Session, output: Path) -> None:
@@ -139,7 +139,7 @@ def _option_rows(context: click.Context) -> list[tuple[str, str]]:
 def _foot() -> list[str]:
     return [
         ".SH EXIT STATUS",
-        "0 it is done, 1 it failed (the error says what to do next), 2 wrong usage.",
+        "0 success, 1 failure (the error says what to do next), 2 wrong usage.",
         ".SH SEE ALSO",
         ".BR guestctl (1)",
     ]
@@ -150,7 +150,7 @@ def _page(lines: list[str]) -> str:
 
 
 def _wrapped(line: str) -> list[str]:
-    """Break a line of text, which roff fills again anyway; a request stays on one."""
+    """Break a line of text, which roff fills again; a roff request stays on one line."""
     if line.startswith("."):
         return [line]
     rows = textwrap.wrap(line, _COLUMNS, break_long_words=False, break_on_hyphens=False)
@@ -177,7 +177,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _roff(text: str) -> str:
-    """Return text in which nothing means anything to roff."""
+    """Return text with everything escaped that roff would interpret."""
     text = " ".join(text.split()) if "\n" in text else text
     text = text.replace("\\", r"\e").replace("-", r"\-").replace("`", r"\(ga").replace("'", r"\(aq")
     text = "".join(c if c.isascii() else f"\\[u{ord(c):04X}]" for c in text if c != "\b")

@@ -1,4 +1,4 @@
-"""``guestctl metrics``: a guest's metrics, or those of many for a Prometheus server."""
+"""``guestctl metrics``: the metrics of a guest, or of many guests for a Prometheus server."""
 
 import sys
 
@@ -32,14 +32,14 @@ __all__ = ("metrics",)
     type=click.FloatRange(0.1, 300),
     default=5.0,
     show_default=True,
-    help="With --serve: seconds that a guest gets to answer.",
+    help="With --serve: time limit in seconds for the answer of a guest.",
 )
 @pass_session
 def metrics(session: Session, serve: str | None, guests: tuple[str, ...], seconds: float) -> None:
     """Print the agent's metrics in the Prometheus text format.
 
-    With --serve the metrics of any number of guests, each sample with a label `guest`;
-    `guestagent_up` says which of them answered.
+    With --serve it answers for any number of guests, each sample with a label `guest`;
+    `guestagent_up` says which guests answered.
     """
     if serve is None:
         if guests:
@@ -60,7 +60,7 @@ def metrics(session: Session, serve: str | None, guests: tuple[str, ...], second
                 f"cannot listen at {serve}: {error.strerror}",
                 errno=error.errno,
                 object=serve,
-                hint="another port, or whoever has this one, may help",
+                hint="use another port, or end the program that listens there",
             ) from error
         with server:
             bound = server.server_address

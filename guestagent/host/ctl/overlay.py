@@ -74,7 +74,7 @@ def overlay_options(command: Command) -> Command:
             click.option("--redirect-dir", type=click.Choice(REDIRECT_DIR)),
             click.option("--xino", type=click.Choice(XINO)),
             click.option("--volatile", is_flag=True, help="Do not sync the scratch."),
-            click.option("--userxattr", is_flag=True, help="Attributes are user.overlay.*."),
+            click.option("--userxattr", is_flag=True, help="Use the attributes user.overlay.*."),
             click.option("--suid", is_flag=True, help="Let set-uid programs take effect."),
             click.option("--dev", is_flag=True, help="Let device nodes take effect."),
         )
@@ -145,7 +145,7 @@ def mount(
 
 @overlay.command("unmount")
 @click.argument("overlay_id", shell_complete=complete_overlays)
-@click.option("--force", is_flag=True, help="Also clean up an overlay that is half gone.")
+@click.option("--force", is_flag=True, help="Also remove an overlay of which only parts are left.")
 @pass_session
 def unmount(session: Session, overlay_id: str, force: bool) -> None:
     """Unmount an overlay; its layers stay."""
@@ -249,9 +249,13 @@ def _ids(specs: tuple[LayerSpec, ...]) -> tuple[str, ...]:
 @layers.command("unmount")
 @click.argument("layer_ids", nargs=-1, metavar="[LAYER_ID]...", shell_complete=complete_layers)
 @click.option(
-    "--overlay", "overlay_id", metavar="ID", shell_complete=complete_overlays, help="This first."
+    "--overlay",
+    "overlay_id",
+    metavar="ID",
+    shell_complete=complete_overlays,
+    help="Unmount this overlay first.",
 )
-@click.option("--force", is_flag=True, help="Also clean up what is half gone.")
+@click.option("--force", is_flag=True, help="Also remove layers of which only parts are left.")
 @pass_session
 def unmount_many(
     session: Session, layer_ids: tuple[str, ...], overlay_id: str | None, force: bool

@@ -1,4 +1,4 @@
-"""Names for agents, which ``guestctl connect NAME ADDRESS`` keeps and ``--connect NAME`` takes."""
+"""Profiles: names for addresses of agents, kept by ``guestctl connect`` for ``--connect NAME``."""
 
 import json
 import os
@@ -16,16 +16,16 @@ _VERSION = 1
 
 
 class Profiles:
-    """The profiles of this user: name -> address, and which of them is meant when none is said.
+    """The profiles of this user: name -> address, and the default profile.
 
     In $XDG_CONFIG_HOME/guestctl/profiles.json, by default ~/.config/guestctl/profiles.json.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        """Read the file, if there is one.
+        """Read the file, if it exists.
 
         Raises:
-            CallError: ``invalid``, it cannot be understood, or ``denied``, not be read.
+            CallError: ``invalid``, it has another form; ``denied``, it cannot be read.
         """
         self.path = path or _default_path()
         self.addresses: dict[str, str] = {}
@@ -37,9 +37,9 @@ class Profiles:
         except (ValueError, TypeError, KeyError) as problem:
             raise CallError(
                 "invalid",
-                f"the profiles in {str(self.path)!r} cannot be understood: {problem}",
+                f"the profiles in {str(self.path)!r} are not valid: {problem}",
                 object=str(self.path),
-                hint="mend the file, or move it away",
+                hint="correct the file, or move it away",
             ) from problem
         except OSError as problem:
             text = f"the profiles in {str(self.path)!r} cannot be read: {problem.strerror}"
@@ -75,7 +75,7 @@ def _default_path() -> Path:
 
 
 def resolve(text: str | None) -> str | None:
-    """Return the address that is meant by an address, a profile's name, or nothing at all.
+    """Return the address of a text: an address, the name of a profile, or None for the default.
 
     Raises:
         UsageError: there is no profile of that name.
@@ -90,7 +90,7 @@ def resolve(text: str | None) -> str | None:
         return profiles.addresses[text]
     known = ", ".join(sorted(profiles.addresses)) or "none"
     raise click.UsageError(
-        f"address {text!r} is none, and no profile's name either (profiles: {known}); "
+        f"{text!r} is neither an address nor the name of a profile (profiles: {known}); "
         f"`guestctl connect {text} ADDRESS` makes one"
     )
 

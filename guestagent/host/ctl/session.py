@@ -45,14 +45,14 @@ Command = TypeVar("Command", bound=Callable[..., None])
 _NEXT_STEPS = {
     "invalid": "`guestctl {command} --help` says what it takes",
     "unsupported": "`guestctl hello` lists what this agent and its kernel can do",
-    "not_found": "`guestctl layer list`, `overlay list` and `dm list` show what is there",
+    "not_found": "`guestctl layer list`, `overlay list` and `dm list` show what exists",
     "conflict": "`guestctl layer list` and `overlay list` show what uses it",
-    "busy": "try again when its holders are gone; `guestctl status` shows what is in use",
+    "busy": "end the processes that use it and try again; `guestctl layer list` has USED BY",
     "integrity": "`guestctl layer verify` on the host tells whether the digest is the image's",
     "timeout": "--deadline gives it more time; `guestctl log` says what it was waiting for",
     "device": "`guestctl fs devices` lists the disks of the guest",
     "mount": "`guestctl log --level debug` has the steps; the kernel's lines are above, if any",
-    "resource": "`guestctl status` and `guestctl top` show what is used up",
+    "resource": "`guestctl status` and `guestctl top` show what is in use",
     "internal": "`guestctl crashes` and `guestctl log` of the agent have the details",
 }
 
@@ -86,8 +86,8 @@ class Session:
         address = self.address
         if address is None:
             raise click.UsageError(
-                "which agent? say --connect ADDRESS, e.g. --connect hybrid:///run/vm.vsock:1024, "
-                "set GUESTCTL_CONNECT, or keep it: guestctl connect NAME ADDRESS"
+                "which agent? give --connect ADDRESS, such as hybrid:///run/vm.vsock:1024, "
+                "set GUESTCTL_CONNECT, or keep the address: guestctl connect NAME ADDRESS"
             )
         try:
             handle = GuestAgent(

@@ -1,4 +1,4 @@
-"""``guestctl top``: layers, devices, timings and events of a guest, as they change."""
+"""``guestctl top``: layers, devices, timings and events of a guest, updated."""
 
 import contextlib
 import shutil
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ("Picture", "look", "screen", "top")
 
 _EVENTS_KEPT = 200
-#: Requests of one look, which are left out of the rate.
+#: Requests that one update makes, which are left out of the rate.
 _OWN_REQUESTS = 6
 _DEVICE_HEADER = ("DEVICE", "DEV", "TYPE", "OPEN", "STATUS")
 _TIMING_HEADER = ("STEP", "COUNT", "FAILED", "MEAN", "P50", "P95", "TOTAL")
@@ -36,7 +36,7 @@ _TIMING_HEADER = ("STEP", "COUNT", "FAILED", "MEAN", "P50", "P95", "TOTAL")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """One look at a guest. ``requests`` and ``seconds_cpu`` are totals since its agent began."""
+    """The state of a guest. ``requests`` and ``seconds_cpu`` are totals since its agent started."""
 
     name: str
     status: StatusReply
@@ -82,9 +82,9 @@ def look(guest: GuestAgent, name: str) -> Picture:
     type=click.FloatRange(0.2, 60),
     default=1.0,
     show_default=True,
-    help="Seconds between looks.",
+    help="Seconds between updates.",
 )
-@click.option("--once", is_flag=True, help="Look once and end, as where there is no terminal.")
+@click.option("--once", is_flag=True, help="Print once and end, as without a terminal.")
 @pass_session
 def top(session: Session, interval: float, once: bool) -> None:
     """Watch layers, devices, timings and events of a guest; Ctrl-C ends it."""
