@@ -70,7 +70,8 @@ def spooled(
             ``max_bytes``, or a full disk; ``unsupported``, a compression; by errno; by ``cancel``.
     """
     with contextlib.ExitStack() as stack:
-        source = _Source(fd, start_bytes, size_bytes, progress, cancel or Deadline())
+        ending = cancel or stack.enter_context(contextlib.closing(Deadline()))
+        source = _Source(fd, start_bytes, size_bytes, progress, ending)
         try:
             spool = _spool(source, stack, directory, max_bytes)
         except OSError as problem:

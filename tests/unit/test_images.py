@@ -15,6 +15,7 @@ import pytest
 from rootfs.image.directory import DirectorySource
 from rootfs.image.erofs import ErofsImage
 from rootfs.image.images import ImageResult, build_image, build_layers
+from rootfs.image.spool import spooled
 from rootfs.image.tartree import Whiteouts
 from rootfs.image.tree import Node
 from tests.beds.imagebed import (
@@ -356,6 +357,18 @@ def test_cut_and_damaged_streams(tmp_path: Path) -> None:
             source.write_bytes(data)
             problem = refused("integrity", source, tmp_path / "image")
             assert name in problem.message or "tar" in problem.message, what
+
+
+def test_a_source_from_a_pipe_leaves_no_descriptor(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    for _ in range(2):
+        reader, writer = os.pipe()
+        os.write(writer, zstd(make_tar([Member("f")])))
+        os.close(writer)
+        with spooled(reader, directory=tmp_path) as spool:
+            assert spool.compression == "zstd"
+        os.close(reader)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_frames_of_zstd_are_read_over_skippable_ones(tmp_path: Path) -> None:
