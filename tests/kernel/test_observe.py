@@ -233,7 +233,8 @@ def test_the_log_reaches_the_kernels(pack: Pack) -> None:
         with agent.client() as guest:
             guest.layer_mount(pack.spec(0))
             guest.layer_unmount("layer0")
-        agent.stop()  # which waits for the lines that are on their way
+            guest.shutdown("exit")
+        assert agent.wait() == 0  # an orderly end writes the lines that are queued
         assert agent.log.read_text() == ""
     kernel = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout
     assert "guestagent: engine ready" in kernel
