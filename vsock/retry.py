@@ -1,7 +1,7 @@
 """Trying again what failed for a reason that may pass, with growing pauses, within a deadline.
 
-This is the one back-off of the project. ``tenacity`` is imported by the first call, because most
-runs of an agent never need it.
+This is the one back-off of the project. ``tenacity`` is imported by the first failure, because its
+import takes longer than most attempts.
 """
 
 import functools
@@ -57,7 +57,19 @@ def retry(
             failure = state.outcome.exception() if state.outcome is not None else None
             raise (failure if failure and error.code == "timeout" else error) from None
 
+    try:
+        return attempt()
+    except Exception as error:
+        if not when(error):
+            raise
+        failed = [error]
+
     import tenacity
+
+    def again() -> "T":
+        if failed:
+            raise failed.pop()  # the first attempt, for the retrying to begin with
+        return attempt()
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(when),
@@ -67,7 +79,7 @@ def retry(
         sleep=_no_sleep,
         reraise=True,
     )
-    return retrying(attempt)
+    return retrying(again)
 
 
 async def retry_async(
@@ -83,7 +95,19 @@ async def retry_async(
     Raises:
         BaseException: what the last attempt raised.
     """
+    try:
+        return await attempt()
+    except Exception as error:
+        if not when(error):
+            raise
+        failed = [error]
+
     import tenacity
+
+    async def again() -> "T":
+        if failed:
+            raise failed.pop()
+        return await attempt()
 
     retrying = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception(when),
@@ -91,7 +115,7 @@ async def retry_async(
         stop=functools.partial(_is_too_late, deadline),
         reraise=True,
     )
-    return await retrying(attempt)
+    return await retrying(again)
 
 
 def _is_too_late(deadline: Deadline, state: "tenacity.RetryCallState") -> bool:
