@@ -328,3 +328,48 @@ def test_the_empty_layer_must_be_empty(bed: Path, layers: list[str]) -> None:
     (bed / "runtime/empty/surprise").touch()
     with pytest.raises(OSError, match="has entries"):
         overlay(bed, layers[:1])
+
+
+@pytest.mark.parametrize("refused_at", [1, 2])
+def test_a_directory_that_is_not_what_it_must_be_mounts_nothing(
+    bed: Path, layers: list[str], way: str, refused_at: int
+) -> None:
+    """A layer is refused when it is first opened; where the kernel takes paths, also when it is
+    another one after the mount, which is then taken back."""
+    opened = 0
+
+    def open_directory(path: str) -> int:
+        nonlocal opened
+        if path == layers[1]:
+            opened += 1
+            if opened == refused_at:
+                raise CallError("conflict", "another mount is there")
+        return overlayfs.open_plain(path)
+
+    before = os.listdir("/proc/self/fd")
+    if way == "fsconfig-fd" and refused_at == 2:
+        assert overlay(bed, layers[:3], way=way, open_directory=open_directory).way == way
+        assert opened == 1
+    else:
+        with pytest.raises(CallError, match="another mount is there"):
+            overlay(bed, layers[:3], way=way, open_directory=open_directory)
+        assert find_mount(str(bed / "target")) is None
+        assert not (bed / "runtime/links/test").exists()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_links_go_with_an_overlay_that_is_taken_back(bed: Path, layers: list[str]) -> None:
+    """So many layers that mount(2) needs a directory of links."""
+    opened = 0
+
+    def open_directory(path: str) -> int:
+        nonlocal opened
+        opened += path == layers[0]
+        if opened == 2:
+            raise CallError("conflict", "another mount is there")
+        return overlayfs.open_plain(path)
+
+    with pytest.raises(CallError, match="another mount is there"):
+        overlay(bed, layers, way="mount", open_directory=open_directory)
+    assert find_mount(str(bed / "target")) is None
+    assert not (bed / "runtime/links/test").exists()
