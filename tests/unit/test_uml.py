@@ -1,6 +1,8 @@
 """The parts of the UML runner that need no boot; tests/vm/test_uml_runs.py boots it."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from scripts.uml_bed.uml_boot import UmlSpec, kernel_arguments
 from scripts.uml_bed.uml_cli import main
 
+PROJECT = Path(__file__).resolve().parents[2]
 CONSOLES = {0: 10, 1: 11, 2: 12, 3: 13}
 
 
@@ -76,3 +79,12 @@ def test_no_kernel_is_an_error_of_its_own(
     monkeypatch.setenv("PATH", os.devnull)
     assert main(["true"]) == 125
     assert "user-mode-linux" in capfd.readouterr().err
+
+
+def test_the_bed_needs_no_installed_package() -> None:
+    """scripts/uml runs with the system's interpreter, outside of the virtual environment."""
+    code = "import scripts.uml_bed.uml_cli"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
