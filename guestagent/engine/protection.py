@@ -17,8 +17,13 @@ from guestagent.storage import blockdev
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.mountinfo import mounts_of_dev
 from vsock.errors import CallError
+from vsock.retry import has_errno, retry
 
 __all__ = ("protect", "release")
+
+#: Since Linux 6.9 a device that was removed or unmounted closes its disk a little later (delayed
+#: fput), after it has left /sys and /proc.
+_LATE_CLOSE_SECONDS = 0.5
 
 
 def protect(state: EngineState, layer_id: str, source: Source, op: Transaction) -> Source:
@@ -35,7 +40,7 @@ def protect(state: EngineState, layer_id: str, source: Source, op: Transaction) 
             was_writable = not blockdev.is_readonly(device.name)
             if was_writable:
                 if not state.inventory.is_kept_readonly(device.dev):
-                    _refuse_in_use(device)
+                    _refuse_in_use(device, op)
                 blockdev.set_readonly(device.node, True)
             if state.inventory.keep_readonly(device.dev, layer_id, was_writable):
                 made.append(device.dev)
@@ -61,7 +66,7 @@ def _release(state: EngineState, layer_id: str, device: BlockDevice) -> None:
                 raise
 
 
-def _refuse_in_use(device: BlockDevice) -> None:
+def _refuse_in_use(device: BlockDevice, op: Transaction) -> None:
     mounts = mounts_of_dev(device.dev)
     for mount in mounts:
         if "rw" in mount.super_options:
@@ -73,7 +78,13 @@ def _refuse_in_use(device: BlockDevice) -> None:
     if mounts:
         return
     try:
-        os.close(os.open(device.node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        with op.deadline.part(_LATE_CLOSE_SECONDS) as limit:
+            retry(
+                partial(_open_exclusively, device.node),
+                limit,
+                when=has_errno(errno.EBUSY),
+                step="protect",
+            )
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
@@ -84,3 +95,12 @@ def _refuse_in_use(device: BlockDevice) -> None:
             errno=error.errno,
             object=device.node,
         ) from error
+
+
+def _open_exclusively(node: str) -> None:
+    """Open a device as its only user, and close it.
+
+    Raises:
+        OSError: EBUSY, another user has it.
+    """
+    os.close(os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
