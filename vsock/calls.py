@@ -170,10 +170,9 @@ class Calls:
 
 
 class _Lane:
-    """Calls that wait for a thread, or have one, within the same limits. Connections take turns."""
+    """Calls of which ``most`` may run, ``most_of_one`` of a connection. Connections take turns."""
 
     def __init__(self, *, most_of_one: int, most: int) -> None:
-        """Let ``most`` of the calls run, and ``most_of_one`` of each connection."""
         self._most_of_one = most_of_one
         self._most = most
         self._waiting: dict[Connection, deque[Call]] = {}  # the next connection in turn first

@@ -12,12 +12,11 @@ What must stay secret does not get into a line: bytes are told by their length, 
 name says that it is a secret is not told at all.
 """
 
-import contextlib
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from vsock.record import Record
 from vsock.threads import start_thread
@@ -113,17 +112,13 @@ class Log:
 
         return stop
 
-    @contextlib.contextmanager
-    def in_background(self) -> "Iterator[None]":
-        """Write to slow sinks on a thread of their own; on leaving, wait for them for 2 s.
+    def in_background(self) -> "_Writer":
+        """Return a context in which slow sinks are written to by a thread of their own.
 
-        Lines that do not fit the queue are dropped for these sinks; the log tells how many.
+        On leaving it, they are waited for, 2 s at most. Lines that do not fit the queue are dropped
+        for these sinks; the log tells how many.
         """
-        self._writer.enter()
-        try:
-            yield
-        finally:
-            self._writer.leave()
+        return self._writer
 
     def after_fork(self) -> None:
         """Forget the threads and locks of the parent, of which this process has copies."""
@@ -215,11 +210,11 @@ class _Writer:
         self._users = 0
         self._dropped = 0
 
-    def enter(self) -> None:
+    def __enter__(self) -> None:
         with self._ready:
             self._users += 1
 
-    def leave(self) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._ready:
             self._users = max(0, self._users - 1)  # 0 in a process forked meanwhile
             thread = self._thread

@@ -4,7 +4,6 @@ This is the one back-off of the project. ``tenacity`` is imported by the first f
 import takes longer than most attempts.
 """
 
-import functools
 from collections.abc import Awaitable, Callable
 
 from vsock.deadline import Deadline
@@ -12,7 +11,7 @@ from vsock.errors import CallError
 
 TYPE_CHECKING = False  # as typing's, without its import
 if TYPE_CHECKING:
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     import tenacity
 
@@ -71,14 +70,9 @@ def retry(
             raise failed.pop()  # the first attempt, for the retrying to begin with
         return attempt()
 
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(when),
-        wait=tenacity.wait_exponential(multiplier=first_seconds, max=most_seconds),
-        stop=functools.partial(_is_too_late, deadline),
-        before_sleep=pause,
-        sleep=_no_sleep,
-        reraise=True,
-    )
+    options = _options(deadline, when, first_seconds, most_seconds)
+    # the pause has waited before the sleep, so that a cancel could end the wait
+    retrying = tenacity.Retrying(before_sleep=pause, sleep=lambda _: None, **options)
     return retrying(again)
 
 
@@ -109,19 +103,24 @@ async def retry_async(
             raise failed.pop()
         return await attempt()
 
-    retrying = tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception(when),
-        wait=tenacity.wait_exponential(multiplier=first_seconds, max=most_seconds),
-        stop=functools.partial(_is_too_late, deadline),
-        reraise=True,
-    )
+    retrying = tenacity.AsyncRetrying(**_options(deadline, when, first_seconds, most_seconds))
     return await retrying(again)
 
 
-def _is_too_late(deadline: Deadline, state: "tenacity.RetryCallState") -> bool:
-    left_seconds = deadline.remaining()
-    return deadline.cancelled or (left_seconds is not None and state.upcoming_sleep >= left_seconds)
+def _options(
+    deadline: Deadline, when: IsTemporary, first_seconds: float, most_seconds: float
+) -> "dict[str, Any]":
+    import tenacity
 
+    def is_too_late(state: tenacity.RetryCallState) -> bool:
+        left_seconds = deadline.remaining()
+        return deadline.cancelled or (
+            left_seconds is not None and state.upcoming_sleep >= left_seconds
+        )
 
-def _no_sleep(_seconds: float) -> None:
-    pass  # the pause before it has waited, so that a cancel could end the wait
+    return {
+        "retry": tenacity.retry_if_exception(when),
+        "wait": tenacity.wait_exponential(multiplier=first_seconds, max=most_seconds),
+        "stop": is_too_late,
+        "reraise": True,
+    }

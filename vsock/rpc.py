@@ -177,8 +177,7 @@ class Decoder:
         return len(self._buffer)
 
     def feed(self, data: "bytes | memoryview") -> None:
-        """Take bytes in. What ``next`` leaves of them is less than ``max_bytes`` and one ``data``,
-        if it is asked until it returns None."""
+        """Take bytes in; ask ``next`` until it returns None before the next ones."""
         if not self._ended:
             self._buffer += data
 

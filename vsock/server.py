@@ -124,9 +124,9 @@ class Server:
         self._closed = False
 
     def add_listener(self, listener: Listener) -> None:
-        """Serve the peers that connect to ``listener``, which the server takes over.
+        """Serve the peers of ``listener``, which the server takes over. From any thread.
 
-        From any thread. A server that has been closed closes it at once.
+        A server that has been closed closes it at once.
         """
         self._add(listener, None)
 
@@ -213,7 +213,7 @@ class Server:
         is_idle = not len(self._calls) and all(c.idle for c in self._connections)
         if is_idle or left_seconds <= 0:
             return False
-        timer = self._loop.call_later(left_seconds, _nothing)
+        timer = self._loop.call_later(left_seconds, lambda: None)
         self._loop.poll(block=True)
         timer.cancel()
         return True
@@ -306,17 +306,12 @@ class Server:
         A connection that has something to do at its end, such as a subscription, goes after those
         that have not. Before hello a tenth of the time is long enough.
         """
-
-        def idle_by(connection: Connection) -> float:
-            seconds = self._idle_seconds * (0.1 if connection.is_stranger else 1.0)
-            return connection.heard_at + seconds
-
-        now = time.monotonic()
-        idle = [c for c in self._connections if c.idle and not c.point_to_point]
-        late = [connection for connection in idle if idle_by(connection) <= now]
-        if not late:
+        idle_seconds, now = self._idle_seconds, time.monotonic()
+        idle = (c for c in self._connections if c.idle and not c.point_to_point)
+        late = (c for c in idle if now - c.heard_at >= idle_seconds / (10 if c.is_stranger else 1))
+        oldest = min(late, key=lambda c: (c.has_callbacks, c.heard_at), default=None)
+        if oldest is None:
             return False
-        oldest = min(late, key=lambda connection: (connection.has_callbacks, connection.heard_at))
         self._drop(oldest, "it was idle, and its place was needed")
         return True
 
@@ -485,7 +480,3 @@ class Server:
             self._drop(connection, first[1])
         else:
             self._set_timer(connection)
-
-
-def _nothing() -> None:
-    pass
