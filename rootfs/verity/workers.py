@@ -60,6 +60,20 @@ def run(
             deadline.check(step)
             on_done(index, work(task))
         return
+    try:
+        _run_in_pool(tasks, make_worker, on_done, workers, deadline, step)
+    except BrokenExecutor as problem:  # of a result, or as soon as a task is handed in
+        raise CallError("internal", f"a worker died while: {step}", step=step) from problem
+
+
+def _run_in_pool(
+    tasks: Sequence[Task],
+    make_worker: Callable[[], Callable[[Task], bytes]],
+    on_done: Callable[[int, bytes], None],
+    workers: int,
+    deadline: Deadline,
+    step: str,
+) -> None:
     done: deque[tuple[int, Future[Outcome]]] = deque()
     with contextlib.ExitStack() as cleanup:
         wake = os.eventfd(0, os.EFD_CLOEXEC)
@@ -75,11 +89,7 @@ def run(
                 deadline.wait((wake,), step)
                 os.eventfd_read(wake)
             index, future = done.popleft()
-            try:
-                outcome = future.result()
-            except BrokenExecutor as problem:
-                text = f"a worker died while: {step}"
-                raise CallError("internal", text, step=step) from problem
+            outcome = future.result()
             if isinstance(outcome, dict):
                 raise CallError.from_wire(outcome)
             on_done(index, outcome)

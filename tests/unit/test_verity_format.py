@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from uuid import UUID
 
@@ -372,6 +373,32 @@ def test_a_worker_that_dies_is_reported() -> None:
         )
     deadline.close()
     assert caught.value.code == "internal"
+
+
+def test_a_worker_that_dies_while_tasks_are_handed_in_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pool then refuses the next task; hundreds are handed in, of which the first ends it."""
+    submit = ProcessPoolExecutor.submit
+
+    def slowly(executor: ProcessPoolExecutor, *arguments: object) -> "Future[object]":
+        future = submit(executor, *arguments)  # type: ignore[arg-type]
+        future.exception(20)  # it is broken before the next one comes
+        return future
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", slowly)
+    with (
+        contextlib.closing(Deadline(20)) as deadline,
+        pytest.raises(CallError, match="a worker died while: test"),
+    ):
+        parallel.run(
+            [1, 2, 3],
+            lambda: lambda task: os.kill(os.getpid(), signal.SIGKILL) or b"",
+            lambda index, result: None,
+            workers=2,
+            deadline=deadline,
+            step="test",
+        )
 
 
 def test_every_task_is_done_once() -> None:
