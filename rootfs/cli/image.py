@@ -76,9 +76,9 @@ def build_command(
         choices["progress"] = progress
         built = build(source, output, **choices)
     results = (built,) if isinstance(built, ImageResult) else built
-    if sidecar:
-        for result in results:
-            _write_sidecar(result)
+    for result in results if sidecar else ():
+        assert result.verity is not None
+        Sidecar.of(result.verity).save(Sidecar.path_of(result.path))
     facts = [_facts(result) for result in results]
     if as_json:
         emit(facts if layers else facts[0])
@@ -86,11 +86,6 @@ def build_command(
     for each in facts:
         width = max(map(len, each))
         click.echo("\n".join(f"{name:{width}}  {words_of(value)}" for name, value in each.items()))
-
-
-def _write_sidecar(result: ImageResult) -> None:
-    assert result.verity is not None
-    Sidecar.of(result.verity).save(Sidecar.path_of(result.path))
 
 
 def _facts(result: ImageResult) -> dict[str, object]:

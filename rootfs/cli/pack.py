@@ -43,30 +43,29 @@ __all__ = ("pack", "source_options")
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
+_SOURCE_OPTIONS = (
+    click.option("--format", "source_format", type=click.Choice(FORMATS), default="auto"),
+    click.option("--platform", metavar="OS/ARCH", help="Which image of several: linux/arm64."),
+    click.option("--reference", metavar="NAME", help="Which image of several, by name."),
+    click.option(
+        "--drop-xattrs",
+        metavar="PATTERN",
+        multiple=True,
+        help="Leave out attributes of such names: 'com.apple.*'.",
+    ),
+    click.option(
+        "--max-bytes",
+        type=click.IntRange(min=1),
+        default=DEFAULT_MAX_BYTES,
+        show_default=True,
+        help="What the source may grow to uncompressed.",
+    ),
+)
+
+
 def source_options(command: Command) -> Command:
     """Add the options by which a source is read, named as in ``SourceChoices``."""
-    for option in reversed(
-        (
-            click.option("--format", "source_format", type=click.Choice(FORMATS), default="auto"),
-            click.option(
-                "--platform", metavar="OS/ARCH", help="Which image of several, e.g. linux/arm64."
-            ),
-            click.option("--reference", metavar="NAME", help="Which image of several, by name."),
-            click.option(
-                "--drop-xattrs",
-                metavar="PATTERN",
-                multiple=True,
-                help="Leave out attributes of such names: 'com.apple.*'.",
-            ),
-            click.option(
-                "--max-bytes",
-                type=click.IntRange(min=1),
-                default=DEFAULT_MAX_BYTES,
-                show_default=True,
-                help="What the source may grow to uncompressed.",
-            ),
-        )
-    ):
+    for option in reversed(_SOURCE_OPTIONS):
         command = option(command)
     return command
 
