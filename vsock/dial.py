@@ -95,8 +95,9 @@ def connect(address: Address, seconds: float, until: Deadline | None = None) -> 
         try:
             stream = retry(attempt, whole, when=_is_not_there, step=f"wait for {address}")
         except (OSError, ConnectionClosed, CallError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise ConnectionClosed(
-                f"cannot connect to {address} within {seconds:g} s: {error}"
+                f"cannot connect to {address} within {seconds:g} s: {reason}"
             ) from error
     stream.setblocking(False)
     return stream

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -446,6 +447,36 @@ def test_nobody_there(tmp_path: Path) -> None:
     done = CliRunner().invoke(collect(), ["--json", "--connect", where, "--wait", "0", "status"])
     assert done.exit_code == 1
     assert json.loads(done.stdout)["error"]["code"] == "device"
+
+
+def test_an_agent_that_does_not_come_in_time_is_told_in_the_time_that_was_asked_for(
+    tmp_path: Path,
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:  # takes connections, and hangs up
+        path = tmp_path / "vm"
+        listener.bind(str(path))
+        listener.listen()
+        listener.settimeout(WAIT_SECONDS)
+        ending = threading.Event()
+
+        def hang_up() -> None:
+            while not ending.is_set():
+                listener.accept()[0].close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        words = ["--connect", f"hybrid://{path}:1024", "--wait", "0.75", "status"]
+        done = CliRunner().invoke(collect(), words)
+        ending.set()
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(str(path))
+            thread.join(WAIT_SECONDS)
+    assert done.exit_code == 1
+    assert "within 0.75 s: nobody listens on guest port 1024" in done.stderr
+    done = CliRunner().invoke(
+        collect(), ["--connect", f"unix://{tmp_path}/missing", "--wait", "0.25", "status"]
+    )
+    assert "within 0.25 s: No such file or directory\n" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,9 @@ def elided(text: str, columns: int) -> str:
 def cut(text: str, columns: int | None) -> str:
     """Return a line in at most ``columns`` columns; a line that is cut loses its colours."""
     bare = click.unstyle(text)
-    return text if columns is None or width_of(bare) <= columns else elided(bare, columns)
+    if columns is None or width_of(bare) <= columns:
+        return text
+    return _beginning(bare, columns - 1) + "…"
 
 
 def _fitting(widths: list[int], limit: int | None) -> list[int]:
