@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,8 @@ def test_ctrl_c_powers_a_kept_machine_off(image_with_shell: str) -> None:
         encoding="utf-8",
         env={**os.environ, "TERM": "xterm"},
         dimensions=(24, 200),
+        # a shell that runs the tests in the background has SIGINT ignored, which is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         terminal.expect_exact("building the layers")
