@@ -29,7 +29,7 @@ class Limits:
 class Line(Connection):
     """A connection with the host's end of it."""
 
-    __slots__ = ("deadline", "stream")
+    __slots__ = ("deadline", "redial", "stream")
 
     def __init__(
         self,
@@ -45,3 +45,4 @@ class Line(Connection):
         )
         self.stream = stream
         self.deadline: Timer | None = None
+        self.redial: Timer | None = None

@@ -213,8 +213,6 @@ class Switchboard:
         self._dial(line)
 
     def _dial(self, line: Line, retry_seconds: float = _FIRST_REDIAL_SECONDS) -> None:
-        if line.state is not State.DIALLING:
-            return
         path = f"{self._uds_path}_{line.host_port}"
         try:
             sock = dial(path)
@@ -224,7 +222,8 @@ class Switchboard:
         if sock is None:
             # A full queue raises no event; the deadline of the line bounds these attempts.
             longer = min(2 * retry_seconds, _LAST_REDIAL_SECONDS)
-            self._loop.call_later(retry_seconds, functools.partial(self._dial, line, longer))
+            again = functools.partial(self._dial, line, longer)
+            line.redial = self._loop.call_later(retry_seconds, again)
             return
         self._establish(line)
         self._attach(line, HostStream(sock))
@@ -308,16 +307,17 @@ class Switchboard:
 
     def _establish(self, line: Line) -> None:
         line.state = State.ESTABLISHED
-        self._cancel_deadline(line)
+        self._cancel_timers(line)
 
     def _set_deadline(self, line: Line, seconds: float, reason: str) -> None:
-        self._cancel_deadline(line)
+        self._cancel_timers(line)
         line.deadline = self._loop.call_later(seconds, functools.partial(self._abort, line, reason))
 
-    def _cancel_deadline(self, line: Line) -> None:
-        if line.deadline is not None:
-            line.deadline.cancel()
-            line.deadline = None
+    def _cancel_timers(self, line: Line) -> None:
+        for timer in (line.deadline, line.redial):
+            if timer is not None:
+                timer.cancel()
+        line.deadline = line.redial = None
 
     def _abort(self, line: Line, reason: str) -> None:
         """End a connection with RST, for the reason given."""
@@ -333,7 +333,7 @@ class Switchboard:
         """Forget a connection; the host peer still gets what the guest had sent to it."""
         self._table.remove(line)
         self._outbox.forget(line)
-        self._cancel_deadline(line)
+        self._cancel_timers(line)
         line.state = State.CLOSED
         stream, line.stream = line.stream, None
         if stream is None:
