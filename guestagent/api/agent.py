@@ -80,22 +80,24 @@ class AgentHello(Request[HelloReply], method="agent.hello", quick=True):
 
 class StatusReply(Record):
     """``state`` is ready or degraded; ``problems`` says why. ``events_dropped`` counts the events
-    that subscribers did not get because they did not keep up."""
+    that subscribers did not get because they did not keep up.
+
+    The defaults are for agents that do not count the thing."""
 
     state: str
-    problems: tuple[str, ...]
-    uptime_seconds: float
-    pid: int
-    restarts: int
-    layers: int
-    overlays: int
-    dm_devices: int
-    requests_in_flight: int
-    connections: int
-    rss_bytes: int
-    threads: int
-    event_sequence: int
-    events_dropped: int
+    problems: tuple[str, ...] = ()
+    uptime_seconds: float = 0.0
+    pid: int = 0
+    restarts: int = 0
+    layers: int = 0
+    overlays: int = 0
+    dm_devices: int = 0
+    requests_in_flight: int = 0
+    connections: int = 0
+    rss_bytes: int = 0
+    threads: int = 0
+    event_sequence: int = 0
+    events_dropped: int = 0
 
 
 class AgentStatus(Request[StatusReply], method="agent.status", quick=True):

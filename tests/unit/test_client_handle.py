@@ -17,7 +17,7 @@ import pytest
 
 import guestagent.host
 from guestagent.api import METHODS, Event
-from guestagent.api.agent import AgentStatus
+from guestagent.api.agent import AgentStatus, StatusReply
 from guestagent.api.inspect import FoundEntry, FsChecksums, FsFind, FsLs, FsReaddir
 from guestagent.api.layers import LayerVerify
 from guestagent.api.observe import AgentMetrics, MetricsReply
@@ -116,6 +116,11 @@ def test_a_reply_may_have_more_fields_than_are_known_here(agent: Agent) -> None:
         assert (await other.call(AgentStatus())).state == "ready"
 
     run(agent, scenario)
+
+
+def test_a_status_may_count_less_than_this_client_knows() -> None:
+    status = StatusReply.from_wire({"state": "ready", "pid": 7}, "reply", strict=False)
+    assert (status.pid, status.threads) == (7, 0)
 
 
 def test_an_event_may_be_newer_than_this_client(agent: Agent) -> None:
