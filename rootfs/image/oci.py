@@ -186,7 +186,7 @@ def _ambiguous(
     choice = f"name one: the names are {names}"
     if len(variants) > 1:
         choice = f"the platforms are {listed(sorted(variants, key=str))}"
-    problem = _refused("invalid", where, f"{len(images)} images fit; {choice}")
+    problem = _refused("invalid", where, f"{len(images)} images that fit; {choice}")
     return AmbiguousError(problem.code, problem.message, step=problem.step, object=problem.object)
 
 

@@ -240,3 +240,9 @@ def test_a_sidecar_that_cannot_be_written_leaves_the_image_alone(run: Run, tmp_p
     ):
         assert "a symbolic link" in run(*words, status=1).output
         assert (tmp_path / "a.erofs").read_bytes() == before
+
+
+def test_an_error_of_an_image_advises_nothing_about_an_agent(tmp_path: Path) -> None:
+    done = CliRunner().invoke(collect(), ["layer", "build", f"{tmp_path}/missing", f"{tmp_path}/o"])
+    assert done.exit_code == 1
+    assert "next:" not in done.stderr

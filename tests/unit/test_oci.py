@@ -184,7 +184,7 @@ def test_the_reference_chooses(tmp_path: Path) -> None:
         make_tar(OTHER)
     )
     (tmp_path / "a").unlink()
-    refused(path, "invalid", "2 images fit; name one: the names are 'one', 'two'")
+    refused(path, "invalid", "2 images that fit; name one: the names are 'one', 'two'")
     refused(path, "not_found", "'three'; the names are 'one', 'two'", reference="three")
 
 
@@ -201,7 +201,7 @@ def test_names_may_leave_out_the_registry_of_docker(tmp_path: Path) -> None:
         built = build_image(path, tmp_path / "image", reference=name)
         assert built.source_digest == digest(make_tar(OTHER))
     (tmp_path / "image").unlink()
-    refused(path, "invalid", "2 images fit", reference="1")
+    refused(path, "invalid", "2 images that fit", reference="1")
 
 
 INDEX = "application/vnd.oci.image.index.v1+json"

@@ -140,7 +140,7 @@ def pass_session(function: Callable[Concatenate[Session, P], R]) -> Callable[P, 
         try:
             return function(session, *args, **kwargs)
         except CallError as error:
-            fail(error, as_json=session.as_json)
+            fail(error, as_json=session.as_json, next_step=_next_step(error))
         except ConnectionClosed as error:
             hint = _unreachable(session.address)
             lost = CallError("device", str(error), step="talk to the agent", hint=hint)
@@ -176,14 +176,15 @@ def reports_errors(function: Command) -> Command:
     return update_wrapper(wrapped, function)  # type: ignore[return-value]  # but for its errors
 
 
-def fail(error: CallError, *, as_json: bool) -> NoReturn:
-    """Print an error for a person, or as JSON, and exit with status 1."""
+def fail(error: CallError, *, as_json: bool, next_step: str | None = None) -> NoReturn:
+    """Print an error for a person, or as JSON, and exit with status 1.
+
+    ``next_step`` is for an error without a hint.
+    """
     if as_json:
         emit({"error": error.to_wire()})
         sys.exit(1)
     click.echo(f"guestctl: {plain(str(error))}", err=True)
-    context = click.get_current_context(silent=True)
-    command = context.command_path.partition(" ")[2] if context is not None else ""
     details = (
         ("step", error.step),
         ("object", error.object),
@@ -195,8 +196,7 @@ def fail(error: CallError, *, as_json: bool) -> NoReturn:
             click.echo(f"  {name}: {plain(value)}", err=True)
     for line in error.kernel_log:
         click.echo(f"  kernel: {plain(line)}", err=True)
-    next_step = _next_step(error, command) if error.hint is None else None
-    if next_step is not None:
+    if next_step is not None and error.hint is None:
         click.echo(f"  next: {next_step}", err=True)
     sys.exit(1)
 
@@ -207,8 +207,9 @@ def _json(value: object) -> str:
     raise TypeError(f"cannot write {type(value).__name__} as JSON")
 
 
-def _next_step(error: CallError, command: str) -> str | None:
-    """Return what a person does next, None where the code does not say it."""
+def _next_step(error: CallError) -> str | None:
+    """Return what a person does next after an agent's error, None where the code does not say."""
+    command = click.get_current_context().command_path.partition(" ")[2]
     text = _NEXT_STEPS.get(error.code)
     return None if text is None else text.format(command=command)
 
