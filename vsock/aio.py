@@ -69,7 +69,7 @@ class AsyncPendingCall:
             self._answer.set_result(result)
         else:
             self._answer.set_exception(error)
-            self._answer.exception()  # a call that nobody awaits is no error of the loop
+            self._answer.exception()  # a call that no task awaits is no error of the loop
 
 
 class AsyncClient:
@@ -290,6 +290,6 @@ class AsyncClient:
 
 
 def _close_result(connecting: "concurrent.futures.Future[Stream]") -> None:
-    """Close the stream of a connect that nobody waits for any more."""
+    """Close the stream of a connect that no task waits for any more."""
     if not connecting.cancelled() and connecting.exception() is None:
         connecting.result().close()

@@ -132,7 +132,7 @@ class Call:
         self._taken = threading.Lock()
 
     def take(self) -> bool:
-        """Return True to the first who asks: that one runs or answers the call."""
+        """Return True to the first thread that asks: that thread runs or answers the call."""
         return self._taken.acquire(blocking=False)
 
     def withdraw(self) -> bool:
@@ -147,8 +147,8 @@ class Call:
     def cancel_on_disconnect(self) -> bool:
         """Whether the end of what the peer sends cancels the call.
 
-        False at first: what was begun is brought to an end, whoever hears of it. A handler sets it
-        for a call that only waits, so that no thread waits on behalf of nobody.
+        False at first: a call that has begun is finished even if the peer is gone. A handler sets
+        it for a call that only waits, so that no thread waits for a peer that is gone.
         """
         return self._cancel_on_disconnect
 
@@ -288,7 +288,7 @@ class Connection:
         self.timer: Timer | None = None
         self.timer_at = 0.0
         self.heard_at = time.monotonic()
-        #: Monotonic time at which the message began whose end has yet to come.
+        #: Monotonic time at which an unfinished message began; None without one.
         self.unfinished_at: float | None = None
         self._max_in_flight = max_in_flight
         self._request_service = request_service
@@ -487,7 +487,7 @@ class Connection:
         self._cancel_waits()
 
     def end(self) -> None:
-        """Close for good. Calls that no thread has come to are dropped, for nobody waits."""
+        """Close for good. Calls that no thread has taken are dropped, for no peer waits."""
         with self._lock:
             self.closed = True
             callbacks, self._on_close = self._on_close, []

@@ -50,8 +50,8 @@ def dial(address: Address, deadline: Deadline) -> Stream:
 
     Raises:
         OSError: with errno and the address; ECONNREFUSED, ENOENT, ENODEV and ETIMEDOUT mean that
-            nobody is there, or not yet.
-        ConnectionClosed: the VMM is there, but nobody listens on the port in its guest.
+            there is no listener, or not yet.
+        ConnectionClosed: the VMM is there, but its guest has no listener on the port.
         CallError: ``timeout`` or ``cancelled``.
         ValueError: the address is for listening only.
     """
@@ -112,7 +112,7 @@ def _is_not_there(error: BaseException) -> bool:
 def listen(address: Address, *, allowed_cids: "frozenset[int] | None" = None) -> Listener:
     """Listen on ``address``, for AF_VSOCK peers with ``allowed_cids``; by default the host alone.
 
-    A Unix socket is made with mode 0600. A socket file that nobody answers on is replaced; any
+    A Unix socket is made with mode 0600. A socket file without a listener is replaced; any
     other file stays, and the call fails with EADDRINUSE.
 
     Raises:
@@ -178,12 +178,12 @@ def _remove_stale_socket(path: str, address: Address) -> None:
         os.unlink(path)
         return
     except BlockingIOError:
-        pass  # a full backlog: somebody is there
+        pass  # a full backlog: there is a listener
     except FileNotFoundError:
         return
     finally:
         probe.close()
-    raise OSError(errno.EADDRINUSE, "somebody listens there", str(address))
+    raise OSError(errno.EADDRINUSE, "a listener is there already", str(address))
 
 
 def _connect_unix(sock: "_socket.socket", path: str, address: Address, deadline: Deadline) -> None:
@@ -247,7 +247,7 @@ def _ask_for_port(stream: Stream, address: HybridAddress, deadline: Deadline) ->
             byte = b""
         if not byte:
             raise ConnectionClosed(
-                f"nobody listens on guest port {address.port}: "
+                f"no listener on guest port {address.port}: "
                 f"the VMM closed {address.path!r} after {answer!r}"
             )
         answer += byte

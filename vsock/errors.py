@@ -1,7 +1,7 @@
 """Errors of the wire: what the peer did, what we did, and what a call answered.
 
 The wire form of a failed call is one map (see ``CallError.to_wire``). The codes are stable tokens:
-a caller decides by the code, a person reads the message, nobody parses the message.
+a caller decides by the code, a person reads the message, no program parses the message.
 """
 
 import errno as errno_module
@@ -100,7 +100,7 @@ class CallError(RpcError):
         self.object = object
         self.hint = hint
         self.kernel_log = kernel_log
-        #: Set by whoever knows which step of the request it was, so that nobody says it again.
+        #: Set once the step that failed is known; steps around it then do not overwrite ``step``.
         self.has_step = False
 
     def __str__(self) -> str:

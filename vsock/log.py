@@ -138,9 +138,9 @@ class Log:
         return kept, max(0, first - 1 - max(number, 0))
 
     def restore(self, lines: Iterable[Line]) -> None:
-        """Take lines of an earlier life before those of this one, whose numbers go on from theirs.
+        """Put lines of an earlier process before the own lines, which get the numbers after them.
 
-        What is in both (this life was forked from one that has them) is kept once.
+        Lines that both have, because this process was forked from the earlier one, are kept once.
         """
         old = tuple(lines)
         if not old:

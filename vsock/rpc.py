@@ -141,7 +141,7 @@ class Decoder:
     """Turns a byte stream into messages, within limits. Not locked.
 
     Undecoded bytes are all that it holds: ``next`` decodes one message at a time, so that a caller
-    who has no room for another message leaves it in bytes.
+    without room for another message leaves it in bytes.
     """
 
     def __init__(
@@ -439,8 +439,8 @@ def encode_response(
 ) -> bytes:
     """Return the bytes of a response, always: a reply that cannot go out becomes an error.
 
-    One over ``max_reply_bytes`` is answered ``resource``, one that MessagePack cannot hold
-    ``internal``.
+    A reply over ``max_reply_bytes`` becomes ``resource``, a reply that MessagePack cannot hold
+    becomes ``internal``.
     """
     try:
         data = _encode([_RESPONSE, msgid, error, result], "backslashreplace")

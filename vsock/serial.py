@@ -90,14 +90,14 @@ class SerialListener(Listener):
 
     def accept(self) -> Stream:
         if self._failed:
-            self._open()  # whoever accepts again tries again
+            self._open()  # a later accept tries to open again
             self._failed = False
             os.eventfd_read(self._failure_fd)
         if self._device_fd < 0:
             raise BlockingIOError(errno.EAGAIN, "the stream is in use", str(self.address))
         ready = dict(self._epoll.poll(0)).get(self._device_fd, 0)
         if not ready or ready & (select.EPOLLHUP | select.EPOLLERR):
-            raise BlockingIOError(errno.EAGAIN, "nobody is there", str(self.address))
+            raise BlockingIOError(errno.EAGAIN, "no peer has the port open", str(self.address))
         fd, self._device_fd = self._device_fd, -1
         self._epoll.unregister(fd)
         return SerialStream(fd, str(self.address), self._reopen)

@@ -460,7 +460,7 @@ class Server:
             yield at, f"it was silent for {self._hello_seconds:g} s"
 
     def _set_timer(self, connection: Connection) -> None:
-        """Have a timer run by the first deadline; one that runs too early is set again."""
+        """Have a timer run by the first deadline. A timer that runs too early is set again."""
         first = min(self._deadlines(connection), default=None)
         if first is None or (connection.timer is not None and connection.timer_at <= first[0]):
             return

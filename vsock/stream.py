@@ -6,8 +6,8 @@ facts of vsock shape both:
 - Writes are at most 32 KiB each. Guest kernels since 6.17 build non-linear buffers for larger ones,
   which several device back-ends truncate or corrupt.
 - Half-close gets lost on the way in some back-ends, so nothing here depends on it.
-- A back-end with nobody listening may stay silent instead of refusing: a dial that times out
-  means what a refused one means.
+- A back-end without a listener may stay silent instead of refusing: a dial that times out means
+  the same as a refused dial.
 
 The classes stand on ``_socket``, of which ``socket`` is a thin wrapper: the wrapper's enums alone
 cost the guest more start-up time than this whole package.
@@ -146,7 +146,7 @@ class Listener(Closeable):
 
 
 class UnixListener(Listener):
-    """A listener that removes its own socket file on close, and nobody else's."""
+    """A listener that removes its own socket file on close, and no other listener's."""
 
     def __init__(self, address: Address, sock: "_socket.socket", path: str) -> None:
         super().__init__(address, sock)

@@ -1,8 +1,8 @@
 """Threads that leave signals to the main thread, and waking a thread that waits.
 
 The kernel may hand a signal to any thread that does not block it. Python then only notes it, for
-the main thread to act on; and one that waits for a lock or a descriptor is not woken, so that a
-Ctrl-C or SIGTERM would be lost until something else happens.
+the main thread to act on. A main thread that waits for a lock or a descriptor is not woken, so a
+Ctrl-C or SIGTERM would have no effect until the wait ends.
 """
 
 # the standard one is made of enums, which cost a guest time and memory
@@ -15,7 +15,7 @@ from vsock.closeable import Closeable
 
 __all__ = ("Waker", "block_signals", "start_thread")
 
-#: Those by which a program is interrupted or ended, or told of its terminal.
+#: Signals that interrupt or end a program, or tell it of its terminal.
 _SIGNALS = (
     _signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGWINCH,
 )  # fmt: skip
@@ -45,7 +45,7 @@ class Waker(Closeable):
     """A pipe. ``fd`` is for the thread to wait on, with whatever else it waits for.
 
     A pipe and no eventfd, which does not take the single byte that the interpreter writes for a
-    signal. Others may still wake who has closed this; they are told that nobody is there.
+    signal. Other threads may call ``wake`` after ``close``; it then returns False.
     """
 
     def __init__(self) -> None:

@@ -472,7 +472,7 @@ def test_an_agent_that_does_not_come_in_time_is_told_in_the_time_that_was_asked_
             last.connect(str(path))
             thread.join(WAIT_SECONDS)
     assert done.exit_code == 1
-    assert "within 0.75 s: nobody listens on guest port 1024" in done.stderr
+    assert "within 0.75 s: no listener on guest port 1024" in done.stderr
     done = CliRunner().invoke(
         collect(), ["--connect", f"unix://{tmp_path}/missing", "--wait", "0.25", "status"]
     )

@@ -132,7 +132,7 @@ def test_a_socket_file_that_nobody_answers_on_is_replaced(address, deadline):
 
 def test_a_socket_file_that_somebody_answers_on_stays(address, deadline):
     with listen(address) as first:
-        with pytest.raises(OSError, match="somebody listens there") as caught:
+        with pytest.raises(OSError, match="a listener is there already") as caught:
             listen(address)
         assert caught.value.errno == errno.EADDRINUSE
         assert caught.value.filename == str(address)
@@ -193,12 +193,12 @@ def test_a_dial_to_a_full_backlog_ends_at_the_deadline_or_the_cancel(address):
         assert caught.value.code == "cancelled"
         timer.join()
         held.close()
-    # a full backlog is somebody, too
+    # a full backlog means a listener, too
     with socket.socket(socket.AF_UNIX) as full:
         os.unlink(address.path)
         full.bind(address.path)
         full.listen(0)
-        with dial(address, Deadline(20)), pytest.raises(OSError, match="somebody listens"):
+        with dial(address, Deadline(20)), pytest.raises(OSError, match="a listener is there"):
             listen(address)
 
 
@@ -280,7 +280,7 @@ def test_hybrid_answer_in_pieces(vmm, deadline):
 def test_hybrid_with_nobody_behind_says_so(vmm, deadline):
     address, answer = vmm
     answer(requests=[])
-    with pytest.raises(ConnectionClosed, match="nobody listens on guest port 1024"):
+    with pytest.raises(ConnectionClosed, match="no listener on guest port 1024"):
         dial(address, deadline)
 
 

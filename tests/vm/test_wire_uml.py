@@ -81,7 +81,7 @@ def test_cancel_and_deadline(client):
 
 
 def test_nobody_listens_in_the_guest(bed):
-    with pytest.raises(ConnectionClosed, match="nobody listens on guest port 7777"):
+    with pytest.raises(ConnectionClosed, match="no listener on guest port 7777"):
         Client(bed.address(7777), connect_seconds=0.5)
 
 

@@ -2,7 +2,7 @@
 
 The host needs no vhost-vsock module and no AF_VSOCK: each guest port is reached through one Unix
 socket (``CONNECT <port>\\n`` answered by ``OK <port>\\n``), and a guest that dials port P of CID 2
-reaches whoever listens on ``<that socket>_<P>``.
+reaches the listener on ``<that socket>_<P>``.
 
     vhost_user   messages of the control socket        memory       the guest's memory, mapped
     backend      what each message does                virtqueue    split rings, checked

@@ -217,7 +217,7 @@ class Backend:
             raise ChannelError(f"ring {index} has no kick descriptor: polling is not offered")
         self._ring(index).start(self._memory, message.take_fd())
         rx, tx = self.rings[RX], self.rings[TX]
-        # A driver that starts afresh begins both rings at 0; one that was paused goes on.
+        # A driver that starts afresh begins both rings at 0; a paused driver goes on.
         if index in (RX, TX) and rx.started and tx.started and rx.base == tx.base == 0:
             self._on_restart()
 

@@ -35,7 +35,7 @@ _RESERVED_CIDS = (0, 1, 2, 0xFFFFFFFF)
 class Settings:
     """Where the device listens, for which guest, and within which limits.
 
-    Whoever may write to ``uds_path`` reaches every port of the guest: its directory decides who.
+    Every process that may write to ``uds_path`` reaches every guest port: protect its directory.
     """
 
     socket_path: str
@@ -186,7 +186,7 @@ class _Listener:
     def close(self) -> None:
         self.pause()
         self._sock.close()
-        # Not if somebody else has put a socket there since.
+        # Not if another process has put a socket there since.
         if self._identity is not None and _identity(self._path) == self._identity:
             os.unlink(self._path)
 

@@ -46,7 +46,7 @@ def parse_connect(line: bytes) -> int:
 
 
 def listen(path: str, backlog: int = 128) -> socket.socket:
-    """Listen on ``path``, in place of a socket that nobody listens on any more.
+    """Listen on ``path``, in place of a socket that has no listener any more.
 
     Raises:
         ListenerInUse: a live listener is there.
@@ -72,7 +72,7 @@ def dial(path: str) -> socket.socket | None:
     """Connect to a listener without waiting; None when its queue is full just now.
 
     Raises:
-        OSError: nobody listens there.
+        OSError: there is no listener.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:

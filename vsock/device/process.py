@@ -75,7 +75,7 @@ def start_device(
     its messages, by default our standard error.
 
     The device ends with the thread that calls this, and so with this process, however it ends (see
-    ``--parent``): call it in one that lives for as long as the device shall.
+    ``--parent``): call it in a thread that lives for as long as the device shall.
 
     Raises:
         DeviceError: it ended or said nothing within 20 s; the reason is in its messages.

@@ -83,7 +83,7 @@ class Vring:
         return self.base
 
     def fail(self, error: Exception) -> None:
-        """Stop working on a ring whose driver broke it, and say so to whoever listens."""
+        """Stop working on a ring whose driver broke it, and notify the error descriptor."""
         self._broken = True
         _log.warning("ring broken index=%d reason=%s", self.index, error)
         _notify(self._error_fd)
@@ -142,6 +142,6 @@ def _notify(fd: int | None) -> None:
     try:
         os.write(fd, _NOTIFICATION)
     except BlockingIOError:
-        pass  # full: a notification that nobody has read yet says the same
+        pass  # full: an unread notification says the same
     except OSError as exc:
         _log.warning("notification failed: %s", exc)
