@@ -119,7 +119,7 @@ class LayerSpec(Request[LayerReport], method="layer.mount"):
 
 
 class Holder(Record):
-    """Who keeps something busy: kind is process, mount, dm, loop, overlay or swap."""
+    """What keeps a mount or device busy: kind is process, mount, dm, loop, overlay or swap."""
 
     kind: str
     name: str

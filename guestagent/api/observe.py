@@ -1,4 +1,4 @@
-"""Seeing into a running agent: its log, its metrics, and how earlier lives ended."""
+"""Seeing into a running agent: its log, its metrics, and its crash reports."""
 
 from collections.abc import Mapping
 
@@ -62,12 +62,12 @@ class AgentMetrics(Request[MetricsReply], method="agent.metrics"):
 
 
 class CrashReport(Record):
-    """How a life of the agent ended, or a thread of it.
+    """How an agent process, or a thread of it, ended.
 
-    ``kind``: death (by signal or exit, found by the next life), exception (the agent ended by one)
-    or thread (one ended by an exception, the agent went on). ``signal`` and ``status`` are there
-    where PID 1, or the agent while dying, could tell. ``requests`` were in flight; ``layers`` and
-    ``overlays`` were live, ``unfinished`` half made or half removed. ``log`` are the last lines.
+    ``kind``: death (by signal or exit, found by the next agent process), exception (ended the
+    agent) or thread (an exception ended the thread, the agent went on). ``signal`` and ``status``
+    are set where PID 1 or the ending agent knew them. ``requests`` were in flight; ``layers`` and
+    ``overlays`` were live, ``unfinished`` half made or half removed. ``log`` has the last lines.
     """
 
     number: int

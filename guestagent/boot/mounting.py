@@ -50,7 +50,7 @@ def mount_plan(plan: BootPlan, config: Config) -> None:
 
 
 def refuse_hidden_verity(spec: LayerSpec, deadline: Deadline) -> None:
-    """Refuse to mount without verity what has a hash area: somebody dropped the digest.
+    """Refuse to mount without verity a device with a hash area: its digest was dropped.
 
     Raises:
         CallError: ``integrity``.

@@ -138,7 +138,7 @@ Completer = Callable[[Access, str], Sequence[str]]
 class Command:
     """One command, as its usage states it: ``name [-l] [-n COUNT] [--long] WORD [WORD...]``.
 
-    ``options`` are the names of those with a dash, with ``=`` after one that has a value. ``least``
+    ``options`` are the names of those with a dash, with ``=`` where there is a value. ``least``
     and ``most`` bound the number of the other words. What brackets enclose may be left out.
     """
 

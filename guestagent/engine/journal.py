@@ -154,7 +154,7 @@ class Journal:
     def write_layers(self, lives: "Sequence[LiveLayer]", begun: str) -> None:
         """Write the entries of layers, each of which counts once ``begun`` is decided.
 
-        One that is there is replaced at once if it is the only one.
+        An existing entry is replaced atomically if a single layer is written.
         """
         files = [_layer_file(live.spec.layer_id) for live in lives]
         self._replace(files, LayerEntries(begun=begun, layers=tuple(lives)))
@@ -339,7 +339,7 @@ def _put_aside(path: str) -> None:
 
 
 def _create(path: str) -> int:
-    """Create a file, and never write into one that is there, which may have other names."""
+    """Create a file. Never write into an existing file, which may have other names."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         return os.open(path, flags, 0o600)

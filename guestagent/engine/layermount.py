@@ -128,7 +128,7 @@ class LayerMount:
     def _find(self, wanted: Device, op: Transaction) -> BlockDevice:
         """Look a device up, or wait for it; once for all layers of a batch that are on it.
 
-        One that changes meanwhile is noticed by what is made on it.
+        A device that changes meanwhile is noticed when a dm device or mount is made on it.
         """
         found = op.resolved_devices.get(wanted)
         if found is None:
@@ -231,11 +231,11 @@ class LayerMount:
     def _device(
         self, step: LinearStep | VerityStep, target: Target, plan: LayerPlan, op: Transaction
     ) -> DeviceInfo:
-        """Create a device. One that an unmount half done has left is used again if it is exactly
-        what is planned, and removed if it is not.
+        """Create a device. A device left by a failed unmount is used again if it is exactly as
+        planned, and removed if it is not.
 
         Raises:
-            CallError: ``busy``, the name is a device's that is not the agent's.
+            CallError: ``busy``, a device that is not the agent's has the name.
         """
         control = self._state.control
         try:
@@ -362,7 +362,7 @@ class LayerMount:
         for name in plan.dm_names:
             with op.step("defer", name):
                 if devices.set_deferred_remove(self._state.control, name):
-                    # gone already: nobody held it, so it was not mounted
+                    # gone already: nothing held it open, so it was not mounted
                     raise OSError(errno.ENXIO, "device vanished while it was mounted", name)
 
 

@@ -238,7 +238,7 @@ class Layers:
         return live
 
     def list(self) -> tuple[LayerReport, ...]:
-        """Describe all layers; one that a request is mounting or unmounting may be left out.
+        """Describe all layers. A layer that is being mounted or unmounted may be left out.
 
         A layer that is not as it was mounted has the state ``unmounted``, where its mount is gone,
         moved or covered, or ``damaged``, where its devices are not its own any more.

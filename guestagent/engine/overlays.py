@@ -243,7 +243,7 @@ class Overlays:
     # --- look
 
     def list(self) -> tuple[OverlayReport, ...]:
-        """Describe all overlays; one that a request is mounting or unmounting may be left out.
+        """Describe all overlays. An overlay that is being mounted or unmounted may be left out.
 
         An overlay whose mount is gone, moved or covered has the state ``unmounted``.
         """
@@ -462,7 +462,7 @@ def _scratch_report(scratch: LiveScratch | None) -> ScratchReport | None:
 
 
 def _shown_lowerdirs(live: LiveOverlay, mount: Mount) -> tuple[str, ...]:
-    """Return the lower directories that the kernel shows, without the one that pads a single."""
+    """Return the lower directories that the kernel shows, without the padding of a single one."""
     return lowerdirs_of(mount)[: len(live.spec.layers)]
 
 

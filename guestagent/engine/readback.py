@@ -78,7 +78,7 @@ class DmView:
         self._control = control
 
     def list(self) -> tuple[DmDevice, ...]:
-        """Describe every device; one that vanishes meanwhile is left out."""
+        """Describe every device. A device that vanishes meanwhile is left out."""
         found = []
         for name, _dev, _uuid in self._control.list_devices():
             try:
@@ -128,7 +128,7 @@ def see_layer(
 ) -> LayerSeen:
     """Look at a layer in the kernel.
 
-    ``mounts`` is what ``mounts_by_target`` just said, for whoever looks at many layers.
+    ``mounts`` is a fresh result of ``mounts_by_target``, for callers that look at many layers.
 
     Raises:
         CallError: ``not_found``, its mount or its devices are not there any more.
@@ -208,9 +208,9 @@ def report_of(
     timings_ms: Mapping[str, float] | None = None,
     already: bool = False,
 ) -> LayerReport:
-    """Say of a layer what was seen in the kernel, and what the books say of it and others.
+    """Report a layer as seen in the kernel, with what the inventory has on it and other layers.
 
-    Those that came with it have to be in the books by then.
+    The layers of the same batch must be in the inventory before.
     """
     live, spec, mount = seen.live, seen.live.spec, seen.mount
     layer_state = live.state
@@ -276,7 +276,7 @@ def _gone(live: LiveLayer, what: str) -> CallError:
         f"layer {live.spec.layer_id!r} is {what}",
         step="read back",
         object=live.spec.layer_id,
-        hint="somebody else took it away; unmount it here to clean up",
+        hint="another program removed it; unmount it here to clean up",
     )
 
 

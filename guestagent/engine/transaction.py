@@ -189,7 +189,7 @@ class _Step:
         if isinstance(error, OSError):
             raise self._op._error_of(error, self._step, self._object, self._code) from error
         if isinstance(error, CallError) and not error.has_step:
-            # the innermost step is the one that failed
+            # the step that failed is the innermost
             error.step = self._step
             error.object = error.object or self._object
             error.has_step = True

@@ -49,7 +49,7 @@ class Reader(FdOwner):
         self._fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
 
     def fileno(self) -> int:
-        """Return the descriptor; it stays ours."""
+        """Return the descriptor; the caller must not close it."""
         return self._fd
 
     def read_at(self, offset_bytes: int, size_bytes: int) -> bytes:
@@ -224,8 +224,8 @@ def _read_chunk(fd: int, start: int, size: int, block_bytes: int, corrupt: list[
 
 
 def _read(fd: int, offset: int, size: int) -> int:
-    """Return how much could be read: a bad block ends a read early, and fails one that begins in
-    it."""
+    """Return how many bytes could be read. A bad block ends a read early; a read that begins in a
+    bad block returns 0."""
     try:
         return len(os.pread(fd, size, offset))
     except OSError as error:

@@ -16,7 +16,7 @@ Entry = tuple[str, int | None, str]
 _VERSION = 2
 _HEADER_BYTES = 4
 _ENTRY = struct.Struct("<HHI")
-#: number -> (tag, whether the entry names somebody)
+#: number -> (tag, whether the entry has the id of a user or group)
 _TAGS = {
     0x01: ("user", False),
     0x02: ("user", True),

@@ -17,7 +17,7 @@ __all__ = ("du", "find", "ls", "matches", "readdir")
 
 #: Files with several links that are remembered, at some 100 bytes each.
 _MAX_REMEMBERED = 32 * 1024
-#: Somebody who waits is told of how far it has come after so many.
+#: A waiting caller is told the progress after so many entries.
 _TELL_ENTRIES = 10_000
 _STAR, _ANY = b"*"[0], b"?"[0]
 

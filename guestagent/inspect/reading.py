@@ -25,7 +25,7 @@ __all__ = ("WHOLE", "Meter", "Reader", "checksum", "download", "head", "pread", 
 
 #: The interpreter hashes this much without letting another thread run.
 _READ_BYTES = 64 * 1024
-#: How often somebody who waits is told how far it has come.
+#: How often a waiting caller is told the progress.
 _TELL_SECONDS = 0.25
 #: An end that no file reaches.
 WHOLE = 1 << 63

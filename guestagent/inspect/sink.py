@@ -4,7 +4,7 @@ __all__ = ("Sink",)
 
 
 class Sink:
-    """Takes the answer of one request; what it does with it is up to who made it.
+    """Takes the answer of one request. Subclasses decide what to do with the answer.
 
     ``data``, ``entry`` and ``finish`` wait until there is room, and raise CallError when the
     request is over: cancelled, past its deadline, or its peer gone.

@@ -32,7 +32,7 @@ def read_log(log: Log, since: int, level: str, most: int = LOG_LINES_MAX) -> Log
     """Return lines after ``since``; a negative one counts lines from the end."""
     if since < 0:
         since = max(0, log.number + since)
-    elif since > log.number:  # of another machine, or of one that has been booted again
+    elif since > log.number:  # of another machine, or of an earlier boot
         since = 0
     least = LEVELS.index(level)
     kept, dropped = log.since(since)

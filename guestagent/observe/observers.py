@@ -1,7 +1,7 @@
 """Everything that watches the agent, as one thing that the agent opens and the service asks.
 
-What most agents never need (followers of the log, a host that is sent it) is loaded when somebody
-does.
+Modules that most agents never need (following the log, sending it to a host) are loaded at first
+use.
 """
 
 import os

@@ -3,9 +3,9 @@
 What goes over the connection are lines of JSON, one object each: a head
 ``{"stream": "guestagent.log", "version": 1, "boot_id": ..., "agent": ..., "pid": ...}``, then the
 lines of the log (``vsock.log.render_json``), and ``{"dropped": N, "next": NUMBER}`` where lines are
-missing because nobody listened for longer than the ring lasts. The host may answer with the number
-of the last line it has, as decimal digits and a newline, as often as it likes: the next connection
-then goes on behind that number. A host that never answers gets what was not sent before.
+missing because no host was connected for longer than the ring lasts. The host may answer with the
+number of the last line it has, as decimal digits and a newline, as often as it likes: the next
+connection then goes on behind that number. A host that never answers gets what was not sent before.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ class LogShipper:
     def _run(self) -> None:
         try:
             while not self._closing:
-                # nothing of it in the log: its lines would go where nobody listens
+                # not logged: the host that would get the lines is not connected
                 stream = retry(
                     self._dial,
                     self._until,

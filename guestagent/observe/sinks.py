@@ -74,7 +74,7 @@ class KernelLogSink:
         priority = _PRIORITIES[LEVELS.index(line.level)]
         try:
             os.write(self._fd, b"<%d>" % priority + text[:_LINE_BYTES].replace(b"\n", b" "))
-        except OSError:  # a log never fails who writes it
+        except OSError:  # writing to the log never fails the writer
             return
 
     def close(self) -> None:

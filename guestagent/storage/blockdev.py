@@ -1,4 +1,4 @@
-"""Block devices as sysfs shows them: finding the one that a request means, and waiting for it.
+"""Block devices as sysfs shows them: finding the device that a request means, and waiting for it.
 
 Nothing here sleeps and looks again: ``wait_for`` subscribes to the kernel's events first, then
 looks, then waits for events. A rescan of the bus is tried when a device stays away, since some

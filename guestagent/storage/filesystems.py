@@ -232,7 +232,7 @@ def mount_options(filesystem: str, *, readonly: bool = True, dax: bool = False) 
     or as a scratch.
 
     Raises:
-        CallError: ``unsupported``, a type that is not mounted as such, or one that has no dax.
+        CallError: ``unsupported``, a type that is not mounted as such, or a type without dax.
     """
     row = _row(filesystem)
     options = row.layer_options if readonly else row.scratch_options

@@ -72,7 +72,7 @@ class TargetDirectory(FdOwner):
 
     @property
     def fd(self) -> int:
-        """The O_PATH descriptor; it stays ours."""
+        """The O_PATH descriptor; the caller must not close it."""
         return self._fd
 
     def remove_created(self) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ class UeventSocket(Closeable):
             self._socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVBUF, _QUEUE_BYTES)
 
     def fileno(self) -> int:
-        """Return the descriptor to wait on; it stays ours."""
+        """Return the descriptor to wait on; the caller must not close it."""
         return self._socket.fileno()
 
     def close(self) -> None:

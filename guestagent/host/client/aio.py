@@ -229,7 +229,7 @@ class AsyncGuestAgent:
         """Connect and say hello, trying for ``connect_seconds``.
 
         Raises:
-            ConnectionClosed: nobody answered in time.
+            ConnectionClosed: no agent answered in time.
         """
         await self._link.open()
         self._feeds.connected(self.hello.boot.get("boot_id"))
@@ -241,7 +241,7 @@ class AsyncGuestAgent:
 
     @property
     def closed(self) -> bool:
-        """True once no call can succeed any more; with ``reconnect``, while nobody is there."""
+        """True once no call can succeed any more; with ``reconnect``, while not connected."""
         return self._link.client is None or self._link.client.closed
 
     @property

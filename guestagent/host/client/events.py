@@ -39,7 +39,7 @@ T = TypeVar("T")
 #: Yields requests, is sent their replies or thrown their errors, returns the result.
 Steps = Generator[Request[Record], Any, T]
 
-#: An agent keeps 4096 events and sends 1000 at once. One that sends pages without end is cut off.
+#: An agent keeps 4096 events and sends 1000 at once. An agent that never stops sending is cut off.
 _MAX_PAGES = 64
 #: What an agent may send while missed events are fetched; of more, the oldest are dropped.
 _MAX_HELD = 4096

@@ -121,8 +121,8 @@ class GuestAgent(AgentMethods, FsMethods):
         ConnectionClosed  the connection ended before the answer; what was asked may have been done
         ClosedHandleError (a ConnectionClosed) the handle was closed; nothing was sent
 
-    Callbacks run on a thread of the handle's, one at a time, and may call its methods. One that
-    raises ends all callbacks of this connection, and ``threading.excepthook`` hears of it.
+    Callbacks run on a thread of the handle, one at a time, and may call its methods. If a callback
+    raises, all callbacks of this connection end and ``threading.excepthook`` gets the exception.
 
         number = guest.set_event_callback(print, event_mask("layer_corrupted", "layer_device_lost"))
         guest.delete_event_callback(number)
@@ -165,7 +165,7 @@ class GuestAgent(AgentMethods, FsMethods):
 
         Raises:
             ValueError: the address is none.
-            ConnectionClosed: nobody answered in time, or ``until`` was over.
+            ConnectionClosed: no agent answered in time, or ``until`` was over.
         """
         self._deadline_ms = deadline_ms
         self._feeds = Feeds()
@@ -197,7 +197,7 @@ class GuestAgent(AgentMethods, FsMethods):
 
     @property
     def closed(self) -> bool:
-        """True once no call can succeed any more; with ``reconnect``, while nobody is there."""
+        """True once no call can succeed any more; with ``reconnect``, while not connected."""
         return self._link.client.closed
 
     @property

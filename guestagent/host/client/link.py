@@ -1,4 +1,4 @@
-"""The connection under a handle: one that ends with it, or, where asked, one that is made again."""
+"""The connection under a handle. Where asked, a lost connection is made again."""
 
 import contextlib
 import threading
@@ -136,7 +136,7 @@ class Link:
         self.client.close()
         if self._reviver is not None and self._reviver is not threading.current_thread():
             self._reviver.join()
-            self.client.close()  # the one that was made meanwhile
+            self.client.close()  # a connection made meanwhile
 
     def _connect(self) -> tuple[Client, HelloReply]:
         """Connect and say hello; again where the connection is lost before hello is answered."""

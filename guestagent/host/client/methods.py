@@ -109,7 +109,7 @@ class AgentMethods(Caller):
         return self.call(AgentMetrics()).text
 
     def crashes(self, since: int = 0) -> CrashesReply:
-        """Return the kept reports of how lives of the agent, or threads of it, ended."""
+        """Return the kept crash reports of agent processes and their threads."""
         return self.call(AgentCrashes(since=since))
 
     # --- layers

@@ -84,7 +84,7 @@ class Chunks(Generic[T]):
         return self._reply is not None and self._reply.get("chunks", 0) == self._next_sequence
 
     def take(self, chunk: Mapping[str, object]) -> None:
-        """Note a chunk. One that must not come is not kept, and ends the stream."""
+        """Note a chunk. A chunk that must not come is not kept, and ends the stream."""
         if self._error is not None:
             return
         data = chunk.get("data")
@@ -208,8 +208,8 @@ class FsStream(Generic[T]):
             CallError: what the agent answered in the end.
             ConnectionClosed: the connection ended before the answer.
         """
-        # no generator: one that is left half-read would be ended by the garbage collector, on any
-        # thread, whatever locks that thread holds
+        # no generator: the garbage collector would end a half-read generator on any thread,
+        # whatever locks that thread holds
         try:
             while not self._items:
                 items = self._next_items()

@@ -54,7 +54,7 @@ class Control(FdOwner):
         self._version: tuple[int, int, int] | None = None
 
     def fileno(self) -> int:
-        """Return the descriptor; it stays ours."""
+        """Return the descriptor; the caller must not close it."""
         return self._fd
 
     def version(self) -> tuple[int, int, int]:
@@ -281,7 +281,7 @@ def open_control() -> Control:
     """Return the kernel's control device, or a ``NoControl`` where the kernel has none.
 
     Raises:
-        OSError: there is one that cannot be opened.
+        OSError: the control device exists but cannot be opened.
     """
     try:
         return Control()

@@ -83,7 +83,7 @@ def create_device(
 
 
 def _undo_create(control: Control, name: str, passing: BaseException) -> None:
-    """Remove what create_device made; deferred, since somebody may have opened it already.
+    """Remove what create_device made; deferred, since a process may have opened it already.
 
     The exception that passes stays the one to be raised.
     """
@@ -109,7 +109,7 @@ def _remove_link(name: str) -> None:
 def set_deferred_remove(control: Control, name: str) -> bool:
     """Have the kernel remove the device when its last user closes it.
 
-    Returns True if it was in use by nobody and so is gone already.
+    Returns True if the device had no user and so is gone already.
     """
     return control.remove(name, deferred=True)
 
@@ -173,12 +173,12 @@ def _take_back(control: Control, name: str) -> bool:
 def wait_gone(
     control: Control, names: Sequence[str], deadline: Deadline, *, uuids: Sequence[str] = ()
 ) -> None:
-    """Wait until no device of these names and none of these uuids exists, nor lets go of what is
-    below it still.
+    """Wait until no device with these names or uuids exists, and none still holds the devices
+    below it.
 
     A deferred removal takes the name away first and closes the devices below a while later; only
-    then does the disk leave sysfs. Who reports a device gone before could see the host pull the
-    disk from under the kernel.
+    then does the disk leave sysfs. If the agent reported a device gone before that, the host could
+    remove the disk while the kernel still uses it.
 
     Raises:
         CallError: ``timeout`` or ``cancelled``; the message names what is left.

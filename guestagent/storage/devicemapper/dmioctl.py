@@ -131,7 +131,7 @@ class Reply:
 
 @functools.lru_cache(maxsize=256)
 def encode_word(kind: str, word: str, longest: int) -> bytes:
-    """Encode a name that somebody else may have chosen: anything but NUL, within the field."""
+    """Encode a name that another program may have chosen: no NUL, and it fits the field."""
     encoded = word.encode("utf-8", "surrogateescape")
     if len(encoded) > longest or b"\0" in encoded:
         raise ValueError(f"device-mapper {kind} must be at most {longest} bytes, got {word!r}")
