@@ -51,7 +51,7 @@ class QmpClient:
         """Connect to the socket ``path`` and agree on capabilities.
 
         Raises:
-            OSError: nobody listens there.
+            OSError: there is no listener.
             CallError: ``timeout`` or ``cancelled``.
             QmpError: QEMU closed the connection.
         """

@@ -2,9 +2,9 @@
 
 A directory is named after the process that made it, and locked. The lock is handed down to the
 programs of the run, so that it lasts for as long as any of them does: a directory may go when its
-process is dead and nobody holds its lock. The lock alone would not do, since a directory exists
-for a moment before it is locked; nor would the number, which means another process in another
-process namespace.
+process is dead and no process holds its lock. The lock alone would not do, since a directory exists
+for a moment before it is locked. The process number alone would not do, since it means another
+process in another process namespace.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _remove_unlocked(path: Path) -> None:
-    # following no link: somebody else may have made this name
+    # following no link: another user may have made this name
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if os.fstat(fd).st_uid != os.geteuid():

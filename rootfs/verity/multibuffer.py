@@ -6,7 +6,7 @@ structures were checked, and it must hash like ``hashlib`` before it is used.
 
 Source: intel-ipsec-mb.h of version 1.3. Its offsets are written down here because the library
 offers its jobs through structures and function pointers only; the header promises that pointers
-keep their place. Versions that nobody has checked are left alone.
+keep their place. Versions that were not checked are not used.
 """
 
 import ctypes

@@ -43,8 +43,8 @@ _MAX_NAMED_RUNS = 65536
 class Layer:
     """An open image and its hash area. Descriptors are borrowed.
 
-    ``parameters.root_digest`` is the one that was asked for, or else the one computed from the top
-    of the tree; ``computed_root`` is always the latter. ``uuid`` is that of the superblock, if
+    ``parameters.root_digest`` is the requested digest, or else the digest computed from the top of
+    the tree; ``computed_root`` is always the latter. ``uuid`` is that of the superblock, if
     there is one, ``footer`` that of a VHD.
     """
 
@@ -90,7 +90,7 @@ def open_layer(
 
     Raises:
         CallError: ``integrity``, superblock and ``terms`` differ, or something is cut off;
-            ``not_found``, no superblock; ``busy``, somebody writes; by errno.
+            ``not_found``, no superblock; ``busy``, a process writes to it; by errno.
     """
     terms = terms or VerityTerms()
     path = os.fspath(image)

@@ -47,7 +47,7 @@ def run(
 
     ``make_worker`` is called once in each worker and returns what runs a task there. ``on_done`` is
     called in the caller's thread with the index of a task and what it returned. After an error no
-    worker is running any more: one that is at a task ends it first.
+    worker is running any more: a worker that has begun a task ends it first.
 
     Raises:
         CallError: ``timeout`` or ``cancelled``; ``internal``, a worker died.
@@ -112,8 +112,8 @@ def _executor(
 
 @contextlib.contextmanager
 def _interrupts_put_off() -> Iterator[None]:
-    """Let Ctrl-C wait: the interpreter swallows one that comes while it forks, and a child must not
-    take it before it has come to its own code."""
+    """Defer SIGINT: the interpreter loses a SIGINT that comes while it forks, and a child must not
+    take SIGINT before it runs its own code."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
         yield
