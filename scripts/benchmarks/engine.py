@@ -78,19 +78,19 @@ def _single_layers(guest: GuestAgent, pack: Pack, rounds: int) -> Iterator[Row]:
     for parts in ("linear", "verity", "linear and verity"):
         spec = _spec_of(parts, pack)
         bare = Bare(guest, spec)
-        ours: tuple[list[float], list[float]] = ([], [])
-        theirs: tuple[list[float], list[float]] = ([], [])
+        agent_ms: tuple[list[float], list[float]] = ([], [])
+        bare_ms: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds):  # in turn, so that what else goes on meets both
-            with timed(ours[0]):
+            with timed(agent_ms[0]):
                 guest.layer_mount(spec)
-            with timed(ours[1]):
+            with timed(agent_ms[1]):
                 guest.layer_unmount(spec.layer_id)
-            with timed(theirs[0]):
+            with timed(bare_ms[0]):
                 bare.mount()
-            with timed(theirs[1]):
+            with timed(bare_ms[1]):
                 bare.unmount()
         bare.close()
-        for what, own, floor in zip(("mount", "unmount"), ours, theirs, strict=True):
+        for what, own, floor in zip(("mount", "unmount"), agent_ms, bare_ms, strict=True):
             yield row(BED, f"{what} {parts}, {BARE}", "ms", floor)
             yield row(BED, f"{what} {parts}", "ms", own, versus=BARE, floor=floor)
 
@@ -248,7 +248,7 @@ def _answers_after(
         kill = aim()
         with timed(answers):
             kill()
-            guest = _next_life(agent)
+            guest = _next_agent(agent)
         with guest:
             boot = guest.hello.boot
             assert boot["adopted_layers"] == RECOVERED
@@ -258,8 +258,8 @@ def _answers_after(
     return answers, engines
 
 
-def _next_life(agent: AgentProcess) -> GuestAgent:
-    """Return a client of the agent as soon as there is one; the one that is dying is not."""
+def _next_agent(agent: AgentProcess) -> GuestAgent:
+    """Return a client of the next agent process as soon as that process answers."""
     while True:
         if agent.is_listening():
             with contextlib.suppress(ConnectionClosed):

@@ -200,11 +200,11 @@ def _command_line(image: Path, size_bytes: int) -> None:
 
 
 def _same_root(image: Path, size_bytes: int) -> None:
-    theirs = _veritysetup(image, size_bytes)
-    ours = format_image(image, terms=VerityTerms(salt=SALT), uuid=IDENTITY).root_digest.hex()
+    expected = _veritysetup(image, size_bytes)
+    computed = format_image(image, terms=VerityTerms(salt=SALT), uuid=IDENTITY).root_digest.hex()
     os.truncate(image, size_bytes)
-    if ours != theirs:
-        raise RuntimeError(f"{image}: veritysetup computes {theirs}, we {ours}")
+    if computed != expected:
+        raise RuntimeError(f"{image}: veritysetup computes {expected}, we {computed}")
 
 
 def _fill(path: Path, size_bytes: int) -> None:

@@ -50,7 +50,7 @@ def _build(directory: Path) -> list[Row]:
     inodes = build_image(tree, output).inode_count
 
     def mkfs() -> None:
-        command = ["mkfs.erofs", "-T0", str(directory / "theirs"), str(tree)]
+        command = ["mkfs.erofs", "-T0", str(directory / "by-mkfs"), str(tree)]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
 
     contenders: dict[str, Contender] = {"mkfs.erofs": mkfs}

@@ -241,7 +241,7 @@ def _start(
 def _end_group(process: "subprocess.Popen[bytes]") -> int:
     """End the kernel and every process that it made, whose group it leads; return its status.
 
-    Nothing else reaps it: until then its number, which names the group, is nobody else's.
+    Nothing else reaps it: until then no other process gets its number, which names the group.
     """
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
