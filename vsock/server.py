@@ -2,8 +2,8 @@
 
 The thread of ``serve_forever`` accepts, reads, decodes, and runs the methods named in ``quick``
 in place, because a hand-over costs more than such a method. Every other request goes to a worker
-thread. Nobody waits for a peer: an answer is written at once as far as it fits, the rest when the
-peer reads, and a peer that does not read is cut off.
+thread. No thread waits for a peer: an answer is written at once as far as it fits, the rest when
+the peer reads, and a peer that does not read is cut off.
 
 What a peer may count on:
 
