@@ -72,12 +72,12 @@ class DeviceCases:
             assert bed.order("call", 6000, "hello") == b"you said hello"
             server.join()
 
-    def test_nobody_listens_on_the_host(self, bed):
+    def test_guest_dial_of_host_port_without_listener_is_refused_at_once(self, bed):
         started = time.monotonic()
         assert bed.order("dial", 6001) in (b"ECONNRESET", b"ECONNREFUSED")
         assert time.monotonic() - started < 1.5  # the kernel's own limit is 2 s
 
-    def test_nobody_listens_in_the_guest(self, bed):
+    def test_host_dial_of_guest_port_without_listener_is_refused_at_once(self, bed):
         started = time.monotonic()
         with pytest.raises(ConnectionRefusedError):
             bed.dial(6001)

@@ -74,7 +74,7 @@ def test_facts_of_a_loop_device(disk: str) -> None:
     os.unlink(link)
 
 
-def test_what_is_no_block_device_is_refused_at_once(within: Within) -> None:
+def test_wait_for_refuses_character_device_at_once(within: Within) -> None:
     with pytest.raises(CallError, match="not a block device") as caught:
         blockdev.wait_for(api.PathDevice(path="/dev/null"), within(10))
     assert caught.value.code == "invalid"
@@ -131,7 +131,7 @@ def test_a_missing_node_is_made(disk: str, within: Within) -> None:
 
 
 @pytest.mark.parametrize("theirs", ["the same", "another"])
-def test_a_node_that_somebody_else_makes_meanwhile(
+def test_mknod_race_with_another_process_accepts_only_the_same_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: str
 ) -> None:
     node, number = str(tmp_path / "dir/node"), os.makedev(7, 1)

@@ -204,7 +204,9 @@ def test_busy_names_the_holder_and_changes_nothing(
     assert unmount(bed, "layer0").unmounted == (report.target,)
 
 
-def test_somebody_else_unmounts_a_layer(bed: EngineBed, pack: Pack) -> None:
+def test_layer_unmounted_by_another_process_is_reported_and_cleaned_up(
+    bed: EngineBed, pack: Pack
+) -> None:
     report = mount(bed, pack.spec(0))
     subprocess.run(["umount", report.target], check=True)
     with pytest.raises(CallError, match="no longer mounted") as caught:
@@ -216,7 +218,7 @@ def test_somebody_else_unmounts_a_layer(bed: EngineBed, pack: Pack) -> None:
     assert World.now().dm == ()
 
 
-def test_what_others_mount_over_a_layer_is_theirs(bed: EngineBed, pack: Pack) -> None:
+def test_forced_unmount_leaves_foreign_mount_over_layer(bed: EngineBed, pack: Pack) -> None:
     report = mount(bed, pack.spec(0))
     subprocess.run(["mount", "-t", "tmpfs", "cover", report.target], check=True)
     try:

@@ -213,7 +213,7 @@ def test_a_link_in_a_scratch_is_not_followed(bed: EngineBed) -> None:
         directory.rmdir()
 
 
-def test_nobodys_data_is_formatted_away(bed: EngineBed, disk: str) -> None:
+def test_ensure_filesystem_keeps_existing_data_of_scratch_disk(bed: EngineBed, disk: str) -> None:
     with open(disk, "r+b") as file:
         file.write(b"data of somebody")
     scratch = DeviceScratch(device=PathDevice(path=disk), ensure_filesystem=True)

@@ -64,7 +64,7 @@ def test_a_target_is_made_and_unmade(tmp_path: Path) -> None:
     assert os.listdir(f"{root}/kept") == []
 
 
-def test_what_others_use_meanwhile_stays(tmp_path: Path) -> None:
+def test_target_directory_in_use_is_not_removed(tmp_path: Path) -> None:
     with mount.TargetDirectory(f"{tmp_path}/a/b", root=str(tmp_path)) as target:
         (tmp_path / "a" / "other").mkdir()
         (tmp_path / "a" / "b" / "file").touch()
@@ -342,7 +342,9 @@ def test_a_busy_mount_is_not_detached_and_its_holders_are_named(erofs: str, targ
     mount.unmount(target)
 
 
-def test_what_stands_on_a_mount_holds_it(erofs: str, target: str, tmp_path: Path) -> None:
+def test_find_holders_names_bind_mount_and_overlay_of_mount(
+    erofs: str, target: str, tmp_path: Path
+) -> None:
     mount.mount_filesystem(source=erofs, target=target, filesystem="erofs")
     other, merged = tmp_path / "other", tmp_path / "merged"
     other.mkdir()

@@ -62,7 +62,7 @@ def test_every_form_is_read_and_written_back(text, address):
         ("serial://ttyS0", "is not absolute"),
     ],
 )
-def test_what_is_wrong_is_named(text, problem):
+def test_parse_address_error_names_the_problem(text, problem):
     with pytest.raises(ValueError, match="address") as caught:
         parse_address(text)
     assert problem in str(caught.value)

@@ -115,7 +115,7 @@ def test_notifications_both_ways(run):
     run(scenario, on_notification=lambda method, params: got.append((method, params)))
 
 
-def test_what_cannot_be_sent_is_our_error(run):
+def test_call_with_unencodable_params_raises_local_protocol_error(run):
     async def scenario(client, running):
         for params in ({"a": object()}, {"a": bytes(1 << 20)}):
             with pytest.raises(LocalProtocolError):
@@ -159,7 +159,7 @@ def test_closed_by_either_side(run):
     run(scenario)
 
 
-def test_nobody_there(tmp_path):
+def test_connect_without_listener_raises_connection_closed(tmp_path):
     async def main():
         with pytest.raises(ConnectionClosed, match="No such file"):
             await AsyncClient.connect(f"unix://{tmp_path}/s", connect_seconds=0.05)

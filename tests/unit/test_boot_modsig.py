@@ -20,7 +20,7 @@ def test_a_signature_is_cut_off(size_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("module", [b"", b"\x7fELF", MARKER[:-1], b"x" + MARKER + b"x"])
-def test_what_has_none_stays(module: bytes) -> None:
+def test_module_without_signature_is_unchanged(module: bytes) -> None:
     assert without_signature(module) == module
 
 

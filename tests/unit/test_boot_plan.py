@@ -212,6 +212,6 @@ def test_a_scratch_as_text(text: str, scratch: Scratch) -> None:
 
 
 @pytest.mark.parametrize("text", ["device:/dev/vda,btrfs", "device:/dev/vda,ext4,xfs", "disk:a"])
-def test_what_is_no_scratch(text: str) -> None:
+def test_scratch_from_text_refuses_invalid_text(text: str) -> None:
     with pytest.raises((ValueError, CallError)):
         scratch_from_text(text)

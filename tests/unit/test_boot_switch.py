@@ -34,7 +34,7 @@ def test_nothing_is_mounted_through_a_link(root: Path, name: str, target: str) -
     assert (caught.value.code, caught.value.object) == ("invalid", f"/{name}")
 
 
-def test_what_is_missing_is_named(root: Path) -> None:
+def test_check_root_error_names_missing_path(root: Path) -> None:
     (root / "sys").rmdir()
     with pytest.raises(CallError, match=r"'/sys' in it: .*No such file"):
         check_root(str(root), "/sbin/init")

@@ -134,7 +134,7 @@ def test_cancel(client, running):
     held.cancel()  # nothing to cancel any more
 
 
-def test_who_waits_for_a_forgotten_call_is_told(client):
+def test_result_of_forgotten_call_raises_call_error(client):
     held = client.start_call("gate")
     held.forget()
     with pytest.raises(CallError, match="given up"):
@@ -177,7 +177,7 @@ def test_the_refusal_of_a_server_is_in_the_error(serve):
             second.call("slow_echo")
 
 
-def test_what_the_peer_said_before_it_went_is_in_the_error(tmp_path):
+def test_connection_error_carries_last_complaint_of_peer(tmp_path):
     gone, send_failed = threading.Event(), threading.Event()
 
     class Late(Client):
@@ -227,7 +227,7 @@ def test_a_msgid_that_is_pending_is_not_used_again(client, running):
 @pytest.mark.parametrize(
     "params", [{"a": object()}, {"a": 1 << 64}, {"a": bytes(1 << 20)}, {"a": "\udcff"}]
 )
-def test_what_cannot_be_sent_is_our_error_and_harms_nothing(client, params):
+def test_call_with_unencodable_params_keeps_connection_usable(client, params):
     with pytest.raises(LocalProtocolError):
         client.call("echo", params)
     assert client.call("echo") == {}
@@ -284,7 +284,7 @@ def test_our_notifications_arrive(serve):
     assert taken == [("input", {"a": 1})]
 
 
-def test_an_answer_that_nobody_asked_for_is_ignored(tmp_path):
+def test_client_ignores_reply_with_unknown_msgid(tmp_path):
     def script(sock):
         _, msgid, _, _ = msgpack.unpackb(sock.recv(1000))
         sock.sendall(msgpack.packb([1, 12345, None, "wrong"]))

@@ -550,7 +550,7 @@ def test_the_log_goes_on_over_a_lost_connection(agent: Agent) -> None:
         assert seen.empty()
 
 
-def test_nobody_there_is_told_and_closing_does_not_wait(agent: Agent) -> None:
+def test_handle_without_agent_raises_and_closes_at_once(agent: Agent) -> None:
     guest = GuestAgent(agent.address, reconnect=True, connect_seconds=0.3)
     with guest:
         agent.stop()

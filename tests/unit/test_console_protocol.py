@@ -119,7 +119,7 @@ def test_fields_are_checked(kind: int, fields: dict[str, object], text: str) -> 
         decode(bytes([kind]) + len(payload).to_bytes(3, "big") + payload)
 
 
-def test_what_came_before_the_error_is_yielded_and_nothing_after() -> None:
+def test_decoder_yields_frames_before_an_error_and_none_after() -> None:
     decoder = Decoder(from_client=True)
     decoder.feed(encode(Data(data=b"a")) + b"\xff" + encode(Data(data=b"b")))
     frames = decoder.frames()

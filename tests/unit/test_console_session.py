@@ -575,7 +575,7 @@ def test_an_endless_line_of_a_script(bed: Bed) -> None:
         assert "a line of over" in str(script.refusal["message"])
 
 
-def test_what_comes_with_the_end_of_input_reaches_the_program(
+def test_program_receives_input_sent_with_end_of_input(
     bed: Bed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where both come after the input was looked at, and before its end is."""

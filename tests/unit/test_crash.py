@@ -73,7 +73,7 @@ def test_a_kill_is_known_by_what_is_left(live) -> None:
     assert report.log[-1].text == "the last words"
 
 
-def test_what_pid_one_saw_is_told(live) -> None:
+def test_crash_report_includes_signal_seen_by_pid1(live) -> None:
     live("note_death(sys.argv[1], os.getpid(), -9); os.kill(os.getpid(), 9)")
     (report,) = reports(live).crashes
     assert (report.signal, report.status) == ("SIGKILL", -9)

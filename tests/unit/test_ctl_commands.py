@@ -424,7 +424,7 @@ def test_an_error_says_what_to_do_next(ctl: Callable[..., Result]) -> None:
     assert "hint: list" in done.stderr
 
 
-def test_what_a_guest_says_of_an_error_does_not_reach_the_terminal_raw(
+def test_error_fields_from_guest_are_printed_without_control_characters(
     agent: Agent, ctl: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(call: object) -> object:
@@ -439,7 +439,7 @@ def test_what_a_guest_says_of_an_error_does_not_reach_the_terminal_raw(
     assert "\x1b" not in done.stderr
 
 
-def test_nobody_there(tmp_path: Path) -> None:
+def test_status_without_agent_fails_with_hint(tmp_path: Path) -> None:
     where = f"unix://{tmp_path}/missing"
     done = CliRunner().invoke(collect(), ["--connect", where, "--wait", "0", "status"])
     assert done.exit_code == 1
@@ -556,7 +556,7 @@ def test_profiles(agent: Agent, tmp_path: Path) -> None:
     assert not list((tmp_path / "config/guestctl").glob("*.part"))
 
 
-def test_a_profile_is_not_kept_when_nobody_is_there(tmp_path: Path) -> None:
+def test_connect_without_agent_saves_no_profile(tmp_path: Path) -> None:
     words = ["--wait", "0", "connect", "vm", f"unix://{tmp_path}/missing"]
     assert CliRunner().invoke(collect(), words).exit_code == 1
     assert CliRunner().invoke(collect(), ["connect"]).stdout == "none\n"
@@ -661,7 +661,9 @@ def test_bash_completes_commands_layers_and_profiles(agent: Agent, tmp_path: Pat
     assert [words[0] for words in files] == ["(file)"] * 3
 
 
-def test_completion_of_nobody_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completion_without_agent_ends_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert completion._SECONDS <= 1.0  # a person waits
     monkeypatch.setattr(completion, "_SECONDS", 0.1)
     begin = time.monotonic()

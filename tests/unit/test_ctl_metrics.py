@@ -58,7 +58,7 @@ def test_the_linter_has_no_complaint_of_many() -> None:
         "a_total_bucket 1",
     ],
 )
-def test_what_is_not_of_the_format_is_left_out(line: str) -> None:
+def test_merged_metrics_omit_malformed_lines(line: str) -> None:
     text, refused = merged({"one": f"{ONE}{line}\n"})
     assert refused == {"one": 1}
     assert text == merged({"one": ONE})[0]

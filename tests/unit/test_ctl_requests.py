@@ -270,7 +270,7 @@ def fields_said(value: object) -> Iterator[tuple[type[Record], str]]:
         "layers unmount",
     ],
 )
-def test_what_makes_no_request_is_wrong_usage(
+def test_invalid_command_line_is_usage_error_and_sends_no_request(
     agent: Recorder, ctl: Callable[..., Result], line: str
 ) -> None:
     done = ctl(*line.split())
@@ -392,7 +392,9 @@ def spoilt(value: object, name: str = "") -> object:
         "fs checksum-device /dev/vda",
     ],
 )
-def test_what_a_guest_says_does_not_reach_the_terminal_raw(tmp_path: Path, line: str) -> None:
+def test_replies_from_guest_are_printed_without_control_characters(
+    tmp_path: Path, line: str
+) -> None:
     agent = Hostile(tmp_path / "agent")
     try:
         agent.layers, agent.overlays = {"a": "mounted"}, {"o": ("a",)}

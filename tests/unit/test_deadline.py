@@ -45,7 +45,7 @@ def test_unlimited_never_expires(deadline):
     assert not unlimited.expired
 
 
-def test_a_passed_one_says_timeout_and_names_the_step(deadline):
+def test_passed_deadline_raises_timeout_and_names_the_step(deadline):
     past = deadline(0.0)
     assert past.expired
     assert past.remaining() == 0.0

@@ -66,7 +66,7 @@ def test_a_block_lasts_until_the_deadline_or_a_cancel(how):
     "text", ["mount", "mount:", "mount:EWHAT", "mount:EIO:x", "mount:EIO:", "#:EIO", "#0:EIO",
              "#x:EIO", "#1:EIO:2", ":EIO", "mount:EIO:-1", "mount:EIO:²", "mount:errorcode"],
 )  # fmt: skip
-def test_what_is_no_fault(text):
+def test_fault_parse_refuses_invalid_text(text):
     with pytest.raises(ValueError, match="fault"):
         Fault.parse(text)
     _, problems = read_settings((("fault", text),))

@@ -63,7 +63,7 @@ def begin(journal, name, *layers, overlay=None):
 NOTHING = Written(layers=(), overlays=(), begun_layers=(), begun_overlays=())
 
 
-def test_what_was_begun_is_traces_until_it_is_decided(journal):
+def test_journal_reads_begun_layer_as_traces_until_decided(journal):
     begin(journal, "layer-a", layer())
     assert journal.read() == NOTHING.replace(begun_layers=(layer().traces,))
     made = layer(dev="254:1")
@@ -119,7 +119,7 @@ def test_an_entry_that_is_written_again_leaves_those_beside_it(journal):
     assert [live.dev for live in journal.read().layers] == ["9:9", ""]
 
 
-def test_what_was_left_of_a_layer_does_not_outlive_its_new_entry(journal):
+def test_new_journal_entry_replaces_old_entry_of_layer(journal):
     journal.write_layers([layer("a", dev="1:1"), layer("b", dev="1:2")], "batch-1")
     journal.write_layers([layer("b", dev="2:2"), layer("a", dev="2:1")], "batch-2")
     assert [live.dev for live in journal.read().layers] == ["2:1", "2:2"]
@@ -234,14 +234,14 @@ def test_a_damaged_entry_is_put_aside(journal, tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"\xc1", b"\x80", b"\x93\x01\x02\x03", b"\x81\xa1a\x01"])
 @pytest.mark.parametrize("file", ["layer-x.entry", "overlay-x.entry"])
-def test_what_is_no_entry_is_put_aside(journal, tmp_path, content, file):
+def test_invalid_entry_file_is_put_aside(journal, tmp_path, content, file):
     (tmp_path / "state" / file).write_bytes(content)
     assert journal.read() == NOTHING
     assert len(journal.damaged()) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"\xc1", b"\x93\x01\x02\x03", b"\x81\xa1a\x01"])
-def test_what_is_no_beginning_is_put_aside(journal, tmp_path, content):
+def test_invalid_begun_file_is_put_aside(journal, tmp_path, content):
     (tmp_path / "state/batch-1.begun").write_bytes(content)
     assert journal.read() == NOTHING
     assert len(journal.damaged()) == 1

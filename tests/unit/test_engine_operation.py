@@ -57,7 +57,7 @@ def test_without_commit_even_success_is_undone(op):
     assert done == [1]
 
 
-def test_what_cannot_be_undone_is_told_and_its_record_stays():
+def test_failed_undo_is_reported_and_keeps_its_record():
     left, done = [], []
     deadline = Deadline(60.0)
     undos = {

@@ -16,7 +16,7 @@ _JSON = st.recursive(
 )
 
 
-def test_what_goes_out_comes_back():
+def test_call_error_survives_wire_round_trip():
     error = CallError(
         "busy", "in use", errno=errno.EBUSY, step="unmount", object="/run/a", hint="wait",
         kernel_log=("one", "two"),

@@ -386,7 +386,7 @@ def device(major: int, minor: int) -> Node:
         (node_with(xattrs={b"system.posix_acl_default": acl((64, 0, 0))}), "unknown tag 0x40"),
     ],
 )
-def test_what_ext4_cannot_hold_is_refused_by_name(node: Node, what: str) -> None:
+def test_ext4_image_refuses_unsupported_node_and_names_it(node: Node, what: str) -> None:
     with pytest.raises(
         CallError, match=f"cannot put 'd/x' into an ext4 image: it has .*{what}"
     ) as e:

@@ -562,7 +562,7 @@ def test_a_file_that_changes_meanwhile(tmp_path: Path, sample: Path) -> None:
     assert caught.value.code == "conflict"
 
 
-def test_what_the_format_cannot_hold_is_said_with_its_path() -> None:
+def test_erofs_image_refuses_unsupported_node_and_names_it() -> None:
     root = Node(stat.S_IFDIR | 0o755)
     root.children[b"x"] = Node(stat.S_IFREG | 0o644, xattrs={b"nfs4.acl": b"?"})
     with pytest.raises(CallError, match=r"'x'.*nfs4") as caught:

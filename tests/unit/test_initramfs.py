@@ -88,7 +88,7 @@ def unpack(report: InitramfsReport, target: Path) -> Path:
     return target
 
 
-def test_it_is_the_same_to_the_byte(spec: InitramfsSpec, tmp_path: Path) -> None:
+def test_initramfs_build_is_reproducible_byte_for_byte(spec: InitramfsSpec, tmp_path: Path) -> None:
     """Built here, and by another process with another hash seed and other modules loaded."""
     here = build_initramfs(spec, cache_dir=tmp_path / "here")
     script = (

@@ -103,7 +103,7 @@ def test_a_module_that_fails_says_how(project: Path) -> None:
 
 
 @pytest.mark.parametrize("alive", [False, True])
-def test_byte_code_does_not_depend_on_who_compiles(alive: bool) -> None:
+def test_byte_code_does_not_depend_on_the_compiling_process(alive: bool) -> None:
     """In another process, with other hash seeds, and with the same constants alive already.
 
     Reference counts of constants tell these apart, and marshal writes them down if it is let.

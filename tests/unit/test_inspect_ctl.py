@@ -123,7 +123,7 @@ def test_devices_are_sorted_as_numbers() -> None:
     assert sorted(nodes, key=natural_key) == ["/dev/dm-1", "/dev/dm-2", "/dev/dm-10", "/dev/sda"]
 
 
-def test_what_goes_wrong_is_told(run: Run) -> None:
+def test_inspect_command_reports_errors_with_exit_code(run: Run) -> None:
     failed = run("cat", "layer:base", "/nothing")
     assert failed.exit_code == 1
     assert "not_found" in failed.output

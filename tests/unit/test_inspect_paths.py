@@ -173,7 +173,7 @@ def test_a_component_that_is_too_long_is_told(guest: GuestAgent) -> None:
     assert "ENAMETOOLONG" in str(refused.value)
 
 
-def test_who_is_not_mounted_is_not_found(guest: GuestAgent) -> None:
+def test_lstat_of_unmounted_layer_or_overlay_is_not_found(guest: GuestAgent) -> None:
     for place in ({"layer_id": "nobody"}, {"overlay_id": "nobody"}):
         with pytest.raises(CallError) as refused:
             guest.fs_lstat("/", **place)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ def test_records() -> None:
         b"7,1,2,-;debug",
     ],
 )
-def test_what_is_no_message_of_the_kernel(record: bytes) -> None:
+def test_parse_record_ignores_malformed_records(record: bytes) -> None:
     assert parse_record(record) is None
 
 

@@ -396,7 +396,7 @@ def test_a_host_gets_what_was_logged_before_it_came(host: Host) -> None:
     shipper.close()
 
 
-def test_what_a_host_missed_is_sent_again_behind_what_it_has(host: Host) -> None:
+def test_log_resends_lines_after_the_last_line_of_the_host(host: Host) -> None:
     log = Log()
     host.listen()
     shipper = ship(log, host)
@@ -481,7 +481,7 @@ def test_the_last_lines_reach_a_host_that_listens(host: Host) -> None:
         assert [entry["text"] for entry in lines] == ["the last words"]
 
 
-def test_a_host_that_never_comes_keeps_nobody_waiting(host: Host) -> None:
+def test_shipper_closes_in_time_without_a_host(host: Host) -> None:
     shipper = ship(Log(), host)
     closing = threading.Thread(target=shipper.close)
     closing.start()

@@ -179,7 +179,7 @@ def test_a_later_version_is_refused_as_such(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"version": 1, "version": 1}', "[" * 100_000, "\x00", "\xff"]
 )
-def test_what_is_no_manifest(tmp_path: Path, text: str) -> None:
+def test_manifest_load_refuses_invalid_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "m").write_bytes(text.encode("latin-1"))
     with pytest.raises(CallError) as caught:
         Manifest.load(tmp_path / "m")

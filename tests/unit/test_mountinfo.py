@@ -92,7 +92,7 @@ def test_our_own_table() -> None:
 @pytest.mark.parametrize(
     "line", ["", "1 2 3", "a 1 0:1 / / rw - t s rw", "1 1 0:1 / / rw t s rw", "1 1 0:1 / / rw -"]
 )
-def test_what_is_no_line(line: str) -> None:
+def test_parse_line_refuses_malformed_lines(line: str) -> None:
     with pytest.raises(ValueError, match="not a line"):
         mountinfo.parse_line(line)
 

@@ -110,7 +110,7 @@ def test_an_output_needs_a_name(
         assert caught.value.code == "invalid"
 
 
-def test_what_becomes_a_link_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_new_file_does_not_replace_symlink_created_meanwhile(tmp_path: Path) -> None:
     block = new_file(tmp_path / "place")
     block.__enter__()
     make_link(tmp_path / "place")

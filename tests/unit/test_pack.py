@@ -286,7 +286,7 @@ def test_ids_are_unique_and_removal_is_exact(tmp_path: Path, layer: Path) -> Non
         assert caught.value.code == "invalid"
 
 
-def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+def test_pack_create_does_not_overwrite_existing_files(tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(b"precious")
     with pytest.raises(CallError) as caught:
         Pack.create(tmp_path / "p")

@@ -101,7 +101,7 @@ def test_the_kernel_at_hand_is_unpacked() -> None:
         (bzimage(lzma.compress(b"no ELF")), "invalid"),
     ],
 )
-def test_what_is_no_kernel(image: bytes, code: str) -> None:
+def test_unpack_kernel_refuses_invalid_images(image: bytes, code: str) -> None:
     with pytest.raises(CallError) as caught:
         unpack_kernel(image)
     assert caught.value.code == code
@@ -168,7 +168,7 @@ def test_usage(layout: Path, arguments: tuple[str, ...]) -> None:
     assert invoke("run", layout, *arguments).exit_code == 2
 
 
-def test_what_is_no_image(tmp_path: Path) -> None:
+def test_run_refuses_a_file_of_unknown_format(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("nothing of the kind")
     done = invoke("run", tmp_path / "text", "--vmm", "firecracker", "--directory", tmp_path / "to")
     assert done.exit_code == 1

@@ -41,14 +41,14 @@ def killed_run(temporary: Path, stdin: int, *words: str) -> Path:
     return Path(done.stdout.strip())
 
 
-def test_it_goes_with_the_run(temporary: Path) -> None:
+def test_run_directory_is_removed_with_the_run(temporary: Path) -> None:
     with run_directory("bed-") as run:
         (run.path / "file").touch()
         assert run.path.parent == temporary
     assert list(temporary.iterdir()) == []
 
 
-def test_what_a_killed_run_left_goes_with_the_next(temporary: Path) -> None:
+def test_next_run_removes_directory_of_killed_run(temporary: Path) -> None:
     left = killed_run(temporary, subprocess.DEVNULL)
     assert (left / "file").exists()
     with run_directory("bed-") as run:
@@ -73,7 +73,7 @@ def wait_until_unlocked(path: Path) -> None:
     os.close(fd)
 
 
-def test_what_others_have_stays(temporary: Path) -> None:
+def test_run_directory_leaves_foreign_directories_and_links(temporary: Path) -> None:
     """Directories of living processes, of other names, and links that pose as one."""
     dead = subprocess.Popen(["true"])
     dead.wait()

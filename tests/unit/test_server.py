@@ -85,7 +85,7 @@ def test_a_handler_that_breaks_its_contract_still_answers_and_costs_no_worker(se
         assert raised.acquire(timeout=20)
 
 
-def test_what_waits_behind_a_broken_handler_is_run(serve, monkeypatch):
+def test_worker_survives_handler_exception_and_runs_queued_requests(serve, monkeypatch):
     raised = threading.Semaphore(0)
     monkeypatch.setattr(threading, "excepthook", lambda _: raised.release())
     running = serve(workers=1)
@@ -181,7 +181,7 @@ def test_a_client_that_sends_on_past_a_limit_still_gets_the_answer(serve):
     ("data", "code"),
     [(b"\xc1", "invalid"), (msgpack.packb([2, "event", [{"a": bytes(1 << 20)}]])[:99], "resource")],
 )
-def test_what_ends_the_connection_waits_for_the_answers_in_flight(serve, data, code):
+def test_fatal_protocol_error_closes_after_replies_in_flight(serve, data, code):
     running = serve()
     peer = running.peer()
     peer.request(1, "gate")
@@ -280,7 +280,7 @@ def test_cancel_of_what_no_worker_has_come_to_is_answered_at_once(serve):
     assert [call.msgid for call in running.handler.calls] == [1, 3, 4]
 
 
-def test_nobody_cancels_the_requests_of_another(serve):
+def test_cancel_reaches_only_requests_of_its_own_connection(serve):
     running = serve()
     peer, other = running.peer(), running.peer()
     peer.request(1, "gate")
@@ -648,7 +648,7 @@ def test_a_wait_that_says_so_ends_with_its_connection(serve):
     assert [error.code for error in running.handler.errors] == ["cancelled"]
 
 
-def test_what_no_worker_had_come_to_is_dropped_with_its_connection(serve):
+def test_queued_requests_are_dropped_with_their_connection(serve):
     running = serve(workers=1)
     handler = running.handler
     first, second = running.peer(), running.peer()
@@ -677,7 +677,7 @@ def lines_with(running, text, other):
     raise AssertionError(running.lines)
 
 
-def test_who_does_not_read_is_cut_off_and_stalls_nobody(serve):
+def test_peer_that_does_not_read_is_disconnected_without_stalling_other_peers(serve):
     running = serve(limits=Limits(max_reply_bytes=512 * 1024), workers=2)
     slow, other = running.peer(), running.peer()
     for msgid in range(20):
@@ -688,7 +688,7 @@ def test_who_does_not_read_is_cut_off_and_stalls_nobody(serve):
     assert other.ask(2, "slow_echo") == {}
 
 
-def test_who_stops_reading_is_cut_off_in_time(serve, monkeypatch):
+def test_peer_that_stops_reading_is_disconnected_in_time(serve, monkeypatch):
     monkeypatch.setattr(vsock.server, "_STALL_SECONDS", 0.05)
     running = serve()
     slow, other = running.peer(), running.peer()
@@ -696,7 +696,7 @@ def test_who_stops_reading_is_cut_off_in_time(serve, monkeypatch):
     lines_with(running, "it took nothing for", other)
 
 
-def test_who_reads_late_gets_everything(serve):
+def test_peer_that_reads_late_gets_all_replies(serve):
     running = serve(limits=Limits(max_reply_bytes=128 * 1024))
     peer, other = running.peer(), running.peer()
 
@@ -722,7 +722,7 @@ def test_small_requests_with_large_answers_wait_for_the_reader(serve):
     assert peer.at_end()
 
 
-def test_notifications_reach_who_keeps_up_and_are_dropped_for_others(serve):
+def test_notifications_reach_fast_peers_and_are_dropped_for_slow_peers(serve):
     running = serve(limits=Limits(max_reply_bytes=64 * 1024))
     reader, slow = running.peer(), running.peer()
     reader.ask(1, "hello")
@@ -942,7 +942,7 @@ def test_the_server_is_cheap_to_import():
         [b"", b"\x94\x00\x01", b"\x94\x00\x01\xa4echo", b"\x94\x00\x01\xa4echo\x91\x81"]
     ),
 )
-def test_garbage_gets_messages_and_harms_nobody(fuzzed, pieces, prefix):
+def test_garbage_gets_only_valid_messages_and_leaves_other_peers_served(fuzzed, pieces, prefix):
     running, other = fuzzed
     peer, theirs = running.pair()
     running.server.add_stream(stream_of(theirs))
@@ -968,7 +968,7 @@ def fuzzed(serve):
     return running, running.peer()
 
 
-def test_what_a_signal_leaves_at_the_waker_has_the_server_look(serve):
+def test_signal_byte_at_the_waker_stops_the_server(serve):
     """As a signal does whose handler ran just before the server began to wait."""
     running = serve()
     waker_fd = os.dup(running.server.waker_fd)

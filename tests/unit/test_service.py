@@ -278,7 +278,7 @@ def test_events_say_of_which_boot_they_are(bed):
     assert (reply["boot_id"], reply["events"][0]["boot_id"]) == (boot_id, boot_id)
 
 
-def test_a_subscriber_that_does_not_read_holds_nobody_up(tmp_path):
+def test_subscriber_that_does_not_read_stalls_no_other_peer(tmp_path):
     """Its queue is bounded; what it missed is counted, for it and in the status."""
     bed = Bed(tmp_path, limits=Limits(max_reply_bytes=65536))
     try:

@@ -71,7 +71,7 @@ def test_bytes_go_both_ways_and_end(address, deadline):
             near.send(b"x")
 
 
-def test_nobody_waiting_blocks_nobody(address):
+def test_accept_without_pending_connection_does_not_block(address):
     with listen(address) as listener, pytest.raises(BlockingIOError):
         listener.accept()
 
@@ -123,14 +123,14 @@ def test_the_socket_file_is_private_and_goes_with_the_listener(address):
     assert not os.path.exists(address.path)
 
 
-def test_a_socket_file_that_nobody_answers_on_is_replaced(address, deadline):
+def test_listen_replaces_stale_socket_file(address, deadline):
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(address.path)
     with listen(address), dial(address, deadline):
         pass
 
 
-def test_a_socket_file_that_somebody_answers_on_stays(address, deadline):
+def test_listen_keeps_socket_file_of_living_listener(address, deadline):
     with listen(address) as first:
         with pytest.raises(OSError, match="a listener is there already") as caught:
             listen(address)
@@ -202,12 +202,12 @@ def test_a_dial_to_a_full_backlog_ends_at_the_deadline_or_the_cancel(address):
             listen(address)
 
 
-def test_a_past_deadline_dials_nobody(address):
+def test_dial_with_passed_deadline_fails(address):
     with listen(address), pytest.raises(CallError):
         dial(address, Deadline(0.0))
 
 
-def test_a_vsock_address_of_nobody_in_particular_cannot_be_dialled(deadline):
+def test_dial_refuses_vsock_address_without_cid(deadline):
     with pytest.raises(ValueError, match="vsock://any:5"):
         dial(VsockAddress(cid=None, port=5), deadline)
 
@@ -277,7 +277,7 @@ def test_hybrid_answer_in_pieces(vmm, deadline):
         assert read_exactly(stream, 1, deadline) == b"x"
 
 
-def test_hybrid_with_nobody_behind_says_so(vmm, deadline):
+def test_hybrid_dial_of_guest_port_without_listener_names_the_port(vmm, deadline):
     address, answer = vmm
     answer(requests=[])
     with pytest.raises(ConnectionClosed, match="no listener on guest port 1024"):

@@ -35,7 +35,7 @@ def test_values_may_hold_anything() -> None:
 @pytest.mark.parametrize(
     "message", [b"", b"\0", b"libudev\0\xfe\xed\xca\xfe", b"add", b"@/x", b"add@relative"]
 )
-def test_what_is_no_message(message: bytes) -> None:
+def test_uevent_parse_ignores_malformed_messages(message: bytes) -> None:
     assert parse(message) is None
 
 

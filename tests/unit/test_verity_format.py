@@ -679,12 +679,12 @@ def test_an_attached_image_is_busy(
     assert caught.value.code == "busy"
 
 
-def test_an_image_that_somebody_reads_is_formatted(image: Path) -> None:
+def test_format_image_accepts_image_open_for_reading(image: Path) -> None:
     with image.open("rb"):
         assert format_image(image).parameters.data_blocks == 700
 
 
-def test_nothing_else_is_looked_for_if_nobody_has_the_image_open(
+def test_format_image_skips_mount_search_if_image_is_not_open(
     image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fd = os.open(image, os.O_RDWR)

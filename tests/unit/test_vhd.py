@@ -116,7 +116,7 @@ def test_a_sidecar_survives_the_file(tmp_path: Path) -> None:
         "{" + " " * 70_000 + "}",
     ],
 )
-def test_what_is_no_sidecar(tmp_path: Path, text: str) -> None:
+def test_sidecar_load_refuses_invalid_text(tmp_path: Path, text: str) -> None:
     (tmp_path / "s").write_text(text)
     with pytest.raises(CallError) as caught:
         Sidecar.load(tmp_path / "s")

@@ -112,7 +112,7 @@ class TestDial:
         peer.sendall(b"pong")
         assert guest.receive(4) == b"pong"
 
-    def test_nobody_listens_on_the_host(self, device, guest):
+    def test_request_to_host_port_without_listener_is_reset(self, device, guest):
         guest.say(OP_REQUEST, 7000, 80)
         reset = guest.expect(OP_RST)
         assert (reset.src_port, reset.dst_port) == (80, 7000)
@@ -417,7 +417,7 @@ class TestHostileGuest:
     @pytest.mark.parametrize(
         "fields", [{"dst_cid": 3}, {"dst_cid": CID}, {"type": 2}, {"type": 0}, {"op": OP_RW}]
     )
-    def test_packets_to_nobody_are_reset(self, device, guest, fields):
+    def test_packets_to_unknown_destinations_are_reset(self, device, guest, fields):
         device.listen(8)
         guest.say(**({"op": OP_REQUEST, "guest_port": 7, "host_port": 8} | fields))
         assert guest.expect(OP_RST).dst_port == 7

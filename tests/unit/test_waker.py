@@ -68,7 +68,7 @@ def test_a_signal_handler_wakes_in_the_midst_of_a_wake(
     assert woken == [True, True]
 
 
-def test_nobody_is_there_once_it_is_closed(waker: Waker) -> None:
+def test_closed_waker_has_no_descriptors_and_wakes_nothing(waker: Waker) -> None:
     fds = (waker.fd, waker.signal_fd)
     waker.close()
     waker.close()

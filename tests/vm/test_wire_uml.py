@@ -80,7 +80,7 @@ def test_cancel_and_deadline(client):
     assert caught.value.code == "timeout"
 
 
-def test_nobody_listens_in_the_guest(bed):
+def test_client_connect_to_guest_port_without_listener_names_the_port(bed):
     with pytest.raises(ConnectionClosed, match="no listener on guest port 7777"):
         Client(bed.address(7777), connect_seconds=0.5)
 
@@ -119,7 +119,7 @@ def test_the_guest_dials_the_host(bed, client):
 
 
 @pytest.mark.parametrize("cid", ["host", "77"])
-def test_a_dial_to_nobody_fails_in_time(client, cid):
+def test_guest_dial_of_host_port_without_listener_fails_in_time(client, cid):
     started = time.monotonic()
     address = {"address": f"vsock://{cid}:6666", "seconds": 5.0}
     ended = client.call("dial", address, timeout_seconds=60)
