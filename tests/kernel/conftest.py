@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import re
 import struct
 import subprocess
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.beds import loopbed
+from tests.beds.veritybed import VerityImage, make_verity_image
 
 # linux/dm-ioctl.h: _IOWR(0xfd, 2, struct dm_ioctl), asked for without the code under test
 DM_LIST_DEVICES = 0xC138FD02
@@ -22,18 +22,6 @@ _DM_BUFFER_BYTES = 64 * 1024
 _SETTLE_SECONDS = 3.0
 
 Tree = Mapping[str, bytes]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerityImage:
-    """An image with the hash tree that veritysetup put behind its data, superblock included."""
-
-    path: Path
-    root_digest: bytes
-    salt: bytes
-    hash_offset_bytes: int
-    data_blocks: int
-    size_bytes: int
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -161,31 +149,6 @@ def verity_image() -> Callable[..., VerityImage]:
     The data is padded to whole blocks of 4096 bytes first.
     """
     return make_verity_image
-
-
-def make_verity_image(image: Path, *options: str) -> VerityImage:
-    """Format ``image`` in place with veritysetup."""
-    data_bytes = -(-image.stat().st_size // 4096) * 4096
-    os.truncate(image, data_bytes)
-    output = _run(
-        "veritysetup", "format", f"--hash-offset={data_bytes}",
-        f"--data-blocks={data_bytes // 4096}", *options, str(image), str(image),
-    )  # fmt: skip
-    salt = _field(output, "Salt")
-    return VerityImage(
-        path=image,
-        root_digest=bytes.fromhex(_field(output, "Root hash")),
-        salt=b"" if salt == "-" else bytes.fromhex(salt),
-        hash_offset_bytes=data_bytes,
-        data_blocks=int(_field(output, "Data blocks")),
-        size_bytes=image.stat().st_size,
-    )
-
-
-def _field(output: str, name: str) -> str:
-    match = re.search(rf"^{name}:\s*(\S+)$", output, re.MULTILINE)
-    assert match is not None, output
-    return match.group(1)
 
 
 def _run(*argv: str) -> str:

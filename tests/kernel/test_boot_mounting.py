@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import VerityImage
 
 from guestagent.boot.mounting import mount_plan
 from guestagent.boot.plan import plan_boot
@@ -13,6 +12,7 @@ from guestagent.config import parse_command_line, read_settings
 from guestagent.engine.engine import Engine
 from guestagent.storage.mountinfo import mounts_by_target
 from tests.beds.agentbed import World, settled_world
+from tests.beds.veritybed import VerityImage
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

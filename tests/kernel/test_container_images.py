@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_images import assert_same, facts, mounted
 
 from rootfs.image.images import build_image, build_layers
 from tests.beds import dmbed
 from tests.beds.containerbed import ContainerImage, make_container_image
+from tests.beds.treebed import assert_same, file_facts, mounted
 
 pytestmark = pytest.mark.kernel
 
@@ -27,7 +27,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ContainerImage]:
 
 @pytest.fixture(scope="module")
 def unpacked(image: ContainerImage) -> dict[str, dict[str, object]]:
-    return facts(image.unpacked)
+    return file_facts(image.unpacked)
 
 
 @pytest.mark.parametrize("filesystem", ["erofs", "ext4"])
@@ -39,7 +39,7 @@ def test_what_umoci_writes_is_what_umoci_unpacks(
 ) -> None:
     built = build_image(image.layout, tmp_path / "image", filesystem=filesystem)
     with mounted(built.path, filesystem, tmp_path / "mnt") as target:
-        assert_same(facts(target), unpacked)
+        assert_same(file_facts(target), unpacked)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_an_overlay_of_the_layers_shows_what_umoci_unpacks(
         options = f"xino=on,lowerdir={lowerdirs}"  # numbers of inodes that differ
         dmbed.run("mount", "-t", "overlay", "-o", options, "overlay", tmp_path / "overlay")
         stack.callback(dmbed.run, "umount", tmp_path / "overlay")
-        assert_same(_seen(facts(tmp_path / "overlay")), _seen(unpacked))
+        assert_same(_seen(file_facts(tmp_path / "overlay")), _seen(unpacked))
 
 
 def _seen(found: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:

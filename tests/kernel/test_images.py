@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import gzip
-import hashlib
 import itertools
 import os
 import socket
@@ -11,7 +10,6 @@ import stat
 import struct
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,10 +19,10 @@ from rootfs.image.ext4_directory import name_hash
 from rootfs.image.images import build_image, build_layers
 from rootfs.image.tartree import Whiteouts
 from rootfs.image.tree import FdContent, Node
-from rootfs.pack.manifest import ManifestLayer
 from rootfs.pack.pack import Pack
 from tests.beds import dmbed
 from tests.beds.imagebed import Layout, Member, directory, make_tar
+from tests.beds.treebed import assert_same, file_facts, mounted
 from vsock.errors import CallError
 
 pytestmark = pytest.mark.kernel
@@ -33,22 +31,6 @@ pytestmark = pytest.mark.kernel
 @pytest.fixture(scope="module", autouse=True)
 def _own_mounts() -> None:
     dmbed.isolate_mounts()
-
-
-@contextmanager
-def mounted(
-    image: Path, filesystem: str, target: Path, layer: ManifestLayer | None = None
-) -> Iterator[Path]:
-    """Mount an image, or a layer of a pack."""
-    target.mkdir(exist_ok=True)
-    options = "ro,loop"
-    if layer is not None:
-        options += f",offset={layer.offset_bytes},sizelimit={layer.size_bytes}"
-    dmbed.run("mount", "-t", filesystem, "-o", options, image, target)
-    try:
-        yield target
-    finally:
-        dmbed.run("umount", target)
 
 
 def make_everything(top: Path) -> Path:
@@ -95,47 +77,6 @@ def set_attributes(top: Path) -> None:
     os.setxattr(top / "short", "trusted.link", b"on a link", follow_symlinks=False)
 
 
-def facts(top: Path, *, exact_times: bool = True) -> dict[str, dict[str, object]]:
-    """Return all that the kernel tells of a tree."""
-    found: dict[str, dict[str, object]] = {}
-    groups: dict[int, str] = {}
-    names = [str(top)]
-    for parent, directories, files in os.walk(top):
-        names += sorted(os.path.join(parent, name) for name in directories + files)
-    for name in names:
-        info = os.lstat(name)
-        path = os.path.relpath(name, top)
-        attributes = os.listxattr(name, follow_symlinks=False)
-        entry: dict[str, object] = {
-            "mode": oct(info.st_mode),
-            "owner": (info.st_uid, info.st_gid),
-            "mtime": info.st_mtime_ns if exact_times else info.st_mtime_ns // 10**9,
-            "links": info.st_nlink,
-            "inode of": groups.setdefault(info.st_ino, path),
-            "xattrs": {each: os.getxattr(name, each, follow_symlinks=False) for each in attributes},
-        }
-        if stat.S_ISREG(info.st_mode):
-            digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
-            entry["content"] = (info.st_size, digest)
-        elif stat.S_ISLNK(info.st_mode):
-            entry["content"] = (info.st_size, os.readlink(name))
-        elif stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode):
-            entry["rdev"] = info.st_rdev
-        found[path] = entry
-    return found
-
-
-def assert_same(image: dict[str, dict[str, object]], source: dict[str, dict[str, object]]) -> None:
-    assert sorted(image) == sorted(source)
-    differing = {
-        (path, fact): (image[path][fact], source[path][fact])
-        for path in source
-        for fact in source[path]
-        if image[path][fact] != source[path][fact]
-    }
-    assert differing == {}
-
-
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The tree, on ext4: the tmpfs of older kernels has no attributes of users."""
@@ -159,14 +100,14 @@ def test_every_kind_of_inode_in_erofs(tmp_path: Path, everything: Path, inline_t
     os.chdir(tmp_path)
     build_image(everything, tmp_path / "image", inline_tails=inline_tails)
     with mounted(tmp_path / "image", "erofs", tmp_path / "mnt") as target:
-        assert_same(facts(target), facts(everything))
+        assert_same(file_facts(target), file_facts(everything))
     (everything / "socket").unlink()
 
 
 def test_every_kind_of_inode_in_ext4(tmp_path: Path, everything: Path) -> None:
     build_image(everything, tmp_path / "image", filesystem="ext4")
     with mounted(tmp_path / "image", "ext4", tmp_path / "mnt") as target:
-        assert_same(facts(target), facts(everything))
+        assert_same(file_facts(target), file_facts(everything))
 
 
 #: Two names of one hash in a file system of this UUID.
@@ -259,8 +200,8 @@ def test_every_kind_of_inode_in_squashfs(
 ) -> None:
     build_image(everything, tmp_path / "image", filesystem="squashfs", compression=compression)
     with mounted(tmp_path / "image", "squashfs", tmp_path / "mnt") as target:
-        image = facts(target, exact_times=False)
-    source = facts(everything, exact_times=False)
+        image = file_facts(target, exact_times=False)
+    source = file_facts(everything, exact_times=False)
     if not any(each["xattrs"] for each in image.values()):
         # this kernel's squashfs is built without attributes; unsquashfs sees them in tests/unit
         for each in source.values():
@@ -273,7 +214,7 @@ def test_a_tar_by_gnu_tar_makes_the_same_tree(tmp_path: Path, everything: Path) 
     dmbed.run(*command, "-cf", tmp_path / "all.tar", "-C", everything, ".")
     build_image(tmp_path / "all.tar", tmp_path / "image", whiteouts=Whiteouts.KEEP)
     with mounted(tmp_path / "image", "erofs", tmp_path / "mnt") as target:
-        assert_same(facts(target), facts(everything))
+        assert_same(file_facts(target), file_facts(everything))
 
 
 @pytest.mark.parametrize("filesystem", ["erofs", "squashfs", "ext4"])
@@ -372,9 +313,9 @@ def test_an_overlay_of_layers_shows_what_the_image_means(
             assert files(tmp_path / "overlay") == SHOWN
             assert (tmp_path / "overlay/tmp").stat().st_mode & 0o7777 == 0o1777
             assert not (tmp_path / "overlay/whole").exists()
-            modes = {path: each["mode"] for path, each in facts(merged).items()}
+            modes = {path: each["mode"] for path, each in file_facts(merged).items()}
             assert {
-                path: each["mode"] for path, each in facts(tmp_path / "overlay").items()
+                path: each["mode"] for path, each in file_facts(tmp_path / "overlay").items()
             } == modes
         finally:
             dmbed.run("umount", tmp_path / "overlay")

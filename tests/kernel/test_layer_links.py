@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from test_images import assert_same, facts, mounted
 
 from rootfs.image.images import build_layers
 from tests.beds import dmbed
 from tests.beds.containerbed import run
 from tests.beds.imagebed import Layout, Member, directory, hard_link, symlink
+from tests.beds.treebed import assert_same, file_facts, mounted
 
 pytestmark = pytest.mark.kernel
 
@@ -59,7 +59,7 @@ def _compare(top: Path, layers: Sequence[Sequence[Member]]) -> None:
         layout.layer(each, "+gzip")
     layout.image(annotations={"org.opencontainers.image.ref.name": "app"}).finish()
     run("umoci", "unpack", "--image", f"{top}/layout:app", top / "bundle")
-    unpacked = facts(top / "bundle/rootfs")
+    unpacked = file_facts(top / "bundle/rootfs")
     with contextlib.ExitStack() as stack:
         images = build_layers(top / "layout", top)
         places = [
@@ -71,7 +71,7 @@ def _compare(top: Path, layers: Sequence[Sequence[Member]]) -> None:
         options = f"xino=on,lowerdir={lowerdirs}"
         dmbed.run("mount", "-t", "overlay", "-o", options, "overlay", top / "overlay")
         stack.callback(dmbed.run, "umount", top / "overlay")
-        assert_same(_seen(facts(top / "overlay")), _seen(unpacked))
+        assert_same(_seen(file_facts(top / "overlay")), _seen(unpacked))
 
 
 def _seen(found: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:

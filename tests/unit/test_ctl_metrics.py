@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_metrics import check, full, samples
 
 from guestagent.host.ctl.exporter import Exporter, MetricsServer
 from guestagent.host.ctl.exposition import merged, parsed, quantile, step_timings
 from tests.beds.handlebed import WAIT_SECONDS, Agent
+from tests.beds.metricsbed import check, full, samples
 from vsock.errors import ConnectionClosed
 
 ONE = "# HELP a_total a\n# TYPE a_total counter\na_total 1\n"

@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine_journal import layer
 
 from guestagent.api import ByteRange, OverlaySpec
 from guestagent.engine.inventory import Inventory, LiveOverlay, PathClaims
+from tests.beds.enginebed import layer
 from vsock.errors import CallError
 
 STATE = "/run/guestagent"

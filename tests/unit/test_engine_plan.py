@@ -1,7 +1,6 @@
 """Plans: pure decisions, refusals before anything exists, and lines that can be read."""
 
 import pytest
-from test_engine_journal import DEVICE
 
 from guestagent.api import ByteRange, LayerSpec, PathDevice, PmemDevice, ScsiDevice, VirtioBlkDevice
 from guestagent.api import Verity as VerityRequest
@@ -16,6 +15,7 @@ from guestagent.engine.plan import (
     verity_options,
 )
 from guestagent.storage.verity import VerityParameters
+from tests.beds.enginebed import DEVICE
 from vsock.errors import CallError
 
 ROOT = bytes(range(32))

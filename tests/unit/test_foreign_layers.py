@@ -11,9 +11,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_bad_input import guestctl
 
 from rootfs.imagefile.vhd import FOOTER_BYTES
+from tests.beds.ctlbed import guestctl
 from tests.beds.imagebed import Member, make_tar
 
 FIXED_DISK = 2

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from test_tar import facts
 
 from rootfs.image.images import build_image, build_layers
 from rootfs.image.source import SourceOptions, open_source
@@ -27,6 +26,7 @@ from tests.beds.imagebed import (
     make_tar,
     symlink,
 )
+from tests.beds.treebed import node_facts
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -53,7 +53,7 @@ def read(
             for path, node in walk(layer.root):
                 names.setdefault(id(node), set()).add(os.fsdecode(b"/".join(path)))
             linked = {frozenset(each) for each in names.values() if len(each) > 1}
-            found.append((facts(layer.root), linked))
+            found.append((node_facts(layer.root), linked))
     return found
 
 

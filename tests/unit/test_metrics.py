@@ -1,41 +1,11 @@
 """The metrics: right numbers in the right form, judged by promtool."""
 
-import subprocess
 import threading
-from pathlib import Path
 
 import pytest
 
-from guestagent.observe.metrics import BUCKETS_SECONDS, FAMILIES, Collector, Metrics
-
-PROMTOOL = Path(__file__).parents[2] / ".cache/tools/prometheus/usr/bin/promtool"
-
-
-def samples(text: str) -> dict[str, float]:
-    return {
-        line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
-        for line in text.splitlines()
-        if not line.startswith("#")
-    }
-
-
-def check(text: str) -> None:
-    """Have Prometheus's own linter read it."""
-    done = subprocess.run(
-        [PROMTOOL, "check", "metrics"], input=text, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def full() -> Metrics:
-    metrics = Metrics()
-    for family in FAMILIES.values():
-        labels = tuple(f'a "{label}"\\\n' for label in family.labels)
-        if family.kind == "counter":
-            metrics.count(family.name, *labels)
-        elif family.kind == "histogram":
-            metrics.observe(family.name, 0.02, *labels)
-    return metrics
+from guestagent.observe.metrics import BUCKETS_SECONDS, Collector, Metrics
+from tests.beds.metricsbed import check, full, samples
 
 
 def test_a_histogram_counts_where_it_belongs() -> None:

@@ -1,7 +1,6 @@
 """Signatures: openssl accepts ours, ours accepts openssl's, and nothing else passes."""
 
 import contextlib
-import datetime
 import hashlib
 import json
 import shutil
@@ -10,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +18,7 @@ from rootfs.pack.canonical import canonical_bytes, parse_json
 from rootfs.pack.keys import PrivateKey, load_certificate, load_private_key, load_public_key
 from rootfs.pack.pkcs7 import sign_root_digest, verify_root_digest
 from rootfs.pack.signing import Signature, key_id, sign_manifest, verify_manifest
+from tests.beds.keybed import certificate_of, write_certificate, write_key, write_public
 from vsock.errors import CallError
 
 needs_openssl = pytest.mark.skipif(
@@ -37,43 +36,6 @@ json_values: st.SearchStrategy[object] = st.recursive(
     ),
     max_leaves=8,
 )
-
-
-def write_key(path: Path, key: PrivateKey, password: bytes | None = None) -> Path:
-    encryption: serialization.KeySerializationEncryption = (
-        serialization.BestAvailableEncryption(password)
-        if password
-        else serialization.NoEncryption()
-    )
-    pkcs8 = serialization.PrivateFormat.PKCS8
-    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, pkcs8, encryption))
-    return path
-
-
-def write_public(path: Path, key: PrivateKey) -> Path:
-    public = serialization.PublicFormat.SubjectPublicKeyInfo
-    path.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, public))
-    return path
-
-
-def certificate_of(key: PrivateKey, serial: int = 0x80FF) -> x509.Certificate:
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "layer signer ü")])
-    start = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(serial)
-        .not_valid_before(start)
-        .not_valid_after(start + datetime.timedelta(days=20000))
-        .sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256())
-    )
-
-
-def write_certificate(path: Path, certificate: x509.Certificate) -> Path:
-    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from rootfs.image.tar import TarEntry, TarReader
 from rootfs.image.tartree import TarTree, Whiteouts
 from rootfs.image.tarwriter import write_tar
-from rootfs.image.tree import Node, read_content, walk
 from tests.beds.imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
+from tests.beds.treebed import node_facts
 from vsock.errors import CallError
 
 
@@ -47,23 +47,7 @@ def tree(data: bytes, whiteouts: Whiteouts = Whiteouts.KEEP) -> dict[str, object
     with memory(data) as fd:
         made = TarTree(whiteouts)
         made.add_layer(TarReader(fd, size_bytes=len(data)), fd)
-        return facts(made.root)
-
-
-def facts(root: Node) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for path, node in walk(root):
-        content = b"".join(read_content(node.content, b"")) if node.is_regular else node.target
-        found[os.fsdecode(b"/".join(path))] = (
-            oct(node.mode),
-            node.uid,
-            node.gid,
-            node.mtime_ns,
-            node.rdev,
-            content,
-            node.xattrs,
-        )
-    return found
+        return node_facts(made.root)
 
 
 EVERYTHING = [

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from rootfs.cli.layer import COMMANDS, LAYER_COMMANDS
 from rootfs.verity.formatter import derive_identity
-from tests.unit import test_signing as signing
+from tests.beds.keybed import certificate_of, write_certificate, write_key, write_public
 
 NOISE = random.Random(3).randbytes(300 * 4096)
 EVERYTHING = click.Group("guestctl", commands=[*LAYER_COMMANDS, *COMMANDS])
@@ -144,8 +144,8 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
 
 def test_signing_a_manifest(tmp_path: Path) -> None:
     key = ed25519.Ed25519PrivateKey.generate()
-    private = signing.write_key(tmp_path / "key", key, b"secret")
-    public = signing.write_public(tmp_path / "public", key)
+    private = write_key(tmp_path / "key", key, b"secret")
+    public = write_public(tmp_path / "public", key)
     password = tmp_path / "password"
     password.write_text("secret\n")
     manifest = tmp_path / "manifest.json"
@@ -166,9 +166,9 @@ def test_signing_a_manifest(tmp_path: Path) -> None:
 
 def test_signing_a_root_digest(tmp_path: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
-    certificate: x509.Certificate = signing.certificate_of(key)
-    private = signing.write_key(tmp_path / "key", key)
-    named = signing.write_certificate(tmp_path / "crt", certificate)
+    certificate: x509.Certificate = certificate_of(key)
+    private = write_key(tmp_path / "key", key)
+    named = write_certificate(tmp_path / "crt", certificate)
     place = ("--certificate", str(named), "--signature", str(tmp_path / "p7s"))
     assert run("sign", "--key", private, *place, "--root-digest", "ab" * 32).exit_code == 0
     assert run("sign", "--verify", *place, "--root-digest", "ab" * 32).exit_code == 0

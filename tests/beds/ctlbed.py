@@ -1,0 +1,41 @@
+"""The command line of guestctl, run in this process as a user runs it."""
+
+import contextlib
+import io
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from guestagent.host.ctl import main
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What a command left: its exit status and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def guestctl(place: Path, *words: str, limit_bytes: int | None = None) -> Done:
+    """Run a command line; ``limit_bytes`` ends every file there, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(place))
+        stack.enter_context(mock.patch.object(sys, "argv", ["guestctl", "--json", *words]))
+        stack.enter_context(contextlib.redirect_stdout(stdout))
+        stack.enter_context(contextlib.redirect_stderr(stderr))
+        if limit_bytes is not None:
+            stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+        ended = stack.enter_context(pytest.raises(SystemExit))
+        main()
+    return Done(
+        returncode=int(ended.value.code or 0), stdout=stdout.getvalue(), stderr=stderr.getvalue()
+    )
