@@ -400,8 +400,10 @@ class Overlays:
     def _refuse_read_only(self, live: LiveOverlay, op: Transaction) -> None:
         """The kernel mounts an overlay read-only, without an error, where it cannot use its work
         directory."""
+        if live.scratch is None:
+            return
         mount = find_mount(live.spec.mount_point)
-        if live.scratch is None or mount is None or "ro" not in mount.super_options:
+        if mount is None or "ro" not in mount.super_options:
             return
         raise CallError(
             "mount",

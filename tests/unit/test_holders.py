@@ -57,6 +57,19 @@ def test_all_that_stands_on_it(roots: tuple[Path, Path]) -> None:
     ]
 
 
+@pytest.mark.parametrize(("flags", "is_looked_at"), [(2129984, False), (4194560, True)])
+def test_only_children_of_a_kernel_thread_are_left_out(
+    roots: tuple[Path, Path], flags: int, is_looked_at: bool
+) -> None:
+    """In a process namespace, process 2 is a process like the others, whatever its name."""
+    proc, sys_root = roots
+    (proc / "2/task/2").mkdir(parents=True)
+    (proc / "2/stat").write_text(f"2 (kthreadd) S 0 0 0 0 -1 {flags} 0 0 0\n")
+    (proc / "2/task/2/children").write_text("3 77 ")
+    found = find_holders(DEV, Deadline(5), proc_root=str(proc), sys_root=str(sys_root))
+    assert ("process" in {holder.kind for holder in found}) == is_looked_at
+
+
 def test_the_deadline_ends_the_search(roots: tuple[Path, Path]) -> None:
     proc, sys_root = roots
     found = find_holders(DEV, Deadline(0.0), proc_root=str(proc), sys_root=str(sys_root))
