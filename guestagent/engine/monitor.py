@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable
 
+from guestagent.engine.inventory import LiveLayer
 from guestagent.engine.state import EngineState
 from guestagent.storage.uevents import Uevent, UeventSocket
 from vsock.deadline import Deadline
@@ -15,6 +16,8 @@ __all__ = ("Monitor",)
 
 #: What dm-verity adds to a change event: "0,BLOCK" for data, "1,BLOCK" for metadata.
 _VERITY_FIELD = "DM_VERITY_ERR_BLOCK_NR"
+#: dm-verity reports so many errors of a device and no more (DM_VERITY_MAX_CORRUPTED_ERRS).
+_MAX_REPORTS = 100
 
 
 class Monitor:
@@ -24,6 +27,8 @@ class Monitor:
         self._state = state
         self._until = Deadline()
         self._socket = UeventSocket(is_about_disks=True)
+        #: Layer -> its mount id, and the blocks that the kernel has reported of that mount.
+        self._reports: dict[str, tuple[int, list[str]]] = {}
         self._thread = threading.Thread(target=self._run, name="uevents", daemon=True)
 
     def start(self) -> None:
@@ -66,17 +71,32 @@ class Monitor:
             step = live.plan.verity
             info = self._state.control.find(name=step.name) if step else None
             if info is not None and os.path.basename(info.node) == dm_node:
-                layer_id = live.spec.layer_id
-                self._state.inventory.set_layer_state(layer_id, "corrupted")
-                problem = f"layer {layer_id!r} is corrupted: a {what} does not verify"
-                self._state.inventory.note_problem(f"layer {layer_id}", problem)
-                self._state.events.publish(
-                    "layer_corrupted",
-                    layer_id=live.spec.layer_id,
-                    device=info.node,
-                    block=int(block) if block.isdigit() else None,
-                    detail=f"{what} {block} does not verify",
-                )
+                self._note_corruption(live, info.node, what, block)
+
+    def _note_corruption(self, live: LiveLayer, node: str, what: str, block: str) -> None:
+        """Publish a corrupt block once; the kernel reports it at each read of it."""
+        layer_id, inventory = live.spec.layer_id, self._state.inventory
+        mount_id, reports = self._reports.get(layer_id, (0, []))
+        if mount_id != live.mount_id:
+            kept = {k: v for k, v in self._reports.items() if inventory.layer(k) is not None}
+            reports = []
+            self._reports = {**kept, layer_id: (live.mount_id, reports)}
+        detail = f"{what} {block} does not verify"
+        is_known = detail in reports
+        reports.append(detail)
+        if len(reports) == _MAX_REPORTS:
+            detail += "; the kernel reports no more of this layer, layer.verify finds all"
+        elif is_known:
+            return
+        inventory.set_layer_state(layer_id, "corrupted")
+        inventory.note_problem(f"layer {layer_id}", f"layer {layer_id!r} is corrupted: {detail}")
+        self._state.events.publish(
+            "layer_corrupted",
+            layer_id=layer_id,
+            device=node,
+            block=int(block) if block.isdigit() else None,
+            detail=detail,
+        )
 
     def _vanished(self, event: Uevent) -> None:
         node = f"/dev/{os.path.basename(event.devpath)}"

@@ -1,5 +1,6 @@
 """What happens is told: corruption within a second, disks that come and go, numbered on and on."""
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -93,6 +94,30 @@ def test_a_corrupt_block_is_told_within_a_second(bed: EngineBed, pack: Pack) -> 
         verified = bed.engine.layers.verify("layer0", op, lambda done, total: None)
     assert verified.corrupt_blocks == (block,)
     assert verified.status == "C"
+
+
+def test_a_corrupt_block_is_published_once_and_the_limit_of_the_kernel_told(
+    bed: EngineBed, pack: Pack
+) -> None:
+    """dm-verity reports a block at each read of it, 100 times a device, and then no more."""
+    with bed.operation() as op:
+        report = bed.engine.layers.mount(pack.spec(0), op)
+    block = block_of_marker(pack, 0)
+    corrupt(pack, 0, block)
+    heard = Heard()
+    bed.engine.events.listen(heard)
+    for _ in range(120):
+        with contextlib.suppress(OSError):
+            Path(report.target, "who").read_bytes()
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+    with heard._changed:
+        assert heard._changed.wait_for(lambda: len(heard.events) > 1, WAIT_SECONDS)
+    events = [each for each in bed.engine.events.since(0)[0] if each.kind == "layer_corrupted"]
+    said = f"data block {block} does not verify"
+    assert [each.detail for each in events] == [
+        said,
+        f"{said}; the kernel reports no more of this layer, layer.verify finds all",
+    ]
 
 
 def test_a_layer_that_is_corrupt_from_the_start_is_refused(bed: EngineBed, pack: Pack) -> None:
