@@ -20,8 +20,10 @@ from guestagent.engine.teardown import (
 )
 from guestagent.engine.transaction import Transaction
 from guestagent.storage import syscalls
+from guestagent.storage.holders import find_holders
 from guestagent.storage.mountinfo import Mount, mounts_by_target, mounts_of_dev
 from guestagent.storage.overlayfs import remove_links
+from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
 from vsock.record import Record
@@ -42,6 +44,9 @@ __all__ = (
     "undo_orphan",
     "undo_overlay",
 )
+
+#: Looking for the holders of an overlay reads all of /proc.
+_HOLDER_SECONDS = 2.0
 
 
 class Recovered(Record):
@@ -116,10 +121,11 @@ def _recover_overlays(
     state: EngineState, kernel: KernelView, written: Written, whole_layers: set[str]
 ) -> list[str]:
     half = list(written.begun_overlays)
+    targets = {overlay.spec.mount_point for overlay in written.overlays}
     for overlay in written.overlays:
         if whole_layers.issuperset(overlay.spec.layers) and overlay_is_there(kernel, overlay):
             _adopt_overlay(state, _as_mounted(kernel, overlay))
-        elif _is_held(kernel, overlay):
+        elif _is_held(kernel, overlay, others=targets - {overlay.spec.mount_point}):
             _adopt_overlay(state, overlay)
         else:
             half.append(overlay)
@@ -156,11 +162,22 @@ def _as_mounted(kernel: KernelView, live: "Live") -> "Live":
     return live.replace(mount_id=kernel.mounts[live.spec.mount_point].mount_id)
 
 
-def _is_held(kernel: KernelView, live: LiveOverlay) -> bool:
+def _is_held(kernel: KernelView, live: LiveOverlay, *, others: set[str]) -> bool:
     """Return whether an overlay that is not mounted any more is still in use, by a process inside
-    or by another mount namespace: its scratch is not free until it is unmounted here as well."""
-    is_free = live.spec.mount_point not in kernel.mounts
-    return is_free and bool(live.dev) and syscalls.has_superblock(live.dev) is True
+    or by another mount namespace: its scratch is not free until it is unmounted here as well.
+
+    The kernel gives the number of a file system that is gone to the next one. So a number that is
+    in use is not enough: a mount of ours may have it by now, and it must have a holder.
+    """
+    if live.spec.mount_point in kernel.mounts or not live.dev:
+        return False
+    mounts = [mount for mount in kernel.mounts.values() if mount.dev == live.dev]
+    if any(mount.filesystem != "overlay" or mount.target in others for mount in mounts):
+        return False
+    if syscalls.has_superblock(live.dev) is not True:
+        return False
+    with Deadline(_HOLDER_SECONDS) as deadline:
+        return bool(find_holders(live.dev, deadline))
 
 
 def _adopt_layer(state: EngineState, live: LiveLayer) -> None:

@@ -241,6 +241,29 @@ def test_an_overlay_that_is_in_use_through_a_restart(
         assert bed.engine.problems() == ()
 
 
+def test_restart_does_not_take_a_reused_number_for_an_overlay_in_use(
+    bed: EngineBed, tmp_path: Path, pack: Pack
+) -> None:
+    """The kernel gives the number of an overlay that is gone to the next file system."""
+    with bed.operation() as op:
+        bed.engine.layers.mount(pack.spec(0), op)
+        report = bed.engine.overlays.mount(overlay("o", "layer0"), op)
+    number = os.stat(report.target).st_dev
+    subprocess.run(["umount", report.target], check=True)
+    with contextlib.ExitStack() as stack:
+        for name in map(str, range(16)):
+            (tmp_path / name).mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path / name], check=True)
+            stack.callback(subprocess.run, ["umount", tmp_path / name], check=True)
+            if os.stat(tmp_path / name).st_dev == number:
+                break
+        else:
+            pytest.fail("no file system got the number of the overlay")
+        bed.reopen()
+        assert bed.engine.overlays.list() == ()
+        assert bed.engine.problems() == ()
+
+
 def test_a_process_elsewhere_keeps_its_mount(bed: EngineBed, plain: LayerSpec) -> None:
     """The mount point is not removed: the kernel would unmount it in every namespace."""
     with bed.operation() as op:
