@@ -13,17 +13,12 @@ import threading
 
 from vsock.closeable import Closeable
 
-__all__ = ("Waker", "block_signals", "start_thread")
+__all__ = ("Waker", "start_thread")
 
 #: Signals that interrupt or end a program, or tell it of its terminal.
 _SIGNALS = (
     _signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGWINCH,
 )  # fmt: skip
-
-
-def block_signals() -> None:
-    """Leave these signals to others for good: for a process that ends with the one it serves."""
-    _signal.pthread_sigmask(_signal.SIG_BLOCK, _SIGNALS)
 
 
 def start_thread(thread: threading.Thread) -> None:
