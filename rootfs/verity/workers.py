@@ -23,8 +23,6 @@ from vsock.errors import CallError
 __all__ = ("available_cores", "run")
 
 Task = TypeVar("Task")
-#: What a task returned, or the wire form of a CallError, which pickle cannot make again.
-Outcome = bytes | dict[str, object]
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
@@ -74,7 +72,7 @@ def _run_in_pool(
     deadline: Deadline,
     step: str,
 ) -> None:
-    done: deque[tuple[int, Future[Outcome]]] = deque()
+    done: deque[tuple[int, Future[bytes]]] = deque()
     with contextlib.ExitStack() as cleanup:
         wake = os.eventfd(0, os.EFD_CLOEXEC)
         cleanup.callback(os.close, wake)
@@ -89,13 +87,10 @@ def _run_in_pool(
                 deadline.wait((wake,), step)
                 os.eventfd_read(wake)
             index, future = done.popleft()
-            outcome = future.result()
-            if isinstance(outcome, dict):
-                raise CallError.from_wire(outcome)
-            on_done(index, outcome)
+            on_done(index, future.result())
 
 
-def _note(done: "deque[Any]", wake: int, index: int, future: "Future[Outcome]") -> None:
+def _note(done: "deque[Any]", wake: int, index: int, future: "Future[bytes]") -> None:
     done.append((index, future))
     os.eventfd_write(wake, 1)
 
@@ -146,10 +141,7 @@ def _begin(tasks: Sequence[Any], make_worker: Callable[[], Callable[[Any], bytes
     _mine.tasks, _mine.make_worker = tasks, make_worker
 
 
-def _do(index: int) -> Outcome:
-    try:
-        if _mine.work is None:
-            _mine.work = _mine.make_worker()
-        return _mine.work(_mine.tasks[index])
-    except CallError as problem:
-        return problem.to_wire()
+def _do(index: int) -> bytes:
+    if _mine.work is None:
+        _mine.work = _mine.make_worker()
+    return _mine.work(_mine.tasks[index])
