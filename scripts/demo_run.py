@@ -30,6 +30,7 @@ from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
 from rootfs.pack.manifest import ManifestLayer, layer_spec
 from rootfs.pack.pack import Pack, manifest_path_of
 from rootfs.verity.formatter import format_image
+from scripts.uml_bed.kernels import kernel_cache
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -82,7 +83,7 @@ def main() -> int:
 def _run(keep: bool) -> None:
     directory = CACHE / "demo"
     directory.mkdir(parents=True, exist_ok=True)
-    kernel = cached_kernel(CACHE)
+    kernel = cached_kernel(kernel_cache())
     with _progress("initramfs"):
         initramfs = build_initramfs(InitramfsSpec(kernel=kernel, features=FEATURES))
     print(initramfs.describe())

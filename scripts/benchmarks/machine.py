@@ -18,6 +18,7 @@ from rootfs.pack.manifest import ManifestLayer, layer_spec
 from rootfs.pack.pack import Pack
 from rootfs.verity.formatter import format_image
 from scripts.benchmarks.rows import Row, milliseconds, row, timed
+from scripts.uml_bed.kernels import kernel_cache
 
 __all__ = ("machine_rows",)
 
@@ -32,7 +33,7 @@ _BATCH_ROUNDS = 9
 
 def machine_rows(boots: int = 3, rounds: int = 20) -> list[Row]:
     """Boot a few machines and measure in the last of them."""
-    kernel = cached_kernel(CACHE)
+    kernel = cached_kernel(kernel_cache())
     initramfs = build_initramfs(InitramfsSpec(kernel=kernel, features=FEATURES))
     directory = Path(tempfile.mkdtemp(prefix="bench-machine-"))
     try:

@@ -12,7 +12,6 @@ import contextlib
 import os
 import resource
 import select
-import shutil
 import signal
 import subprocess
 import time
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rootfs.machine.rundir import RunDirectory, run_directory
+from scripts.uml_bed.kernels import user_mode_linux
 from scripts.uml_bed.uml_boot import UmlSpec, kernel_arguments, memory_dir, write_config
 
 __all__ = (
@@ -212,10 +212,8 @@ class _Pipes:
 def _start(
     spec: UmlSpec, run: RunDirectory, pipes: _Pipes, stack: contextlib.ExitStack
 ) -> "subprocess.Popen[bytes]":
-    program = shutil.which("linux.uml")
-    if program is None:
-        raise FileNotFoundError("linux.uml is not installed (package user-mode-linux)")
-    config = write_config(spec, run.path)
+    program, modules = user_mode_linux()
+    config = write_config(spec, run.path, modules)
     terminal = None
     if spec.terminal:
         # opened anew: the kernel makes its descriptor non-blocking, and ours is the shell's too

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rootfs.bootimage.kernel import ModuleIndex
 
-__all__ = ("UmlSpec", "kernel_arguments", "memory_dir", "modules_dir", "write_config")
+__all__ = ("UmlSpec", "kernel_arguments", "memory_dir", "write_config")
 
 #: What every run has loaded. dm-verity brings dm-mod along.
 MODULES = ("overlay", "dm-verity", "erofs", "squashfs", "loop", "vsock", "vsock_loopback")
@@ -97,19 +97,13 @@ def _interpreter() -> str:
     return os.path.realpath(sys.executable)
 
 
-def modules_dir() -> Path:
-    """Return where the modules of the installed User Mode Linux kernel are."""
-    found = sorted(Path("/usr/lib/uml/modules").glob("*/modules.dep"))
-    if not found:
-        raise FileNotFoundError("no modules in /usr/lib/uml/modules (package user-mode-linux)")
-    return found[-1].parent
+def write_config(spec: UmlSpec, run_dir: Path, modules: Path) -> Path:
+    """Write the configuration of ``scripts.uml_bed.uml_init`` into ``run_dir``; return its path.
 
-
-def write_config(spec: UmlSpec, run_dir: Path) -> Path:
-    """Write the configuration of ``scripts.uml_bed.uml_init`` into ``run_dir``; return its path."""
+    ``modules`` is the directory of the kernel's modules.
+    """
     wanted = [*MODULES, *(["vmw_vsock_virtio_transport"] if spec.vsock_socket else [])]
     cwd = (spec.cwd or Path.cwd()).resolve()
-    modules = modules_dir()
     scratch = run_dir / "scratch"
     scratch.mkdir()
     stdin_path = Path(os.devnull)

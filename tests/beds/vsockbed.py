@@ -13,6 +13,7 @@ from rootfs.bootimage.kernel import cached_kernel
 from rootfs.machine.accelerator import choose_accelerator, qemu_program
 from rootfs.machine.qemu_command import MachineSpec, PmemSpec, Runtime, qemu_command
 from rootfs.machine.qmp import QmpClient
+from scripts.uml_bed.kernels import kernel_cache
 from vsock.deadline import Deadline
 from vsock.device.process import DeviceProcess, start_device
 
@@ -142,7 +143,7 @@ class QemuBed(Bed):
     """With an NVDIMM that cannot be written, because its memory goes to the device as well."""
 
     def __init__(self, directory: Path) -> None:
-        kernel = cached_kernel(PROJECT / ".cache")
+        kernel = cached_kernel(kernel_cache())
         image = build_initramfs(
             InitramfsSpec(
                 kernel=kernel, features=("vsock",), entry="vsock_guest:main", compression="lz4",

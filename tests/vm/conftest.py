@@ -15,6 +15,7 @@ from rootfs.machine.qemu import DiskSpec, Machine, MachineSpec, PmemSpec
 from rootfs.pack.manifest import ManifestLayer, layer_spec
 from rootfs.pack.pack import Pack
 from rootfs.verity.formatter import format_image
+from scripts.uml_bed.kernels import kernel_cache
 from vsock.deadline import Deadline
 
 CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"
@@ -61,7 +62,7 @@ def mount_root(machine: Machine, pack: PackedLayers, *, connect_seconds: float) 
 
 @pytest.fixture(scope="session")
 def kernel() -> Kernel:
-    return cached_kernel(CACHE_DIR)
+    return cached_kernel(kernel_cache())
 
 
 @pytest.fixture(scope="session")

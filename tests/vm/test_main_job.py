@@ -31,6 +31,7 @@ from rootfs.machine.qemu import DiskSpec, Machine, MachineSpec, PmemSpec
 from rootfs.pack.manifest import ManifestLayer, layer_spec
 from rootfs.pack.pack import Pack
 from rootfs.verity.formatter import FormatResult, format_image
+from scripts.uml_bed.kernels import kernel_cache
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -91,7 +92,7 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
     disk[0].write_bytes(
         disk[0].read_bytes().ljust(-(-disk[0].stat().st_size // 4096) * 4096, b"\0")
     )
-    kernel = cached_kernel(CACHE)
+    kernel = cached_kernel(kernel_cache())
     initramfs = build_initramfs(InitramfsSpec(kernel=kernel, features=FEATURES))
     spec = MachineSpec(
         kernel=kernel.image,

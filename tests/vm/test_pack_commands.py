@@ -20,6 +20,7 @@ from guestagent.host.client import GuestAgent
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import cached_kernel
 from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
+from scripts.uml_bed.kernels import kernel_cache
 from tests.beds.imagebed import Layout, Member, directory
 from vsock.deadline import Deadline
 
@@ -88,7 +89,7 @@ def layers(place: Path, run: Run) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def machine(place: Path, layers: dict[str, str]) -> Iterator[Machine]:
-    kernel = cached_kernel(CACHE)
+    kernel = cached_kernel(kernel_cache())
     initramfs = build_initramfs(InitramfsSpec(kernel=kernel, features=FEATURES), cache_dir=CACHE)
     spec = MachineSpec(
         kernel=kernel.image,
