@@ -5,7 +5,6 @@ is mounted from it for writing keeps it from being a layer's.
 """
 
 import errno
-import os
 from functools import partial
 
 from guestagent.engine.inventory import LiveLayer
@@ -17,13 +16,8 @@ from guestagent.storage import blockdev
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.mountinfo import mounts_of_dev
 from vsock.errors import CallError
-from vsock.retry import has_errno, retry
 
 __all__ = ("protect", "release")
-
-#: Since Linux 6.9 a device that was removed or unmounted closes its disk a little later (delayed
-#: fput), after it has left /sys and /proc.
-_LATE_CLOSE_SECONDS = 0.5
 
 
 def protect(state: EngineState, layer_id: str, source: Source, op: Transaction) -> Source:
@@ -78,13 +72,7 @@ def _refuse_in_use(device: BlockDevice, op: Transaction) -> None:
     if mounts:
         return
     try:
-        with op.deadline.part(_LATE_CLOSE_SECONDS) as limit:
-            retry(
-                partial(_open_exclusively, device.node),
-                limit,
-                when=has_errno(errno.EBUSY),
-                step="protect",
-            )
+        blockdev.wait_unused(device.node, op.deadline)
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
@@ -95,12 +83,3 @@ def _refuse_in_use(device: BlockDevice, op: Transaction) -> None:
             errno=error.errno,
             object=device.node,
         ) from error
-
-
-def _open_exclusively(node: str) -> None:
-    """Open a device as its only user, and close it.
-
-    Raises:
-        OSError: EBUSY, another user has it.
-    """
-    os.close(os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))

@@ -276,6 +276,7 @@ def _ensure_filesystem(scratch: DeviceScratch, node: str, op: Transaction) -> bo
             ``invalid``, nothing is on it.
     """
     with op.step("format", node, code="device"):
+        blockdev.wait_unused(node, op.deadline)
         fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
         try:
             head = os.pread(fd, _HEAD_BYTES, 0)

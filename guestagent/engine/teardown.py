@@ -6,18 +6,21 @@ namespaces, or processes inside a detached mount. So it is checked before and af
 
 import errno
 import os
+from functools import partial
 
 from guestagent.api.layers import Holder, UnmountReply
 from guestagent.engine.inventory import parent_of
 from guestagent.engine.state import EngineState
 from guestagent.engine.transaction import Transaction
 from guestagent.storage import syscalls
+from guestagent.storage.blockdev import LATE_CLOSE_SECONDS
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.holders import find_holders, mounts_elsewhere
 from guestagent.storage.mount import unmount
 from guestagent.storage.mountinfo import Mount, find_mount, mounts_of_dev
 from vsock.deadline import Deadline
 from vsock.errors import CallError
+from vsock.retry import has_errno, retry
 
 __all__ = (
     "busy_error",
@@ -120,9 +123,26 @@ def refuse_shared_devices(
         CallError: ``busy``, one has other users than what is right above it; they are named.
     """
     for name in names:
-        info = state.control.find(name=name)
-        if info is not None and info.open_count > 1:
-            raise busy_error(target, info.dev, op)
+        try:
+            with op.deadline.part(LATE_CLOSE_SECONDS) as limit:
+                retry(
+                    partial(_check_unshared, state, name),
+                    limit,
+                    when=has_errno(errno.EBUSY),
+                    step="look",
+                )
+        except OSError as error:
+            info = state.control.find(name=name)
+            if error.errno != errno.EBUSY or info is None:
+                raise
+            raise busy_error(target, info.dev, op) from error
+
+
+def _check_unshared(state: EngineState, name: str) -> None:
+    """Raise OSError (EBUSY) where a dm device has more than one user."""
+    info = state.control.find(name=name)
+    if info is not None and info.open_count > 1:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), name)
 
 
 def refuse_held(

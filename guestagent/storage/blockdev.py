@@ -20,8 +20,10 @@ from guestagent.storage.uevents import UeventSocket
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.record import Record
+from vsock.retry import has_errno, retry
 
 __all__ = (
+    "LATE_CLOSE_SECONDS",
     "BlockDevice",
     "describe",
     "ensure_node",
@@ -33,7 +35,12 @@ __all__ = (
     "list_all",
     "set_readonly",
     "wait_for",
+    "wait_unused",
 )
+
+#: Since Linux 6.9 a device that was removed or unmounted closes its disk a little later (delayed
+#: fput), after it has left /sys and /proc.
+LATE_CLOSE_SECONDS = 0.5
 
 _BLKROSET, _BLKFLSBUF = 0x125D, 0x1261  # include/uapi/linux/fs.h
 #: How often to look again at a node that devtmpfs or udev makes meanwhile.
@@ -284,6 +291,21 @@ def ensure_node(node: str, dev: str) -> None:
         except FileExistsError:
             if attempt == _NODE_ATTEMPTS:
                 raise
+
+
+def wait_unused(node: str, deadline: Deadline) -> None:
+    """Return once a block device has no user, if it comes to that within ``LATE_CLOSE_SECONDS``.
+
+    Raises:
+        OSError: EBUSY, it is in use.
+        CallError: ``cancelled``.
+    """
+
+    def open_exclusively() -> None:
+        os.close(os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+
+    with deadline.part(LATE_CLOSE_SECONDS) as limit:
+        retry(open_exclusively, limit, when=has_errno(errno.EBUSY), step="open the device")
 
 
 def is_readonly(name: str, *, sys_root: str = "/sys") -> bool:
