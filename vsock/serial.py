@@ -1,7 +1,9 @@
 """One byte stream over a character device: a virtio-serial port, or a tty.
 
 A device has no connections. Its stream starts when the other side is there and ends when that
-hangs up; the listener then opens the device anew, and yields the next stream in its time.
+hangs up; the listener then yields the next stream in its time. A virtio-serial port stays open for
+it: closing a port discards what the next peer may have sent already. Any other device, and a port
+whose stream was ended on this side, is opened anew.
 """
 
 import errno
@@ -25,18 +27,27 @@ class SerialStream(Stream):
 
     point_to_point = True
 
-    def __init__(self, fd: int, peer: str, on_close: "Callable[[], None] | None" = None) -> None:
-        """Take over ``fd``; ``on_close`` is called once, after it has been closed."""
+    def __init__(self, fd: int, peer: str, on_close: "Callable[[int], None] | None" = None) -> None:
+        """Take over ``fd``.
+
+        ``on_close`` is called once, at the end. It is given the descriptor, which it then owns,
+        where the peer hung up and all that it sent was read, unless the device is a tty, which
+        stays hung up; otherwise -1.
+        """
         self._fd = fd
+        self._is_tty = os.isatty(fd)
         self.peer = peer
         self._on_close = on_close
+        self._ended = False
 
     def fileno(self) -> int:
         return self._fd
 
     def recv(self, max_bytes: int) -> bytes:
         try:
-            return os.read(self._fd, max_bytes)
+            data = os.read(self._fd, max_bytes)
+            self._ended = not data
+            return data
         except OSError as error:
             if error.errno == errno.EIO:  # how a tty says that it was hung up
                 return b""
@@ -59,9 +70,11 @@ class SerialStream(Stream):
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
-        os.close(fd)
+        if self._on_close is None or self._is_tty or not self._ended:
+            os.close(fd)
+            fd = -1
         if self._on_close is not None:
-            self._on_close()
+            self._on_close(fd)
 
 
 class SerialListener(Listener):
@@ -111,15 +124,20 @@ class SerialListener(Listener):
             os.close(self._device_fd)
             self._device_fd = -1
 
-    def _open(self) -> None:
-        self._device_fd = _open_device(self._serial)
+    def _open(self, fd: int = -1) -> None:
+        """Watch the device for a peer, by ``fd`` where it is open already."""
+        self._device_fd = fd if fd >= 0 else _open_device(self._serial)
         self._epoll.register(self._device_fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
 
-    def _reopen(self) -> None:
+    def _reopen(self, fd: int) -> None:
+        if fd >= 0 and self._epoll.closed:
+            os.close(fd)
         if self._epoll.closed:
             return
         try:
-            self._open()
+            if fd >= 0:
+                os.set_blocking(fd, False)
+            self._open(fd)
         except OSError:
             # accept() is where it can be told
             self._failed = True

@@ -152,7 +152,9 @@ class _DeadLine(Listener):
 
     _busy = False
 
-    def _ended(self) -> None:
+    def _ended(self, fd: int) -> None:
+        if fd >= 0:
+            os.close(fd)
         self._busy = False
 
     def close(self) -> None:

@@ -102,7 +102,7 @@ def test_requests_go_over_a_serial_port_that_the_guest_finds_by_name(
         serial_ports=("other", "rpc"), cmdline=f"guestagent.listen=vsock://any:1024,{ports}"
     )
     address = f"unix://{machine.port_path('rpc')}"
-    for _ in range(2):  # a port is used by one peer after the other
+    for _ in range(6):  # a port is used by one peer after the other, at once
         with (
             machine.while_up() as up,
             GuestAgent(address, connect_seconds=BOOT_SECONDS, until=up) as guest,
@@ -132,7 +132,9 @@ def test_an_image_has_the_drivers_of_another_monitor(
     spec = InitramfsSpec(kernel=kernel, features=(feature, "verity", "erofs"), compression="none")
     modules = build_initramfs(spec, cache_dir=CACHE_DIR).kernel_modules
     names = [name.replace("-", "_") for name in modules]
-    assert names.index(ordered[0]) < names.index(ordered[1])
+    there = [name for name in ordered if name in names]
+    assert all(kernel.modules.has(name) for name in ordered)  # or built in
+    assert there == sorted(there, key=names.index)
     assert "sd_mod" in names
 
 

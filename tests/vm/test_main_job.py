@@ -147,7 +147,7 @@ def test_a_layer_is_verity_on_linear_on_pmem(bed: Bed) -> None:
         f"{layer.verity.data_blocks} {layer.verity.data_blocks + 1} sha256 {root} "
         f"{layer.verity.salt.hex()}"
     )
-    assert verity.status == "V"
+    assert verity.status.split()[0] == "V"  # newer kernels say more
     assert verity.deferred_remove
     assert report.dev == verity.dev
     assert bed.guest.layer_mount(bed.spec("top")).already
