@@ -10,6 +10,7 @@ fs/erofs/erofs_fs.h, fs/squashfs/squashfs_fs.h, fs/ext4/ext4.h, fs/xfs/libxfs/xf
 """
 
 import itertools
+import os
 import struct
 from collections.abc import Callable
 
@@ -21,8 +22,10 @@ __all__ = (
     "TABLE",
     "Filesystem",
     "check_size",
+    "check_superblock",
     "claimed_size_bytes",
     "detect",
+    "has_flattened_erofs",
     "label_of",
     "layer_type",
     "mount_options",
@@ -36,7 +39,13 @@ Options = tuple[tuple[str, str | None], ...]
 #: As much of the start of a device as holds every superblock.
 HEAD_BYTES = 2048
 _UUID_BYTES = 16
+_EROFS_INCOMPAT_DEVICE_TABLE = 0x8
 _EROFS_INCOMPAT_48BIT = 0x80
+#: struct erofs_deviceslot: tag, blocks_lo, uniaddr_lo, blocks_hi, uniaddr_hi (the last two since
+#: Linux 6.15, of images with 48-bit addresses; zero before).
+_EROFS_SLOT = struct.Struct("<64x3IH50x")
+#: Slots that are read at once.
+_EROFS_SLOTS = 512
 _EXT4_INCOMPAT_64BIT = 0x80
 
 
@@ -47,7 +56,9 @@ class Filesystem(Record):
     ``layer_options`` and ``scratch_options`` are None where the type is not mounted as such.
     ``mkfs`` is the program for a scratch and its arguments. ``kernel`` is the version of Linux that
     had the type first, ``modules`` are what has to be loaded where it is not built in.
-    ``uuid_at`` and ``label`` (offset, longest) are None where the type has none.
+    ``uuid_at`` and ``label`` (offset, longest) are None where the type has none. ``check_more``
+    takes the head, a reader and the bytes of the device, and refuses what else the kernel must not
+    be given.
     """
 
     name: str
@@ -62,6 +73,7 @@ class Filesystem(Record):
     mkfs: tuple[str, ...] = ()
     uuid_at: int | None = None
     label: tuple[int, int] | None = None
+    check_more: Callable[[bytes, ReadAt, int], None] | None = None
 
     def is_at(self, head: bytes) -> bool:
         """Say whether the magic number is there."""
@@ -83,6 +95,61 @@ def _erofs_size(head: bytes) -> int:
     if incompat & _EROFS_INCOMPAT_48BIT:
         blocks |= struct.unpack_from("<H", head, 1024 + 14)[0] << 32
     return int(blocks) << bits
+
+
+def _check_erofs_devices(head: bytes, read_at: ReadAt, device_bytes: int) -> None:
+    """Refuse an image with extra devices where the kernel cannot find them on the one device that
+    there is, and where one ends past it or has no address: the kernel would read such a device's
+    blocks from the start of the image.
+
+    Source: erofs_scan_devices in fs/erofs/super.c. Without the option ``device=`` the kernel mounts
+    such an image since Linux 6.4 (commit 8b465fecc35a), and answered ENOENT before.
+    """
+    incompat, _, count, slot = struct.unpack_from("<IHHH", head, 1024 + 80)
+    if not incompat & _EROFS_INCOMPAT_DEVICE_TABLE or not count:
+        return
+    if not has_flattened_erofs():
+        raise CallError(
+            "unsupported",
+            f"the erofs image has a table of {count} devices, which needs Linux 6.4; "
+            f"this is {os.uname().release}",
+            step="check-filesystem",
+            object="erofs-flattened",
+            hint="mount the layers one by one",
+        )
+    bits = _block_bits(head[1024 + 12], 9, 16, "erofs")
+    table_bytes = slot * _EROFS_SLOT.size
+    if table_bytes + count * _EROFS_SLOT.size > device_bytes:
+        raise _bad_erofs_table(f"{count} devices at byte {table_bytes}", device_bytes)
+    for first in range(0, count, _EROFS_SLOTS):
+        number_of_slots = min(_EROFS_SLOTS, count - first)
+        offset_bytes = table_bytes + first * _EROFS_SLOT.size
+        slots = read_at(offset_bytes, number_of_slots * _EROFS_SLOT.size)
+        for number, fields in enumerate(_EROFS_SLOT.iter_unpack(slots), first):
+            blocks, start, blocks_high, start_high = fields
+            if incompat & _EROFS_INCOMPAT_48BIT:
+                blocks, start = blocks | blocks_high << 32, start | start_high << 32
+            if not start or (start + blocks) << bits > device_bytes:
+                what = f"device {number} of {blocks << bits} bytes at byte {start << bits}"
+                raise _bad_erofs_table(what, device_bytes)
+
+
+def _bad_erofs_table(what: str, device_bytes: int) -> CallError:
+    return CallError(
+        "mount",
+        f"the erofs device table claims {what}, the device has {device_bytes}",
+        step="check-filesystem",
+    )
+
+
+def has_flattened_erofs() -> bool:
+    """Say whether the kernel mounts erofs images whose extra devices lie on the same device.
+
+    Nothing in /sys/fs/erofs/features tells, so that the version decides.
+    """
+    major, _, rest = os.uname().release.partition(".")
+    minor = "".join(itertools.takewhile(str.isdigit, rest))
+    return (int(major), int(minor or 0)) >= (6, 4)
 
 
 def _squashfs_size(head: bytes) -> int:
@@ -122,6 +189,7 @@ _ROWS = (
         has_dax=True,
         uuid_at=1024 + 48,
         label=(1024 + 64, 16),
+        check_more=_check_erofs_devices,
     ),
     Filesystem(
         name="squashfs",
@@ -225,6 +293,20 @@ def check_size(filesystem: str, read_at: ReadAt, device_bytes: int) -> int:
             step="check-filesystem",
         )
     return claimed
+
+
+def check_superblock(filesystem: str, read_at: ReadAt, device_bytes: int) -> None:
+    """Refuse a superblock that the running kernel must not be given.
+
+    Raises:
+        CallError: as ``check_size``; ``mount``, a device table is not within the device;
+            ``unsupported``, this kernel cannot mount what it describes.
+    """
+    head = read_at(0, HEAD_BYTES)
+    check_size(filesystem, lambda _offset_bytes, _length_bytes: head, device_bytes)
+    check_more = TABLE[filesystem].check_more
+    if check_more is not None:
+        check_more(head, read_at, device_bytes)
 
 
 def mount_options(filesystem: str, *, readonly: bool = True, dax: bool = False) -> Options:

@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import os
 import shutil
 import struct
 import subprocess
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from guestagent.storage import filesystems, makefs
 from guestagent.storage.filesystems import (
     TABLE,
     check_size,
+    check_superblock,
     claimed_size_bytes,
     detect,
     layer_type,
@@ -134,6 +137,77 @@ def test_erofs_sizes_of_48_bits() -> None:
         claimed_size_bytes("erofs", reader(erofs(40, 3)))
     with pytest.raises(CallError, match="claims 0 bytes"):
         check_size("erofs", reader(erofs(12, 0)), 4096)
+
+
+def erofs_devices(*devices: tuple[int, int], slot: int = 16) -> bytes:
+    """An image of two blocks with a table of (blocks, address) at ``slot``, and those devices."""
+    image = bytearray(erofs(12, 2, incompat=8)) + bytes(5 * 4096 + 2048)
+    struct.pack_into("<HH", image, 1024 + 86, len(devices), slot)
+    for number, (blocks, address) in enumerate(devices):
+        struct.pack_into("<II", image, (slot + number) * 128 + 64, blocks, address)
+    return bytes(image)
+
+
+def on_linux(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
+    monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(release=release))
+
+
+@pytest.mark.parametrize(
+    ("release", "has"),
+    [
+        ("6.1.0-50-cloud-amd64", False),
+        ("5.15.200", False),
+        ("6.3.13", False),
+        ("6.4.0-rc1", True),
+        ("6.12", True),
+        ("7.2.0", True),
+        ("7", True),
+    ],
+)
+def test_device_tables_need_linux_6_4(
+    monkeypatch: pytest.MonkeyPatch, release: str, has: bool
+) -> None:
+    image = erofs_devices((3, 2), (1, 5))
+    on_linux(monkeypatch, release)
+    assert filesystems.has_flattened_erofs() is has
+    if has:
+        check_superblock("erofs", reader(image), len(image))
+        return
+    with pytest.raises(CallError, match=r"2 devices, which needs Linux 6\.4") as caught:
+        check_superblock("erofs", reader(image), len(image))
+    assert (caught.value.code, caught.value.object) == ("unsupported", "erofs-flattened")
+    assert release in caught.value.message
+    check_superblock("erofs", reader(erofs(12, 1)), 4096)  # without a table any kernel will do
+
+
+@pytest.mark.parametrize(
+    ("image", "problem"),
+    [
+        (erofs_devices((3, 4)), "device 0 of 12288 bytes at byte 16384"),
+        (erofs_devices((3, 2), ((1 << 32) - 1, (1 << 32) - 1))[:20480], "device 1 of"),
+        (erofs_devices((3, 0)), "device 0 of 12288 bytes at byte 0"),
+        (erofs_devices((3, 2), slot=100)[:12800], "1 devices at byte 12800"),
+    ],
+)
+def test_device_tables_that_point_outside_are_refused(
+    monkeypatch: pytest.MonkeyPatch, image: bytes, problem: str
+) -> None:
+    on_linux(monkeypatch, "6.12.0")
+    with pytest.raises(CallError, match=problem) as caught:
+        check_superblock("erofs", reader(image), len(image))
+    assert caught.value.code == "mount"
+
+
+def test_the_last_of_many_slots_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_linux(monkeypatch, "6.12.0")
+    image = bytearray(erofs(12, 2, incompat=8)) + bytes(65536 * 128)
+    struct.pack_into("<HH", image, 1024 + 86, 65535, 16)
+    for number in range(65535):
+        struct.pack_into("<II", image, (16 + number) * 128 + 64, 0, 1)
+    check_superblock("erofs", reader(bytes(image)), len(image))
+    struct.pack_into("<II", image, (16 + 65534) * 128 + 64, 1 << 31, 1)
+    with pytest.raises(CallError, match="device 65534"):
+        check_superblock("erofs", reader(bytes(image)), len(image))
 
 
 @given(st.binary(min_size=2048, max_size=2048), st.sampled_from(sorted(TABLE)))
