@@ -16,10 +16,11 @@ the type checker (PEP 681) with no code generation, and adds the two directions 
     Range(offset_bytes=4096).to_wire()         # {"offset_bytes": 4096, "size_bytes": None}
 
 Field types may be: bool, int, float, str, bytes, Record classes, ``tuple[T, ...]``,
-``Mapping[str, T]``, ``object`` (anything) and unions of these; a union of Record classes is told
-apart by the default of their field ``kind``. On the wire a ``bytes`` field takes binary or
-hexadecimal text. Unknown names are refused by name: a misspelt option of a request must not be
-ignored. In a reply they may be ignored (``strict=False``): a newer peer adds fields.
+``Mapping[str, T]``, ``object`` (anything) and unions of these; Record classes in a union are told
+apart by the default of their field ``kind``, one value from an array of such by its shape. On the
+wire a ``bytes`` field takes binary or hexadecimal text. Unknown names are refused by name: a
+misspelt option of a request must not be ignored. In a reply they may be ignored
+(``strict=False``): a newer peer adds fields.
 """
 
 import functools
@@ -210,6 +211,11 @@ def _decoder(kind: object) -> _Decoder:
 def _union_decoder(members: tuple[object, ...]) -> _Decoder:
     is_optional = types.NoneType in members
     rest = [member for member in members if member is not types.NoneType]
+    arrays = [each for each in rest if isinstance(each, types.GenericAlias)]
+    if len(rest) == 2 and len(arrays) == 1:  # one value, or an array of them
+        single = next(each for each in rest if each is not arrays[0])
+        either = functools.partial(_decode_one_or_many, _decoder(single), _decoder(arrays[0]))
+        return functools.partial(_decode_union, is_optional, either)
     records = [cls for cls in rest if isinstance(cls, type) and issubclass(cls, Record)]
     if len(rest) == 1:
         return functools.partial(_decode_union, is_optional, _decoder(rest[0]))
@@ -257,6 +263,10 @@ def _decode_record(cls: type[Record], value: object, strict: bool) -> object:
 
 def _decode_union(is_optional: bool, inner: _Decoder, value: object, strict: bool) -> object:
     return None if value is None and is_optional else inner(value, strict)
+
+
+def _decode_one_or_many(one: _Decoder, many: _Decoder, value: object, strict: bool) -> object:
+    return (many if isinstance(value, (list, tuple)) else one)(value, strict)
 
 
 def _decode_tagged(tags: dict[object, type[Record]], value: object, strict: bool) -> object:

@@ -36,6 +36,7 @@ FEATURES = {
     "fs-erofs": "layers of the file system",
     "fs-squashfs": "layers of the file system",
     "fs-ext4": "layers of the file system",
+    "erofs-flattened": "erofs layers whose image has a device table: many layers in one mount",
     "overlay-fsconfig-fd": "overlays are made by fsconfig, of open directories",
     "overlay-fsconfig-path": "overlays are made by fsconfig, of paths",
     "overlay-mount": "overlays are made by mount",

@@ -33,6 +33,8 @@ HASH_TYPE_CHROMEOS = 0
 HASH_TYPE_NORMAL = 1
 VERITY_PRESETS = ("default", "strict", "fast")
 SECTOR_BYTES = 512
+#: Ranges of one layer; a request of so many fits the limits of the wire.
+MAX_RANGES = 4096
 
 
 class PmemDevice(Record):
@@ -85,7 +87,7 @@ Device = PmemDevice | VirtioBlkDevice | ScsiDevice | PathDevice
 
 
 class ByteRange(Record):
-    """The byte range of a packed device that holds one layer; whole sectors."""
+    """A byte range of a packed device that holds a layer or a part of it; whole sectors."""
 
     offset_bytes: int
     size_bytes: int
@@ -98,6 +100,35 @@ class ByteRange(Record):
                 raise ValueError(f"{name} {value} is not a multiple of {SECTOR_BYTES}")
         if self.offset_bytes + self.size_bytes > MAX_BYTES:
             raise ValueError("offset_bytes + size_bytes exceeds 63 bits")
+
+    @property
+    def end_bytes(self) -> int:
+        return self.offset_bytes + self.size_bytes
+
+
+#: One range, or several in the order in which they are put together.
+LayerMapping = ByteRange | tuple[ByteRange, ...]
+
+
+def ranges_of(mapping: LayerMapping | None) -> tuple[ByteRange, ...]:
+    """Return the ranges of a mapping in order; none of a layer that is a whole device."""
+    if mapping is None:
+        return ()
+    return mapping if isinstance(mapping, tuple) else (mapping,)
+
+
+def check_mapping(mapping: LayerMapping | None) -> None:
+    """Refuse a list of ranges that no layer can have.
+
+    Raises:
+        ValueError: it is empty or too long, or the ranges together exceed 63 bits.
+    """
+    if not isinstance(mapping, tuple):
+        return
+    if not 0 < len(mapping) <= MAX_RANGES:
+        raise ValueError(f"mapping must have 1 to {MAX_RANGES} ranges, got {len(mapping)}")
+    if sum(part.size_bytes for part in mapping) > MAX_BYTES:
+        raise ValueError("the sizes of the ranges of mapping together exceed 63 bits")
 
 
 class VerityTerms(Record):

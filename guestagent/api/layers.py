@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 
 from guestagent.api.checks import check_choice, check_path, check_word
-from guestagent.api.devices import ByteRange, Device, Verity
+from guestagent.api.devices import (
+    ByteRange,
+    Device,
+    LayerMapping,
+    Verity,
+    check_mapping,
+    ranges_of,
+)
 from guestagent.api.request import Request
 from vsock.record import Record
 
@@ -15,10 +22,16 @@ LAYER_FILESYSTEMS = ("erofs", "squashfs", "ext4")
 FILESYSTEMS = (*LAYER_FILESYSTEMS, "auto")
 #: Per-layer mount options a request may ask for, beside ro,nodev,nosuid which always hold.
 MOUNT_OPTIONS = ("noexec", "noatime", "nodiratime", "dax")
+#: Ranges of a layer, and lines of a dm device's table and status, that a report shows.
+SHOWN_PARTS = 16
 
 
 class DmDevice(Record):
-    """A device-mapper device as the kernel describes it. ``dev`` is MAJOR:MINOR."""
+    """A device-mapper device as the kernel describes it. ``dev`` is MAJOR:MINOR.
+
+    ``table`` and ``status`` have the lines of the first 16 of its ``target_count`` targets, parted
+    by "; "; the method ``dm.table`` prints all lines.
+    """
 
     name: str
     uuid: str
@@ -30,6 +43,7 @@ class DmDevice(Record):
     readonly: bool
     deferred_remove: bool
     open_count: int
+    target_count: int = 1
 
 
 class DroppedOption(Record):
@@ -64,8 +78,10 @@ class LayerReport(Record):
 
     ``state`` is mounted, corrupted, device_lost, unmounted (another program unmounted, moved or
     covered it), damaged (a device of it is missing) or changed (a dm device has another table
-    than it was given; ``verity`` is None where that is the verity device's). ``readonly`` says
-    whether the kernel refuses writes to its devices. ``overlaps`` names layers whose mappings
+    than it was given; ``verity`` is None where that is the verity device's). ``mapping`` has the
+    first 16 of its ``range_count`` ranges, which is 0 where the layer is a whole device. The tables
+    are compared with all ranges. ``readonly`` says whether the kernel refuses writes to its
+    devices. ``overlaps`` names layers whose mappings
     share bytes with this one's; ``used_by`` names overlays.
     """
 
@@ -75,7 +91,7 @@ class LayerReport(Record):
     device: Device
     device_node: str
     dev: str
-    mapping: ByteRange | None
+    mapping: LayerMapping | None
     dm: tuple[DmDevice, ...]
     verity: VerityReport | None
     filesystem: str
@@ -87,18 +103,21 @@ class LayerReport(Record):
     overlaps: tuple[str, ...]
     timings_ms: Mapping[str, float]
     already: bool
+    range_count: int = 0
 
 
 class LayerSpec(Request[LayerReport], method="layer.mount"):
     """Mount a read-only layer.
 
-    ``target`` defaults to /run/layers/LAYER_ID.
+    ``mapping`` is the byte range of ``device`` that holds the layer, or a list of up to 4,096
+    ranges that are put together in that order. Ranges of a list may overlap and repeat; a list of
+    one range is that range. ``target`` defaults to /run/layers/LAYER_ID.
     """
 
     layer_id: str
     device: Device
     filesystem: str
-    mapping: ByteRange | None = None
+    mapping: LayerMapping | None = None
     verity: Verity | None = None
     target: str | None = None
     options: tuple[str, ...] = ()
@@ -108,6 +127,9 @@ class LayerSpec(Request[LayerReport], method="layer.mount"):
         check_choice("filesystem", self.filesystem, FILESYSTEMS)
         if self.target is not None:
             check_path("target", self.target)
+        check_mapping(self.mapping)
+        if isinstance(self.mapping, tuple) and len(self.mapping) == 1:
+            self.__dict__["mapping"] = self.mapping[0]  # so that the two compare as equal
         for option in self.options:
             check_choice("option", option, MOUNT_OPTIONS)
         if "dax" in self.options and self.verity is not None:
@@ -116,6 +138,11 @@ class LayerSpec(Request[LayerReport], method="layer.mount"):
     @property
     def mount_point(self) -> str:
         return self.target or f"/run/layers/{self.layer_id}"
+
+    @property
+    def ranges(self) -> tuple[ByteRange, ...]:
+        """The ranges of the mapping in order; none where the layer is the whole device."""
+        return ranges_of(self.mapping)
 
 
 class Holder(Record):

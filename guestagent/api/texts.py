@@ -3,6 +3,7 @@
 from guestagent.api.devices import (
     ByteRange,
     Device,
+    LayerMapping,
     PathDevice,
     PmemDevice,
     ScsiDevice,
@@ -18,6 +19,7 @@ __all__ = (
     "OverlayText",
     "device_from_text",
     "layer_from_text",
+    "mapping_from_text",
     "overlay_from_text",
     "scratch_from_text",
 )
@@ -27,7 +29,7 @@ ROOT_ID = "root"
 #: What defines a hash tree; the root digest vouches for none of it.
 _TREE_NUMBERS = ("hash_type", "data_blocks", "data_block_size", "hash_block_size", "hash_offset")
 _VERITY_KEYS = ("salt", "algorithm", *_TREE_NUMBERS, "preset")
-_LAYER_KEYS = ("id", "offset", "size", "root", *_VERITY_KEYS, "fs", "target")
+_LAYER_KEYS = ("id", "offset", "size", "ranges", "root", *_VERITY_KEYS, "fs", "target")
 
 
 class OverlayText(Record):
@@ -93,7 +95,8 @@ def scratch_from_text(text: str) -> Scratch:
 def layer_from_text(text: str, default_id: str) -> LayerSpec:
     """Read DEVICE[,KEY=VALUE]... with the keys id, offset, size, root, fs, preset, target, and for
     the hash tree salt (``-`` is none), algorithm, hash_type, data_blocks, data_block_size,
-    hash_block_size, hash_offset. ``root`` is the digest in hexadecimal, or ``none`` for a layer
+    hash_block_size, hash_offset. In place of offset and size, ``ranges`` has several ranges, as
+    ``mapping_from_text`` reads them. ``root`` is the digest in hexadecimal, or ``none`` for a layer
     that is not verified: an absent root would be a guess.
 
     Raises:
@@ -142,9 +145,29 @@ def overlay_from_text(text: str) -> OverlayText:
     return OverlayText(overlay_id=overlay_id or ROOT_ID, layers=layers, scratch=scratch)
 
 
-def _mapping(text: str, values: dict[str, str]) -> ByteRange | None:
+def mapping_from_text(text: str) -> tuple[ByteRange, ...]:
+    """Read OFFSET+SIZE[:OFFSET+SIZE]..., in bytes.
+
+    Raises:
+        ValueError: a range is malformed, or none that a layer may have.
+    """
+    parts = []
+    for number, word in enumerate(text.split(":")):
+        offset, plus, size = word.partition("+")
+        if not plus:
+            raise ValueError(f"range {number}: expected OFFSET+SIZE in bytes, got {word!r}")
+        offset_bytes, size_bytes = _number("offset", offset), _number("size", size)
+        parts.append(ByteRange(offset_bytes=offset_bytes, size_bytes=size_bytes))
+    return tuple(parts)
+
+
+def _mapping(text: str, values: dict[str, str]) -> LayerMapping | None:
     if ("offset" in values) != ("size" in values):
         raise ValueError(f"layer {text!r}: offset and size go together")
+    if "ranges" in values:
+        if "offset" in values:
+            raise ValueError(f"layer {text!r}: ranges contradicts offset and size")
+        return mapping_from_text(values["ranges"])
     if "offset" not in values:
         return None
     return ByteRange(

@@ -2,13 +2,14 @@
 
 import os
 
-from guestagent.api import ByteRange, LayersMount, LayerSpec
+from guestagent.api import LayersMount, LayerSpec
 from guestagent.boot.plan import BootPlan
 from guestagent.config import Config
 from guestagent.engine.engine import Engine
 from guestagent.engine.faults import Faults
+from guestagent.engine.plan import source_of
+from guestagent.engine.reader import Reader
 from guestagent.engine.state import Rules
-from guestagent.engine.verity import Reader
 from guestagent.storage import blockdev
 from guestagent.storage.filesystems import claimed_size_bytes, layer_type
 from guestagent.storage.verity import BLOCK_SIZES, SUPERBLOCK_BYTES, parse_superblock
@@ -56,8 +57,8 @@ def refuse_hidden_verity(spec: LayerSpec, deadline: Deadline) -> None:
         CallError: ``integrity``.
     """
     device = blockdev.wait_for(spec.device, deadline)
-    area = spec.mapping or ByteRange(offset_bytes=0, size_bytes=device.size_bytes)
-    with Reader(device.node, size_bytes=area.size_bytes, offset_bytes=area.offset_bytes) as reader:
+    size_bytes = source_of(spec.ranges, device).size_bytes
+    with Reader(device.node, size_bytes=size_bytes, ranges=spec.ranges) as reader:
         filesystem = layer_type(spec.filesystem, reader.read_padded)
         end_bytes = claimed_size_bytes(filesystem, reader.read_padded)
         # a hash area begins at the next block, of any size there is

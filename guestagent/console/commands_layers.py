@@ -2,6 +2,7 @@
 
 from guestagent.api.agent import PROTOCOL_VERSIONS, AgentHello, AgentStatus
 from guestagent.api.devicemapper import DmList
+from guestagent.api.devices import ranges_of
 from guestagent.api.inspect_devices import (
     DeviceInfo,
     FsListDevices,
@@ -83,8 +84,11 @@ def _layers(run: Run) -> None:
 
 
 def _describe_layer(run: Run, report: LayerReport) -> None:
-    mapping = report.mapping
-    where = f"bytes {mapping.offset_bytes}+{mapping.size_bytes}" if mapping else "whole"
+    ranges = ranges_of(report.mapping)
+    if len(ranges) == 1:
+        where = f"bytes {ranges[0].offset_bytes}+{ranges[0].size_bytes}"
+    else:
+        where = f"{report.range_count} ranges" if ranges else "whole"
     run.screen.fields(
         [
             ("layer", report.layer_id),

@@ -26,7 +26,7 @@ class DebugView:
     def plan_of(self, layer_id: str) -> tuple[str, ...] | None:
         """Return the steps that a mounted layer was made by, None if there is no such layer."""
         live = self._state.inventory.layer(layer_id)
-        return None if live is None else live.plan.describe()
+        return None if live is None else live.plan.describe(live.spec.ranges)
 
     def plan(self, spec: LayerSpec, deadline: Deadline) -> tuple[str, ...]:
         """Return the steps that a mount would take: a dry run, after which nothing is left.
@@ -45,7 +45,8 @@ class DebugView:
             with self._engine.operation(
                 deadline
             ) as op:  # never committed: all claims are taken back
-                return self._mounting.plan(self._mounting.claim(spec, op), op).plan.describe()
+                planned = self._mounting.plan(self._mounting.claim(spec, op), op)
+                return planned.plan.describe(spec.ranges)
 
     def reconcile(self, deadline: Deadline, *, dry_run: bool) -> Iterator[tuple[str, str, bool]]:
         """Yield each disagreement of journal, inventory and kernel, what was done about it (with

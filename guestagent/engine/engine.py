@@ -98,6 +98,7 @@ class Engine:
             known,
             overlayfs.available_ways() if "overlay" in known else (),
             knows_signatures=os.path.exists(_SIGNATURE_RULE),
+            flattens_erofs=filesystems.has_flattened_erofs(),
         )
 
     def problems(self) -> tuple[str, ...]:
@@ -165,11 +166,13 @@ def feature_names(
     overlay_ways: tuple[str, ...],
     *,
     knows_signatures: bool,
+    flattens_erofs: bool,
 ) -> tuple[str, ...]:
     """Return the names of ``api.agent.FEATURES`` that a kernel has.
 
     ``versions`` are those of its device-mapper targets, ``known`` its file systems;
-    ``knows_signatures`` is true where its dm-verity was built to check signatures.
+    ``knows_signatures`` is true where its dm-verity was built to check signatures,
+    ``flattens_erofs`` where it mounts erofs images with a device table.
     """
     verity = versions.get("verity")
     presets: list[str] = []
@@ -185,6 +188,7 @@ def feature_names(
         *(("verity-signatures",) if is_signed else ()),
         *(f"preset-{name}" for name in presets),
         *(f"fs-{name}" for name in FILESYSTEMS if name in known),
+        *(("erofs-flattened",) if flattens_erofs and "erofs" in known else ()),
         *(f"overlay-{way}" for way in overlay_ways),
         *(f"scratch-{name}" for name in scratches),
         "batch",

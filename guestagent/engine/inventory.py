@@ -175,6 +175,36 @@ def refuse_other_spec(kind: str, name: str, wanted: Record, has: Record) -> None
         )
 
 
+#: (begin, end) of disjoint parts of a device in bytes, in order.
+_Areas = tuple[tuple[int, int], ...]
+
+
+def _areas_of(live: LiveLayer) -> _Areas:
+    ranges = live.spec.ranges
+    if not ranges:
+        return ((0, live.source.device.size_bytes),)
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted((part.offset_bytes, part.end_bytes) for part in ranges):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((begin, end))
+    return tuple(merged)
+
+
+def _share_bytes(some: _Areas, others: _Areas) -> bool:
+    at = other_at = 0
+    while at < len(some) and other_at < len(others):
+        (begin, end), (other_begin, other_end) = some[at], others[other_at]
+        if begin < other_end and other_begin < end:
+            return True
+        if end <= other_end:
+            at += 1
+        else:
+            other_at += 1
+    return False
+
+
 class PathClaims:
     """Path -> its owner and use; no path lies on, in or above another. Not thread-safe.
 
@@ -241,6 +271,8 @@ class Inventory:
         self._lock = threading.Lock()
         self._layers: dict[str, LiveLayer] = {}
         self._overlays: dict[str, LiveOverlay] = {}
+        #: The bytes that each layer takes of its device.
+        self._areas: dict[str, _Areas] = {}
         self._reservations: dict[Owner, Reservation] = {}
         self._paths = PathClaims()
         self._paths.add(reserved, "target", ("agent", "state"))
@@ -274,6 +306,7 @@ class Inventory:
     def add_layer(self, live: LiveLayer) -> None:
         with self._lock:
             self._layers[live.spec.layer_id] = live
+            self._areas[live.spec.layer_id] = _areas_of(live)
 
     def set_layer_state(self, layer_id: str, state: str) -> bool:
         """Note what became of a layer; return whether that is news."""
@@ -300,6 +333,7 @@ class Inventory:
     def drop_layer(self, layer_id: str) -> None:
         with self._lock:
             self._layers.pop(layer_id, None)
+            self._areas.pop(layer_id, None)
 
     def drop_overlay(self, overlay_id: str) -> None:
         with self._lock:
@@ -317,16 +351,17 @@ class Inventory:
     def overlapping(self, live: LiveLayer) -> tuple[str, ...]:
         """Return the other layers whose ranges share bytes with that of this one."""
         layer_id, dev = live.spec.layer_id, live.source.dev
-        begin = live.source.range.offset_bytes
-        end = begin + live.source.range.size_bytes
         with self._lock:
+            areas = self._areas.get(layer_id) or _areas_of(live)
+            begin, end = areas[0][0], areas[-1][1]
             return tuple(
                 other_id
-                for other_id, other in self._layers.items()
-                if other.source.range.offset_bytes < end
-                and begin < other.source.range.offset_bytes + other.source.range.size_bytes
-                and other.source.dev == dev
+                for other_id, others in self._areas.items()
+                if others[0][0] < end
+                and begin < others[-1][1]
+                and self._layers[other_id].source.dev == dev
                 and other_id != layer_id
+                and _share_bytes(areas, others)
             )
 
     def layers_on(self, dev: str) -> tuple[str, ...]:

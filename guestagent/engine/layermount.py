@@ -6,7 +6,7 @@ deferred removal. What can be refused is refused before anything is made.
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from guestagent.api import LayerSpec
 from guestagent.api.devices import TREE_FIELDS, Device
@@ -25,6 +25,7 @@ from guestagent.engine.plan import (
 )
 from guestagent.engine.protection import protect
 from guestagent.engine.readback import verity_status
+from guestagent.engine.reader import Reader
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
     missing_directories,
@@ -33,13 +34,13 @@ from guestagent.engine.teardown import (
     unmount_target,
 )
 from guestagent.engine.transaction import Transaction
-from guestagent.engine.verity import Reader, open_proved, read_parameters
+from guestagent.engine.verity import open_proved, read_parameters
 from guestagent.storage import blockdev, syscalls
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import DeviceInfo
-from guestagent.storage.devicemapper.targets import Target, is_same_target
-from guestagent.storage.filesystems import TABLE, check_size, layer_type, mount_options
+from guestagent.storage.devicemapper.targets import Target, is_same_table
+from guestagent.storage.filesystems import TABLE, check_superblock, layer_type, mount_options
 from guestagent.storage.keyring import checks_signatures, signature_key
 from guestagent.storage.mount import READONLY_FLAGS, TargetDirectory, mount_filesystem
 from vsock.errors import CallError
@@ -70,7 +71,7 @@ class LayerMount:
         op.on_rollback("reservation", lambda: inventory.release(owner))
         device = self._find(spec.device, op)
         self._refuse_scratch(device)
-        source = source_of(spec.mapping, device)
+        source = source_of(spec.ranges, device)
         if spec.verity is not None:
             if spec.verity.hash_device is not None:
                 hash_device = self._find(spec.verity.hash_device, op)
@@ -197,12 +198,14 @@ class LayerMount:
         dev, node = live.source.dev, live.source.node
         if plan.linear is not None:
             with op.step("linear", plan.linear.name):
-                info = self._device(plan.linear, plan.linear.target(), plan, op)
+                targets = plan.linear.targets(live.spec.ranges)
+                info = self._device(plan.linear, targets, plan, op)
             self._undo_device(plan.linear.name, op)
             dev, node = info.dev, info.node
         if plan.verity is not None:
             with op.step("verity", plan.verity.name), _signature(live):
-                info = self._device(plan.verity, plan.verity.target(dev), plan, op)
+                targets = (plan.verity.target(dev),)
+                info = self._device(plan.verity, targets, plan, op)
             self._undo_device(plan.verity.name, op)
             dev, node = info.dev, info.node
         return dev, node
@@ -213,7 +216,7 @@ class LayerMount:
         verity = live.plan.verity
         if verity is None:
             with op.step("filesystem", node, code="mount"):
-                return Reader(node, size_bytes=live.source.range.size_bytes)
+                return Reader(node, size_bytes=live.source.size_bytes)
         with op.step("prove", verity.name):
             try:
                 return open_proved(node, verity.parameters.data_size_bytes)
@@ -229,7 +232,11 @@ class LayerMount:
                 ) from error
 
     def _device(
-        self, step: LinearStep | VerityStep, target: Target, plan: LayerPlan, op: Transaction
+        self,
+        step: LinearStep | VerityStep,
+        targets: Sequence[Target],
+        plan: LayerPlan,
+        op: Transaction,
     ) -> DeviceInfo:
         """Create a device. A device left by a failed unmount is used again if it is exactly as
         planned, and removed if it is not.
@@ -239,10 +246,10 @@ class LayerMount:
         """
         control = self._state.control
         try:
-            return devices.create_device(control, name=step.name, uuid=step.uuid, targets=[target])
+            return devices.create_device(control, name=step.name, uuid=step.uuid, targets=targets)
         except OSError as error:
             there = self._left_behind(step, error)
-            if self._is_planned(there, step, target):
+            if self._is_planned(there, step, targets):
                 return there
         # what stands on it has to go first
         above = plan.verity if plan.verity is not None and step is plan.linear else None
@@ -250,7 +257,7 @@ class LayerMount:
         for device in (left, there):
             if device is not None:
                 devices.remove_device(control, device.name, op.deadline)
-        return devices.create_device(control, name=step.name, uuid=step.uuid, targets=[target])
+        return devices.create_device(control, name=step.name, uuid=step.uuid, targets=targets)
 
     def _left_behind(self, step: LinearStep | VerityStep, error: OSError) -> DeviceInfo:
         """Return the agent's own device that is in the way, or raise ``error``."""
@@ -271,11 +278,12 @@ class LayerMount:
             ) from error
         return there
 
-    def _is_planned(self, there: DeviceInfo, step: LinearStep | VerityStep, target: Target) -> bool:
+    def _is_planned(
+        self, there: DeviceInfo, step: LinearStep | VerityStep, targets: Sequence[Target]
+    ) -> bool:
         if there.name != step.name or not there.readonly or there.suspended:
             return False
-        found = self._state.control.table(there.name)
-        return len(found) == 1 and is_same_target(target, found[0])
+        return is_same_table(targets, self._state.control.table(there.name))
 
     def _undo_device(self, name: str, op: Transaction) -> None:
         def undo() -> None:
@@ -380,7 +388,7 @@ def _with_filesystem(plan: LayerPlan, reader: Reader) -> LayerPlan:
     """Look at the file system through the device that will be mounted: what verity does not let
     through is never parsed, here or in the kernel."""
     filesystem = layer_type(plan.mount.filesystem, reader.read_padded)
-    check_size(filesystem, reader.read_padded, reader.size_bytes)
+    check_superblock(filesystem, reader.read_padded, reader.size_bytes)
     if filesystem == plan.mount.filesystem:
         return plan
     return plan.replace(mount=plan.mount.replace(filesystem=filesystem))

@@ -5,12 +5,19 @@ refusal that can be foreseen is made before anything exists.
 """
 
 import functools
+from collections.abc import Sequence
 
 from guestagent.api import ByteRange, LayerSpec, PathDevice, PmemDevice, ScsiDevice, VirtioBlkDevice
 from guestagent.api.devices import Device
 from guestagent.api.layers import DroppedOption
 from guestagent.storage.blockdev import BlockDevice
-from guestagent.storage.devicemapper.targets import Target, VerityTable, linear_target
+from guestagent.storage.devicemapper.targets import (
+    Target,
+    VerityTable,
+    first_lines,
+    linear_table,
+)
+from guestagent.storage.hashing import new_hash
 from guestagent.storage.verity import VerityParameters
 from vsock.errors import CallError
 from vsock.record import Record
@@ -51,11 +58,12 @@ _DM_NAME_MAX = 127
 
 
 class Source(Record):
-    """Where a layer's bytes come from: a range of a block device, and the device of its hash tree
-    where that is another. ``made_readonly`` (MAJOR:MINOR) were writable before layers came."""
+    """Where a layer's bytes come from: ``size_bytes`` of a block device, and the device of its hash
+    tree where that is another. ``made_readonly`` (MAJOR:MINOR) were writable before layers came.
+    Which bytes they are the request says."""
 
     device: BlockDevice
-    range: ByteRange
+    size_bytes: int
     hash_device: BlockDevice | None = None
     made_readonly: tuple[str, ...] = ()
 
@@ -75,22 +83,20 @@ class Source(Record):
 
 
 class LinearStep(Record):
-    """Map the byte range of a packed device as a device of its own."""
+    """Map byte ranges of a packed device, one after the other, as a device of its own.
+
+    The ranges are the request's: a journal has them once.
+    """
 
     name: str
     uuid: str
     dev: str
-    mapping: ByteRange
 
-    def target(self) -> Target:
-        return linear_target(
-            length_bytes=self.mapping.size_bytes,
-            device=self.dev,
-            offset_bytes=self.mapping.offset_bytes,
-        )
+    def targets(self, ranges: Sequence[ByteRange]) -> tuple[Target, ...]:
+        return linear_table(self.dev, [(part.offset_bytes, part.size_bytes) for part in ranges])
 
-    def describe(self) -> str:
-        return f"create {self.name}: {self.target().line()}"
+    def describe(self, ranges: Sequence[ByteRange]) -> str:
+        return f"create {self.name}: {first_lines(self.targets(ranges))}"
 
 
 class VerityOptions(Record):
@@ -144,14 +150,14 @@ class LayerPlan(Record):
     verity: VerityStep | None
     mount: MountStep
 
-    def describe(self) -> tuple[str, ...]:
+    def describe(self, ranges: Sequence[ByteRange]) -> tuple[str, ...]:
         """Return one line for each step, in order: what a dry run prints."""
         lines = [self.mount.describe()]
         if self.verity is not None:
             under = f"/dev/mapper/{self.linear.name}" if self.linear is not None else ""
             lines.insert(0, self.verity.describe(under))
         if self.linear is not None:
-            lines.insert(0, self.linear.describe())
+            lines.insert(0, self.linear.describe(ranges))
         return tuple(lines)
 
     @property
@@ -161,23 +167,24 @@ class LayerPlan(Record):
         return tuple(step.name for step in steps if step is not None)
 
 
-def source_of(mapping: ByteRange | None, device: BlockDevice) -> Source:
-    """Return what a layer takes of its device: its mapping, or all of it.
+def source_of(ranges: Sequence[ByteRange], device: BlockDevice) -> Source:
+    """Return what a layer takes of its device: the ranges of its mapping, or all of it.
 
     Raises:
-        CallError: ``invalid``, the mapping ends past the device.
+        CallError: ``invalid``, a range ends past the device.
     """
-    if mapping is None:
-        mapping = ByteRange(offset_bytes=0, size_bytes=device.size_bytes)
-    end_bytes = mapping.offset_bytes + mapping.size_bytes
-    if end_bytes > device.size_bytes:
-        raise CallError(
-            "invalid",
-            f"mapping ends at byte {end_bytes}, past {device.node} of {device.size_bytes} bytes",
-            step="device",
-            object="params.mapping",
-        )
-    return Source(device=device, range=mapping)
+    for number, part in enumerate(ranges):
+        if part.end_bytes > device.size_bytes:
+            what = "mapping" if len(ranges) == 1 else f"mapping[{number}]"
+            raise CallError(
+                "invalid",
+                f"{what} ends at byte {part.end_bytes}, past {device.node} of "
+                f"{device.size_bytes} bytes",
+                step="device",
+                object=f"params.{what}",
+            )
+    size_bytes = sum(part.size_bytes for part in ranges) if ranges else device.size_bytes
+    return Source(device=device, size_bytes=size_bytes)
 
 
 def signature_description(layer_id: str) -> str:
@@ -252,16 +259,30 @@ def dm_names(spec: LayerSpec, *, unique: bool) -> tuple[str, str]:
     """Return the names of the linear and the verity device.
 
     They are hcsshim's, which two layers on the same range or of the same content would share;
-    ``unique`` names carry the layer's id instead.
+    ``unique`` names carry the layer's id instead. Of a list of ranges the names tell their number
+    and a digest of them.
     """
     root = spec.verity.root_digest.hex() if spec.verity else ""
     if unique:
         linear, verity = f"dm-linear-{spec.layer_id}", f"dm-verity-{spec.layer_id}-{root[:16]}"
     else:
-        area, tag = spec.mapping, device_tag(spec.device)
-        where = f"{area.offset_bytes}-{area.size_bytes}" if area else "whole"
-        linear, verity = f"dm-linear-{tag}-{where}", f"dm-verity-{tag}-{root}"
+        ranges, tag = spec.ranges, device_tag(spec.device)
+        if len(ranges) > 1:
+            tag = f"{tag}-{len(ranges)}x-{_digest_of(ranges)}"
+            linear, verity = f"dm-linear-{tag}", f"dm-verity-{tag}-{root}"
+        else:
+            where = f"{ranges[0].offset_bytes}-{ranges[0].size_bytes}" if ranges else "whole"
+            linear, verity = f"dm-linear-{tag}-{where}", f"dm-verity-{tag}-{root}"
     return linear[:_DM_NAME_MAX], verity[:_DM_NAME_MAX]
+
+
+def _digest_of(ranges: Sequence[ByteRange]) -> str:
+    """Return 16 hexadecimal digits that tell lists of ranges apart for a reader of names. Two
+    layers whose names collide all the same get unique names."""
+    text = ":".join(f"{part.offset_bytes}+{part.size_bytes}" for part in ranges)
+    hasher = new_hash("sha256")
+    hasher.update(text.encode("ascii"))
+    return hasher.hexdigest()[:16]
 
 
 def dm_uuid(kind: str, layer_id: str, prefix: str = "guestagent-") -> str:
@@ -290,7 +311,6 @@ def plan_layer(
             name=names[0],
             uuid=dm_uuid("linear", spec.layer_id, uuid_prefix),
             dev=source.dev,
-            mapping=spec.mapping,
         )
     verity = None
     if parameters is not None:

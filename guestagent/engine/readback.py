@@ -4,16 +4,17 @@ import errno
 from collections.abc import Mapping
 
 from guestagent.api import LayerReport
-from guestagent.api.layers import DmDevice, VerityReport
+from guestagent.api.devices import LayerMapping
+from guestagent.api.layers import SHOWN_PARTS, DmDevice, LayerSpec, VerityReport
 from guestagent.engine.inventory import LiveLayer
-from guestagent.engine.plan import LayerPlan, VerityStep
+from guestagent.engine.plan import VerityStep
 from guestagent.engine.state import EngineState
 from guestagent.storage import blockdev
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import (
     Target,
-    is_same_target,
+    is_same_table,
     parse_verity,
     parse_verity_status,
 )
@@ -62,11 +63,12 @@ def _described(control: Control, name: str) -> tuple[DmDevice, tuple[Target, ...
         dev=info.dev,
         node=info.node,
         target_type=table[0].target_type if table else "",
-        table="; ".join(target.line() for target in table),
-        status="; ".join(target.status for target in status),
+        table="; ".join(target.line() for target in table[:SHOWN_PARTS]),
+        status="; ".join(target.status for target in status[:SHOWN_PARTS]),
         readonly=info.readonly,
         deferred_remove=info.deferred_remove,
         open_count=info.open_count,
+        target_count=len(table),
     )
     return device, table
 
@@ -151,7 +153,7 @@ def see_layer(
         # the kernel takes the table first and the device a moment later
         if not targets or (targets[0].target_type == "verity" and not device.status):
             raise _gone(live, f"without the table of its device {device.name!r}")
-    changed = _changed(live.plan, live.source.dev, found)
+    changed = _changed(live, found)
     verity = live.plan.verity
     report = None
     if verity is not None and verity.name in found and changed != verity.name:
@@ -170,19 +172,17 @@ def _is_of(mount: Mount, live: LiveLayer) -> bool:
     return (mount.dev, mount.mount_id) == (live.dev, live.mount_id)
 
 
-def _changed(
-    plan: LayerPlan, dev: str, found: Mapping[str, tuple[DmDevice, tuple[Target, ...]]]
-) -> str:
+def _changed(live: LiveLayer, found: Mapping[str, tuple[DmDevice, tuple[Target, ...]]]) -> str:
     """Return the name of the topmost device that is missing, or whose table is not as planned."""
-    changed = ""
+    changed, plan, dev = "", live.plan, live.source.dev
     if plan.linear is not None:
         device, targets = found.get(plan.linear.name, (None, ()))
-        if len(targets) != 1 or not is_same_target(plan.linear.target(), targets[0]):
+        if not is_same_table(plan.linear.targets(live.spec.ranges), targets):
             changed = plan.linear.name
         dev = device.dev if device is not None else ""
     if plan.verity is not None:
         _, targets = found.get(plan.verity.name, (None, ()))
-        if not dev or len(targets) != 1 or not is_same_target(plan.verity.target(dev), targets[0]):
+        if not dev or not is_same_table((plan.verity.target(dev),), targets):
             changed = plan.verity.name
     return changed
 
@@ -194,6 +194,10 @@ def _is_readonly(device: BlockDevice) -> bool:
         if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
             raise
         return True  # it is gone, and so is never written to
+
+
+def _first_ranges(spec: LayerSpec) -> LayerMapping | None:
+    return spec.mapping[:SHOWN_PARTS] if isinstance(spec.mapping, tuple) else spec.mapping
 
 
 def table_problem(layer_id: str) -> str:
@@ -230,14 +234,15 @@ def report_of(
         device=spec.device,
         device_node=live.source.node,
         dev=mount.dev,
-        mapping=spec.mapping,
+        mapping=_first_ranges(spec),
+        range_count=len(spec.ranges),
         dm=seen.dm,
         verity=seen.verity,
         filesystem=mount.filesystem,
         mount_id=mount.mount_id,
         options=_options(mount),
         readonly=seen.readonly,
-        size_bytes=live.source.range.size_bytes,
+        size_bytes=live.source.size_bytes,
         used_by=state.inventory.users_of(spec.layer_id),
         overlaps=state.inventory.overlapping(live),
         timings_ms=live.timings_ms if timings_ms is None else timings_ms,
@@ -255,13 +260,14 @@ def absent_report(state: EngineState, live: LiveLayer, layer_state: str) -> Laye
         device=spec.device,
         device_node=live.source.node,
         dev=live.dev,
-        mapping=spec.mapping,
+        mapping=_first_ranges(spec),
+        range_count=len(spec.ranges),
         dm=(),
         verity=None,
         filesystem=live.plan.mount.filesystem,
         mount_id=live.mount_id,
         options=(),
-        size_bytes=live.source.range.size_bytes,
+        size_bytes=live.source.size_bytes,
         readonly=all(_is_readonly(device) for device in live.source.devices),
         used_by=state.inventory.users_of(spec.layer_id),
         overlaps=state.inventory.overlapping(live),

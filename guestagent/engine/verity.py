@@ -13,6 +13,7 @@ from guestagent.api import LayerSpec, Verity
 from guestagent.api.layers import VerifyReply
 from guestagent.engine.inventory import LayerClaim, LiveLayer
 from guestagent.engine.readback import verity_status
+from guestagent.engine.reader import Reader
 from guestagent.engine.state import EngineState
 from guestagent.engine.transaction import Transaction
 from guestagent.storage.blockdev import BlockDevice
@@ -24,10 +25,9 @@ from guestagent.storage.verity import (
     check_tree_spines,
     hash_area_offset,
 )
-from vsock.closeable import FdOwner
 from vsock.errors import CallError
 
-__all__ = ("Progress", "Reader", "open_proved", "read_parameters", "verify_layer")
+__all__ = ("Progress", "open_proved", "read_parameters", "verify_layer")
 
 _PROOF_BYTES = 4096
 _CHUNK_BYTES = 1024 * 1024
@@ -36,32 +36,6 @@ _MAX_LISTED = 1000
 
 #: Gets bytes done and bytes in all.
 Progress = Callable[[int, int], None]
-
-
-class Reader(FdOwner):
-    """Reads a range of a block device, never past its end. A context manager."""
-
-    def __init__(self, node: str, *, size_bytes: int, offset_bytes: int = 0) -> None:
-        """Open ``node``."""
-        self.node = node
-        self.size_bytes = size_bytes
-        self._offset_bytes = offset_bytes
-        self._fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-
-    def fileno(self) -> int:
-        """Return the descriptor; the caller must not close it."""
-        return self._fd
-
-    def read_at(self, offset_bytes: int, size_bytes: int) -> bytes:
-        """Return what is there, fewer bytes than asked at the end of the range."""
-        size_bytes = min(size_bytes, self.size_bytes - offset_bytes)
-        if offset_bytes < 0 or size_bytes <= 0:
-            return b""
-        return os.pread(self._fd, size_bytes, self._offset_bytes + offset_bytes)
-
-    def read_padded(self, offset_bytes: int, size_bytes: int) -> bytes:
-        """Return exactly ``size_bytes``, with zeros for what is past the end."""
-        return self.read_at(offset_bytes, size_bytes).ljust(size_bytes, b"\0")
 
 
 def read_parameters(
@@ -75,10 +49,11 @@ def read_parameters(
         CallError: ``integrity``, the tree or the superblock is not what the request says;
             ``invalid`` or ``unsupported``, it could never be mapped.
     """
-    device, hash_device, area = claim.source.device, claim.source.hash_device, claim.source.range
+    source, ranges = claim.source, claim.spec.ranges
+    device, hash_device = source.device, source.hash_device
     with (
         op.step("superblock", device.node),
-        Reader(device.node, size_bytes=area.size_bytes, offset_bytes=area.offset_bytes) as data,
+        Reader(device.node, size_bytes=source.size_bytes, ranges=ranges) as data,
     ):
         if hash_device is None:
             return _read_with(claim.spec, verity, device, data, data)

@@ -29,8 +29,8 @@ def layer(layer_id: str = "a", **changes: object) -> LiveLayer:
     )
     live = LiveLayer(
         spec=spec,
-        source=source_of(whole, DEVICE),
-        plan=plan_layer(spec, source_of(whole, DEVICE), names=("l", "v")),
+        source=source_of((whole,), DEVICE),
+        plan=plan_layer(spec, source_of((whole,), DEVICE), names=("l", "v")),
         created=("/run/layers", "/run/layers/a"),
         timings_ms={"mount": 1.5},
     )

@@ -299,6 +299,7 @@ def test_sha1_is_refused_unless_allowed(guest: GuestAgent, raw: Client, tmp_path
 # --- bad requests
 
 _GOOD_DIGEST = "ab" * 32
+_PAGE = {"offset_bytes": 0, "size_bytes": 4096}
 
 BAD_FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("unaligned offset", {"mapping": {"offset_bytes": 100, "size_bytes": 4096}}),
@@ -313,6 +314,15 @@ BAD_FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("fraction", {"mapping": {"offset_bytes": 0.5, "size_bytes": 512}}),
     ("text for a number", {"mapping": {"offset_bytes": "0", "size_bytes": 512}}),
     ("truth for a number", {"mapping": {"offset_bytes": False, "size_bytes": 512}}),
+    ("no ranges", {"mapping": []}),
+    ("an unaligned range", {"mapping": [_PAGE, {"offset_bytes": 4096, "size_bytes": 100}]}),
+    ("an empty range", {"mapping": [_PAGE, {"offset_bytes": 4096, "size_bytes": 0}]}),
+    ("a range past the device", {"mapping": [_PAGE, {"offset_bytes": 1 << 50, "size_bytes": 512}]}),
+    ("too many ranges", {"mapping": [_PAGE] * 4097}),
+    ("ranges that overflow", {"mapping": [{"offset_bytes": 0, "size_bytes": 1 << 62}] * 2}),
+    ("a list in a list of ranges", {"mapping": [[_PAGE]]}),
+    ("nil in a list of ranges", {"mapping": [_PAGE, None]}),
+    ("an unknown field of a range", {"mapping": [{**_PAGE, "dev": 1}]}),
     ("short digest", {"verity": {"root_digest": "ab" * 31}}),
     ("long digest", {"verity": {"root_digest": "ab" * 33}}),
     ("odd digest", {"verity": {"root_digest": "a" * 63}}),

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import DeviceScratch, DirectoryScratch, PathDevice, TmpfsScratch, Verity
+from guestagent.api import (
+    ByteRange,
+    DeviceScratch,
+    DirectoryScratch,
+    PathDevice,
+    TmpfsScratch,
+    Verity,
+)
 from guestagent.api.devices import VerityTerms
 from guestagent.api.overlays import Scratch
 from guestagent.api.texts import scratch_from_text
@@ -19,6 +26,10 @@ VDA = PathDevice(path="/dev/vda")
 
 def layer(name: str, device: str = "pmem:0") -> str:
     return f"{device},id={name},offset=0,size=4096,root={ROOT}"
+
+
+def listed(name: str, ranges: str) -> str:
+    return f"pmem:0,id={name},ranges={ranges},root={ROOT}"
 
 
 def manifest(path: Path, **changes: object) -> Path:
@@ -93,6 +104,16 @@ def test_the_overlay_can_be_named_and_get_a_scratch() -> None:
     assert plan.overlay.scratch == TmpfsScratch(size_bytes=4096)
 
 
+def test_a_layer_may_be_of_several_ranges() -> None:
+    plan = plan_boot((listed("a", "8192+4096:0+0x1000"),), None, ())
+    assert plan is not None
+    assert plan.layers[0].mapping == (
+        ByteRange(offset_bytes=8192, size_bytes=4096),
+        ByteRange(offset_bytes=0, size_bytes=4096),
+    )
+    assert plan_boot((listed("a", "0+4096"),), None, ()) == plan_boot((layer("a"),), None, ())
+
+
 def test_a_manifest_names_layers_with_all_that_verifies_them(tmp_path: Path) -> None:
     path = manifest(tmp_path / "m.json")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -125,6 +146,13 @@ def test_a_manifest_names_layers_with_all_that_verifies_them(tmp_path: Path) -> 
         ((layer("a", "pmem:x"),), None, "'x' is no number"),
         ((layer("a", "pmem:1_0"),), None, "'1_0' is no number"),
         ((layer("a", "pmem:+1"),), None, r"'\+1' is no number"),
+        ((layer("a") + ",ranges=0+512",), None, "ranges contradicts offset"),
+        ((listed("a", ""),), None, "range 0: expected OFFSET"),
+        ((listed("a", "0+512:7"),), None, "range 1: expected OFFSET"),
+        ((listed("a", "0+512:-512+512"),), None, "'-512' is no number"),
+        ((listed("a", "0+512:512+7"),), None, "size_bytes 7 is not a multiple"),
+        ((listed("a", "0+512:512+0"),), None, "size_bytes must be in 1"),
+        ((listed("a", ":".join(["0+512"] * 4097)),), None, "got 4097"),
         ((layer("a"),), "root,layers=a,layers=a", "layers=a"),
         ((layer("a", "tape:0"),), None, "tape:0"),
     ],

@@ -177,6 +177,7 @@ def test_every_field_of_a_mount_can_be_said(
     lines = (
         whole,
         "layer mount x --device pmem:7",
+        "layer mount x --device pmem:7 --mapping 0+512:4096+0x200 --mapping 0+512",
         "layer mount x --device /dev/vda",
         f"{overlay} --target /run/overlays/p --scratch device:/dev/vdb,xfs,fresh "
         "--metacopy off --redirect-dir follow --xino auto --volatile --userxattr --suid --dev",
@@ -210,7 +211,10 @@ def test_every_field_of_a_mount_can_be_said(
             hash_offset_bytes=4096,
         ),
     )
-    assert sent[3] == OverlaySpec(
+    assert sent[2].as_dict()["mapping"] == tuple(
+        ByteRange(offset_bytes=offset, size_bytes=512) for offset in (0, 4096, 0)
+    )
+    assert sent[4] == OverlaySpec(
         overlay_id="o",
         layers=("a", "b"),
         target="/run/overlays/p",

@@ -86,6 +86,24 @@ def test_the_buffer_grows_until_the_answer_fits(kernel: Callable[[Ioctl], Contro
     assert sizes == [1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10]
 
 
+def test_a_table_of_many_targets_is_read_by_two_calls(kernel: Callable[[Ioctl], Control]) -> None:
+    entries, sizes = [], []
+    for number in range(4096):
+        params = f"4095:1048575 {(1 << 64) - 1}"
+        entries.append(spec(number * 8, 8, "linear", params, 0))
+    for number, entry in enumerate(entries):  # "next" counts from the start of the answer
+        entries[number] = entry[:20] + struct.pack("=I", (number + 1) * len(entry)) + entry[24:]
+
+    def answer(number: int, buffer: bytearray) -> None:
+        sizes.append(len(buffer))
+        answer_with(buffer, b"".join(entries), count=len(entries))
+
+    table = kernel(answer).table("x")
+    assert len(table) == len(entries)
+    assert table[-1].start_sectors == 4095 * 8
+    assert len(sizes) == 2
+
+
 def test_a_kernel_that_never_has_enough_is_an_error(kernel: Callable[[Ioctl], Control]) -> None:
     control = kernel(lambda number, buffer: answer_with(buffer, b"", flags=FULL))
     with pytest.raises(OSError, match="exceeds") as caught:

@@ -133,15 +133,37 @@ def test_release_gives_back_everything_and_may_be_repeated(inventory):
     assert {name: repr(part) for name, part in vars(inventory).items()} == before
 
 
+sectors = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 4)), min_size=1, max_size=6)
+
+
+@given(sectors, sectors)
+def test_lists_of_ranges_overlap_where_they_share_a_sector(some, others):
+    def on(layer_id, places):
+        mapping = tuple(
+            ByteRange(offset_bytes=start * 512, size_bytes=count * 512) for start, count in places
+        )
+        live = layer(layer_id)
+        return live.replace(spec=live.spec.replace(mapping=mapping))
+
+    taken, wanted = (
+        {sector for start, count in places for sector in range(start, start + count)}
+        for places in (some, others)
+    )
+    inventory = Inventory(reserved=STATE)
+    inventory.add_layer(on("a", some))
+    assert inventory.overlapping(on("b", others)) == (("a",) if taken & wanted else ())
+    assert inventory.overlapping(on("a", others)) == ()
+
+
 @pytest.mark.parametrize(
     ("offset", "size", "overlaps"),
     [(0, 4096, True), (4096, 512, False), (3584, 1024, True), (0, 512, True), (8192, 512, False)],
 )
 def test_overlapping_ranges(inventory, offset, size, overlaps):
     inventory.add_layer(layer("a"))
-    other = layer("b")
     area = ByteRange(offset_bytes=offset, size_bytes=size)
-    other = other.replace(source=other.source.replace(range=area))
+    other = layer("b")
+    other = other.replace(spec=other.spec.replace(mapping=area))
     assert inventory.overlapping(other) == (("a",) if overlaps else ())
     inventory.add_layer(other)
     inventory.add_layer(other)

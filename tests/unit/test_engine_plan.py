@@ -1,5 +1,7 @@
 """Plans: pure decisions, refusals before anything exists, and lines that can be read."""
 
+import hashlib
+
 import pytest
 
 from guestagent.api import ByteRange, LayerSpec, PathDevice, PmemDevice, ScsiDevice, VirtioBlkDevice
@@ -17,6 +19,7 @@ from guestagent.engine.plan import (
 from guestagent.storage.verity import VerityParameters
 from tests.beds.enginebed import DEVICE
 from vsock.errors import CallError
+from vsock.rpc import Decoder, Limits, Request, encode_request
 
 ROOT = bytes(range(32))
 
@@ -32,7 +35,7 @@ def spec(**changes):
     return base.replace(**changes)
 
 
-SOURCE = source_of(None, DEVICE)
+SOURCE = source_of((), DEVICE)
 PARAMETERS = VerityParameters(
     root_digest=ROOT,
     salt=b"\xab",
@@ -48,7 +51,7 @@ PARAMETERS = VerityParameters(
 
 def test_a_dry_run_prints_every_step():
     plan = plan_layer(spec(), SOURCE, names=("l", "v"), parameters=PARAMETERS)
-    assert plan.describe() == (
+    assert plan.describe(spec().ranges) == (
         "create l: 0 16 linear 7:0 2048",
         f"create v: 0 8 verity 1 /dev/mapper/l /dev/mapper/l 4096 4096 1 2 sha256 {ROOT.hex()} ab",
         "mount erofs on /run/layers/base (ro,nodev,nosuid)",
@@ -58,7 +61,7 @@ def test_a_dry_run_prints_every_step():
 
 def test_without_mapping_and_without_verity():
     plain = plan_layer(spec(mapping=None, verity=None, filesystem="ext4"), SOURCE, names=("l", "v"))
-    assert plain.describe() == ("mount ext4 on /run/layers/base (ro,nodev,nosuid)",)
+    assert plain.describe(()) == ("mount ext4 on /run/layers/base (ro,nodev,nosuid)",)
     assert plain.dm_names == ()
 
 
@@ -87,11 +90,80 @@ def test_dm_names_are_those_of_hcsshim():
     )
 
 
+def pages(*numbers):
+    return tuple(ByteRange(offset_bytes=number * 4096, size_bytes=4096) for number in numbers)
+
+
+def test_dm_names_of_a_list_tell_its_ranges():
+    linear, verity = dm_names(spec(mapping=pages(3, 1)), unique=False)
+    digest = hashlib.sha256(b"12288+4096:4096+4096").hexdigest()[:16]
+    assert linear == f"dm-linear-pmem0-2x-{digest}"
+    assert verity == f"dm-verity-pmem0-2x-{digest}-{ROOT.hex()}"
+    assert dm_names(spec(mapping=pages(1, 3)), unique=False)[0] != linear
+    assert dm_names(spec(mapping=pages(1, 3)), unique=True)[0] == "dm-linear-base"
+
+
+def test_a_list_of_one_range_is_that_range():
+    assert spec(mapping=pages(7)) == spec(mapping=pages(7)[0])
+
+
+def test_a_list_of_ranges_is_one_table_in_its_order():
+    ranges = pages(9, 2, 2)
+    wanted = spec(mapping=ranges, verity=None)
+    assert source_of(wanted.ranges, DEVICE).size_bytes == 3 * 4096
+    plan = plan_layer(wanted, SOURCE, names=("l", "v"))
+    assert plan.describe(wanted.ranges)[0] == (
+        "create l: 0 8 linear 7:0 72; 8 8 linear 7:0 16; 16 8 linear 7:0 16"
+    )
+    long = plan.describe(pages(*range(100)))[0]
+    assert long.count("linear 7:0") == 16
+    assert long.endswith("and 84 more targets")
+
+
+def test_a_range_of_a_list_must_lie_on_the_device():
+    with pytest.raises(CallError, match=r"mapping\[2\] ends at byte 1052672") as caught:
+        source_of(pages(0, 255, 256, 1), DEVICE)
+    assert (caught.value.code, caught.value.object) == ("invalid", "params.mapping[2]")
+
+
+@pytest.mark.parametrize(
+    ("mapping", "problem"),
+    [
+        ((), "1 to 4096 ranges, got 0"),
+        (pages(*range(4097)), "1 to 4096 ranges, got 4097"),
+        ((ByteRange(offset_bytes=0, size_bytes=1 << 62),) * 2, "together exceed 63 bits"),
+    ],
+)
+def test_lists_that_no_layer_can_have(mapping, problem):
+    with pytest.raises(ValueError, match=problem):
+        spec(mapping=mapping)
+
+
+def test_the_longest_request_fits_the_wire():
+    longest = spec(
+        mapping=tuple(
+            ByteRange(offset_bytes=(1 << 62) + number * 512, size_bytes=1 << 40)
+            for number in range(4096)
+        ),
+        verity=VerityRequest(root_digest=bytes(64), salt=bytes(256), signature=bytes(64 * 1024)),
+        target="/run/layers/" + "t" * 200,
+    )
+    data = encode_request(1, "layer.mount", longest.to_wire())
+    assert len(data) < Limits().max_request_bytes
+    decoder = Decoder(Limits())
+    decoder.feed(data)
+    message = decoder.next()
+    assert isinstance(message, Request)
+    assert LayerSpec.from_wire(message.params) == longest
+
+
 def test_the_longest_names_fit_the_kernel():
     verity = VerityRequest(root_digest=bytes(64))
-    long = spec(layer_id="i" * 64, device=VirtioBlkDevice(serial="s" * 20), verity=verity)
-    for unique in (False, True):
-        assert max(map(len, dm_names(long, unique=unique))) <= 127
+    for mapping in (spec().mapping, pages(*range(4096))):
+        device = VirtioBlkDevice(serial="s" * 20)
+        long = spec(layer_id="i" * 64, device=device, verity=verity, mapping=mapping)
+        for unique in (False, True):
+            assert max(map(len, dm_names(long, unique=unique))) <= 127
 
 
 def test_unique_names_differ_by_layer_id_alone():
@@ -123,15 +195,15 @@ def test_unique_names_differ_by_layer_id_alone():
 def test_a_mapping_must_lie_on_the_device(offset, size, fits):
     mapping = ByteRange(offset_bytes=offset, size_bytes=size)
     if fits:
-        assert source_of(mapping, DEVICE).range == mapping
+        assert source_of((mapping,), DEVICE).size_bytes == size
     else:
         with pytest.raises(CallError) as caught:
-            source_of(mapping, DEVICE)
+            source_of((mapping,), DEVICE)
         assert caught.value.code == "invalid"
 
 
 def test_no_mapping_is_the_whole_device():
-    assert source_of(None, DEVICE).range == ByteRange(offset_bytes=0, size_bytes=1 << 20)
+    assert source_of((), DEVICE).size_bytes == 1 << 20
 
 
 @pytest.mark.parametrize(
@@ -192,8 +264,11 @@ VERITY = {"linear": (1, 4, 0), "verity": (1, 10, 0)}
 KNOWN = frozenset(("erofs", "squashfs", "ext4", "xfs", "tmpfs", "overlay"))
 
 
-def features(versions, known=KNOWN, ways=("fsconfig-fd", "fsconfig-path", "mount"), signed=True):
-    return set(feature_names(versions, known, ways, knows_signatures=signed))
+def features(
+    versions, known=KNOWN, ways=("fsconfig-fd", "fsconfig-path", "mount"), signed=True, flat=True
+):
+    names = feature_names(versions, known, ways, knows_signatures=signed, flattens_erofs=flat)
+    return set(names)
 
 
 def test_every_feature_is_one_of_the_contract_and_can_be_had():

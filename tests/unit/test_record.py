@@ -39,6 +39,7 @@ class Outer(Record):
     anything: object = None
     shape: Square | Circle | None = None
     text_or_number: str | int = 0
+    one_or_many: Inner | tuple[Inner, ...] | None = None
 
 
 class Derived(Inner):
@@ -69,6 +70,16 @@ def test_a_record_goes_to_the_wire_and_back():
     assert wire["many"] == [{"name": "b", "size": 0}, {"name": "c", "size": 0}]
     assert Outer.from_wire(wire) == value
     assert hash(Inner(name="a")) == hash(Inner(name="a"))
+
+
+def test_one_value_is_told_from_an_array_by_its_shape():
+    one, many = Inner(name="a"), (Inner(name="b"), Inner(name="c", size=1))
+    for value in (one, many, (), None):
+        assert Outer.from_wire(Outer(one_or_many=value).to_wire()).one_or_many == value
+    assert "missing" in refused({"one_or_many": {}}, "params.one_or_many.name")
+    refused({"one_or_many": [{"name": "a"}, {"name": "b", "size": -1}]}, "params.one_or_many[1]")
+    assert "expected a map" in refused({"one_or_many": 7}, "params.one_or_many")
+    assert "expected a map" in refused({"one_or_many": [[]]}, "params.one_or_many[0]")
 
 
 def test_a_sparse_wire_leaves_out_what_is_default():

@@ -6,10 +6,16 @@ from typing import BinaryIO, TypedDict, TypeVar, Unpack
 
 import click
 
-from guestagent.api import ByteRange, LayerReport, LayerSpec, Verity
-from guestagent.api.devices import DIGEST_BYTES, MAX_SIGNATURE_BYTES, VERITY_PRESETS, Device
-from guestagent.api.layers import MOUNT_OPTIONS, LayerListReply, UnmountReply
-from guestagent.api.texts import device_from_text
+from guestagent.api import LayerReport, LayerSpec, Verity
+from guestagent.api.devices import (
+    DIGEST_BYTES,
+    MAX_SIGNATURE_BYTES,
+    VERITY_PRESETS,
+    Device,
+    LayerMapping,
+)
+from guestagent.api.layers import MOUNT_OPTIONS, SHOWN_PARTS, LayerListReply, UnmountReply
+from guestagent.api.texts import device_from_text, mapping_from_text
 from guestagent.host.client.methods import STREAM_DEADLINE_MS
 from guestagent.host.ctl.completion import complete_layers
 from guestagent.host.ctl.progress import progress_bar
@@ -60,16 +66,11 @@ def hex_bytes(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
-def _parse_range(text: str | None) -> ByteRange | None:
-    if text is None:
-        return None
-    offset, plus, size = text.partition("+")
+def _parse_mapping(texts: tuple[str, ...]) -> LayerMapping | None:
     try:
-        if not plus:
-            raise ValueError("expected OFFSET+SIZE in bytes")
-        return ByteRange(offset_bytes=int(offset, 0), size_bytes=int(size, 0))
+        return mapping_from_text(":".join(texts)) if texts else None
     except ValueError as error:
-        raise click.BadParameter(f"{text!r}: {error}") from None
+        raise click.BadParameter(f"--mapping: {error}") from None
 
 
 class TreeWords(TypedDict):
@@ -116,7 +117,12 @@ def tree_options(command: Command) -> Command:
 @layer.command("mount")
 @click.argument("layer_id")
 @click.option("--device", required=True, metavar="DEVICE", help="pmem:N, virtio-blk:SERIAL, ...")
-@click.option("--mapping", metavar="OFFSET+SIZE", help="The byte range that holds the layer.")
+@click.option(
+    "--mapping",
+    multiple=True,
+    metavar="OFFSET+SIZE[:OFFSET+SIZE]...",
+    help="The byte range that holds the layer, or ranges that are put together. May be repeated.",
+)
 @click.option("--filesystem", default="erofs", show_default=True)
 @click.option("--target", metavar="PATH", help="Default: /run/layers/LAYER_ID.")
 @click.option("-o", "--option", "options", multiple=True, type=click.Choice(MOUNT_OPTIONS))
@@ -144,7 +150,7 @@ def mount(
     /,
     layer_id: str,
     device: str,
-    mapping: str | None,
+    mapping: tuple[str, ...],
     filesystem: str,
     target: str | None,
     options: tuple[str, ...],
@@ -176,7 +182,7 @@ def mount(
         spec = LayerSpec(
             layer_id=layer_id,
             device=parse_device(device),
-            mapping=_parse_range(mapping),
+            mapping=_parse_mapping(mapping),
             verity=verity,
             filesystem=filesystem,
             target=target,
@@ -290,7 +296,11 @@ def describe_layer(report: LayerReport) -> str:
     if report.verity is not None:
         verity = report.verity
         facts.append(("verity", f"{verity.algorithm} {verity.root_digest} ({verity.status})"))
-    facts += [("dm", f"{dm.name} {dm.dev}: {dm.table}") for dm in report.dm]
+    if report.range_count > 1:
+        facts.append(("ranges", str(report.range_count)))
+    for dm in report.dm:
+        more = f"; and {dm.target_count - SHOWN_PARTS} more" * (dm.target_count > SHOWN_PARTS)
+        facts.append(("dm", f"{dm.name} {dm.dev}: {dm.table}{more}"))
     facts += [("overlaps", other) for other in report.overlaps]
     facts.append(("ms", spent(report.timings_ms)))
     return described("layer", report.layer_id, report.state, facts, already)

@@ -34,6 +34,8 @@ _ABSENT = "the kernel has no device-mapper"
 _ROOM_BYTES = 16 * 1024
 #: Enough for a table of ours, and small enough for the cheap kind of ioctl.
 _TABLE_ROOM_BYTES = 1024
+#: Enough for a linear target of any size: its struct dm_target_spec and MAJOR:MINOR SECTOR.
+_TARGET_ROOM_BYTES = 40 + 40
 _LARGEST_BUFFER_BYTES = 16 * 1024 * 1024
 
 
@@ -244,11 +246,11 @@ class Control(FdOwner):
             reply = Reply(buffer)
             if not reply.flags & dmioctl.DM_BUFFER_FULL_FLAG:
                 return reply
-            size *= 4
-            if size > _LARGEST_BUFFER_BYTES:
-                raise OSError(
-                    errno.EOVERFLOW, f"{call}: the answer exceeds {size // 4} bytes", name
-                )
+            if size >= _LARGEST_BUFFER_BYTES:
+                raise OSError(errno.EOVERFLOW, f"{call}: the answer exceeds {size} bytes", name)
+            # the header is filled in all the same, and tells how many targets a table has
+            size = max(4 * size, _HEADER_BYTES + reply.target_count * _TARGET_ROOM_BYTES)
+            size = min(size, _LARGEST_BUFFER_BYTES)
 
 
 class NoControl(Control):

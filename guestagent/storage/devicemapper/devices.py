@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from guestagent.storage.blockdev import ensure_node
 from guestagent.storage.devicemapper.control import Control, DeviceInfo
-from guestagent.storage.devicemapper.targets import Target
+from guestagent.storage.devicemapper.targets import Target, first_lines
 from guestagent.storage.uevents import UeventSocket
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -72,8 +72,8 @@ def create_device(
         if make_node:
             _make_link(info)
     except OSError as error:
-        lines = "; ".join(target.line() for target in targets)
-        failure = DmStepError.of(step, error, f"table: {lines}" if step == "dm-load" else "")
+        detail = f"table: {first_lines(targets)}" if step == "dm-load" else ""
+        failure = DmStepError.of(step, error, detail)
         _undo_create(control, name, failure)
         raise failure from error
     except BaseException as passing:

@@ -9,6 +9,7 @@ Source: Documentation/admin-guide/device-mapper/{linear,verity}.rst (Linux 6.1).
 """
 
 import functools
+from collections.abc import Iterable, Sequence
 
 from guestagent.api.devices import SECTOR_BYTES
 from guestagent.storage.verity.parameters import VerityParameters
@@ -19,7 +20,9 @@ __all__ = (
     "TargetStatus",
     "VerityStatus",
     "VerityTable",
-    "is_same_target",
+    "first_lines",
+    "is_same_table",
+    "linear_table",
     "linear_target",
     "parse_line",
     "parse_verity",
@@ -223,6 +226,33 @@ def linear_target(
     )
 
 
+def linear_table(device: str, ranges: Iterable[tuple[int, int]]) -> tuple[Target, ...]:
+    """Build the linear targets that put (offset, size) ranges of a device, in bytes, together.
+
+    Raises:
+        ValueError: as ``linear_target``.
+    """
+    targets, start_bytes = [], 0
+    for offset_bytes, size_bytes in ranges:
+        target = linear_target(
+            length_bytes=size_bytes,
+            device=device,
+            offset_bytes=offset_bytes,
+            start_bytes=start_bytes,
+        )
+        targets.append(target)
+        start_bytes += size_bytes
+    return tuple(targets)
+
+
+def first_lines(targets: "Sequence[Target | TargetStatus]", most: int = 16) -> str:
+    """Return the lines of the first targets for a person, and how many there are besides."""
+    lines = [target.line() for target in targets[:most]]
+    if len(targets) > most:
+        lines.append(f"and {len(targets) - most} more targets")
+    return "; ".join(lines)
+
+
 def parse_line(line: str) -> Target:
     """Parse ``START LENGTH TYPE [PARAMS]``.
 
@@ -278,9 +308,13 @@ def parse_verity(target: Target) -> VerityTable:
     return table
 
 
-def is_same_target(planned: Target, found: Target) -> bool:
-    """Say whether the kernel has what was planned. It tells the options of a verity target in an
-    order of its own."""
+def is_same_table(planned: Sequence[Target], found: Sequence[Target]) -> bool:
+    """Say whether the kernel has what was planned."""
+    return len(planned) == len(found) and all(map(_is_same_target, planned, found))
+
+
+def _is_same_target(planned: Target, found: Target) -> bool:
+    """The kernel tells the options of a verity target in an order of its own."""
     if planned.target_type != "verity" or found.target_type != "verity":
         return planned == found
     places = [(each.start_sectors, each.length_sectors) for each in (planned, found)]
