@@ -10,6 +10,7 @@ from pathlib import Path
 from scripts.benchmarks.format import format_rows
 from scripts.benchmarks.images import images_rows
 from scripts.benchmarks.machine import machine_rows
+from scripts.benchmarks.native import native_rows
 from scripts.benchmarks.rows import Row, print_rows, write_rows
 from scripts.benchmarks.start import start_rows
 
@@ -39,6 +40,7 @@ SUITES = {
     "images": images_rows,
     "engine": _engine_rows,
     "start": start_rows,
+    "native": native_rows,
     "machine": machine_rows,
 }
 
