@@ -82,11 +82,14 @@ class Deadline(Closeable):
         for part in parts:
             part.cancel()
 
-    def check(self, step: str) -> None:
-        """Raise CallError ``cancelled`` or ``timeout``, naming ``step``, if it is over."""
+    def check(self, step: str, now: float | None = None) -> None:
+        """Raise CallError ``cancelled`` or ``timeout``, naming ``step``, if it is over.
+
+        ``now`` is the monotonic time, for a caller that has just read it.
+        """
         if self._cancelled:
             raise CallError("cancelled", f"cancelled while: {step}", step=step)
-        if self._at is not None and time.monotonic() >= self._at:
+        if self._at is not None and (time.monotonic() if now is None else now) >= self._at:
             raise CallError("timeout", f"deadline passed while: {step}", step=step)
 
     def wait(

@@ -76,9 +76,10 @@ class Loop:
             # A handler may have closed a later one's descriptor, whose number is then reused.
             if handler is not None and fd not in self._fresh:
                 handler(events)
-        now = time.monotonic()
-        while self._timers and self._timers[0][0] <= now:
-            heapq.heappop(self._timers)[2].fire()
+        if self._timers:
+            now = time.monotonic()
+            while self._timers and self._timers[0][0] <= now:
+                heapq.heappop(self._timers)[2].fire()
 
     def close(self) -> None:
         self._epoll.close()

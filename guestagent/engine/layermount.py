@@ -305,16 +305,16 @@ class LayerMount:
                 self._mount_at(plan, node, target, op)
             op.on_rollback("mount", lambda: self._undo_mount(spec.mount_point))
             if plan.linear is None and plan.verity is None:
-                self._check_still_whole(planned.source.device, op)
+                self._check_still_whole(planned.source.device, reader, op)
         return plan
 
-    def _check_still_whole(self, device: BlockDevice, op: Transaction) -> None:
+    def _check_still_whole(self, device: BlockDevice, reader: Reader, op: Transaction) -> None:
         """See that the disk is as large as it was when it was checked.
 
         A mapping need not be looked at: device-mapper compares sizes when a table is loaded.
         """
         with op.step("size", device.node):
-            now_bytes = blockdev.inspect(device.name).size_bytes
+            now_bytes = reader.device_bytes()
         if now_bytes != device.size_bytes:
             raise CallError(
                 "device",

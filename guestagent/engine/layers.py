@@ -161,9 +161,9 @@ class Layers:
             raise busy_error(target, "", op, self._state.inventory.holders_of_layer(layer_id))
         names = live.plan.dm_names
         with op.step("look", target):
-            refuse_other_mounts(self._state, live.dev, target, op)
+            mountinfo = refuse_other_mounts(self._state, live.dev, target, op)
             refuse_shared_devices(self._state, names, target, op)
-        was_mounted = unmount_target(target, op, dev=live.dev)
+        was_mounted = unmount_target(target, op, dev=live.dev, mountinfo=mountinfo)
         if was_mounted and not (force and live.state == "device_lost"):
             op.on_rollback(f"unmount of {target}", lambda: self._restore(live))
         refuse_held(

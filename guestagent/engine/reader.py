@@ -27,6 +27,10 @@ class Reader(FdOwner):
         """Return the descriptor; the caller must not close it."""
         return self._fd
 
+    def device_bytes(self) -> int:
+        """Return how large the whole device is now."""
+        return os.lseek(self._fd, 0, os.SEEK_END)
+
     def read_at(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Return what is there, fewer bytes than asked at the end of the range."""
         size_bytes = min(size_bytes, self.size_bytes - offset_bytes)

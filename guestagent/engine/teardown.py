@@ -17,7 +17,7 @@ from guestagent.storage.blockdev import LATE_CLOSE_SECONDS
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.holders import find_holders, mounts_elsewhere
 from guestagent.storage.mount import unmount
-from guestagent.storage.mountinfo import Mount, find_mount, mounts_of_dev
+from guestagent.storage.mountinfo import Mount, find_mount, mounts_of_dev, read_text
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.retry import has_errno, retry
@@ -55,17 +55,20 @@ def nothing_to_unmount(op: Transaction) -> UnmountReply:
     return UnmountReply(unmounted=(), removed_devices=(), timings_ms=op.timings_ms, already=True)
 
 
-def unmount_target(target: str, op: Transaction, *, dev: str | None = None) -> bool:
+def unmount_target(
+    target: str, op: Transaction, *, dev: str | None = None, mountinfo: str | None = None
+) -> bool:
     """Unmount what is mounted at ``target``; return whether something was.
 
     ``dev`` (MAJOR:MINOR) is that of the agent's mount; with None any mount there is unmounted.
+    ``mountinfo`` is the kernel's table where the caller has just read it.
 
     Raises:
         CallError: ``busy``, with the holders named in the hint; ``conflict``, another mount
             covers the agent's.
     """
     with op.step("unmount", target, code="mount"):
-        mount = find_mount(target)
+        mount = find_mount(target, text=mountinfo)
         if mount is None:
             return False
         if dev is not None and mount.dev != dev:
@@ -89,18 +92,20 @@ def _foreign(mount: Mount, dev: str) -> CallError:
     )
 
 
-def refuse_other_mounts(state: EngineState, dev: str, target: str, op: Transaction) -> None:
+def refuse_other_mounts(state: EngineState, dev: str, target: str, op: Transaction) -> str:
     """Check, before an unmount, that the file system on ``dev`` is mounted at ``target`` only, and
-    where other layers are on the same one.
+    where other layers are on the same one. Return the kernel's table of mounts.
 
     Raises:
         CallError: ``busy``, it is mounted elsewhere in our mount namespace; all holders are named.
     """
     allowed = {target, *state.inventory.targets_on(dev)}
-    for mount in mounts_of_dev(dev):
+    mountinfo = read_text()
+    for mount in mounts_of_dev(dev, text=mountinfo):
         if mount.target not in allowed:
             raise busy_error(target, dev, op)
         allowed.discard(mount.target)
+    return mountinfo
 
 
 def refuse_mounts_elsewhere(devs: frozenset[str], target: str, op: Transaction) -> None:

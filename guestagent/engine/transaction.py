@@ -1,9 +1,9 @@
 """One request: its deadline, the time of each step, and how to undo what it has made.
 
 Every step runs inside ``step()``, which checks the deadline, times the work, and adds the step and
-its object to an error. Whatever a step makes is registered with ``on_rollback()`` on the next line.
-Leaving the ``with`` block without ``commit()`` runs the undos in reverse, and tries each of them
-even if another fails.
+its object to an error. The time of a step runs from the end of the step before it. Whatever a step
+makes is registered with ``on_rollback()`` on the next line. Leaving the ``with`` block without
+``commit()`` runs the undos in reverse, and tries each of them even if another fails.
 """
 
 import errno
@@ -55,6 +55,8 @@ class Transaction:
         self.known_directories: set[str] = parent.known_directories if parent else set()
         self.traceparent = traceparent
         self.timings_ms: dict[str, float] = {}
+        #: Monotonic time at which the last step ended, 0 before the first.
+        self._ended_at = 0.0
         self.faults = faults
         self._kernel_log = kernel_log
         self._log_mark: int | None = None
@@ -172,10 +174,10 @@ class _Step:
         self._begin = 0.0
 
     def __enter__(self) -> None:
-        self._begin = time.perf_counter()
         op, step = self._op, self._step
+        self._begin = op._ended_at or time.monotonic()
         try:
-            op.deadline.check(step)
+            op.deadline.check(step, self._begin)
             if op.faults is not None:
                 op.faults.reach(step, op.deadline)
         except (OSError, CallError) as error:  # a deadline that passed, a fault that strikes
@@ -183,7 +185,8 @@ class _Step:
             raise
 
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
-        self._op._end(self._step, time.perf_counter() - self._begin, error is not None)
+        now = self._op._ended_at = time.monotonic()
+        self._op._end(self._step, now - self._begin, error is not None)
         if error is None:
             return
         if isinstance(error, OSError):

@@ -153,11 +153,19 @@ class Service:
 
     def _answer(self, context: Context, request: "Request[Record] | None") -> Record:
         begin = time.perf_counter()
+        spent_seconds: float | None = None
         code = "ok"
         try:
             if request is None:
                 request = _request_of(context)
-            return self._run(request, context)
+            reply = self._run(request, context)
+            spent_seconds = time.perf_counter() - begin
+            if not request.quick:
+                # a method that changes nothing may be called every second
+                write = log.info if context.method.endswith("mount") else log.debug
+                ms = spent_seconds * 1000
+                write("request done", method=context.method, ms=ms, **_trace(context))
+            return reply
         except CallError as error:
             code = error.code
             log.info(
@@ -179,7 +187,9 @@ class Service:
             hint = "this is a bug of the agent; its log has the details"
             raise CallError("internal", text, hint=hint) from None
         finally:
-            self._observers.answered(context.method, code, time.perf_counter() - begin)
+            if spent_seconds is None:
+                spent_seconds = time.perf_counter() - begin
+            self._observers.answered(context.method, code, spent_seconds)
 
     def _run(self, request: "Request[Record]", context: Context) -> Record:
         handler = self._handlers.get(request.method) or self._late_handler(request.method)
@@ -187,14 +197,8 @@ class Service:
             context.deadline.limit(self._deadline_seconds)
         if request.quick:
             return handler(request, context)
-        begin = time.perf_counter()
         with self._observers.request(context.call, context.method, context.params):
-            reply = handler(request, context)
-        spent_ms = (time.perf_counter() - begin) * 1000
-        # a method that changes nothing may be called every second
-        write = log.info if context.method.endswith("mount") else log.debug
-        write("request done", method=context.method, ms=spent_ms, **_trace(context))
-        return reply
+            return handler(request, context)
 
     def _late_handler(self, method: str) -> Handler:
         """Load the inspection, which most agents are never asked for, and return its handler."""

@@ -49,6 +49,7 @@ _NODE_ATTEMPTS = 4
 _RESCAN_AFTER_SECONDS = (0.5, 3.0)
 #: Events can be lost, so a wait looks again by itself after this long.
 _LOOK_AGAIN_SECONDS = 1.0
+_WITHOUT_SERIAL = ("pmem", "loop", "dm")
 
 
 class BlockDevice(Record):
@@ -78,15 +79,16 @@ def inspect(name_or_dev: str, *, sys_root: str = "/sys") -> BlockDevice:
     name = os.path.basename(path)
     is_partition = os.path.exists(f"{path}/partition")
     disk = os.path.dirname(path) if is_partition else path
+    kind = _kind(os.path.basename(disk))
     return BlockDevice(
         node="/dev/" + name.replace("!", "/"),
-        dev=_read(f"{path}/dev"),
+        dev=name_or_dev if ":" in name_or_dev else _read(f"{path}/dev"),
         name=name,
         size_bytes=_read_number(f"{path}/size") * api.SECTOR_BYTES,
         logical_block_size=_read_number(f"{disk}/queue/logical_block_size"),
         readonly=_read(f"{path}/ro") == "1",
-        serial=_serial(disk),
-        kind=_kind(os.path.basename(disk)),
+        serial=None if kind in _WITHOUT_SERIAL else _serial(disk),
+        kind=kind,
     )
 
 

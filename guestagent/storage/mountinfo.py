@@ -20,6 +20,7 @@ __all__ = (
     "mounts_of_dev",
     "parse",
     "read_mounts",
+    "read_text",
     "split_lowerdir",
     "whereabouts",
 )
@@ -95,7 +96,8 @@ def parse(text: str) -> tuple[Mount, ...]:
     return tuple(parse_line(line) for line in text.split("\n") if line)
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str = MOUNTINFO_PATH) -> str:
+    """Return the file as it is, for ``find_mount`` and ``mounts_of_dev`` to look into."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         chunks = []
@@ -108,16 +110,18 @@ def _read_text(path: str) -> str:
 
 def read_mounts(path: str = MOUNTINFO_PATH) -> tuple[Mount, ...]:
     """Return every mount of this mount namespace (or of the process whose file it is)."""
-    return parse(_read_text(path))
+    return parse(read_text(path))
 
 
-def find_mount(target: str, path: str = MOUNTINFO_PATH) -> Mount | None:
-    """Return the topmost mount at exactly ``target``; None if that is no mount point.
+def find_mount(target: str, path: str = MOUNTINFO_PATH, *, text: str | None = None) -> Mount | None:
+    """Return the topmost mount at exactly ``target``; None if that is no mount point. ``text`` is a
+    fresh ``read_text``.
 
     Only lines that mention the target are parsed: with 500 layers this is called 500 times.
     """
     escaped = _escaped(target)
-    lines = [line for line in _read_text(path).split("\n") if f" {escaped} " in line]
+    text = read_text(path) if text is None else text
+    lines = [line for line in text.split("\n") if f" {escaped} " in line]
     return _topmost([mount for mount in map(parse_line, lines) if mount.target == target])
 
 
@@ -132,7 +136,7 @@ def mounts_by_target(
 ) -> dict[str, Mount]:
     """Return the topmost mount of each target, or of each of ``targets`` that is a mount point, by
     one reading."""
-    lines = [line for line in _read_text(path).split("\n") if line]
+    lines = [line for line in read_text(path).split("\n") if line]
     if targets is not None:
         wanted = {_escaped(target) for target in targets}
         lines = [line for line in lines if line.split(" ", 5)[4] in wanted]
@@ -149,9 +153,13 @@ def _topmost(stack: list[Mount]) -> Mount | None:
     return top[-1] if top else None
 
 
-def mounts_of_dev(dev: str, path: str = MOUNTINFO_PATH) -> tuple[Mount, ...]:
-    """Return the mounts of the file system on device ``dev`` (MAJOR:MINOR)."""
-    lines = [line for line in _read_text(path).split("\n") if f" {dev} " in line]
+def mounts_of_dev(
+    dev: str, path: str = MOUNTINFO_PATH, *, text: str | None = None
+) -> tuple[Mount, ...]:
+    """Return the mounts of the file system on device ``dev`` (MAJOR:MINOR). ``text`` is a fresh
+    ``read_text``."""
+    text = read_text(path) if text is None else text
+    lines = [line for line in text.split("\n") if f" {dev} " in line]
     return tuple(mount for mount in map(parse_line, lines) if mount.dev == dev)
 
 
