@@ -2,7 +2,7 @@
 
 Uncompressed, 4096-byte blocks, deterministic: the image is a function of the tree and the UUID.
 
-    block 0         superblock at 1024, inodes from 1152
+    block 0         superblock at 1024, from 1152 the table of devices, if any, then inodes
     blocks 1..      inodes with their attributes, tails of files, and directories
     then            the blocks of file data, in the order of the inodes
 
@@ -13,27 +13,40 @@ Source: fs/erofs/erofs_fs.h and Documentation/filesystems/erofs.rst (Linux 6.1).
 """
 
 import os
-import struct
 import uuid as uuid_module
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from rootfs.image.crc32c import crc32c
-from rootfs.image.erofs_inode import BLOCK_BYTES, SLOT_BYTES, Inode
+from rootfs.image.erofs_device import DeviceContent, MappedInode
+from rootfs.image.erofs_format import (
+    BLOCK_BYTES,
+    DEVICE_SLOT_BYTES,
+    HOLE,
+    INCOMPAT_CHUNKED_FILE,
+    INCOMPAT_DEVICE_TABLE,
+    SLOT_BYTES,
+    SUPERBLOCK_BYTES,
+    SUPERBLOCK_OFFSET_BYTES,
+    Device,
+    Superblock,
+    superblock_checksum,
+)
+from rootfs.image.erofs_inode import Inode
 from rootfs.image.erofs_xattr import unsupported
 from rootfs.image.tree import Node, Progress, TreeDigest, link_counts, walk
 from rootfs.imagefile.output import write_at
+from rootfs.imagefile.ranges import round_up
 from vsock.deadline import Deadline
 
-__all__ = ("ErofsImage",)
+__all__ = ("MAX_DEVICES", "PART_BYTES", "ErofsImage")
 
-_SUPERBLOCK_OFFSET_BYTES = 1024
-_SUPERBLOCK = struct.Struct("<IIIBBHQQIIII16s16sIHHHBBIQ24s")
-_MAGIC = 0xE0F5E1E2
-_FIRST_SLOT = (_SUPERBLOCK_OFFSET_BYTES + _SUPERBLOCK.size) // SLOT_BYTES
-_COMPAT_CHECKSUM = 1
-_COMPAT_MTIME = 2
-_INCOMPAT_CHUNKED_FILE = 4
+#: What follows the superblock: the device table, if any, then inodes.
+_FIRST_FREE_BYTE = SUPERBLOCK_OFFSET_BYTES + SUPERBLOCK_BYTES
+#: In an image with devices, it and each device start at a multiple of this: one hash block of a
+#: dm-verity tree (SHA-256, blocks of 4096 bytes) covers so much.
+PART_BYTES = 128 * BLOCK_BYTES
+#: The root inode comes after the device table, and its number has 16 bits.
+MAX_DEVICES = 16_000
 #: Partly filled metadata blocks that the next inode may still go into: enough to fill blocks well
 #: (the tails of files are of every size), few enough that a directory's inodes stay together.
 _OPEN_BLOCKS = 32
@@ -45,62 +58,60 @@ class ErofsImage:
     ``inline_tails`` keeps the last partial block of a file beside its inode; without it every file
     starts at a block and can be mapped directly (DAX).
 
+    ``devices`` are those that the content of files may lie in (``DeviceContent``), in the order of
+    the device table. The unified space of blocks is then the image and after it each device, every
+    one at a multiple of ``PART_BYTES``. ``links`` are the link counts by ``id(node)``; without it
+    they are those of the tree.
+
     Raises:
         CallError: ``unsupported``, the tree holds what the format cannot.
     """
 
-    def __init__(self, root: Node, *, inline_tails: bool = True) -> None:
-        self._names = list(walk(root))
-        self._common_mtime_ns = _most_common_mtime(self._names)
-        self._inodes = self._plan(root, inline_tails)
+    def __init__(
+        self,
+        root: Node,
+        *,
+        inline_tails: bool = True,
+        devices: Sequence[Device] = (),
+        links: Mapping[int, int] | None = None,
+    ) -> None:
+        if len(devices) > MAX_DEVICES:
+            raise unsupported((), f"{len(devices)} devices, more than {MAX_DEVICES}")
+        self._root = root
+        self._devices = devices
+        self._inodes, self._common_mtime_ns = _plan(root)
+        links = link_counts(root) if links is None else links
+        for inode in self._inodes:
+            inode.settle(
+                links=links[id(inode.node)],
+                common_mtime_ns=self._common_mtime_ns,
+                inline_tails=inline_tails,
+            )
         self._blocks = self._place_metadata()
         self._place_data()
-        if self._blocks >= 1 << 32:
-            raise unsupported((), f"{self._blocks} blocks, more than 2^32 - 1")
+        end_block = self._place_devices()
+        if end_block >= HOLE:
+            raise unsupported((), f"{end_block} blocks, more than 2^32 - 2")
 
     @property
     def size_bytes(self) -> int:
+        """With devices it is a multiple of ``PART_BYTES``."""
         return self._blocks * BLOCK_BYTES
 
     @property
     def data_size_bytes(self) -> int:
         """Bytes of content that ``write`` copies; what its progress counts to."""
-        return sum(
-            length
-            for inode in self._inodes
-            if inode.node.is_regular
-            for _, length, _ in inode.node.content.extents
-        )
+        return sum(inode.copied_bytes for inode in self._inodes)
 
     @property
     def inode_count(self) -> int:
         return len(self._inodes)
 
-    def _plan(self, root: Node, inline_tails: bool) -> list[Inode]:
-        """Return the inodes in the order of the image: a directory's names stay together."""
-        inodes: dict[int, Inode] = {}
-        for path, node in self._names:
-            if id(node) not in inodes:
-                inodes[id(node)] = Inode(node, path, len(inodes) + 1)
-        links = link_counts(root)
-        for inode in inodes.values():
-            for name, child in inode.node.children.items():
-                below = inodes[id(child)]
-                inode.entries.append((name, below))
-                if child.is_directory:
-                    below.parent = inode
-        for key, inode in inodes.items():
-            inode.settle(
-                links=links[key],
-                common_mtime_ns=self._common_mtime_ns,
-                inline_tails=inline_tails,
-            )
-        return list(inodes.values())
-
     def _place_metadata(self) -> int:
         """Give every inode its slot; return the first block after the metadata."""
-        open_blocks: list[tuple[int, int]] = [(0, _FIRST_SLOT * SLOT_BYTES)]
-        end_block = 1
+        start = _FIRST_FREE_BYTE + len(self._devices) * DEVICE_SLOT_BYTES
+        open_blocks: list[tuple[int, int]] = [divmod(start, BLOCK_BYTES)]
+        end_block = start // BLOCK_BYTES + 1
         for inode in self._inodes:
             size = inode.metadata_bytes
             if size > BLOCK_BYTES:
@@ -130,6 +141,17 @@ class ErofsImage:
             inode.first_block = self._blocks
             self._blocks += inode.data_blocks
 
+    def _place_devices(self) -> int:
+        """Give every device its place after the image; return the first block after all."""
+        if not self._devices:
+            return self._blocks
+        part_blocks = PART_BYTES // BLOCK_BYTES
+        self._blocks = end_block = round_up(self._blocks, part_blocks)
+        for device in self._devices:
+            device.first_block = end_block
+            end_block += round_up(device.blocks, part_blocks)
+        return end_block
+
     def write(
         self,
         fd: int,
@@ -158,6 +180,8 @@ class ErofsImage:
                     progress(done, total)
                 if cancel is not None:
                     cancel.check("write the image")
+        table = b"".join(device.pack() for device in self._devices)
+        write_at(fd, table, _FIRST_FREE_BYTE)
         self._write_superblock(fd, make_uuid())
 
     def _in_order(self, digest: TreeDigest | None) -> Iterator[Inode]:
@@ -166,50 +190,49 @@ class ErofsImage:
         if digest is None:
             yield from inodes
             return
-        for path, node in self._names:
+        for path, node in walk(self._root):
             if digest.add(path, node):
                 yield next(inodes)
 
     def _write_superblock(self, fd: int, uuid: uuid_module.UUID) -> None:
         seconds, nanoseconds = divmod(self._common_mtime_ns, 10**9)
-        chunked = any(inode.is_chunked for inode in self._inodes)
-
-        def pack(checksum: int) -> bytes:
-            return _SUPERBLOCK.pack(
-                _MAGIC,
-                checksum,
-                _COMPAT_CHECKSUM | _COMPAT_MTIME,
-                BLOCK_BYTES.bit_length() - 1,
-                0,
-                self._inodes[0].slot,
-                len(self._inodes),
-                seconds & (1 << 64) - 1,
-                nanoseconds,
-                self._blocks,
-                0,
-                0,
-                uuid.bytes,
-                bytes(16),
-                _INCOMPAT_CHUNKED_FILE if chunked else 0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                bytes(24),
-            )
-
-        write_at(fd, pack(0), _SUPERBLOCK_OFFSET_BYTES)
-        covered = os.pread(fd, BLOCK_BYTES - _SUPERBLOCK_OFFSET_BYTES, _SUPERBLOCK_OFFSET_BYTES)
-        write_at(fd, pack(crc32c(covered)), _SUPERBLOCK_OFFSET_BYTES)
+        features = INCOMPAT_DEVICE_TABLE if self._devices else 0
+        if any(inode.is_chunked for inode in self._inodes):
+            features |= INCOMPAT_CHUNKED_FILE
+        superblock = Superblock(
+            root_nid=self._inodes[0].slot,
+            inodes=len(self._inodes),
+            build_time=seconds & (1 << 64) - 1,
+            build_time_nsec=nanoseconds,
+            blocks=self._blocks,
+            uuid=uuid.bytes,
+            feature_incompat=features,
+            extra_devices=len(self._devices),
+            device_table_slot=_FIRST_FREE_BYTE // DEVICE_SLOT_BYTES if self._devices else 0,
+        )
+        checksum = superblock_checksum(superblock, os.pread(fd, BLOCK_BYTES, 0))
+        write_at(fd, superblock._replace(checksum=checksum).pack(), SUPERBLOCK_OFFSET_BYTES)
 
 
-def _most_common_mtime(names: Iterable[tuple[object, Node]]) -> int:
-    """Return the time that most inodes have, the earliest of equals: those inodes are compact."""
-    counts = Counter(node.mtime_ns for _, node in names)
-    return min(counts, key=lambda mtime_ns: (-counts[mtime_ns], mtime_ns))
+def _plan(root: Node) -> tuple[list[Inode], int]:
+    """Return the inodes in the order of the image, a directory's names together, and the time that
+    most names have, the earliest of equals: inodes of that time are compact."""
+    inodes = {id(root): Inode(root, 1, None)}
+    times = Counter((root.mtime_ns,))
+    waiting = deque(inodes.values())
+    while waiting:
+        directory = waiting.popleft()
+        for name, node in sorted(directory.node.children.items()):
+            inode = inodes.get(id(node))
+            if inode is None:
+                is_mapped = isinstance(node.content, DeviceContent) and node.content.is_mapped
+                kind = MappedInode if is_mapped else Inode
+                inode = inodes[id(node)] = kind(node, len(inodes) + 1, (directory, name))
+            times[node.mtime_ns] += 1
+            directory.entries.append((name, inode))
+            if node.is_directory:
+                waiting.append(inode)
+    return list(inodes.values()), min(times, key=lambda time_ns: (-times[time_ns], time_ns))
 
 
 def _round_slot(size_bytes: int) -> int:

@@ -12,45 +12,40 @@ import stat
 import struct
 from collections.abc import Iterator
 
+from rootfs.image.erofs_format import (
+    BLOCK_BYTES,
+    CHUNKED,
+    COMPACT,
+    DIRENT,
+    EXTENDED,
+    FILE_TYPES,
+    HOLE,
+    INLINE,
+    MAX_NAME_BYTES,
+    PLAIN,
+    SLOT_BYTES,
+    pack_device_number,
+)
 from rootfs.image.erofs_xattr import XATTR_HEADER_BYTES, pack_xattrs, unsupported
 from rootfs.image.tree import CHUNK_BYTES, Absorb, Extent, Node, copy_content, shrunk, zeros
 from rootfs.imagefile.output import write_at
 
-__all__ = ("BLOCK_BYTES", "SLOT_BYTES", "Inode")
+__all__ = ("Inode",)
 
-BLOCK_BYTES = 4096
-SLOT_BYTES = 32
-
-_COMPACT = struct.Struct("<HHHHIIIIHHI")
-_EXTENDED = struct.Struct("<HHHHQIIIIQII16x")
-_DIRENT = struct.Struct("<QHBx")
-
-_PLAIN, _INLINE, _CHUNKED = 0, 2, 4
-_HOLE = 0xFFFFFFFF
-_CHUNK_BITS_MASK = 0x1F
 #: A file's chunks are made larger until it has no more than this many.
 _MAX_CHUNKS = 65536
-_MAX_NAME_BYTES = 255
-
-_FILE_TYPES = {
-    stat.S_IFREG: 1,
-    stat.S_IFDIR: 2,
-    stat.S_IFCHR: 3,
-    stat.S_IFBLK: 4,
-    stat.S_IFIFO: 5,
-    stat.S_IFSOCK: 6,
-    stat.S_IFLNK: 7,
-}
 
 
 class Inode:
-    """An inode being laid out: ``settle`` decides its form, the image gives it ``slot`` and
+    """An inode being laid out. ``first_name`` is its directory and its name there, None for the
+    root; ``settle`` decides its form, the image gives it ``slot`` and
     ``first_block``, then ``write`` puts it into the image."""
 
     __slots__ = (
         "_chunk_bytes",
         "_directory_blocks",
         "_extended",
+        "_first_name",
         "_layout",
         "_links",
         "_size_bytes",
@@ -61,16 +56,13 @@ class Inode:
         "first_block",
         "node",
         "number",
-        "parent",
-        "path",
         "slot",
     )
 
-    def __init__(self, node: Node, path: tuple[bytes, ...], number: int) -> None:
+    def __init__(self, node: Node, number: int, first_name: "tuple[Inode, bytes] | None") -> None:
         self.node = node
-        self.path = path
         self.number = number
-        self.parent = self
+        self._first_name = first_name
         self.entries: list[tuple[bytes, Inode]] = []
         self.slot = 0
         self.first_block = 0
@@ -78,11 +70,24 @@ class Inode:
         self._links = 1
         self._size_bytes = 0
         self._extended = True
-        self._layout = _PLAIN
+        self._layout = PLAIN
         self._xattrs = b""
         self._directory_blocks: list[list[tuple[bytes, Inode]]] = []
         self._chunk_bytes = 0
         self._stored_chunks: list[int] = []
+
+    @property
+    def parent(self) -> "Inode":
+        return self if self._first_name is None else self._first_name[0]
+
+    @property
+    def path(self) -> tuple[bytes, ...]:
+        names = []
+        inode = self
+        while inode._first_name is not None:
+            inode, name = inode._first_name
+            names.append(name)
+        return (*reversed(names),)
 
     def settle(self, *, links: int, common_mtime_ns: int, inline_tails: bool) -> None:
         """Decide form and layout; directories need all their entries first.
@@ -103,9 +108,11 @@ class Inode:
             raise unsupported(self.path, "an owner or link count that is no 32-bit number")
         if not -(1 << 63) <= node.mtime_ns // 10**9 < 1 << 63:
             raise unsupported(self.path, "a time that is no 64-bit number of seconds")
-        if node.is_regular and self._settle_chunks():
-            return
-        self._settle_tail(inline_tails)
+        self._settle_layout(inline_tails)
+
+    def _settle_layout(self, inline_tails: bool) -> None:
+        if not (self.node.is_regular and self._settle_chunks()):
+            self._settle_tail(inline_tails)
 
     def _measure(self) -> int:
         node = self.node
@@ -117,7 +124,7 @@ class Inode:
             return 0
         self._directory_blocks = self._split_entries()
         return (len(self._directory_blocks) - 1) * BLOCK_BYTES + sum(
-            _DIRENT.size + len(name) for name, _ in self._directory_blocks[-1]
+            DIRENT.size + len(name) for name, _ in self._directory_blocks[-1]
         )
 
     def _split_entries(self) -> list[list[tuple[bytes, "Inode"]]]:
@@ -126,9 +133,9 @@ class Inode:
         blocks: list[list[tuple[bytes, Inode]]] = [[]]
         used = 0
         for name, inode in sorted(entries, key=lambda entry: entry[0]):
-            if len(name) > _MAX_NAME_BYTES:
+            if len(name) > MAX_NAME_BYTES:
                 raise unsupported((*self.path, name), f"a name of {len(name)} bytes, limit 255")
-            size = _DIRENT.size + len(name)
+            size = DIRENT.size + len(name)
             if used + size > BLOCK_BYTES:
                 blocks.append([])
                 used = 0
@@ -141,10 +148,10 @@ class Inode:
         fits = self._header_bytes + tail <= BLOCK_BYTES
         # A file may be mapped directly only from its own block; the others never are.
         if tail and fits and (inline_tails or not self.node.is_regular):
-            self._layout = _INLINE
+            self._layout = INLINE
             self.data_blocks = self._size_bytes // BLOCK_BYTES
         else:
-            self._layout = _PLAIN
+            self._layout = PLAIN
             self.data_blocks = -(-self._size_bytes // BLOCK_BYTES)
 
     def _settle_chunks(self) -> bool:
@@ -158,7 +165,7 @@ class Inode:
         stored = sorted(_covered_chunks(extents, chunk))
         if len(stored) == -(-self._size_bytes // chunk):
             return False
-        self._layout = _CHUNKED
+        self._layout = CHUNKED
         self._chunk_bytes = chunk
         self._stored_chunks = stored
         self.data_blocks = sum(self._blocks_of_chunk(index) for index in stored)
@@ -171,33 +178,43 @@ class Inode:
 
     @property
     def is_chunked(self) -> bool:
-        return self._layout == _CHUNKED
+        return self._layout == CHUNKED
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of content that ``write`` copies."""
+        if not self.node.is_regular:
+            return 0
+        return sum(length for _, length, _ in self.node.content.extents)
 
     @property
     def _header_bytes(self) -> int:
-        return (_EXTENDED.size if self._extended else _COMPACT.size) + len(self._xattrs)
+        return (EXTENDED.size if self._extended else COMPACT.size) + len(self._xattrs)
 
     @property
     def metadata_bytes(self) -> int:
         """Bytes from the inode's slot: header, attributes, and tail or block numbers."""
-        if self._layout == _INLINE:
+        if self._layout == INLINE:
             return self._header_bytes + self._size_bytes % BLOCK_BYTES
-        if self._layout == _CHUNKED:
+        if self._layout == CHUNKED:
             return self._header_bytes + 4 * -(-self._size_bytes // self._chunk_bytes)
         return self._header_bytes
 
     def pack(self) -> bytes:
         """Return the bytes from the slot on, but the tail of a regular file, which is zero."""
-        head = (self._pack_extended() if self._extended else self._pack_compact()) + self._xattrs
-        if self._layout == _CHUNKED:
+        head = self._pack_head()
+        if self._layout == CHUNKED:
             return head + self._pack_block_map()
-        if self._layout != _INLINE:
+        if self._layout != INLINE:
             return head
         if self.node.is_symlink:
             return head + self.node.target[self._size_bytes // BLOCK_BYTES * BLOCK_BYTES :]
         if self.node.is_directory:
             return head + _pack_directory_block(self._directory_blocks[-1])
         return head
+
+    def _pack_head(self) -> bytes:
+        return (self._pack_extended() if self._extended else self._pack_compact()) + self._xattrs
 
     @property
     def _xattr_count(self) -> int:
@@ -208,13 +225,13 @@ class Inode:
     def _union(self) -> int:
         if self.node.is_device:
             return _device_number(self.path, self.node.rdev)
-        if self._layout == _CHUNKED:
-            return (self._chunk_bytes // BLOCK_BYTES).bit_length() - 1 & _CHUNK_BITS_MASK
+        if self._layout == CHUNKED:
+            return (self._chunk_bytes // BLOCK_BYTES).bit_length() - 1
         return self.first_block if self.data_blocks else 0
 
     def _pack_compact(self) -> bytes:
         node = self.node
-        return _COMPACT.pack(
+        return COMPACT.pack(
             self._layout << 1,
             self._xattr_count,
             node.mode,
@@ -231,7 +248,7 @@ class Inode:
     def _pack_extended(self) -> bytes:
         node = self.node
         seconds, nanoseconds = divmod(node.mtime_ns, 10**9)
-        return _EXTENDED.pack(
+        return EXTENDED.pack(
             self._layout << 1 | 1,
             self._xattr_count,
             node.mode,
@@ -247,7 +264,7 @@ class Inode:
         )
 
     def _pack_block_map(self) -> bytes:
-        blocks = [_HOLE] * -(-self._size_bytes // self._chunk_bytes)
+        blocks = [HOLE] * -(-self._size_bytes // self._chunk_bytes)
         block = self.first_block
         for index in self._stored_chunks:
             blocks[index] = block
@@ -293,7 +310,7 @@ class Inode:
             raise shrunk(b"/".join(self.path))
         if absorb is not None:
             absorb(data)
-        whole = self.data_blocks * BLOCK_BYTES if self._layout == _INLINE else size
+        whole = self.data_blocks * BLOCK_BYTES if self._layout == INLINE else size
         write_at(fd, self.pack() + data[whole:], place)
         if whole:
             write_at(fd, data[:whole], self.first_block * BLOCK_BYTES)
@@ -317,9 +334,9 @@ class Inode:
     def _places(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
         """Yield (offset in the file, length, offset in the image) of the parts of an extent."""
         start = self.first_block * BLOCK_BYTES
-        if self._layout == _PLAIN:
+        if self._layout == PLAIN:
             yield offset, length, start + offset
-        elif self._layout == _INLINE:
+        elif self._layout == INLINE:
             tail_at = self._size_bytes // BLOCK_BYTES * BLOCK_BYTES
             whole = max(0, min(length, tail_at - offset))
             if whole:
@@ -358,17 +375,16 @@ def _covered_chunks(extents: tuple[Extent, ...], chunk_bytes: int) -> set[int]:
 
 def _pack_directory_block(entries: list[tuple[bytes, Inode]]) -> bytes:
     """Return the entries of one block and their names; the first name offset tells their count."""
-    name_at = _DIRENT.size * len(entries)
+    name_at = DIRENT.size * len(entries)
     head = []
     for name, inode in entries:
-        head.append(_DIRENT.pack(inode.slot, name_at, _FILE_TYPES[stat.S_IFMT(inode.node.mode)]))
+        head.append(DIRENT.pack(inode.slot, name_at, FILE_TYPES[stat.S_IFMT(inode.node.mode)]))
         name_at += len(name)
     return b"".join(head) + b"".join(name for name, _ in entries)
 
 
 def _device_number(path: tuple[bytes, ...], rdev: int) -> int:
-    """Return ``rdev`` in the kernel's 32-bit form: 12 bits of major, 20 of minor."""
-    major, minor = os.major(rdev), os.minor(rdev)
-    if major >= 1 << 12 or minor >= 1 << 20:
-        raise unsupported(path, f"the device number {major}:{minor}")
-    return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
+    number = pack_device_number(rdev)
+    if number is None:
+        raise unsupported(path, f"the device number {os.major(rdev)}:{os.minor(rdev)}")
+    return number
