@@ -35,6 +35,7 @@ __all__ = (
     "ImageResult",
     "build_image",
     "build_layers",
+    "collector_paused",
     "derive_uuid",
 )
 
@@ -143,7 +144,7 @@ def build_image(
     recipe = _Recipe(**_chosen(options, _Recipe))
     check_output(output, inputs=_inputs(source))
     with (
-        _collector_paused(),
+        collector_paused(),
         _opened(source, Path(output).parent, options) as opened,
         opened.tree() as layer,
     ):
@@ -178,7 +179,7 @@ def build_layers(
     recipe = _Recipe(**_chosen(options, _Recipe))
     directory = Path(output_directory)
     results = []
-    with _collector_paused(), _opened(source, directory, options) as opened:
+    with collector_paused(), _opened(source, directory, options) as opened:
         for each in opened.layers():
             layer = each.digested(progress=recipe.progress, cancel=recipe.cancel)
             assert layer.digest is not None
@@ -194,7 +195,7 @@ def _chosen(options: BuildOptions, kind: type[_Recipe | SourceOptions]) -> dict[
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """A tree of many inodes is all alive until the end; looking for garbage in it, again and again
     as it grows, costs an eighth of the time."""
     was_enabled = gc.isenabled()

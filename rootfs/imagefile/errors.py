@@ -5,7 +5,7 @@ import os
 
 from vsock.errors import CallError
 
-__all__ = ("DROP_XATTRS_HINT", "cannot_hold", "from_os_error")
+__all__ = ("DROP_XATTRS_HINT", "cannot_hold", "from_os_error", "shown_path")
 
 #: For attributes that an image cannot hold.
 DROP_XATTRS_HINT = "--drop-xattrs takes patterns of attributes to leave out"
@@ -64,11 +64,9 @@ def cannot_hold(
 ) -> CallError:
     """Return the ``unsupported`` error for a file that an image, "an ext4 image", cannot hold.
 
-    ``path`` is of the file; a long one is shown by its start and end.
+    ``path`` is of the file.
     """
-    name = os.fsdecode(b"/".join(path)) or "/"
-    if len(name) > _MAX_PATH_BYTES:
-        name = f"{name[: _MAX_PATH_BYTES // 2]}...{name[-_MAX_PATH_BYTES // 2 :]}"
+    name = shown_path(path)
     return CallError(
         "unsupported",
         f"cannot put {name!r} into {image}: it has {what}",
@@ -76,3 +74,11 @@ def cannot_hold(
         object=name,
         hint=hint,
     )
+
+
+def shown_path(path: tuple[bytes, ...]) -> str:
+    """Return a path for a message, a long one by its start and end."""
+    name = os.fsdecode(b"/".join(path)) or "/"
+    if len(name) > _MAX_PATH_BYTES:
+        return f"{name[: _MAX_PATH_BYTES // 2]}...{name[-_MAX_PATH_BYTES // 2 :]}"
+    return name

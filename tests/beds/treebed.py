@@ -36,7 +36,11 @@ def file_facts(top: Path, *, exact_times: bool = True) -> dict[str, dict[str, ob
     for parent, directories, files in os.walk(top):
         names += sorted(os.path.join(parent, name) for name in directories + files)
     for name in names:
-        info = os.lstat(name)
+        try:
+            info = os.lstat(name)
+        except FileNotFoundError:
+            # overlayfs lists the whiteouts of a directory that it does not merge, and finds none
+            continue
         path = os.path.relpath(name, top)
         attributes = os.listxattr(name, follow_symlinks=False)
         entry: dict[str, object] = {
