@@ -65,8 +65,8 @@ class Config(Record):
 class Key(Record):
     """One setting: ``read`` turns its text into the value of ``field`` or raises ValueError.
 
-    A setting that may ``repeat`` gathers its values in the order they come; of others the last one
-    counts, as with the kernel's own, unless it guards security: then both must say the same.
+    A setting that may ``repeat`` gathers its values in the order they come. Of any other the first
+    counts, and a second one that says something else is a problem.
     """
 
     name: str
@@ -228,7 +228,7 @@ KEYS: tuple[Key, ...] = (
         name="console",
         field="console",
         read=_console,
-        summary="where the debug console is: vsock:1025, /dev/hvc0, /dev/ttyS1, "
+        summary="where the debug console is: vsock:1022, /dev/hvc0, /dev/ttyS1, "
         "/dev/virtio-ports/NAME, addresses, separated by commas; off",
         guards_security=True,
     ),
@@ -418,7 +418,7 @@ def read_settings(
             if key.field == "fault" and not faults:
                 raise ValueError("this boot image was not made for tests")
             value = key.read(text)
-            if key.guards_security and not key.repeat and values.get(key.field, value) != value:
+            if not key.repeat and values.get(key.field, value) != value:
                 raise ValueError("given twice, and not the same")
             values[key.field] = (*values.get(key.field, ()), value) if key.repeat else value
         except ValueError as error:

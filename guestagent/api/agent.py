@@ -8,8 +8,10 @@ from vsock.record import Record
 
 #: Versions of this contract that the agent speaks, newest first.
 PROTOCOL_VERSIONS = (1,)
-#: The vsock port that the agent listens on unless configured otherwise.
-AGENT_PORT = 1024
+#: The vsock port that the agent listens on unless configured otherwise. Ports up to 1023 are for
+#: processes with CAP_NET_BIND_SERVICE (net/vmw_vsock/af_vsock.c, LAST_RESERVED_PORT), so that no
+#: user of the guest can answer the host in the agent's place.
+AGENT_PORT = 1023
 #: Kind of event -> what happened.
 EVENT_KINDS = {
     "agent_started": "an agent began to serve, perhaps after another had ended",

@@ -39,8 +39,8 @@ __all__ = (
     "encode",
 )
 
-#: The vsock port of the console unless configured otherwise.
-CONSOLE_PORT = 1025
+#: The vsock port of the console unless configured otherwise; one for privileged processes.
+CONSOLE_PORT = 1022
 #: Versions of this protocol, newest first.
 CONSOLE_VERSIONS = (1,)
 #: The error message for a console that is off.

@@ -15,6 +15,7 @@ from typing import Unpack
 
 import click
 
+from guestagent.api.console import CONSOLE_PORT
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.console import Dialler
 from guestagent.host.ctl.console_client import ConsoleClient
@@ -59,7 +60,7 @@ _END_SECONDS = 30.0
 _CONSOLE_SECONDS = 10.0
 #: Where the manifest of a pack is in a boot image.
 _MANIFEST_PATH = "etc/pack.json"
-_CONSOLE = "guestagent.console=vsock:1025 guestagent.console_shell=1"
+_CONSOLE = f"guestagent.console=vsock:{CONSOLE_PORT} guestagent.console_shell=1"
 
 
 @click.command("run")

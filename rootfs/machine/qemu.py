@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from guestagent.api.agent import AGENT_PORT
 from rootfs.bootimage.places import CACHE_DIR
 from rootfs.machine.accelerator import (
     choose_accelerator,
@@ -46,7 +47,6 @@ from vsock.threads import start_thread
 
 __all__ = ("DiskSpec", "Machine", "MachineError", "MachineSpec", "PmemSpec")
 
-AGENT_PORT = 1024
 _PANIC = "Kernel panic - not syncing"
 _START_SECONDS = 20.0
 _END_SECONDS = 1.0

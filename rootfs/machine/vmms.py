@@ -10,12 +10,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from guestagent.api.agent import AGENT_PORT
 from rootfs.machine.run_image import OVERLAY_ID, Prepared
 
 __all__ = ("VMMS", "Configuration", "cloud_hypervisor", "firecracker")
 
 VMMS = ("qemu", "cloud-hypervisor", "firecracker")
-_AGENT_PORT = 1024
 _CID = 3
 _CMDLINE = "console=ttyS0 quiet panic=-1 cryptomgr.notests"
 
@@ -113,6 +113,6 @@ def firecracker(
 
 
 def _mount(socket: Path, prepared: Prepared, *device: str) -> str:
-    address = f"hybrid://{socket}:{_AGENT_PORT}"
+    address = f"hybrid://{socket}:{AGENT_PORT}"
     command = ["guestctl", "--connect", address, "--wait", "60", "pack", "mount", *device]
     return shlex.join([*command, "--overlay", OVERLAY_ID, str(prepared.pack)])

@@ -4,10 +4,14 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from guestagent.api.agent import AGENT_PORT
+from guestagent.api.console import CONSOLE_PORT
 from guestagent.host.client import GuestAgent
 from tests.beds.agentbed import AgentProcess
 from tests.beds.supervised import SupervisedAgent
@@ -43,6 +47,16 @@ def test_nothing_takes_the_port_while_no_agent_lives() -> None:
             assert guest.status().restarts == 1
         bed.end()
         assert bed.wait() == 0
+
+
+@pytest.mark.parametrize("port", [AGENT_PORT, CONSOLE_PORT])
+def test_no_unprivileged_process_may_take_a_default_port(port: int) -> None:
+    code = (
+        "import os, socket; os.setuid(65534); s = socket.socket(socket.AF_VSOCK); "
+        f"s.bind((socket.VMADDR_CID_ANY, {port}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "Permission denied" in done.stderr
 
 
 @pytest.mark.parametrize("bed_class", [AgentProcess, SupervisedAgent])

@@ -2,6 +2,8 @@
 
 import pytest
 
+from guestagent.api.agent import AGENT_PORT
+from guestagent.api.console import CONSOLE_PORT
 from guestagent.config import KEYS, Config, parse_command_line, read_settings
 
 
@@ -47,12 +49,32 @@ def test_a_boot_image_takes_faults_only_if_it_was_made_for_tests() -> None:
         ("modules=/a.ko", "modules=/b.ko"),
         ("state=/run/a", "state=/run/b"),
         ("agent=end", "agent=stay"),
+        ("log=error", "log=debug"),
+        ("log_to=kmsg", "log_to="),
+        ("deadline=5", "deadline=6"),
+        ("rcu_expedited=0", "rcu_expedited=1"),
+        ("overlay=a", "overlay=b"),
     ],
 )
-def test_appended_text_turns_no_setting_that_matters(first: str, second: str) -> None:
+def test_appended_text_turns_no_setting(first: str, second: str) -> None:
     config, problems = read_settings(settings(first, second))
     assert config == read_settings(settings(first))[0]
-    assert [problem.fatal for problem in problems] == [True]
+    name = f"guestagent.{second.partition('=')[0]}"
+    guards = next(key for key in KEYS if f"guestagent.{key.name}" == name).guards_security
+    assert [(problem.key, problem.fatal) for problem in problems] == [(name, guards)]
+    assert "given twice, and not the same" in problems[0].text
+
+
+def test_of_every_setting_that_does_not_add_up_a_second_value_is_a_problem() -> None:
+    """The same value again is none. No setting may be turned by text that is appended."""
+    assert {key.name for key in KEYS if key.repeat} == {"layer", "manifest"}
+
+
+def test_the_default_ports_are_for_privileged_processes() -> None:
+    """The kernel refuses ports up to 1023 to processes without CAP_NET_BIND_SERVICE."""
+    assert Config().listen == (f"vsock://any:{AGENT_PORT}",)
+    assert max(AGENT_PORT, CONSOLE_PORT) <= 1023
+    assert AGENT_PORT != CONSOLE_PORT
 
 
 def test_defaults_when_nothing_is_said() -> None:
@@ -86,10 +108,10 @@ def test_a_setting_is_taken(text: str, field: str, value: object) -> None:
     assert getattr(config, field) == value
 
 
-def test_layers_gather_and_others_replace() -> None:
+def test_layers_gather() -> None:
     root = "00" * 32
     config, problems = read_settings(
-        settings(f"layer=pmem:0,root={root}", f"layer=pmem:1,root={root}", "log=info", "log=error")
+        settings(f"layer=pmem:0,root={root}", f"layer=pmem:1,root={root}", "log=error", "log=error")
     )
     assert problems == ()
     assert len(config.layers) == 2

@@ -223,7 +223,7 @@ def test_a_console_that_is_off(tmp_path: Path, layer: Path) -> None:
         done = invoke("--connect", f"unix://{tmp_path}/agent", "console", "-c", "layers")
     assert done.exit_code == 1
     assert "denied: console is disabled: guestagent.console=" in done.stderr
-    assert "boot the guest with guestagent.console=vsock:1025" in done.stderr
+    assert "boot the guest with guestagent.console=vsock:1022" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -260,8 +260,8 @@ def test_an_agent_s_socket_is_no_console(tmp_path: Path, layer: Path) -> None:
 @pytest.mark.parametrize(
     ("agent", "console"),
     [
-        ("vsock://3:1024", "vsock://3:1025"),
-        ("hybrid:///run/vm:1024", "hybrid:///run/vm:1025"),
+        ("vsock://3:1023", "vsock://3:1022"),
+        ("hybrid:///run/vm:1023", "hybrid:///run/vm:1022"),
     ],
 )
 def test_addresses(agent: str, console: str) -> None:

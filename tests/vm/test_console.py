@@ -12,6 +12,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
+from guestagent.api.console import CONSOLE_PORT
 from guestagent.host.client import GuestAgent
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel
@@ -34,7 +35,7 @@ def machine(
     spec = InitramfsSpec(kernel=kernel, files=(("bin/busybox", BUSYBOX),))
     machine = start_machine(
         initrd=build_initramfs(spec, cache_dir=CACHE_DIR).path,
-        cmdline=f"guestagent.console=vsock:1025,/dev/virtio-ports/{PORT} "
+        cmdline=f"guestagent.console=vsock:{CONSOLE_PORT},/dev/virtio-ports/{PORT} "
         "guestagent.console_shell=1 TERM=dumb",
         pmem=(PmemSpec(path=pack.path),),
         serial_ports=(PORT,),

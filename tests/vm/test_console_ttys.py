@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from guestagent.api.console import CONSOLE_PORT
 from guestagent.host.client import GuestAgent
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel
@@ -280,7 +281,7 @@ def test_a_line_is_silent_when_the_console_is_off(start_machine: Callable[..., M
             assert not person.hears(SILENCE_SECONDS)
             person.leave()
         with pytest.raises(ConnectionClosed):
-            connect(parse_address(machine.agent_address(1025)), SILENCE_SECONDS)
+            connect(parse_address(machine.agent_address(CONSOLE_PORT)), SILENCE_SECONDS)
         agent.status()
     with pytest.raises(MachineError, match="no tty 'ttyS2'"):
         machine.tty_path("ttyS2")

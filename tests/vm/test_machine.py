@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import LayerSpec, ScsiDevice, VirtioBlkDevice
+from guestagent.api.agent import AGENT_PORT
 from guestagent.host.client import GuestAgent
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel
@@ -99,7 +100,7 @@ def test_requests_go_over_a_serial_port_that_the_guest_finds_by_name(
 ) -> None:
     ports = "serial:///dev/virtio-ports/rpc,serial:///dev/virtio-ports/none"
     machine = start_machine(
-        serial_ports=("other", "rpc"), cmdline=f"guestagent.listen=vsock://any:1024,{ports}"
+        serial_ports=("other", "rpc"), cmdline=f"guestagent.listen=vsock://any:{AGENT_PORT},{ports}"
     )
     address = f"unix://{machine.port_path('rpc')}"
     for _ in range(6):  # a port is used by one peer after the other, at once

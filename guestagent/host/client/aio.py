@@ -1,6 +1,6 @@
 """The host's handle on one agent for asyncio: one ``call`` for every request of the contract.
 
-async with AsyncGuestAgent("hybrid:///run/vm.vsock:1024") as guest:
+async with AsyncGuestAgent("hybrid:///run/vm.vsock:1023") as guest:
     report = await guest.call(LayerSpec(layer_id="base", device=PmemDevice(number=0), ...))
     async for name in await guest.stream(FsLs(path="/", layer_id="base")):
         ...

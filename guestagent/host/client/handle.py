@@ -1,6 +1,6 @@
 """The host's handle on one agent, for threads: a typed method for each RPC.
 
-    with GuestAgent("hybrid:///run/vm.vsock:1024") as guest:
+    with GuestAgent("hybrid:///run/vm.vsock:1023") as guest:
         guest.layer_mount(LayerSpec(layer_id="base", device=PmemDevice(number=0), ...))
         guest.call(LayerGet(layer_id="base"))  # any request of the contract, the same
 

@@ -46,7 +46,7 @@ def console(
 ) -> None:
     """Open the debug console of a guest.
 
-    ADDRESS is an agent's (its console is on port 1025 there) or the console's own; without it,
+    ADDRESS is an agent's (its console is on port 1022 there) or the console's own; without it,
     --connect counts. Exits as the command did: 0, 1 it failed, 2 wrong usage, and with `sh -c` as
     the shell. At a terminal ~. at the start of a line leaves and ~? lists what else there is. What
     is not a terminal sends commands, one a line.

@@ -86,7 +86,7 @@ class Session:
         address = self.address
         if address is None:
             raise click.UsageError(
-                "which agent? give --connect ADDRESS, such as hybrid:///run/vm.vsock:1024, "
+                "which agent? give --connect ADDRESS, such as hybrid:///run/vm.vsock:1023, "
                 "set GUESTCTL_CONNECT, or keep the address: guestctl connect NAME ADDRESS"
             )
         try:
