@@ -22,9 +22,11 @@ from vsock.deadline import Deadline
 __all__ = (
     "Level",
     "Progress",
+    "build_level",
     "build_tree",
     "data_level",
     "holes",
+    "levels_above",
     "levels_of",
     "run_level",
     "spans",
@@ -132,7 +134,12 @@ def spans(level: Level, first: int = 0, end: int | None = None) -> list[Run]:
 
 
 def data_level(
-    parameters: VerityParameters, fd: int, tree_fd: int, tree_offset_bytes: int
+    parameters: VerityParameters,
+    fd: int,
+    tree_fd: int,
+    tree_offset_bytes: int,
+    *,
+    uniform: tuple[Run, ...] = (),
 ) -> Level:
     """Return the level of the data blocks; its slots are level 0 of the tree."""
     size_bytes = parameters.data_block_size
@@ -146,7 +153,7 @@ def data_level(
         slots_offset_bytes=base + parameters.level_offsets_bytes[0],
         hash_block_size=parameters.hash_block_size,
         hashes_per_block_bits=parameters.hashes_per_block_bits,
-        uniform=holes(fd, parameters.data_blocks, size_bytes),
+        uniform=uniform,
         uniform_block=bytes(size_bytes),
     )
 
@@ -158,12 +165,21 @@ def levels_of(
 
     The tree is in ``tree_fd`` at ``tree_offset_bytes``. Not for a tree without levels.
     """
-    level = data_level(parameters, fd, tree_fd, tree_offset_bytes)
-    yield level
+    runs = holes(fd, parameters.data_blocks, parameters.data_block_size)
+    data = data_level(parameters, fd, tree_fd, tree_offset_bytes, uniform=runs)
+    yield data
+    yield from levels_above(parameters, data, tree_offset_bytes)
+
+
+def levels_above(
+    parameters: VerityParameters, data: Level, tree_offset_bytes: int
+) -> Iterator[Level]:
+    """Yield the levels to hash above that of the data; their blocks and slots are in the tree."""
+    level = data
     for above in range(1, parameters.levels):
         level = dataclasses.replace(
             level,
-            fd=tree_fd,
+            fd=level.slots_fd,
             offset_bytes=level.slots_offset_bytes,
             blocks=parameters.level_blocks[above - 1],
             block_hash=BlockHash.of_level(parameters, parameters.hash_block_size),
@@ -214,7 +230,7 @@ def build_tree(
     if not parameters.levels:
         return block_digest(parameters, os.pread(fd, parameters.data_block_size, 0))
     for number, level in enumerate(levels_of(parameters, fd, tree_fd, tree_offset_bytes)):
-        _build_level(
+        build_level(
             level,
             workers=workers,
             accelerate=accelerate,
@@ -263,14 +279,20 @@ def run_level(
     )
 
 
-def _build_level(
+def build_level(
     level: Level,
     *,
     workers: int,
     accelerate: bool,
     deadline: Deadline,
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> None:
+    """Hash the blocks of a level and write their slots.
+
+    Raises:
+        CallError, OSError: as ``build_tree``.
+    """
+
     def make_worker() -> Callable[[Run], bytes]:
         batches = level.batches(accelerate)
 
