@@ -19,6 +19,7 @@ from rootfs.imagefile.ranges import FileRange, copy_range, round_up
 from rootfs.verity import workers as parallel
 from rootfs.verity.hashing import BlockHash
 from rootfs.verity.hashtree import build_level, data_level, levels_above
+from rootfs.verity.runs import Run, pieces
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -123,14 +124,13 @@ def compose_tree(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Placed:
-    """A part whose hash blocks of level 0 are in the tree from ``first`` on.
+    """A part, and which hash blocks of level 0 of the tree are its own.
 
     ``last`` is the last of them as the part has it, where that is not as the tree has it.
     """
 
     part: Part
-    first: int
-    count: int
+    leaves: Run
     last: bytes | None
 
 
@@ -168,7 +168,9 @@ class _Composer:
         zeros = (self._zero_slot * self._fan).ljust(self._size_bytes, b"\0")
         for index in range(count, part.padded_bytes // covered_bytes):
             self._write_leaf(index, zeros)
-        self._placed.append(_Placed(part=part, first=self._leaves, count=count, last=last))
+        self._placed.append(
+            _Placed(part=part, leaves=Run(first=self._leaves, count=count), last=last)
+        )
         self._leaves += part.padded_bytes // covered_bytes
 
     def _copy_leaves(self, part: Part, count: int) -> None:
@@ -206,7 +208,7 @@ class _Composer:
             own = placed.part.parameters
             if not own.levels:
                 continue
-            slots = [self._slot(placed.first + index) for index in range(placed.count)]
+            slots = self._slots(placed.leaves)
             if placed.last is not None:
                 slots[-1] = self._hash.slot_of(placed.last)
             while len(slots) > 1:
@@ -223,14 +225,18 @@ class _Composer:
                     f"{own.root_digest.hex()}",
                 )
 
-    def _slot(self, leaf: int) -> bytes:
-        """Return the digest of a leaf, as level 1 has it."""
+    def _slots(self, run: Run) -> list[bytes]:
+        """Return the digests of leaves, as level 1 has them."""
         slot_bytes = self._hash.slot_size_bytes
         if self._parameters.levels < 2:  # the one leaf is the top
-            return self.digest_of(self.data.slots_offset_bytes).ljust(slot_bytes, b"\0")
-        block, index = divmod(leaf, self._fan)
-        at = self._level_1_bytes + block * self._size_bytes + index * slot_bytes
-        return os.pread(self._tree_fd, slot_bytes, at)
+            return [self.digest_of(self.data.slots_offset_bytes).ljust(slot_bytes, b"\0")]
+        slots: list[bytes] = []
+        for first, count in pieces(run, self._fan):
+            block, index = divmod(first, self._fan)
+            at = self._level_1_bytes + block * self._size_bytes + index * slot_bytes
+            found = os.pread(self._tree_fd, count * slot_bytes, at)
+            slots += (found[n : n + slot_bytes] for n in range(0, len(found), slot_bytes))
+        return slots
 
     def digest_of(self, offset_bytes: int) -> bytes:
         """Return the digest of a hash block of the tree."""

@@ -12,6 +12,7 @@ from uuid import UUID
 
 from guestagent.storage.verity import VerityTerms
 from rootfs.verity import multibuffer
+from rootfs.verity.compose import Part, compose_tree, composed_parameters
 from rootfs.verity.formatter import format_image
 from rootfs.verity.verifier import verify_image
 from rootfs.verity.workers import available_cores
@@ -46,6 +47,7 @@ def format_rows() -> list[Row]:
             *_sparse(directory),
             *_small_layers(directory),
             *_huge(directory),
+            *_composed(directory),
         ]
 
 
@@ -143,6 +145,33 @@ def _huge(directory: Path) -> list[Row]:
     rows = _memory("format 16 GiB of nothing", image)
     image.unlink()
     return rows
+
+
+def _composed(directory: Path) -> list[Row]:
+    """Hash an image of 64 layers as a whole, and compose its tree of theirs."""
+    image, hashes, tree = (directory / name for name in ("image", "hashes", "tree"))
+    part_bytes = DENSE_BYTES // LAYERS
+    _fill(image, part_bytes)
+    terms = VerityTerms(salt=SALT)
+    made = format_image(image, terms=terms, hash_file=hashes)
+    image.write_bytes(image.read_bytes() * LAYERS)
+    with hashes.open("rb") as file, tree.open("w+b") as target:
+        part = Part(name="layer", fd=file.fileno(), parameters=made.parameters)
+        parts = [part] * LAYERS
+        parameters = composed_parameters(parts)
+
+        def compose() -> bytes:
+            return compose_tree(parts, parameters, target.fileno(), 0)
+
+        def whole() -> bytes:
+            name = directory / "whole"
+            return format_image(image, terms=terms, hash_file=name, force=True).root_digest
+
+        if compose() != whole():
+            raise RuntimeError("the composed tree is not that of the whole image")
+        contenders: dict[str, Contender] = {"hashing the whole": whole, "composing": compose}
+        task = "tree of 512 MiB in 64 layers"
+        return contest(task, contenders, amount=DENSE_BYTES / MIB, unit="MiB")
 
 
 def _memory(task: str, image: Path) -> list[Row]:
