@@ -23,7 +23,7 @@ from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.hasharea import data_end
 from rootfs.imagefile.output import check_output
 from rootfs.pack.sidecar import Sidecar
-from rootfs.verity.formatter import derive_identity, format_image
+from rootfs.verity.formatter import LAYER_SALT, derive_uuid, format_image
 from rootfs.verity.runs import Run
 from rootfs.verity.verifier import VerifyResult, read_layer, verify_image
 from vsock.errors import CallError
@@ -60,7 +60,9 @@ def _terms(options: TreeWords, root_digest: bytes | None = None) -> VerityTerms:
 @click.option("--salt", type=hex_bytes, metavar="HEX", help="Salt; - is none. Default: random.")
 @click.option("--uuid", type=click.UUID, help="Default: random.")
 @click.option(
-    "--reproducible", is_flag=True, help="Derive salt and UUID from the content of the image."
+    "--reproducible",
+    is_flag=True,
+    help="Take the salt of all layers, and derive the UUID from the content of the image.",
 )
 @click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_BYTES)), default="sha256")
 @click.option("--hash-type", type=click.IntRange(0, 1), default=1, help="0: Chrome OS.")
@@ -99,8 +101,8 @@ def format_command(
     if reproducible:
         if terms.salt is not None or uuid is not None:
             raise click.UsageError("--reproducible makes --salt and --uuid itself")
-        salt, uuid = _identity(image, terms.data_blocks, terms.data_block_size or 4096)
-        terms = terms.replace(salt=salt)
+        uuid = _content_uuid(image, terms.data_blocks, terms.data_block_size or 4096)
+        terms = terms.replace(salt=LAYER_SALT)
     if sidecar and (not terms.superblock or hash_file is not None):
         raise click.UsageError("a sidecar describes a superblock in IMAGE")
     if sidecar:
@@ -121,7 +123,7 @@ def format_command(
     _show(_facts(result.parameters, result.uuid), as_json)
 
 
-def _identity(image: str, data_blocks: int | None, block_size_bytes: int) -> tuple[bytes, UUID]:
+def _content_uuid(image: str, data_blocks: int | None, block_size_bytes: int) -> UUID:
     digest = hashlib.sha256()
     left = None if data_blocks is None else data_blocks * block_size_bytes
     try:
@@ -133,7 +135,7 @@ def _identity(image: str, data_blocks: int | None, block_size_bytes: int) -> tup
                 left -= len(piece)
     except OSError as problem:
         raise from_os_error(problem, step="read", object=image) from problem
-    return derive_identity(digest.digest())
+    return derive_uuid(digest.digest())
 
 
 @click.command("dump")

@@ -1,7 +1,8 @@
 """Images from sources: the front door of the image tools.
 
-The same source gives the same bytes: the UUID of the file system, and salt and UUID for a hash tree
-over it, derive from the source's digest. Nothing is seen under a final name before it is whole.
+The same source gives the same bytes: the UUIDs of the file system and of a hash tree over it derive
+from the source's digest, and the salt of the hash tree is one for all layers. Nothing is seen under
+a final name before it is whole.
 """
 
 import contextlib
@@ -25,7 +26,8 @@ from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import check_output, new_file
 from rootfs.imagefile.ranges import round_up
 from rootfs.imagefile.vhd import append_footer
-from rootfs.verity.formatter import derive_identity, format_image
+from rootfs.verity import formatter
+from rootfs.verity.formatter import LAYER_SALT, format_image
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -66,12 +68,12 @@ class ImageResult:
     @property
     def verity_salt(self) -> bytes:
         """The salt to format a hash tree with, so that it is reproducible; 32 bytes."""
-        return derive_identity(bytes.fromhex(self.source_digest.removeprefix("sha256:")))[0]
+        return LAYER_SALT
 
     @property
     def verity_uuid(self) -> uuid_module.UUID:
         """The UUID for the superblock of that hash tree."""
-        return derive_identity(bytes.fromhex(self.source_digest.removeprefix("sha256:")))[1]
+        return formatter.derive_uuid(bytes.fromhex(self.source_digest.removeprefix("sha256:")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +117,7 @@ class BuildOptions(SourceChoices, total=False):
     filesystem: one of ``FILESYSTEMS``; erofs unless said otherwise.
     compression: as the file system has it (``lz4hc``, ``zstd``...); None is uncompressed.
     inline_tails: False starts every file of an EROFS image at a block (for DAX).
-    verity: put a dm-verity hash area behind it, with salt and UUID from the source's digest.
+    verity: put a dm-verity hash area behind it, with a UUID from the source's digest.
     vhd_footer: end the file as a fixed VHD; with ext4 and ``verity`` it is a layer of hcsshim.
     """
 

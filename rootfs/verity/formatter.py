@@ -29,11 +29,14 @@ from rootfs.verity.hashtree import Progress, build_tree
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("FormatResult", "derive_identity", "format_image", "opened")
+__all__ = ("LAYER_SALT", "FormatResult", "derive_uuid", "format_image", "opened")
 
 #: A tree up to this size (that of a 2 GiB image) grows in memory, a larger one beside the image.
 _TREE_IN_MEMORY_BYTES = 16 * 1024 * 1024
 _SALT_BYTES = 32
+#: The salt of every hash tree that is to be reproducible. It is one for all layers, because only
+#: trees of one salt can be composed (``rootfs.verity.compose``); see docs/security.md.
+LAYER_SALT = hashlib.sha256(b"verity salt of the layers of a pack, version 2").digest()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +53,15 @@ class FormatResult:
         return self.parameters.root_digest
 
 
-def derive_identity(content_digest: bytes) -> tuple[bytes, uuid_module.UUID]:
-    """Return salt (32 bytes) and UUID that follow from a digest of the content alone.
+def derive_uuid(content_digest: bytes) -> uuid_module.UUID:
+    """Return a UUID that follows from a digest of the content alone.
 
-    So the same content always gives the same layer, byte for byte.
+    With ``LAYER_SALT`` the same content always gives the same layer, byte for byte.
     """
     if not content_digest:
         raise ValueError("the digest of the content is empty")
-    salt = hashlib.sha256(b"verity layer salt\0" + content_digest).digest()
     seed = hashlib.sha256(b"verity layer uuid\0" + content_digest).digest()
-    return salt, uuid_module.UUID(bytes=seed[:16], version=5)
+    return uuid_module.UUID(bytes=seed[:16], version=5)
 
 
 def format_image(

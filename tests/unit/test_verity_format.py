@@ -26,7 +26,7 @@ from rootfs.imagefile import attached as busy
 from rootfs.imagefile.hasharea import find_hash_area
 from rootfs.verity import hashtree, multibuffer
 from rootfs.verity import workers as parallel
-from rootfs.verity.formatter import FormatResult, derive_identity, format_image
+from rootfs.verity.formatter import FormatResult, derive_uuid, format_image
 from rootfs.verity.hashing import BlockHash, HashlibHasher
 from rootfs.verity.verifier import read_layer, verify_image
 from vsock.deadline import Deadline
@@ -715,17 +715,14 @@ def test_a_mounted_image_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert caught.value.code == "busy"
 
 
-def test_identity_follows_from_content_alone() -> None:
+def test_the_uuid_follows_from_content_alone() -> None:
     digest = hashlib.sha256(b"content").digest()
-    salt, identity = derive_identity(digest)
-    assert (salt, identity) == derive_identity(digest)
-    assert len(salt) == 32
+    identity = derive_uuid(digest)
+    assert identity == derive_uuid(digest)
     assert identity.version == 5
-    other = derive_identity(hashlib.sha256(b"other").digest())
-    assert salt != other[0]
-    assert identity != other[1]
+    assert identity != derive_uuid(hashlib.sha256(b"other").digest())
     with pytest.raises(ValueError, match="empty"):
-        derive_identity(b"")
+        derive_uuid(b"")
 
 
 def test_salt_and_uuid_are_random_unless_given(image: Path, tmp_path: Path) -> None:
