@@ -11,6 +11,7 @@ salt, algorithm, hash type and block sizes.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 
@@ -18,12 +19,12 @@ from guestagent.storage.verity import FieldError, VerityParameters, check_spare
 from rootfs.imagefile.ranges import FileRange, copy_range, round_up
 from rootfs.verity import workers as parallel
 from rootfs.verity.hashing import BlockHash
-from rootfs.verity.hashtree import build_level, data_level, levels_above
+from rootfs.verity.hashtree import Level, build_level, data_level, levels_above
 from rootfs.verity.runs import Run, pieces
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("PART_STEP_BYTES", "Part", "compose_tree", "composed_parameters")
+__all__ = ("PART_STEP_BYTES", "NewPart", "Part", "compose_tree", "composed_parameters")
 
 #: Parts start at multiples of this: 128 data blocks of 4 KiB.
 PART_STEP_BYTES = 512 << 10
@@ -48,19 +49,36 @@ class Part:
         return round_up(self.parameters.data_size_bytes, PART_STEP_BYTES)
 
 
-def composed_parameters(parts: Sequence[Part], *, superblock: bool = True) -> VerityParameters:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NewPart:
+    """Data without a hash tree, which are hashed: ``padded_bytes``, whole 512 KiB, of the file
+    ``fd`` (borrowed) from ``offset_bytes`` on."""
+
+    fd: int
+    offset_bytes: int
+    padded_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.padded_bytes <= 0 or self.padded_bytes % PART_STEP_BYTES:
+            raise ValueError(f"{self.padded_bytes} is not a multiple of {PART_STEP_BYTES}")
+
+
+def composed_parameters(
+    parts: Sequence[Part | NewPart], *, superblock: bool = True
+) -> VerityParameters:
     """Return what defines the tree of a concatenation, but for its root digest, which is zeros.
 
     The hash area is behind the data.
 
     Raises:
-        CallError: ``invalid``, no parts, parts whose trees cannot be composed (``object`` is the
-            name of the part), or too much data.
+        CallError: ``invalid``, no parts with a tree, parts whose trees cannot be composed
+            (``object`` is the name of the part), or too much data.
     """
-    if not parts:
-        raise CallError("invalid", f"cannot {_STEP}: there are no parts", step=_STEP)
-    first = parts[0]
-    for part in parts[1:]:
+    hashed = [part for part in parts if isinstance(part, Part)]
+    if not hashed:
+        raise CallError("invalid", f"cannot {_STEP}: no part has a hash tree", step=_STEP)
+    first = hashed[0]
+    for part in hashed[1:]:
         for field in _SHARED_FIELDS:
             said, expected = getattr(part.parameters, field), getattr(first.parameters, field)
             if said != expected:
@@ -85,7 +103,7 @@ def composed_parameters(parts: Sequence[Part], *, superblock: bool = True) -> Ve
 
 
 def compose_tree(
-    parts: Sequence[Part],
+    parts: Sequence[Part | NewPart],
     parameters: VerityParameters,
     tree_fd: int,
     tree_offset_bytes: int,
@@ -105,19 +123,22 @@ def compose_tree(
             its name); ``timeout``, ``cancelled``.
         OSError: reading or writing failed.
     """
-    deadline = deadline or Deadline()
+    build = functools.partial(
+        build_level,
+        workers=parallel.available_cores() if workers is None else workers,
+        accelerate=accelerate,
+        deadline=deadline or Deadline(),
+    )
     composer = _Composer(parameters, tree_fd, tree_offset_bytes)
     for part in parts:
-        deadline.check(_STEP)
-        composer.append(part)
-    above = levels_above(parameters, composer.data, tree_offset_bytes)
-    for level in above:
-        build_level(
-            level,
-            workers=parallel.available_cores() if workers is None else workers,
-            accelerate=accelerate,
-            deadline=deadline,
-        )
+        if deadline is not None:
+            deadline.check(_STEP)
+        if isinstance(part, Part):
+            composer.append(part)
+        else:
+            build(composer.append_new(part))
+    for level in levels_above(parameters, composer.data, tree_offset_bytes):
+        build(level)
     composer.check_parts()
     return composer.digest_of(tree_offset_bytes)
 
@@ -172,6 +193,18 @@ class _Composer:
             _Placed(part=part, leaves=Run(first=self._leaves, count=count), last=last)
         )
         self._leaves += part.padded_bytes // covered_bytes
+
+    def append_new(self, part: NewPart) -> Level:
+        """Return the level of the data, to be hashed."""
+        level = dataclasses.replace(
+            self.data,
+            fd=part.fd,
+            offset_bytes=part.offset_bytes,
+            blocks=part.padded_bytes // self._parameters.data_block_size,
+            slots_offset_bytes=self._leaf_offset(0),
+        )
+        self._leaves += level.blocks // self._fan
+        return level
 
     def _copy_leaves(self, part: Part, count: int) -> None:
         if not count:

@@ -29,7 +29,7 @@ from rootfs.verity.hashtree import Progress, build_tree
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("LAYER_SALT", "FormatResult", "derive_uuid", "format_image", "opened")
+__all__ = ("LAYER_SALT", "FormatResult", "derive_uuid", "format_image", "opened", "tree_file")
 
 #: A tree up to this size (that of a 2 GiB image) grows in memory, a larger one beside the image.
 _TREE_IN_MEMORY_BYTES = 16 * 1024 * 1024
@@ -109,7 +109,8 @@ def format_image(
         if apart is None:
             _refuse_data_loss(path, fd, parameters.hash_offset_bytes)
         try:
-            tree_fd = cleanup.enter_context(_tree_file(parameters, path))
+            tree_bytes = parameters.end_bytes - parameters.tree_offset_bytes
+            tree_fd = cleanup.enter_context(tree_file(tree_bytes, path))
             root_digest = build_tree(
                 parameters,
                 fd,
@@ -257,9 +258,12 @@ def _refused(path: str, field: str, problem: str, *, hint: str | None = None) ->
 
 
 @contextlib.contextmanager
-def _tree_file(parameters: VerityParameters, path: str) -> Iterator[int]:
-    """Open a file of zeros, without a name, as large as the tree."""
-    size_bytes = parameters.end_bytes - parameters.tree_offset_bytes
+def tree_file(size_bytes: int, path: str) -> Iterator[int]:
+    """Open a file of zeros without a name: in memory, or if it is large, beside the image ``path``.
+
+    Raises:
+        OSError: there is no room.
+    """
     with contextlib.ExitStack() as cleanup:
         if size_bytes <= _TREE_IN_MEMORY_BYTES:
             fd = os.memfd_create("verity-tree", os.MFD_CLOEXEC)

@@ -13,7 +13,7 @@ from uuid import UUID
 import pytest
 
 from guestagent.storage.verity import VerityParameters, VerityTerms
-from rootfs.verity.compose import PART_STEP_BYTES, Part, compose_tree, composed_parameters
+from rootfs.verity.compose import PART_STEP_BYTES, NewPart, Part, compose_tree, composed_parameters
 from rootfs.verity.formatter import format_image
 from vsock.errors import CallError
 
@@ -145,8 +145,28 @@ def test_parts_that_differ_are_refused_by_name(
 
 
 def test_no_parts_are_refused() -> None:
-    with pytest.raises(CallError, match="no parts"):
+    with pytest.raises(CallError, match="no part"):
         composed_parameters([])
+
+
+@pytest.mark.parametrize("terms", [VerityTerms(salt=b"s"), VerityTerms(salt=b"s", hash_type=0)])
+def test_a_part_without_a_tree_is_hashed(tmp_path: Path, terms: VerityTerms) -> None:
+    new = tmp_path / "new"
+    new.write_bytes(bytes(4096) + NOISE + NOISE[:5000].ljust(PART_STEP_BYTES, b"\0"))
+    with Parts(tmp_path, terms, (300, 70)) as parts, new.open("rb") as file:
+        fresh = NewPart(fd=file.fileno(), offset_bytes=4096, padded_bytes=2 * PART_STEP_BYTES)
+        one, other = parts.parts
+        parts.parts = [one, fresh, other]  # type: ignore[list-item]
+        parts.data = (
+            parts.data[: one.padded_bytes]
+            + new.read_bytes()[4096:]
+            + parts.data[one.padded_bytes :]
+        )
+        made = parts.write(tmp_path / "composed")
+        (tmp_path / "whole").write_bytes(parts.data)
+    whole = format_image(tmp_path / "whole", terms=terms, uuid=IDENTITY)
+    assert whole.root_digest == made.root_digest
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "composed").read_bytes()
 
 
 @pytest.mark.parametrize("blocks", [300, 128, 100, 128 * 130])
