@@ -335,7 +335,8 @@ KEYS: tuple[Key, ...] = (
         name="manifest",
         field="manifests",
         read=str,
-        summary="mount the layers of a pack at boot: PATH,DEVICE[,sha256=HEX]",
+        summary="mount the layers of a pack at boot, or one image of it: "
+        "PATH,DEVICE[,sha256=HEX][,image=ID]",
         guards_security=True,
         repeat=True,
     ),

@@ -22,7 +22,8 @@ from vsock.record import Record
 
 __all__ = ("BootPlan", "plan_boot")
 
-_MANIFEST_VERSION = 1
+#: Version 2 adds ``images``.
+_MANIFEST_VERSIONS = (1, 2)
 _MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 
 
@@ -43,9 +44,16 @@ class BootPlan(Record):
 
 
 def plan_boot(
-    layers: tuple[str, ...], overlay: str | None, manifests: tuple[str, ...]
+    layers: tuple[str, ...],
+    overlay: str | None,
+    manifests: tuple[str, ...],
+    *,
+    flattens_erofs: bool = False,
 ) -> BootPlan | None:
     """Return the plan, or None if nothing is asked for at boot.
+
+    ``flattens_erofs`` says whether this kernel mounts the image of a manifest as one layer; the
+    layers of the image are overlaid elsewhere.
 
     Raises:
         CallError: ``invalid`` or ``integrity``: settings or a manifest contradict each other.
@@ -56,53 +64,94 @@ def plan_boot(
         raise CallError("invalid", "guestagent.overlay= without any layer", object="overlay")
     try:
         specs = [layer_from_text(text, f"layer{index}") for index, text in enumerate(layers)]
+        images: dict[str, tuple[str, ...]] = {}
         for manifest in manifests:
-            specs += _from_manifest(manifest)
+            image, found = _from_manifest(manifest, flattens_erofs)
+            specs += found
+            if image is not None:
+                images[image] = tuple(spec.layer_id for spec in found)
         ids = [spec.layer_id for spec in specs]
         twice = [layer_id for layer_id in ids if ids.count(layer_id) > 1]
         if twice:
             raise ValueError(f"layer {twice[0]!r} is named twice")
-        return BootPlan(layers=tuple(specs), overlay=_overlay(overlay, tuple(ids)))
+        return BootPlan(layers=tuple(specs), overlay=_overlay(overlay, tuple(ids), images))
     except ValueError as error:
         raise CallError("invalid", str(error), step="plan boot") from None
 
 
-def _overlay(text: str | None, ids: tuple[str, ...]) -> OverlaySpec | None:
+def _overlay(
+    text: str | None, ids: tuple[str, ...], images: dict[str, tuple[str, ...]]
+) -> OverlaySpec | None:
+    """``images`` has the layers that each image is mounted as, so that an overlay may name it."""
     if text is None:
         return OverlaySpec(overlay_id=ROOT_ID, layers=ids) if len(ids) > 1 else None
     wanted = overlay_from_text(text)
-    unknown = [layer_id for layer_id in wanted.layers if layer_id not in ids]
+    named = [each for name in wanted.layers for each in images.get(name, (name,))]
+    unknown = [layer_id for layer_id in named if layer_id not in ids]
     if unknown:
         raise ValueError(f"overlay {wanted.overlay_id!r} names {unknown[0]!r}, which is no layer")
     return OverlaySpec(
         overlay_id=wanted.overlay_id,
-        layers=wanted.layers or ids,
+        layers=tuple(named) or ids,
         scratch=scratch_from_text(wanted.scratch) if wanted.scratch else None,
     )
 
 
-def _from_manifest(text: str) -> list[LayerSpec]:
-    """Read PATH,DEVICE[,sha256=HEX]: the layers of a pack, by its manifest in the boot image."""
+def _from_manifest(text: str, flattens_erofs: bool) -> tuple[str | None, list[LayerSpec]]:
+    """Read PATH,DEVICE[,sha256=HEX][,image=ID]: a pack, by its manifest in the boot image.
+
+    Return the id of the image, if one is named, and what is to be mounted of the pack.
+    """
+    form = "PATH,DEVICE[,sha256=HEX][,image=ID]"
     path, *words = text.split(",")
     if not words:
-        raise ValueError(f"manifest {text!r}: which device? expected PATH,DEVICE[,sha256=HEX]")
+        raise ValueError(f"manifest {text!r}: which device? expected {form}")
     device = device_from_text(words[0]).to_wire()
-    digest = None
+    said: dict[str, str] = {}
     for word in words[1:]:
         key, _, value = word.partition("=")
-        if key != "sha256":
-            raise ValueError(f"manifest {text!r}: {word!r} is no sha256=HEX")
-        if digest is not None:
-            raise ValueError(f"manifest {text!r}: sha256 is given twice")
-        digest = value
-    document = _load(path, digest)
+        if key not in ("sha256", "image"):
+            raise ValueError(f"manifest {text!r}: {word!r} is no part of {form}")
+        if key in said:
+            raise ValueError(f"manifest {text!r}: {key} is given twice")
+        said[key] = value
+    document = _load(path, said.get("sha256"))
     version = document.get("version")
-    if type(version) is not int or version != _MANIFEST_VERSION:
+    if type(version) is not int or version not in _MANIFEST_VERSIONS:
         raise ValueError(f"manifest {path!r}: version {document.get('version')!r} is not known")
-    layers = document.get("layers")
-    if not isinstance(layers, list):
-        raise ValueError(f"manifest {path!r}: layers is no list")
-    return [_layer(path, layer, device) for layer in layers]
+    layers = _maps(path, document, "layers")
+    wanted = said.get("image")
+    if wanted is None:
+        return None, [_layer(path, layer, _range_of(layer), device) for layer in layers]
+    image = _named(path, _maps(path, document, "images"), wanted, "image")
+    if image.get("verity") is None:
+        raise ValueError(f"manifest {path!r}: image {wanted!r} has no hash tree")
+    if flattens_erofs:
+        ranges = _maps(path, image, "ranges")
+        spec = {**image, "filesystem": "erofs"}
+        return wanted, [_layer(path, spec, [_range_of(part) for part in ranges], device)]
+    names = image.get("layers")
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"manifest {path!r}: image {wanted!r} has no list of layers")
+    parts = [_named(path, layers, name, "layer") for name in names]
+    return wanted, [_layer(path, layer, _range_of(layer), device) for layer in parts]
+
+
+def _maps(path: str, document: dict[str, object], key: str) -> list[dict[str, object]]:
+    found = document.get(key)
+    if not isinstance(found, list):
+        raise ValueError(f"manifest {path!r}: {key} is no list")
+    for each in found:
+        if not isinstance(each, dict):
+            raise ValueError(f"manifest {path!r}: {key} holds what is no map")
+    return found
+
+
+def _named(path: str, found: list[dict[str, object]], name: object, kind: str) -> dict[str, object]:
+    named = [each for each in found if each.get("id") == name]
+    if len(named) != 1:
+        raise ValueError(f"manifest {path!r}: {len(named)} of {kind} {name!r}, not one")
+    return named[0]
 
 
 def _load(path: str, digest: str | None) -> dict[str, object]:
@@ -139,18 +188,19 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _layer(path: str, layer: object, device: dict[str, object]) -> LayerSpec:
-    if not isinstance(layer, dict):
-        raise ValueError(f"manifest {path!r}: a layer is no map")
+def _range_of(part: dict[str, object]) -> dict[str, object]:
+    return {"offset_bytes": part.get("offset_bytes"), "size_bytes": part.get("size_bytes")}
+
+
+def _layer(
+    path: str, layer: dict[str, object], mapping: object, device: dict[str, object]
+) -> LayerSpec:
     if "verity" not in layer:  # null says that there is none; silence may be a loss
         raise ValueError(f"manifest {path!r}: layer {layer.get('id')!r} does not say its verity")
     spec = {
         "layer_id": layer.get("id"),
         "device": device,
-        "mapping": {
-            "offset_bytes": layer.get("offset_bytes"),
-            "size_bytes": layer.get("size_bytes"),
-        },
+        "mapping": mapping,
         "filesystem": layer.get("filesystem"),
         "verity": layer.get("verity"),
     }

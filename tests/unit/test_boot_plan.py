@@ -169,7 +169,7 @@ def test_settings_that_contradict_each_other(
     ("text", "code", "problem"),
     [
         ("{path}", "invalid", "which device"),
-        ("{path},pmem:0,md5=00", "invalid", "no sha256=HEX"),
+        ("{path},pmem:0,md5=00", "invalid", "no part of PATH"),
         ("{path}.not,pmem:0", "invalid", "cannot be read: No such file"),
         ("{path},pmem:0,sha256=" + "00" * 32, "integrity", "has the digest"),
         ("{path},pmem:0,sha256=", "integrity", "has the digest"),
@@ -187,11 +187,11 @@ def test_a_manifest_that_cannot_be_used(tmp_path: Path, text: str, code: str, pr
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"version": 2}, "version 2 is not known"),
+        ({"version": 3}, "version 3 is not known"),
         ({"version": True}, "version True is not known"),
         ({"layers": {}}, "layers is no list"),
         ({"layers": []}, "no layer is named"),
-        ({"layers": ["a"]}, "a layer is no map"),
+        ({"layers": ["a"]}, "layers holds what is no map"),
         ({"layers": [{"id": "a"}]}, "does not say its verity"),
         ({"layers": [{"id": "a", "verity": None}]}, "offset_bytes"),
         (
@@ -206,6 +206,67 @@ def test_a_manifest_with_another_content(
     path = manifest(tmp_path / "m.json", **changes)
     with pytest.raises(CallError, match=problem):
         plan_boot((), None, (f"{path},pmem:0",))
+
+
+def image_manifest(path: Path, **changes: object) -> Path:
+    """Write a manifest of version 2 with an image of both layers."""
+    verity = {
+        "root_digest": "cd" * 32, "salt": "", "algorithm": "sha256", "hash_type": 1,
+        "data_blocks": 384, "data_block_size": 4096, "hash_block_size": 4096,
+        "hash_offset_bytes": 384 * 4096, "superblock": True,
+    }  # fmt: skip
+    step = 512 << 10
+    image = {
+        "id": "app",
+        "layers": ["upper", "lower"],
+        "ranges": [{"offset_bytes": n * step, "size_bytes": step} for n in (8, 0, 2, 9)],
+        "verity": verity,
+    }
+    return manifest(path, version=2, images=[image | changes])
+
+
+def test_an_image_is_its_layers_where_the_kernel_flattens_nothing(tmp_path: Path) -> None:
+    path = image_manifest(tmp_path / "m.json", layers=["lower", "upper"])
+    plan = plan_boot((), None, (f"{path},pmem:0,image=app",))
+    assert plan is not None
+    assert [spec.layer_id for spec in plan.layers] == ["lower", "upper"]
+    assert plan.overlay is not None
+    assert plan.overlay.layers == ("lower", "upper")
+    plan = plan_boot((layer("top"),), "root,layers=top+app", (f"{path},pmem:0,image=app",))
+    assert plan is not None
+    assert plan.overlay is not None
+    assert plan.overlay.layers == ("top", "lower", "upper")
+
+
+def test_without_an_image_all_layers_of_a_manifest_are_mounted(tmp_path: Path) -> None:
+    plan = plan_boot((), None, (f"{image_manifest(tmp_path / 'm.json')},pmem:0",))
+    assert plan is not None
+    assert [spec.layer_id for spec in plan.layers] == ["upper", "lower"]
+
+
+@pytest.mark.parametrize("flattens_erofs", [True, False])
+@pytest.mark.parametrize(
+    ("words", "changes", "problem"),
+    [
+        ("image=other", {}, "0 of image 'other', not one"),
+        ("image=app,image=app", {}, "image is given twice"),
+        ("image=app", {"verity": None}, "image 'app' has no hash tree"),
+        ("image=app", {"ranges": {}, "layers": {}}, "no list"),
+        ("image=app", {"ranges": [7], "layers": [7]}, "no map|0 of layer 7"),
+    ],
+)
+def test_an_image_that_cannot_be_used(
+    tmp_path: Path, words: str, changes: dict[str, object], problem: str, flattens_erofs: bool
+) -> None:
+    path = image_manifest(tmp_path / "m.json", **changes)
+    with pytest.raises(CallError, match=problem):
+        plan_boot((), None, (f"{path},pmem:0,{words}",), flattens_erofs=flattens_erofs)
+
+
+def test_a_manifest_of_version_1_has_no_images(tmp_path: Path) -> None:
+    path = manifest(tmp_path / "m.json")
+    with pytest.raises(CallError, match="images is no list"):
+        plan_boot((), None, (f"{path},pmem:0,image=app",))
 
 
 @pytest.mark.parametrize(
