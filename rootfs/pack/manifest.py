@@ -1,7 +1,8 @@
-"""The manifest of a pack: which layer lies where in the image, and what it must hash to.
+"""The manifest of a pack: which layer lies where in the file, and what it must hash to.
 
-JSON, version 1, described by ``schema/manifest-v1.json``. The checks here are by hand, so that an
-error names the field and the reason. Layers are listed topmost first: the order of the overlay.
+JSON, version 2, described by ``schema/manifest-v2.json``; version 1, which has no ``images``, is
+read too. The checks here are by hand, so that an error names the field and the reason. Layers are
+listed topmost first: the order of the overlay.
 """
 
 import json
@@ -16,19 +17,22 @@ from guestagent.api.layers import LAYER_FILESYSTEMS
 from guestagent.storage.verity import FieldError, VerityParameters
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import write_file
-from rootfs.imagefile.ranges import FileRange, overlapping
+from rootfs.imagefile.ranges import FileRange, overlapping, round_up
+from rootfs.verity.compose import PART_STEP_BYTES
 from vsock.errors import CallError
 
 __all__ = (
     "IMAGE_STEP_BYTES",
     "WHITEOUT_KINDS",
     "Manifest",
+    "ManifestImage",
     "ManifestLayer",
+    "image_spec",
     "layer_spec",
     "verity_map",
 )
 
-VERSION = 1
+VERSION = 2
 #: Images are a whole number of these: what virtio-pmem and NVDIMM devices are mapped by.
 IMAGE_STEP_BYTES = 2 << 20
 #: ``trusted.overlay.opaque``, for overlays; ``user.overlay.opaque``, for overlays mounted with
@@ -36,6 +40,7 @@ IMAGE_STEP_BYTES = 2 << 20
 WHITEOUT_KINDS = ("none", "trusted", "user", "both")
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_LAYERS = 65536
+_MAX_IMAGES = 4096
 _MAX_BYTES = (1 << 63) - 1
 _MAX_ALIGNMENT_BYTES = 1 << 30
 _LAYER_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z", re.ASCII)
@@ -59,8 +64,7 @@ class ManifestLayer:
     whiteouts: str | None = None
 
     def __post_init__(self) -> None:
-        if not _LAYER_ID.match(self.layer_id):
-            raise FieldError("id", f"{self.layer_id!r} is no layer id")
+        _check_id(self.layer_id)
         _check_number("offset_bytes", self.offset_bytes, 0, _MAX_BYTES, SECTOR_BYTES)
         _check_number("size_bytes", self.size_bytes, SECTOR_BYTES, _MAX_BYTES, SECTOR_BYTES)
         if self.filesystem not in LAYER_FILESYSTEMS:
@@ -83,6 +87,20 @@ class ManifestLayer:
     def range(self) -> FileRange:
         return FileRange(offset_bytes=self.offset_bytes, size_bytes=self.size_bytes)
 
+    @property
+    def part_range(self) -> FileRange | None:
+        """The verified data with zeros up to whole 512 KiB, as a part of an image; None: the layer
+        has no hash tree, or its hash area is where the zeros would be."""
+        if self.verity is None:
+            return None
+        size_bytes = round_up(self.verity.data_size_bytes, PART_STEP_BYTES)
+        hash_area = self.verity.superblock or self.verity.levels
+        if hash_area and self.verity.hash_offset_bytes < size_bytes:
+            return None
+        if size_bytes > self.size_bytes:
+            return None
+        return FileRange(offset_bytes=self.offset_bytes, size_bytes=size_bytes)
+
     def to_json(self) -> dict[str, object]:
         return {
             "id": self.layer_id,
@@ -98,13 +116,79 @@ class ManifestLayer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestImage:
+    """Layers merged into one EROFS file system, with one hash tree over all of it.
+
+    ``layers`` are ids, topmost first. ``ranges``, put together, are what is mounted: the merged
+    metadata, the data of each layer, topmost first as in the device table of the file system, and
+    the hash area. The metadata and the layers are filled up with zeros to whole 512 KiB.
+    """
+
+    image_id: str
+    layers: tuple[str, ...]
+    ranges: tuple[FileRange, ...]
+    verity: VerityParameters
+
+    def __post_init__(self) -> None:
+        _check_id(self.image_id)
+        if not 0 < len(self.layers) <= _MAX_LAYERS:
+            raise FieldError("layers", f"{len(self.layers)} of them")
+        if len(set(self.layers)) != len(self.layers):
+            raise FieldError("layers", "a layer is named twice")
+        if len(self.ranges) != len(self.layers) + 2:
+            raise FieldError("ranges", f"not {len(self.layers) + 2} for {len(self.layers)} layers")
+        for index, part in enumerate(self.ranges):
+            step = PART_STEP_BYTES if index < len(self.ranges) - 1 else SECTOR_BYTES
+            _check_range(f"ranges[{index}]", part, step)
+        data_bytes = sum(part.size_bytes for part in self.ranges[:-1])
+        if self.verity.data_size_bytes != data_bytes:
+            raise FieldError(
+                "verity.data_blocks", f"{self.verity.data_size_bytes} bytes of {data_bytes}"
+            )
+        if self.verity.hash_offset_bytes != data_bytes:
+            raise FieldError(
+                "verity.hash_offset_bytes",
+                f"{self.verity.hash_offset_bytes} is not where the data ends, {data_bytes}",
+            )
+        end_bytes = data_bytes + self.hash_range.size_bytes
+        if self.verity.end_bytes != end_bytes:
+            raise FieldError(
+                f"ranges[{len(self.ranges) - 1}].size_bytes",
+                f"ends at {end_bytes}, the hash tree at {self.verity.end_bytes}",
+            )
+
+    @property
+    def metadata_range(self) -> FileRange:
+        return self.ranges[0]
+
+    @property
+    def hash_range(self) -> FileRange:
+        return self.ranges[-1]
+
+    @property
+    def own_ranges(self) -> tuple[FileRange, FileRange]:
+        """What no layer holds: the metadata and the hash area."""
+        return self.metadata_range, self.hash_range
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "id": self.image_id,
+            "layers": list(self.layers),
+            "ranges": [_range_map(part) for part in self.ranges],
+            "verity": verity_map(self.verity),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A pack: ``image`` is a file name beside the manifest; ``layers`` are topmost first."""
+    """A pack: ``image`` is a file name beside the manifest; ``layers`` are topmost first;
+    ``images`` are merged from them."""
 
     image: str
     size_bytes: int
     alignment_bytes: int
     layers: tuple[ManifestLayer, ...] = field(default=())
+    images: tuple[ManifestImage, ...] = field(default=())
 
     def __post_init__(self) -> None:
         if not self.image or "/" in self.image or "\0" in self.image or self.image in (".", ".."):
@@ -115,26 +199,71 @@ class Manifest:
         )
         if self.alignment_bytes & (self.alignment_bytes - 1):
             raise FieldError("alignment_bytes", f"{self.alignment_bytes} is no power of two")
-        seen: dict[str, int] = {}
+        self._check_ids()
         for index, layer in enumerate(self.layers):
-            first = seen.setdefault(layer.layer_id, index)
-            if first != index:
-                raise FieldError(f"layers[{index}].id", f"the same as layers[{first}].id")
             if layer.offset_bytes % self.alignment_bytes:
                 problem = f"{layer.offset_bytes} is no multiple of {self.alignment_bytes}"
                 raise FieldError(f"layers[{index}].offset_bytes", problem)
             if layer.range.end_bytes > self.size_bytes:
                 problem = f"ends at {layer.range.end_bytes}, the image at {self.size_bytes}"
                 raise FieldError(f"layers[{index}].size_bytes", problem)
+        for index, image in enumerate(self.images):
+            self._check_image(f"images[{index}]", image)
         self._check_overlaps()
 
+    def _check_ids(self) -> None:
+        places = [(layer.layer_id, f"layers[{n}].id") for n, layer in enumerate(self.layers)]
+        places += [(image.image_id, f"images[{n}].id") for n, image in enumerate(self.images)]
+        seen: dict[str, str] = {}
+        for name, place in places:
+            first = seen.setdefault(name, place)
+            if first != place:
+                raise FieldError(place, f"the same as {first}")
+
+    def _check_image(self, path: str, image: ManifestImage) -> None:
+        parts = []
+        layers = {layer.layer_id: layer for layer in self.layers}
+        for index, layer_id in enumerate(image.layers):
+            layer = layers.get(layer_id)
+            if layer is None:
+                raise FieldError(f"{path}.layers[{index}]", f"{layer_id!r} is no layer")
+            if layer.filesystem != "erofs":
+                raise FieldError(f"{path}.layers[{index}]", f"{layer_id!r} is no erofs")
+            if layer.part_range is None:
+                raise FieldError(
+                    f"{path}.layers[{index}]", f"{layer_id!r} is not verified and padded"
+                )
+            parts.append(layer.part_range)
+        if tuple(parts) != image.ranges[1:-1]:
+            raise FieldError(f"{path}.ranges", "not those of its layers")
+        for index in (0, len(image.ranges) - 1):
+            if image.ranges[index].end_bytes > self.size_bytes:
+                problem = f"ends at {image.ranges[index].end_bytes}, the pack at {self.size_bytes}"
+                raise FieldError(f"{path}.ranges[{index}].size_bytes", problem)
+
     def _check_overlaps(self) -> None:
-        for first, second in overlapping(layer.range for layer in self.layers):
-            names = [layer.layer_id for layer in self.layers if layer.range in (first, second)]
+        owners = [(layer.range, layer.layer_id) for layer in self.layers]
+        owners += [(part, image.image_id) for image in self.images for part in image.own_ranges]
+        for first, second in overlapping(part for part, _ in owners):
+            names = [owner for part, owner in owners if part in (first, second)]
             raise FieldError("layers", f"{' and '.join(names)} share bytes")
+
+    @property
+    def used_ranges(self) -> tuple[FileRange, ...]:
+        """The ranges of all layers and images; they are apart."""
+        own = (part for image in self.images for part in image.own_ranges)
+        return (*(layer.range for layer in self.layers), *own)
 
     def find(self, layer_id: str) -> ManifestLayer | None:
         return next((layer for layer in self.layers if layer.layer_id == layer_id), None)
+
+    def find_image(self, image_id: str) -> ManifestImage | None:
+        return next((image for image in self.images if image.image_id == image_id), None)
+
+    def layers_of(self, image: ManifestImage) -> tuple[ManifestLayer, ...]:
+        """Return the layers of an image, topmost first."""
+        found = {layer.layer_id: layer for layer in self.layers}
+        return tuple(found[layer_id] for layer_id in image.layers)
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -143,6 +272,7 @@ class Manifest:
             "size_bytes": self.size_bytes,
             "alignment_bytes": self.alignment_bytes,
             "layers": [layer.to_json() for layer in self.layers],
+            "images": [image.to_json() for image in self.images],
         }
 
     def save(self, path: str | os.PathLike[str], *, replace: bool = True) -> None:
@@ -197,19 +327,21 @@ class Manifest:
             raise _LaterVersion(
                 "version", f"{version} is later than {VERSION}, which this program knows"
             )
-        if version != VERSION:
-            raise FieldError("version", f"{version} is not {VERSION}")
-        layers = top.take("layers")
-        if not isinstance(layers, list) or len(layers) > _MAX_LAYERS:
-            raise FieldError("layers", f"no list of at most {_MAX_LAYERS} layers")
+        if version < 1:
+            raise FieldError("version", f"{version} is neither 1 nor {VERSION}")
+        layers = top.list_of("layers", _MAX_LAYERS)
+        images = top.list_of("images", _MAX_IMAGES) if version > 1 else []
         fields = {
             "image": top.text("image"),
             "size_bytes": top.number("size_bytes"),
             "alignment_bytes": top.number("alignment_bytes"),
         }
         top.finish()
-        parsed = tuple(_layer(layer, f"layers[{index}]") for index, layer in enumerate(layers))
-        return cls(**fields, layers=parsed)  # type: ignore[arg-type]  # each is taken by its type
+        return cls(
+            **fields,  # type: ignore[arg-type]  # each is taken by its type
+            layers=tuple(_layer(one, f"layers[{index}]") for index, one in enumerate(layers)),
+            images=tuple(_image(one, f"images[{index}]") for index, one in enumerate(images)),
+        )
 
 
 class _LaterVersion(FieldError):
@@ -248,6 +380,12 @@ class _Fields:
     def optional_text(self, key: str) -> str | None:
         return self.text(key) if self._left.get(key) is not None else self._left.pop(key, None)
 
+    def list_of(self, key: str, most: int) -> list[object]:
+        value = self.take(key)
+        if not isinstance(value, list) or len(value) > most:
+            raise FieldError(self.name(key), f"no list of at most {most}")
+        return value
+
     def boolean(self, key: str) -> bool:
         value = self.take(key)
         if not isinstance(value, bool):
@@ -262,7 +400,7 @@ class _Fields:
 
     def finish(self) -> None:
         if self._left:
-            raise FieldError(self.name(str(min(self._left))), "not a field of version 1")
+            raise FieldError(self.name(str(min(self._left))), "not a field of this version")
 
 
 def _layer(value: object, path: str) -> ManifestLayer:
@@ -283,6 +421,37 @@ def _layer(value: object, path: str) -> ManifestLayer:
         raise _below(path, problem) from None
     fields.finish()
     return layer
+
+
+def _image(value: object, path: str) -> ManifestImage:
+    fields = _Fields(value, path)
+    names = fields.list_of("layers", _MAX_LAYERS)
+    for index, name in enumerate(names):
+        if not isinstance(name, str):
+            raise FieldError(f"{path}.layers[{index}]", f"{name!r} is no text")
+    ranges = fields.list_of("ranges", _MAX_LAYERS + 2)
+    try:
+        image = ManifestImage(
+            image_id=fields.text("id"),
+            layers=tuple(map(str, names)),
+            ranges=tuple(
+                _range(part, f"{path}.ranges[{index}]") for index, part in enumerate(ranges)
+            ),
+            verity=_verity(fields.take("verity"), f"{path}.verity"),
+        )
+    except FieldError as problem:
+        raise _below(path, problem) from None
+    fields.finish()
+    return image
+
+
+def _range(value: object, path: str) -> FileRange:
+    fields = _Fields(value, path)
+    offset_bytes, size_bytes = fields.number("offset_bytes"), fields.number("size_bytes")
+    fields.finish()
+    _check_number(f"{path}.offset_bytes", offset_bytes, 0, _MAX_BYTES, SECTOR_BYTES)
+    _check_number(f"{path}.size_bytes", size_bytes, SECTOR_BYTES, _MAX_BYTES, SECTOR_BYTES)
+    return FileRange(offset_bytes=offset_bytes, size_bytes=size_bytes)
 
 
 def _verity(value: object, path: str) -> VerityParameters:
@@ -319,18 +488,44 @@ def verity_map(verity: VerityParameters) -> dict[str, object]:
     return {**verity.to_wire(), **digests}
 
 
+def _range_map(part: FileRange) -> dict[str, object]:
+    return {"offset_bytes": part.offset_bytes, "size_bytes": part.size_bytes}
+
+
+def image_spec(image: ManifestImage, device: Mapping[str, object]) -> dict[str, object]:
+    """Return the parameters of ``layer.mount`` for an image of a pack, whose id becomes the layer's
+    id; ``device`` is that of ``layer_spec``. It needs the feature ``erofs-flattened``."""
+    return {
+        "layer_id": image.image_id,
+        "device": dict(device),
+        "mapping": [_range_map(part) for part in image.ranges],
+        "filesystem": "erofs",
+        "verity": verity_map(image.verity),
+    }
+
+
 def layer_spec(layer: ManifestLayer, device: Mapping[str, object]) -> dict[str, object]:
     """Return the parameters of ``layer.mount`` for a layer of a pack that is attached as ``device``
     (``{"kind": "pmem", "number": 0}`` and so on; see ``guestagent.api``)."""
     spec: dict[str, object] = {
         "layer_id": layer.layer_id,
         "device": dict(device),
-        "mapping": {"offset_bytes": layer.offset_bytes, "size_bytes": layer.size_bytes},
+        "mapping": _range_map(layer.range),
         "filesystem": layer.filesystem,
     }
     if layer.verity is not None:
         spec["verity"] = verity_map(layer.verity)
     return spec
+
+
+def _check_id(name: str) -> None:
+    if not _LAYER_ID.match(name):
+        raise FieldError("id", f"{name!r} is no layer id")
+
+
+def _check_range(name: str, part: FileRange, step: int) -> None:
+    _check_number(f"{name}.offset_bytes", part.offset_bytes, 0, _MAX_BYTES, SECTOR_BYTES)
+    _check_number(f"{name}.size_bytes", part.size_bytes, step, _MAX_BYTES, step)
 
 
 def _check_number(name: str, value: int, least: int, most: int, step: int) -> None:

@@ -1,15 +1,17 @@
 """Many layers in one raw image, for a VPMem, NVDIMM or disk device of a virtual machine.
 
 A layer (a file system image with its hash tree behind it) lies at an aligned offset; freed ranges
-are used again, first fit. The image is a whole number of 2 MiB. The manifest beside it says what
-lies where, and is only ever replaced whole: a process that dies leaves, at worst, bytes in a range
-that no layer claims.
+are used again, first fit. Between the data of a verified layer and its hash area are zeros (a hole)
+up to whole 512 KiB, so that the data can be a part of an image as they lie there. The file is a
+whole number of 2 MiB. The manifest beside it says what lies where, and is only ever replaced whole:
+a process that dies leaves, at worst, bytes in a range that no layer claims.
 
 A shared flock(2) on the image is held while it is attached to a machine, an exclusive lock while it
 is changed; no lock is waited for.
 """
 
 import contextlib
+import dataclasses
 import os
 import stat
 import tempfile
@@ -18,7 +20,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Unpack
 
-from guestagent.storage.verity import FieldError, VerityParameters, check_tree_spines
+from guestagent.storage.verity import (
+    SUPERBLOCK_BYTES,
+    FieldError,
+    VerityParameters,
+    check_tree_spines,
+)
 from rootfs.image.images import BuildOptions, build_layers
 from rootfs.image.tree import Progress
 from rootfs.imagefile.attached import refuse_attached
@@ -33,8 +40,9 @@ from rootfs.imagefile.ranges import (
     punch_hole,
     round_up,
 )
-from rootfs.pack.manifest import IMAGE_STEP_BYTES, Manifest, ManifestLayer
+from rootfs.pack.manifest import IMAGE_STEP_BYTES, Manifest, ManifestImage, ManifestLayer
 from rootfs.pack.packcheck import PackReport, check_pack, digest_range
+from rootfs.verity.compose import PART_STEP_BYTES
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -176,8 +184,8 @@ class Pack:
     ) -> ManifestLayer:
         """Copy a layer into the image; ``position`` counts from the top of the overlay.
 
-        With ``verity`` the layer's tree must be in the file, at ``verity.hash_offset_bytes``.
-        ``whiteouts`` is that of the ``ImageResult``.
+        With ``verity`` the layer's tree must be in the file, at ``verity.hash_offset_bytes``; in
+        the pack it is at that of the result. ``whiteouts`` is that of the ``ImageResult``.
 
         Raises:
             CallError: ``conflict``, the id is taken, or the layer is being changed; ``invalid``, an
@@ -185,42 +193,56 @@ class Pack:
                 errno.
         """
         self._require_writable("add to the pack")
-        if self._manifest.find(layer_id) is not None:
-            raise CallError(
-                "conflict",
-                f"cannot add layer {layer_id!r}: the pack {str(self.path)!r} has one of that id",
-                step="add to the pack",
-                object=layer_id,
-            )
+        self._refuse_taken(layer_id, "add to the pack")
         source = _open_layer(layer_image)
         try:
-            layer = self._describe(source, layer_id, filesystem, verity, source_digest, whiteouts)
-            self._copy_in(source, layer, progress, cancel)
+            file_bytes = os.fstat(source).st_size
+            layer = self._describe(
+                source, file_bytes, layer_id, filesystem, verity, source_digest, whiteouts
+            )
+            if os.fstat(source).st_size != file_bytes:
+                # what is copied must be what was described
+                raise CallError(
+                    "conflict",
+                    f"cannot copy layer {layer_id!r}: its size changed while it was read",
+                    step="copy the layer",
+                    object=layer_id,
+                )
+            with self._growing(layer.range):
+                self._copy_in(source, file_bytes, layer, verity, progress, cancel)
         except OSError as problem:
             raise from_os_error(problem, step="copy the layer", object=layer_image) from problem
         finally:
             os.close(source)
         layers = list(self._manifest.layers)
         layers.insert(position, layer)
-        self._commit(tuple(layers), max(self._manifest.size_bytes, self._end_with(layer)))
+        self._commit(layers=tuple(layers), size_bytes=self._size_with(layer.range))
         return layer
+
+    def _refuse_taken(self, name: str, step: str) -> None:
+        if self._manifest.find(name) is not None or self._manifest.find_image(name) is not None:
+            raise CallError(
+                "conflict",
+                f"cannot {step}: the pack {str(self.path)!r} has {name!r} already",
+                step=step,
+                object=name,
+            )
 
     def _describe(
         self,
         source: int,
+        file_bytes: int,
         layer_id: str,
         filesystem: str,
         verity: VerityParameters | None,
         source_digest: str | None,
         whiteouts: str | None,
     ) -> ManifestLayer:
-        file_bytes = os.fstat(source).st_size
         if not file_bytes:
             raise _invalid("add to the pack", layer_id, "the layer is empty")
-        size_bytes = round_up(file_bytes, PAGE_ALIGNMENT_BYTES)
-        used = [layer.range for layer in self._manifest.layers]
         content_digest = None
         if verity is None:
+            size_bytes = round_up(file_bytes, PAGE_ALIGNMENT_BYTES)
             content_digest = digest_range(
                 source,
                 FileRange(offset_bytes=0, size_bytes=file_bytes),
@@ -228,10 +250,13 @@ class Pack:
             )
         else:
             check_tree_spines(verity, lambda at, size: os.pread(source, size, at))
+            padded_bytes = round_up(verity.data_size_bytes, PART_STEP_BYTES)
+            verity = verity.replace(hash_offset_bytes=padded_bytes)
+            size_bytes = round_up(max(padded_bytes, verity.end_bytes), PAGE_ALIGNMENT_BYTES)
         try:
             return ManifestLayer(
                 layer_id=layer_id,
-                offset_bytes=first_fit(used, size_bytes, self._manifest.alignment_bytes),
+                offset_bytes=self._place_for(size_bytes),
                 size_bytes=size_bytes,
                 filesystem=filesystem,
                 verity=verity,
@@ -242,96 +267,134 @@ class Pack:
         except FieldError as problem:
             raise _invalid("add to the pack", layer_id, str(problem)) from None
 
-    def _end_with(self, layer: ManifestLayer) -> int:
-        return round_up(layer.range.end_bytes, IMAGE_STEP_BYTES)
+    def _place_for(self, size_bytes: int) -> int:
+        manifest = self._manifest
+        return first_fit(manifest.used_ranges, size_bytes, manifest.alignment_bytes)
 
-    def _copy_in(
-        self,
-        source: int,
-        layer: ManifestLayer,
-        progress: Progress | None,
-        cancel: Deadline | None,
-    ) -> None:
-        """Copy before the manifest tells of it; on failure the image has its old size again."""
-        total = os.fstat(source).st_size
-        if round_up(total, PAGE_ALIGNMENT_BYTES) != layer.size_bytes:
-            # more of it would go over the layer behind
-            raise CallError(
-                "conflict",
-                f"cannot copy layer {layer.layer_id!r}: its size changed while it was read",
-                step="copy the layer",
-                object=layer.layer_id,
-            )
+    def _size_with(self, extent: FileRange) -> int:
+        """Return how large the pack is when it holds ``extent`` too."""
+        return max(self._manifest.size_bytes, round_up(extent.end_bytes, IMAGE_STEP_BYTES))
+
+    @contextlib.contextmanager
+    def _growing(self, extent: FileRange) -> Iterator[None]:
+        """Make ``extent`` a range of zeros to write to, before the manifest tells of it.
+
+        At the end the disk has what was written; on failure the file has its old size again.
+        """
         old_bytes = os.fstat(self._fd).st_size
-        new_bytes = max(old_bytes, self._end_with(layer))
-        done = 0
         try:
-            os.ftruncate(self._fd, new_bytes)
-            punch_hole(self._fd, layer.range)
-            for extent in data_extents(source, total):
-                place = layer.offset_bytes + extent.offset_bytes
-                for count in copy_range(source, extent, self._fd, place):
-                    done += count
-                    if cancel is not None:
-                        cancel.check("copy the layer")
-                    if progress is not None:
-                        progress(done, total)
+            os.ftruncate(self._fd, max(old_bytes, self._size_with(extent)))
+            punch_hole(self._fd, extent)
+            yield
             os.fsync(self._fd)
         except BaseException:
             os.ftruncate(self._fd, old_bytes)
             raise
 
-    def remove(self, layer_id: str, *, trim: bool = False) -> ManifestLayer:
-        """Take a layer out and free its range; ``trim`` also cuts free space off the image's end.
+    def _copy_in(
+        self,
+        source: int,
+        file_bytes: int,
+        layer: ManifestLayer,
+        verity: VerityParameters | None,
+        progress: Progress | None,
+        cancel: Deadline | None,
+    ) -> None:
+        """Copy the layer, and its hash area from where ``verity`` says to where ``layer`` says."""
+        pieces = [
+            (extent, extent.offset_bytes)
+            for extent in data_extents(
+                source, file_bytes if verity is None else verity.data_size_bytes
+            )
+        ]
+        if verity is not None:
+            assert layer.verity is not None
+            pieces += _hash_area_pieces(verity, layer.verity)
+        total, done = sum(extent.size_bytes for extent, _ in pieces), 0
+        for extent, place in pieces:
+            for count in copy_range(source, extent, self._fd, layer.offset_bytes + place):
+                done += count
+                if cancel is not None:
+                    cancel.check("copy the layer")
+                if progress is not None:
+                    progress(done, total)
+
+    def remove(self, name: str, *, trim: bool = False) -> ManifestLayer | ManifestImage:
+        """Take a layer or an image out and free what only it has; ``trim`` also cuts free space off
+        the end of the file.
 
         Raises:
-            CallError: ``not_found``; by errno.
+            CallError: ``not_found``; ``conflict``, an image needs the layer; by errno.
         """
         self._require_writable("remove from the pack")
-        layer = self._manifest.find(layer_id)
-        if layer is None:
+        manifest = self._manifest
+        removed = manifest.find(name) or manifest.find_image(name)
+        if removed is None:
             raise CallError(
                 "not_found",
-                f"cannot remove layer {layer_id!r}: the pack {str(self.path)!r} has none such",
+                f"cannot remove {name!r}: the pack {str(self.path)!r} has neither a layer nor an "
+                "image of that id",
                 step="remove from the pack",
-                object=layer_id,
+                object=name,
             )
-        rest = tuple(other for other in self._manifest.layers if other is not layer)
-        size_bytes = self._manifest.size_bytes
+        needing = [image.image_id for image in manifest.images if name in image.layers]
+        if needing:
+            raise CallError(
+                "conflict",
+                f"cannot remove layer {name!r}: image {needing[0]!r} needs it",
+                step="remove from the pack",
+                object=name,
+                hint="remove the image first",
+            )
+        rest = dataclasses.replace(
+            manifest,
+            layers=tuple(layer for layer in manifest.layers if layer is not removed),
+            images=tuple(image for image in manifest.images if image is not removed),
+        )
+        size_bytes = manifest.size_bytes
         if trim:
-            size_bytes = max((self._end_with(other) for other in rest), default=0)
-        self._commit(rest, size_bytes)
+            ends = (round_up(used.end_bytes, IMAGE_STEP_BYTES) for used in rest.used_ranges)
+            size_bytes = max(ends, default=0)
+        self._commit(layers=rest.layers, images=rest.images, size_bytes=size_bytes)
+        freed = (removed.range,) if isinstance(removed, ManifestLayer) else removed.own_ranges
         try:
-            punch_hole(self._fd, layer.range)
+            for extent in freed:
+                punch_hole(self._fd, extent)
             if trim:
                 os.ftruncate(self._fd, size_bytes)
             os.fsync(self._fd)
         except OSError as problem:
-            raise from_os_error(
-                problem, step="free the layer's range", object=self.path
-            ) from problem
-        return layer
+            raise from_os_error(problem, step="free the range of", object=name) from problem
+        return removed
 
     def check(
         self, *, progress: Progress | None = None, cancel: Deadline | None = None
     ) -> PackReport:
-        """Read all layers and compare them with the manifest.
+        """Read all layers and images and compare them with the manifest.
 
         Raises:
             CallError: by errno; ``cancelled``, ``timeout`` by ``cancel``. What is wrong with the
                 pack is in the report.
         """
         try:
-            return check_pack(self._fd, self._manifest, progress=progress, cancel=cancel)
+            return check_pack(
+                self._fd, str(self.path), self._manifest, progress=progress, cancel=cancel
+            )
         except OSError as problem:
             raise from_os_error(problem, step="check the pack", object=self.path) from problem
 
-    def _commit(self, layers: tuple[ManifestLayer, ...], size_bytes: int) -> None:
-        manifest = Manifest(
-            image=self._manifest.image,
+    def _commit(
+        self,
+        *,
+        size_bytes: int,
+        layers: tuple[ManifestLayer, ...] | None = None,
+        images: tuple[ManifestImage, ...] | None = None,
+    ) -> None:
+        manifest = dataclasses.replace(
+            self._manifest,
             size_bytes=size_bytes,
-            alignment_bytes=self._manifest.alignment_bytes,
-            layers=layers,
+            layers=self._manifest.layers if layers is None else layers,
+            images=self._manifest.images if images is None else images,
         )
         manifest.save(self._manifest_path)
         self._manifest = manifest
@@ -416,6 +479,19 @@ def _beside(path: Path | str | os.PathLike[str], manifest: str | os.PathLike[str
     if beside.parent.resolve() != image.parent.resolve():
         raise _invalid("use the manifest", beside, f"it is not in the directory of {str(image)!r}")
     return beside
+
+
+def _hash_area_pieces(
+    source: VerityParameters, target: VerityParameters
+) -> Iterator[tuple[FileRange, int]]:
+    """Yield what to copy, and to where, so that the hash area ``source`` becomes ``target``."""
+    if source.superblock:
+        header = FileRange(offset_bytes=source.hash_offset_bytes, size_bytes=SUPERBLOCK_BYTES)
+        yield header, target.hash_offset_bytes
+    if source.levels:
+        size_bytes = source.end_bytes - source.tree_offset_bytes
+        tree = FileRange(offset_bytes=source.tree_offset_bytes, size_bytes=size_bytes)
+        yield tree, target.tree_offset_bytes
 
 
 def _open_layer(path: str | os.PathLike[str]) -> int:

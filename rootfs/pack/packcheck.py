@@ -1,8 +1,9 @@
-"""Checking a pack: that manifest and image fit, and that every layer is what it should be."""
+"""Checking a pack: that manifest and file fit, and that layers and images are what they should."""
 
+import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from guestagent.storage.filesystems import check_size
@@ -10,6 +11,7 @@ from guestagent.storage.verity import SUPERBLOCK_BYTES, VerityParameters, check_
 from rootfs.image.tree import CHUNK_BYTES, Progress
 from rootfs.imagefile.ranges import FileRange, free_ranges
 from rootfs.pack.manifest import Manifest, ManifestLayer
+from rootfs.pack.merging import check_image
 from rootfs.verity.treecompare import compare_tree
 from rootfs.verity.workers import available_cores
 from vsock.deadline import Deadline
@@ -20,7 +22,7 @@ __all__ = ("Finding", "PackReport", "check_pack", "digest_range")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """Something wrong with a layer, or with the whole pack where ``layer_id`` is None."""
+    """Something wrong with a layer or an image, whose id is ``layer_id``; None: with the pack."""
 
     layer_id: str | None
     problem: str
@@ -48,12 +50,14 @@ class PackReport:
 
 def check_pack(
     fd: int,
+    path: str,
     manifest: Manifest,
     *,
     progress: Progress | None = None,
     cancel: Deadline | None = None,
 ) -> PackReport:
-    """Read every layer of the image ``fd`` (borrowed) and compare; the manifest is valid already.
+    """Read all layers and images of the pack ``fd`` (borrowed), whose name is ``path``, and compare
+    them with the manifest, which is valid already.
 
     Raises:
         CallError: ``cancelled``, ``timeout`` by ``cancel``.
@@ -72,13 +76,17 @@ def check_pack(
     total = sum(layer.size_bytes for layer in manifest.layers)
     done = 0
     for layer in manifest.layers:
-        problem = _layer_problem(fd, layer, cancel)
+        problem = _problem_of(functools.partial(_check_layer, fd, layer, cancel))
         if problem is not None:
             findings.append(Finding(layer_id=layer.layer_id, problem=problem))
         done += layer.size_bytes
         if progress is not None:
             progress(done, total)
-    free = free_ranges((layer.range for layer in manifest.layers), manifest.size_bytes)
+    for image in manifest.images:
+        problem = _problem_of(functools.partial(check_image, fd, path, manifest, image, cancel))
+        if problem is not None:
+            findings.append(Finding(layer_id=image.image_id, problem=problem))
+    free = free_ranges(manifest.used_ranges, manifest.size_bytes)
     return PackReport(
         findings=tuple(findings),
         unchecked=tuple(
@@ -86,7 +94,7 @@ def check_pack(
             for layer in manifest.layers
             if layer.verity is None and layer.content_digest is None
         ),
-        used_bytes=total,
+        used_bytes=sum(used.size_bytes for used in manifest.used_ranges),
         free_bytes=sum(gap.size_bytes for gap in free),
         largest_free_bytes=max((gap.size_bytes for gap in free), default=0),
         allocated_bytes=facts.st_blocks * 512,
@@ -94,22 +102,45 @@ def check_pack(
     )
 
 
-def _layer_problem(fd: int, layer: ManifestLayer, cancel: Deadline | None) -> str | None:
+def _problem_of(check: Callable[[], None]) -> str | None:
     try:
-        if layer.content_digest is not None:
-            found = digest_range(fd, layer.range, cancel=cancel)
-            if found != layer.content_digest:
-                return f"its bytes hash to {found}, not {layer.content_digest}"
-        if layer.verity is not None:
-            _check_tree(fd, layer, cancel)
-            if layer.verity.superblock:
-                _check_superblock(fd, layer, layer.verity)
-        _check_filesystem(fd, layer)
+        check()
     except CallError as problem:
         if problem.code in ("cancelled", "timeout"):
             raise
         return problem.message
     return None
+
+
+def _check_layer(fd: int, layer: ManifestLayer, cancel: Deadline | None) -> None:
+    if layer.content_digest is not None:
+        found = digest_range(fd, layer.range, cancel=cancel)
+        if found != layer.content_digest:
+            raise _wrong(layer, f"its bytes hash to {found}, not {layer.content_digest}")
+    if layer.verity is not None:
+        _check_tree(fd, layer, cancel)
+        if layer.verity.superblock:
+            _check_superblock(fd, layer, layer.verity)
+        _check_padding(fd, layer, layer.verity)
+    _check_filesystem(fd, layer)
+
+
+def _wrong(layer: ManifestLayer, problem: str) -> CallError:
+    return CallError("integrity", problem, step="check a layer", object=layer.layer_id)
+
+
+def _check_padding(fd: int, layer: ManifestLayer, verity: VerityParameters) -> None:
+    """See that zeros are between the data and where the layer ends as a part of an image.
+
+    Raises:
+        CallError: ``integrity``.
+    """
+    if layer.part_range is None:
+        return
+    start, end = layer.offset_bytes + verity.data_size_bytes, layer.part_range.end_bytes
+    found = os.pread(fd, end - start, start)  # less than 512 KiB
+    if found.strip(b"\0"):
+        raise _wrong(layer, "what is between its data and its hash area is not zeros")
 
 
 def _check_tree(fd: int, layer: ManifestLayer, cancel: Deadline | None) -> None:
@@ -136,12 +167,10 @@ def _check_tree(fd: int, layer: ManifestLayer, cancel: Deadline | None) -> None:
     for number, differing in enumerate(mismatches):
         if differing:
             what = "data" if number == 0 else f"tree level {number - 1}"
-            raise CallError(
-                "integrity",
+            raise _wrong(
+                layer,
                 f"its {what} does not match its hash tree: {sum(differing[1::2])} blocks, "
                 f"first {min(differing[::2])}",
-                step="check a layer",
-                object=layer.layer_id,
             )
 
 

@@ -30,7 +30,7 @@ from rootfs.image.images import FILESYSTEMS as BUILT
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-SCHEMA = Path(__file__).resolve().parents[2] / "rootfs/schema/manifest-v1.json"
+SCHEMA = Path(__file__).resolve().parents[2] / "rootfs/schema/manifest-v2.json"
 ReadAt = Callable[[int, int], bytes]
 
 

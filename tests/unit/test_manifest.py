@@ -14,19 +14,20 @@ from guestagent.storage.verity import FieldError
 from rootfs.pack.manifest import Manifest, layer_spec
 from vsock.errors import CallError
 
-SCHEMA = Path(__file__).resolve().parents[2] / "rootfs/schema/manifest-v1.json"
+SCHEMAS = Path(__file__).resolve().parents[2] / "rootfs/schema"
 MIB = 1 << 20
+STEP = 512 << 10
 
 GOOD: dict[str, object] = {
-    "version": 1,
+    "version": 2,
     "image": "pack.img",
-    "size_bytes": 4 * MIB,
+    "size_bytes": 8 * MIB,
     "alignment_bytes": 4096,
     "layers": [
         {
             "id": "top",
             "offset_bytes": MIB,
-            "size_bytes": MIB,
+            "size_bytes": 2 * MIB,
             "filesystem": "erofs",
             "verity": {
                 "root_digest": "ab" * 32,
@@ -36,7 +37,7 @@ GOOD: dict[str, object] = {
                 "data_blocks": 200,
                 "data_block_size": 4096,
                 "hash_block_size": 4096,
-                "hash_offset_bytes": 200 * 4096,
+                "hash_offset_bytes": MIB,
                 "superblock": True,
             },
             "source_digest": "sha256:" + "0" * 64,
@@ -50,6 +51,28 @@ GOOD: dict[str, object] = {
             "filesystem": "squashfs",
             "verity": None,
         },
+    ],
+    "images": [
+        {
+            "id": "app",
+            "layers": ["top"],
+            "ranges": [
+                {"offset_bytes": 4 * MIB, "size_bytes": STEP},
+                {"offset_bytes": MIB, "size_bytes": MIB},
+                {"offset_bytes": 4 * MIB + STEP, "size_bytes": 5 * 4096},
+            ],
+            "verity": {
+                "root_digest": "cd" * 32,
+                "salt": "00ff",
+                "algorithm": "sha256",
+                "hash_type": 1,
+                "data_blocks": 384,
+                "data_block_size": 4096,
+                "hash_block_size": 4096,
+                "hash_offset_bytes": 384 * 4096,
+                "superblock": True,
+            },
+        }
     ],
 }
 
@@ -79,6 +102,7 @@ def _delete(*path: object) -> Change:
 
 
 VERITY = ("layers", 0, "verity")
+IMAGE = ("images", 0)
 #: What is wrong, and the field that is named.
 WRONG: list[tuple[Change, str]] = [
     (_set("version", 0), "version"),
@@ -89,7 +113,7 @@ WRONG: list[tuple[Change, str]] = [
     (_set("image", ".."), "image"),
     (_set("image", ""), "image"),
     (_set("image", 7), "image"),
-    (_set("size_bytes", 4 * MIB + 4096), "size_bytes"),
+    (_set("size_bytes", 8 * MIB + 4096), "size_bytes"),
     (_set("size_bytes", -2 * MIB), "size_bytes"),
     (_set("size_bytes", 1.5), "size_bytes"),
     (_set("alignment_bytes", 512), "alignment_bytes"),
@@ -120,18 +144,48 @@ WRONG: list[tuple[Change, str]] = [
     (_set(*VERITY, "data_blocks", 0), "layers[0].verity.data_blocks"),
     (_set(*VERITY, "superblock", 1), "layers[0].verity.superblock"),
     (_set(*VERITY, "fec", None), "layers[0].verity.fec"),
+    (_delete("images"), "images"),
+    (_set("images", {}), "images"),
+    (_set("images", 0, None), "images[0]"),
+    (_set(*IMAGE, "id", "-"), "images[0].id"),
+    (_set(*IMAGE, "layers", []), "images[0].layers"),
+    (_set(*IMAGE, "layers", 0, 7), "images[0].layers[0]"),
+    (_set(*IMAGE, "layers", ["top", "top"]), "images[0].layers"),
+    (_set(*IMAGE, "ranges", []), "images[0].ranges"),
+    (_set(*IMAGE, "ranges", 0, "offset_bytes", 100), "images[0].ranges[0].offset_bytes"),
+    (_set(*IMAGE, "ranges", 2, "size_bytes", 0), "images[0].ranges[2].size_bytes"),
+    (_set(*IMAGE, "ranges", 2, "end_bytes", 0), "images[0].ranges[2].end_bytes"),
+    (_set(*IMAGE, "verity", None), "images[0].verity"),
+    (_set(*IMAGE, "verity", "salt", "0"), "images[0].verity.salt"),
+    (_set(*IMAGE, "extra", 1), "images[0].extra"),
 ]
 #: What a schema cannot see.
 BEYOND: list[tuple[Change, str]] = [
     (_set("layers", 0, "id", "base"), "layers[1].id"),
-    (_set("layers", 0, "offset_bytes", 4096), "layers"),
+    (_set("layers", 1, "size_bytes", 2 * MIB), "layers"),
     (_set("layers", 0, "offset_bytes", 512 + MIB), "layers[0].offset_bytes"),
-    (_set("layers", 0, "offset_bytes", 4 * MIB), "layers[0].size_bytes"),
-    (_set(*VERITY, "data_blocks", 300), "layers[0].verity"),
+    (_set("layers", 0, "offset_bytes", 8 * MIB), "layers[0].size_bytes"),
+    (_set(*VERITY, "data_blocks", 600), "layers[0].verity"),
     (_set(*VERITY, "root_digest", "ab" * 20), "layers[0].verity.root_digest"),
     (_set(*VERITY, "data_block_size", 1000), "layers[0].verity.data_block_size"),
     (_set(*VERITY, "hash_block_size", 1000), "layers[0].verity.hash_block_size"),
     (_set(*VERITY, "hash_offset_bytes", 100), "layers[0].verity.hash_offset_bytes"),
+    (_set(*VERITY, "hash_offset_bytes", 200 * 4096), "images[0].layers[0]"),
+    (_set("layers", 0, "filesystem", "squashfs"), "images[0].layers[0]"),
+    (_set("layers", 0, "verity", None), "images[0].layers[0]"),
+    (_set(*IMAGE, "id", "base"), "images[0].id"),
+    (_set(*IMAGE, "layers", 0, "none"), "images[0].layers[0]"),
+    (_set(*IMAGE, "layers", 0, "base"), "images[0].layers[0]"),
+    (_set(*IMAGE, "layers", ["top", "base"]), "images[0].ranges"),
+    (_set(*IMAGE, "ranges", 1, "offset_bytes", 2 * MIB), "images[0].ranges"),
+    (_set(*IMAGE, "ranges", 1, "size_bytes", STEP), "images[0].verity.data_blocks"),
+    (_set(*IMAGE, "ranges", 0, "size_bytes", 4096), "images[0].ranges[0].size_bytes"),
+    (_set(*IMAGE, "ranges", 0, "offset_bytes", 0), "layers"),
+    (_set(*IMAGE, "ranges", 0, "offset_bytes", 8 * MIB), "images[0].ranges[0].size_bytes"),
+    (_set(*IMAGE, "ranges", 2, "size_bytes", 4 * 4096), "images[0].ranges[2].size_bytes"),
+    (_set(*IMAGE, "ranges", 2, "offset_bytes", 8 * MIB), "images[0].ranges[2].size_bytes"),
+    (_set(*IMAGE, "verity", "data_blocks", 256), "images[0].verity.data_blocks"),
+    (_set(*IMAGE, "verity", "hash_offset_bytes", 385 * 4096), "images[0].verity.hash_offset_bytes"),
 ]
 
 
@@ -158,7 +212,7 @@ def test_what_is_wrong_is_named_by_its_path(change: Change, field: str) -> None:
 
 def test_the_schema_judges_alike() -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    schema = json.loads(SCHEMA.read_text())
+    schema = json.loads((SCHEMAS / "manifest-v2.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     assert validator.is_valid(GOOD)
@@ -169,9 +223,29 @@ def test_the_schema_judges_alike() -> None:
             assert not validator.is_valid(changed(change)), field
 
 
+def former() -> dict[str, object]:
+    """Return a manifest of version 1."""
+    value = copy.deepcopy(GOOD)
+    value["version"] = 1
+    del value["images"]
+    return value
+
+
+def test_version_1_is_read_as_it_was_published() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((SCHEMAS / "manifest-v1.json").read_text())
+    assert jsonschema.Draft202012Validator(schema).is_valid(former())
+    manifest = Manifest.from_json(former())
+    assert manifest.layers == Manifest.from_json(GOOD).layers
+    assert manifest.images == ()
+    with pytest.raises(FieldError) as caught:
+        Manifest.from_json({**former(), "images": []})
+    assert caught.value.field == "images"
+
+
 def test_a_later_version_is_refused_as_such(tmp_path: Path) -> None:
-    (tmp_path / "m").write_text(json.dumps({"version": 2, "segments": []}))
-    with pytest.raises(CallError, match="2 is later than 1") as caught:
+    (tmp_path / "m").write_text(json.dumps({"version": 3, "segments": []}))
+    with pytest.raises(CallError, match="3 is later than 2") as caught:
         Manifest.load(tmp_path / "m")
     assert (caught.value.code, caught.value.object) == ("unsupported", "version")
 
@@ -205,10 +279,10 @@ def test_the_request_is_one_that_the_agent_takes() -> None:
     top = LayerSpec.from_wire(layer_spec(manifest.layers[0], {"kind": "pmem", "number": 3}))
     assert top.verity is not None
     assert top.mapping is not None
-    assert (top.mapping.offset_bytes, top.mapping.size_bytes) == (MIB, MIB)
+    assert (top.mapping.offset_bytes, top.mapping.size_bytes) == (MIB, 2 * MIB)
     assert top.verity.root_digest == b"\xab" * 32
     assert top.verity.salt == b"\x00\xff"
-    assert top.verity.hash_offset_bytes == 200 * 4096
+    assert top.verity.hash_offset_bytes == MIB
     base = LayerSpec.from_wire(layer_spec(manifest.layers[1], {"kind": "path", "path": "/dev/vdb"}))
     assert base.verity is None
 

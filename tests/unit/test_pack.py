@@ -151,7 +151,7 @@ def test_a_check_reads_what_the_guest_reads(tmp_path: Path) -> None:
     path, parameters = verity_layer(tmp_path / "layer")
     with Pack.create(tmp_path / "p") as pack:
         added = pack.add(path, "v", verity=parameters)  # type: ignore[arg-type]
-    place = added.offset_bytes + parameters.hash_offset_bytes  # type: ignore[attr-defined]
+    place = added.offset_bytes + added.verity.hash_offset_bytes  # type: ignore[union-attr]
     for at, what in ((0, "signature"), (8, "version"), (72, "data_blocks"), (88, "salt")):
         with flipped(tmp_path / "p", place + at), Pack.open(tmp_path / "p") as pack:
             (finding,) = pack.check().findings
