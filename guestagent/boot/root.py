@@ -10,6 +10,7 @@ from guestagent.boot.mounting import mount_plan
 from guestagent.boot.plan import BootPlan, plan_boot
 from guestagent.boot.switch import check_root, keep_modules, move_out, rename_root, switch_root
 from guestagent.config import Config
+from guestagent.storage.filesystems import has_flattened_erofs
 from vsock.errors import CallError
 from vsock.log import log
 
@@ -28,7 +29,12 @@ def mount_root(config: Config, boot: dict[str, object]) -> BootPlan | None:
     Raises:
         CallError, OSError: something is missing, unverified or contradictory.
     """
-    plan = plan_boot(config.layers, config.overlay, config.manifests)
+    plan = plan_boot(
+        config.layers,
+        config.overlay,
+        config.manifests,
+        flattens_erofs=bool(config.manifests) and has_flattened_erofs(),
+    )
     if plan is None:
         return None
     begin = time.perf_counter()

@@ -238,6 +238,22 @@ def test_an_image_is_its_layers_where_the_kernel_flattens_nothing(tmp_path: Path
     assert plan.overlay.layers == ("top", "lower", "upper")
 
 
+def test_an_image_is_one_layer_where_the_kernel_flattens_erofs(tmp_path: Path) -> None:
+    setting = f"{image_manifest(tmp_path / 'm.json')},pmem:0,image=app"
+    plan = plan_boot((), None, (setting,), flattens_erofs=True)
+    assert plan is not None
+    (spec,) = plan.layers
+    assert (plan.overlay, plan.root_target) == (None, "/run/layers/app")
+    assert [part.offset_bytes >> 19 for part in spec.ranges] == [8, 0, 2, 9]
+    assert spec.filesystem == "erofs"
+    assert spec.verity is not None
+    assert spec.verity.root_digest.hex() == "cd" * 32
+    plan = plan_boot((), "root,layers=app,scratch=tmpfs:65536", (setting,), flattens_erofs=True)
+    assert plan is not None
+    assert plan.overlay is not None
+    assert plan.overlay.layers == ("app",)
+
+
 def test_without_an_image_all_layers_of_a_manifest_are_mounted(tmp_path: Path) -> None:
     plan = plan_boot((), None, (f"{image_manifest(tmp_path / 'm.json')},pmem:0",))
     assert plan is not None
