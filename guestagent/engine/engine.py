@@ -56,6 +56,8 @@ class Engine:
         self._monitor = Monitor(self.state)
         #: Told of every step of every operation that begins from now on.
         self.on_step: StepListener | None = None
+        #: Of parts that stand on the engine: each takes down all that it has made.
+        self.parts: list[Callable[[Transaction, bool], None]] = []
 
     @property
     def events(self) -> EventLog:
@@ -135,11 +137,13 @@ class Engine:
         }
 
     def unmount_everything(self, op: Transaction, *, force: bool) -> None:
-        """Take down every overlay, then every layer.
+        """Take down what other parts have made, then every overlay, then every layer.
 
         Raises:
             CallError: ``busy``, the first that could not go; with ``force`` the rest goes anyway.
         """
+        for take_down in self.parts:
+            take_down(op, force)
         for overlay in reversed(self.state.inventory.overlays()):
             self._go_on(partial(self.overlays.unmount, overlay.spec.overlay_id, op), force)
         ids = tuple(live.spec.layer_id for live in self.state.inventory.layers())

@@ -229,6 +229,10 @@ class PathClaims:
             if other in self._owners:
                 return other
             other = parent_of(other)
+        return self.path_below(path)
+
+    def path_below(self, path: str) -> str | None:
+        """Return a claimed path that lies in this one."""
         at = bisect_left(self._sorted, path + "/")
         below = self._sorted[at : at + 1]
         return below[0] if below and below[0].startswith(path + "/") else None
@@ -276,6 +280,7 @@ class Inventory:
         self._reservations: dict[Owner, Reservation] = {}
         self._paths = PathClaims()
         self._paths.add(reserved, "target", ("agent", "state"))
+        self._reserved = reserved
         #: The scratch (device or directory) of an overlay, by owner.
         self._scratches: dict[Owner, str] = {}
         #: How many owners need a directory that the agent made.
@@ -441,6 +446,21 @@ class Inventory:
             )
             self._hold(owner, reservation)
             return reservation
+
+    def refuse_hiding(self, path: str) -> None:
+        """See that a mount at ``path``, which may lie in a target, hides none.
+
+        Raises:
+            CallError: ``conflict``, it is a target or a scratch, has one in it, or is in the
+                agent's own directory.
+        """
+        with self._lock:
+            hidden = path if self._paths.get(path) else self._paths.path_below(path)
+            if hidden is None and path.startswith(f"{self._reserved}/"):
+                hidden = self._reserved
+        if hidden is not None:
+            text = f"a mount at {path!r} would hide {hidden!r}, which is in use"
+            raise CallError("conflict", text, step="claim", object=path)
 
     def adopt(self, owner: Owner, reservation: Reservation) -> None:
         """Reserve what a layer or an overlay of an earlier agent has.

@@ -135,9 +135,12 @@ class Journal:
         self._striking = threading.Lock()
         os.makedirs(directory, mode=0o700, exist_ok=True)
         _refuse_foreign(directory)
-        for file in os.listdir(directory):
+        files = os.listdir(directory)
+        for file in files:
             if file.endswith(_DRAFT):  # of a writer that was killed
                 os.unlink(f"{directory}/{file}")
+        #: What an earlier agent has left entries of: "layer", "overlay" or the name of a part.
+        self.left = frozenset(file.partition("-")[0] for file in files if file.endswith(_ENTRY))
 
     # --- what a request writes
 
@@ -170,6 +173,20 @@ class Journal:
     def remove_overlay(self, overlay_id: str) -> None:
         """Forget an overlay's entry. Idempotent."""
         self._unlink(_overlay_file(overlay_id))
+
+    # --- what parts of the agent keep that are loaded when they are needed
+
+    def write_part(self, part: str, name: str, record: Record) -> None:
+        """Write a record of a part, in the place of an earlier one under the same name."""
+        self._replace((f"{part}-{name}{_ENTRY}",), record)
+
+    def remove_part(self, part: str, name: str) -> None:
+        """Forget a record of a part. Idempotent."""
+        self._unlink(f"{part}-{name}{_ENTRY}")
+
+    def read_part(self, part: str, kind: "type[Kind]") -> "tuple[Kind, ...]":
+        """Return the records of a part; a file that cannot be read is put aside."""
+        return tuple(record for _, record in self._read(f"{part}-", _ENTRY, kind))
 
     # --- what the next agent reads
 

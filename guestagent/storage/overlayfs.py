@@ -17,7 +17,6 @@ After each mount what the kernel shows is compared with what was asked.
 import contextlib
 import errno
 import os
-import threading
 from collections.abc import Sequence
 
 from guestagent.api import OverlayOptions
@@ -32,7 +31,6 @@ from guestagent.storage.fscontext import (
 from guestagent.storage.mountinfo import find_mount, lowerdirs_of
 from vsock.errors import CallError
 from vsock.record import Record
-from vsock.threads import start_thread
 
 __all__ = (
     "MAX_LAYERS",
@@ -360,21 +358,12 @@ def remove_links(directory: str) -> None:
 
 def _run_in(directory: str, action: "Callable[[], None]") -> None:
     """Run ``action`` with another working directory, which no other thread gets to see."""
-    failures: list[OSError | ValueError] = []
 
     def run() -> None:
-        try:
-            syscalls.unshare(syscalls.CLONE_FS)
-            os.chdir(directory)
-            action()
-        except (OSError, ValueError) as error:  # carried over to the caller's thread
-            failures.append(error)
+        os.chdir(directory)
+        action()
 
-    thread = threading.Thread(target=run, name="overlay-mount")
-    start_thread(thread)
-    thread.join()
-    if failures:
-        raise failures[0]
+    syscalls.run_apart(run)
 
 
 def _read_back(plan: _Plan, target: "int | str", links: str | None) -> tuple[str, ...]:

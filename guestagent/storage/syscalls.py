@@ -16,6 +16,12 @@ import os
 import struct
 from collections.abc import Callable
 
+from vsock.errors import CallError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vsock.deadline import Deadline
+
 # include/uapi/linux/mount.h: mount(2) flags
 MS_RDONLY = 0x1
 MS_NOSUID = 0x2
@@ -28,6 +34,7 @@ MS_BIND = 0x1000
 MS_MOVE = 0x2000
 MS_REC = 0x4000
 MS_PRIVATE = 0x40000
+MS_SLAVE = 0x80000
 MS_SHARED = 0x100000
 MNT_DETACH = 0x2
 UMOUNT_NOFOLLOW = 0x8
@@ -75,6 +82,8 @@ KEYCTL_SEARCH = 10
 # include/uapi/linux/module.h
 MODULE_INIT_COMPRESSED_FILE = 4
 
+#: The name of the threads of ``run_apart``.
+APART = "apart"
 #: mount(2) copies one page of options, and cuts what is longer without an error.
 MOUNT_DATA_MAX_BYTES = 4095
 
@@ -340,10 +349,12 @@ def syncfs(fd: int) -> None:
 
 
 def mount_setattr(
-    dirfd: int, path: str, flags: int, *, attr_set: int = 0, attr_clr: int = 0
+    dirfd: int, path: str, flags: int, *, attr_set: int = 0, attr_clr: int = 0, propagation: int = 0
 ) -> None:
-    """Change attributes of an existing mount. struct mount_attr is four u64."""
-    attributes = b"".join(value.to_bytes(8, "little") for value in (attr_set, attr_clr, 0, 0))
+    """Change attributes of an existing mount, and its propagation (MS_SHARED, MS_SLAVE or
+    MS_PRIVATE). struct mount_attr is four u64."""
+    values = (attr_set, attr_clr, propagation, 0)
+    attributes = b"".join(value.to_bytes(8, "little") for value in values)
     _call_number("mount_setattr", path, dirfd, _text(path), flags, attributes, len(attributes))
 
 
@@ -376,6 +387,46 @@ def unshare(flags: int) -> None:
 def setns(fd: int, kind: int = 0) -> None:
     """setns(2): acts on the calling thread alone."""
     _checked("setns", f"fd {fd}", _libc.setns, fd, kind)
+
+
+def run_apart(action: "Callable[[], None]", deadline: "Deadline | None" = None) -> None:
+    """Run ``action`` on a thread of its own, for calls that act on the calling thread alone: it may
+    change its working directory and its mount namespace, and no other thread gets to see that.
+
+    Past ``deadline`` the thread is left to itself: it must own the descriptors that it uses.
+
+    Raises:
+        OSError, ValueError, CallError: what ``action`` raised, or unshare(2).
+        CallError: ``timeout`` or ``cancelled``.
+    """
+    import threading  # PID 1 has no threads
+
+    from vsock.threads import start_thread
+
+    failures: list[OSError | ValueError | CallError] = []
+    done_fd = os.eventfd(0, os.EFD_CLOEXEC)
+    write_fd = os.dup(done_fd)
+
+    def run() -> None:
+        try:
+            unshare(CLONE_FS)
+            action()
+        except (OSError, ValueError, CallError) as error:  # carried over to the caller's thread
+            failures.append(error)
+        finally:
+            os.eventfd_write(write_fd, 1)
+            os.close(write_fd)
+
+    try:
+        thread = threading.Thread(target=run, name=APART, daemon=True)
+        start_thread(thread)
+        if deadline is not None:
+            deadline.wait([done_fd], "wait for a mount namespace")
+        thread.join()
+    finally:
+        os.close(done_fd)
+    if failures:
+        raise failures[0]
 
 
 def sethostname(name: str) -> None:
