@@ -138,6 +138,7 @@ def _live(
             on_shutdown=ending.end,
             observers=observers,
         )
+        service.adopt(engine.state.journal.left)
         server = Server(
             service.handle,
             limits=Limits(max_deadline_ms=config.max_deadline_seconds * 1000),

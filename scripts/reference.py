@@ -4,7 +4,7 @@ import re
 import types
 from collections.abc import Callable, Iterable
 
-from guestagent.api import METHODS, agent, devices, inspect, layers, observe, overlays
+from guestagent.api import METHODS, agent, devices, devtree, inspect, layers, observe, overlays
 from guestagent.api.agent import EVENT_KINDS, FEATURES
 from guestagent.api.devices import VERITY_PRESETS
 from guestagent.config import KEYS, PREFIX, Config
@@ -56,6 +56,9 @@ CHOICES: dict[str, tuple[str, Iterable[str]]] = {
     "METACOPY": ("`metacopy` of OverlayOptions", overlays.METACOPY),
     "REDIRECT_DIR": ("`redirect_dir` of OverlayOptions", overlays.REDIRECT_DIR),
     "XINO": ("`xino` of OverlayOptions", overlays.XINO),
+    "PRESERVED": ("`preserve` of DevCreate", devtree.PRESERVED),
+    "MISSING": ("`missing` of DevAdd, DevClosure and DevRemove", devtree.MISSING),
+    "STRATEGIES": ("`strategy` of DevAdd and DevClosure", devtree.STRATEGIES),
     "SHUTDOWN_MODES": ("`mode` of AgentShutdown", agent.SHUTDOWN_MODES),
     "LOG_LEVELS": ("`level` of AgentLog and LogLine", observe.LOG_LEVELS),
     "CRASH_KINDS": ("`kind` of CrashReport", observe.CRASH_KINDS),

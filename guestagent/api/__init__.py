@@ -11,7 +11,16 @@ salts travel as binary or hexadecimal text in requests and as hexadecimal text i
 of an overlay are listed topmost first, as in the kernel's ``lowerdir``.
 """
 
-from guestagent.api import agent, devicemapper, inspect, inspect_devices, layers, observe, overlays
+from guestagent.api import (
+    agent,
+    devicemapper,
+    devtree,
+    inspect,
+    inspect_devices,
+    layers,
+    observe,
+    overlays,
+)
 from guestagent.api.agent import Event
 from guestagent.api.devices import (
     ByteRange,
@@ -58,5 +67,5 @@ __all__ = (
 
 #: Every method of the contract by name: the class of its request.
 METHODS = collect_methods(
-    (agent, observe, layers, overlays, devicemapper, inspect_devices, inspect)
+    (agent, observe, layers, overlays, devicemapper, devtree, inspect_devices, inspect)
 )

@@ -8,7 +8,7 @@ error; an unforeseen exception is logged with its traceback here in the guest an
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from guestagent.api import METHODS
 from guestagent.api.agent import AgentStatus, StatusReply
@@ -88,6 +88,11 @@ class Service:
         )
         self._handlers = {**handlers_of(self._agent), **handlers_of(LayerHandlers(engine))}
         self._loading = threading.Lock()
+
+    def adopt(self, parts: Collection[str]) -> None:
+        """Load the parts that an earlier agent has left something of."""
+        if "devtree" in parts:
+            self._late_handler("dev.list")
 
     def attach(self, server: Server) -> None:
         """Let the status tell of the server's connections and requests."""
@@ -201,13 +206,21 @@ class Service:
             return handler(request, context)
 
     def _late_handler(self, method: str) -> Handler:
-        """Load the inspection, which most agents are never asked for, and return its handler."""
+        """Load the part that a method belongs to, which most agents are never asked for, and return
+        its handler."""
         with self._loading:
             if method not in self._handlers:
-                from guestagent.service.streams import InspectHandlers
-
-                self._handlers = {**self._handlers, **InspectHandlers(self._engine).table}
+                self._handlers = {**self._handlers, **self._late_handlers(method)}
             return self._handlers[method]
+
+    def _late_handlers(self, method: str) -> dict[str, Handler]:
+        if method.startswith("dev."):
+            from guestagent.service.devtree import DevHandlers
+
+            return handlers_of(DevHandlers(self._engine))
+        from guestagent.service.streams import InspectHandlers
+
+        return InspectHandlers(self._engine).table
 
 
 def _request_of(context: Context) -> "Request[Record]":
@@ -231,9 +244,9 @@ def _request_of(context: Context) -> "Request[Record]":
 
 
 def _trace(context: Context) -> dict[str, str]:
-    """Return what a line of the log says of a call: its layer or overlay, and its trace."""
+    """Return what a line of the log says of a call: its layer, overlay or tree, and its trace."""
     fields = {}
-    for name in ("layer_id", "overlay_id"):
+    for name in ("layer_id", "overlay_id", "tree_id"):
         value = context.params.get(name)
         if isinstance(value, str) and len(value) <= _ID_MAX:
             fields[name.removesuffix("_id")] = value

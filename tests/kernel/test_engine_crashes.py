@@ -21,13 +21,15 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
         yield pack
 
 
-def die_in(directory: Path, request: Request, step: int) -> bool:
+def die_in(
+    directory: Path, request: Request, step: int, bed_type: type[EngineBed] = EngineBed
+) -> bool:
     """Do ``request`` in a child that dies at its ``step``-th step; return whether it did."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            bed = EngineBed(directory)
+            bed = bed_type(directory)
             bed.faults.arm(f"#{step}:KILL")
             with bed.operation() as op:
                 request(bed, op)

@@ -41,6 +41,14 @@ COMMANDS = {
     "overlay.list": "overlay list",
     "layers.mount": "layers mount pmem:0,root=none",
     "layers.unmount": "layers unmount a b --overlay o --force",
+    "dev.create": "dev create t --root /run/x --size 8192 --mode 711 --preserve pts "
+    "--user-namespace 100000:200000:65537",
+    "dev.add": "dev add t /dev/null --missing skip --strategy bind --outside /run/x",
+    "dev.remove": "dev remove t /dev/null --missing skip",
+    "dev.list": "dev list t",
+    "dev.closure": "dev closure /dev/null --missing skip --strategy mknod --outside /run/x",
+    "dev.attach": "dev attach t /dev --pid 7",
+    "dev.destroy": "dev destroy t",
     "dm.list": "dm list",
     "dm.table": "dm table x",
     "dm.status": "dm status x",
@@ -238,6 +246,18 @@ def test_every_field_of_a_mount_can_be_said(
     assert fields_of(LayerSpec) | fields_of(OverlaySpec) == said
 
 
+def test_every_field_of_a_private_dev_can_be_said(
+    agent: Recorder, ctl: Callable[..., Result]
+) -> None:
+    names = [name for name in METHODS if name.startswith("dev.")]
+    for name in names:
+        assert "only recorded" in ctl(*COMMANDS[name].split()).stderr, name
+    ctl("dev", "attach", "t", "/dev", "--namespace", "/run/ns")
+    sent = [METHODS[name].from_wire(params) for name, params in agent.asked if name in names]
+    said = {field for record in sent for field in fields_said(record)}
+    assert set[tuple[type[Record], str]]().union(*(fields_of(METHODS[n]) for n in names)) == said
+
+
 def fields_of(kind: object) -> set[tuple[type[Record], str]]:
     """Return every field of a type of the contract and of the records in it, but ``kind``."""
     if isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
@@ -339,6 +359,33 @@ class Hostile(Recorder):
         gone = self.layer_unmount(call)
         return {"layers": {"x": gone}, "overlay": gone, "timings_ms": {}}
 
+    def dev_create(self, _call: Call) -> object:
+        texts = dict.fromkeys(("tree_id", "state", "root", "dev"), "x")
+        numbers = dict.fromkeys(("mount_id", "size_bytes", "free_bytes", "mode"), 0)
+        where = {"target": "x", "pid": None, "namespace": "x"}
+        more = {"paths": ["x"], "nodes": [self._node()], "attached": [where]}
+        return {**texts, **numbers, **more, "user_namespace": None}
+
+    def dev_list(self, call: Call) -> object:
+        return {"trees": [self.dev_create(call)]}
+
+    def dev_add(self, _call: Call) -> object:
+        path = {"path": "x", "state": "x", "nodes": [self._node()]}
+        return {"paths": [path], "timings_ms": {"x": 1.0}}
+
+    dev_closure = dev_add
+
+    def dev_remove(self, _call: Call) -> object:
+        return {"removed": ["x"], "kept": ["x"], "timings_ms": {}}
+
+    def dev_attach(self, _call: Call) -> object:
+        names = {"tree_id": "x", "target": "x", "mount_id": 0}
+        return {**names, "already": False, "timings_ms": {}}
+
+    def _node(self) -> dict[str, object]:
+        texts = dict.fromkeys(("path", "way", "state", "rdev", "target"), "x")
+        return {**texts, "kind": "link", **dict.fromkeys(("uid", "gid", "mode"), 0)}
+
     def dm_table(self, _call: Call) -> object:
         return {"name": "x", "lines": ["x"]}
 
@@ -385,6 +432,13 @@ def spoilt(value: object, name: str = "") -> object:
         "overlay unmount o",
         "layers mount pmem:0,root=none",
         "layers unmount a",
+        "dev create x",
+        "dev add x /dev/null",
+        "dev remove x /dev/null",
+        "dev list",
+        "dev list x",
+        "dev closure /dev/null",
+        "dev attach x /dev",
         "dm list",
         "dm table x",
         "dm status x",

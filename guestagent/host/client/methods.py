@@ -1,4 +1,4 @@
-"""The handle's methods for the agent, layers, overlays and device-mapper: one for each RPC."""
+"""The handle's methods for agent, layers, overlays, devices and private /dev: one for each RPC."""
 
 from typing import TypeVar
 
@@ -16,6 +16,19 @@ from guestagent.api.devicemapper import (
     DmStatusReply,
     DmTable,
     DmTableReply,
+)
+from guestagent.api.devtree import (
+    DevAdd,
+    DevAttach,
+    DevAttachReply,
+    DevClosure,
+    DevCreate,
+    DevDestroy,
+    DevList,
+    DevPathsReply,
+    DevRemove,
+    DevRemoveReply,
+    DevTree,
 )
 from guestagent.api.inspect import StreamRequest
 from guestagent.api.layers import (
@@ -77,7 +90,7 @@ class Caller:
 
 
 class AgentMethods(Caller):
-    """Part of ``GuestAgent``: the agent itself, layers, overlays, device-mapper."""
+    """Part of ``GuestAgent``: the agent itself, layers, overlays, device-mapper, private /dev."""
 
     # --- agent
 
@@ -191,3 +204,33 @@ class AgentMethods(Caller):
     def dm_status(self, name: str) -> DmStatusReply:
         """Return the status lines of a device, and the device."""
         return self.call(DmStatus(name=name))
+
+    # --- private /dev trees
+
+    def dev_create(self, request: DevCreate) -> DevTree:
+        """Make a private /dev. The same request again answers the same, with ``already``."""
+        return self.call(request)
+
+    def dev_add(self, request: DevAdd) -> DevPathsReply:
+        """Add paths of the guest's /dev to a tree, with what they need: all or nothing."""
+        return self.call(request)
+
+    def dev_remove(self, request: DevRemove) -> DevRemoveReply:
+        """Take paths out of a tree, with what no other path needs: all or nothing."""
+        return self.call(request)
+
+    def dev_closure(self, request: DevClosure) -> DevPathsReply:
+        """Say what paths of the guest's /dev need; nothing is made."""
+        return self.call(request)
+
+    def dev_list(self, tree_id: str | None = None) -> tuple[DevTree, ...]:
+        """Return every tree, or one with all of its files; ``not_found`` if there is none."""
+        return self.call(DevList(tree_id=tree_id)).trees
+
+    def dev_attach(self, request: DevAttach) -> DevAttachReply:
+        """Mount a tree on a directory of the guest or of a container."""
+        return self.call(request)
+
+    def dev_destroy(self, tree_id: str) -> None:
+        """Take a tree away; ``busy`` names what still has it."""
+        self.call(DevDestroy(tree_id=tree_id))

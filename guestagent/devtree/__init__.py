@@ -1,0 +1,1 @@
+"""A private /dev for a container: exactly the devices that it may see."""
