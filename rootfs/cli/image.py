@@ -1,5 +1,7 @@
-"""``guestctl layer build``: file system images from directories, tars and container images."""
+"""``guestctl layer build``: file system images from directories, tars and container images; and
+``guestctl image``: layers of a pack merged into one file system."""
 
+from pathlib import Path
 from typing import Unpack
 
 import click
@@ -7,7 +9,8 @@ import click
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
 from guestagent.host.ctl.style import words_of
-from rootfs.cli.pack import pack, source_options
+from rootfs.cli.pack import image_line, image_of, pack, source_options
+from rootfs.cli.packmount import PACK_COMMANDS
 from rootfs.image.images import (
     FILESYSTEMS,
     BuildOptions,
@@ -17,6 +20,7 @@ from rootfs.image.images import (
 )
 from rootfs.image.tartree import Whiteouts
 from rootfs.imagefile.output import check_output
+from rootfs.pack.pack import Pack
 from rootfs.pack.sidecar import Sidecar
 
 __all__ = ("COMMANDS", "LAYER_COMMANDS")
@@ -106,7 +110,35 @@ def _facts(result: ImageResult) -> dict[str, object]:
     return facts
 
 
+@click.group("image")
+def image() -> None:
+    """Layers of a pack merged into one file system, which a guest mounts at once."""
+
+
+@image.command("merge")
+@click.argument("pack_image", metavar="PACK", type=click.Path(path_type=Path))
+@click.option("--id", "image_id", metavar="ID", required=True)
+@click.option(
+    "--layers", metavar="TOP,...,BOTTOM", required=True, help="Layers of the pack, topmost first."
+)
+@reports_errors
+def merge_command(*, pack_image: Path, image_id: str, layers: str, as_json: bool) -> None:
+    """Merge layers of PACK: their data are shared, only metadata and a hash tree are added."""
+    with (
+        Pack.open(image_of(pack_image), writable=True) as opened,
+        progress_bar("merging", as_json) as progress,
+    ):
+        merged = opened.merge(image_id, layers.split(","), progress=progress)
+    if as_json:
+        emit(merged.to_json())
+    else:
+        click.echo(image_line(merged))
+
+
+for _command in PACK_COMMANDS:
+    pack.add_command(_command)
+
 #: For ``guestctl layer``.
 LAYER_COMMANDS: tuple[click.Command, ...] = (build_command,)
 #: For ``guestctl``.
-COMMANDS: tuple[click.Command, ...] = (pack,)
+COMMANDS: tuple[click.Command, ...] = (image, pack)

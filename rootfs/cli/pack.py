@@ -1,4 +1,4 @@
-"""``guestctl pack``: many layers in one image, and mounting them in a guest."""
+"""``guestctl pack``: many layers in one file; ``packmount`` has the commands that need a guest."""
 
 import dataclasses
 import sys
@@ -8,25 +8,16 @@ from typing import TypeVar, Unpack
 
 import click
 
-from guestagent.api import LayersMount, LayerSpec, LayersUnmount
-from guestagent.api.devices import VERITY_PRESETS
-from guestagent.host.ctl.layer import hex_bytes, parse_device, read_signature
-from guestagent.host.ctl.overlay import (
-    OverlayWords,
-    describe_batch,
-    describe_unmounted,
-    optional_overlay,
-    overlay_options,
-)
+from guestagent.host.ctl.layer import hex_bytes
 from guestagent.host.ctl.progress import progress_bar
-from guestagent.host.ctl.session import Session, emit, pass_session, reports_errors
+from guestagent.host.ctl.session import emit, reports_errors
 from guestagent.storage.verity import VerityParameters, VerityTerms
 from rootfs.image.images import FILESYSTEMS
 from rootfs.image.source import FORMATS, SourceChoices
 from rootfs.image.spool import DEFAULT_MAX_BYTES
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.hasharea import identify
-from rootfs.pack.manifest import WHITEOUT_KINDS, Manifest, ManifestLayer, layer_spec
+from rootfs.pack.manifest import WHITEOUT_KINDS, Manifest, ManifestImage, ManifestLayer
 from rootfs.pack.pack import (
     DAX_ALIGNMENT_BYTES,
     PAGE_ALIGNMENT_BYTES,
@@ -38,7 +29,7 @@ from rootfs.pack.sidecar import Sidecar
 from rootfs.verity.verifier import read_layer
 from vsock.errors import CallError
 
-__all__ = ("pack", "source_options")
+__all__ = ("image_line", "image_of", "manifest_of", "pack", "source_options")
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -78,7 +69,7 @@ def pack() -> None:
     """
 
 
-def _image_of(path: Path) -> Path:
+def image_of(path: Path) -> Path:
     """Return the image of a path that may name its manifest."""
     if path.suffix != ".json":
         return path
@@ -163,7 +154,7 @@ def add_command(
     """Copy the image LAYER into the pack, on top of the others."""
     verity = None if no_verity else _verity_of(layer, root_digest, sidecar)
     with (
-        Pack.open(_image_of(image), writable=True) as opened,
+        Pack.open(image_of(image), writable=True) as opened,
         progress_bar("copying", as_json) as progress,
     ):
         added = opened.add(
@@ -223,13 +214,13 @@ def _filesystem_of(layer: Path) -> str:
 
 @pack.command("remove")
 @click.argument("image", type=click.Path(path_type=Path))
-@click.argument("layer_id")
-@click.option("--trim", is_flag=True, help="Cut free space off the end of the image.")
+@click.argument("name", metavar="ID")
+@click.option("--trim", is_flag=True, help="Cut free space off the end of the file.")
 @reports_errors
-def remove_command(*, image: Path, layer_id: str, trim: bool, as_json: bool) -> None:
-    """Remove a layer; its range becomes free."""
-    with Pack.open(_image_of(image), writable=True) as opened:
-        removed = opened.remove(layer_id, trim=trim)
+def remove_command(*, image: Path, name: str, trim: bool, as_json: bool) -> None:
+    """Remove a layer that no image needs, or an image; its range becomes free."""
+    with Pack.open(image_of(image), writable=True) as opened:
+        removed = opened.remove(name, trim=trim)
     if as_json:
         emit(removed.to_json())
 
@@ -238,16 +229,16 @@ def remove_command(*, image: Path, layer_id: str, trim: bool, as_json: bool) -> 
 @click.argument("image", type=click.Path(path_type=Path))
 @reports_errors
 def list_command(*, image: Path, as_json: bool) -> None:
-    """List the layers, topmost first."""
-    _show(_manifest_of(image), as_json)
+    """List the layers, topmost first, and the images."""
+    _show(manifest_of(image), as_json)
 
 
 @pack.command("check")
 @click.argument("image", type=click.Path(path_type=Path))
 @reports_errors
 def check_command(*, image: Path, as_json: bool) -> None:
-    """Read every layer and compare it with the manifest (exit status 1 if it differs)."""
-    with Pack.open(_image_of(image)) as opened, progress_bar("checking", as_json) as progress:
+    """Read every layer and image and compare it with the manifest (exit status 1 if it differs)."""
+    with Pack.open(image_of(image)) as opened, progress_bar("checking", as_json) as progress:
         report = opened.check(progress=progress)
     if as_json:
         emit({"sound": report.is_sound, **dataclasses.asdict(report)})
@@ -264,111 +255,8 @@ def check_command(*, image: Path, as_json: bool) -> None:
         sys.exit(1)
 
 
-@pack.command("mount")
-@click.argument("image", type=click.Path(path_type=Path))
-@click.option(
-    "--device",
-    default="pmem:0",
-    show_default=True,
-    metavar="DEVICE",
-    help="Attached as: pmem:N, virtio-blk:SERIAL, scsi:CONTROLLER:LUN or /dev/...",
-)
-@click.option("--overlay", "overlay_id", metavar="ID", help="Overlay the layers under this id.")
-@click.option(
-    "--preset", type=click.Choice(VERITY_PRESETS), default="default", help="Verity options."
-)
-@click.option(
-    "--signatures",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Directory with LAYER_ID.p7s for every verified layer, for the kernel's keyring.",
-)
-@overlay_options
-@pass_session
-def mount_command(
-    session: Session,
-    image: Path,
-    device: str,
-    overlay_id: str | None,
-    preset: str,
-    signatures: Path | None,
-    **words: Unpack[OverlayWords],
-) -> None:
-    """Mount all layers of a pack in the guest that it is attached to, and overlay them."""
-    manifest = _manifest_of(image)
-    if overlay_id is not None:
-        _check_whiteouts(manifest, userxattr=words["userxattr"])
-    place = parse_device(device).to_wire()
-    specs = []
-    for index, layer in enumerate(manifest.layers):
-        spec = LayerSpec.from_wire(layer_spec(layer, place), f"layers[{index}]")
-        if spec.verity is not None:
-            signed = None if signatures is None else _signature(signatures, layer.layer_id)
-            spec = spec.replace(verity=spec.verity.replace(preset=preset, signature=signed))
-        specs.append(spec)
-    try:
-        overlay = optional_overlay(overlay_id, _ids(manifest), words)
-        request = LayersMount(layers=tuple(specs), overlay=overlay)
-    except ValueError as problem:
-        raise CallError("invalid", f"cannot mount the pack: {problem}", step="plan") from None
-    with session.agent() as guest:
-        reply = guest.layers_mount(request)
-    session.show(reply, lambda: describe_batch(reply))
-
-
-@pack.command("unmount")
-@click.argument("image", type=click.Path(path_type=Path))
-@click.option("--overlay", "overlay_id", metavar="ID", help="The overlay of the layers.")
-@click.option("--force", is_flag=True, help="Also remove layers of which only parts are left.")
-@pass_session
-def unmount_command(session: Session, image: Path, overlay_id: str | None, force: bool) -> None:
-    """Unmount all layers of a pack, and their overlay: all or nothing."""
-    ids = _ids(_manifest_of(image))
-    try:
-        request = LayersUnmount(layers=ids, overlay=overlay_id, force=force)
-    except ValueError as problem:
-        raise CallError("invalid", f"cannot unmount the pack: {problem}", step="plan") from None
-    with session.agent() as guest:
-        reply = guest.layers_unmount(request)
-    session.show(reply, lambda: describe_unmounted(reply))
-
-
-def _manifest_of(image: Path) -> Manifest:
+def manifest_of(image: Path) -> Manifest:
     return Manifest.load(image if image.suffix == ".json" else manifest_path_of(image))
-
-
-def _ids(manifest: Manifest) -> tuple[str, ...]:
-    return tuple(layer.layer_id for layer in manifest.layers)
-
-
-def _check_whiteouts(manifest: Manifest, *, userxattr: bool) -> None:
-    """Refuse an overlay in which names that a layer removed would be back.
-
-    Raises:
-        CallError: ``invalid``, with the layer.
-    """
-    unfit = ("both", "trusted" if userxattr else "user")
-    for layer in manifest.layers:
-        if layer.whiteouts in unfit:
-            kind = "with" if userxattr else "without"
-            raise CallError(
-                "invalid",
-                f"cannot overlay the pack {kind} userxattr: the whiteouts of layer "
-                f"{layer.layer_id} are of the kind {layer.whiteouts}",
-                step="plan",
-                object=layer.layer_id,
-                hint="no overlay can be made of it"
-                if layer.whiteouts == "both"
-                else f"say it {'without' if userxattr else 'with'} --userxattr",
-            )
-
-
-def _signature(directory: Path, layer_id: str) -> bytes:
-    path = directory / f"{layer_id}.p7s"
-    try:
-        with path.open("rb") as file:
-            return read_signature(file)
-    except OSError as problem:
-        raise from_os_error(problem, step="read the signature", object=path) from problem
 
 
 def _show(manifest: Manifest, as_json: bool) -> None:
@@ -377,6 +265,16 @@ def _show(manifest: Manifest, as_json: bool) -> None:
         return
     for layer in manifest.layers:
         click.echo(_line(layer))
+    for image in manifest.images:
+        click.echo(image_line(image))
+
+
+def image_line(image: ManifestImage) -> str:
+    """Return a line for a person: what an image adds to the pack, and what it is of."""
+    added = sum(part.size_bytes for part in image.own_ranges)
+    place = f"{image.metadata_range.offset_bytes:>14} {added:>14}"
+    root = image.verity.root_digest.hex()
+    return f"{place}  {'image':8} {image.image_id}  {root}  {','.join(image.layers)}"
 
 
 def _line(layer: ManifestLayer) -> str:

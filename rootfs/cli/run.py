@@ -42,6 +42,7 @@ from rootfs.bootimage.kernel import (
     open_kernel,
 )
 from rootfs.cli.pack import source_options
+from rootfs.cli.packmount import image_facts, root_of
 from rootfs.image.source import SourceChoices
 from rootfs.imagefile.errors import from_os_error
 from rootfs.machine.qemu import Machine, MachineError, MachineSpec, PmemSpec
@@ -96,7 +97,9 @@ def run_command(
     as_json: bool,
     **choices: Unpack[SourceChoices],
 ) -> None:
-    """Run IMAGE, an OCI layout or docker archive: every layer verified, overlaid in a machine.
+    """Run IMAGE, an OCI layout or docker archive: every layer verified, in a machine.
+
+    Its layers are merged into one mount; a guest before Linux 6.4 overlays them.
 
     Prints the agent's report. With --shell the image's own /bin/sh runs in the overlay, at this
     terminal or reading commands from a pipe, and its exit status is that of this command. For Cloud
@@ -193,7 +196,6 @@ def _run(
 ) -> int:
     """Boot the machine, mount, and power it off; return the exit status of the shell, else 0."""
     report = _reporter(as_json)
-    request = mount_request(prepared.manifest, {"kind": "pmem", "number": 0}, scratch_bytes=scratch)
     status = 0
     with Machine(spec, cache_dir=CACHE_DIR) as machine:
         report(f"booting with {machine.accel} ({machine.accel_reason})")
@@ -202,14 +204,18 @@ def _run(
             machine.while_up() as up,
             GuestAgent(address, connect_seconds=_BOOT_SECONDS, until=up) as guest,
         ):
-            report(f"mounting {len(request.layers)} layers")
+            device: dict[str, object] = {"kind": "pmem", "number": 0}
+            plan, request = mount_request(
+                prepared.manifest, device, guest.hello, scratch_bytes=scratch
+            )
+            report(f"mounting the image: {plan.reason}")
             reply = guest.layers_mount(request)
             if as_json:
-                emit(reply.to_wire())
+                emit({**reply.to_wire(), "image": image_facts(plan, reply)})
             else:
                 click.echo(describe_batch(reply))
-            if shell and reply.overlay is not None:
-                status = _run_shell(address, reply.overlay.target)
+            if shell:
+                status = _run_shell(address, root_of(reply))
             if keep:
                 click.echo(f"guestctl --connect {address} ...; Ctrl-C powers it off", err=True)
                 with contextlib.suppress(KeyboardInterrupt), contextlib.closing(Deadline()) as ever:

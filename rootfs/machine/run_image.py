@@ -5,18 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
 
-from guestagent.api import LayersMount, LayerSpec, OverlaySpec, TmpfsScratch
+from guestagent.api import LayersMount, OverlaySpec, TmpfsScratch
+from guestagent.api.agent import HelloReply
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel
 from rootfs.image.source import SourceChoices
 from rootfs.imagefile.errors import from_os_error
-from rootfs.pack.manifest import Manifest, layer_spec
-from rootfs.pack.pack import build_pack
+from rootfs.pack.manifest import Manifest
+from rootfs.pack.mounting import OVERLAY, ImageMount, plan_image_mount, plan_layers_mount
+from rootfs.pack.pack import Pack, build_pack
 from vsock.errors import CallError
 
-__all__ = ("OVERLAY_ID", "Prepared", "mount_request", "prepare")
+__all__ = ("IMAGE_ID", "Prepared", "mount_request", "prepare")
 
-OVERLAY_ID = "root"
+#: The id of the image in its pack, and so of its mount and of its overlay.
+IMAGE_ID = "root"
 FEATURES = ("pmem", "virtio-blk", "verity", "erofs", "overlay", "vsock", "console")
 
 
@@ -39,19 +42,22 @@ def prepare(
     report: Callable[[str], None] = lambda step: None,
     **choices: Unpack[SourceChoices],
 ) -> Prepared:
-    """Build the layers of ``source``, verified, as ``pack.img`` in ``directory``, and a boot image.
+    """Build the layers of ``source``, verified, and an image merged of them, if they can be merged,
+    as ``pack.img`` in ``directory``; and a boot image.
 
     ``report`` is called with each step that begins.
 
     Raises:
-        CallError: as ``build_pack``; ``conflict``, there is a pack already.
+        CallError: as ``build_pack`` and ``Pack.merge``; ``conflict``, there is a pack already.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise from_os_error(problem, step="create", object=directory) from problem
     report(f"building the layers of {source}")
-    manifest = build_pack(source, directory / "pack.img", verity=True, **choices)
+    build_pack(source, directory / "pack.img", verity=True, **choices)
+    report("merging the layers")
+    manifest = _merged(directory / "pack.img", report)
     features: tuple[str, ...] = FEATURES
     if kernel.modules.has("virtio_mmio"):
         features += ("virtio-mmio",)
@@ -64,26 +70,48 @@ def prepare(
     )
 
 
+def _merged(path: Path, report: Callable[[str], None]) -> Manifest:
+    """Merge all layers of a pack; where no image can be made of them, they can still be overlaid.
+
+    Raises:
+        CallError: as ``Pack.merge``, for other reasons.
+    """
+    with Pack.open(path, writable=True) as pack:
+        try:
+            pack.merge(IMAGE_ID, [layer.layer_id for layer in pack.layers])
+        except CallError as problem:
+            if problem.code not in ("unsupported", "resource"):
+                raise
+            report(f"going on without one mount: {problem.message}")
+        return pack.manifest
+
+
 def mount_request(
-    manifest: Manifest, device: dict[str, object], *, scratch_bytes: int | None = None
-) -> LayersMount:
-    """Ask for all layers and their overlay; writable in memory, if ``scratch_bytes`` is given.
+    manifest: Manifest,
+    device: dict[str, object],
+    hello: HelloReply,
+    *,
+    scratch_bytes: int | None = None,
+) -> tuple[ImageMount, LayersMount]:
+    """Ask for the image: as one mount if it is merged and the guest that said ``hello`` can,
+    else as an overlay of the layers; writable in memory, if ``scratch_bytes`` is given.
 
     Raises:
         CallError: ``invalid``, the agent would refuse it.
     """
-    try:
-        scratch = None if scratch_bytes is None else TmpfsScratch(size_bytes=scratch_bytes)
-        return LayersMount(
-            layers=tuple(
-                LayerSpec.from_wire(layer_spec(layer, device)) for layer in manifest.layers
-            ),
-            overlay=OverlaySpec(
-                overlay_id=OVERLAY_ID,
-                layers=tuple(layer.layer_id for layer in manifest.layers),
-                scratch=scratch,
-            ),
+    image = manifest.find_image(IMAGE_ID)
+    if image is not None:
+        plan = plan_image_mount(
+            manifest, image, device, features=hello.features, kernel=hello.kernel
         )
+    else:
+        plan = plan_layers_mount(IMAGE_ID, manifest.layers, device, "they are not merged")
+    overlay = None
+    try:
+        if plan.form == OVERLAY or scratch_bytes is not None:
+            scratch = None if scratch_bytes is None else TmpfsScratch(size_bytes=scratch_bytes)
+            overlay = OverlaySpec(overlay_id=IMAGE_ID, layers=plan.layer_ids, scratch=scratch)
+        return plan, LayersMount(layers=plan.layers, overlay=overlay)
     except ValueError as problem:
-        text = f"cannot ask for the layers: {problem}"
+        text = f"cannot ask for the image: {problem}"
         raise CallError("invalid", text, step="plan", object="image") from None

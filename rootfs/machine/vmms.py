@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guestagent.api.agent import AGENT_PORT
-from rootfs.machine.run_image import OVERLAY_ID, Prepared
+from rootfs.machine.run_image import IMAGE_ID, Prepared
 
 __all__ = ("VMMS", "Configuration", "cloud_hypervisor", "firecracker")
 
@@ -115,4 +115,5 @@ def firecracker(
 def _mount(socket: Path, prepared: Prepared, *device: str) -> str:
     address = f"hybrid://{socket}:{AGENT_PORT}"
     command = ["guestctl", "--connect", address, "--wait", "60", "pack", "mount", *device]
-    return shlex.join([*command, "--overlay", OVERLAY_ID, str(prepared.pack)])
+    option = "--image" if prepared.manifest.find_image(IMAGE_ID) else "--overlay"
+    return shlex.join([*command, option, IMAGE_ID, str(prepared.pack)])

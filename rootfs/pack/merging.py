@@ -5,12 +5,18 @@ shared by every image that has the layer, and by the layer itself. What is mount
 from ranges of the pack (``ManifestImage``).
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from guestagent.storage.filesystems import check_size
 from guestagent.storage.verity import SUPERBLOCK_BYTES, VerityParameters
+from rootfs.image.erofs_merge import LayerFile, merge_layers
+from rootfs.image.tree import Progress
 from rootfs.imagefile.ranges import FileRange
 from rootfs.pack.manifest import Manifest, ManifestImage, ManifestLayer
 from rootfs.verity.compose import NewPart, Part, compose_tree, composed_parameters
@@ -19,7 +25,7 @@ from rootfs.verity.verifiedread import VerifiedReader
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("ImageTree", "check_image", "check_mergeable", "layer_reader")
+__all__ = ("ImageTree", "check_image", "check_mergeable", "merged_metadata")
 
 _COMPARED_BYTES = 1 << 20
 
@@ -54,12 +60,49 @@ def _unfit(layer: ManifestLayer, problem: str) -> CallError:
     )
 
 
-def layer_reader(fd: int, layer: ManifestLayer) -> VerifiedReader:
-    """Return a reader of the layer in the pack ``fd`` that returns nothing but what was hashed."""
-    assert layer.verity is not None
-    return VerifiedReader(
-        fd, layer.verity, base_offset_bytes=layer.offset_bytes, name=layer.layer_id
-    )
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _VerifiedLayer(LayerFile):
+    """A layer of a pack, of which nothing is read but what was hashed."""
+
+    reader: VerifiedReader
+
+    def read(self, offset_bytes: int, size_bytes: int) -> bytes:
+        return self.reader.read(offset_bytes, size_bytes)
+
+
+@contextlib.contextmanager
+def merged_metadata(
+    fd: int,
+    path: Path,
+    layers: Sequence[ManifestLayer],
+    progress: Progress | None,
+    cancel: Deadline | None,
+) -> Iterator[int]:
+    """Merge layers of the pack ``fd``, topmost first, in a file beside its ``path``; yield that.
+
+    Raises:
+        CallError: as ``merge_layers``; ``integrity``, a layer is not what its hash tree says.
+    """
+    files = []
+    for layer in layers:
+        verity = layer.verity
+        assert verity is not None
+        reader = VerifiedReader(
+            fd, verity, base_offset_bytes=layer.offset_bytes, name=layer.layer_id
+        )
+        files.append(
+            _VerifiedLayer(
+                name=layer.layer_id,
+                fd=fd,
+                offset_bytes=layer.offset_bytes,
+                size_bytes=verity.data_size_bytes,
+                reader=reader,
+            )
+        )
+    with tempfile.TemporaryDirectory(prefix=".merge-", dir=path.parent) as directory:
+        merged = merge_layers(files, Path(directory, "metadata"), progress=progress, cancel=cancel)
+        with merged.path.open("rb") as file:
+            yield file.fileno()
 
 
 class ImageTree:

@@ -15,7 +15,7 @@ import dataclasses
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Unpack
@@ -41,6 +41,8 @@ from rootfs.imagefile.ranges import (
     round_up,
 )
 from rootfs.pack.manifest import IMAGE_STEP_BYTES, Manifest, ManifestImage, ManifestLayer
+from rootfs.pack.merging import ImageTree, check_mergeable, merged_metadata
+from rootfs.pack.mounting import check_whiteouts
 from rootfs.pack.packcheck import PackReport, check_pack, digest_range
 from rootfs.verity.compose import PART_STEP_BYTES
 from vsock.deadline import Deadline
@@ -267,6 +269,85 @@ class Pack:
         except FieldError as problem:
             raise _invalid("add to the pack", layer_id, str(problem)) from None
 
+    def merge(
+        self,
+        image_id: str,
+        layer_ids: Sequence[str],
+        *,
+        progress: Progress | None = None,
+        cancel: Deadline | None = None,
+    ) -> ManifestImage:
+        """Merge layers of the pack, topmost first, into an image; only its metadata and its hash
+        tree are added to the file.
+
+        What is read of the layers is compared with their hash trees, and these with their root
+        digests.
+
+        Raises:
+            CallError: ``conflict``, the id is taken; ``not_found``, no such layer; ``invalid`` or
+                ``unsupported``, layers that cannot be merged; ``integrity``, a layer changed since
+                it was added; ``resource``, the disk is full; by errno. ``object`` is the layer.
+        """
+        self._require_writable("merge an image")
+        self._refuse_taken(image_id, "merge an image")
+        layers = tuple(self._layer(layer_id, "merge an image") for layer_id in layer_ids)
+        check_mergeable(layers)
+        check_whiteouts(layers, userxattr=False)
+        try:
+            with merged_metadata(self._fd, self.path, layers, progress, cancel) as metadata_fd:
+                image = self._append_image(image_id, layers, metadata_fd, cancel)
+        except OSError as problem:
+            raise from_os_error(problem, step="merge an image", object=self.path) from problem
+        size_bytes = max(self._size_with(extent) for extent in image.own_ranges)
+        self._commit(images=(*self._manifest.images, image), size_bytes=size_bytes)
+        return image
+
+    def _append_image(
+        self,
+        image_id: str,
+        layers: tuple[ManifestLayer, ...],
+        metadata_fd: int,
+        cancel: Deadline | None,
+    ) -> ManifestImage:
+        """Write the metadata and, behind them, the hash area."""
+        file_bytes = os.fstat(metadata_fd).st_size
+        size_bytes = round_up(file_bytes, PART_STEP_BYTES)
+        metadata = FileRange(offset_bytes=0, size_bytes=size_bytes)
+        hash_area_bytes = ImageTree(self._fd, metadata, layers).hash_area_bytes
+        offset_bytes = self._place_for(size_bytes + hash_area_bytes)
+        metadata = FileRange(offset_bytes=offset_bytes, size_bytes=size_bytes)
+        hash_area = FileRange(offset_bytes=metadata.end_bytes, size_bytes=hash_area_bytes)
+        with self._growing(
+            FileRange(offset_bytes=offset_bytes, size_bytes=size_bytes + hash_area_bytes)
+        ):
+            for extent in data_extents(metadata_fd, file_bytes):
+                place = offset_bytes + extent.offset_bytes
+                for _ in copy_range(metadata_fd, extent, self._fd, place):
+                    pass
+            tree = ImageTree(self._fd, metadata, layers)
+            verity = tree.write(self._fd, hash_area.offset_bytes, cancel)
+        parts = [layer.part_range for layer in layers if layer.part_range is not None]
+        try:
+            return ManifestImage(
+                image_id=image_id,
+                layers=tuple(layer.layer_id for layer in layers),
+                ranges=(metadata, *parts, hash_area),
+                verity=verity,
+            )
+        except FieldError as problem:
+            raise _invalid("merge an image", image_id, str(problem)) from None
+
+    def _layer(self, layer_id: str, step: str) -> ManifestLayer:
+        layer = self._manifest.find(layer_id)
+        if layer is None:
+            raise CallError(
+                "not_found",
+                f"cannot {step}: the pack {str(self.path)!r} has no layer {layer_id!r}",
+                step=step,
+                object=layer_id,
+            )
+        return layer
+
     def _place_for(self, size_bytes: int) -> int:
         manifest = self._manifest
         return first_fit(manifest.used_ranges, size_bytes, manifest.alignment_bytes)
@@ -279,7 +360,8 @@ class Pack:
     def _growing(self, extent: FileRange) -> Iterator[None]:
         """Make ``extent`` a range of zeros to write to, before the manifest tells of it.
 
-        At the end the disk has what was written; on failure the file has its old size again.
+        At the end the disk has what was written; on failure the range is zeros again, and the file
+        has its old size.
         """
         old_bytes = os.fstat(self._fd).st_size
         try:
@@ -289,6 +371,7 @@ class Pack:
             os.fsync(self._fd)
         except BaseException:
             os.ftruncate(self._fd, old_bytes)
+            punch_hole(self._fd, extent)
             raise
 
     def _copy_in(

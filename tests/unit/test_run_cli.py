@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from guestagent.api.agent import HelloReply
 from guestagent.host.ctl.main import collect
 from rootfs.bootimage import initramfs
 from rootfs.bootimage.kernel import cached_kernel
@@ -138,13 +139,41 @@ def test_the_upper_layer_is_named_first(layout: Path, tmp_path: Path) -> None:
     done = invoke("run", layout, "--vmm", "firecracker", "--directory", tmp_path)
     assert done.exit_code == 0, done.stderr
     manifest = Manifest.load(tmp_path / "pack.img.json")
-    request = mount_request(manifest, {"kind": "path", "path": "/dev/vda"}, scratch_bytes=8192)
+    device: dict[str, object] = {"kind": "path", "path": "/dev/vda"}
+    plan, request = mount_request(manifest, device, hello("6.1.0"))
+    assert plan.form == "overlay"
+    assert "Linux 6.1.0 has no erofs-flattened" in plan.reason
     assert request.overlay is not None
     assert request.overlay.layers == tuple(layer.layer_id for layer in manifest.layers)
+    assert request.overlay.scratch is None
     lowest = json.loads((layout / "blobs/sha256" / _config_digest(layout)).read_bytes())["rootfs"][
         "diff_ids"
     ][0]
     assert manifest.layers[-1].source_digest == lowest
+
+
+def hello(kernel: str, *features: str) -> HelloReply:
+    """What a guest with these features says."""
+    return HelloReply(version=1, agent="1", kernel=kernel, features=features, limits={}, boot={})
+
+
+def test_a_kernel_that_flattens_erofs_gets_one_mount(layout: Path, tmp_path: Path) -> None:
+    needs_kernel()
+    done = invoke("run", layout, "--vmm", "firecracker", "--directory", tmp_path, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "--image root" in json.loads(done.stdout)["mount"]
+    manifest = Manifest.load(tmp_path / "pack.img.json")
+    device: dict[str, object] = {"kind": "path", "path": "/dev/vda"}
+    newer = hello("6.12.0", "erofs-flattened")
+    plan, request = mount_request(manifest, device, newer)
+    assert (plan.form, request.overlay) == ("merged", None)
+    (spec,) = request.layers
+    assert [(part.offset_bytes, part.size_bytes) for part in spec.ranges] == [
+        (part.offset_bytes, part.size_bytes) for part in manifest.images[0].ranges
+    ]
+    _, request = mount_request(manifest, device, newer, scratch_bytes=8192)
+    assert request.overlay is not None
+    assert request.overlay.layers == ("root",)
 
 
 def _config_digest(layout: Path) -> str:
@@ -258,7 +287,7 @@ def test_steps_are_told_as_they_begin(layout: Path, tmp_path: Path) -> None:
     needs_kernel()
     words = ("run", layout, "--vmm", "firecracker", "--directory")
     done = invoke(*words, tmp_path / "a")
-    steps = [f"building the layers of {layout}", "building the boot image"]
+    steps = [f"building the layers of {layout}", "merging the layers", "building the boot image"]
     assert done.stderr.splitlines() == [f"guestctl: {step} ..." for step in steps]
     assert invoke(*words, tmp_path / "b", "--json").stderr == ""
 
