@@ -14,9 +14,10 @@ from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import cached_kernel
 from rootfs.image.images import build_image
 from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
-from rootfs.pack.manifest import ManifestLayer, layer_spec
-from rootfs.pack.pack import Pack
+from rootfs.pack.manifest import Manifest, ManifestLayer, layer_spec
+from rootfs.pack.pack import Pack, manifest_path_of
 from rootfs.verity.formatter import format_image
+from scripts.benchmarks.merged import merged_rows, write_pack
 from scripts.benchmarks.rows import Row, milliseconds, row, timed
 from scripts.uml_bed.kernels import kernel_cache
 
@@ -38,11 +39,12 @@ def machine_rows(boots: int = 3, rounds: int = 20) -> list[Row]:
     directory = Path(tempfile.mkdtemp(prefix="bench-machine-"))
     try:
         layers = _pack(directory)
+        images = write_pack(directory)
         spec = MachineSpec(
             kernel=kernel.image,
             initrd=initramfs.path,
             memory_mib=1024,
-            pmem=(PmemSpec(path=directory / "pack.img"),),
+            pmem=(PmemSpec(path=directory / "pack.img"), PmemSpec(path=images)),
         )
         rows = [row(BED, "initramfs", "MiB", [initramfs.size_bytes / 2**20])]
         replies: list[float] = []
@@ -57,6 +59,13 @@ def machine_rows(boots: int = 3, rounds: int = 20) -> list[Row]:
                     uptimes.append(_number(guest.hello.boot["ready_uptime_ms"]))
                     if boot + 1 == boots:
                         measured = _measure(guest, layers, rounds)
+                        measured += merged_rows(
+                            BED,
+                            guest,
+                            Manifest.load(manifest_path_of(images)),
+                            {"kind": "pmem", "number": 1},
+                            rounds,
+                        )
         rows.append(row(BED, f"QEMU ({machine.accel}) started to first reply", "ms", replies))
         rows.append(row(BED, "guest uptime when the agent serves", "ms", uptimes))
         switches = [_switch_root(kernel.image, initramfs.path, directory) for _ in range(boots)]
