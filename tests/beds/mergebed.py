@@ -4,27 +4,37 @@ The model applies the layers from the lowest to the topmost, as one would unpack
 the code under test look from the topmost downwards.
 """
 
-import functools
+import contextlib
 import hashlib
 import os
+import random
 import stat
+import struct
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hypothesis import strategies as st
 
 from rootfs.image.erofs import ErofsImage
+from rootfs.image.erofs_format import BLOCK_BYTES
 from rootfs.image.erofs_merge import LayerFile, MergedImage
 from rootfs.image.erofs_reader import ErofsReader
-from rootfs.image.tree import FdContent, Node, link_counts, read_content, walk
+from rootfs.image.tree import Extent, Node, link_counts, read_content, walk
+from rootfs.imagefile.ranges import round_up
 
 TRUSTED, USER = b"trusted.overlay.", b"user.overlay."
 EPOCH_NS = 1_600_000_000 * 10**9
-_DATA_BYTES = 1 << 17
+_DATA = random.Random(1).randbytes(1 << 17)
 _SIZES = (0, 1, 100, 4030, 4096, 4097, 5000, 3 * 4096 - 20, 8 * 4096)
 _NAMES = (b"a", b"b", b"c", b"\xff\xfe", b"n" * 255)
+_NO_ID = 0xFFFFFFFF
+_ACL = struct.pack("<I", 2) + b"".join(
+    struct.pack("<HHI", *entry)
+    for entry in [(1, 7, _NO_ID), (2, 5, 70_000), (4, 5, _NO_ID), (16, 7, _NO_ID), (32, 4, _NO_ID)]
+)
 _XATTRS = {
+    b"system.posix_acl_access": _ACL,
     b"user.note": b"noted",
     b"trusted.kept": b"\0binary",
     b"security.capability": bytes.fromhex("0100000200200000") + bytes(12),
@@ -34,18 +44,30 @@ _XATTRS = {
 }
 
 
-@functools.cache
-def _data() -> int:
-    fd = os.memfd_create("data")
-    os.pwrite(fd, os.urandom(_DATA_BYTES), 0)
-    return fd
+class DrawnContent:
+    """Random bytes, always the same; ``extents`` are as of a file of ``_DATA``."""
+
+    def __init__(self, size_bytes: int, extents: tuple[Extent, ...]) -> None:
+        self.size_bytes = size_bytes
+        self.extents = extents
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[int]:
+        fd = os.memfd_create("data")
+        try:
+            os.pwrite(fd, _DATA, 0)
+            yield fd
+        finally:
+            os.close(fd)
 
 
 @st.composite
-def layers(draw: st.DrawFn, *, most: int = 4, empty_file_whiteouts: bool = True) -> list[Node]:
+def layers(
+    draw: st.DrawFn, *, least: int = 1, most: int = 4, empty_file_whiteouts: bool = True
+) -> list[Node]:
     """Trees for an overlay, topmost first. Some whiteouts are empty files with an attribute, which
     Linux knows since 6.7."""
-    count = draw(st.integers(1, most))
+    count = draw(st.integers(least, most))
     return [draw(_trees(empty_file_whiteouts, 0, [])) for _ in range(count)]
 
 
@@ -102,12 +124,12 @@ def _facts(draw: st.DrawFn, kind: int) -> Node:
 
 
 @st.composite
-def _contents(draw: st.DrawFn) -> FdContent:
+def _contents(draw: st.DrawFn) -> DrawnContent:
     size = draw(st.sampled_from(_SIZES))
-    start = draw(st.integers(0, _DATA_BYTES - size))
+    start = draw(st.integers(0, len(_DATA) - size))
     if size >= 4 * 4096 and draw(st.booleans()):  # with a hole
-        return FdContent(_data(), size, ((0, 4000, start), (size - 4100, 4100, start)))
-    return FdContent(_data(), size, ((0, size, start),) if size else ())
+        return DrawnContent(size, ((0, 4000, start), (size - 4100, 4100, start)))
+    return DrawnContent(size, ((0, size, start),) if size else ())
 
 
 def write_layer(root: Node, name: str, *, inline_tails: bool = True) -> LayerFile:
@@ -116,6 +138,31 @@ def write_layer(root: Node, name: str, *, inline_tails: bool = True) -> LayerFil
     image = ErofsImage(root, inline_tails=inline_tails)
     image.write(fd, lambda: uuid.uuid5(uuid.NAMESPACE_OID, name))
     return LayerFile(name=name, fd=fd, size_bytes=image.size_bytes)
+
+
+def write_images(trees: Sequence[Node], directory: Path) -> list[Path]:
+    """Write each tree as an image into a file."""
+    paths = []
+    for number, tree in enumerate(trees):
+        layer = write_layer(tree, f"layer{number}")
+        paths.append(directory / layer.name)
+        paths[-1].write_bytes(layer.read(0, layer.size_bytes))
+        os.close(layer.fd)
+    return paths
+
+
+@contextlib.contextmanager
+def opened(paths: Sequence[Path]) -> Iterator[list[LayerFile]]:
+    """Open images for reading; one that ends within a block is made longer first."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for path in paths:
+            size_bytes = round_up(path.stat().st_size, BLOCK_BYTES)
+            os.truncate(path, size_bytes)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            found.append(LayerFile(name=path.name, fd=fd, size_bytes=size_bytes))
+        yield found
 
 
 def write_unified(merged: MergedImage, layers: Sequence[LayerFile], path: Path) -> LayerFile:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import random
 import re
 import stat
 import struct
@@ -25,13 +24,16 @@ from rootfs.image.erofs_format import (
 )
 from rootfs.image.erofs_merge import LayerFile, merge_layers
 from rootfs.image.erofs_reader import ErofsReader
-from rootfs.image.tree import FdContent, Node, link_counts
+from rootfs.image.tree import Node, link_counts
 from tests.beds.mergebed import (
     EPOCH_NS,
+    DrawnContent,
     Facts,
     layers,
     model,
+    opened,
     read_facts,
+    write_images,
     write_layer,
     write_unified,
 )
@@ -186,14 +188,11 @@ def in_memory(data: bytes, name: str = "hostile") -> LayerFile:
 def small_tree() -> Node:
     root = Node(stat.S_IFDIR | 0o755, mtime_ns=EPOCH_NS)
     root.children[b"directory"] = below = Node(stat.S_IFDIR | 0o755, xattrs={b"user.x": b"1"})
-    data = os.memfd_create("content")
-    os.pwrite(data, random.Random(1).randbytes(20_000), 0)
-    below.children[b"file"] = Node(
-        stat.S_IFREG | 0o644, content=FdContent(data, 9000, ((0, 9000, 0),))
-    )
-    below.children[b"sparse"] = Node(
-        stat.S_IFREG | 0o644, content=FdContent(data, 50_000, ((20_000, 20_000, 0),))
-    )
+    for name, content in (
+        (b"file", DrawnContent(9000, ((0, 9000, 0),))),
+        (b"sparse", DrawnContent(50_000, ((20_000, 20_000, 0),))),
+    ):
+        below.children[name] = Node(stat.S_IFREG | 0o644, content=content)
     below.children[b"link"] = Node(stat.S_IFLNK | 0o777, target=b"file")
     root.children[b"device"] = Node(stat.S_IFBLK | 0o600, rdev=os.makedev(8, 1))
     root.children[b"empty"] = Node(stat.S_IFREG | 0o644, xattrs={b"trusted.y": b"2" * 100})
@@ -390,31 +389,12 @@ def fsck(merged: Path, images: list[Path]) -> None:
     assert "<E>" not in done.stderr
 
 
-def write_images(trees: list[Node], directory: Path) -> list[Path]:
-    paths = []
-    for number, tree in enumerate(trees):
-        layer = write_layer(tree, f"layer{number}")
-        paths.append(directory / layer.name)
-        paths[-1].write_bytes(whole(layer))
-        os.close(layer.fd)
-    return paths
-
-
-def opened(paths: list[Path], files: contextlib.ExitStack) -> list[LayerFile]:
-    found = []
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        layer = LayerFile(name=path.name, fd=fd, size_bytes=path.stat().st_size)
-        found.append(kept(files, layer))
-    return found
-
-
 @given(layers())
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_fsck_erofs_finds_nothing_wrong(tmp_path: Path, trees: list[Node]) -> None:
     paths = write_images(trees, tmp_path)
-    with contextlib.ExitStack() as stack:
-        merge_layers(opened(paths, stack), tmp_path / "merged")
+    with opened(paths) as images:
+        merge_layers(images, tmp_path / "merged")
     fsck(tmp_path / "merged", paths)
 
 
@@ -423,14 +403,11 @@ def test_the_parts_are_where_the_table_of_devices_says(
 ) -> None:
     """Topmost first, each at a multiple of 512 KiB, after the metadata."""
     trees = []
-    for size in (1000, 600_000, PART_BYTES - BLOCK_BYTES):
-        fd = os.memfd_create("content")
-        files.callback(os.close, fd)
-        os.pwrite(fd, os.urandom(size), 0)
+    for count in (1, 6, 5):
         tree = Node(stat.S_IFDIR | 0o755)
-        name = b"%d" % size
-        content = FdContent(fd, size, ((0, size, 0),))
-        tree.children[name] = Node(stat.S_IFREG | 0o644, content=content)
+        for number in range(count):
+            content = DrawnContent(100_000, ((0, 100_000, number),))
+            tree.children[b"%d" % number] = Node(stat.S_IFREG | 0o644, content=content)
         trees.append(tree)
     images = [kept(files, write_layer(tree, f"layer{n}")) for n, tree in enumerate(trees)]
     merged = merge_layers(images, tmp_path / "merged")
@@ -459,34 +436,17 @@ def test_the_parts_are_where_the_table_of_devices_says(
 
 def test_a_tail_without_room_beside_its_inode_gets_a_block(tmp_path: Path) -> None:
     """A compact inode of a layer becomes an extended one, where most files have another time."""
-    data = os.memfd_create("content")
-    os.pwrite(data, os.urandom(3 * BLOCK_BYTES), 0)
     size = 2 * BLOCK_BYTES + 4064
     lower = Node(stat.S_IFDIR | 0o755, mtime_ns=EPOCH_NS)
-    for name, tail in ((b"large", size), (b"small", 4064)):
-        content = FdContent(data, tail, ((0, tail, 0),))
+    for name, whole in ((b"large", size), (b"small", 4064)):
+        content = DrawnContent(whole, ((0, whole, 0),))
         lower.children[name] = Node(stat.S_IFREG | 0o644, mtime_ns=EPOCH_NS, content=content)
     upper = Node(stat.S_IFDIR | 0o755)
     for number in range(9):
         upper.children[b"%d" % number] = Node(stat.S_IFREG | 0o644)
-    found = merged_facts([upper, lower], tmp_path)
-    os.close(data)
-    assert_same(found, model_of(upper, lower, found))
+    assert_same(merged_facts([upper, lower], tmp_path), model([upper, lower]))
     superblock = Superblock.unpack((tmp_path / "merged").read_bytes()[1024:1152])
     assert superblock.feature_incompat & 4  # chunks
-
-
-def model_of(upper: Node, lower: Node, found: Facts) -> Facts:
-    """The content is closed: take it from what was found, after its sizes have been compared."""
-    for name in (b"large", b"small"):
-        size, _ = found[name.decode()]["content"]  # type: ignore[misc]
-        assert size == lower.children[name].content.size_bytes
-        del found[name.decode()]["content"]
-        lower.children[name].content = FdContent(-1, 0, ())
-    expected = model([upper, lower])
-    for name in (b"large", b"small"):
-        del expected[name.decode()]["content"]
-    return expected
 
 
 @pytest.mark.parametrize("attribute", [b"redirect", b"metacopy"])
