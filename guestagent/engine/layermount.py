@@ -41,7 +41,7 @@ from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import DeviceInfo
 from guestagent.storage.devicemapper.targets import Target, is_same_table
 from guestagent.storage.filesystems import TABLE, check_superblock, layer_type, mount_options
-from guestagent.storage.keyring import checks_signatures, signature_key
+from guestagent.storage.keyring import ThreadKey, checks_signatures
 from guestagent.storage.mount import READONLY_FLAGS, TargetDirectory, mount_filesystem
 from vsock.errors import CallError
 
@@ -412,7 +412,7 @@ def _signature(live: LiveLayer) -> Iterator[None]:
     if verity is None or verity.signature is None:
         yield
         return
-    with signature_key(signature_description(live.spec.layer_id), verity.signature):
+    with ThreadKey("user", signature_description(live.spec.layer_id), verity.signature):
         try:
             yield
         except OSError as error:

@@ -1,43 +1,49 @@
-"""Keys for the kernel: the signature of a verity root digest, there only while a table is loaded.
+"""Keys for the kernel, there only while a table is loaded: a signature, or what dm-crypt uses.
 
-The kernel looks a ``user`` key up by its description in the keyrings of the thread that loads the
+The kernel looks a key up by its type and description in the keyrings of the thread that loads the
 table. The thread's own keyring is used, so that no other thread and no other process sees the key,
-and it cannot outlive the thread.
+and it cannot outlive the thread. The payload of a ``logon`` key cannot be read back by anybody.
 
-Source: drivers/md/dm-verity-verify-sig.c (Linux 5.4), keyctl(2), add_key(2).
+Source: drivers/md/dm-verity-verify-sig.c (Linux 5.4), drivers/md/dm-crypt.c (Linux 4.10),
+keyctl(2), add_key(2).
 """
 
 import os
 
 from guestagent.storage import syscalls
 
-__all__ = ("SignatureKey", "checks_signatures", "signature_key")
+__all__ = ("ThreadKey", "checks_signatures")
 
 #: A parameter of the verity target that is there with CONFIG_DM_VERITY_VERIFY_ROOTHASH_SIG alone.
 _PARAMETER = "/sys/module/dm_verity/parameters/require_signatures"
 
 
-class SignatureKey:
+class ThreadKey:
     """A key in the calling thread's keyring; enter and leave it in one thread.
 
-    Entering returns the description, which goes into the table's ``root_hash_sig_key_desc``.
+    Entering returns the description, by which a table names the key.
+
+    Raises (on entering):
+        OSError: ENOSYS, the kernel has no keyrings; EDQUOT, too many keys.
     """
 
-    def __init__(self, description: str, signature: bytes) -> None:
-        """``description`` is one word of visible ASCII; ``signature`` a PKCS#7 in DER.
+    def __init__(self, key_type: str, description: str, payload: bytes | bytearray) -> None:
+        """``description`` is one word of visible ASCII. A ``user`` key may hold a PKCS#7 in DER; a
+        ``logon`` key has a description with a prefix, as PREFIX:NAME.
 
         Raises:
             ValueError: the description would not stay one word in a table line.
         """
         if not description or not all("!" <= char <= "~" for char in description):
             raise ValueError(f"key description must be one visible word, got {description!r}")
+        self._type = key_type
         self._description = description
-        self._signature = signature
+        self._payload = payload
         self._key: int | None = None
 
     def __enter__(self) -> str:
         self._key = syscalls.add_key(
-            "user", self._description, self._signature, syscalls.KEY_SPEC_THREAD_KEYRING
+            self._type, self._description, self._payload, syscalls.KEY_SPEC_THREAD_KEYRING
         )
         return self._description
 
@@ -50,15 +56,6 @@ class SignatureKey:
                 syscalls.KEY_SPEC_THREAD_KEYRING,
                 filename=self._description,
             )
-
-
-def signature_key(description: str, signature: bytes) -> SignatureKey:
-    """Return a context manager that holds ``signature`` under ``description``.
-
-    Raises (on entering):
-        OSError: ENOSYS, the kernel has no keyrings; EDQUOT, too many keys.
-    """
-    return SignatureKey(description, signature)
 
 
 def checks_signatures() -> bool:

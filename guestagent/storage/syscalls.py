@@ -79,6 +79,8 @@ KEY_SPEC_PROCESS_KEYRING = -2
 KEYCTL_REVOKE = 3
 KEYCTL_UNLINK = 9
 KEYCTL_SEARCH = 10
+# include/uapi/linux/random.h
+GRND_NONBLOCK = 0x1
 # include/uapi/linux/module.h
 MODULE_INIT_COMPRESSED_FILE = 4
 
@@ -143,6 +145,7 @@ _SIGNATURES: dict[str, tuple[type, ...] | None] = {
     "sethostname": (_c_str, ctypes.c_size_t),
     "reboot": (_c_int,),
     "ioctl": (_c_int, _c_ulong, ctypes.c_void_p),
+    "getrandom": (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint),
     "syscall": None,  # variadic: see _syscall_taking
 }
 
@@ -368,10 +371,29 @@ def finit_module(fd: int, parameters: str = "", flags: int = 0, *, filename: str
     _call_number("finit_module", filename or f"fd {fd}", fd, _text(parameters), flags)
 
 
-def add_key(key_type: str, description: str, payload: bytes, keyring: int) -> int:
-    """Add a key and return its serial number. The payload may hold any bytes."""
-    arguments = (_text(key_type), _text(description), payload, len(payload), keyring)
-    return _call_number("add_key", description, *arguments)
+def add_key(key_type: str, description: str, payload: bytes | bytearray, keyring: int) -> int:
+    """Add a key and return its serial number. The payload may hold any bytes; the kernel reads a
+    bytearray where it lies, so that no copy of a secret is made here."""
+    size = len(payload)
+    if isinstance(payload, bytes):
+        arguments = (_text(key_type), _text(description), payload, size, keyring)
+        return _call_number("add_key", description, *arguments)
+    place = (ctypes.c_char * size).from_buffer(payload)
+    address = ctypes.addressof(place)
+    return _call_number(
+        "add_key", description, _text(key_type), _text(description), address, size, keyring
+    )
+
+
+def getrandom(buffer: bytearray) -> None:
+    """Fill a buffer of at most 256 bytes by getrandom(2), which is never interrupted then.
+
+    Raises:
+        OSError: EAGAIN, the kernel's random numbers are not seeded yet.
+    """
+    place = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+    address = ctypes.addressof(place)
+    _checked("getrandom", None, _libc.getrandom, address, len(buffer), GRND_NONBLOCK)
 
 
 def keyctl(operation: int, *arguments: "int | bytes | None", filename: object = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from guestagent.storage import syscalls
-from guestagent.storage.keyring import signature_key
+from guestagent.storage.keyring import ThreadKey
 
 HEADERS = Path("/usr/include")
 
@@ -49,6 +49,7 @@ def test_constants_are_those_of_the_headers() -> None:
         "linux/reboot.h",
         "linux/keyctl.h",
         "linux/module.h",
+        "linux/random.h",
         "linux/stat.h",
     )
     ours = {
@@ -166,7 +167,7 @@ def test_ioctl_writes_into_the_buffer(size_bytes: int) -> None:
 @pytest.mark.parametrize("description", ["", "two words", "line\n", "nul\0", "\u00e4"])
 def test_key_descriptions_stay_one_word(description: str) -> None:
     with pytest.raises(ValueError, match="one visible word"):
-        signature_key(description, b"signature")
+        ThreadKey("user", description, b"signature")
 
 
 def test_arenas_can_be_limited_where_the_libc_is_glibc() -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guestagent.storage.devicemapper.targets import (
+    CryptTable,
     Target,
     TargetStatus,
     VerityStatus,
@@ -238,3 +239,49 @@ def test_verity_status() -> None:
     for wrong in ("", "X", "v"):
         with pytest.raises(ValueError, match="V or C"):
             parse_verity_status(wrong)
+
+
+def test_a_crypt_line_names_its_key_and_does_not_hold_it() -> None:
+    table = CryptTable(
+        device="254:16",
+        length_bytes=1 << 20,
+        cipher="aes-xts-plain64",
+        key_bytes=64,
+        key_description="guestagent:x",
+    )
+    line = "0 2048 crypt aes-xts-plain64 :64:logon:guestagent:x 0 254:16 0"
+    assert table.target().line() == line
+    discards = table.replace(options=("allow_discards",))
+    assert discards.target().line() == f"{line} 1 allow_discards"
+    assert parse_line(line).line() == line
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"device": "sda"},
+        {"device": "8:0 0 0"},
+        {"length_bytes": 513},
+        {"cipher": "aes xts"},
+        {"cipher": ""},
+        {"key_bytes": 0},
+        {"key_description": "two words"},
+        {"options": ("same cpu",)},
+    ],
+    ids=str,
+)
+def test_a_crypt_target_refuses(fields: dict[str, object]) -> None:
+    table = CryptTable(
+        device="254:16", length_bytes=512, cipher="aes", key_bytes=64, key_description="a:b"
+    )
+    with pytest.raises(ValueError, match=r"must be|whole number"):
+        table.replace(**fields)
+
+
+@pytest.mark.parametrize("options", ["", " 1 allow_discards"])
+def test_a_line_hides_the_key_of_a_crypt_target(options: str) -> None:
+    """As dmsetup does: zeros, as many as the key has digits."""
+    line = f"0 8 crypt aes-xts-plain64 {'c0ffee' * 4} 0 8:0 0{options}"
+    assert parse_line(line).line() == line.replace("c0ffee" * 4, "0" * 24)
+    named = line.replace("c0ffee" * 4, ":32:user:name")
+    assert parse_line(named).line() == named

@@ -89,6 +89,8 @@ class Control(FdOwner):
             raise ValueError(f"the table for {name!r} is empty")
         data = b"".join(dmioctl.pack_target(target) for target in targets)
         flags = dmioctl.DM_READONLY_FLAG if readonly else 0
+        if any(target.target_type == "crypt" for target in targets):
+            flags |= dmioctl.DM_SECURE_DATA_FLAG  # the kernel wipes its copies of the request
         self._call(dmioctl.DM_TABLE_LOAD, name, flags=flags, data=data, target_count=len(targets))
 
     def resume(self, name: str) -> DeviceInfo:

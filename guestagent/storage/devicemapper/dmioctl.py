@@ -54,6 +54,7 @@ DM_BUFFER_FULL_FLAG = 1 << 8
 DM_NOFLUSH_FLAG = 1 << 11
 DM_QUERY_INACTIVE_TABLE_FLAG = 1 << 12
 DM_UUID_FLAG = 1 << 14
+DM_SECURE_DATA_FLAG = 1 << 15
 DM_DATA_OUT_FLAG = 1 << 16
 DM_DEFERRED_REMOVE = 1 << 17
 #: Since interface 4.45 (Linux 5.13) the list of devices carries uuids.

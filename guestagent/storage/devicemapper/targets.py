@@ -5,7 +5,7 @@ malformed line ranges from EINVAL to another meaning, so that nothing enters a l
 not checked by type: numbers are printed from integers, digests from bytes, and words may not hold
 white space. What comes back from the kernel is parsed by the same rules.
 
-Source: Documentation/admin-guide/device-mapper/{linear,verity}.rst (Linux 6.1).
+Source: Documentation/admin-guide/device-mapper/{linear,verity,dm-crypt}.rst (Linux 6.1).
 """
 
 import functools
@@ -16,6 +16,7 @@ from guestagent.storage.verity.parameters import VerityParameters
 from vsock.record import Record
 
 __all__ = (
+    "CryptTable",
     "Target",
     "TargetStatus",
     "VerityStatus",
@@ -125,9 +126,19 @@ class Target(Record):
             raise ValueError(f"params must be printable ASCII, got {self.params!r}")
 
     def line(self) -> str:
-        """Return the line as ``dmsetup table`` prints it."""
+        """Return the line as ``dmsetup table`` prints it: a key in hexadecimal, which another
+        program may have given a crypt target, is replaced by zeros."""
         head = f"{self.start_sectors} {self.length_sectors} {self.target_type}"
-        return f"{head} {self.params}" if self.params else head
+        params = _without_key(self.params) if self.target_type == "crypt" else self.params
+        return f"{head} {params}" if params else head
+
+
+def _without_key(params: str) -> str:
+    """Hide the key of a crypt target, its second word, unless it is the name of a kernel key."""
+    words = params.split(" ", 2)
+    if len(words) > 1 and not words[1].startswith((":", "-")):
+        words[1] = "0" * len(words[1])
+    return " ".join(words)
 
 
 class TargetStatus(Record):
@@ -182,6 +193,41 @@ class VerityTable(Record):
             start_sectors=0,
             length_sectors=sectors(parameters.data_size_bytes),
             target_type="verity",
+            params=" ".join(words),
+        )
+
+
+class CryptTable(Record):
+    """A crypt target over the first ``length_bytes`` of a device.
+
+    The key is in the kernel's keyring, as a ``logon`` key of ``key_bytes`` bytes with the
+    description ``key_description``: no line and no reply of the kernel holds it. Sectors are
+    counted from 0 for the initialization vectors. ``options`` are words; their count is added here.
+    """
+
+    device: str
+    length_bytes: int
+    cipher: str
+    key_bytes: int
+    key_description: str
+    options: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        _check_device("device", self.device)
+        for word in (self.cipher, self.key_description, *self.options):
+            _check_word("a word of a crypt target", word)
+        _check_number("key_bytes", self.key_bytes, 1, 512)
+        sectors(self.length_bytes)
+
+    def target(self) -> Target:
+        key = f":{self.key_bytes}:logon:{self.key_description}"
+        words = [self.cipher, key, "0", self.device, "0"]
+        if self.options:
+            words += [str(len(self.options)), *self.options]
+        return Target(
+            start_sectors=0,
+            length_sectors=sectors(self.length_bytes),
+            target_type="crypt",
             params=" ".join(words),
         )
 
