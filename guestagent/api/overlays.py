@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from guestagent.api.checks import MAX_BYTES, check_choice, check_path, check_range, check_word
 from guestagent.api.devices import Device
-from guestagent.api.layers import LayerReport, LayerSpec, UnmountReply
+from guestagent.api.layers import DmDevice, LayerReport, LayerSpec, UnmountReply
 from guestagent.api.request import Request
 from vsock.record import Record
 
@@ -34,6 +34,14 @@ class DeviceScratch(Record):
 
     ``existing`` says what becomes of a file system that is there: ``refuse`` it, ``adopt`` it with
     its content, or make a ``fresh`` one in its place, whatever is on the device.
+
+    ``encrypted`` puts dm-crypt over the device, with a key that the guest makes for this time and
+    tells nobody; the file system on it is always new, and lost when the last overlay is unmounted.
+    ``shared`` lets other overlays that ask for the same use the device at the same time, each in a
+    directory overlays/OVERLAY_ID of its file system; ``existing`` then says what becomes of the
+    file system for the first of them, and a later one needs a directory that is empty, or adopts
+    it. ``discard`` tells the device of blocks that become unused, at once; on an encrypted scratch
+    it shows the host which blocks are unused.
     """
 
     kind: str = "device"
@@ -41,21 +49,28 @@ class DeviceScratch(Record):
     filesystem: str = "ext4"
     ensure_filesystem: bool = False
     existing: str = "refuse"
+    encrypted: bool = False
+    shared: bool = False
+    discard: bool = False
 
     def check(self) -> None:
         check_choice("filesystem", self.filesystem, SCRATCH_FILESYSTEMS)
         check_choice("existing", self.existing, DEVICE_EXISTING)
+        if self.encrypted and self.existing == "adopt":
+            raise ValueError("encrypted excludes existing=adopt: the key of before is gone")
 
 
 class DirectoryScratch(Record):
-    """Changes are kept in an existing directory below the allowed root.
+    """Changes are kept in a directory below the allowed root, which stays with them.
 
     ``existing`` says what becomes of an earlier overlay's changes there: ``refuse`` or ``adopt``.
+    ``create`` makes the directory if it is missing, and those that lead to it.
     """
 
     kind: str = "directory"
     path: str
     existing: str = "refuse"
+    create: bool = False
 
     def check(self) -> None:
         check_path("path", self.path)
@@ -89,7 +104,11 @@ class OverlayOptions(Record):
 
 
 class ScratchReport(Record):
-    """Where changes go, and how full it is."""
+    """Where changes go, and how full it is.
+
+    ``dm`` is the crypt device of an encrypted scratch, ``options`` are those of the mount of a
+    scratch device, and ``shared_with`` the other overlays on it.
+    """
 
     kind: str
     path: str
@@ -97,6 +116,9 @@ class ScratchReport(Record):
     size_bytes: int
     free_bytes: int
     formatted: bool
+    dm: tuple[DmDevice, ...] = ()
+    options: tuple[str, ...] = ()
+    shared_with: tuple[str, ...] = ()
 
 
 class OverlayReport(Record):
@@ -160,6 +182,26 @@ class OverlayUnmount(Request[UnmountReply], method="overlay.unmount"):
 
     overlay_id: str
     force: bool = False
+
+    def check(self) -> None:
+        check_word("overlay_id", self.overlay_id)
+
+
+class TrimReply(Record):
+    """How many bytes of the scratch's file system its device was told to be unused."""
+
+    trimmed_bytes: int
+    timings_ms: Mapping[str, float]
+
+
+class OverlayTrim(Request[TrimReply], method="overlay.trim"):
+    """Tell the device of a scratch which blocks are unused (FITRIM).
+
+    An overlay without a scratch device is refused, and a device that does not take discards: an
+    encrypted scratch takes them only with ``discard``.
+    """
+
+    overlay_id: str
 
     def check(self) -> None:
         check_word("overlay_id", self.overlay_id)

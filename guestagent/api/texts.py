@@ -16,6 +16,7 @@ from vsock.record import Record
 
 __all__ = (
     "ROOT_ID",
+    "SCRATCH_TEXTS",
     "OverlayText",
     "device_from_text",
     "layer_from_text",
@@ -29,6 +30,12 @@ ROOT_ID = "root"
 #: What defines a hash tree; the root digest vouches for none of it.
 _TREE_NUMBERS = ("hash_type", "data_blocks", "data_block_size", "hash_block_size", "hash_offset")
 _VERITY_KEYS = ("salt", "algorithm", *_TREE_NUMBERS, "preset")
+#: How a scratch is written, for help texts.
+SCRATCH_TEXTS = (
+    "tmpfs:BYTES, dir:PATH[,create][,adopt], "
+    "device:DEVICE[,FILESYSTEM][,adopt|fresh][,encrypted][,shared][,discard]"
+)
+_DEVICE_WORDS = ("adopt", "fresh", "encrypted", "shared", "discard")
 _LAYER_KEYS = ("id", "offset", "size", "ranges", "root", *_VERITY_KEYS, "fs", "target")
 
 
@@ -63,33 +70,48 @@ def device_from_text(text: str) -> Device:
 
 
 def scratch_from_text(text: str) -> Scratch:
-    """Read tmpfs:BYTES, dir:PATH[,adopt] or device:DEVICE[,FILESYSTEM][,adopt|fresh].
+    """Read tmpfs:BYTES, dir:PATH[,WORD]... or device:DEVICE[,FILESYSTEM][,WORD]...
 
-    A blank device is formatted; ``adopt`` uses what is there, ``fresh`` replaces it.
+    The words of a directory are ``create`` and ``adopt``; those of a device ``adopt`` or ``fresh``,
+    ``encrypted``, ``shared`` and ``discard``. A blank device is formatted; ``adopt`` uses what is
+    there, ``fresh`` replaces it.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or a word is given twice.
     """
     kind, _, rest = text.partition(":")
-    if kind == "tmpfs":
+    place, *words = rest.split(",")
+    if kind == "tmpfs" and not words:
         return TmpfsScratch(size_bytes=_number("tmpfs", rest))
     if kind == "dir":
-        path = rest.removesuffix(",adopt")
-        return DirectoryScratch(path=path, existing="refuse" if path == rest else "adopt")
+        found = _take_words(text, words, ("create", "adopt"))
+        existing = "adopt" if "adopt" in found else "refuse"
+        return DirectoryScratch(path=place, existing=existing, create="create" in found)
     if kind == "device":
-        device, *words = rest.split(",")
-        existing = words.pop() if words and words[-1] in ("adopt", "fresh") else "refuse"
-        if len(words) <= 1:
-            return DeviceScratch(
-                device=device_from_text(device),
-                filesystem=words[0] if words else "ext4",
-                ensure_filesystem=True,
-                existing=existing,
-            )
-    raise ValueError(
-        f"scratch {text!r} is no tmpfs:BYTES, dir:PATH[,adopt] or "
-        "device:DEVICE[,FILESYSTEM][,adopt|fresh]"
-    )
+        filesystem = words.pop(0) if words and words[0] not in _DEVICE_WORDS else "ext4"
+        found = _take_words(text, words, _DEVICE_WORDS)
+        if found >= {"adopt", "fresh"}:
+            raise ValueError(f"scratch {text!r}: adopt and fresh contradict each other")
+        return DeviceScratch(
+            device=device_from_text(place),
+            filesystem=filesystem,
+            ensure_filesystem=True,
+            existing=next((word for word in ("adopt", "fresh") if word in found), "refuse"),
+            encrypted="encrypted" in found,
+            shared="shared" in found,
+            discard="discard" in found,
+        )
+    raise ValueError(f"scratch {text!r} is none of {SCRATCH_TEXTS}")
+
+
+def _take_words(text: str, words: list[str], known: tuple[str, ...]) -> set[str]:
+    for word in words:
+        if word not in known:
+            raise ValueError(f"scratch {text!r}: {word!r} is none of {', '.join(known)}")
+    found = set(words)
+    if len(found) < len(words):
+        raise ValueError(f"scratch {text!r}: a word is given twice")
+    return found
 
 
 def layer_from_text(text: str, default_id: str) -> LayerSpec:

@@ -188,7 +188,7 @@ def feature_names(
         scratches += ["directory", *(f"device-{fs}" for fs in SCRATCH_FILESYSTEMS if fs in known)]
     is_signed = verity is not None and verity >= SIGNATURES_SINCE and knows_signatures
     return (
-        *(f"dm-{target}" for target in ("linear", "verity") if target in versions),
+        *(f"dm-{target}" for target in ("linear", "verity", "crypt") if target in versions),
         *(("verity-signatures",) if is_signed else ()),
         *(f"preset-{name}" for name in presets),
         *(f"fs-{name}" for name in FILESYSTEMS if name in known),

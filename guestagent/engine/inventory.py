@@ -24,6 +24,7 @@ __all__ = (
     "Owner",
     "PathClaims",
     "Reservation",
+    "ScratchDisk",
     "parent_of",
     "refuse_other_spec",
 )
@@ -114,27 +115,49 @@ class LiveLayer(Record):
         )
 
 
+class ScratchDisk(Record):
+    """A device whose file system is mounted for the scratches of one overlay or, ``shared``, more.
+
+    ``mount_dev`` is the file system at ``mount_point``, ``dev`` the device (MAJOR:MINOR): they
+    differ where ``crypt`` names a dm device over it. ``created`` is as in ``LiveScratch``.
+    """
+
+    dev: str
+    filesystem: str
+    formatted: bool
+    shared: bool
+    discard: bool
+    mount_point: str
+    created: tuple[str, ...]
+    crypt: str = ""
+    mount_dev: str = ""
+
+
 class LiveScratch(Record):
     """Where an overlay's changes go: ``path`` holds the directories ``upper`` and ``work``.
 
-    ``is_mount`` says that a file system was mounted at ``path`` for this, which goes with it;
-    ``mount_dev`` is that file system's number and ``dev`` that of the device, if there is one.
-    ``created`` are the directories that were made, outermost first.
+    ``mount_dev`` is the number of a tmpfs at ``path``, for which ``created`` were made, outermost
+    first. ``disk`` is what the scratch is on, if that is a device.
     """
 
     kind: str
     path: str
-    is_mount: bool
-    dev: str
     filesystem: str
-    formatted: bool
-    created: tuple[str, ...]
+    created: tuple[str, ...] = ()
     mount_dev: str = ""
+    disk: ScratchDisk | None = None
 
     @property
     def key(self) -> str:
-        """What two overlays must not share."""
-        return self.dev or self.path
+        """What two overlays must not share, but for a shared disk."""
+        return self.disk.dev if self.disk else self.path
+
+    @property
+    def mount(self) -> tuple[str, str] | None:
+        """The mount point and the number of the file system that the agent mounted for this."""
+        at = self.disk
+        path, dev = (at.mount_point, at.mount_dev) if at else (self.path, self.mount_dev)
+        return (path, dev) if dev else None
 
 
 class LiveOverlay(Record):
@@ -283,6 +306,9 @@ class Inventory:
         self._reserved = reserved
         #: The scratch (device or directory) of an overlay, by owner.
         self._scratches: dict[Owner, str] = {}
+        #: By MAJOR:MINOR: devices reserved as shared by all owners; scratch devices mounted.
+        self._shared: set[str] = set()
+        self._disks: dict[str, ScratchDisk] = {}
         #: How many owners need a directory that the agent made.
         self._made: dict[str, int] = {}
         #: Of each device (MAJOR:MINOR) that layers keep read-only: whether the agent made it so.
@@ -475,7 +501,7 @@ class Inventory:
     def release(self, owner: Owner) -> None:
         """Release all that an owner has reserved, its scratch, too. Idempotent."""
         with self._lock:
-            self._paths.drop(self._scratches.pop(owner, ""))
+            self._release_scratch(owner)
             reservation = self._reservations.pop(owner, None)
             if reservation is None:
                 return
@@ -487,21 +513,61 @@ class Inventory:
                 if not self._made[path]:
                     del self._made[path]
 
-    def reserve_scratch(self, owner: Owner, key: str) -> None:
+    def reserve_scratch(self, owner: Owner, key: str, *, is_shared: bool = False) -> None:
         """Reserve a scratch device (MAJOR:MINOR) or directory, until the owner is released.
+
+        A device may be reserved by several owners if all of them reserve it as shared.
 
         Raises:
             CallError: ``conflict``, it lies on, in or above another scratch or a target.
         """
         with self._lock:
-            self._paths.add(key, "scratch", owner)
+            if not (is_shared and key in self._shared):
+                self._paths.add(key, "scratch", owner)
+            if is_shared:
+                self._shared.add(key)
             self._scratches[owner] = key
+
+    def leave_scratch(self, owner: Owner) -> None:
+        """Release no more than an owner's scratch. Idempotent."""
+        with self._lock:
+            self._release_scratch(owner)
+
+    def _release_scratch(self, owner: Owner) -> None:
+        self._paths.drop(key := self._scratches.pop(owner, ""))
+        others = [other for other, theirs in self._scratches.items() if theirs == key]
+        if others:
+            self._paths.add(key, "scratch", others[0])
+        else:
+            self._shared.discard(key)
+            self._disks.pop(key, None)
+
+    def users_of_scratch(self, key: str) -> tuple[str, ...]:
+        """Return the overlays that have reserved a scratch device (MAJOR:MINOR) or directory."""
+        with self._lock:
+            return tuple(name for (_, name), other in self._scratches.items() if other == key)
 
     def scratch_owner(self, key: str) -> str | None:
         """Return the overlay whose scratch a device (MAJOR:MINOR) or directory is."""
         with self._lock:
             use, (_, name) = self._paths.get(key) or ("", ("", ""))
             return name if use == "scratch" else None
+
+    # --- scratch devices that are mounted, each until the last that has reserved it is released
+
+    def disk(self, dev: str) -> ScratchDisk | None:
+        with self._lock:
+            return self._disks.get(dev)
+
+    def dm_devices(self) -> set[str]:
+        """Return the names of the dm devices of all layers and scratches."""
+        with self._lock:
+            layers = {name for live in self._layers.values() for name in live.plan.dm_names}
+            return layers | {disk.crypt for disk in self._disks.values() if disk.crypt}
+
+    def add_disk(self, disk: ScratchDisk) -> None:
+        with self._lock:
+            self._disks[disk.dev] = disk
 
     def _directories_to(self, target: str, missing: Container[str]) -> tuple[str, ...]:
         found, path = [], target

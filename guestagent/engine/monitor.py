@@ -119,7 +119,8 @@ class Monitor:
                 self._state.events.publish("layer_device_lost", layer_id=layer_id, device=gone[0])
         for overlay in inventory.overlays():
             overlay_id = overlay.spec.overlay_id
-            dev = overlay.scratch.dev if overlay.scratch is not None else ""
+            disk = overlay.scratch.disk if overlay.scratch is not None else None
+            dev = disk.dev if disk is not None else ""
             if dev and is_gone(dev) and inventory.set_overlay_state(overlay_id, "device_lost"):
                 self._tell("overlay", overlay_id, dev)
                 self._state.events.publish("overlay_device_lost", overlay_id=overlay_id, device=dev)

@@ -6,16 +6,12 @@ from collections.abc import Mapping
 
 from guestagent.api import OverlayReport, OverlaySpec
 from guestagent.api.layers import UnmountReply
-from guestagent.api.overlays import ScratchReport
+from guestagent.api.overlays import ScratchReport, TrimReply
 from guestagent.engine.inventory import LiveLayer, LiveOverlay, LiveScratch, refuse_other_spec
 from guestagent.engine.journal import Begun
 from guestagent.engine.plan import check_target
-from guestagent.engine.scratch import (
-    make_scratch,
-    remount_scratch,
-    scratch_report,
-    settle_volatile,
-)
+from guestagent.engine.scratch import make_scratch, scratch_report, settle_volatile
+from guestagent.engine.scratchdisk import leave_disk, trim_disk
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
     missing_directories,
@@ -172,9 +168,11 @@ class Overlays:
         with op.step("look", target):
             refuse_other_mounts(self._state, live.dev, target, op)
             file_systems = {live.dev}
-            if live.scratch is not None and live.scratch.is_mount:
-                refuse_other_mounts(self._state, live.scratch.mount_dev, live.scratch.path, op)
-                file_systems.add(live.scratch.mount_dev)
+            mount = self._scratch_mount(live)
+            if mount is not None:
+                path, dev = mount
+                refuse_other_mounts(self._state, dev, path, op)
+                file_systems.add(dev)
             refuse_mounts_elsewhere(frozenset(file_systems), target, op)
         was_mounted = unmount_target(target, op, dev=live.dev)
         held: list[CallError] = []
@@ -192,26 +190,56 @@ class Overlays:
             if error.code == "busy":
                 held.append(error)
             raise
-        scratch = live.scratch.path if live.scratch and live.scratch.is_mount else None
+        unmounted = [target] if was_mounted else []
+        unmounted += [mount[0]] if mount is not None else []
+        disk = live.scratch.disk if live.scratch is not None else None
+        is_removed = mount is not None and disk is not None and disk.crypt
         return UnmountReply(
-            unmounted=tuple(path for path in (target if was_mounted else None, scratch) if path),
-            removed_devices=(),
+            unmounted=tuple(unmounted),
+            removed_devices=(disk.crypt,) if disk is not None and is_removed else (),
             timings_ms=op.timings_ms,
             already=False,
         )
 
+    def _scratch_mount(self, live: LiveOverlay) -> tuple[str, str] | None:
+        """Return the mount point and the number of the file system that goes with the overlay."""
+        if live.scratch is None:
+            return None
+        users = self._state.inventory.users_of_scratch(live.scratch.key)
+        is_last = users in ((), (live.spec.overlay_id,))
+        return live.scratch.mount if is_last else None
+
     def take_scratch_down(self, live: LiveOverlay, op: Transaction) -> None:
-        """Unmount the scratch. What was on a tmpfs is lost here, so nothing may fail after this."""
-        if live.spec.options.volatile and live.scratch is not None and live.scratch.kind != "tmpfs":
-            with op.step("sync", live.scratch.path, code="mount"):
-                settle_volatile(live.scratch)
-        if live.scratch is not None and live.scratch.is_mount:
-            unmount_target(live.scratch.path, op, dev=live.scratch.mount_dev)
-            if live.scratch.kind == "device":
-                scratch = live.scratch
-                op.on_rollback(f"unmount of {scratch.path}", lambda: remount_scratch(scratch))
-                kind = scratch.filesystem
-                refuse_held(self._state, scratch.mount_dev, scratch.path, op, filesystem=kind)
+        """Unmount the scratch, if no other overlay is on it. What was on a tmpfs or an encrypted
+        disk is lost here, so nothing may fail after this."""
+        scratch = live.scratch
+        if scratch is None:
+            return
+        if live.spec.options.volatile and scratch.kind != "tmpfs":
+            with op.step("sync", scratch.path, code="mount"):
+                settle_volatile(scratch)
+        if scratch.disk is not None:
+            leave_disk(self._state, live.spec.overlay_id, scratch.disk, op)
+        elif scratch.mount_dev:
+            unmount_target(scratch.path, op, dev=scratch.mount_dev)
+
+    def trim(self, overlay_id: str, op: Transaction) -> TrimReply:
+        """Tell the device of a scratch which blocks are unused.
+
+        Raises:
+            CallError: ``not_found``; ``unsupported``, it has no scratch device, or one that does
+                not take discards.
+        """
+        with self._state.locks.hold([("overlay", overlay_id)], op.deadline):
+            live = self._state.inventory.overlay(overlay_id)
+            if live is None:
+                raise _no_overlay(overlay_id)
+            disk = live.scratch.disk if live.scratch is not None else None
+            if disk is None:
+                text = f"overlay {overlay_id!r} has no scratch device"
+                raise CallError("unsupported", text, step="trim", object=overlay_id)
+            trimmed_bytes = trim_disk(disk, op)
+        return TrimReply(trimmed_bytes=trimmed_bytes, timings_ms=op.timings_ms)
 
     def forget(self, live: LiveOverlay, op: Transaction) -> None:
         """Drop an unmounted overlay from inventory and journal."""
@@ -221,7 +249,7 @@ class Overlays:
         if live.links is not None:
             state.tidy(f"the links of overlay {overlay_id}", remove_links, live.links)
         state.tidy(f"the directories of overlay {overlay_id}", remove_directories, live.created)
-        if live.scratch is not None:
+        if live.scratch is not None and live.scratch.created:
             what = f"the scratch directory of overlay {overlay_id}"
             state.tidy(what, remove_directories, live.scratch.created)
         what = f"the journal of overlay {overlay_id}"
@@ -272,7 +300,7 @@ class Overlays:
         """
         live = self._state.inventory.overlay(overlay_id)
         if live is None:
-            raise CallError("not_found", f"there is no overlay {overlay_id!r}", object=overlay_id)
+            raise _no_overlay(overlay_id)
         return self.report(live, already=already)
 
     def report(
@@ -304,13 +332,18 @@ class Overlays:
             target=mount.target,
             layers=spec.layers,
             lowerdirs=_shown_lowerdirs(live, mount),
-            scratch=_scratch_report(live.scratch),
+            scratch=self._scratch_report(live),
             method=live.method,
             mount_id=mount.mount_id,
             options=(*mount.options, *_short_options(mount)),
             timings_ms=live.timings_ms if timings_ms is None else timings_ms,
             already=already,
         )
+
+    def _scratch_report(self, live: LiveOverlay) -> ScratchReport | None:
+        if live.scratch is None:
+            return None
+        return scratch_report(self._state, live.spec.overlay_id, live.scratch)
 
     def _note_state(self, report: OverlayReport) -> None:
         key = f"overlay {report.overlay_id}"
@@ -459,8 +492,8 @@ def _begun(overlay_id: str) -> str:
     return f"overlay-{overlay_id}"
 
 
-def _scratch_report(scratch: LiveScratch | None) -> ScratchReport | None:
-    return None if scratch is None else scratch_report(scratch)
+def _no_overlay(overlay_id: str) -> CallError:
+    return CallError("not_found", f"there is no overlay {overlay_id!r}", object=overlay_id)
 
 
 def _shown_lowerdirs(live: LiveOverlay, mount: Mount) -> tuple[str, ...]:

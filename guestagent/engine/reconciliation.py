@@ -130,7 +130,7 @@ class Reconciliation:
         )
 
     def _orphan_devices(self, snapshot: _Snapshot) -> list[Finding]:
-        owned = self._dm_names_in_use()
+        owned = self._state.inventory.dm_devices()
         # of one in the journal the entry is the finding, and takes its devices with it
         owned |= {
             name
@@ -148,8 +148,8 @@ class Reconciliation:
             Finding(
                 kind="dm device",
                 name=name,
-                owner=("layer", uuid.split("-", 2)[-1]),
-                problem="is the agent's and belongs to no layer",
+                owner=_owner_of(uuid.removeprefix(prefix)),
+                problem="is the agent's and belongs to no layer and no scratch",
                 action="unmount what is on it and remove it",
             )
             for uuid, name in orphans
@@ -246,7 +246,7 @@ class Reconciliation:
             return
         gone, _ = snapshot.layers()[layer_id]
         own = snapshot.kernel.own_devices(gone)
-        in_use = self._dm_names_in_use()
+        in_use = self._state.inventory.dm_devices()
         if not self._is_taken(gone.mount_point) and in_use.isdisjoint(name for name, _ in own):
             undo_layer(self._state, snapshot.kernel, gone)
             return
@@ -255,10 +255,6 @@ class Reconciliation:
             if name not in in_use:
                 undo_orphan(self._state, name, dev)
         self._state.journal.strike_layer(layer_id)
-
-    def _dm_names_in_use(self) -> set[str]:
-        layers = self._state.inventory.layers()
-        return {name for layer in layers for name in layer.plan.dm_names}
 
     def _settle_overlay(self, overlay_id: str, snapshot: _Snapshot) -> None:
         live = self._state.inventory.overlay(overlay_id)
@@ -280,3 +276,9 @@ class Reconciliation:
 
 def _finding(kind: str, name: str, problem: str, action: str) -> Finding:
     return Finding(kind=kind, name=name, owner=(kind, name), problem=problem, action=action)
+
+
+def _owner_of(name: str) -> tuple[str, str]:
+    """Return whose lock guards a dm device, by its uuid without the agent's prefix."""
+    kind, _, owner = name.partition("-")
+    return ("scratch" if kind == "crypt" else "layer", owner)

@@ -11,6 +11,7 @@ from functools import partial
 from guestagent.engine.inventory import LayerTraces, LiveLayer, LiveOverlay, Reservation
 from guestagent.engine.journal import Written
 from guestagent.engine.parallel import for_each
+from guestagent.engine.scratchdisk import remove_unused_disks
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
     remove_devices,
@@ -150,10 +151,12 @@ def layer_is_there(kernel: KernelView, live: LiveLayer) -> bool:
 def overlay_is_there(kernel: KernelView, live: LiveOverlay) -> bool:
     """Return whether the kernel has the mount of an overlay, and that of its scratch."""
     mount = kernel.mounts.get(live.spec.mount_point)
-    scratch = live.scratch
     if mount is None or mount.dev != live.dev or mount.root != "/":
         return False
-    return scratch is None or not scratch.is_mount or scratch.path in kernel.mounts
+    if live.scratch is None or live.scratch.mount is None:
+        return True
+    path, dev = live.scratch.mount
+    return path in kernel.mounts and kernel.mounts[path].dev == dev
 
 
 def _as_mounted(kernel: KernelView, live: "Live") -> "Live":
@@ -199,8 +202,12 @@ def _adopt_overlay(state: EngineState, live: LiveOverlay) -> None:
     owner = ("overlay", overlay_id)
     reservation = Reservation(target=live.spec.mount_point, directories=live.created)
     state.inventory.adopt(owner, reservation)
-    if live.scratch is not None and live.scratch.kind != "tmpfs":  # a tmpfs is of one overlay
-        state.inventory.reserve_scratch(owner, live.scratch.key)
+    scratch = live.scratch
+    if scratch is not None and scratch.kind != "tmpfs":  # a tmpfs is of one overlay
+        is_shared = scratch.disk is not None and scratch.disk.shared
+        state.inventory.reserve_scratch(owner, scratch.key, is_shared=is_shared)
+        if scratch.disk is not None:
+            state.inventory.add_disk(scratch.disk)
     state.inventory.add_overlay(live)
 
 
@@ -232,6 +239,7 @@ def undo_overlay(state: EngineState, kernel: KernelView, live: LiveOverlay) -> N
         scratch = f"{state.directory}/scratch/{live.spec.overlay_id}"
         unmount_target(scratch, op)
         remove_directories((scratch,))
+        remove_unused_disks(state, op)
         remove_links(f"{state.directory}/links/{live.spec.overlay_id}")
         remove_directories(live.created)
     state.journal.strike_overlay(live.spec.overlay_id)
@@ -256,8 +264,9 @@ def undo_layer(state: EngineState, kernel: KernelView, traces: LayerTraces) -> N
 
 def _undo_orphans(state: EngineState, prefix: str) -> list[str]:
     """Remove dm devices whose uuid begins with ``prefix``, the agent's own, but that belong to no
-    layer, with what is mounted on them. Verity devices stand on linear ones and must go first."""
-    owned = {name for live in state.inventory.layers() for name in live.plan.dm_names}
+    layer and no scratch, with what is mounted on them. Verity devices stand on linear ones and must
+    go first."""
+    owned = state.inventory.dm_devices()
     orphans = [
         (f"dm device {name}", partial(undo_orphan, state, name, dev))
         for name, dev, uuid in state.control.list_devices()

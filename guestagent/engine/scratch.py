@@ -9,21 +9,20 @@ from guestagent.api import DeviceScratch, DirectoryScratch, OverlaySpec, TmpfsSc
 from guestagent.api.overlays import Scratch, ScratchReport
 from guestagent.engine.inventory import LiveLayer, LiveScratch
 from guestagent.engine.plan import check_target
+from guestagent.engine.readback import dm_device
+from guestagent.engine.scratchdisk import scratch_mount_point, use_disk
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import remove_directories, undo_deadline, unmount_target
 from guestagent.engine.transaction import Transaction
-from guestagent.storage import blockdev, syscalls
-from guestagent.storage.filesystems import detect, mount_options
-from guestagent.storage.makefs import make_filesystem
-from guestagent.storage.mount import mount_filesystem, open_mounted
+from guestagent.storage import syscalls
+from guestagent.storage.mount import TargetDirectory, mount_filesystem, open_mounted
 from guestagent.storage.mountinfo import filesystem_at, find_mount
 from guestagent.storage.overlayfs import open_plain
 from vsock.errors import CallError
 from vsock.log import log
 
-__all__ = ("make_scratch", "remount_scratch", "scratch_report", "settle_volatile")
+__all__ = ("make_scratch", "scratch_report", "settle_volatile")
 
-_HEAD_BYTES = 128 * 1024
 #: What the kernel leaves of a volatile overlay, in Documentation/filesystems/overlayfs.rst.
 _VOLATILE = "work/work/incompat/volatile"
 
@@ -47,7 +46,7 @@ def make_scratch(
     elif isinstance(scratch, TmpfsScratch):
         live = _mount_tmpfs(state, overlay_id, scratch, op)
     else:
-        live = _mount_device(state, overlay_id, scratch, op)
+        live = _use_device(state, overlay_id, scratch, op)
     is_adopted = not isinstance(scratch, TmpfsScratch) and scratch.existing == "adopt"
     upper, work = f"{live.path}/upper", f"{live.path}/work"
     is_new = _make_directory(upper, op, is_adopted=is_adopted)
@@ -142,21 +141,6 @@ def settle_volatile(scratch: LiveScratch) -> None:
             os.rmdir(path)
 
 
-def remount_scratch(scratch: LiveScratch) -> None:
-    """Mount the device of a scratch again that was just unmounted."""
-    _mount_scratch_device(blockdev.inspect(scratch.dev).node, scratch.path, scratch.filesystem)
-
-
-def _mount_scratch_device(node: str, path: str, filesystem: str) -> None:
-    mount_filesystem(
-        source=node,
-        target=path,
-        filesystem=filesystem,
-        flags=("nodev", "nosuid"),
-        options=mount_options(filesystem, readonly=False),
-    )
-
-
 def _remove_unused(path: str) -> None:
     """Remove a directory that we made, with what overlayfs alone puts into a work directory."""
     for inner in (f"{path}/work", f"{path}/index", path):
@@ -166,16 +150,25 @@ def _remove_unused(path: str) -> None:
             continue
 
 
-def scratch_report(scratch: LiveScratch) -> ScratchReport:
-    """Say how large and how full a scratch is now."""
-    space = os.statvfs(scratch.path)
+def scratch_report(state: EngineState, overlay_id: str, scratch: LiveScratch) -> ScratchReport:
+    """Report a scratch as the kernel has it now.
+
+    Raises:
+        OSError: ENXIO, its crypt device is gone.
+    """
+    space, disk = os.statvfs(scratch.path), scratch.disk
+    mount = find_mount(disk.mount_point) if disk is not None else None
+    users = state.inventory.users_of_scratch(scratch.key)
     return ScratchReport(
         kind=scratch.kind,
         path=scratch.path,
         filesystem=scratch.filesystem,
         size_bytes=space.f_frsize * space.f_blocks,
         free_bytes=space.f_frsize * space.f_bavail,
-        formatted=scratch.formatted,
+        formatted=disk is not None and disk.formatted,
+        dm=(dm_device(state.control, disk.crypt),) if disk is not None and disk.crypt else (),
+        options=(*mount.options, *mount.super_options) if mount is not None else (),
+        shared_with=tuple(name for name in users if name != overlay_id),
     )
 
 
@@ -183,19 +176,18 @@ def _use_directory(
     state: EngineState, overlay_id: str, scratch: DirectoryScratch, op: Transaction
 ) -> LiveScratch:
     with op.step("scratch", scratch.path, code="mount"):
-        check_target(scratch.path, state.rules.scratch_roots, "scratch")
-        _check_directory(scratch.path)
-        _, filesystem = filesystem_at(scratch.path)
+        root = check_target(scratch.path, state.rules.scratch_roots, "scratch")
+        if not scratch.create or os.path.lexists(scratch.path):
+            _check_directory(scratch.path)
     _claim(state, overlay_id, scratch.path, op)
-    return LiveScratch(
-        kind=scratch.kind,
-        path=scratch.path,
-        is_mount=False,
-        dev="",
-        filesystem=filesystem,
-        formatted=False,
-        created=(),
-    )
+    if scratch.create and not os.path.lexists(scratch.path):
+        with op.step("scratch", scratch.path, code="mount"):
+            made = TargetDirectory(scratch.path, root=root)
+            made.close()
+        op.on_rollback(f"directory {scratch.path}", lambda: remove_directories(made.created))
+    with op.step("scratch", scratch.path, code="mount"):
+        _, filesystem = filesystem_at(scratch.path)
+    return LiveScratch(kind=scratch.kind, path=scratch.path, filesystem=filesystem)
 
 
 def _check_directory(path: str) -> None:
@@ -212,7 +204,7 @@ def _check_directory(path: str) -> None:
 def _mount_tmpfs(
     state: EngineState, overlay_id: str, scratch: TmpfsScratch, op: Transaction
 ) -> LiveScratch:
-    path, created = _mount_point(state, overlay_id, op)
+    path, created = scratch_mount_point(state, overlay_id, op)
     with op.step("scratch", path, code="mount"):
         mount_filesystem(
             source="tmpfs",
@@ -221,122 +213,32 @@ def _mount_tmpfs(
             flags=("nodev", "nosuid"),
             options=(("size", str(scratch.size_bytes)), ("mode", "0700")),
         )
-    _undo_mount(state, path, op)
-    return LiveScratch(
-        kind=scratch.kind,
-        path=path,
-        is_mount=True,
-        dev="",
-        filesystem="tmpfs",
-        formatted=False,
-        created=created,
-        mount_dev=syscalls.mount_of(path)[0],
-    )
 
-
-def _mount_device(
-    state: EngineState, overlay_id: str, scratch: DeviceScratch, op: Transaction
-) -> LiveScratch:
-    with op.step("device", blockdev.describe(scratch.device)):
-        device = blockdev.wait_for(scratch.device, op.deadline)
-    layers = state.inventory.layers_on(device.dev)
-    if layers:
-        raise CallError(
-            "conflict",
-            f"scratch device {device.node} holds layer {layers[0]!r}",
-            step="claim",
-            object=device.node,
-        )
-    if device.readonly:
-        text = f"scratch device {device.node} is read-only"
-        raise CallError("invalid", text, step="device", object=device.node)
-    _claim(state, overlay_id, device.dev, op)
-    formatted = _ensure_filesystem(scratch, device.node, op)
-    path, created = _mount_point(state, overlay_id, op)
-    with op.step("scratch", device.node, code="mount"):
-        _mount_scratch_device(device.node, path, scratch.filesystem)
-    _undo_mount(state, path, op)
-    return LiveScratch(
-        kind=scratch.kind,
-        path=path,
-        is_mount=True,
-        dev=device.dev,
-        filesystem=scratch.filesystem,
-        formatted=formatted,
-        created=created,
-        mount_dev=syscalls.mount_of(path)[0],
-    )
-
-
-def _ensure_filesystem(scratch: DeviceScratch, node: str, op: Transaction) -> bool:
-    """Format the device if the request says so; return whether it was.
-
-    Raises:
-        CallError: ``conflict``, something is on it that the request neither adopts nor replaces;
-            ``invalid``, nothing is on it.
-    """
-    with op.step("format", node, code="device"):
-        blockdev.wait_unused(node, op.deadline)
-        fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            head = os.pread(fd, _HEAD_BYTES, 0)
-        finally:
-            os.close(fd)
-        if scratch.existing == "fresh":
-            _clear(node, len(head))
-        elif any(head):
-            found = detect(lambda offset, size: head[offset : offset + size].ljust(size, b"\0"))
-            if found == scratch.filesystem and scratch.existing == "adopt":
-                return False
-            raise CallError(
-                "conflict",
-                f"scratch device {node} is not empty: it starts with {found or 'unknown data'}",
-                object=node,
-                hint="existing: adopt uses a file system with its content, fresh replaces it",
-            )
-        elif not scratch.ensure_filesystem:
-            raise CallError(
-                "invalid",
-                f"scratch device {node} has no file system",
-                object=node,
-                hint="ensure_filesystem formats it",
-            )
-        make_filesystem(scratch.filesystem, node, op.deadline)
-    return True
-
-
-def _clear(node: str, size_bytes: int) -> None:
-    """Overwrite the start of a device that nothing uses: mkfs keeps off what it knows."""
-    fd = os.open(node, os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
-    try:
-        os.pwrite(fd, bytes(size_bytes), 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _mount_point(
-    state: EngineState, overlay_id: str, op: Transaction
-) -> tuple[str, tuple[str, ...]]:
-    path = f"{state.directory}/scratch/{overlay_id}"
-    with op.step("scratch", path, code="mount"):
-        made = not os.path.isdir(path)
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        if find_mount(path) is not None:
-            raise CallError("conflict", f"something is mounted at {path!r} already", object=path)
-    created = (path,) if made else ()
-    op.on_rollback("scratch directory", lambda: remove_directories(created))
-    return path, created
-
-
-def _claim(state: EngineState, overlay_id: str, key: str, op: Transaction) -> None:
-    # released with the overlay's reservation
-    state.inventory.reserve_scratch(("overlay", overlay_id), key)
-
-
-def _undo_mount(state: EngineState, path: str, op: Transaction) -> None:
     def undo() -> None:
         with undo_deadline(state) as deadline:
             unmount_target(path, Transaction(deadline))
 
     op.on_rollback(f"scratch mount {path}", undo)
+    return LiveScratch(
+        kind=scratch.kind,
+        path=path,
+        filesystem="tmpfs",
+        created=created,
+        mount_dev=syscalls.mount_of(path)[0],
+    )
+
+
+def _use_device(
+    state: EngineState, overlay_id: str, scratch: DeviceScratch, op: Transaction
+) -> LiveScratch:
+    disk = use_disk(state, overlay_id, scratch, op)
+    path = disk.mount_point
+    if disk.shared:
+        path = f"{path}/overlays/{overlay_id}"
+        _make_directory(path, op, is_adopted=True)
+    return LiveScratch(kind=scratch.kind, path=path, filesystem=disk.filesystem, disk=disk)
+
+
+def _claim(state: EngineState, overlay_id: str, key: str, op: Transaction) -> None:
+    # released with the overlay's reservation
+    state.inventory.reserve_scratch(("overlay", overlay_id), key)

@@ -28,7 +28,9 @@ from guestagent.api.overlays import (
     OverlayListReply,
     OverlayReport,
     OverlaySpec,
+    OverlayTrim,
     OverlayUnmount,
+    TrimReply,
 )
 from guestagent.engine.engine import Engine
 from guestagent.engine.locks import KeyLocks
@@ -100,6 +102,11 @@ class LayerHandlers:
         """Unmount an overlay."""
         operation = self._operation(call)
         return self._engine.overlays.unmount(request.overlay_id, operation, force=request.force)
+
+    @handles(OverlayTrim)
+    def trim_overlay(self, request: OverlayTrim, call: Context) -> TrimReply:
+        """Discard what is unused on the scratch device of an overlay."""
+        return self._engine.overlays.trim(request.overlay_id, self._operation(call))
 
     @handles(OverlayList)
     def list_overlays(self, _request: OverlayList, _call: Context) -> OverlayListReply:

@@ -26,7 +26,7 @@ Request = Callable[[EngineBed, Transaction], Any]
 MAX_STEPS = 200
 #: Directories of the agent itself, made once.
 KEPT = ("empty", "scratch", "links")
-SCRATCHES = ("none", "tmpfs", "device", "directory")
+SCRATCHES = ("none", "tmpfs", "device", "directory", "encrypted", "shared")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,13 @@ def scratch_of(kind: str, disk: str) -> dict[str, object]:
             return {
                 "scratch": DeviceScratch(device=device, ensure_filesystem=True, existing="adopt")
             }
+        case "encrypted":
+            device = PathDevice(path=disk)
+            return {"scratch": DeviceScratch(device=device, encrypted=True, existing="fresh")}
+        case "shared":
+            device = PathDevice(path=disk)
+            scratch = DeviceScratch(device=device, ensure_filesystem=True, existing="adopt")
+            return {"scratch": scratch.replace(shared=True)}
         case "directory":
             return {"scratch": DirectoryScratch(path="/run/changes", existing="adopt")}
     return {}

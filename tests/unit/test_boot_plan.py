@@ -301,6 +301,18 @@ def test_a_manifest_that_is_none(tmp_path: Path, raw: bytes) -> None:
     [
         ("tmpfs:4096", TmpfsScratch(size_bytes=4096)),
         ("dir:/run/a,adopt", DirectoryScratch(path="/run/a", existing="adopt")),
+        ("dir:/run/a,create", DirectoryScratch(path="/run/a", create=True)),
+        (
+            "device:/dev/vdb,shared,fresh,discard,encrypted",
+            DeviceScratch(
+                device=PathDevice(path="/dev/vdb"),
+                ensure_filesystem=True,
+                existing="fresh",
+                encrypted=True,
+                shared=True,
+                discard=True,
+            ),
+        ),
         ("device:/dev/vda", DeviceScratch(device=VDA, ensure_filesystem=True)),
         (
             "device:/dev/vda,xfs,fresh",

@@ -38,6 +38,7 @@ COMMANDS = {
     "layer.verify": "layer check x",
     "overlay.mount": "overlay mount o a b",
     "overlay.unmount": "overlay unmount o --force",
+    "overlay.trim": "overlay trim o",
     "overlay.list": "overlay list",
     "layers.mount": "layers mount pmem:0,root=none",
     "layers.unmount": "layers unmount a b --overlay o --force",
@@ -190,7 +191,8 @@ def test_every_field_of_a_mount_can_be_said(
         f"{overlay} --target /run/overlays/p --scratch device:/dev/vdb,xfs,fresh "
         "--metacopy off --redirect-dir follow --xino auto --volatile --userxattr --suid --dev",
         f"{overlay} --scratch tmpfs:8192",
-        f"{overlay} --scratch dir:/run/scratch,adopt",
+        f"{overlay} --scratch dir:/run/scratch,create,adopt",
+        f"{overlay} --scratch device:/dev/vdb,encrypted,shared,discard",
     )
     for line in lines:
         assert "only recorded" in ctl(*line.split()).stderr, line

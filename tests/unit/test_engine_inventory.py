@@ -93,6 +93,22 @@ def test_a_target_cannot_lie_in_a_scratch(inventory):
     inventory.reserve(("layer", "first"), "/run/s/upper/etc")
 
 
+def test_a_scratch_device_is_shared_by_those_that_say_so(inventory):
+    first, second, third = (("overlay", name) for name in "abc")
+    inventory.reserve_scratch(first, "7:1", is_shared=True)
+    inventory.reserve_scratch(second, "7:1", is_shared=True)
+    with pytest.raises(CallError, match="scratch of overlay 'a'"):
+        inventory.reserve_scratch(third, "7:1")
+    assert inventory.users_of_scratch("7:1") == ("a", "b")
+    inventory.leave_scratch(first)
+    assert (inventory.scratch_owner("7:1"), inventory.users_of_scratch("7:1")) == ("b", ("b",))
+    inventory.release(second)
+    assert (inventory.scratch_owner("7:1"), inventory.users_of_scratch("7:1")) == (None, ())
+    inventory.reserve_scratch(third, "7:1")
+    with pytest.raises(CallError, match="scratch of overlay 'c'"):
+        inventory.reserve_scratch(first, "7:1", is_shared=True)
+
+
 def test_directories_are_reserved_by_all_that_share_them(inventory):
     def reserved(name, missing):
         target = f"/run/layers/{name}"

@@ -50,7 +50,9 @@ from guestagent.api.overlays import (
     OverlayList,
     OverlayReport,
     OverlaySpec,
+    OverlayTrim,
     OverlayUnmount,
+    TrimReply,
 )
 from guestagent.api.request import Request
 from guestagent.host.client.streams import FsStream, ProgressCallback
@@ -186,6 +188,10 @@ class AgentMethods(Caller):
     def overlay_unmount(self, overlay_id: str, *, force: bool = False) -> UnmountReply:
         """Unmount an overlay and its scratch; its layers stay. ``busy`` names the holders."""
         return self.call(OverlayUnmount(overlay_id=overlay_id, force=force))
+
+    def overlay_trim(self, overlay_id: str, *, deadline_ms: int | None = None) -> TrimReply:
+        """Tell the device of a scratch which blocks are unused; ``unsupported`` where it cannot."""
+        return self.call(OverlayTrim(overlay_id=overlay_id), deadline_ms=deadline_ms)
 
     def overlay_list(self) -> tuple[OverlayReport, ...]:
         """Return every overlay as the kernel has it now."""

@@ -22,7 +22,7 @@ from guestagent.api.overlays import (
     OverlayListReply,
     OverlayOptions,
 )
-from guestagent.api.texts import layer_from_text, scratch_from_text
+from guestagent.api.texts import SCRATCH_TEXTS, layer_from_text, scratch_from_text
 from guestagent.host.ctl.completion import complete_layers, complete_overlays
 from guestagent.host.ctl.layer import describe_gone
 from guestagent.host.ctl.session import Session, pass_session
@@ -67,8 +67,7 @@ def overlay_options(command: Command) -> Command:
             click.option(
                 "--scratch",
                 metavar="SCRATCH",
-                help="Where changes go: tmpfs:BYTES, dir:PATH[,adopt], "
-                "device:DEVICE[,FS][,adopt|fresh].",
+                help=f"Where changes go: {SCRATCH_TEXTS}.",
             ),
             click.option("--metacopy", type=click.Choice(METACOPY)),
             click.option("--redirect-dir", type=click.Choice(REDIRECT_DIR)),
@@ -152,6 +151,16 @@ def unmount(session: Session, overlay_id: str, force: bool) -> None:
     with session.agent() as guest:
         reply = guest.overlay_unmount(overlay_id, force=force)
     session.show(reply, lambda: describe_gone(reply))
+
+
+@overlay.command("trim")
+@click.argument("overlay_id", shell_complete=complete_overlays)
+@pass_session
+def trim(session: Session, overlay_id: str) -> None:
+    """Tell the device of an overlay's scratch which blocks are unused."""
+    with session.agent() as guest:
+        reply = guest.overlay_trim(overlay_id)
+    session.show(reply, lambda: f"{reply.trimmed_bytes} bytes are unused")
 
 
 @overlay.command("list")

@@ -1,0 +1,393 @@
+"""Scratch devices: encrypted, shared by overlays, told of unused blocks; and directories made."""
+
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guestagent.api import (
+    DeviceScratch,
+    DirectoryScratch,
+    LayersMount,
+    OverlayReport,
+    PathDevice,
+    TmpfsScratch,
+)
+from guestagent.api.overlays import Scratch
+from guestagent.engine.transaction import Transaction
+from guestagent.storage.mountinfo import find_mount
+from tests.beds import dmbed
+from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from tests.beds.dmbed import dev_of, loop_device, open_free_disk
+from tests.kernel.test_engine_crashes import Request, crash_at_every_step
+from tests.kernel.test_engine_crashes import mount as mount_layer
+from vsock.errors import CallError
+
+SECRET = b"what nobody outside of the guest may read "
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
+    with attached_pack(tmp_path_factory.mktemp("pack"), 3) as pack:
+        yield pack
+
+
+@pytest.fixture
+def bed(tmp_path: Path, pack: Pack) -> Iterator[EngineBed]:
+    """An engine with three layers."""
+    with EngineBed(tmp_path / "state") as bed:
+        with bed.operation() as op:
+            layers = tuple(pack.spec(number) for number in range(3))
+            bed.engine.batches.mount(LayersMount(layers=layers), op)
+        yield bed
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    with path.open("wb") as file:
+        file.truncate(16 << 20)
+    return path
+
+
+@pytest.fixture
+def disk(image: Path) -> Iterator[str]:
+    with loop_device(image, readonly=False) as node:
+        yield node
+
+
+def mount(bed: EngineBed, name: str, scratch: Scratch, layer: str = "layer0") -> OverlayReport:
+    with bed.operation() as op:
+        return bed.engine.overlays.mount(overlay(name, layer, scratch=scratch), op)
+
+
+def unmount(bed: EngineBed, name: str = "o") -> None:
+    with bed.operation() as op:
+        bed.engine.overlays.unmount(name, op)
+
+
+def refused(bed: EngineBed, name: str, scratch: Scratch) -> CallError:
+    before = World.now(), bed.books()
+    with pytest.raises(CallError) as caught:
+        mount(bed, name, scratch)
+    assert (settled_world(before[0]), bed.books()) == before
+    return caught.value
+
+
+def dm_names() -> str:
+    return dmbed.run("dmsetup", "ls")
+
+
+# --- encrypted
+
+
+@pytest.mark.parametrize("filesystem", ["ext4", "xfs"])
+def test_an_encrypted_scratch_keeps_its_content_from_the_disk(
+    bed: EngineBed, tmp_path: Path, filesystem: str
+) -> None:
+    image = tmp_path / "large.img"
+    with image.open("wb") as file:
+        file.truncate(320 << 20 if filesystem == "xfs" else 16 << 20)
+    with loop_device(image, readonly=False) as node:
+        scratch = DeviceScratch(
+            device=PathDevice(path=node), filesystem=filesystem, encrypted=True, existing="fresh"
+        )
+        report = mount(bed, "o", scratch)
+        assert report.scratch is not None
+        assert report.scratch.formatted
+        (device,) = report.scratch.dm
+        name = f"dm-crypt-{os.path.basename(node)}"
+        assert (device.name, device.target_type, device.deferred_remove) == (name, "crypt", True)
+        assert device.uuid.endswith(f"crypt-{dev_of(node)}")
+        said = dmbed.run("cryptsetup", "status", name)
+        assert "aes-xts-plain64" in said
+        assert "512 bits" in said
+        Path(report.target, "new").write_bytes(SECRET * 1000)
+        unmount(bed)
+        assert name not in dm_names()
+        os.close(open_free_disk(node))
+    content = image.read_bytes()
+    assert any(content)
+    assert SECRET not in content
+    assert b"upper" not in content
+
+
+def test_nobody_is_told_the_key(bed: EngineBed, disk: str) -> None:
+    report = mount(bed, "o", DeviceScratch(device=PathDevice(path=disk), encrypted=True))
+    assert report.scratch is not None
+    (device,) = report.scratch.dm
+    sectors = 16 * 2048
+    place = f"aes-xts-plain64 :64:logon:guestagent:{device.name} 0 {dev_of(disk)} 0"
+    assert dmbed.run("dmsetup", "table", "--showkeys", device.name).strip() == (
+        f"0 {sectors} crypt {place}"
+    )
+    assert device.table == f"0 {sectors} crypt {place}"
+    assert "guestagent" not in Path("/proc/keys").read_text()
+
+
+def test_each_encrypted_scratch_has_a_key_of_its_own(
+    bed: EngineBed, image: Path, disk: str
+) -> None:
+    """The same file system, written twice: what is on the disk differs throughout."""
+    scratch = DeviceScratch(device=PathDevice(path=disk), encrypted=True, existing="fresh")
+    seen = []
+    for _ in range(2):
+        report = mount(bed, "o", scratch)
+        assert not Path(report.target, "new").exists()
+        Path(report.target, "new").write_bytes(SECRET * 1000)
+        unmount(bed)
+        seen.append(image.read_bytes()[1024:2048])
+    assert seen[0] != seen[1]
+
+
+def test_an_encrypted_scratch_replaces_only_what_it_may(bed: EngineBed, disk: str) -> None:
+    scratch = DeviceScratch(device=PathDevice(path=disk), encrypted=True)
+    with pytest.raises(ValueError, match="adopt"):
+        scratch.replace(existing="adopt")
+    mount(bed, "o", scratch)
+    unmount(bed)
+    assert refused(bed, "o", scratch).code == "conflict"
+    mount(bed, "o", scratch.replace(existing="fresh"))
+
+
+def test_an_encrypted_scratch_outlives_the_agent(bed: EngineBed, disk: str) -> None:
+    scratch = DeviceScratch(device=PathDevice(path=disk), encrypted=True)
+    report = mount(bed, "o", scratch)
+    Path(report.target, "new").write_bytes(SECRET)
+    bed.reopen()
+    assert Path(report.target, "new").read_bytes() == SECRET
+    (again,) = bed.engine.overlays.list()
+    assert again.scratch is not None
+    assert [device.target_type for device in again.scratch.dm] == ["crypt"]
+    unmount(bed)
+    assert "dm-crypt" not in dm_names()
+
+
+def test_an_encrypted_scratch_that_is_held_keeps_its_key(bed: EngineBed, disk: str) -> None:
+    """An unmount that fails as busy loses nothing."""
+    report = mount(bed, "o", DeviceScratch(device=PathDevice(path=disk), encrypted=True))
+    Path(report.target, "new").write_bytes(SECRET)
+    assert report.scratch is not None
+    with (
+        open(Path(report.scratch.path, "upper", "new"), "rb"),
+        bed.operation() as op,
+        pytest.raises(CallError) as caught,
+    ):
+        bed.engine.overlays.unmount("o", op)
+    assert caught.value.code == "busy"
+    assert Path(report.target, "new").read_bytes() == SECRET
+    (again,) = bed.engine.overlays.list()
+    assert again.scratch is not None
+    assert again.scratch.dm[0].deferred_remove
+
+
+def test_a_key_in_the_table_of_another_program_is_not_shown(bed: EngineBed, disk: str) -> None:
+    key = "0123456789abcdef" * 8
+    table = f"0 2048 crypt aes-xts-plain64 {key} 0 {disk} 0"
+    dmbed.run("dmsetup", "create", "foreign", "--table", table)
+    try:
+        (device,) = bed.engine.dm.list()[-1:]
+        lines = [*bed.engine.dm.table("foreign"), device.table]
+    finally:
+        dmbed.run("dmsetup", "remove", "--retry", "foreign")
+    shown = f"0 2048 crypt aes-xts-plain64 {'0' * 128} 0 {dev_of(disk)} 0"
+    assert lines[0] == shown
+    assert key not in "".join(lines)
+
+
+# --- shared
+
+
+def shared(disk: str, **changes: object) -> DeviceScratch:
+    scratch = DeviceScratch(device=PathDevice(path=disk), ensure_filesystem=True, shared=True)
+    return scratch.replace(**changes)
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_shared_disk_is_mounted_once_and_goes_with_its_last_overlay(
+    bed: EngineBed, disk: str, encrypted: bool
+) -> None:
+    scratch = shared(disk, encrypted=encrypted)
+    reports = {name: mount(bed, name, scratch) for name in ("o", "p", "q")}
+    mount_point = f"{bed.directory}/scratch/{dev_of(disk)}"
+    for name, report in reports.items():
+        assert report.scratch is not None
+        assert report.scratch.path == f"{mount_point}/overlays/{name}"
+        Path(report.target, "who").write_bytes(name.encode())
+    listed = {report.overlay_id: report.scratch for report in bed.engine.overlays.list()}
+    assert {name: found and found.shared_with for name, found in listed.items()} == {
+        "o": ("p", "q"),
+        "p": ("o", "q"),
+        "q": ("o", "p"),
+    }
+    unmount(bed, "o")
+    bed.reopen()
+    unmount(bed, "q")
+    assert find_mount(mount_point) is not None
+    assert Path(reports["p"].target, "who").read_bytes() == b"p"
+    unmount(bed, "p")
+    assert find_mount(mount_point) is None
+    assert not Path(mount_point).exists()
+    assert "dm-crypt" not in dm_names()
+    os.close(open_free_disk(disk))
+
+
+def test_what_is_on_a_shared_disk_is_adopted_by_name(bed: EngineBed, disk: str) -> None:
+    report = mount(bed, "o", shared(disk))
+    Path(report.target, "new").write_bytes(b"kept")
+    mount(bed, "p", shared(disk))
+    unmount(bed, "o")
+    assert refused(bed, "o", shared(disk)).code == "conflict"
+    report = mount(bed, "o", shared(disk, existing="adopt"))
+    assert Path(report.target, "new").read_bytes() == b"kept"
+    unmount(bed, "p")
+    unmount(bed, "o")
+    report = mount(bed, "o", shared(disk, existing="adopt"))
+    assert Path(report.target, "new").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"shared": False}, {"encrypted": True}, {"discard": True}, {"filesystem": "xfs"}],
+    ids=str,
+)
+def test_a_shared_disk_is_used_in_one_way(
+    bed: EngineBed, disk: str, changes: dict[str, object]
+) -> None:
+    mount(bed, "o", shared(disk))
+    assert refused(bed, "p", shared(disk, **changes)).code == "conflict"
+    unmount(bed, "o")
+
+
+def test_overlays_come_and_go_on_a_shared_disk_at_once(bed: EngineBed, disk: str) -> None:
+    """Each overlay finds the disk mounted, whichever made or takes it down meanwhile."""
+    errors: list[BaseException] = []
+
+    def come_and_go(name: str) -> None:
+        try:
+            for turn in range(4):
+                report = mount(bed, name, shared(disk, existing="adopt"))
+                path = Path(report.target, "turns")
+                assert (path.read_text() if turn else "") == "." * turn
+                path.write_text("." * (turn + 1))
+                unmount(bed, name)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=come_and_go, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert find_mount(f"{bed.directory}/scratch/{dev_of(disk)}") is None
+    assert bed.engine.problems() == ()
+
+
+# --- killed at any step
+
+
+@pytest.mark.parametrize("what", ["encrypted", "shared", "joined"])
+def test_killed_at_every_step(tmp_path: Path, pack: Pack, disk: str, what: str) -> None:
+    scratch = shared(disk, existing="adopt")
+    if what == "encrypted":
+        scratch = shared(disk, shared=False, encrypted=True, existing="fresh")
+    spec = overlay("o", "layer0", scratch=scratch)
+    make: Request = lambda bed, op: bed.engine.overlays.mount(spec, op)  # noqa: E731
+    unmake: Request = lambda bed, op: bed.engine.overlays.unmount("o", op)  # noqa: E731
+    prepare = [mount_layer(pack, 0)]
+    if what == "joined":
+        prepare.append(_mount_another(scratch))
+    crash_at_every_step(tmp_path / "state", prepare, make)
+    crash_at_every_step(tmp_path / "state", [*prepare, make], unmake)
+
+
+def _mount_another(scratch: DeviceScratch) -> Request:
+    def another(bed: EngineBed, op: Transaction) -> object:
+        return bed.engine.overlays.mount(overlay("p", "layer0", scratch=scratch), op)
+
+    return another
+
+
+# --- discards
+
+
+def test_a_scratch_tells_its_disk_of_unused_blocks(bed: EngineBed, image: Path, disk: str) -> None:
+    report = mount(bed, "o", shared(disk, shared=False))
+    assert report.scratch is not None
+    assert "discard" not in report.scratch.options
+    path = Path(report.target, "new")
+    path.write_bytes(os.urandom(4 << 20))
+    subprocess.run(["sync", "-f", report.scratch.path], check=True)
+    path.unlink()
+    subprocess.run(["sync", "-f", report.scratch.path], check=True)
+    before = image.stat().st_blocks
+    with bed.operation() as op:
+        assert bed.engine.overlays.trim("o", op).trimmed_bytes >= 4 << 20
+    assert image.stat().st_blocks <= before - (4 << 20) // 512
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_an_encrypted_scratch_tells_only_if_it_may(
+    bed: EngineBed, disk: str, discard: bool
+) -> None:
+    report = mount(bed, "o", shared(disk, shared=False, encrypted=True, discard=discard))
+    assert report.scratch is not None
+    assert ("discard" in report.scratch.options) is discard
+    assert report.scratch.dm[0].table.endswith(" 1 allow_discards") is discard
+    with bed.operation() as op:
+        if discard:
+            assert bed.engine.overlays.trim("o", op).trimmed_bytes > 0
+            return
+        with pytest.raises(CallError) as caught:
+            bed.engine.overlays.trim("o", op)
+    assert caught.value.code == "unsupported"
+
+
+def test_only_a_scratch_device_can_be_trimmed(bed: EngineBed) -> None:
+    mount(bed, "o", TmpfsScratch(size_bytes=1 << 20))
+    for name, code in (("o", "unsupported"), ("absent", "not_found")):
+        with bed.operation() as op, pytest.raises(CallError) as caught:
+            bed.engine.overlays.trim(name, op)
+        assert caught.value.code == code
+
+
+def test_a_disk_that_is_too_small_for_its_file_system_says_so(bed: EngineBed, disk: str) -> None:
+    """mkfs.xfs gives the reason first, and then a page of its options."""
+    error = refused(bed, "o", shared(disk, filesystem="xfs"))
+    assert (error.code, error.step) == ("device", "format")
+    assert "Filesystem must be larger than 300MB" in error.message
+
+
+# --- directories
+
+
+def test_a_scratch_directory_is_made_and_stays(bed: EngineBed) -> None:
+    path = Path("/run/scratches/o")
+    scratch = DirectoryScratch(path=str(path))
+    assert refused(bed, "o", scratch).code == "mount"
+    try:
+        report = mount(bed, "o", scratch.replace(create=True))
+        Path(report.target, "new").write_text("kept")
+        unmount(bed)
+        assert (path / "upper/new").read_text() == "kept"
+        assert refused(bed, "o", scratch.replace(create=True)).code == "conflict"
+        report = mount(bed, "o", scratch.replace(create=True, existing="adopt"))
+        assert Path(report.target, "new").read_text() == "kept"
+        unmount(bed)
+    finally:
+        shutil.rmtree(path.parent)
+
+
+def test_a_scratch_directory_is_not_made_through_a_link(bed: EngineBed, tmp_path: Path) -> None:
+    Path("/run/way").symlink_to(tmp_path)
+    try:
+        scratch = DirectoryScratch(path="/run/way/o", create=True)
+        assert refused(bed, "o", scratch).code == "denied"
+        assert not (tmp_path / "o").exists()
+    finally:
+        Path("/run/way").unlink()
