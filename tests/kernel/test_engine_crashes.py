@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import LayersMount, LayersUnmount, TmpfsScratch
+from guestagent.api import DeviceScratch, LayersMount, LayersUnmount, PathDevice, TmpfsScratch
 from guestagent.engine.transaction import Transaction
 from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from tests.beds.dmbed import loop_device
 
 Request = Callable[[EngineBed, Transaction], object]
 MAX_STEPS = 200
@@ -94,6 +95,30 @@ def test_overlay_mount_and_unmount(tmp_path: Path, pack: Pack) -> None:
     crash_at_every_step(tmp_path / "state", [mount(pack, 0)], make)
     unmake: Request = lambda bed, op: bed.engine.overlays.unmount("o", op)  # noqa: E731
     crash_at_every_step(tmp_path / "state", [mount(pack, 0), make], unmake)
+
+
+@pytest.mark.parametrize("kind", ["encrypted", "shared", "joined"])
+def test_scratch_device(tmp_path: Path, pack: Pack, kind: str) -> None:
+    """With ``joined`` another overlay is on the disk, and stays."""
+    image = tmp_path / "scratch.img"
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    with loop_device(image, readonly=False) as node:
+        scratch = DeviceScratch(
+            device=PathDevice(path=node), ensure_filesystem=True, existing="adopt", shared=True
+        )
+        if kind == "encrypted":
+            scratch = scratch.replace(existing="fresh", encrypted=True)
+
+        def make(bed: EngineBed, op: Transaction, name: str = "o") -> object:
+            return bed.engine.overlays.mount(overlay(name, "layer0", scratch=scratch), op)
+
+        prepare = [mount(pack, 0)]
+        if kind == "joined":
+            prepare.append(lambda bed, op: make(bed, op, "p"))
+        crash_at_every_step(tmp_path / "state", prepare, make)
+        unmake: Request = lambda bed, op: bed.engine.overlays.unmount("o", op)  # noqa: E731
+        crash_at_every_step(tmp_path / "state", [*prepare, make], unmake)
 
 
 def test_batch_mount(tmp_path: Path, pack: Pack) -> None:

@@ -18,13 +18,10 @@ from guestagent.api import (
     TmpfsScratch,
 )
 from guestagent.api.overlays import Scratch
-from guestagent.engine.transaction import Transaction
 from guestagent.storage.mountinfo import find_mount
 from tests.beds import dmbed
 from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
 from tests.beds.dmbed import dev_of, loop_device, open_free_disk
-from tests.kernel.test_engine_crashes import Request, crash_at_every_step
-from tests.kernel.test_engine_crashes import mount as mount_layer
 from vsock.errors import CallError
 
 SECRET = b"what nobody outside of the guest may read "
@@ -286,31 +283,6 @@ def test_overlays_come_and_go_on_a_shared_disk_at_once(bed: EngineBed, disk: str
     assert errors == []
     assert find_mount(f"{bed.directory}/scratch/{dev_of(disk)}") is None
     assert bed.engine.problems() == ()
-
-
-# --- killed at any step
-
-
-@pytest.mark.parametrize("what", ["encrypted", "shared", "joined"])
-def test_killed_at_every_step(tmp_path: Path, pack: Pack, disk: str, what: str) -> None:
-    scratch = shared(disk, existing="adopt")
-    if what == "encrypted":
-        scratch = shared(disk, shared=False, encrypted=True, existing="fresh")
-    spec = overlay("o", "layer0", scratch=scratch)
-    make: Request = lambda bed, op: bed.engine.overlays.mount(spec, op)  # noqa: E731
-    unmake: Request = lambda bed, op: bed.engine.overlays.unmount("o", op)  # noqa: E731
-    prepare = [mount_layer(pack, 0)]
-    if what == "joined":
-        prepare.append(_mount_another(scratch))
-    crash_at_every_step(tmp_path / "state", prepare, make)
-    crash_at_every_step(tmp_path / "state", [*prepare, make], unmake)
-
-
-def _mount_another(scratch: DeviceScratch) -> Request:
-    def another(bed: EngineBed, op: Transaction) -> object:
-        return bed.engine.overlays.mount(overlay("p", "layer0", scratch=scratch), op)
-
-    return another
 
 
 # --- discards
