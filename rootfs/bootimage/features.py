@@ -11,14 +11,16 @@ __all__ = ("DEFAULT_FEATURES", "FEATURES", "Feature")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feature:
-    """What an image can be asked to serve, as kernel modules.
+    """What an image can be asked to serve, as kernel modules and programs.
 
-    ``optional_modules`` are taken where the kernel has them.
+    ``optional_modules`` are taken where the kernel has them. ``programs`` are names of this
+    machine's programs, which come with the libraries that they need.
     """
 
     summary: str
     modules: tuple[str, ...] = ()
     optional_modules: tuple[str, ...] = ()
+    programs: tuple[str, ...] = ()
 
 
 FEATURES: Mapping[str, Feature] = {
@@ -41,6 +43,20 @@ FEATURES: Mapping[str, Feature] = {
         name: Feature(summary=f"the file system {name}", modules=row.modules)
         for name, row in FILESYSTEMS.items()
     },
+    **{
+        f"mkfs-{name}": Feature(
+            summary=f"scratch disks that the guest formats as {name}",
+            modules=row.modules,
+            programs=row.mkfs[:1],
+        )
+        for name, row in FILESYSTEMS.items()
+        if row.mkfs
+    },
+    "crypt": Feature(
+        summary="encrypted scratch disks (dm-crypt)",
+        modules=("dm-mod", "dm-crypt", "xts"),
+        optional_modules=("aes_generic", "aesni-intel", "aes-ce-blk"),
+    ),
     "overlay": Feature(summary="overlayfs", modules=("overlay",)),
     "vsock": Feature(
         summary="AF_VSOCK to the host",

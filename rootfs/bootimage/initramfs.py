@@ -6,6 +6,7 @@ needs by ``rootfs.bootimage.userland``, kernel modules by ``rootfs.bootimage.ker
     /init                       starts the entry point (PID 1)
     /usr/bin/python3            the interpreter
     /usr/lib/python3.X          every module, byte code only, in one directory
+    /usr/sbin                   programs of features, such as mkfs.ext4
     /lib/modules/VERSION        kernel modules, flat
     /etc/guestagent/modules     their absolute paths, one a line, each after what it needs
 """
@@ -42,6 +43,7 @@ __all__ = (
     "InitramfsSpec",
     "build_initramfs",
     "feature_modules",
+    "feature_programs",
 )
 
 MODULE_LIST = "etc/guestagent/modules"  # guestagent.boot.modules reads it
@@ -153,6 +155,7 @@ def build_initramfs(
     modules, items = userland(
         spec.entry_module,
         imports=spec.imports,
+        programs=feature_programs(spec.features),
         project=spec.project,
         optimize=spec.optimize,
     )
@@ -201,6 +204,11 @@ def feature_modules(features: Iterable[str], index: ModuleIndex) -> list[str]:
         wanted += [m for m in FEATURES[name].optional_modules if index.has(m)]
         wanted += FEATURES[name].modules
     return wanted
+
+
+def feature_programs(features: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the programs that the features need."""
+    return tuple(sorted({program for name in features for program in FEATURES[name].programs}))
 
 
 def _own_items(spec: InitramfsSpec) -> Iterator[Item]:

@@ -1,4 +1,5 @@
-"""The files that Python code takes to run in a guest: interpreter, shared libraries, modules.
+"""The files that Python code takes to run in a guest: interpreter, shared libraries, modules; and
+the programs of features.
 
 They are found, not listed: modules by ``rootfs.bootimage.closure``, libraries by
 ``rootfs.bootimage.elf``. The boot image holds them, and so do images that distributions make with
@@ -8,6 +9,7 @@ our hooks in them.
 import contextlib
 import importlib.util
 import marshal
+import os
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rootfs.bootimage.closure import Module, interpreter_path, module_closure, site_packages
-from rootfs.bootimage.elf import library_closure, without_debug_information
+from rootfs.bootimage.elf import ElfError, library_closure, without_debug_information
 from rootfs.bootimage.places import PROJECT
 
 __all__ = (
@@ -34,6 +36,8 @@ PYTHON_DIR = f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
 #: hashlib does without OpenSSL: the interpreter has the same functions built in, and the library
 #: would be a quarter of the image.
 _ABSENT = ("_hashlib",)
+#: Where programs are looked for, whatever PATH this user has.
+_PROGRAM_PLACES = ("/usr/sbin", "/sbin", "/usr/bin", "/bin")
 _UNCHECKED_HASH = 0b01  # PEP 552: with a hash of the source that is not compared
 # Later versions of the format mark objects by their reference counts, which differ from one
 # compilation to the next. This version has no marks; its files are a fifth larger.
@@ -58,11 +62,12 @@ def userland(
     entry_module: str,
     *,
     imports: tuple[str, ...] = (),
+    programs: tuple[str, ...] = (),
     project: Path = PROJECT,
     optimize: int = 2,
 ) -> tuple[tuple[Module, ...], list[Item]]:
     """Return the Python modules that running ``entry_module`` takes, and all files for them: the
-    interpreter, its libraries and the modules.
+    interpreter, its libraries and the modules; and ``programs`` of this machine, by name.
 
     Raises:
         ClosureError, ElfError: something needed is not there.
@@ -76,24 +81,32 @@ def userland(
         search=[site_packages()],
         absent=_ABSENT,
     )
-    return modules, [*_interpreter_items(modules), *_python_items(modules, optimize)]
+    files = {name: _find_program(name) for name in programs}
+    return modules, [*_binary_items(modules, files), *_python_items(modules, optimize)]
 
 
-def _interpreter_items(modules: tuple[Module, ...]) -> Iterator[Item]:
-    program = interpreter_path()
-    extensions = tuple(module.path for module in modules if module.is_extension)
-    strip = without_debug_information
-    yield Item(
-        path="usr/bin/python3", part="interpreter", source=program, build=strip, permissions=0o755
-    )
-    for library in library_closure((program, *extensions)):
-        yield Item(
-            path=_library_path(library),
-            part="shared libraries",
-            source=library,
-            build=strip,
-            permissions=0o755,
-        )
+def _binary_items(modules: tuple[Module, ...], programs: dict[str, Path]) -> Iterator[Item]:
+    """Yield the interpreter, the programs by name, and the libraries of all."""
+    interpreter = interpreter_path()
+    yield _binary("usr/bin/python3", "interpreter", interpreter)
+    for name, path in programs.items():
+        yield _binary(f"usr/sbin/{name}", "programs", path)
+    extensions = (module.path for module in modules if module.is_extension)
+    for library in library_closure((interpreter, *extensions, *programs.values())):
+        yield _binary(_library_path(library), "shared libraries", library)
+
+
+def _binary(path: str, part: str, source: Path) -> Item:
+    build = without_debug_information
+    return Item(path=path, part=part, source=source, build=build, permissions=0o755)
+
+
+def _find_program(name: str) -> Path:
+    """Return the file of a program; a link to it may have the name, by which it knows its job."""
+    for directory in _PROGRAM_PLACES:
+        if os.access(f"{directory}/{name}", os.X_OK):
+            return Path(directory, name).resolve()
+    raise ElfError(f"no program {name!r} in {', '.join(_PROGRAM_PLACES)}: is it installed?")
 
 
 def _library_path(library: Path) -> str:

@@ -16,7 +16,7 @@ from guestagent.api.layers import LAYER_FILESYSTEMS
 from rootfs.bootimage.closure import ClosureError
 from rootfs.bootimage.elf import ElfError
 from rootfs.bootimage.features import FEATURES
-from rootfs.bootimage.initramfs import feature_modules
+from rootfs.bootimage.initramfs import feature_modules, feature_programs
 from rootfs.bootimage.kernel import (
     MODULE_PLACES,
     KernelNotFoundError,
@@ -76,7 +76,7 @@ def install(directory: Path, features: tuple[str, ...], index: ModuleIndex) -> t
     names = tuple(
         module_name(file.name) for file in index.closure(feature_modules(features, index))
     )
-    _, items = userland(ENTRY)
+    _, items = userland(ENTRY, programs=feature_programs(features))
     for item in items:
         _put(directory / item.path, item.build(item.read()), item.permissions)
     # the interpreter knows its prefix by this file, and complains without this directory

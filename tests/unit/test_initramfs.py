@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from guestagent.storage.filesystems import HEAD_BYTES, detect
+from guestagent.storage.filesystems import TABLE as FILESYSTEMS
 from rootfs.bootimage.cpio import directory, regular
-from rootfs.bootimage.features import DEFAULT_FEATURES, FEATURES
+from rootfs.bootimage.elf import ElfError
+from rootfs.bootimage.features import DEFAULT_FEATURES, FEATURES, Feature
 from rootfs.bootimage.initramfs import (
     COMPRESSIONS,
     DEFAULT_COMPRESSION,
@@ -170,6 +173,43 @@ def test_modules_are_listed_in_the_order_to_load_them(
     assert report.kernel_modules == ("dm-mod", "dm-verity", "sha256")
     for path in order:
         assert (root / path[1:]).read_bytes() == Path(path).stem.encode()
+
+
+@pytest.mark.parametrize("name", ["mkfs.ext4", "mkfs.xfs"])
+def test_a_program_of_a_feature_runs_in_the_image_alone(
+    spec: InitramfsSpec, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It makes a file system with the image's own libraries, and no configuration of this host."""
+    feature = replace(FEATURES[name.replace(".", "-")], modules=())
+    monkeypatch.setitem(FEATURES, "a-program", feature)  # type: ignore[arg-type]
+    report = build_initramfs(replace(spec, features=("a-program",)), cache_dir=cache)
+    root = unpack(report, tmp_path / "root")
+    assert report.parts["programs"] == (root / "usr/sbin" / name).stat().st_size
+    disk = tmp_path / "disk"
+    with disk.open("wb") as file:
+        file.truncate(320 << 20)
+    linker = next(root.glob("lib64/ld-linux*"))
+    libraries = ":".join({str(path.parent) for path in root.glob("**/lib*.so*")})
+    argv = ["--inhibit-cache", "--library-path", libraries, "--argv0", name]
+    program, *options = FILESYSTEMS[name.removeprefix("mkfs.")].mkfs
+    done = subprocess.run(
+        [linker, *argv, root / "usr/sbin" / program, *options, disk],
+        env={"MKE2FS_CONFIG": "/nonexistent"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    with disk.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    assert detect(lambda offset, size: head[offset : offset + size]) == name.removeprefix("mkfs.")
+
+
+def test_a_program_that_is_not_installed_is_named(
+    spec: InitramfsSpec, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FEATURES, "absent", Feature(summary="", programs=("mkfs.absent",)))  # type: ignore[arg-type]
+    with pytest.raises(ElfError, match=r"no program 'mkfs.absent' in /usr/sbin"):
+        build_initramfs(replace(spec, features=("absent",)), cache_dir=cache)
 
 
 def test_the_cache_answers_until_something_changes(spec: InitramfsSpec, cache: Path) -> None:
