@@ -16,7 +16,7 @@ from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import Target, linear_target
 from guestagent.storage.holders import find_holders
-from guestagent.storage.keyring import signature_key
+from guestagent.storage.keyring import ThreadKey
 from guestagent.storage.kmsg import KernelLog
 from guestagent.storage.uevents import LOST, UeventSocket
 from tests.beds import dmbed
@@ -247,7 +247,7 @@ def test_a_signature_is_in_the_keyring_for_as_long_as_it_is_needed() -> None:
             syscalls.KEYCTL_SEARCH, keyring, b"user", b"guestagent:t", 0, filename="guestagent:t"
         )
 
-    with signature_key("guestagent:t", signature) as description:
+    with ThreadKey("user", "guestagent:t", signature) as description:
         assert description == "guestagent:t"
         assert search() > 0
         elsewhere: list[int | None] = []
