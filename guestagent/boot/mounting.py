@@ -12,7 +12,12 @@ from guestagent.engine.reader import Reader
 from guestagent.engine.state import Rules
 from guestagent.storage import blockdev
 from guestagent.storage.filesystems import claimed_size_bytes, layer_type
-from guestagent.storage.verity import BLOCK_SIZES, SUPERBLOCK_BYTES, parse_superblock
+from guestagent.storage.verity import (
+    BLOCK_SIZES,
+    PART_STEP_BYTES,
+    SUPERBLOCK_BYTES,
+    parse_superblock,
+)
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
@@ -61,8 +66,8 @@ def refuse_hidden_verity(spec: LayerSpec, deadline: Deadline) -> None:
     with Reader(device.node, size_bytes=size_bytes, ranges=spec.ranges) as reader:
         filesystem = layer_type(spec.filesystem, reader.read_padded)
         end_bytes = claimed_size_bytes(filesystem, reader.read_padded)
-        # a hash area begins at the next block, of any size there is
-        offsets = {-(-end_bytes // block) * block for block in BLOCK_SIZES}
+        # a hash area begins at the next block, of any size there is, or where it is in a pack
+        offsets = {-(-end_bytes // block) * block for block in (*BLOCK_SIZES, PART_STEP_BYTES)}
         hashed = [offset for offset in sorted(offsets) if _begins_hash_area(reader, offset)]
     if hashed:
         raise CallError(

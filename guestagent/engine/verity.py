@@ -19,11 +19,11 @@ from guestagent.engine.transaction import Transaction
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.filesystems import claimed_size_bytes, layer_type
 from guestagent.storage.verity import (
-    SUPERBLOCK_BYTES,
     VerityParameters,
     check_kernel_limits,
     check_tree_spines,
     hash_area_offset,
+    read_superblock,
 )
 from vsock.errors import CallError
 
@@ -71,7 +71,7 @@ def _read_with(
         size_bytes = _filesystem_size(spec, data)
         hash_offset_bytes = hash_area_offset(verity, separate=False, data_size_bytes=size_bytes)
     assert hash_offset_bytes is not None
-    raw = hashes.read_at(hash_offset_bytes, SUPERBLOCK_BYTES) if verity.superblock else None
+    hash_offset_bytes, raw = read_superblock(verity, hash_offset_bytes, hashes.read_at)
     try:
         parameters = VerityParameters.from_request(
             verity, hash_offset_bytes=hash_offset_bytes, superblock=raw

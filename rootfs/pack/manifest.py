@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 
 from guestagent.api.devices import SECTOR_BYTES
 from guestagent.api.layers import LAYER_FILESYSTEMS
-from guestagent.storage.verity import FieldError, VerityParameters
+from guestagent.storage.verity import PART_STEP_BYTES, FieldError, VerityParameters
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import write_file
 from rootfs.imagefile.ranges import FileRange, overlapping, round_up
-from rootfs.verity.compose import PART_STEP_BYTES
 from vsock.errors import CallError
 
 __all__ = (

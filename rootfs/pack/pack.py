@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Unpack
 
 from guestagent.storage.verity import (
+    PART_STEP_BYTES,
     SUPERBLOCK_BYTES,
     FieldError,
     VerityParameters,
@@ -44,7 +45,6 @@ from rootfs.pack.manifest import IMAGE_STEP_BYTES, Manifest, ManifestImage, Mani
 from rootfs.pack.merging import ImageTree, check_mergeable, merged_metadata
 from rootfs.pack.mounting import check_whiteouts
 from rootfs.pack.packcheck import PackReport, check_pack, digest_range
-from rootfs.verity.compose import PART_STEP_BYTES
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

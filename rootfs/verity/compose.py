@@ -15,7 +15,12 @@ import functools
 import os
 from collections.abc import Sequence
 
-from guestagent.storage.verity import FieldError, VerityParameters, check_spare
+from guestagent.storage.verity import (
+    PART_STEP_BYTES,
+    FieldError,
+    VerityParameters,
+    check_spare,
+)
 from rootfs.imagefile.ranges import FileRange, copy_range, round_up
 from rootfs.verity import workers as parallel
 from rootfs.verity.hashing import BlockHash
@@ -24,10 +29,8 @@ from rootfs.verity.runs import Run, pieces
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("PART_STEP_BYTES", "NewPart", "Part", "compose_tree", "composed_parameters")
+__all__ = ("NewPart", "Part", "compose_tree", "composed_parameters")
 
-#: Parts start at multiples of this: 128 data blocks of 4 KiB.
-PART_STEP_BYTES = 512 << 10
 #: What must be equal for all parts.
 _SHARED_FIELDS = ("salt", "algorithm", "hash_type", "data_block_size", "hash_block_size")
 _STEP = "compose the hash tree"

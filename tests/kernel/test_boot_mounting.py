@@ -10,7 +10,10 @@ from guestagent.boot.mounting import mount_plan
 from guestagent.boot.plan import plan_boot
 from guestagent.config import parse_command_line, read_settings
 from guestagent.engine.engine import Engine
+from guestagent.storage.filesystems import has_flattened_erofs
 from guestagent.storage.mountinfo import mounts_by_target
+from rootfs.image.images import build_image
+from rootfs.pack.pack import Pack
 from tests.beds.agentbed import World, settled_world
 from tests.beds.veritybed import VerityImage
 from vsock.deadline import Deadline
@@ -32,7 +35,12 @@ class Bed:
         line = " ".join(f"guestagent.{word}" for word in (*words, f"state={self.state}"))
         config, problems = read_settings(parse_command_line(line))
         assert problems == ()
-        plan = plan_boot(config.layers, config.overlay, config.manifests)
+        plan = plan_boot(
+            config.layers,
+            config.overlay,
+            config.manifests,
+            flattens_erofs=has_flattened_erofs(),
+        )
         assert plan is not None
         mount_plan(plan, config)
 
@@ -97,6 +105,57 @@ def test_it_fails_closed_and_leaves_nothing(
     with pytest.raises(CallError, match=problem) as caught:
         bed.mount(*(word.format(node=bed.node, plain=bed.plain_node) for word in words))
     assert caught.value.code == code
+    assert settled_world(before) == before
+
+
+@pytest.fixture
+def pack(tmp_path: Path, bed: Bed, loop_device: Callable[..., str]) -> tuple[Pack, str]:
+    """A pack of two layers, and of an image of them; and where it is attached."""
+    with Pack.create(tmp_path / "pack.img") as pack:
+        for name in ("lower", "upper"):
+            tree = tmp_path / name
+            tree.mkdir()
+            (tree / "who").write_text(name)
+            (tree / name).write_text("only here")
+            built = build_image(tree, tmp_path / f"{name}.erofs", verity=True)
+            pack.add(built.path, name, verity=built.verity)
+        pack.merge("app", ["upper", "lower"])
+    return pack, loop_device(tmp_path / "pack.img")
+
+
+def test_a_layer_of_a_pack_is_found_by_its_root_digest_alone(
+    bed: Bed, pack: tuple[Pack, str]
+) -> None:
+    packed, node = pack
+    layer = packed.layers[0]
+    assert layer.verity is not None
+    place = f"layer={node},id=a,offset={layer.offset_bytes},size={layer.size_bytes}"
+    before = World.now()
+    bed.mount(f"{place},root={layer.verity.root_digest.hex()}")
+    assert Path("/run/layers/a/who").read_text() == "upper"
+    bed.unmount()
+    with pytest.raises(CallError, match="root=none, but a hash area"):
+        bed.mount(f"{place},root=none")
+    assert settled_world(before) == before
+
+
+@pytest.mark.parametrize("overlay", [(), ("overlay=sys,layers=app",)])
+def test_an_image_of_a_pack_is_mounted_as_the_kernel_can(
+    bed: Bed, pack: tuple[Pack, str], overlay: tuple[str, ...]
+) -> None:
+    packed, node = pack
+    before = World.now()
+    bed.mount(f"manifest={packed.path}.json,{node},image=app", *overlay)
+    if overlay:
+        root = Path("/run/overlays/sys")
+    else:
+        root = Path("/run/layers/app" if has_flattened_erofs() else "/run/overlays/root")
+    assert (root / "who").read_text() == "upper"
+    assert sorted(path.name for path in root.iterdir()) == ["lower", "upper", "who"]
+    layers = {target for target in mounts_by_target() if target.startswith("/run/layers/")}
+    names = ("app",) if has_flattened_erofs() else ("upper", "lower")
+    assert layers == {f"/run/layers/{name}" for name in names}
+    bed.unmount()
     assert settled_world(before) == before
 
 

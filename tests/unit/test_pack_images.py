@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.storage.verity import VerityTerms
+from guestagent.storage.verity import PART_STEP_BYTES, VerityTerms
 from rootfs.image.images import build_image
 from rootfs.pack.manifest import Manifest, ManifestImage
 from rootfs.pack.pack import Pack
-from rootfs.verity.compose import PART_STEP_BYTES
 from rootfs.verity.formatter import LAYER_SALT, format_image
 from rootfs.verity.verifier import verify_image
 from tests.beds.imagebed import Member, directory, make_tar

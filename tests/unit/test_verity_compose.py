@@ -12,8 +12,8 @@ from uuid import UUID
 
 import pytest
 
-from guestagent.storage.verity import VerityParameters, VerityTerms
-from rootfs.verity.compose import PART_STEP_BYTES, NewPart, Part, compose_tree, composed_parameters
+from guestagent.storage.verity import PART_STEP_BYTES, VerityParameters, VerityTerms
+from rootfs.verity.compose import NewPart, Part, compose_tree, composed_parameters
 from rootfs.verity.formatter import format_image
 from vsock.errors import CallError
 

@@ -22,12 +22,14 @@ from guestagent.api.devices import (
     VerityTerms,
 )
 from guestagent.storage.verity.parameters import (
+    PART_STEP_BYTES,
     SUPERBLOCK_BYTES,
     VerityParameters,
     check_kernel_limits,
     hash_area_offset,
     level_blocks,
     parse_superblock,
+    read_superblock,
     superblock_uuid,
 )
 from guestagent.storage.verity.proof import (
@@ -43,6 +45,7 @@ __all__ = (
     "DIGEST_BYTES",
     "HASH_TYPE_CHROMEOS",
     "HASH_TYPE_NORMAL",
+    "PART_STEP_BYTES",
     "SUPERBLOCK_BYTES",
     "FieldError",
     "ReadAt",
@@ -56,5 +59,6 @@ __all__ = (
     "hash_area_offset",
     "level_blocks",
     "parse_superblock",
+    "read_superblock",
     "superblock_uuid",
 )

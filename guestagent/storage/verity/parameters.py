@@ -6,6 +6,7 @@ endian. The kernel never reads it. Source of the tree: drivers/md/dm-verity-targ
 
 import functools
 import struct
+from collections.abc import Callable
 
 from guestagent.api.checks import MAX_BYTES, FieldError
 from guestagent.api.devices import (
@@ -19,16 +20,21 @@ from guestagent.api.devices import (
 from vsock.errors import CallError
 
 __all__ = (
+    "PART_STEP_BYTES",
     "SUPERBLOCK_BYTES",
     "VerityParameters",
     "check_kernel_limits",
     "hash_area_offset",
     "level_blocks",
     "parse_superblock",
+    "read_superblock",
     "superblock_uuid",
 )
 
 SUPERBLOCK_BYTES = 512
+#: In a pack, zeros fill up the data of a layer to whole units of this, and the hash area follows.
+#: One hash block covers so much (128 blocks of 4 KiB, with SHA-256), or a whole number of them do.
+PART_STEP_BYTES = 512 * 1024
 _SIGNATURE = b"verity\0\0"
 _VERSION = 1
 _LAYOUT = struct.Struct("<8sII16s32sIIQH6s256s168s")
@@ -217,6 +223,28 @@ def hash_area_offset(
     if not terms.superblock:
         unit = max(unit, terms.hash_block_size or 4096)
     return -(-data_size_bytes // unit) * unit
+
+
+def read_superblock(
+    terms: VerityTerms, hash_offset_bytes: int, read_at: Callable[[int, int], bytes]
+) -> tuple[int, bytes | None]:
+    """Return where the hash area starts, and the bytes of its superblock, if it is to have one.
+
+    ``read_at`` reads the device. What is not at ``hash_offset_bytes``, and not said by ``terms`` to
+    be there, may be where the hash area of a layer of a pack is (``PART_STEP_BYTES``).
+
+    Raises:
+        OSError: as ``read_at``.
+    """
+    if not terms.superblock:
+        return hash_offset_bytes, None
+    raw = read_at(hash_offset_bytes, SUPERBLOCK_BYTES)
+    if terms.hash_offset_bytes is None and not raw.startswith(_SIGNATURE):
+        in_pack_bytes = -(-hash_offset_bytes // PART_STEP_BYTES) * PART_STEP_BYTES
+        found = read_at(in_pack_bytes, SUPERBLOCK_BYTES)
+        if found.startswith(_SIGNATURE):
+            return in_pack_bytes, found
+    return hash_offset_bytes, raw
 
 
 def superblock_uuid(raw: bytes) -> bytes:
