@@ -14,6 +14,7 @@ of an overlay are listed topmost first, as in the kernel's ``lowerdir``.
 from guestagent.api import (
     agent,
     devicemapper,
+    devices,
     devtree,
     inspect,
     inspect_devices,
@@ -29,6 +30,7 @@ from guestagent.api.devices import (
     ScsiDevice,
     Verity,
     VirtioBlkDevice,
+    VmbusScsiDevice,
 )
 from guestagent.api.layers import LayerReport, LayerSpec
 from guestagent.api.overlays import (
@@ -63,9 +65,20 @@ __all__ = (
     "TmpfsScratch",
     "Verity",
     "VirtioBlkDevice",
+    "VmbusScsiDevice",
 )
 
 #: Every method of the contract by name: the class of its request.
 METHODS = collect_methods(
-    (agent, observe, layers, overlays, devicemapper, devtree, inspect_devices, inspect)
+    (
+        agent,
+        observe,
+        layers,
+        overlays,
+        devices,
+        devicemapper,
+        devtree,
+        inspect_devices,
+        inspect,
+    )
 )

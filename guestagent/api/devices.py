@@ -1,6 +1,7 @@
 """Where a layer's bytes are, and what they must prove to be."""
 
 import functools
+from collections.abc import Mapping
 
 from guestagent.api.checks import (
     MAX_BYTES,
@@ -10,6 +11,7 @@ from guestagent.api.checks import (
     check_range,
     check_word,
 )
+from guestagent.api.request import Request
 from vsock.record import Record
 
 #: Digest length of each hash algorithm that dm-verity layers may use.
@@ -35,6 +37,7 @@ VERITY_PRESETS = ("default", "strict", "fast")
 SECTOR_BYTES = 512
 #: Ranges of one layer; a request of so many fits the limits of the wire.
 MAX_RANGES = 4096
+_HEX = frozenset("0123456789abcdefABCDEF")
 
 
 class PmemDevice(Record):
@@ -71,6 +74,25 @@ class ScsiDevice(Record):
         check_range("partition", self.partition, 0, 255)
 
 
+class VmbusScsiDevice(Record):
+    """A SCSI disk of Hyper-V or its partition: the VMBus GUID of its controller, LUN, partition.
+
+    The host knows the GUID; the number that Linux gives to the controller it does not.
+    """
+
+    kind: str = "vmbus-scsi"
+    guid: str
+    lun: int
+    partition: int = 0
+
+    def check(self) -> None:
+        parts = self.guid.split("-")
+        if [len(part) for part in parts] != [8, 4, 4, 4, 12] or not _HEX.issuperset("".join(parts)):
+            raise ValueError(f"guid must be 8-4-4-4-12 hexadecimal digits, got {self.guid!r}")
+        check_range("lun", self.lun, 0, 16383)
+        check_range("partition", self.partition, 0, 255)
+
+
 class PathDevice(Record):
     """A block device by its node, /dev/..."""
 
@@ -83,7 +105,32 @@ class PathDevice(Record):
             raise ValueError(f"path must lie below /dev, got {self.path!r}")
 
 
-Device = PmemDevice | VirtioBlkDevice | ScsiDevice | PathDevice
+Device = PmemDevice | VirtioBlkDevice | ScsiDevice | VmbusScsiDevice | PathDevice
+
+
+class DeviceRemoveReply(Record):
+    """What was done: ``written`` is the file that "1" was written to, by which the kernel let go
+    of the devices ``removed``, the disk and its partitions. With ``already`` no such disk was
+    there, and nothing was done."""
+
+    removed: tuple[str, ...]
+    written: str
+    timings_ms: Mapping[str, float]
+    already: bool
+
+
+class DeviceRemove(Request[DeviceRemoveReply], method="device.remove"):
+    """Have the kernel let go of a SCSI disk that nothing uses, before the host detaches it.
+
+    Its cached data is written out before, and the reply comes when it is gone. ``busy`` names what
+    uses it. A later request for the device looks for it again, by a rescan of its controller.
+    """
+
+    device: Device
+
+    def check(self) -> None:
+        if isinstance(self.device, (ScsiDevice, VmbusScsiDevice)) and self.device.partition:
+            raise ValueError("device: partition must be 0, a disk goes as a whole")
 
 
 class ByteRange(Record):

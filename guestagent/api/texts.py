@@ -9,6 +9,7 @@ from guestagent.api.devices import (
     ScsiDevice,
     Verity,
     VirtioBlkDevice,
+    VmbusScsiDevice,
 )
 from guestagent.api.layers import LayerSpec
 from guestagent.api.overlays import DeviceScratch, DirectoryScratch, Scratch, TmpfsScratch
@@ -48,7 +49,8 @@ class OverlayText(Record):
 
 
 def device_from_text(text: str) -> Device:
-    """Read pmem:N, virtio-blk:SERIAL, scsi:CONTROLLER:LUN[:PARTITION] or a path below /dev.
+    """Read pmem:N, virtio-blk:SERIAL, scsi:CONTROLLER:LUN[:PARTITION], vmbus:GUID:LUN[:PARTITION]
+    or a path below /dev.
 
     Raises:
         ValueError: it is none of these, or out of range.
@@ -64,8 +66,13 @@ def device_from_text(text: str) -> Device:
     if kind == "scsi" and 2 <= len(numbers) <= 3:
         controller, lun, partition = (*(_number("scsi", n) for n in numbers), 0)[:3]
         return ScsiDevice(controller=controller, lun=lun, partition=partition)
+    if kind == "vmbus" and 2 <= len(numbers) <= 3:
+        guid, *places = numbers
+        lun, partition = (*(_number("vmbus", n) for n in places), 0)[:2]
+        return VmbusScsiDevice(guid=guid, lun=lun, partition=partition)
     raise ValueError(
-        f"{text!r} is no pmem:N, virtio-blk:SERIAL, scsi:CONTROLLER:LUN[:PARTITION] or /dev/..."
+        f"{text!r} is no pmem:N, virtio-blk:SERIAL, scsi:CONTROLLER:LUN[:PARTITION], "
+        "vmbus:GUID:LUN[:PARTITION] or /dev/..."
     )
 
 

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Sequence
 
 from guestagent.api import ByteRange, LayerSpec, PathDevice, PmemDevice, ScsiDevice, VirtioBlkDevice
-from guestagent.api.devices import Device
+from guestagent.api.devices import Device, VmbusScsiDevice
 from guestagent.api.layers import DroppedOption
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper.targets import (
@@ -248,6 +248,8 @@ def device_tag(device: Device) -> str:
             return f"pmem{device.number}"
         case ScsiDevice():
             return f"scsi-contr{device.controller}-lun{device.lun}-p{device.partition}"
+        case VmbusScsiDevice():
+            return f"vmbus-{device.guid.lower()}-lun{device.lun}-p{device.partition}"
         case VirtioBlkDevice():
             return f"virtio-blk-{device.serial}"
         case PathDevice():

@@ -17,6 +17,7 @@ from guestagent.engine.engine import Engine
 from guestagent.observe.observers import Observers
 from guestagent.service.agent import AgentHandlers
 from guestagent.service.context import Context, Handler, Notify, handlers_of
+from guestagent.service.devices import DeviceHandlers
 from guestagent.service.layers import LayerHandlers
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -86,7 +87,9 @@ class Service:
             restarts=restarts,
             on_shutdown=on_shutdown,
         )
-        self._handlers = {**handlers_of(self._agent), **handlers_of(LayerHandlers(engine))}
+        self._handlers = handlers_of(self._agent)
+        for part in (LayerHandlers(engine), DeviceHandlers(engine)):
+            self._handlers.update(handlers_of(part))
         self._loading = threading.Lock()
 
     def adopt(self, parts: Collection[str]) -> None:

@@ -1,13 +1,5 @@
-"""Layers, overlays of them, batches of both, and the device-mapper below."""
+"""Layers, overlays of them, and batches of both."""
 
-from guestagent.api.devicemapper import (
-    DmList,
-    DmListReply,
-    DmStatus,
-    DmStatusReply,
-    DmTable,
-    DmTableReply,
-)
 from guestagent.api.layers import (
     LayerGet,
     LayerList,
@@ -112,19 +104,3 @@ class LayerHandlers:
     def list_overlays(self, _request: OverlayList, _call: Context) -> OverlayListReply:
         """Report every overlay."""
         return OverlayListReply(overlays=self._engine.overlays.list())
-
-    @handles(DmList)
-    def list_dm(self, _request: DmList, _call: Context) -> DmListReply:
-        """Report every device-mapper device."""
-        return DmListReply(devices=self._engine.dm.list())
-
-    @handles(DmTable)
-    def dm_table(self, request: DmTable, _call: Context) -> DmTableReply:
-        """Return the table of a device-mapper device."""
-        return DmTableReply(name=request.name, lines=self._engine.dm.table(request.name))
-
-    @handles(DmStatus)
-    def dm_status(self, request: DmStatus, _call: Context) -> DmStatusReply:
-        """Return the status of a device-mapper device."""
-        device, lines = self._engine.dm.status(request.name)
-        return DmStatusReply(name=request.name, device=device, lines=lines)

@@ -12,27 +12,31 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable
 
 from guestagent.api import devices as api
 from guestagent.storage import syscalls
 from guestagent.storage.uevents import UeventSocket
 from vsock.deadline import Deadline
 from vsock.errors import CallError
+from vsock.log import log
 from vsock.record import Record
 from vsock.retry import has_errno, retry
 
 __all__ = (
     "LATE_CLOSE_SECONDS",
     "BlockDevice",
+    "delete",
+    "deleter_of",
     "describe",
     "ensure_node",
     "find",
     "flush",
     "holders",
     "inspect",
+    "is_partition",
     "is_readonly",
     "list_all",
+    "partitions",
     "set_readonly",
     "wait_for",
     "wait_unused",
@@ -130,6 +134,9 @@ def describe(device: api.Device) -> str:
             return f"virtio-blk disk with serial {device.serial!r}"
         case api.ScsiDevice():
             return f"scsi {device.controller}:0:0:{device.lun} partition {device.partition}"
+        case api.VmbusScsiDevice():
+            where = f"lun {device.lun} partition {device.partition}"
+            return f"scsi of the VMBus device {device.guid} {where}"
         case api.PathDevice():
             return f"block device {device.path!r}"
 
@@ -138,32 +145,24 @@ def wait_for(
     device: api.Device,
     deadline: Deadline,
     *,
-    rescan: bool = True,
     sys_root: str = "/sys",
-    log: "Callable[[str], None] | None" = None,
 ) -> BlockDevice:
-    """Return the device once it is there, with its node; ``log`` is told of rescans.
+    """Return the device once it is there, with its node. The agent's log tells of rescans.
 
     Raises:
         CallError: ``timeout`` or ``cancelled``; the message lists the devices there are.
     """
     found = find(device, sys_root=sys_root)
     if found is None:
-        found = _wait(device, deadline, rescan, sys_root, log)
+        found = _wait(device, deadline, sys_root)
     ensure_node(found.node, found.dev)
     return found
 
 
-def _wait(
-    device: api.Device,
-    deadline: Deadline,
-    rescan: bool,
-    sys_root: str,
-    log: "Callable[[str], None] | None",
-) -> BlockDevice:
+def _wait(device: api.Device, deadline: Deadline, sys_root: str) -> BlockDevice:
     step = f"wait for {describe(device)}"
     started = time.monotonic()
-    pending = list(_RESCAN_AFTER_SECONDS) if rescan else []
+    pending = list(_RESCAN_AFTER_SECONDS)
     with UeventSocket() as events:
         while (found := find(device, sys_root=sys_root)) is None:
             at_most = _LOOK_AGAIN_SECONDS
@@ -171,7 +170,7 @@ def _wait(
                 elapsed = time.monotonic() - started
                 if elapsed >= pending[0]:
                     del pending[0]
-                    _rescan(device, sys_root, log)
+                    _rescan(device, sys_root)
                     continue
                 at_most = min(at_most, pending[0] - elapsed)
             try:
@@ -204,7 +203,7 @@ def _locate(device: api.Device, sys_root: str) -> str | None:
             return f"pmem{device.number}"
         case api.VirtioBlkDevice():
             return _locate_virtio(device.serial, sys_root)
-        case api.ScsiDevice():
+        case api.ScsiDevice() | api.VmbusScsiDevice():
             return _locate_scsi(device, sys_root)
         case api.PathDevice():
             return _locate_path(device.path)
@@ -222,8 +221,9 @@ def _locate_virtio(serial: str, sys_root: str) -> str | None:
     return names[0] if names else None
 
 
-def _locate_scsi(device: api.ScsiDevice, sys_root: str) -> str | None:
-    disks = _entries(f"{_scsi_path(device, sys_root)}/block")
+def _locate_scsi(device: api.ScsiDevice | api.VmbusScsiDevice, sys_root: str) -> str | None:
+    controller = _controller_of(device, sys_root)
+    disks = _entries(f"{sys_root}/bus/scsi/devices/{controller}:0:0:{device.lun}/block")
     if not disks or not device.partition:
         return disks[0] if disks else None
     disk = f"{sys_root}/class/block/{disks[0]}"
@@ -243,15 +243,25 @@ def _locate_path(path: str) -> str:
     return f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
 
 
-def _scsi_path(device: api.ScsiDevice, sys_root: str) -> str:
-    return f"{sys_root}/bus/scsi/devices/{device.controller}:0:0:{device.lun}"
+def _controller_of(device: api.ScsiDevice | api.VmbusScsiDevice, sys_root: str) -> str:
+    """Return the number of the SCSI host; empty where a VMBus device has none (yet).
+
+    hv_storvsc makes one host for each controller, below the controller's device
+    (drivers/scsi/storvsc_drv.c of Linux).
+    """
+    if isinstance(device, api.ScsiDevice):
+        return str(device.controller)
+    names = _entries(f"{sys_root}/bus/vmbus/devices/{device.guid.lower()}")
+    hosts = [name.removeprefix("host") for name in names if name.startswith("host")]
+    return next((host for host in hosts if host.isdecimal()), "")
 
 
-def _rescan(device: api.Device, sys_root: str, log: "Callable[[str], None] | None") -> None:
+def _rescan(device: api.Device, sys_root: str) -> None:
     """Have the kernel look at its buses once more; a bus that is not there is no error."""
     triggers = [(f"{sys_root}/bus/pci/rescan", "1")]
-    if isinstance(device, api.ScsiDevice):
-        host = f"{sys_root}/class/scsi_host/host{device.controller}/scan"
+    if isinstance(device, (api.ScsiDevice, api.VmbusScsiDevice)):
+        controller = _controller_of(device, sys_root)
+        host = f"{sys_root}/class/scsi_host/host{controller}/scan"
         triggers = [(host, f"0 0 {device.lun}")]
     elif isinstance(device, api.PathDevice):
         hosts = _entries(f"{sys_root}/class/scsi_host")
@@ -259,14 +269,56 @@ def _rescan(device: api.Device, sys_root: str, log: "Callable[[str], None] | Non
     for path, text in triggers:
         if not os.path.exists(path):
             continue
-        if log is not None:
-            log(f"{describe(device)} stays away: writing {text!r} to {path!r}")
+        log.info(
+            "a device stays away: rescanning", device=describe(device), path=path, written=text
+        )
         _write(path, text)
 
 
 def holders(dev: str, *, sys_root: str = "/sys") -> tuple[str, ...]:
     """Return the kernel names of the devices that stand on ``dev`` (MAJOR:MINOR)."""
     return tuple(sorted(_entries(f"{sys_root}/dev/block/{dev}/holders")))
+
+
+def partitions(name: str, *, sys_root: str = "/sys") -> tuple[BlockDevice, ...]:
+    """Describe the partitions of a disk, given by kernel name."""
+    disk = f"{sys_root}/class/block/{name}"
+    found = [each for each in _entries(disk) if os.path.exists(f"{disk}/{each}/partition")]
+    return tuple(inspect(each, sys_root=sys_root) for each in found)
+
+
+def is_partition(name: str, *, sys_root: str = "/sys") -> bool:
+    """Say whether a device, given by kernel name, is a partition."""
+    return os.path.exists(f"{sys_root}/class/block/{name}/partition")
+
+
+def deleter_of(name: str, *, sys_root: str = "/sys") -> str | None:
+    """Return the file by which the kernel lets go of a disk, which SCSI disks alone have."""
+    path = f"{sys_root}/class/block/{name}/device/delete"
+    return path if os.path.exists(path) else None
+
+
+def delete(disk: BlockDevice, deleter: str, deadline: Deadline) -> None:
+    """Write a disk's cached data out, have the kernel let go of it, and wait until it has.
+
+    Raises:
+        OSError: EBUSY, it or a partition is mounted or held; EIO, its data cannot be written.
+        CallError: ``timeout`` or ``cancelled``, it is still there.
+    """
+    wait_unused(disk.node, deadline)
+    with UeventSocket() as events:
+        # nothing can be mounted or set up on it as long as it is open in this way
+        fd = os.open(disk.node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+            _write(deleter, "1")
+        finally:
+            os.close(fd)
+        while os.path.exists(f"/sys/dev/block/{disk.dev}"):
+            deadline.wait(
+                [events.fileno()], f"wait until {disk.name} is gone", at_most=_LOOK_AGAIN_SECONDS
+            )
+            events.receive()
 
 
 def ensure_node(node: str, dev: str) -> None:

@@ -22,6 +22,7 @@ from guestagent.storage.uevents import LOST, UeventSocket
 from tests.beds import dmbed
 from vsock.deadline import Deadline
 from vsock.errors import CallError
+from vsock.log import log as agent_log
 
 pytestmark = pytest.mark.kernel
 
@@ -97,7 +98,7 @@ def test_a_device_that_appears_ends_the_wait(control: Control, disk: str, within
     assert blockdev.find(api.PathDevice(path="/dev/dm-400")) is None  # size 0 before its resume
     thread = threading.Timer(0.3, appear)
     thread.start()
-    found = blockdev.wait_for(api.PathDevice(path="/dev/dm-400"), within(10), rescan=False)
+    found = blockdev.wait_for(api.PathDevice(path="/dev/dm-400"), within(10))
     ended = time.monotonic()
     thread.join()
     assert (found.name, found.kind, found.size_bytes) == ("dm-400", "dm", 8192)
@@ -107,9 +108,8 @@ def test_a_device_that_appears_ends_the_wait(control: Control, disk: str, within
 
 
 def test_a_device_that_stays_away_is_told_with_what_is_there(disk: str, within: Within) -> None:
-    told: list[str] = []
     with pytest.raises(CallError) as caught:
-        blockdev.wait_for(api.PmemDevice(number=7), within(0.7), log=told.append)
+        blockdev.wait_for(api.PmemDevice(number=7), within(0.7))
     assert caught.value.code == "timeout"
     assert caught.value.object == "pmem 7"
     assert f"{os.path.basename(disk)} (loop, 2097152 bytes)" in caught.value.message
@@ -192,7 +192,7 @@ def test_scsi_disks_are_found_and_unplugged(within: Within) -> None:
     dmbed.run("modprobe", "scsi_debug", "dev_size_mb=8", "max_luns=1", "num_parts=1")
     hosts = os.listdir("/sys/class/scsi_host")
     device = api.ScsiDevice(controller=int(hosts[0].removeprefix("host")), lun=0)
-    disk = blockdev.wait_for(device, within(10), rescan=False)
+    disk = blockdev.wait_for(device, within(10))
     assert (disk.kind, disk.size_bytes) == ("scsi", 8 << 20)
     partition = blockdev.wait_for(device.replace(partition=1), within(10))
     assert partition.name == f"{disk.name}1"
@@ -202,11 +202,11 @@ def test_scsi_disks_are_found_and_unplugged(within: Within) -> None:
     unplug = Path(f"/sys/bus/scsi/devices/{device.controller}:0:0:0/delete")
     unplug.write_text("1")
     assert blockdev.find(device) is None
-    told: list[str] = []
-    again = blockdev.wait_for(device, within(10), log=told.append)  # by a rescan of its host
+    number = agent_log.number
+    again = blockdev.wait_for(device, within(10))  # by a rescan of its host
     assert again.size_bytes == disk.size_bytes
-    assert len(told) == 1
-    assert "0 0 0" in told[0]
+    (line,) = agent_log.since(number)[0]
+    assert line.fields["written"] == "0 0 0"
     unplug.write_text("1")  # the module stays: it is busy for a while after a probe
 
 

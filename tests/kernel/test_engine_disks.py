@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import DeviceScratch, LayerSpec, ScsiDevice, Verity
+from guestagent.api import DeviceScratch, LayerSpec, PathDevice, ScsiDevice, Verity
+from guestagent.api.devices import Device, DeviceRemove
+from guestagent.engine.unplug import remove_disk
 from guestagent.storage import blockdev
 from rootfs.verity.formatter import format_image
 from tests.beds import dmbed
 from tests.beds.agentbed import AgentProcess, EngineBed, Pack, World, attached_pack, overlay
 from vsock.deadline import Deadline
 from vsock.errors import CallError
+from vsock.log import log
 
 _HOSTS = Path("/sys/bus/pseudo/drivers/scsi_debug/add_host")
 
@@ -61,6 +64,87 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def test_a_disk_is_removed_when_nothing_uses_it(bed: EngineBed, pack: Pack) -> None:
+    with scsi_disk() as (device, name):
+        node, dev = f"/dev/{name}", dmbed.dev_of(f"/dev/{name}")
+        scratch = DeviceScratch(device=device, existing="fresh")
+        with bed.operation() as op:
+            bed.engine.layers.mount(pack.spec(0), op)
+            bed.engine.overlays.mount(overlay("o", "layer0", scratch=scratch), op)
+        hint = refused(bed, device, "busy")
+        assert "overlay o (its scratch)" in hint
+        with bed.operation() as op:
+            bed.engine.overlays.unmount("o", op)
+        with open(node, "rb"):
+            assert f"[{os.getpid()}] (fd " in refused(bed, device, "busy")
+        dmbed.run("dmsetup", "create", "other", "--table", f"0 8 linear {node} 0")
+        try:
+            assert "dm other" in refused(bed, device, "busy")
+        finally:
+            dmbed.run("dmsetup", "remove", "--retry", "other")
+        with bed.operation() as op:
+            reply = remove_disk(bed.engine.state, device, op)
+        assert reply.removed[0] == node  # then the partitions that it may have
+        assert reply.written == f"/sys/class/block/{name}/device/delete"
+        assert not reply.already
+        assert not os.path.exists(f"/sys/dev/block/{dev}")
+        with bed.operation() as op:
+            assert remove_disk(bed.engine.state, device, op).already
+        wait_until(lambda: "device_vanished" in kinds_of(bed))
+        # the host still has it: a request for it finds it by a rescan, which is logged
+        number = log.number
+        with bed.operation() as op:
+            adopted = scratch.replace(existing="adopt")
+            bed.engine.overlays.mount(overlay("o", "layer0", scratch=adopted), op)
+        texts = [line.text for line in log.since(number)[0]]
+        assert "a device stays away: rescanning" in texts
+        with bed.operation() as op:
+            bed.engine.overlays.unmount("o", op)
+
+
+def test_a_layer_keeps_its_disk(bed: EngineBed, tmp_path: Path) -> None:
+    with scsi_disk() as (device, name):
+        digest = verity_image(tmp_path, name)
+        verity = Verity(root_digest=digest)
+        spec = LayerSpec(layer_id="l", device=device, filesystem="erofs", verity=verity)
+        with bed.operation() as op:
+            bed.engine.layers.mount(spec, op)
+        assert f"layer l (is on /dev/{name})" in refused(bed, device, "busy")
+        with bed.operation() as op:
+            bed.engine.layers.unmount("l", op)
+            assert remove_disk(bed.engine.state, device, op).removed[0] == f"/dev/{name}"
+
+
+def test_only_whole_scsi_disks_are_removed(bed: EngineBed, pack: Pack) -> None:
+    assert "host" in refused(bed, PathDevice(path=pack.node), "unsupported")
+    with pytest.raises(ValueError, match="as a whole"):
+        DeviceRemove(device=ScsiDevice(controller=0, lun=0, partition=1))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_removal_that_fails_leaves_the_disk(bed: EngineBed, number: int) -> None:
+    with scsi_disk() as (device, name):
+        bed.faults.arm(f"#{number}:EIO")
+        with bed.operation() as op, pytest.raises(CallError) as caught:
+            remove_disk(bed.engine.state, device, op)
+        bed.faults.arm("")
+        assert caught.value.code == "device"
+        assert os.path.exists(f"/sys/block/{name}")
+
+
+def refused(bed: EngineBed, device: Device, code: str) -> str:
+    """See that a disk is not removed; return the hint."""
+    with bed.operation() as op, pytest.raises(CallError) as caught:
+        remove_disk(bed.engine.state, device, op)
+    assert caught.value.code == code
+    assert blockdev.find(device) is not None
+    return caught.value.hint or ""
+
+
+def kinds_of(bed: EngineBed) -> list[str]:
+    return [event.kind for event in bed.engine.events.since(0)[0]]
+
+
 def verity_image(path: Path, name: str) -> bytes:
     """Write an image with its hash tree to a disk; return the root digest."""
     source = path / "source"
@@ -93,7 +177,7 @@ def test_a_disk_of_a_layer(bed: EngineBed, tmp_path: Path, which: str) -> None:
             assert bed.engine.layers.mount(spec, op).state == "mounted"
             bed.engine.overlays.mount(overlay("o", "l"), op)
         unplug({"data": data_name, "hash": hash_name}[which])
-        wait_until(lambda: bed.engine.layers.get("l").state == "device_lost")
+        wait_until(lambda: "layer_device_lost" in kinds_of(bed))  # the last of what is noted
         for _ in range(2):
             assert [report.state for report in bed.engine.layers.list()] == ["device_lost"]
             assert bed.engine.overlays.get("o").state == "device_lost"
@@ -116,7 +200,7 @@ def test_the_disk_of_a_scratch(bed: EngineBed, pack: Pack) -> None:
             bed.engine.layers.mount(pack.spec(0), op)
             bed.engine.overlays.mount(overlay("o", "layer0", scratch=scratch), op)
         unplug(name)
-        wait_until(lambda: bed.engine.overlays.get("o").state == "device_lost")
+        wait_until(lambda: "overlay_device_lost" in kinds_of(bed))
         for _ in range(2):
             assert [report.state for report in bed.engine.overlays.list()] == ["device_lost"]
             assert [report.state for report in bed.engine.layers.list()] == ["mounted"]

@@ -50,6 +50,7 @@ COMMANDS = {
     "dev.closure": "dev closure /dev/null --missing skip --strategy mknod --outside /run/x",
     "dev.attach": "dev attach t /dev --pid 7",
     "dev.destroy": "dev destroy t",
+    "device.remove": "device remove scsi:0:0",
     "dm.list": "dm list",
     "dm.table": "dm table x",
     "dm.status": "dm status x",
@@ -188,6 +189,7 @@ def test_every_field_of_a_mount_can_be_said(
         "layer mount x --device pmem:7",
         "layer mount x --device pmem:7 --mapping 0+512:4096+0x200 --mapping 0+512",
         "layer mount x --device /dev/vda",
+        "layer mount x --device vmbus:f8b3781a-1e82-4818-a1c3-63d806ec15bb:3:1",
         f"{overlay} --target /run/overlays/p --scratch device:/dev/vdb,xfs,fresh "
         "--metacopy off --redirect-dir follow --xino auto --volatile --userxattr --suid --dev",
         f"{overlay} --scratch tmpfs:8192",
@@ -224,7 +226,7 @@ def test_every_field_of_a_mount_can_be_said(
     assert sent[2].as_dict()["mapping"] == tuple(
         ByteRange(offset_bytes=offset, size_bytes=512) for offset in (0, 4096, 0)
     )
-    assert sent[4] == OverlaySpec(
+    assert sent[5] == OverlaySpec(
         overlay_id="o",
         layers=("a", "b"),
         target="/run/overlays/p",

@@ -18,6 +18,7 @@ from guestagent.engine.events import EventLog
 from guestagent.engine.journal import Journal
 from guestagent.inspect.methods import DEVICE_LOOKS, LOOKS, STREAMS
 from guestagent.service.agent import AgentHandlers
+from guestagent.service.devices import DeviceHandlers
 from guestagent.service.devtree import DevHandlers
 from guestagent.service.dispatch import QUICK_METHODS, Service
 from guestagent.service.layers import LayerHandlers
@@ -141,7 +142,7 @@ def bed(tmp_path):
 
 
 def test_each_method_has_one_handler(bed):
-    parts = (AgentHandlers, LayerHandlers, DevHandlers, InspectHandlers)
+    parts = (AgentHandlers, LayerHandlers, DevHandlers, DeviceHandlers, InspectHandlers)
     declared = [
         function
         for part in parts

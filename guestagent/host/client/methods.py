@@ -17,6 +17,7 @@ from guestagent.api.devicemapper import (
     DmTable,
     DmTableReply,
 )
+from guestagent.api.devices import Device, DeviceRemove, DeviceRemoveReply
 from guestagent.api.devtree import (
     DevAdd,
     DevAttach,
@@ -197,7 +198,15 @@ class AgentMethods(Caller):
         """Return every overlay as the kernel has it now."""
         return self.call(OverlayList()).overlays
 
-    # --- device-mapper
+    # --- disks and device-mapper
+
+    def device_remove(self, device: Device) -> DeviceRemoveReply:
+        """Have the kernel let go of a SCSI disk, and wait until it is gone.
+
+        Raises:
+            CallError: ``busy``, in use; ``unsupported``, no SCSI disk.
+        """
+        return self.call(DeviceRemove(device=device))
 
     def dm_list(self) -> DmListReply:
         """Return every device-mapper device of the guest, the agent's and others."""

@@ -1,12 +1,14 @@
-"""``guestctl dm``: the guest's device-mapper devices."""
+"""``guestctl dm`` and ``guestctl device``: the guest's device-mapper devices, and its disks."""
 
 import click
 
+from guestagent.api.devices import DeviceRemoveReply
 from guestagent.host.ctl.completion import complete_devices
+from guestagent.host.ctl.layer import parse_device
 from guestagent.host.ctl.session import Session, pass_session
 from guestagent.host.ctl.style import plain, table
 
-__all__ = ("dm",)
+__all__ = ("device", "dm")
 
 
 @click.group()
@@ -53,3 +55,28 @@ def status(session: Session, name: str) -> None:
     with session.agent() as guest:
         reply = guest.dm_status(name)
     session.show(reply, lambda: "\n".join(map(plain, reply.lines)))
+
+
+@click.group()
+def device() -> None:
+    """Disks of a guest."""
+
+
+@device.command("remove")
+@click.argument("text", metavar="DEVICE")
+@pass_session
+def remove(session: Session, text: str) -> None:
+    """Have a guest let go of a SCSI disk that nothing uses, before the host detaches it.
+
+    DEVICE is scsi:CONTROLLER:LUN, vmbus:GUID:LUN or /dev/...
+    """
+    wanted = parse_device(text)
+    with session.agent() as guest:
+        reply = guest.device_remove(wanted)
+    session.show(reply, lambda: _describe(reply))
+
+
+def _describe(reply: DeviceRemoveReply) -> str:
+    if reply.already:
+        return "no such disk is there"
+    return plain(f"{' '.join(reply.removed)} removed by {reply.written}")

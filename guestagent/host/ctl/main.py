@@ -12,7 +12,7 @@ from guestagent.host.ctl.agent import AGENT_COMMANDS
 from guestagent.host.ctl.completion import completion
 from guestagent.host.ctl.console import console
 from guestagent.host.ctl.dev import dev
-from guestagent.host.ctl.dm import dm
+from guestagent.host.ctl.dm import device, dm
 from guestagent.host.ctl.events import events
 from guestagent.host.ctl.fs import fs
 from guestagent.host.ctl.layer import layer
@@ -147,7 +147,7 @@ def collect() -> click.Group:
     package must not import them.
     """
     own = (status, top, events, log, metrics, console, completion, man)
-    for command in (*AGENT_COMMANDS, *own, layer, layers, overlay, dev, dm, fs):
+    for command in (*AGENT_COMMANDS, *own, layer, layers, overlay, dev, dm, device, fs):
         guestctl.add_command(command)
     for entry in sorted(entry_points(group="guestctl.commands"), key=lambda entry: entry.name):
         module = entry.load()
