@@ -10,8 +10,6 @@ from guestagent.api.overlays import ScratchReport, TrimReply
 from guestagent.engine.inventory import LiveLayer, LiveOverlay, LiveScratch, refuse_other_spec
 from guestagent.engine.journal import Begun
 from guestagent.engine.plan import check_target
-from guestagent.engine.scratch import make_scratch, scratch_report, settle_volatile
-from guestagent.engine.scratchdisk import leave_disk, trim_disk
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
     missing_directories,
@@ -108,6 +106,8 @@ class Overlays:
         )
         self._state.begin(_begun(spec.overlay_id), Begun(overlay=live), op)
         if spec.scratch is not None:
+            from guestagent.engine.scratch import make_scratch  # a part that many never use
+
             scratch = make_scratch(self._state, spec, spec.scratch, layers[live.lowerdirs[0]], op)
             live = live.replace(scratch=scratch)
         return self._mount(live, layers, op).replace(timings_ms=op.timings_ms)
@@ -216,9 +216,13 @@ class Overlays:
         if scratch is None:
             return
         if live.spec.options.volatile and scratch.kind != "tmpfs":
+            from guestagent.engine.scratch import settle_volatile
+
             with op.step("sync", scratch.path, code="mount"):
                 settle_volatile(scratch)
         if scratch.disk is not None:
+            from guestagent.engine.scratchdisk import leave_disk
+
             leave_disk(self._state, live.spec.overlay_id, scratch.disk, op)
         elif scratch.mount_dev:
             unmount_target(scratch.path, op, dev=scratch.mount_dev)
@@ -238,6 +242,8 @@ class Overlays:
             if disk is None:
                 text = f"overlay {overlay_id!r} has no scratch device"
                 raise CallError("unsupported", text, step="trim", object=overlay_id)
+            from guestagent.engine.scratchdisk import trim_disk
+
             trimmed_bytes = trim_disk(disk, op)
         return TrimReply(trimmed_bytes=trimmed_bytes, timings_ms=op.timings_ms)
 
@@ -343,6 +349,8 @@ class Overlays:
     def _scratch_report(self, live: LiveOverlay) -> ScratchReport | None:
         if live.scratch is None:
             return None
+        from guestagent.engine.scratch import scratch_report
+
         return scratch_report(self._state, live.spec.overlay_id, live.scratch)
 
     def _note_state(self, report: OverlayReport) -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from guestagent.engine.inventory import LayerTraces, LiveLayer, LiveOverlay, Reservation
 from guestagent.engine.journal import Written
 from guestagent.engine.parallel import for_each
-from guestagent.engine.scratchdisk import remove_unused_disks
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
     remove_devices,
@@ -231,6 +230,8 @@ def _undo_all(state: EngineState, undos: Sequence[tuple[str, Callable[[], None]]
 
 def undo_overlay(state: EngineState, kernel: KernelView, live: LiveOverlay) -> None:
     """Take away what there is of an overlay, then its journal entry."""
+    from guestagent.engine.scratchdisk import remove_unused_disks
+
     target = live.spec.mount_point
     with undo_deadline(state) as deadline, Transaction(deadline) as op:
         mount = kernel.mounts.get(target)

@@ -23,6 +23,7 @@ from guestagent.storage import blockdev, syscalls
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.filesystems import detect, mount_options
+from guestagent.storage.makefs import make_filesystem, trim
 from guestagent.storage.mount import mount_filesystem
 from guestagent.storage.mountinfo import find_mount
 from vsock.errors import CallError
@@ -139,8 +140,6 @@ def _make_ready(
         )
         node, crypt = info.node, info.name
     if is_blank:
-        from guestagent.storage.makefs import make_filesystem
-
         with op.step("format", node):
             make_filesystem(scratch.filesystem, node, op.deadline)
     disk = ScratchDisk(
@@ -303,8 +302,6 @@ def trim_disk(disk: ScratchDisk, op: Transaction) -> int:
     Raises:
         CallError: ``unsupported``, the device does not take discards.
     """
-    from guestagent.storage.makefs import trim
-
     with op.step("trim", disk.mount_point):
         try:
             return trim(disk.mount_point, op.deadline)
