@@ -38,8 +38,8 @@ class DeviceScratch(Record):
     ``encrypted`` puts dm-crypt over the device, with a key that the guest makes for this time and
     tells nobody; the file system on it is always new, and lost when the last overlay is unmounted.
     ``shared`` lets other overlays that ask for the same use the device at the same time, each in a
-    directory overlays/OVERLAY_ID of its file system; ``existing`` then says what becomes of the
-    file system for the first of them, and a later one needs a directory that is empty, or adopts
+    directory overlays/OVERLAY_ID of its file system. ``existing`` then says what becomes of the
+    file system for the first of them, and of such a directory for a later one: ``fresh`` empties
     it. ``discard`` tells the device of blocks that become unused, at once; on an encrypted scratch
     it shows the host which blocks are unused.
     """

@@ -15,6 +15,7 @@ from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import remove_directories, undo_deadline, unmount_target
 from guestagent.engine.transaction import Transaction
 from guestagent.storage import syscalls
+from guestagent.storage.makefs import empty_directory
 from guestagent.storage.mount import TargetDirectory, mount_filesystem, open_mounted
 from guestagent.storage.mountinfo import filesystem_at, find_mount
 from guestagent.storage.overlayfs import open_plain
@@ -236,6 +237,9 @@ def _use_device(
     if disk.shared:
         path = f"{path}/overlays/{overlay_id}"
         _make_directory(path, op, is_adopted=True)
+        if scratch.existing == "fresh":
+            with op.step("format", path, code="mount"):
+                empty_directory(path, op.deadline)
     return LiveScratch(kind=scratch.kind, path=path, filesystem=disk.filesystem, disk=disk)
 
 

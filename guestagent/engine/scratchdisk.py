@@ -46,10 +46,7 @@ def use_disk(
         device = blockdev.wait_for(scratch.device, op.deadline)
     _refuse_unfit(state, device)
     with state.locks.hold([("scratch", device.dev)], op.deadline):
-        # released with the overlay's reservation
-        state.inventory.reserve_scratch(
-            ("overlay", overlay_id), device.dev, is_shared=scratch.shared
-        )
+        _reserve(state, overlay_id, scratch, device)
         disk = state.inventory.disk(device.dev)
         if disk is not None:
             _refuse_other_use(disk, scratch, device)
@@ -62,6 +59,25 @@ def use_disk(
             state.inventory.add_disk(disk)
     op.on_rollback(f"scratch {disk.mount_point}", lambda: _leave_unused(state, overlay_id, disk))
     return disk
+
+
+def _reserve(
+    state: EngineState, overlay_id: str, scratch: DeviceScratch, device: BlockDevice
+) -> None:
+    """Reserve a device for an overlay; it is released with the overlay's reservation.
+
+    Raises:
+        CallError: ``conflict``, another overlay has it, and one of both does not share it.
+    """
+    owner = ("overlay", overlay_id)
+    try:
+        state.inventory.reserve_scratch(owner, device.dev, is_shared=scratch.shared)
+    except CallError as error:
+        other = state.inventory.scratch_owner(device.dev)
+        error.message = f"{device.node} is the scratch of overlay {other!r}"
+        error.object = device.node
+        error.hint = "overlays that all say shared can have a device at the same time"
+        raise
 
 
 def _refuse_unfit(state: EngineState, device: BlockDevice) -> None:

@@ -1,7 +1,10 @@
-"""The file system of a scratch device: made, with the tools that the guest has, and trimmed."""
+"""The file system of a scratch: made, with the tools that the guest has, emptied, trimmed."""
 
+import errno
+import itertools
 import os
 import signal
+import stat
 import struct
 
 from guestagent.storage import syscalls
@@ -9,7 +12,11 @@ from guestagent.storage.filesystems import TABLE
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("forbid_programs", "make_filesystem", "trim")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ("empty_directory", "forbid_programs", "make_filesystem", "trim")
 
 #: The start and the end of what a program says are kept, where it may give its reason.
 _SAID_BYTES = 512
@@ -19,6 +26,7 @@ _SEARCH = ("/usr/sbin", "/sbin", "/usr/bin", "/bin")
 _FITRIM, _TRIM_RANGE = 0xC0185879, struct.Struct("=3Q")
 #: A call cannot be cancelled, so that one takes at most this much of a file system.
 _TRIM_BYTES = 4 << 30
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _is_forbidden = False
 
 
@@ -111,3 +119,55 @@ def trim(directory: str, deadline: Deadline) -> int:
         return done_bytes
     finally:
         os.close(fd)
+
+
+def empty_directory(path: str, deadline: Deadline) -> None:
+    """Remove all that is in a directory, however deep; no link is followed.
+
+    Directories that are not empty are moved to the top first, so that no depth takes descriptors.
+
+    Raises:
+        OSError: EPERM, a file is immutable; ELOOP or ENOTDIR, the directory is a link or none.
+        CallError: ``timeout`` or ``cancelled``; a part is gone then.
+    """
+    numbers = itertools.count()
+    top = os.open(path, _OPEN_DIRECTORY)
+    try:
+        while True:
+            names = _take_files_away(top, deadline)
+            if not names:
+                return
+            for name in names:
+                inner = os.open(name, _OPEN_DIRECTORY, dir_fd=top)
+                try:
+                    for each in _take_files_away(inner, deadline):
+                        _move_up(each, inner, top, numbers)
+                finally:
+                    os.close(inner)
+                os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+
+
+def _take_files_away(directory: int, deadline: Deadline) -> list[str]:
+    """Remove the files of an open directory; return the names of the directories in it."""
+    directories = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            deadline.check("empty")
+            if stat.S_ISDIR(entry.stat(follow_symlinks=False).st_mode):
+                directories.append(entry.name)
+            else:
+                os.unlink(entry.name, dir_fd=directory)
+    return directories
+
+
+def _move_up(name: str, inner: int, top: int, numbers: "Iterator[int]") -> None:
+    for number in numbers:
+        try:
+            os.rename(name, f"removed-{number}", src_dir_fd=inner, dst_dir_fd=top)
+            return
+        except OSError as error:
+            # the content may have such a name itself
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise

@@ -13,6 +13,7 @@ from guestagent.api import (
     DeviceScratch,
     DirectoryScratch,
     LayersMount,
+    OverlayOptions,
     OverlayReport,
     PathDevice,
     TmpfsScratch,
@@ -247,6 +248,51 @@ def test_what_is_on_a_shared_disk_is_adopted_by_name(bed: EngineBed, disk: str) 
     assert Path(report.target, "new").read_bytes() == b"kept"
 
 
+def test_a_directory_on_a_shared_disk_is_emptied_for_a_fresh_scratch(
+    bed: EngineBed, disk: str, tmp_path: Path
+) -> None:
+    """However deep it is, whatever its names; and nothing that a link leads to."""
+    report = mount(bed, "o", shared(disk))
+    other = mount(bed, "p", shared(disk))
+    Path(other.target, "kept").write_text("kept")
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    root = Path(report.target)
+    (root / "link").symlink_to(tmp_path)
+    (root / "removed-0" / "inner").mkdir(parents=True)
+    (root / "removed-1").write_text("a file")
+    at = os.open(root, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("deep", dir_fd=at)
+        below = os.open("deep", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = below
+    os.close(at)
+    unmount(bed)
+    assert refused(bed, "o", shared(disk)).code == "conflict"
+    report = mount(bed, "o", shared(disk, existing="fresh"))
+    assert not {"link", "removed-0", "removed-1", "deep"} & set(os.listdir(report.target))
+    assert kept.read_text() == "kept"
+    assert Path(other.target, "kept").read_text() == "kept"
+
+
+@pytest.mark.parametrize("kind", ["shared", "encrypted"])
+def test_a_volatile_scratch_device_can_be_used_again(bed: EngineBed, disk: str, kind: str) -> None:
+    changes = {"encrypted": kind == "encrypted", "existing": "fresh"}
+    options = OverlayOptions(volatile=True)
+    mount(bed, "p", shared(disk, **changes))
+    for content in ("first", "second"):
+        spec = overlay("o", "layer0", scratch=shared(disk, **changes), options=options)
+        with bed.operation() as op:
+            report = bed.engine.overlays.mount(spec, op)
+        assert not Path(report.target, "new").exists()
+        Path(report.target, "new").write_text(content)
+        unmount(bed)
+    if kind == "shared":
+        adopted = mount(bed, "o", shared(disk, existing="adopt"))
+        assert Path(adopted.target, "new").read_text() == "second"
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"shared": False}, {"encrypted": True}, {"discard": True}, {"filesystem": "xfs"}],
@@ -256,7 +302,9 @@ def test_a_shared_disk_is_used_in_one_way(
     bed: EngineBed, disk: str, changes: dict[str, object]
 ) -> None:
     mount(bed, "o", shared(disk))
-    assert refused(bed, "p", shared(disk, **changes)).code == "conflict"
+    error = refused(bed, "p", shared(disk, **changes))
+    assert (error.code, error.object) == ("conflict", disk)
+    assert "'o'" in error.message or f"in use with another {next(iter(changes))}" in error.message
     unmount(bed, "o")
 
 

@@ -21,6 +21,7 @@ from guestagent.api.overlays import (
     LayersUnmountReply,
     OverlayListReply,
     OverlayOptions,
+    ScratchReport,
 )
 from guestagent.api.texts import SCRATCH_TEXTS, layer_from_text, scratch_from_text
 from guestagent.host.ctl.completion import complete_layers, complete_overlays
@@ -195,9 +196,18 @@ def _describe(report: OverlayReport) -> str:
     facts = [
         ("target", f"{report.target} (mount {report.mount_id}, by {report.method})"),
         ("layers", f"{' '.join(report.layers)} (topmost first)"),
+        *([("scratch", _describe_scratch(report.scratch))] if report.scratch else []),
         ("ms", spent(report.timings_ms)),
     ]
     return described("overlay", report.overlay_id, report.state, facts)
+
+
+def _describe_scratch(scratch: ScratchReport) -> str:
+    words = [scratch.filesystem]
+    words += ["encrypted"] if scratch.dm else []
+    words += [f"shared with {' '.join(scratch.shared_with)}"] if scratch.shared_with else []
+    room = f"{scratch.free_bytes} of {scratch.size_bytes} bytes are free"
+    return f"{scratch.kind} {scratch.path} ({', '.join(words)}), {room}"
 
 
 # --- batches
