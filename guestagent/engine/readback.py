@@ -164,7 +164,7 @@ def see_layer(
         dm=tuple(device for device, _ in found.values()),
         changed=changed,
         verity=report,
-        readonly=all(_is_readonly(device) for device in live.source.devices),
+        readonly=all(map(_is_readonly, live.source.devices)),
     )
 
 
@@ -216,7 +216,7 @@ def report_of(
 
     The layers of the same batch must be in the inventory before.
     """
-    live, spec, mount = seen.live, seen.live.spec, seen.mount
+    live, spec = seen.live, seen.live.spec
     layer_state = live.state
     if layer_state == "mounted" and seen.changed:
         layer_state = "changed"
@@ -227,31 +227,23 @@ def report_of(
         state.inventory.note_problem(table_problem(spec.layer_id), text)
     else:
         state.inventory.settle_problem(table_problem(spec.layer_id))
-    return LayerReport(
-        layer_id=spec.layer_id,
-        state=layer_state,
-        target=mount.target,
-        device=spec.device,
-        device_node=live.source.node,
-        dev=mount.dev,
-        mapping=_first_ranges(spec),
-        range_count=len(spec.ranges),
-        dm=seen.dm,
-        verity=seen.verity,
-        filesystem=mount.filesystem,
-        mount_id=mount.mount_id,
-        options=_options(mount),
-        readonly=seen.readonly,
-        size_bytes=live.source.size_bytes,
-        used_by=state.inventory.users_of(spec.layer_id),
-        overlaps=state.inventory.overlapping(live),
-        timings_ms=live.timings_ms if timings_ms is None else timings_ms,
-        already=already,
-    )
+    return _report(state, live, layer_state, seen, timings_ms=timings_ms, already=already)
 
 
 def absent_report(state: EngineState, live: LiveLayer, layer_state: str) -> LayerReport:
     """Report a layer that cannot be seen as it was mounted: what is known of it, and its state."""
+    return _report(state, live, layer_state, None)
+
+
+def _report(
+    state: EngineState,
+    live: LiveLayer,
+    layer_state: str,
+    seen: LayerSeen | None,
+    *,
+    timings_ms: Mapping[str, float] | None = None,
+    already: bool = False,
+) -> LayerReport:
     spec = live.spec
     return LayerReport(
         layer_id=spec.layer_id,
@@ -262,17 +254,17 @@ def absent_report(state: EngineState, live: LiveLayer, layer_state: str) -> Laye
         dev=live.dev,
         mapping=_first_ranges(spec),
         range_count=len(spec.ranges),
-        dm=(),
-        verity=None,
-        filesystem=live.plan.mount.filesystem,
+        dm=seen.dm if seen else (),
+        verity=seen.verity if seen else None,
+        filesystem=seen.mount.filesystem if seen else live.plan.mount.filesystem,
         mount_id=live.mount_id,
-        options=(),
+        options=_options(seen.mount) if seen else (),
+        readonly=seen.readonly if seen else all(map(_is_readonly, live.source.devices)),
         size_bytes=live.source.size_bytes,
-        readonly=all(_is_readonly(device) for device in live.source.devices),
         used_by=state.inventory.users_of(spec.layer_id),
         overlaps=state.inventory.overlapping(live),
-        timings_ms=live.timings_ms,
-        already=False,
+        timings_ms=live.timings_ms if timings_ms is None else timings_ms,
+        already=already,
     )
 
 

@@ -13,6 +13,7 @@ from guestagent.engine.journal import Written
 from guestagent.engine.parallel import for_each
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
+    is_reused,
     remove_devices,
     remove_directories,
     undo_deadline,
@@ -168,13 +169,12 @@ def _is_held(kernel: KernelView, live: LiveOverlay, *, others: set[str]) -> bool
     """Return whether an overlay that is not mounted any more is still in use, by a process inside
     or by another mount namespace: its scratch is not free until it is unmounted here as well.
 
-    The kernel gives the number of a file system that is gone to the next one. So a number that is
-    in use is not enough: a mount of ours may have it by now, and it must have a holder.
+    A number that is in use is not enough: it may be another file system's by now, and it must have
+    a holder.
     """
     if live.spec.mount_point in kernel.mounts or not live.dev:
         return False
-    mounts = [mount for mount in kernel.mounts.values() if mount.dev == live.dev]
-    if any(mount.filesystem != "overlay" or mount.target in others for mount in mounts):
+    if is_reused(live.dev, "overlay", others.__contains__):
         return False
     if syscalls.has_superblock(live.dev) is not True:
         return False

@@ -6,6 +6,7 @@ namespaces, or processes inside a detached mount. So it is checked before and af
 
 import errno
 import os
+from collections.abc import Callable
 from functools import partial
 
 from guestagent.api.layers import Holder, UnmountReply
@@ -24,6 +25,7 @@ from vsock.retry import has_errno, retry
 
 __all__ = (
     "busy_error",
+    "is_reused",
     "missing_directories",
     "nothing_to_unmount",
     "refuse_held",
@@ -175,13 +177,23 @@ def refuse_held(
         info = state.control.find(name=name)
         if info is None or info.open_count == 0:  # another device has its number by now
             return
-    for mount in mounts_of_dev(dev):
-        if state.inventory.is_target(mount.target) or mount.filesystem != filesystem:
-            return  # another file system has the number of this one by now
+    if is_reused(dev, filesystem, state.inventory.is_target):
+        return
     error = busy_error(target, dev, op)
     if syscalls.has_superblock(dev) is None and error.hint == _NO_HOLDER:
         return
     raise error
+
+
+def is_reused(dev: str, filesystem: str, is_target: Callable[[str], bool]) -> bool:
+    """Return whether ``dev``, the number of a file system that was unmounted, is another one's.
+
+    The kernel gives the number of a file system that is gone to the next one. It has done so where
+    a mount of that number has another type than ``filesystem``, or is at one of our targets.
+    """
+    return any(
+        mount.filesystem != filesystem or is_target(mount.target) for mount in mounts_of_dev(dev)
+    )
 
 
 def busy_error(target: str, dev: str, op: Transaction, more: tuple[Holder, ...] = ()) -> CallError:
