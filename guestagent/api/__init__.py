@@ -25,6 +25,7 @@ from guestagent.api import (
 from guestagent.api.agent import Event
 from guestagent.api.devices import (
     ByteRange,
+    LabelDevice,
     PathDevice,
     PmemDevice,
     ScsiDevice,
@@ -51,6 +52,7 @@ __all__ = (
     "DeviceScratch",
     "DirectoryScratch",
     "Event",
+    "LabelDevice",
     "LayerReport",
     "LayerSpec",
     "LayersMount",

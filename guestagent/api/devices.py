@@ -38,6 +38,8 @@ SECTOR_BYTES = 512
 #: Ranges of one layer; a request of so many fits the limits of the wire.
 MAX_RANGES = 4096
 _HEX = frozenset("0123456789abcdefABCDEF")
+MAX_LABEL = 64
+_LABEL = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
 class PmemDevice(Record):
@@ -58,6 +60,23 @@ class VirtioBlkDevice(Record):
 
     def check(self) -> None:
         check_word("serial", self.serial, 20)
+
+
+class LabelDevice(Record):
+    """A disk by a name that the host gave it: letters, digits, ``-`` and ``_``, at most 64.
+
+    That is the serial of a virtio-blk disk, the serial or the WWN of a SCSI disk, the name in the
+    label of an NVDIMM namespace, or the unique id of its DIMM. What two disks have is refused.
+    """
+
+    kind: str = "label"
+    label: str
+
+    def check(self) -> None:
+        if not is_label(self.label):
+            raise ValueError(
+                f"label must be 1 to {MAX_LABEL} letters, digits, '-' or '_', got {self.label!r}"
+            )
 
 
 class ScsiDevice(Record):
@@ -105,7 +124,7 @@ class PathDevice(Record):
             raise ValueError(f"path must lie below /dev, got {self.path!r}")
 
 
-Device = PmemDevice | VirtioBlkDevice | ScsiDevice | VmbusScsiDevice | PathDevice
+Device = PmemDevice | VirtioBlkDevice | LabelDevice | ScsiDevice | VmbusScsiDevice | PathDevice
 
 
 class DeviceRemoveReply(Record):
@@ -131,6 +150,11 @@ class DeviceRemove(Request[DeviceRemoveReply], method="device.remove"):
     def check(self) -> None:
         if isinstance(self.device, (ScsiDevice, VmbusScsiDevice)) and self.device.partition:
             raise ValueError("device: partition must be 0, a disk goes as a whole")
+
+
+def is_label(text: str) -> bool:
+    """Return whether a device can be named by ``text``: no other name of a host is a label."""
+    return 0 < len(text) <= MAX_LABEL and _LABEL.issuperset(text)
 
 
 class ByteRange(Record):

@@ -21,7 +21,8 @@ class DeviceRequest(Record):
 
 class DeviceInfo(Record):
     """A block device. ``dev`` is MAJOR:MINOR, ``kind`` pmem, virtio-blk, scsi, dm, loop or other;
-    ``partition`` its number on its disk, None for a whole disk."""
+    ``partition`` its number on its disk, None for a whole disk. ``labels`` are those by which a
+    request may name it (kind label)."""
 
     node: str
     dev: str
@@ -31,6 +32,7 @@ class DeviceInfo(Record):
     kind: str
     serial: str | None
     partition: int | None
+    labels: tuple[str, ...] = ()
 
 
 class DeviceListReply(Record):
@@ -38,7 +40,11 @@ class DeviceListReply(Record):
 
 
 class FsListDevices(Request[DeviceListReply], method="fs.list_devices"):
-    """List the disks."""
+    """List the disks in the order in which they were attached.
+
+    That is the order in which the kernel met them: of one bus, that of their slots or LUNs, then as
+    they were plugged in.
+    """
 
 
 class FsListPartitions(Request[DeviceListReply], method="fs.list_partitions"):

@@ -3,6 +3,7 @@
 from guestagent.api.devices import (
     ByteRange,
     Device,
+    LabelDevice,
     LayerMapping,
     PathDevice,
     PmemDevice,
@@ -49,8 +50,8 @@ class OverlayText(Record):
 
 
 def device_from_text(text: str) -> Device:
-    """Read pmem:N, virtio-blk:SERIAL, scsi:CONTROLLER:LUN[:PARTITION], vmbus:GUID:LUN[:PARTITION]
-    or a path below /dev.
+    """Read pmem:N, virtio-blk:SERIAL, label:LABEL, scsi:CONTROLLER:LUN[:PARTITION],
+    vmbus:GUID:LUN[:PARTITION] or a path below /dev.
 
     Raises:
         ValueError: it is none of these, or out of range.
@@ -63,6 +64,8 @@ def device_from_text(text: str) -> Device:
         return PmemDevice(number=_number("pmem", rest))
     if kind == "virtio-blk":
         return VirtioBlkDevice(serial=rest)
+    if kind == "label":
+        return LabelDevice(label=rest)
     if kind == "scsi" and 2 <= len(numbers) <= 3:
         controller, lun, partition = (*(_number("scsi", n) for n in numbers), 0)[:3]
         return ScsiDevice(controller=controller, lun=lun, partition=partition)
@@ -71,7 +74,7 @@ def device_from_text(text: str) -> Device:
         lun, partition = (*(_number("vmbus", n) for n in places), 0)[:2]
         return VmbusScsiDevice(guid=guid, lun=lun, partition=partition)
     raise ValueError(
-        f"{text!r} is no pmem:N, virtio-blk:SERIAL, scsi:CONTROLLER:LUN[:PARTITION], "
+        f"{text!r} is no pmem:N, virtio-blk:SERIAL, label:LABEL, scsi:CONTROLLER:LUN[:PARTITION], "
         "vmbus:GUID:LUN[:PARTITION] or /dev/..."
     )
 

@@ -7,7 +7,15 @@ refusal that can be foreseen is made before anything exists.
 import functools
 from collections.abc import Sequence
 
-from guestagent.api import ByteRange, LayerSpec, PathDevice, PmemDevice, ScsiDevice, VirtioBlkDevice
+from guestagent.api import (
+    ByteRange,
+    LabelDevice,
+    LayerSpec,
+    PathDevice,
+    PmemDevice,
+    ScsiDevice,
+    VirtioBlkDevice,
+)
 from guestagent.api.devices import Device, VmbusScsiDevice
 from guestagent.api.layers import DroppedOption
 from guestagent.storage.blockdev import BlockDevice
@@ -252,6 +260,8 @@ def device_tag(device: Device) -> str:
             return f"vmbus-{device.guid.lower()}-lun{device.lun}-p{device.partition}"
         case VirtioBlkDevice():
             return f"virtio-blk-{device.serial}"
+        case LabelDevice():
+            return f"label-{device.label}"
         case PathDevice():
             plain = (c if c.isalnum() or c in "._-" else "_" for c in device.path[len("/dev/") :])
             return "".join(plain)[-32:]

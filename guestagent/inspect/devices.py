@@ -161,10 +161,17 @@ def _infos() -> list[DeviceInfo]:
             kind=device.kind,
             serial=device.serial,
             partition=_partition(device.name),
+            labels=blockdev.labels(device.name),
         )
-        for device in blockdev.list_all()
+        for device in sorted(blockdev.list_all(), key=_place)
         if device.size_bytes
     ]
+
+
+def _place(device: blockdev.BlockDevice) -> tuple[int, int]:
+    """Return where a device is among others: as they were attached, partitions by number."""
+    partition = _partition(device.name)
+    return blockdev.order_of(device.name), partition or 0
 
 
 def _partition(name: str) -> int | None:

@@ -35,7 +35,9 @@ __all__ = (
     "inspect",
     "is_partition",
     "is_readonly",
+    "labels",
     "list_all",
+    "order_of",
     "partitions",
     "set_readonly",
     "wait_for",
@@ -54,6 +56,10 @@ _RESCAN_AFTER_SECONDS = (0.5, 3.0)
 #: Events can be lost, so a wait looks again by itself after this long.
 _LOOK_AGAIN_SECONDS = 1.0
 _WITHOUT_SERIAL = ("pmem", "loop", "dm")
+
+
+#: Disks that a host names.
+_LABELLED = ("vd", "sd", "nvme", "pmem")
 
 
 class BlockDevice(Record):
@@ -132,6 +138,8 @@ def describe(device: api.Device) -> str:
             return f"pmem {device.number}"
         case api.VirtioBlkDevice():
             return f"virtio-blk disk with serial {device.serial!r}"
+        case api.LabelDevice():
+            return f"disk with label {device.label!r}"
         case api.ScsiDevice():
             return f"scsi {device.controller}:0:0:{device.lun} partition {device.partition}"
         case api.VmbusScsiDevice():
@@ -139,6 +147,77 @@ def describe(device: api.Device) -> str:
             return f"scsi of the VMBus device {device.guid} {where}"
         case api.PathDevice():
             return f"block device {device.path!r}"
+
+
+def labels(name: str, *, sys_root: str = "/sys") -> tuple[str, ...]:
+    """Return the names that the host gave to a disk, given by kernel name, as far as they can be
+    labels: its serial, for SCSI also its WWN, for NVDIMMs the name of the namespace and the unique
+    ids of the DIMMs that it is on. A partition has none.
+    """
+    disk = f"{sys_root}/class/block/{name}"
+    if os.path.exists(f"{disk}/partition"):
+        return ()
+    found = [_serial(disk)] if name.startswith(("vd", "nvme")) else []
+    if name.startswith("sd"):
+        found = [_scsi_serial(disk), _wwn(disk)]
+    elif name.startswith("pmem"):
+        found = _nvdimm_names(disk)
+    return tuple(dict.fromkeys(text for text in found if text and api.is_label(text)))
+
+
+def _wwn(disk: str) -> str:
+    """Return the identifier of a SCSI disk without its type (naa., eui., t10.)."""
+    try:
+        return _read(f"{disk}/device/wwid", "").partition(".")[2]
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # it has none (drivers/scsi/scsi_lib.c, scsi_vpd_lun_id)
+            raise
+        return ""
+
+
+def _scsi_serial(disk: str) -> str:
+    """Return the unit serial number: a page that begins with type, code and a length of two bytes
+    (SPC-5, 7.7.19; scsi_sysfs.c of the kernel serves it)."""
+    page = _read_bytes(f"{disk}/device/vpd_pg80")
+    return page[4 : 4 + int.from_bytes(page[2:4], "big")].decode("latin-1").strip(" \0")
+
+
+def _nvdimm_names(disk: str) -> list[str | None]:
+    """Return the name of the namespace that a pmem disk is, and the unique id of each DIMM that it
+    is on: manufacturer, place, date and serial (drivers/acpi/nfit/core.c, id_show).
+
+    The region, which is the directory above, lists its DIMMs; both are on one bus.
+    """
+    device = os.path.realpath(f"{disk}/device")
+    region = os.path.dirname(device)
+    # a disk with a memory map of its own is not the namespace, and names it
+    namespace = _read(f"{device}/namespace", "") or os.path.basename(device)
+    found: list[str | None] = [_read(f"{region}/{namespace}/alt_name", "")]
+    for entry in _entries(region):
+        if entry.startswith("mapping"):
+            dimm = _read(f"{region}/{entry}", "").partition(",")[0]
+            found.append(_read(f"{os.path.dirname(region)}/{dimm}/nfit/id", ""))
+    return found
+
+
+def order_of(name: str, *, sys_root: str = "/sys") -> int:
+    """Return a number by which disks, given by kernel name, are in the order in which the kernel
+    met them: that of their slots or LUNs for those of the start, then as they were plugged in. That
+    of a partition is its disk's.
+
+    Drivers give names in an order of their own. The directory of the hardware is numbered when the
+    bus is looked at, and numbers grow (fs/kernfs/dir.c, __kernfs_new_node).
+    """
+    disk = os.path.realpath(f"{sys_root}/class/block/{name}")
+    if os.path.exists(f"{disk}/partition"):
+        disk = os.path.dirname(disk)
+    for path in (f"{disk}/device", disk):
+        try:
+            return os.stat(path).st_ino
+        except OSError as error:
+            if not _is_vanished(error):
+                raise
+    return 0
 
 
 def wait_for(
@@ -203,6 +282,8 @@ def _locate(device: api.Device, sys_root: str) -> str | None:
             return f"pmem{device.number}"
         case api.VirtioBlkDevice():
             return _locate_virtio(device.serial, sys_root)
+        case api.LabelDevice():
+            return _locate_label(device.label, sys_root)
         case api.ScsiDevice() | api.VmbusScsiDevice():
             return _locate_scsi(device, sys_root)
         case api.PathDevice():
@@ -215,9 +296,25 @@ def _locate_virtio(serial: str, sys_root: str) -> str | None:
         for name in _entries(f"{sys_root}/class/block")
         if name.startswith("vd") and _serial(f"{sys_root}/class/block/{name}") == serial
     ]
+    return _only(names, f"serial {serial!r}", serial)
+
+
+def _locate_label(label: str, sys_root: str) -> str | None:
+    directory = f"{sys_root}/class/block"
+    # no label is of a partition, or of what the kernel makes of other devices
+    names = [
+        name
+        for name in _entries(directory)
+        if name.startswith(_LABELLED) and label in labels(name, sys_root=sys_root)
+    ]
+    return _only(names, f"label {label!r}", label)
+
+
+def _only(names: list[str], what: str, object: str) -> str | None:
     if len(names) > 1:
-        text = f"disks {' and '.join(sorted(names))} all have serial {serial!r}"
-        raise CallError("conflict", text, step="wait-device", object=serial)
+        text = f"disks {' and '.join(sorted(names))} all have {what}"
+        hint = "name the device in another way"
+        raise CallError("conflict", text, step="wait-device", object=object, hint=hint)
     return names[0] if names else None
 
 
@@ -263,7 +360,7 @@ def _rescan(device: api.Device, sys_root: str) -> None:
         controller = _controller_of(device, sys_root)
         host = f"{sys_root}/class/scsi_host/host{controller}/scan"
         triggers = [(host, f"0 0 {device.lun}")]
-    elif isinstance(device, api.PathDevice):
+    elif isinstance(device, (api.PathDevice, api.LabelDevice)):
         hosts = _entries(f"{sys_root}/class/scsi_host")
         triggers += [(f"{sys_root}/class/scsi_host/{host}/scan", "- - -") for host in hosts]
     for path, text in triggers:
@@ -436,6 +533,20 @@ def _read(path: str, missing: str | None = None) -> str:
     except OSError as error:
         if missing is not None and _is_vanished(error):
             return missing
+        raise
+
+
+def _read_bytes(path: str) -> bytes:
+    """Read a binary attribute; nothing where there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(fd, 4096)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if _is_vanished(error):
+            return b""
         raise
 
 

@@ -35,7 +35,7 @@ __all__ = ("PACK_COMMANDS", "image_facts", "root_of")
     default="pmem:0",
     show_default=True,
     metavar="DEVICE",
-    help="Attached as: pmem:N, virtio-blk:SERIAL, scsi:CONTROLLER:LUN or /dev/...",
+    help="Attached as: pmem:N, virtio-blk:SERIAL, label:LABEL, scsi:CONTROLLER:LUN or /dev/...",
 )
 @click.option("--image", "image_id", metavar="ID", help="Mount this image of the pack.")
 @click.option(

@@ -199,6 +199,12 @@ def test_scsi_disks_are_found_and_unplugged(within: Within) -> None:
     assert 0 < partition.size_bytes < disk.size_bytes
     assert partition.logical_block_size == disk.logical_block_size
     assert blockdev.find(device.replace(partition=2)) is None
+    labels = blockdev.labels(disk.name)
+    wwn = Path(f"/sys/class/block/{disk.name}/device/wwid").read_text().strip()
+    assert f"naa.{labels[-1]}" == wwn
+    assert len(labels) == 2  # and the serial
+    for label in labels:
+        assert blockdev.find(api.LabelDevice(label=label)) == disk
     unplug = Path(f"/sys/bus/scsi/devices/{device.controller}:0:0:0/delete")
     unplug.write_text("1")
     assert blockdev.find(device) is None
@@ -207,6 +213,11 @@ def test_scsi_disks_are_found_and_unplugged(within: Within) -> None:
     assert again.size_bytes == disk.size_bytes
     (line,) = agent_log.since(number)[0]
     assert line.fields["written"] == "0 0 0"
+    unplug.write_text("1")
+    number = agent_log.number
+    by_label = blockdev.wait_for(api.LabelDevice(label=labels[0]), within(10))
+    assert by_label.size_bytes == disk.size_bytes
+    assert "- - -" in [line.fields["written"] for line in agent_log.since(number)[0]]
     unplug.write_text("1")  # the module stays: it is busy for a while after a probe
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from guestagent.api import (
+    LabelDevice,
     PathDevice,
     PmemDevice,
     ScsiDevice,
     VirtioBlkDevice,
     VmbusScsiDevice,
 )
-from guestagent.api.devices import Device
+from guestagent.api.devices import Device, is_label
 from guestagent.storage import blockdev
 from guestagent.storage.blockdev import BlockDevice
 from vsock.deadline import Deadline
@@ -124,6 +125,105 @@ def test_virtio_by_serial(sys_root: Path, add_disk: AddDisk) -> None:
     with pytest.raises(CallError, match="vda and vdd") as caught:
         find(VirtioBlkDevice(serial="layer-1"), sys_root)
     assert caught.value.code == "conflict"
+
+
+def add_names(
+    disk: Path, *, serial: str | None = None, wwid: str = "", hardware: Path | None = None
+) -> None:
+    """Give a disk the names that SCSI has: the page with the serial, and the WWN."""
+    hardware = hardware or disk.parent / f"hardware-of-{disk.name}"
+    hardware.mkdir(parents=True, exist_ok=True)
+    (disk / "device").symlink_to(hardware)
+    if serial is not None:
+        page = serial.encode()
+        (hardware / "vpd_pg80").write_bytes(b"\0\x80" + len(page).to_bytes(2, "big") + page)
+    if wwid:
+        (hardware / "wwid").write_text(f"{wwid}\n")
+
+
+def add_namespace(sys_root: Path, disk: Path, number: int, *, name: str, dimms: int) -> None:
+    """Put a pmem disk on a namespace of a region of so many DIMMs, of one bus."""
+    bus = sys_root / "devices/ndbus0"
+    region = bus / f"region{number}"
+    (region / "namespace0.0").mkdir(parents=True)
+    (region / "namespace0.0/alt_name").write_text(f"{name}\n")
+    (region / "mappings").write_text(f"{dimms}\n")
+    for dimm in range(dimms):
+        (region / f"mapping{dimm}").write_text(f"nmem{number}{dimm},0,4096,0\n")
+        nfit = bus / f"nmem{number}{dimm}/nfit"
+        nfit.mkdir(parents=True)
+        (nfit / "id").write_text(f"8680-0000000{dimm}\n")
+    (disk / "device").symlink_to(region / "namespace0.0")
+
+
+def test_disks_by_label(sys_root: Path, add_disk: AddDisk) -> None:
+    add_disk("vda", "254:0", serial="base")
+    add_names(add_disk("sda", "8:0"), serial="  disk_2 ", wwid="naa.5000c500a1b2c3d4")
+    add_names(add_disk("sdb", "8:16"), serial="", wwid="t10.QEMU    QEMU HARDDISK   x")
+    add_namespace(sys_root, add_disk("pmem0", "259:0"), 0, name="layers", dimms=2)
+    add_namespace(sys_root, add_disk("pmem1", "259:1"), 1, name="", dimms=0)
+    expected = {
+        "vda": ("base",),
+        "sda": ("disk_2", "5000c500a1b2c3d4"),
+        "sdb": (),
+        "pmem0": ("layers", "8680-00000000", "8680-00000001"),
+        "pmem1": (),
+    }
+    for name, labels in expected.items():
+        assert blockdev.labels(name, sys_root=str(sys_root)) == labels
+        for label in labels:
+            found = find(LabelDevice(label=label), sys_root)
+            assert found is not None
+            assert found.name == name
+    for label in ("bas", "base1", "naa"):
+        assert find(LabelDevice(label=label), sys_root) is None
+
+
+def test_a_disk_with_a_map_of_its_own_has_the_names_of_its_namespace(
+    sys_root: Path, add_disk: AddDisk
+) -> None:
+    disk = add_disk("pmem0", "259:0")
+    add_namespace(sys_root, disk, 0, name="layers", dimms=1)
+    pfn = sys_root / "devices/ndbus0/region0/pfn0.1"
+    pfn.mkdir()
+    (pfn / "namespace").write_text("namespace0.0\n")
+    (disk / "device").unlink()
+    (disk / "device").symlink_to(pfn)
+    assert blockdev.labels("pmem0", sys_root=str(sys_root)) == ("layers", "8680-00000000")
+
+
+def test_a_label_of_two_disks_is_a_conflict_that_names_both(
+    sys_root: Path, add_disk: AddDisk
+) -> None:
+    add_disk("vdb", "254:16", serial="same")
+    add_names(add_disk("sda", "8:0"), serial="same")
+    with pytest.raises(CallError, match="sda and vdb all have label 'same'") as caught:
+        find(LabelDevice(label="same"), sys_root)
+    assert caught.value.code == "conflict"
+
+
+@pytest.mark.parametrize("label", ["", "a" * 65, "a b", "a.b", "a/b", "\u00e9", "a\n", "../x"])
+def test_what_is_no_label_is_refused(label: str) -> None:
+    with pytest.raises(ValueError, match="label must be"):
+        LabelDevice(label=label)
+    assert not is_label(label)
+
+
+def test_disks_are_in_the_order_in_which_their_hardware_came(
+    sys_root: Path, add_disk: AddDisk
+) -> None:
+    """Directories are numbered here as in sysfs: a later one has a larger number."""
+    hardware = [sys_root / f"devices/{number}" for number in range(3)]
+    made = sorted(hardware, key=lambda path: (path.mkdir(), path.stat().st_ino)[1])
+    for name, dev, place in (("vda", "254:0", 2), ("vdb", "254:16", 0), ("sda", "8:0", 1)):
+        add_names(add_disk(name, dev), hardware=made[place])
+    disk = sys_root / "devices/vdb"
+    add_disk("vdb1", "254:17", parent=disk, partition=1)
+    order = sorted(
+        ("sda", "vda", "vdb", "vdb1"),
+        key=lambda name: (blockdev.order_of(name, sys_root=str(sys_root)), name),
+    )
+    assert order == ["vdb", "vdb1", "sda", "vda"]
 
 
 def test_a_disk_of_no_size_is_not_there_yet(sys_root: Path, add_disk: AddDisk) -> None:

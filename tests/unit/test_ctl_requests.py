@@ -190,6 +190,7 @@ def test_every_field_of_a_mount_can_be_said(
         "layer mount x --device pmem:7 --mapping 0+512:4096+0x200 --mapping 0+512",
         "layer mount x --device /dev/vda",
         "layer mount x --device vmbus:f8b3781a-1e82-4818-a1c3-63d806ec15bb:3:1",
+        "layer mount x --device label:base",
         f"{overlay} --target /run/overlays/p --scratch device:/dev/vdb,xfs,fresh "
         "--metacopy off --redirect-dir follow --xino auto --volatile --userxattr --suid --dev",
         f"{overlay} --scratch tmpfs:8192",
@@ -226,7 +227,7 @@ def test_every_field_of_a_mount_can_be_said(
     assert sent[2].as_dict()["mapping"] == tuple(
         ByteRange(offset_bytes=offset, size_bytes=512) for offset in (0, 4096, 0)
     )
-    assert sent[5] == OverlaySpec(
+    assert sent[6] == OverlaySpec(
         overlay_id="o",
         layers=("a", "b"),
         target="/run/overlays/p",

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import LayerSpec, ScsiDevice, VirtioBlkDevice
+from guestagent.api import LabelDevice, LayerSpec, ScsiDevice, VirtioBlkDevice
 from guestagent.api.agent import AGENT_PORT
+from guestagent.api.devices import Device
 from guestagent.host.client import GuestAgent
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel
@@ -45,24 +46,35 @@ def test_qmp_answers_and_refuses(machine: Machine, deadline: Deadline) -> None:
 
 @pytest.mark.parametrize(
     "device",
-    [VirtioBlkDevice(serial="plain"), ScsiDevice(controller=0, lun=1)],
-    ids=["virtio-blk", "scsi"],
+    [
+        VirtioBlkDevice(serial="plain"),
+        ScsiDevice(controller=0, lun=1),
+        LabelDevice(label="plain"),
+        LabelDevice(label="plain-scsi"),
+    ],
+    ids=["virtio-blk", "scsi", "label-of-virtio-blk", "label-of-scsi"],
 )
-def test_disks_are_there_from_the_start(
-    agent: GuestAgent, device: VirtioBlkDevice | ScsiDevice
-) -> None:
+def test_disks_are_there_from_the_start(agent: GuestAgent, device: Device) -> None:
     spec = LayerSpec(layer_id=f"disk-{device.kind}", device=device, filesystem="erofs")
     assert agent.layer_mount(spec).filesystem == "erofs"
     agent.layer_unmount(spec.layer_id)
+
+
+def test_disks_are_listed_as_they_were_attached(agent: GuestAgent) -> None:
+    """A DIMM has a number that the monitor made of its slot."""
+    disks = {info.node: info for info in agent.fs_list_devices() if info.kind != "loop"}
+    assert list(disks) == ["/dev/pmem0", "/dev/vda", "/dev/sda"]
+    assert disks["/dev/vda"].labels == ("plain",)
+    assert disks["/dev/sda"].labels == ("plain-scsi",)
+    (dimm,) = disks["/dev/pmem0"].labels
+    assert dimm.startswith("8680-")
 
 
 def test_a_disk_comes_and_goes_while_it_runs(
     machine: Machine, agent: GuestAgent, layer_images: dict[str, Path], deadline: Deadline
 ) -> None:
     disk = DiskSpec(path=layer_images["top"], serial="plugged")
-    spec = LayerSpec(
-        layer_id="plugged", device=VirtioBlkDevice(serial="plugged"), filesystem="erofs"
-    )
+    spec = LayerSpec(layer_id="plugged", device=LabelDevice(label="plugged"), filesystem="erofs")
     node = machine.plug_disk(disk, deadline, root_port=1)
     report = agent.layer_mount(spec)
     assert report.device_node.startswith("/dev/vd")

@@ -22,8 +22,8 @@ from guestagent.api.inspect import (
 from guestagent.host.ctl.completion import complete_places
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import Session, cannot_write, emit, pass_session
-from guestagent.host.ctl.style import natural_key, table, words_of
 from guestagent.host.ctl.style import plain as escaped
+from guestagent.host.ctl.style import table, words_of
 from vsock.record import Record
 
 __all__ = ("fs",)
@@ -270,7 +270,7 @@ def download(session: Session, place: Where, path: bytes, output: str) -> None:
 @fs.command()
 @pass_session
 def devices(session: Session) -> None:
-    """List disks and partitions, and the file systems on them."""
+    """List disks as they were attached, then partitions, and the file systems on them."""
     with session.agent() as guest:
         found = (*guest.fs_list_devices(), *guest.fs_list_partitions())
         filesystems = guest.fs_list_filesystems()
@@ -283,10 +283,11 @@ def devices(session: Session) -> None:
             "ro" if info.readonly else "rw",
             filesystems.get(info.node, "unknown"),
             printable((info.serial or "").encode()),
+            " ".join(info.labels),
         )
-        for info in sorted(found, key=lambda info: natural_key(info.node))
+        for info in found
     ]
-    header = ("DEVICE", "DEV", "KIND", "SIZE", "ACCESS", "CONTENT", "SERIAL")
+    header = ("DEVICE", "DEV", "KIND", "SIZE", "ACCESS", "CONTENT", "SERIAL", "LABELS")
     plain = [info.to_wire() | {"content": filesystems.get(info.node)} for info in found]
     _emit(session, plain, [table(header, rows)])
 

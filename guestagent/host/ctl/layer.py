@@ -116,7 +116,12 @@ def tree_options(command: Command) -> Command:
 
 @layer.command("mount")
 @click.argument("layer_id")
-@click.option("--device", required=True, metavar="DEVICE", help="pmem:N, virtio-blk:SERIAL, ...")
+@click.option(
+    "--device",
+    required=True,
+    metavar="DEVICE",
+    help="pmem:N, virtio-blk:SERIAL, label:LABEL, scsi:CONTROLLER:LUN[:PARTITION], /dev/...",
+)
 @click.option(
     "--mapping",
     multiple=True,
