@@ -319,6 +319,7 @@ KEYS: tuple[Key, ...] = (
         read=_layer,
         summary="mount at boot, topmost first: DEVICE,root=HEX[,offset=N,size=N][,id=ID][,fs=TYPE]"
         "[,ranges=OFFSET+SIZE:OFFSET+SIZE...]"
+        "[,readonly_policy=NAME][,whiteouts=KIND]"
         "[,salt=HEX,algorithm=NAME,hash_type=N,data_blocks=N,data_block_size=N,hash_block_size=N,"
         "hash_offset=N]",
         guards_security=True,

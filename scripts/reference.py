@@ -49,6 +49,8 @@ CHOICES: dict[str, tuple[str, Iterable[str]]] = {
         "`options` of LayerSpec, beside `ro`, `nodev` and `nosuid`, which always hold",
         layers.MOUNT_OPTIONS,
     ),
+    "READONLY_POLICIES": ("`readonly_policy` of LayerSpec", layers.READONLY_POLICIES),
+    "WHITEOUT_KINDS": ("`whiteouts` of LayerSpec", layers.WHITEOUT_KINDS),
     "VERITY_PRESETS": ("`preset` of Verity", VERITY_PRESETS),
     "SCRATCH_FILESYSTEMS": ("`filesystem` of DeviceScratch", overlays.SCRATCH_FILESYSTEMS),
     "DEVICE_EXISTING": ("`existing` of DeviceScratch", overlays.DEVICE_EXISTING),
@@ -105,6 +107,12 @@ def error_codes() -> str:
     lines = ["| code | what it means to a caller |", "|---|---|"]
     lines += [f"| `{code}` | {_MEANING[code]} |" for code in CODES]
     return "\n".join(lines)
+
+
+def readonly_policies() -> str:
+    """Return the table of what becomes of a layer on a writable device."""
+    rows = [f"| `{name}` | {meaning} |" for name, meaning in layers.READONLY_POLICIES.items()]
+    return "\n".join(["| policy | on a device that is writable |", "|---|---|", *rows])
 
 
 def event_kinds() -> str:
@@ -210,6 +218,7 @@ def metrics() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "event-kinds": event_kinds,
+    "readonly-policies": readonly_policies,
     "features": features,
     "presets": presets,
     "choices": choices,

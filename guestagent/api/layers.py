@@ -24,6 +24,17 @@ FILESYSTEMS = (*LAYER_FILESYSTEMS, "auto")
 MOUNT_OPTIONS = ("noexec", "noatime", "nodiratime", "dax")
 #: Ranges of a layer, and lines of a dm device's table and status, that a report shows.
 SHOWN_PARTS = 16
+#: What becomes of a layer whose device the kernel would let programs write to.
+READONLY_POLICIES = {
+    "error": "the layer is refused with `denied`",
+    "read": "the device is set read-only in the kernel while layers are on it",
+    "write": "the device stays writable; the layer's mount is read-only all the same",
+    "ignore": "the layer is left out: nothing is made, and the state in the reply is `ignored`",
+}
+#: Which attribute marks the opaque directories of a layer: ``trusted.overlay.opaque``, for
+#: overlays; ``user.overlay.opaque``, for overlays mounted with userxattr. A layer without such
+#: directories suits either, one with both kinds neither.
+WHITEOUT_KINDS = ("none", "trusted", "user", "both")
 
 
 class DmDevice(Record):
@@ -78,10 +89,11 @@ class LayerReport(Record):
 
     ``state`` is mounted, corrupted, device_lost, unmounted (another program unmounted, moved or
     covered it), damaged (a device of it is missing) or changed (a dm device has another table
-    than it was given; ``verity`` is None where that is the verity device's). ``mapping`` has the
-    first 16 of its ``range_count`` ranges, which is 0 where the layer is a whole device. The tables
-    are compared with all ranges. ``readonly`` says whether the kernel refuses writes to its
-    devices. ``overlaps`` names layers whose mappings
+    than it was given; ``verity`` is None where that is the verity device's) or ignored (its
+    ``readonly_policy`` has left it out, and nothing was made). ``mapping`` has the first 16 of its
+    ``range_count`` ranges, which is 0 where the layer is a whole device. The tables are compared
+    with all ranges. ``readonly`` says whether the kernel refuses writes to its devices.
+    ``overlaps`` names layers whose mappings
     share bytes with this one's; ``used_by`` names overlays.
     """
 
@@ -112,6 +124,9 @@ class LayerSpec(Request[LayerReport], method="layer.mount"):
     ``mapping`` is the byte range of ``device`` that holds the layer, or a list of up to 4,096
     ranges that are put together in that order. Ranges of a list may overlap and repeat; a list of
     one range is that range. ``target`` defaults to /run/layers/LAYER_ID.
+    ``readonly_policy`` is for a device that is writable, that of the hash tree included.
+    ``whiteouts`` says how the layer was built; an overlay that would not see what it removes is
+    refused. None is not known, and not checked.
     """
 
     layer_id: str
@@ -121,6 +136,8 @@ class LayerSpec(Request[LayerReport], method="layer.mount"):
     verity: Verity | None = None
     target: str | None = None
     options: tuple[str, ...] = ()
+    readonly_policy: str = "read"
+    whiteouts: str | None = None
 
     def check(self) -> None:
         check_word("layer_id", self.layer_id)
@@ -132,6 +149,8 @@ class LayerSpec(Request[LayerReport], method="layer.mount"):
             self.__dict__["mapping"] = self.mapping[0]  # so that the two compare as equal
         for option in self.options:
             check_choice("option", option, MOUNT_OPTIONS)
+        check_choice("readonly_policy", self.readonly_policy, READONLY_POLICIES)
+        check_choice("whiteouts", self.whiteouts, WHITEOUT_KINDS)
         if "dax" in self.options and self.verity is not None:
             raise ValueError("option dax cannot be had through dm-verity")
 
@@ -143,6 +162,19 @@ class LayerSpec(Request[LayerReport], method="layer.mount"):
     def ranges(self) -> tuple[ByteRange, ...]:
         """The ranges of the mapping in order; none where the layer is the whole device."""
         return ranges_of(self.mapping)
+
+    def check_whiteouts(self, *, userxattr: bool) -> None:
+        """Refuse an overlay with or without ``userxattr`` in which names that the layer removes
+        would be back.
+
+        Raises:
+            ValueError: its whiteouts are of another kind.
+        """
+        if self.whiteouts in ("both", "trusted" if userxattr else "user"):
+            raise ValueError(
+                f"an overlay {'with' if userxattr else 'without'} userxattr does not see all "
+                f"whiteouts of layer {self.layer_id!r}, which are of the kind {self.whiteouts}"
+            )
 
 
 class Holder(Record):

@@ -238,6 +238,9 @@ class LayersMount(Request[LayersMountReply], method="layers.mount"):
             if len(set(values)) < len(values):
                 twice = next(value for value in values if values.count(value) > 1)
                 raise ValueError(f"{name} {twice!r} is named twice")
+        for layer in self.layers:
+            if self.overlay is not None and layer.layer_id in self.overlay.layers:
+                layer.check_whiteouts(userxattr=self.overlay.options.userxattr)
 
 
 class LayersUnmountReply(Record):

@@ -38,7 +38,10 @@ SCRATCH_TEXTS = (
     "device:DEVICE[,FILESYSTEM][,adopt|fresh][,encrypted][,shared][,discard]"
 )
 _DEVICE_WORDS = ("adopt", "fresh", "encrypted", "shared", "discard")
-_LAYER_KEYS = ("id", "offset", "size", "ranges", "root", *_VERITY_KEYS, "fs", "target")
+_LAYER_KEYS = (
+    "id", "offset", "size", "ranges", "root", *_VERITY_KEYS, "fs", "target", "readonly_policy",
+    "whiteouts",
+)  # fmt: skip
 
 
 class OverlayText(Record):
@@ -125,11 +128,11 @@ def _take_words(text: str, words: list[str], known: tuple[str, ...]) -> set[str]
 
 
 def layer_from_text(text: str, default_id: str) -> LayerSpec:
-    """Read DEVICE[,KEY=VALUE]... with the keys id, offset, size, root, fs, preset, target, and for
-    the hash tree salt (``-`` is none), algorithm, hash_type, data_blocks, data_block_size,
-    hash_block_size, hash_offset. In place of offset and size, ``ranges`` has several ranges, as
-    ``mapping_from_text`` reads them. ``root`` is the digest in hexadecimal, or ``none`` for a layer
-    that is not verified: an absent root would be a guess.
+    """Read DEVICE[,KEY=VALUE]... with the keys id, offset, size, root, fs, preset, target,
+    readonly_policy, whiteouts, and for the hash tree salt (``-`` is none), algorithm, hash_type,
+    data_blocks, data_block_size, hash_block_size, hash_offset. In place of offset and size,
+    ``ranges`` has several ranges, as ``mapping_from_text`` reads them. ``root`` is the digest in
+    hexadecimal, or ``none`` for a layer that is not verified: an absent root would be a guess.
 
     Raises:
         ValueError: a key is unknown, given twice, missing or malformed.
@@ -152,6 +155,8 @@ def layer_from_text(text: str, default_id: str) -> LayerSpec:
         verity=_verity(text, values),
         filesystem=values.get("fs", "erofs"),
         target=values.get("target"),
+        readonly_policy=values.get("readonly_policy", "read"),
+        whiteouts=values.get("whiteouts"),
     )
 
 

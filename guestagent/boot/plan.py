@@ -203,5 +203,6 @@ def _layer(
         "mapping": mapping,
         "filesystem": layer.get("filesystem"),
         "verity": layer.get("verity"),
+        "whiteouts": layer.get("whiteouts"),
     }
     return LayerSpec.from_wire(spec, f"{path}: layer {layer.get('id')!r}")

@@ -15,7 +15,7 @@ from guestagent.engine.inventory import LayerClaim, LiveLayer, LiveOverlay
 from guestagent.engine.layers import Layers
 from guestagent.engine.overlays import Overlays
 from guestagent.engine.parallel import for_each
-from guestagent.engine.readback import LayerSeen, report_of, see_layer
+from guestagent.engine.readback import LayerSeen, ignored_report, report_of, see_layer
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import nothing_to_unmount
 from guestagent.engine.transaction import Transaction
@@ -57,10 +57,13 @@ class Batches:
             begun = f"batch-{time.monotonic_ns()}-{request.layers[0].layer_id}"
             missing = [spec for spec in request.layers if not self._layers.is_mounted(spec)]
             with op:
-                made = self._bring_layers_up(missing, begun, op)
+                claims = self._claim(missing, op)
+                ignored = [claim for claim in claims if claim.is_ignored]
+                claims = [claim for claim in claims if not claim.is_ignored]
+                made = self._bring_layers_up(claims, begun, op)
                 overlay = self._bring_overlay_up(request, made, op)
                 with op.step("read back", f"{len(request.layers)} layers"):
-                    there = self._look_at_others(request, made)
+                    there = self._look_at_others(request, made, ignored)
                     overlay_report = self._report_overlay(request, overlay)
                 with op.step("commit", begun, code="resource"):
                     if overlay is not None:
@@ -73,6 +76,8 @@ class Batches:
             if overlay is not None:
                 self._overlays.announce(overlay, op)
             reports = self._report(made, there)
+            for claim in ignored:
+                reports[claim.spec.layer_id] = ignored_report(self._state, claim, op.timings_ms)
         op.timings_ms["total"] = round((time.perf_counter() - begin) * 1000, 3)
         return LayersMountReply(
             layers=tuple(reports[spec.layer_id] for spec in request.layers),
@@ -80,11 +85,7 @@ class Batches:
             timings_ms=op.timings_ms,
         )
 
-    def _bring_layers_up(
-        self, specs: Sequence[LayerSpec], begun: str, op: Transaction
-    ) -> list[LayerSeen]:
-        if not specs:
-            return []
+    def _claim(self, specs: Sequence[LayerSpec], op: Transaction) -> list[LayerClaim]:
         claims = []
         for spec in specs:
             try:
@@ -92,6 +93,13 @@ class Batches:
             except CallError as error:
                 self._layers.announce_failure(spec, error, op)
                 raise
+        return claims
+
+    def _bring_layers_up(
+        self, claims: Sequence[LayerClaim], begun: str, op: Transaction
+    ) -> list[LayerSeen]:
+        if not claims:
+            return []
         self._layers.begin(begun, claims, op)
         what = f"{len(claims)} layers"
         with op.step("layers", what, code="resource"):
@@ -134,9 +142,12 @@ class Batches:
             self._overlays.announce_failure(spec, error, op)
             raise
 
-    def _look_at_others(self, request: LayersMount, made: Sequence[LayerSeen]) -> list[LayerSeen]:
+    def _look_at_others(
+        self, request: LayersMount, made: Sequence[LayerSeen], ignored: Sequence[LayerClaim]
+    ) -> list[LayerSeen]:
         """Look at the layers that were there already."""
         new = {each.live.spec.layer_id for each in made}
+        new.update(claim.spec.layer_id for claim in ignored)
         ids = (spec.layer_id for spec in request.layers)
         return list(self._layers.look_at([name for name in ids if name not in new]))
 

@@ -67,6 +67,8 @@ class LayerClaim(Record):
     source: Source
     reservation: Reservation
     uuid_prefix: str = "guestagent-"
+    #: Its policy leaves it out; nothing is reserved then.
+    is_ignored: bool = False
 
     @property
     def traces(self) -> LayerTraces:
@@ -422,6 +424,11 @@ class Inventory:
     def is_kept_readonly(self, dev: str) -> bool:
         with self._lock:
             return dev in self._readonly
+
+    def is_made_readonly(self, dev: str) -> bool:
+        """Return whether a device (MAJOR:MINOR) would be writable without the layers on it."""
+        with self._lock:
+            return self._readonly.get(dev, (False,))[0]
 
     def keep_readonly(self, dev: str, layer_id: str, was_writable: bool) -> bool:
         """Note that a layer needs a device (MAJOR:MINOR) read-only. Return whether the agent made

@@ -23,7 +23,7 @@ from guestagent.engine.plan import (
     source_of,
     verity_options,
 )
-from guestagent.engine.protection import protect
+from guestagent.engine.protection import is_ignored, protect
 from guestagent.engine.readback import verity_status
 from guestagent.engine.reader import Reader
 from guestagent.engine.state import EngineState
@@ -78,7 +78,10 @@ class LayerMount:
                 self._refuse_scratch(hash_device)
                 source = source.replace(hash_device=hash_device)
             self._verity_version(op)  # a kernel without it is told before anything is begun
-        source = protect(self._state, spec.layer_id, source, op)
+        if is_ignored(self._state, spec, source):
+            inventory.release(owner)
+            return LayerClaim(spec=spec, source=source, reservation=reservation, is_ignored=True)
+        source = protect(self._state, spec, source, op)
         return LayerClaim(
             spec=spec,
             source=source,

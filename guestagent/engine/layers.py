@@ -12,6 +12,7 @@ from guestagent.engine.protection import release
 from guestagent.engine.readback import (
     LayerSeen,
     absent_report,
+    ignored_report,
     report_of,
     see_layer,
     table_problem,
@@ -58,6 +59,8 @@ class Layers:
                 with op:
                     begun = f"layer-{spec.layer_id}"
                     claim = self.claim(spec, op)
+                    if claim.is_ignored:
+                        return ignored_report(self._state, claim, op.timings_ms)
                     self.begin(begun, (claim,), op)
                     live = self.make(claim, op)
                     with op.step("read back", spec.mount_point):

@@ -375,7 +375,8 @@ class Overlays:
         """Return the layers by where they are mounted, topmost first.
 
         Raises:
-            CallError: ``not_found``, naming the layer that is not there.
+            CallError: ``not_found``, naming the layer that is not there; ``invalid``, one whose
+                whiteouts the overlay would not see.
         """
         found = {}
         for layer_id in spec.layers:
@@ -387,6 +388,10 @@ class Overlays:
                     step="claim",
                     object=layer_id,
                 )
+            try:
+                live.spec.check_whiteouts(userxattr=spec.options.userxattr)
+            except ValueError as error:
+                raise CallError("invalid", str(error), step="claim", object=layer_id) from None
             found[live.spec.mount_point] = live
         return found
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from guestagent.api import LayerReport
 from guestagent.api.devices import LayerMapping
 from guestagent.api.layers import SHOWN_PARTS, DmDevice, LayerSpec, VerityReport
-from guestagent.engine.inventory import LiveLayer
-from guestagent.engine.plan import VerityStep
+from guestagent.engine.inventory import LayerClaim, LiveLayer
+from guestagent.engine.plan import VerityStep, plan_layer
 from guestagent.engine.state import EngineState
 from guestagent.storage import blockdev
 from guestagent.storage.blockdev import BlockDevice
@@ -27,6 +27,7 @@ __all__ = (
     "LayerSeen",
     "absent_report",
     "dm_device",
+    "ignored_report",
     "report_of",
     "see_layer",
     "table_problem",
@@ -233,6 +234,15 @@ def report_of(
 def absent_report(state: EngineState, live: LiveLayer, layer_state: str) -> LayerReport:
     """Report a layer that cannot be seen as it was mounted: what is known of it, and its state."""
     return _report(state, live, layer_state, None)
+
+
+def ignored_report(
+    state: EngineState, claim: LayerClaim, timings_ms: Mapping[str, float]
+) -> LayerReport:
+    """Report a layer that its policy leaves out."""
+    plan = plan_layer(claim.spec, claim.source, names=claim.reservation.dm_names)
+    live = LiveLayer(spec=claim.spec, source=claim.source, plan=plan, created=(), timings_ms={})
+    return _report(state, live, "ignored", None, timings_ms=timings_ms)
 
 
 def _report(

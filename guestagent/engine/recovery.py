@@ -190,7 +190,7 @@ def _adopt_layer(state: EngineState, live: LiveLayer) -> None:
             target=live.spec.mount_point, directories=live.created, dm_names=live.plan.dm_names
         ),
     )
-    for device in live.source.devices:
+    for device in live.source.devices if live.spec.readonly_policy != "write" else ():
         made = device.dev in live.source.made_readonly
         state.inventory.keep_readonly(device.dev, layer_id, made)
     state.inventory.add_layer(live)

@@ -8,6 +8,7 @@ from typing import TypeVar, Unpack
 
 import click
 
+from guestagent.api.layers import WHITEOUT_KINDS
 from guestagent.host.ctl.layer import hex_bytes
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
@@ -17,7 +18,7 @@ from rootfs.image.source import FORMATS, SourceChoices
 from rootfs.image.spool import DEFAULT_MAX_BYTES
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.hasharea import identify
-from rootfs.pack.manifest import WHITEOUT_KINDS, Manifest, ManifestImage, ManifestLayer
+from rootfs.pack.manifest import Manifest, ManifestImage, ManifestLayer
 from rootfs.pack.pack import (
     DAX_ALIGNMENT_BYTES,
     PAGE_ALIGNMENT_BYTES,

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from guestagent.api.devices import SECTOR_BYTES
-from guestagent.api.layers import LAYER_FILESYSTEMS
+from guestagent.api.layers import LAYER_FILESYSTEMS, WHITEOUT_KINDS
 from guestagent.storage.verity import PART_STEP_BYTES, FieldError, VerityParameters
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import write_file
@@ -22,7 +22,6 @@ from vsock.errors import CallError
 
 __all__ = (
     "IMAGE_STEP_BYTES",
-    "WHITEOUT_KINDS",
     "Manifest",
     "ManifestImage",
     "ManifestLayer",
@@ -34,9 +33,6 @@ __all__ = (
 VERSION = 2
 #: Images are a whole number of these: what virtio-pmem and NVDIMM devices are mapped by.
 IMAGE_STEP_BYTES = 2 << 20
-#: ``trusted.overlay.opaque``, for overlays; ``user.overlay.opaque``, for overlays mounted with
-#: userxattr; a layer without opaque directories suits either, one with both kinds neither.
-WHITEOUT_KINDS = ("none", "trusted", "user", "both")
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_LAYERS = 65536
 _MAX_IMAGES = 4096
@@ -514,6 +510,8 @@ def layer_spec(layer: ManifestLayer, device: Mapping[str, object]) -> dict[str, 
     }
     if layer.verity is not None:
         spec["verity"] = verity_map(layer.verity)
+    if layer.whiteouts is not None:
+        spec["whiteouts"] = layer.whiteouts
     return spec
 
 

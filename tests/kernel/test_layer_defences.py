@@ -7,8 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api import ByteRange, DeviceScratch, LayerReport, LayerSpec, PathDevice, Verity
+from guestagent.api import (
+    ByteRange,
+    DeviceScratch,
+    LayerReport,
+    LayersMount,
+    LayerSpec,
+    OverlayOptions,
+    OverlaySpec,
+    PathDevice,
+    Verity,
+)
 from guestagent.api.devices import TREE_FIELDS
+from guestagent.api.layers import READONLY_POLICIES, WHITEOUT_KINDS
+from guestagent.api.overlays import LayersMountReply
 from guestagent.engine.state import Rules
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import Control
@@ -42,6 +54,16 @@ def control() -> Iterator[Control]:
 def mount(bed: EngineBed, spec: LayerSpec) -> LayerReport:
     with bed.operation() as op:
         return bed.engine.layers.mount(spec, op)
+
+
+def mount_many(bed: EngineBed, request: LayersMount) -> LayersMountReply:
+    with bed.operation() as op:
+        return bed.engine.batches.mount(request, op)
+
+
+def mount_overlay(bed: EngineBed, spec: OverlaySpec) -> None:
+    with bed.operation() as op:
+        bed.engine.overlays.mount(spec, op)
 
 
 def unmount(bed: EngineBed, layer_id: str) -> None:
@@ -403,6 +425,116 @@ def test_a_disk_that_is_mounted_for_writing_is_no_layer(bed: EngineBed, tmp_path
         assert is_writable(node)
         (target / "file").write_text("still written to")
         dmbed.run("umount", target)
+
+
+@pytest.mark.parametrize("policy", READONLY_POLICIES)
+@pytest.mark.parametrize("readonly", [True, False], ids=["read-only", "writable"])
+def test_a_policy_decides_on_a_device_that_is_writable(
+    bed: EngineBed, tmp_path: Path, policy: str, readonly: bool
+) -> None:
+    image = erofs(tmp_path)
+    with loop_device(image.path, readonly=readonly) as node:
+        device = PathDevice(path=node)
+        spec = LayerSpec(layer_id="l", device=device, filesystem="erofs", readonly_policy=policy)
+        if policy == "error" and not readonly:
+            error = refused(bed, spec)
+            assert (error.code, error.step, error.object) == ("denied", "protect", node)
+            assert "is writable, and layer 'l'" in error.message
+        else:
+            report = mount(bed, spec)
+            is_left_out = policy == "ignore" and not readonly
+            assert report.state == ("ignored" if is_left_out else "mounted")
+            assert report.readonly is (readonly or policy == "read")
+            assert is_writable(node) is not report.readonly
+            assert bool(report.mount_id) is not is_left_out
+            assert "rw" not in report.options
+            bed.reopen()
+            assert [live.layer_id for live in bed.engine.layers.list()] == (
+                [] if is_left_out else ["l"]
+            )
+            assert is_writable(node) is not report.readonly
+            unmount(bed, "l")
+        assert is_writable(node) is not readonly
+        # nothing is left reserved, and the device is as it was
+        mount(bed, spec.replace(readonly_policy="read"))
+        unmount(bed, "l")
+
+
+@pytest.mark.parametrize("policy", ["error", "ignore"])
+def test_what_the_agent_has_made_read_only_counts_as_writable(
+    bed: EngineBed, pack: Pack, tmp_path: Path, policy: str
+) -> None:
+    """The answer must not depend on which other layers are there, or come first in a batch."""
+    copy = tmp_path / "copy"
+    copy.write_bytes(pack.image.read_bytes())
+    with loop_device(copy, readonly=False) as node:
+        device = PathDevice(path=node)
+        first = pack.spec(0, device=device)
+        second = pack.spec(1, device=device, readonly_policy=policy)
+        mount(bed, first)
+        if policy == "error":
+            assert refused(bed, second).code == "denied"
+        else:
+            assert mount(bed, second).state == "ignored"
+            unmount(bed, "layer0")
+            request = LayersMount(layers=(first, second))
+            states = [layer.state for layer in mount_many(bed, request).layers]
+            assert states == ["mounted", "ignored"]
+            only = LayersMount(layers=(second,))
+            assert [layer.state for layer in mount_many(bed, only).layers] == ["ignored"]
+            spec = OverlaySpec(overlay_id="o", layers=("layer0", "layer1"))
+            with pytest.raises(CallError, match="needs layer 'layer1'") as caught:
+                mount_many(bed, request.replace(overlay=spec))
+            assert caught.value.code == "not_found"
+        assert not is_writable(node)
+        unmount(bed, "layer0")
+        assert is_writable(node)
+
+
+def test_a_disk_that_is_mounted_for_writing_is_no_layer_by_any_policy(
+    bed: EngineBed, tmp_path: Path
+) -> None:
+    disk, target = tmp_path / "disk", tmp_path / "mnt"
+    target.mkdir()
+    dmbed.run("mke2fs", "-q", "-t", "ext4", "-F", disk, "16M")
+    with loop_device(disk, readonly=False) as node:
+        dmbed.run("mount", "-t", "ext4", node, target)
+        for policy in ("read", "write"):
+            spec = LayerSpec(
+                layer_id="l",
+                device=PathDevice(path=node),
+                filesystem="ext4",
+                readonly_policy=policy,
+            )
+            assert refused(bed, spec).code == "conflict"
+        dmbed.run("umount", target)
+
+
+# --- overlays that would not see what a layer removes
+
+
+@pytest.mark.parametrize("kind", [None, *WHITEOUT_KINDS])
+@pytest.mark.parametrize("userxattr", [False, True])
+def test_an_overlay_must_see_the_whiteouts_of_its_layers(
+    bed: EngineBed, pack: Pack, kind: str | None, userxattr: bool
+) -> None:
+    unfit = ("both", "trusted" if userxattr else "user")
+    mount(bed, pack.spec(0, whiteouts=kind))
+    mount(bed, pack.spec(1))
+    spec = OverlaySpec(
+        overlay_id="o",
+        layers=("layer0", "layer1"),
+        options=OverlayOptions(userxattr=userxattr),
+    )
+    if kind in unfit:
+        with pytest.raises(CallError, match=f"layer 'layer0', which are of the kind {kind}") as e:
+            mount_overlay(bed, spec)
+        assert (e.value.code, e.value.object) == ("invalid", "layer0")
+        with pytest.raises(ValueError, match="does not see all whiteouts"):
+            LayersMount(layers=(pack.spec(0, whiteouts=kind), pack.spec(1)), overlay=spec)
+    else:
+        LayersMount(layers=(pack.spec(0, whiteouts=kind), pack.spec(1)), overlay=spec)
+        mount_overlay(bed, spec)
 
 
 # --- what the root digest does not say

@@ -181,7 +181,7 @@ def test_every_field_of_a_mount_can_be_said(
         f"--target /run/layers/y --root-digest {digest} --preset strict --allow-sha1 "
         f"--hash-device virtio-blk:tree --signature {signature} --no-superblock --salt 0a "
         "--hash sha1 --hash-type 0 --data-blocks 3 --data-block-size 1024 --hash-block-size 2048 "
-        "--hash-offset 4096"
+        "--hash-offset 4096 --readonly-policy error --whiteouts user"
     )
     overlay = "overlay mount o a b"
     lines = (
@@ -208,6 +208,8 @@ def test_every_field_of_a_mount_can_be_said(
         filesystem="squashfs",
         options=("noexec",),
         target="/run/layers/y",
+        readonly_policy="error",
+        whiteouts="user",
         verity=Verity(
             root_digest=bytes.fromhex(digest),
             preset="strict",

@@ -14,7 +14,14 @@ from guestagent.api.devices import (
     Device,
     LayerMapping,
 )
-from guestagent.api.layers import MOUNT_OPTIONS, SHOWN_PARTS, LayerListReply, UnmountReply
+from guestagent.api.layers import (
+    MOUNT_OPTIONS,
+    READONLY_POLICIES,
+    SHOWN_PARTS,
+    WHITEOUT_KINDS,
+    LayerListReply,
+    UnmountReply,
+)
 from guestagent.api.texts import device_from_text, mapping_from_text
 from guestagent.host.client.methods import STREAM_DEADLINE_MS
 from guestagent.host.ctl.completion import complete_layers
@@ -148,6 +155,16 @@ def tree_options(command: Command) -> Command:
     help="PKCS#7 of the root digest for the kernel's keyring, as `guestctl sign` makes it.",
 )
 @click.option("--allow-sha1", is_flag=True, help="Accept SHA-1, which is refused otherwise.")
+@click.option(
+    "--readonly-policy",
+    type=click.Choice(tuple(READONLY_POLICIES)),
+    default="read",
+    show_default=True,
+    help="For a device that is writable: refuse it, set it read-only, leave it so, or skip it.",
+)
+@click.option(
+    "--whiteouts", type=click.Choice(WHITEOUT_KINDS), help="As `layer build` has said of the image."
+)
 @tree_options
 @pass_session
 def mount(
@@ -164,6 +181,8 @@ def mount(
     hash_device: str | None,
     signature: BinaryIO | None,
     allow_sha1: bool,
+    readonly_policy: str,
+    whiteouts: str | None,
     **terms: Unpack[TreeWords],
 ) -> None:
     """Mount a layer read-only, verified if a root digest is given.
@@ -192,6 +211,8 @@ def mount(
             filesystem=filesystem,
             target=target,
             options=options,
+            readonly_policy=readonly_policy,
+            whiteouts=whiteouts,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
