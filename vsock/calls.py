@@ -4,15 +4,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
-from vsock.connection import Budget, Call, Connection, Outcome
+from vsock.connection import Budget, Call, Connection, Later, Outcome
 from vsock.errors import CallError
 from vsock.rpc import Request
 from vsock.threads import start_thread
 
 __all__ = ("Calls", "Handler")
 
-Handler = Callable[[Call], Outcome]
+#: Answers a call, or leaves it for later.
+Handler = Callable[[Call], "Outcome | Later"]
 
 _IDLE_SECONDS = 20.0
 #: A thread's stack costs memory only where it was touched; this bounds the address space.
@@ -43,13 +45,18 @@ class Calls:
         workers: int,
         budget: Budget,
         on_end: Callable[[], None],
+        on_resume: Callable[[Call], None],
     ) -> None:
-        """The decoded requests in flight share ``budget``; ``on_end`` follows each call."""
+        """The decoded requests in flight share ``budget``; ``on_end`` follows each call.
+
+        ``on_resume`` has the server's thread ``start`` a call once more, whose handler has waited.
+        """
         self._handler = handler
         self._quick = quick
         self._workers = _Workers(self._run, urgent, workers)
         self._budget = budget
         self._on_end = on_end
+        self._on_resume = on_resume
         self._lock = threading.Lock()
         self._calls: set[Call] = set()
         self._waiting: set[Call] = set()  # have a deadline, and no thread yet
@@ -145,22 +152,40 @@ class Calls:
 
     def _run(self, call: Call) -> None:
         self._waiting.discard(call)
-        try:
-            if call.take():
-                self._handle(call)
-        finally:
+        if call.take():
+            self._run_taken(call)
+        else:
             self._strike(call)
 
-    def _handle(self, call: Call) -> None:
-        outcome = _LOST
+    def _run_taken(self, call: Call) -> None:
+        outcome: Outcome | Later = _LOST
         try:
-            call.deadline.check(f"wait for a thread to run {call.method}")
+            if call.later is None:  # a handler that has waited tells what for
+                call.deadline.check(f"wait for a thread to run {call.method}")
             outcome = self._handler(call)
         except CallError as error:
             outcome = Outcome(error.to_wire(), None)
         finally:
             # even when the handler breaks its contract the peer gets its answer
-            call.connection.answer(call, outcome)
+            if isinstance(outcome, Outcome):
+                try:
+                    call.connection.answer(call, outcome)
+                finally:
+                    self._strike(call)
+        if isinstance(outcome, Later):
+            call.later = outcome
+            outcome.attach(partial(self._resume, call), partial(self._finish, call))
+
+    def _resume(self, call: Call) -> None:
+        assert call.later is not None
+        call.waited_seconds += call.later.seconds
+        call.give_back()
+        self._on_resume(call)
+
+    def _finish(self, call: Call) -> None:
+        assert call.later is not None
+        call.waited_seconds += call.later.seconds
+        self._run_taken(call)
 
     def _strike(self, call: Call) -> None:
         with self._lock:

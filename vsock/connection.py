@@ -22,7 +22,7 @@ from vsock.rpc import (
 )
 from vsock.stream import Stream
 
-__all__ = ("Budget", "Call", "Connection", "Outbox", "OutboxFull", "Outcome")
+__all__ = ("Budget", "Call", "Connection", "Later", "Outbox", "OutboxFull", "Outcome")
 
 #: What a connection may hold without a share of the budget: short requests and short answers go on
 #: when other connections have used it up.
@@ -88,6 +88,48 @@ class Outcome:
         self.result = result
 
 
+class Later:
+    """What a handler answers while the call waits: no thread is held, and the handler runs again.
+
+    The handler hands this to what it waits for, which calls ``resume`` or ``finish``. Both may be
+    called from any thread, also before the handler has returned; only the first has an effect.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun_at = time.monotonic()
+        self._runs: tuple[Callable[[], object], Callable[[], object]] | None = None
+        self._number: int | None = None
+        #: How long it took; 0 before.
+        self.seconds = 0.0
+
+    def resume(self) -> None:
+        """Have a worker run the handler again."""
+        self._end(0)
+
+    def finish(self) -> None:
+        """Run the handler here and now: the deadline is over, and nothing in it waits."""
+        self._end(1)
+
+    def attach(self, again: Callable[[], object], now: Callable[[], object]) -> None:
+        """For the server: say what ``resume`` and ``finish`` do."""
+        with self._lock:
+            self._runs = again, now
+            number = self._number
+        if number is not None:
+            self._runs[number]()
+
+    def _end(self, number: int) -> None:
+        with self._lock:
+            if self._number is not None:
+                return
+            self._number = number
+            self.seconds = time.monotonic() - self._begun_at
+            runs = self._runs
+        if runs is not None:
+            runs[number]()
+
+
 class Call:
     """A request on its way through a handler.
 
@@ -101,11 +143,13 @@ class Call:
         "connection",
         "deadline",
         "held_bytes",
+        "later",
         "method",
         "msgid",
         "on_withdraw",
         "params",
         "traceparent",
+        "waited_seconds",
     )
 
     def __init__(self, request: Request, connection: "Connection", held_bytes: int) -> None:
@@ -128,12 +172,19 @@ class Call:
         self.connection = connection
         #: Called where the call was taken before a thread came to it.
         self.on_withdraw: Callable[[Call], None] | None = None
+        #: What its handler waited for when it last ran, None before; and how long in all.
+        self.later: Later | None = None
+        self.waited_seconds = 0.0
         self._cancel_on_disconnect = False
         self._taken = threading.Lock()
 
     def take(self) -> bool:
         """Return True to the first thread that asks: that thread runs or answers the call."""
         return self._taken.acquire(blocking=False)
+
+    def give_back(self) -> None:
+        """Let the next thread that asks take the call, which its handler has left for later."""
+        self._taken.release()
 
     def withdraw(self) -> bool:
         """Take the call if no thread has come to it, and free its place in the queue."""

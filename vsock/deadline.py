@@ -9,7 +9,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vsock.closeable import Closeable
 from vsock.errors import CallError
@@ -35,6 +35,16 @@ class Deadline(Closeable):
         self._event_fd: int | None = None
         self._whole: Deadline | None = None
         self._parts: list[Deadline] = []
+        self._on_cancel: list[Callable[[], object]] = []
+
+    def when_cancelled(self, call: Callable[[], object]) -> None:
+        """Call ``call`` with each ``cancel``, on its thread; here and now if there was one. It must
+        not wait."""
+        with self._lock:
+            self._on_cancel.append(call)
+            if not self._cancelled:
+                return
+        call()
 
     def part(self, seconds: float | None = None) -> "Deadline":
         """Return a deadline for a part of the work, which the caller closes.
@@ -78,9 +88,11 @@ class Deadline(Closeable):
             self._cancelled = True
             if self._event_fd is not None:
                 os.eventfd_write(self._event_fd, 1)
-            parts = list(self._parts)
+            parts, calls = list(self._parts), list(self._on_cancel)
         for part in parts:
             part.cancel()
+        for call in calls:
+            call()
 
     def check(self, step: str, now: float | None = None) -> None:
         """Raise CallError ``cancelled`` or ``timeout``, naming ``step``, if it is over.

@@ -2,8 +2,9 @@
 
 The thread of ``serve_forever`` accepts, reads, decodes, and runs the methods named in ``quick``
 in place, because a hand-over costs more than such a method. Every other request goes to a worker
-thread. No thread waits for a peer: an answer is written at once as far as it fits, the rest when
-the peer reads, and a peer that does not read is cut off.
+thread, which a handler that waits for long gives back (``Later``). No thread waits for a peer: an
+answer is written at once as far as it fits, the rest when the peer reads, and a peer that does not
+read is cut off.
 
 What a peer may count on:
 
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from vsock.calls import Calls, Handler
-from vsock.connection import Budget, Call, Connection, Outcome
+from vsock.connection import Budget, Call, Connection, Later, Outcome
 from vsock.errors import CallError
 from vsock.log import log
 from vsock.loop import Loop
@@ -43,7 +44,7 @@ from vsock.rpc import (
 from vsock.stream import Listener, Stream
 from vsock.threads import Waker
 
-__all__ = ("Call", "Connection", "Outcome", "Server")
+__all__ = ("Call", "Connection", "Later", "Outcome", "Server")
 
 #: What cancelled requests get for undoing what they made, when the server stops.
 _UNDO_SECONDS = 5.0
@@ -109,6 +110,7 @@ class Server:
             workers=workers,
             budget=self._input_budget,
             on_end=self._call_ended,
+            on_resume=self._resume,
         )
         self._loop = Loop()
         self._waker = Waker()
@@ -119,6 +121,7 @@ class Server:
         # from other threads
         self._new: deque[tuple[Listener | Stream, OnClose]] = deque()
         self._requested: deque[Connection] = deque()
+        self._resumed: deque[Call] = deque()
         self._expire_at: float | None = None
         self._stop_at: float | None = None
         self._closed = False
@@ -244,6 +247,11 @@ class Server:
         self._requested.append(connection)
         self._waker.wake()
 
+    def _resume(self, call: Call) -> None:
+        """Have the server's thread start a call again. From any thread."""
+        self._resumed.append(call)
+        self._waker.wake()
+
     def _woken(self, _events: int) -> None:
         self._waker.clear()
         if self._stop_at is not None:
@@ -256,6 +264,8 @@ class Server:
                     self._accept_on(new)
             else:
                 self._add_connection(new, must_introduce=False, on_close=on_close)
+        while self._resumed:
+            self._expire_by(self._calls.start(self._resumed.popleft()))
         while self._requested:
             self._update_interest(self._requested.popleft())
 

@@ -6,9 +6,17 @@ batch that fails anywhere undoes everything in reverse.
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from guestagent.api import LayerReport, LayersMount, LayerSpec, LayersUnmount, OverlayReport
+from guestagent.api import (
+    LayerReport,
+    LayersMount,
+    LayerSpec,
+    LayersUnmount,
+    OverlayReport,
+    OverlaySpec,
+)
 from guestagent.api.layers import UnmountReply
 from guestagent.api.overlays import LayersMountReply, LayersUnmountReply
 from guestagent.engine.inventory import LayerClaim, LiveLayer, LiveOverlay
@@ -57,7 +65,7 @@ class Batches:
             begun = f"batch-{time.monotonic_ns()}-{request.layers[0].layer_id}"
             missing = [spec for spec in request.layers if not self._layers.is_mounted(spec)]
             with op:
-                claims = self._claim(missing, op)
+                claims = self._claim(missing, request.overlay, op)
                 ignored = [claim for claim in claims if claim.is_ignored]
                 claims = [claim for claim in claims if not claim.is_ignored]
                 made = self._bring_layers_up(claims, begun, op)
@@ -85,15 +93,29 @@ class Batches:
             timings_ms=op.timings_ms,
         )
 
-    def _claim(self, specs: Sequence[LayerSpec], op: Transaction) -> list[LayerClaim]:
-        claims = []
+    def _claim(
+        self, specs: Sequence[LayerSpec], overlay: OverlaySpec | None, op: Transaction
+    ) -> list[LayerClaim]:
+        """Claim all layers; every device is there before anything is done to one."""
+        reservations = []
         for spec in specs:
-            try:
-                claims.append(self._layers.claim(spec, op))
-            except CallError as error:
-                self._layers.announce_failure(spec, error, op)
-                raise
+            with self._announcing(spec, op):
+                reservations.append(self._layers.reserve(spec, op))
+        if overlay is not None and not self._overlays.is_mounted(overlay):
+            self._overlays.find_scratch(overlay, op)
+        claims = []
+        for spec, reservation in zip(specs, reservations, strict=True):
+            with self._announcing(spec, op):
+                claims.append(self._layers.claim(spec, reservation, op))
         return claims
+
+    @contextmanager
+    def _announcing(self, spec: LayerSpec, op: Transaction) -> Iterator[None]:
+        try:
+            yield
+        except CallError as error:
+            self._layers.announce_failure(spec, error, op)
+            raise
 
     def _bring_layers_up(
         self, claims: Sequence[LayerClaim], begun: str, op: Transaction

@@ -45,8 +45,8 @@ class DebugView:
             with self._engine.operation(
                 deadline
             ) as op:  # never committed: all claims are taken back
-                planned = self._mounting.plan(self._mounting.claim(spec, op), op)
-                return planned.plan.describe(spec.ranges)
+                claim = self._mounting.claim(spec, self._mounting.reserve(spec, op), op)
+                return self._mounting.plan(claim, op).plan.describe(spec.ranges)
 
     def reconcile(self, deadline: Deadline, *, dry_run: bool) -> Iterator[tuple[str, str, bool]]:
         """Yield each disagreement of journal, inventory and kernel, what was done about it (with

@@ -7,7 +7,9 @@ from functools import partial
 from guestagent.api import LayersUnmount
 from guestagent.api.layers import FILESYSTEMS
 from guestagent.api.overlays import SCRATCH_FILESYSTEMS
+from guestagent.engine.arrivals import Arrivals
 from guestagent.engine.batch import Batches
+from guestagent.engine.dmview import DmView
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
 from guestagent.engine.journal import StateDirectory
@@ -15,7 +17,6 @@ from guestagent.engine.layers import Layers
 from guestagent.engine.monitor import Monitor
 from guestagent.engine.overlays import Overlays
 from guestagent.engine.plan import PRESETS, SIGNATURES_SINCE, Version, verity_options
-from guestagent.engine.readback import DmView
 from guestagent.engine.recovery import Recovered, recover
 from guestagent.engine.state import EngineState, Rules
 from guestagent.engine.transaction import StepListener, Transaction
@@ -53,6 +54,8 @@ class Engine:
         self.overlays = Overlays(self.state)
         self.batches = Batches(self.state, self.layers, self.overlays)
         self.dm = DmView(self.state.control)
+        #: Waits for devices, for requests that may be left.
+        self.arrivals = Arrivals()
         self._monitor = Monitor(self.state)
         #: Told of every step of every operation that begins from now on.
         self.on_step: StepListener | None = None
@@ -75,11 +78,22 @@ class Engine:
 
     def close(self) -> None:
         """Idempotent."""
+        self.arrivals.close()
         self._monitor.close()
         self.state.close()
 
-    def operation(self, deadline: Deadline, *, traceparent: str | None = None) -> Transaction:
-        """Begin a request."""
+    def operation(
+        self,
+        deadline: Deadline,
+        *,
+        traceparent: str | None = None,
+        may_be_left: bool = False,
+    ) -> Transaction:
+        """Begin a request.
+
+        ``may_be_left``: it ends with a DeviceAbsentError where a device is not there, and is begun
+        again when ``arrivals`` has it.
+        """
         return Transaction(
             deadline,
             faults=self.state.faults,
@@ -87,6 +101,7 @@ class Engine:
             traceparent=traceparent,
             on_left=self._note_left,
             on_step=self.on_step,
+            may_be_left=may_be_left,
         )
 
     def _note_left(self, failure: str) -> None:

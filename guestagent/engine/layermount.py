@@ -9,8 +9,9 @@ import errno
 from collections.abc import Iterator, Sequence
 
 from guestagent.api import LayerSpec
-from guestagent.api.devices import TREE_FIELDS, Device
-from guestagent.engine.inventory import LayerClaim, LiveLayer
+from guestagent.api.devices import TREE_FIELDS
+from guestagent.engine.arrivals import find_device
+from guestagent.engine.inventory import LayerClaim, LiveLayer, Reservation
 from guestagent.engine.plan import (
     LayerPlan,
     LinearStep,
@@ -35,7 +36,7 @@ from guestagent.engine.teardown import (
 )
 from guestagent.engine.transaction import Transaction
 from guestagent.engine.verity import open_proved, read_parameters
-from guestagent.storage import blockdev, syscalls
+from guestagent.storage import syscalls
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import DeviceInfo
@@ -56,8 +57,12 @@ class LayerMount:
 
     # --- before anything is made
 
-    def claim(self, spec: LayerSpec, op: Transaction) -> LayerClaim:
-        """Find the device, and reserve names and target."""
+    def reserve(self, spec: LayerSpec, op: Transaction) -> Reservation:
+        """Reserve names and target, and find the devices.
+
+        Raises:
+            DeviceAbsentError: one is not there, and ``op`` may be left.
+        """
         self._check_rules(spec)
         inventory = self._state.inventory
         owner = ("layer", spec.layer_id)
@@ -69,17 +74,24 @@ class LayerMount:
             unique_dm_names=dm_names(spec, unique=True),
         )
         op.on_rollback("reservation", lambda: inventory.release(owner))
-        device = self._find(spec.device, op)
+        find_device(spec.device, op)
+        if spec.verity is not None and spec.verity.hash_device is not None:
+            find_device(spec.verity.hash_device, op)
+        return reservation
+
+    def claim(self, spec: LayerSpec, reservation: Reservation, op: Transaction) -> LayerClaim:
+        """Check the range on the devices, and make these read-only."""
+        device = find_device(spec.device, op)
         self._refuse_scratch(device)
         source = source_of(spec.ranges, device)
         if spec.verity is not None:
             if spec.verity.hash_device is not None:
-                hash_device = self._find(spec.verity.hash_device, op)
+                hash_device = find_device(spec.verity.hash_device, op)
                 self._refuse_scratch(hash_device)
                 source = source.replace(hash_device=hash_device)
             self._verity_version(op)  # a kernel without it is told before anything is begun
         if is_ignored(self._state, spec, source):
-            inventory.release(owner)
+            self._state.inventory.release(("layer", spec.layer_id))
             return LayerClaim(spec=spec, source=source, reservation=reservation, is_ignored=True)
         source = protect(self._state, spec, source, op)
         return LayerClaim(
@@ -128,17 +140,6 @@ class LayerMount:
             _, mount_id = syscalls.mount_of(planned.spec.mount_point)
         self._defer_removal(plan, op)
         return planned.replace(dev=dev, mount_id=mount_id, plan=plan)
-
-    def _find(self, wanted: Device, op: Transaction) -> BlockDevice:
-        """Look a device up, or wait for it; once for all layers of a batch that are on it.
-
-        A device that changes meanwhile is noticed when a dm device or mount is made on it.
-        """
-        found = op.resolved_devices.get(wanted)
-        if found is None:
-            with op.step("device", blockdev.describe(wanted)):
-                found = op.resolved_devices[wanted] = blockdev.wait_for(wanted, op.deadline)
-        return found
 
     def _check_rules(self, spec: LayerSpec) -> None:
         check_target(spec.mount_point, self._state.rules.target_roots)

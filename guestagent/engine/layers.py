@@ -5,7 +5,7 @@ from functools import partial
 
 from guestagent.api import LayerReport, LayerSpec
 from guestagent.api.layers import UnmountReply, VerifyReply
-from guestagent.engine.inventory import LayerClaim, LiveLayer, refuse_other_spec
+from guestagent.engine.inventory import LayerClaim, LiveLayer, Reservation, refuse_other_spec
 from guestagent.engine.journal import Begun
 from guestagent.engine.layermount import LayerMount
 from guestagent.engine.protection import release
@@ -58,7 +58,7 @@ class Layers:
             try:
                 with op:
                     begun = f"layer-{spec.layer_id}"
-                    claim = self.claim(spec, op)
+                    claim = self.claim(spec, self.reserve(spec, op), op)
                     if claim.is_ignored:
                         return ignored_report(self._state, claim, op.timings_ms)
                     self.begin(begun, (claim,), op)
@@ -89,9 +89,13 @@ class Layers:
         refuse_other_spec("layer", spec.layer_id, spec, live.spec)
         return True
 
-    def claim(self, spec: LayerSpec, op: Transaction) -> LayerClaim:
-        """Find the device, and reserve names and target; the caller holds the layer's lock."""
-        return self._mounting.claim(spec, op)
+    def reserve(self, spec: LayerSpec, op: Transaction) -> Reservation:
+        """Reserve names and target, and find the devices; the caller holds the layer's lock."""
+        return self._mounting.reserve(spec, op)
+
+    def claim(self, spec: LayerSpec, reservation: Reservation, op: Transaction) -> LayerClaim:
+        """Check what is reserved on its devices, and make these read-only."""
+        return self._mounting.claim(spec, reservation, op)
 
     def begin(self, begun: str, claims: Sequence[LayerClaim], op: Transaction) -> None:
         """Write down what is about to be made, so that a restart can undo it."""

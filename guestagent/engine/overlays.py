@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from guestagent.api import OverlayReport, OverlaySpec
 from guestagent.api.layers import UnmountReply
-from guestagent.api.overlays import ScratchReport, TrimReply
+from guestagent.api.overlays import DeviceScratch, ScratchReport, TrimReply
+from guestagent.engine.arrivals import find_device
 from guestagent.engine.inventory import LiveLayer, LiveOverlay, LiveScratch, refuse_other_spec
 from guestagent.engine.journal import Begun
 from guestagent.engine.plan import check_target
@@ -101,6 +102,7 @@ class Overlays:
         missing = missing_directories(spec.mount_point, op)
         created = inventory.reserve(owner, spec.mount_point, missing=missing).directories
         op.on_rollback("reservation", lambda: inventory.release(owner))
+        self.find_scratch(spec, op)
         live = LiveOverlay(
             spec=spec, lowerdirs=tuple(layers), method="", links=None, scratch=None, created=created
         )
@@ -111,6 +113,11 @@ class Overlays:
             scratch = make_scratch(self._state, spec, spec.scratch, layers[live.lowerdirs[0]], op)
             live = live.replace(scratch=scratch)
         return self._mount(live, layers, op).replace(timings_ms=op.timings_ms)
+
+    def find_scratch(self, spec: OverlaySpec, op: Transaction) -> None:
+        """Find the device of the scratch, if it is on one; see ``find_device``."""
+        if isinstance(spec.scratch, DeviceScratch):
+            find_device(spec.scratch.device, op)
 
     def write(self, live: LiveOverlay, begun: str, op: Transaction) -> None:
         """Write the entry of an overlay that is mounted; it counts once ``begun`` is decided.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from guestagent.api import LayerReport
 from guestagent.api.devices import LayerMapping
 from guestagent.api.layers import SHOWN_PARTS, DmDevice, LayerSpec, VerityReport
+from guestagent.engine.dmview import described
 from guestagent.engine.inventory import LayerClaim, LiveLayer
 from guestagent.engine.plan import VerityStep, plan_layer
 from guestagent.engine.state import EngineState
@@ -23,10 +24,8 @@ from vsock.errors import CallError
 from vsock.record import Record
 
 __all__ = (
-    "DmView",
     "LayerSeen",
     "absent_report",
-    "dm_device",
     "ignored_report",
     "report_of",
     "see_layer",
@@ -45,79 +44,6 @@ class LayerSeen(Record):
     changed: str
     verity: VerityReport | None
     readonly: bool
-
-
-def dm_device(control: Control, name: str) -> DmDevice:
-    """Describe one dm device.
-
-    Raises:
-        OSError: ENXIO, there is none.
-    """
-    return _described(control, name)[0]
-
-
-def _described(control: Control, name: str) -> tuple[DmDevice, tuple[Target, ...]]:
-    info, table, status = control.describe(name)
-    device = DmDevice(
-        name=info.name,
-        uuid=info.uuid,
-        dev=info.dev,
-        node=info.node,
-        target_type=table[0].target_type if table else "",
-        table="; ".join(target.line() for target in table[:SHOWN_PARTS]),
-        status="; ".join(target.status for target in status[:SHOWN_PARTS]),
-        readonly=info.readonly,
-        deferred_remove=info.deferred_remove,
-        open_count=info.open_count,
-        target_count=len(table),
-    )
-    return device, table
-
-
-class DmView:
-    """The device-mapper as it stands, the agent's devices and others'. Looks, never touches."""
-
-    def __init__(self, control: Control) -> None:
-        self._control = control
-
-    def list(self) -> tuple[DmDevice, ...]:
-        """Describe every device. A device that vanishes meanwhile is left out."""
-        found = []
-        for name, _dev, _uuid in self._control.list_devices():
-            try:
-                found.append(dm_device(self._control, name))
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-        return tuple(found)
-
-    def table(self, name: str) -> tuple[str, ...]:
-        """Return the table lines of a device.
-
-        Raises:
-            CallError: ``not_found``.
-        """
-        self._device(name)
-        return tuple(target.line() for target in self._control.table(name))
-
-    def status(self, name: str) -> tuple[DmDevice, tuple[str, ...]]:
-        """Return a device and its status lines.
-
-        Raises:
-            CallError: ``not_found``.
-        """
-        device = self._device(name)
-        return device, tuple(target.line() for target in self._control.status(name))
-
-    def _device(self, name: str) -> DmDevice:
-        try:
-            return dm_device(self._control, name)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            raise CallError(
-                "not_found", f"there is no dm device {name!r}", errno=error.errno, object=name
-            ) from None
 
 
 def verity_status(control: Control, name: str) -> str:
@@ -143,7 +69,7 @@ def see_layer(
     found = {}
     for name in live.plan.dm_names:
         try:
-            found[name] = _described(control, name)
+            found[name] = described(control, name)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise

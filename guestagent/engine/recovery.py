@@ -13,7 +13,6 @@ from guestagent.engine.journal import Written
 from guestagent.engine.parallel import for_each
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
-    is_reused,
     remove_devices,
     remove_directories,
     undo_deadline,
@@ -22,7 +21,7 @@ from guestagent.engine.teardown import (
 from guestagent.engine.transaction import Transaction
 from guestagent.storage import syscalls
 from guestagent.storage.holders import find_holders
-from guestagent.storage.mountinfo import Mount, mounts_by_target, mounts_of_dev
+from guestagent.storage.mountinfo import Mount, is_reused, mounts_by_target, mounts_of_dev
 from guestagent.storage.overlayfs import remove_links
 from vsock.deadline import Deadline
 from vsock.errors import CallError

@@ -7,9 +7,9 @@ import stat
 
 from guestagent.api import DeviceScratch, DirectoryScratch, OverlaySpec, TmpfsScratch
 from guestagent.api.overlays import Scratch, ScratchReport
+from guestagent.engine.dmview import dm_device
 from guestagent.engine.inventory import LiveLayer, LiveScratch
 from guestagent.engine.plan import check_target
-from guestagent.engine.readback import dm_device
 from guestagent.engine.scratchdisk import scratch_mount_point, use_disk
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import remove_directories, undo_deadline, unmount_target

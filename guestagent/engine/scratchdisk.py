@@ -8,6 +8,7 @@ import errno
 import os
 
 from guestagent.api import DeviceScratch
+from guestagent.engine.arrivals import find_device
 from guestagent.engine.inventory import ScratchDisk
 from guestagent.engine.plan import dm_uuid
 from guestagent.engine.state import EngineState
@@ -42,8 +43,7 @@ def use_disk(
         CallError: ``conflict``, it is another overlay's, holds a layer, is in use in another way
             than is asked for, or has content that the request does not adopt.
     """
-    with op.step("device", blockdev.describe(scratch.device)):
-        device = blockdev.wait_for(scratch.device, op.deadline)
+    device = find_device(scratch.device, op)
     _refuse_unfit(state, device)
     with state.locks.hold([("scratch", device.dev)], op.deadline):
         _reserve(state, overlay_id, scratch, device)

@@ -6,7 +6,6 @@ namespaces, or processes inside a detached mount. So it is checked before and af
 
 import errno
 import os
-from collections.abc import Callable
 from functools import partial
 
 from guestagent.api.layers import Holder, UnmountReply
@@ -18,14 +17,13 @@ from guestagent.storage.blockdev import LATE_CLOSE_SECONDS
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.holders import find_holders, mounts_elsewhere
 from guestagent.storage.mount import unmount
-from guestagent.storage.mountinfo import Mount, find_mount, mounts_of_dev, read_text
+from guestagent.storage.mountinfo import Mount, find_mount, is_reused, mounts_of_dev, read_text
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.retry import has_errno, retry
 
 __all__ = (
     "busy_error",
-    "is_reused",
     "missing_directories",
     "nothing_to_unmount",
     "refuse_held",
@@ -183,17 +181,6 @@ def refuse_held(
     if syscalls.has_superblock(dev) is None and error.hint == _NO_HOLDER:
         return
     raise error
-
-
-def is_reused(dev: str, filesystem: str, is_target: Callable[[str], bool]) -> bool:
-    """Return whether ``dev``, the number of a file system that was unmounted, is another one's.
-
-    The kernel gives the number of a file system that is gone to the next one. It has done so where
-    a mount of that number has another type than ``filesystem``, or is at one of our targets.
-    """
-    return any(
-        mount.filesystem != filesystem or is_target(mount.target) for mount in mounts_of_dev(dev)
-    )
 
 
 def busy_error(target: str, dev: str, op: Transaction, more: tuple[Holder, ...] = ()) -> CallError:

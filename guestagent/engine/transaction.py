@@ -46,14 +46,19 @@ class Transaction:
         on_left: Callable[[str], None] | None = None,
         on_step: StepListener | None = None,
         parent: "Transaction | None" = None,
+        may_be_left: bool = False,
     ) -> None:
-        """``on_left`` is told of everything that could not be undone, ``on_step`` of each step."""
+        """``on_left`` is told of everything that could not be undone, ``on_step`` of each step.
+
+        ``may_be_left``: while it waits for a device the request is left, and begun again.
+        """
         self.deadline = deadline
         #: Devices that this request has found: the layers of a batch are often on the same one.
         self.resolved_devices: dict[Device, BlockDevice] = parent.resolved_devices if parent else {}
         #: Directories that this request has seen to exist: the targets of a batch share parents.
         self.known_directories: set[str] = parent.known_directories if parent else set()
         self.traceparent = traceparent
+        self.may_be_left = may_be_left
         self.timings_ms: dict[str, float] = {}
         #: Monotonic time at which the last step ended, 0 before the first.
         self._ended_at = 0.0
@@ -124,13 +129,17 @@ class Transaction:
                 failures.append(f"{what}: {error}")
         return tuple(failures)
 
-    def step(self, step: str, object: str, *, code: str = "device") -> "_Step":
+    def step(
+        self, step: str, object: str, *, code: str = "device", is_checked: bool = True
+    ) -> "_Step":
         """Do one step to ``object``, in a ``with`` block.
+
+        The deadline is checked before it, unless the step does so itself (``is_checked`` False).
 
         An OSError becomes a CallError of ``code`` (or a closer one). The milliseconds are added up
         under ``step``, so that a step may be entered again.
         """
-        return _Step(self, step, object, code)
+        return _Step(self, step, object, code, is_checked)
 
     def _end(self, step: str, spent: float, failed: bool) -> None:
         spent_ms = int(spent * 1e6) / 1000  # whole microseconds, cheaper than by round()
@@ -164,20 +173,24 @@ class Transaction:
 class _Step:
     """One step of a transaction, timed."""
 
-    __slots__ = ("_begin", "_code", "_object", "_op", "_step")
+    __slots__ = ("_begin", "_code", "_is_checked", "_object", "_op", "_step")
 
-    def __init__(self, op: Transaction, step: str, object: str, code: str) -> None:
+    def __init__(
+        self, op: Transaction, step: str, object: str, code: str, is_checked: bool
+    ) -> None:
         self._op = op
         self._step = step
         self._object = object
         self._code = code
+        self._is_checked = is_checked
         self._begin = 0.0
 
     def __enter__(self) -> None:
         op, step = self._op, self._step
         self._begin = op._ended_at or time.monotonic()
         try:
-            op.deadline.check(step, self._begin)
+            if self._is_checked:
+                op.deadline.check(step, self._begin)
             if op.faults is not None:
                 op.faults.reach(step, op.deadline)
         except (OSError, CallError) as error:  # a deadline that passed, a fault that strikes

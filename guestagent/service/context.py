@@ -51,6 +51,11 @@ class Context:
         self._notify = notify
 
     @property
+    def waited_seconds(self) -> float:
+        """Return how long the call has waited between earlier runs of its handler and this one."""
+        return 0.0 if self.call is None else self.call.waited_seconds
+
+    @property
     def connection(self) -> Connection:
         """The connection of the caller.
 

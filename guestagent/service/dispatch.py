@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from guestagent.api import METHODS
 from guestagent.api.agent import AgentStatus, StatusReply
 from guestagent.config import Problem
+from guestagent.engine.arrivals import DeviceAbsentError
 from guestagent.engine.engine import Engine
 from guestagent.observe.observers import Observers
 from guestagent.service.agent import AgentHandlers
@@ -23,7 +24,7 @@ from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
 from vsock.record import Record
-from vsock.server import Call, Outcome, Server
+from vsock.server import Call, Later, Outcome, Server
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,13 +102,25 @@ class Service:
         """Let the status tell of the server's connections and requests."""
         self._agent.server = server
 
-    def handle(self, call: Call) -> Outcome:
-        """Answer a call from a connection; never raises."""
+    def handle(self, call: Call) -> Outcome | Later:
+        """Answer a call from a connection, or leave it until its device is there; never raises."""
         context = Context(call.method, call.params, call.deadline, call=call)
         try:
             return Outcome(error=None, result=self._answer(context, None))
         except CallError as error:
             return Outcome(error=error.to_wire(), result=None)
+        except DeviceAbsentError as absent:
+            return self._leave(context, absent)
+
+    def _leave(self, context: Context, absent: DeviceAbsentError) -> Outcome | Later:
+        later = Later()
+        try:
+            self._engine.arrivals.when_there(
+                absent.device, context.deadline, later.resume, later.finish
+            )
+        except CallError as error:
+            return Outcome(error=error.to_wire(), result=None)
+        return later
 
     def call(
         self,
@@ -160,9 +173,9 @@ class Service:
             return self.call(AgentStatus(), deadline=deadline)
 
     def _answer(self, context: Context, request: "Request[Record] | None") -> Record:
-        begin = time.perf_counter()
+        begin = time.perf_counter() - context.waited_seconds
         spent_seconds: float | None = None
-        code = "ok"
+        code: str | None = "ok"
         try:
             if request is None:
                 request = _request_of(context)
@@ -185,6 +198,9 @@ class Service:
                 **_trace(context),
             )
             raise
+        except DeviceAbsentError:
+            code = None  # it is not answered yet
+            raise
         except Exception as error:  # the one catch-all: a bug must not end the agent
             import traceback
 
@@ -195,9 +211,10 @@ class Service:
             hint = "this is a bug of the agent; its log has the details"
             raise CallError("internal", text, hint=hint) from None
         finally:
-            if spent_seconds is None:
-                spent_seconds = time.perf_counter() - begin
-            self._observers.answered(context.method, code, spent_seconds)
+            if code is not None:
+                if spent_seconds is None:
+                    spent_seconds = time.perf_counter() - begin
+                self._observers.answered(context.method, code, spent_seconds)
 
     def _run(self, request: "Request[Record]", context: Context) -> Record:
         handler = self._handlers.get(request.method) or self._late_handler(request.method)

@@ -42,10 +42,22 @@ class LayerHandlers:
     def _operation(self, call: Context) -> Transaction:
         return self._engine.operation(call.deadline, traceparent=call.traceparent)
 
+    def _mount_operation(self, call: Context) -> Transaction:
+        """Begin an operation that holds no thread while its devices are not there.
+
+        The time that it has waited so is told with the step that waits.
+        """
+        operation = self._engine.operation(
+            call.deadline, traceparent=call.traceparent, may_be_left=call.call is not None
+        )
+        if call.waited_seconds:
+            operation.timings_ms["device"] = round(call.waited_seconds * 1000, 3)
+        return operation
+
     @handles(LayerSpec)
     def mount(self, request: LayerSpec, call: Context) -> LayerReport:
         """Mount a layer."""
-        return self._engine.layers.mount(request, self._operation(call))
+        return self._engine.layers.mount(request, self._mount_operation(call))
 
     @handles(LayerUnmount)
     def unmount(self, request: LayerUnmount, call: Context) -> UnmountReply:
@@ -77,7 +89,7 @@ class LayerHandlers:
     @handles(LayersMount)
     def mount_many(self, request: LayersMount, call: Context) -> LayersMountReply:
         """Mount layers and an overlay, all or nothing."""
-        return self._engine.batches.mount(request, self._operation(call))
+        return self._engine.batches.mount(request, self._mount_operation(call))
 
     @handles(LayersUnmount)
     def unmount_many(self, request: LayersUnmount, call: Context) -> LayersUnmountReply:
@@ -87,7 +99,7 @@ class LayerHandlers:
     @handles(OverlaySpec)
     def mount_overlay(self, request: OverlaySpec, call: Context) -> OverlayReport:
         """Mount an overlay of layers."""
-        return self._engine.overlays.mount(request, self._operation(call))
+        return self._engine.overlays.mount(request, self._mount_operation(call))
 
     @handles(OverlayUnmount)
     def unmount_overlay(self, request: OverlayUnmount, call: Context) -> UnmountReply:

@@ -25,6 +25,7 @@ from vsock.retry import has_errno, retry
 __all__ = (
     "LATE_CLOSE_SECONDS",
     "BlockDevice",
+    "Search",
     "delete",
     "deleter_of",
     "describe",
@@ -37,6 +38,7 @@ __all__ = (
     "is_readonly",
     "labels",
     "list_all",
+    "look_for",
     "order_of",
     "partitions",
     "set_readonly",
@@ -238,26 +240,63 @@ def wait_for(
     return found
 
 
+def look_for(device: api.Device) -> BlockDevice | None:
+    """Return the device, with its node, if it is there.
+
+    Raises:
+        CallError: as ``find``.
+    """
+    found = find(device)
+    if found is not None:
+        ensure_node(found.node, found.dev)
+    return found
+
+
 def _wait(device: api.Device, deadline: Deadline, sys_root: str) -> BlockDevice:
-    step = f"wait for {describe(device)}"
-    started = time.monotonic()
-    pending = list(_RESCAN_AFTER_SECONDS)
+    search = Search(device, sys_root=sys_root)
     with UeventSocket() as events:
-        while (found := find(device, sys_root=sys_root)) is None:
-            at_most = _LOOK_AGAIN_SECONDS
-            if pending:
-                elapsed = time.monotonic() - started
-                if elapsed >= pending[0]:
-                    del pending[0]
-                    _rescan(device, sys_root)
-                    continue
-                at_most = min(at_most, pending[0] - elapsed)
+        while (found := search.look()) is None:
             try:
-                deadline.wait([events.fileno()], step, at_most=at_most)
+                step = f"wait for {describe(device)}"
+                deadline.wait([events.fileno()], step, at_most=search.pause_seconds)
             except CallError as error:
                 raise _not_there(device, error, sys_root) from error
             events.receive()
     return found
+
+
+class Search:
+    """Looks for a device that stays away: at each event, and by itself after ``pause_seconds``.
+
+    The subscription to events must be older than the first look. When a device has stayed away for
+    some time its bus is rescanned.
+    """
+
+    def __init__(self, device: api.Device, *, sys_root: str = "/sys") -> None:
+        self.device = device
+        self._sys_root = sys_root
+        self._started = time.monotonic()
+        self._rescans = list(_RESCAN_AFTER_SECONDS)
+        #: How long to wait for an event before the next look.
+        self.pause_seconds = 0.0
+
+    def look(self) -> BlockDevice | None:
+        """Return the device if it is there.
+
+        Raises:
+            CallError: as ``find``.
+        """
+        while (found := find(self.device, sys_root=self._sys_root)) is None:
+            self.pause_seconds = _LOOK_AGAIN_SECONDS
+            if not self._rescans:
+                return None
+            elapsed = time.monotonic() - self._started
+            if elapsed < self._rescans[0]:
+                self.pause_seconds = min(self.pause_seconds, self._rescans[0] - elapsed)
+                return None
+            del self._rescans[0]
+            _rescan(self.device, self._sys_root)
+        return found
 
 
 def _not_there(device: api.Device, error: CallError, sys_root: str) -> CallError:

@@ -7,7 +7,7 @@ Source: Documentation/filesystems/proc.rst, section 3.5.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vsock.record import Record
 
@@ -16,6 +16,7 @@ __all__ = (
     "describe_space",
     "filesystem_at",
     "find_mount",
+    "is_reused",
     "lowerdirs_of",
     "mounts_of_dev",
     "parse",
@@ -240,3 +241,14 @@ def describe_space(path: str) -> str:
     if space.f_files:
         text += f", {space.f_favail} of {space.f_files} inodes"
     return text
+
+
+def is_reused(dev: str, filesystem: str, is_target: Callable[[str], bool]) -> bool:
+    """Return whether ``dev``, the number of a file system that was unmounted, is another one's.
+
+    The kernel gives the number of a file system that is gone to the next one. It has done so where
+    a mount of that number has another type than ``filesystem``, or is at one of our targets.
+    """
+    return any(
+        mount.filesystem != filesystem or is_target(mount.target) for mount in mounts_of_dev(dev)
+    )
