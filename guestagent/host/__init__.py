@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from guestagent.host.client.aio import AsyncGuestAgent
-    from guestagent.host.client.events import ALL_EVENTS, EVENT_BITS, event_mask
+    from guestagent.host.client.events import ALL_EVENTS, EVENT_BITS, HANDLE_EVENTS, event_mask
     from guestagent.host.client.handle import GuestAgent
     from vsock.client import ClosedHandleError
 
 __all__ = (
     "ALL_EVENTS",
     "EVENT_BITS",
+    "HANDLE_EVENTS",
     "AsyncGuestAgent",
     "ClosedHandleError",
     "GuestAgent",

@@ -21,7 +21,14 @@ from guestagent.api.agent import AgentStatus, StatusReply
 from guestagent.api.inspect import FoundEntry, FsChecksums, FsFind, FsLs, FsReaddir
 from guestagent.api.layers import LayerVerify
 from guestagent.api.observe import AgentMetrics, MetricsReply
-from guestagent.host.client import ALL_EVENTS, ClosedHandleError, GuestAgent, event_mask
+from guestagent.host.client import (
+    ALL_EVENTS,
+    EVENT_BITS,
+    HANDLE_EVENTS,
+    ClosedHandleError,
+    GuestAgent,
+    event_mask,
+)
 from guestagent.host.client.aio import AsyncGuestAgent
 from guestagent.host.client.events import Feeds
 from guestagent.host.client.streams import Chunks
@@ -287,7 +294,7 @@ def test_a_callback_whose_subscription_fails_is_not_kept(agent: Agent) -> None:
         assert seen.empty()
 
 
-@pytest.mark.parametrize("mask", [0, -1, ALL_EVENTS + 1])
+@pytest.mark.parametrize("mask", [0, -1, 1 << len(EVENT_BITS)])
 def test_a_mask_of_no_events_is_refused(guest: GuestAgent, mask: int) -> None:
     with pytest.raises(ValueError, match="mask"):
         guest.set_event_callback(print, mask)
@@ -739,6 +746,68 @@ def test_the_end_of_a_connection_is_told_to_asyncio(agent: Agent) -> None:
 
     run(agent, scenario, on_disconnect=told.put_nowait)
     agent.start()
+
+
+def test_callbacks_for_events_get_those_of_the_handle(agent: Agent) -> None:
+    """Those that ask for them, each with the reason; the agent is not asked for these alone."""
+    told: queue.Queue[Event] = queue.Queue()
+    asked: queue.Queue[Event] = queue.Queue()
+    mask = event_mask(*HANDLE_EVENTS)
+    with GuestAgent(agent.address, reconnect=True, connect_seconds=10) as guest:
+        assert guest.set_event_callback(told.put, mask)
+        assert agent.subscribers == []
+        guest.set_event_callback(asked.put)
+        deleted = guest.set_event_callback(asked.put, mask)
+        assert guest.delete_event_callback(deleted)
+        agent.stop()
+        event = told.get(timeout=WAIT_SECONDS)
+        assert (event.kind, event.sequence) == ("connection_lost", 0)
+        assert "closed the connection" in event.detail
+        assert event.unix_ms > 0
+        agent.start()
+        assert guest.metrics()
+    event = told.get(timeout=WAIT_SECONDS)
+    assert event.kind == "handle_closed"
+    assert event.detail
+    assert told.empty()
+    assert asked.empty()
+
+
+def test_a_callback_that_closes_its_handle_is_told_so(agent: Agent) -> None:
+    """The end comes while that callback runs, and does not wait for it."""
+    told: queue.Queue[str] = queue.Queue()
+    guest = GuestAgent(agent.address)
+
+    def close(event: Event) -> None:
+        guest.close()
+        told.put(event.kind)
+
+    guest.set_event_callback(lambda event: told.put(event.kind), event_mask("handle_closed"))
+    guest.set_event_callback(close, event_mask("layer_mounted"))
+    agent.publish("layer_mounted")
+    assert [told.get(timeout=WAIT_SECONDS) for _ in range(2)] == ["handle_closed", "layer_mounted"]
+
+
+def test_asyncio_callbacks_get_the_events_of_the_handle(agent: Agent) -> None:
+    told: asyncio.Queue[Event] = asyncio.Queue()
+
+    async def scenario(guest: AsyncGuestAgent) -> None:
+        await guest.set_event_callback(told.put_nowait, event_mask(*HANDLE_EVENTS))
+        assert agent.subscribers == []
+        await asyncio.to_thread(agent.stop)
+        event = await told.get()
+        assert event.kind == "connection_lost"
+        assert "closed the connection" in event.detail
+
+    run(agent, scenario)
+    agent.start()
+
+    async def closing(guest: AsyncGuestAgent) -> None:
+        await guest.set_event_callback(told.put_nowait, event_mask("handle_closed"))
+
+    run(agent, closing)
+    assert told.get_nowait().kind == "handle_closed"
+    assert told.empty()
 
 
 def test_a_connection_that_never_said_hello_is_not_told_of(tmp_path: Path) -> None:

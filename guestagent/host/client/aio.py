@@ -21,7 +21,7 @@ from guestagent.api.inspect import StreamRequest
 from guestagent.api.observe import LogReply
 from guestagent.api.request import Request
 from guestagent.host.client.aio_link import AsyncLink
-from guestagent.host.client.events import ALL_EVENTS, EventCallback, Feeds, LogCallback, Steps
+from guestagent.host.client.events import ALL_EVENTS, EventCallback, Following, LogCallback, Steps
 from guestagent.host.client.link import HELLO_MS, DisconnectCallback, Traceparent
 from guestagent.host.client.methods import STREAM_DEADLINE_MS
 from guestagent.host.client.streams import (
@@ -173,7 +173,7 @@ class AsyncFsStream(Generic[T]):
         return self._chunks.next_items()
 
 
-class AsyncGuestAgent:
+class AsyncGuestAgent(Following):
     """A connection to an agent, for the tasks of one event loop. Connects when it is entered.
 
     ``call`` sends any request; errors and reconnecting are as of ``GuestAgent``. A task that is
@@ -197,9 +197,8 @@ class AsyncGuestAgent:
         Raises:
             ValueError: the address is none.
         """
+        super().__init__(on_disconnect)
         self._deadline_ms = deadline_ms
-        self._feeds = Feeds()
-        self._streams = StreamTable()
         self._link = AsyncLink(
             address,
             name=name,
@@ -208,7 +207,7 @@ class AsyncGuestAgent:
             traceparent=traceparent,
             on_notification=self._notified,
             on_reconnect=self._catch_up,
-            on_disconnect=on_disconnect,
+            on_disconnect=self._disconnected,
         )
 
     @property
@@ -311,10 +310,6 @@ class AsyncGuestAgent:
         """As ``GuestAgent.set_event_callback``."""
         return (await self._run(self._feeds.subscribe(callback, mask, always=False)))[0]
 
-    def delete_event_callback(self, number: int) -> bool:
-        """As ``GuestAgent.delete_event_callback``."""
-        return self._feeds.remove(number)
-
     async def follow_log(
         self, callback: LogCallback, *, since: int | None = None, level: str = "info"
     ) -> LogReply:
@@ -343,10 +338,6 @@ class AsyncGuestAgent:
             return await self.call(request)
         params = request.to_sparse_wire()
         return request.read_reply(await client.call(request.method, params, deadline_ms=HELLO_MS))
-
-    def _notified(self, method: str, params: Mapping[str, object]) -> None:
-        self._streams.notified(method, params)
-        self._feeds.notified(method, params)
 
     async def _catch_up(self, client: AsyncClient) -> None:
         self._feeds.connected(self.hello.boot.get("boot_id"))

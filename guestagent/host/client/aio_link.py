@@ -5,17 +5,16 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
-from guestagent.api.agent import PROTOCOL_VERSIONS, AgentHello, HelloReply
+from guestagent.api.agent import HelloReply
 from guestagent.host.client.link import (
     FIRST_PAUSE_SECONDS,
     MOST_PAUSE_SECONDS,
     DisconnectCallback,
+    LinkCore,
     Traceparent,
-    common_params,
-    hello_seconds,
     is_lost,
 )
-from vsock.address import Address, parse_address
+from vsock.address import Address
 from vsock.aio import AsyncClient, AsyncPendingCall
 from vsock.client import ClosedHandleError, NotificationCallback
 from vsock.deadline import Deadline
@@ -25,7 +24,7 @@ from vsock.retry import retry_async
 __all__ = ("AsyncLink",)
 
 
-class AsyncLink:
+class AsyncLink(LinkCore):
     """For the tasks of one event loop. With ``reconnect`` a task makes a lost connection again."""
 
     def __init__(
@@ -38,28 +37,25 @@ class AsyncLink:
         traceparent: Traceparent,
         on_notification: NotificationCallback,
         on_reconnect: Callable[[AsyncClient], Awaitable[None]],
-        on_disconnect: DisconnectCallback | None,
+        on_disconnect: DisconnectCallback,
     ) -> None:
-        self.address = parse_address(address) if isinstance(address, str) else address
-        self._name = name
-        self._connect_seconds = connect_seconds
-        self._traceparent = traceparent
-        self._on_notification = on_notification
+        super().__init__(
+            address,
+            name=name,
+            connect_seconds=connect_seconds,
+            reconnect=reconnect,
+            traceparent=traceparent,
+            on_notification=on_notification,
+            on_disconnect=on_disconnect,
+        )
         self._on_reconnect = on_reconnect
-        self._on_disconnect = on_disconnect
-        self._is_up = False
-        self._reconnect = reconnect
-        self._closed = False
         #: Cancelled by ``close``. No thread or task waits on it, so that it has no descriptor.
         self._ending = Deadline()
         self._changed = asyncio.Condition()
         self._lost = asyncio.Event()
-        self._why: Exception | None = None
         self._reviver: asyncio.Task[None] | None = None
         self.client: AsyncClient | None = None
         self.hello: HelloReply | None = None
-        #: How often the connection was made again.
-        self.reconnects = 0
 
     async def open(self) -> HelloReply:
         """Connect and say hello, once."""
@@ -74,7 +70,7 @@ class AsyncLink:
         self, method: str, params: Mapping[str, object], *, deadline_ms: int | None = None
     ) -> AsyncPendingCall:
         """Send a request; see ``AsyncClient.start_call``."""
-        params = {**params, **common_params(method, self._traceparent, deadline_ms)}
+        params = self._params(method, params, deadline_ms)
         client = await self._usable()
         return await client.start_call(method, params, deadline_ms=deadline_ms)
 
@@ -111,9 +107,10 @@ class AsyncLink:
             until=whole,
         )
         try:
-            request = AgentHello(versions=PROTOCOL_VERSIONS, client=self._name)
-            seconds = hello_seconds(self._connect_seconds)
-            reply = await client.call(request.method, request.to_wire(), timeout_seconds=seconds)
+            request = self._hello
+            reply = await client.call(
+                request.method, request.to_wire(), timeout_seconds=self._hello_seconds
+            )
             hello = request.read_reply(reply)
             self._is_up = True
             return client, hello
@@ -129,16 +126,16 @@ class AsyncLink:
             ConnectionClosed: there is none, and will be none soon.
         """
         if self._closed or self.client is None:
-            raise ClosedHandleError(f"the handle of {self.address} is not open")
+            raise self._closed_error()
         if not self._reconnect or not self.client.closed:
             return self.client
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._connect_seconds), self._changed:
                 await self._changed.wait_for(lambda: self._closed or not self._is_down())
         if self._closed:
-            raise ClosedHandleError(f"the handle of {self.address} is not open")
+            raise self._closed_error()
         if self._is_down():
-            raise ConnectionClosed(f"no connection to {self.address}: {self._why}")
+            raise self._down_error()
         return self.client
 
     def _is_down(self) -> bool:
@@ -147,7 +144,7 @@ class AsyncLink:
     def _ended(self, why: ConnectionClosed) -> None:
         self._why = why
         self._lost.set()
-        if self._is_up and self._on_disconnect is not None:
+        if self._is_up:
             self._on_disconnect(why)
         self._is_up = False
 

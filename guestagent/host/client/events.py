@@ -5,6 +5,7 @@ thrown its error, and return the result.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeVar
@@ -19,14 +20,19 @@ from guestagent.api.agent import (
 )
 from guestagent.api.observe import AgentLog, LogLine, LogReply
 from guestagent.api.request import Request
-from vsock.errors import CallError
+from guestagent.host.client.link import DisconnectCallback
+from guestagent.host.client.streams import StreamTable
+from vsock.client import ClosedHandleError
+from vsock.errors import CallError, ConnectionClosed
 from vsock.record import Record
 
 __all__ = (
     "ALL_EVENTS",
     "EVENT_BITS",
+    "HANDLE_EVENTS",
     "EventCallback",
     "Feeds",
+    "Following",
     "LogCallback",
     "Steps",
     "event_mask",
@@ -44,9 +50,18 @@ _MAX_PAGES = 64
 #: What an agent may send while missed events are fetched; of more, the oldest are dropped.
 _MAX_HELD = 4096
 
+#: What happens to a handle and not in the guest: kind of event -> what happened.
+HANDLE_EVENTS = {
+    "connection_lost": "a connection that had said hello ended; `detail` is the reason",
+    "handle_closed": "the handle was closed",
+}
 #: Kind of event -> its bit.
-EVENT_BITS: dict[str, int] = {kind: 1 << place for place, kind in enumerate(EVENT_KINDS)}
+EVENT_BITS: dict[str, int] = {
+    kind: 1 << place for place, kind in enumerate((*EVENT_KINDS, *HANDLE_EVENTS))
+}
+#: Every kind of event of the guest.
 ALL_EVENTS = (1 << len(EVENT_KINDS)) - 1
+_ALL_BITS = (1 << len(EVENT_BITS)) - 1
 
 
 def event_mask(*kinds: str) -> int:
@@ -61,6 +76,28 @@ def event_mask(*kinds: str) -> int:
             raise ValueError(f"unknown kind of event {kind!r}; known: {', '.join(EVENT_BITS)}")
         mask |= EVENT_BITS[kind]
     return mask
+
+
+class Following:
+    """What a handle hands on to callbacks, whatever it waits with."""
+
+    def __init__(self, on_disconnect: DisconnectCallback | None) -> None:
+        self._feeds = Feeds()
+        self._streams = StreamTable()
+        self._on_disconnect = on_disconnect
+
+    def delete_event_callback(self, number: int) -> bool:
+        """Call it no more; return False when there is no such callback."""
+        return self._feeds.remove(number)
+
+    def _notified(self, method: str, params: Mapping[str, object]) -> None:
+        self._streams.notified(method, params)
+        self._feeds.notified(method, params)
+
+    def _disconnected(self, why: ConnectionClosed) -> None:
+        self._feeds.ended(why)
+        if self._on_disconnect is not None:
+            self._on_disconnect(why)
 
 
 class Feeds:
@@ -92,14 +129,14 @@ class Feeds:
     ) -> Steps[tuple[int, SubscribeReply | None]]:
         """Hand events to a callback; return its number for ``remove``, and the agent's reply.
 
-        The agent is asked where it was not asked before, or ``always``. Where it refuses, the
-        callback is removed.
+        The agent is asked where it was not asked before, or ``always``; not for events of the
+        handle alone. Where it refuses, the callback is removed.
 
         Raises:
             ValueError: the mask has no bit of an event, or others too.
         """
         number = self.add(callback, mask)
-        if self._is_subscribed and not always:
+        if not always and (self._is_subscribed or not mask & ALL_EVENTS):
             return number, None
         reply: SubscribeReply | None = None
         try:
@@ -118,7 +155,7 @@ class Feeds:
         Raises:
             ValueError: the mask has no bit of an event, or others too.
         """
-        if not 0 < mask <= ALL_EVENTS:
+        if not 0 < mask <= _ALL_BITS:
             raise ValueError(f"mask {mask:#x} is not made of EVENT_BITS")
         with self._lock:
             number = self._next_number
@@ -137,14 +174,24 @@ class Feeds:
             if event.sequence <= self.sequence:
                 return
             self.sequence = event.sequence
-            # a kind that is unknown here is of a newer agent: for callbacks that want all
-            bits = EVENT_BITS.get(event.kind, ALL_EVENTS)
-            with self._lock:
-                wanted = [
-                    callback for callback, mask in self._callbacks.values() if mask & bits == bits
-                ]
-            for callback in wanted:
-                callback(event)
+            self._call(event)
+
+    def ended(self, why: ConnectionClosed) -> None:
+        """Hand on that the connection has ended, on the thread that noticed it: a callback that is
+        running may be what waits for the end."""
+        kind = "handle_closed" if isinstance(why, ClosedHandleError) else "connection_lost"
+        fields = {"sequence": 0, "kind": kind, "unix_ms": time.time_ns() // 10**6}
+        self._call(Event.from_wire({**fields, "detail": str(why)}, "event", strict=False))
+
+    def _call(self, event: Event) -> None:
+        # a kind that is unknown here is of a newer agent: for callbacks that want all
+        bits = EVENT_BITS.get(event.kind, ALL_EVENTS)
+        with self._lock:
+            wanted = [
+                callback for callback, mask in self._callbacks.values() if mask & bits == bits
+            ]
+        for callback in wanted:
+            callback(event)
 
     def kept_events(self, since: int) -> Steps[EventsReply]:
         """Fetch all kept events after a number, page by page; the reply is one for all pages."""

@@ -8,7 +8,7 @@ Requests and replies are the records of ``guestagent.api``. ``guestagent.host.cl
 handle for asyncio.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
 from typing import Any, Generic, Self, TypeVar
 
@@ -17,7 +17,7 @@ from guestagent.api.agent import EventsReply, SubscribeReply
 from guestagent.api.inspect import StreamRequest
 from guestagent.api.observe import LogReply
 from guestagent.api.request import Request
-from guestagent.host.client.events import ALL_EVENTS, EventCallback, Feeds, LogCallback, Steps
+from guestagent.host.client.events import ALL_EVENTS, EventCallback, Following, LogCallback, Steps
 from guestagent.host.client.fs import FsMethods
 from guestagent.host.client.link import HELLO_MS, DisconnectCallback, Link, Traceparent
 from guestagent.host.client.methods import STREAM_DEADLINE_MS, AgentMethods
@@ -108,7 +108,7 @@ class PendingReply(Generic[R]):
             self._table.drop(self._pending.msgid, None)
 
 
-class GuestAgent(AgentMethods, FsMethods):
+class GuestAgent(Following, AgentMethods, FsMethods):
     """A connection to an agent that has said hello. A context manager.
 
     Every method may be called from any thread; calls from several threads are in flight at once.
@@ -167,9 +167,8 @@ class GuestAgent(AgentMethods, FsMethods):
             ValueError: the address is none.
             ConnectionClosed: no agent answered in time, or ``until`` was over.
         """
+        super().__init__(on_disconnect)
         self._deadline_ms = deadline_ms
-        self._feeds = Feeds()
-        self._streams = StreamTable()
         self._link = Link(
             address,
             name=name,
@@ -178,7 +177,7 @@ class GuestAgent(AgentMethods, FsMethods):
             traceparent=traceparent,
             on_notification=self._notified,
             on_reconnect=self._catch_up,
-            on_disconnect=on_disconnect,
+            on_disconnect=self._disconnected,
             until=until,
         )
         #: What the agent answered to the first hello: version, features, limits, boot.
@@ -276,16 +275,14 @@ class GuestAgent(AgentMethods, FsMethods):
     def set_event_callback(self, callback: EventCallback, mask: int = ALL_EVENTS) -> int:
         """As ``subscribe``; return what ``delete_event_callback`` takes.
 
-        ``event_mask("layer_corrupted", ...)`` makes a mask.
+        ``event_mask("layer_corrupted", ...)`` makes a mask, also of ``HANDLE_EVENTS``: the loss of
+        a connection and the close of the handle, with the reason as ``detail``. These have the
+        sequence 0 and come on the thread that noticed it, perhaps while another callback runs.
 
         Raises:
             ValueError: the mask holds no bits of events, or others.
         """
         return self._run(self._feeds.subscribe(callback, mask, always=False))[0]
-
-    def delete_event_callback(self, number: int) -> bool:
-        """Call it no more; return False when there is no such callback."""
-        return self._feeds.remove(number)
 
     def follow_log(
         self, callback: LogCallback, *, since: int | None = None, level: str = "info"
@@ -319,10 +316,6 @@ class GuestAgent(AgentMethods, FsMethods):
             return self.call(request)
         params = request.to_sparse_wire()
         return request.read_reply(client.call(request.method, params, deadline_ms=HELLO_MS))
-
-    def _notified(self, method: str, params: Mapping[str, object]) -> None:
-        self._streams.notified(method, params)
-        self._feeds.notified(method, params)
 
     def _catch_up(self, client: Client) -> None:
         self._feeds.connected(self._link.hello.boot.get("boot_id"))

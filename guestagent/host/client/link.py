@@ -20,9 +20,8 @@ __all__ = (
     "MOST_PAUSE_SECONDS",
     "DisconnectCallback",
     "Link",
+    "LinkCore",
     "Traceparent",
-    "common_params",
-    "hello_seconds",
     "is_lost",
 )
 
@@ -37,11 +36,6 @@ _HELLO_SECONDS = (5.0, 60.0)
 FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.1, 2.0
 
 
-def hello_seconds(connect_seconds: float) -> float:
-    """Return what an agent that is connected to gets to say hello in."""
-    return max(_HELLO_SECONDS[0], min(_HELLO_SECONDS[1], connect_seconds))
-
-
 def is_lost(error: BaseException) -> bool:
     """Return whether a connection ended before its hello was answered.
 
@@ -51,22 +45,59 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, ConnectionClosed) and not isinstance(error, ClosedHandleError)
 
 
-def common_params(
-    method: str, traceparent: Traceparent, deadline_ms: int | None
-) -> dict[str, object]:
-    """Return the parameters of a request beside its own.
+class LinkCore:
+    """What the connection under a handle is made with, and its state, whatever it waits with."""
 
-    Raises:
-        CallError: ``timeout``; ``deadline_ms`` is 0.
-    """
-    if deadline_ms == 0:
-        text = f"no time is left for {method}: its deadline is 0 ms"
-        raise CallError("timeout", text, step="send the request")
-    value = traceparent() if callable(traceparent) else traceparent
-    return {} if value is None else {"traceparent": value}
+    def __init__(
+        self,
+        address: str | Address,
+        *,
+        name: str,
+        connect_seconds: float,
+        reconnect: bool,
+        traceparent: Traceparent,
+        on_notification: NotificationCallback,
+        on_disconnect: DisconnectCallback,
+    ) -> None:
+        self.address = parse_address(address) if isinstance(address, str) else address
+        self._connect_seconds = connect_seconds
+        self._traceparent = traceparent
+        self._on_notification = on_notification
+        self._on_disconnect = on_disconnect
+        self._reconnect = reconnect
+        self._hello = AgentHello(versions=PROTOCOL_VERSIONS, client=name)
+        #: What an agent that is connected to gets to say hello in.
+        self._hello_seconds = max(_HELLO_SECONDS[0], min(_HELLO_SECONDS[1], connect_seconds))
+        self._closed = False
+        self._is_up = False
+        #: Why there is no connection.
+        self._why: Exception | None = None
+        #: How often the connection was made again.
+        self.reconnects = 0
+
+    def _params(
+        self, method: str, params: Mapping[str, object], deadline_ms: int | None
+    ) -> dict[str, object]:
+        """Add the parameters that every request has.
+
+        Raises:
+            CallError: ``timeout``; ``deadline_ms`` is 0.
+        """
+        if deadline_ms == 0:
+            text = f"no time is left for {method}: its deadline is 0 ms"
+            raise CallError("timeout", text, step="send the request")
+        trace = self._traceparent
+        value = trace() if callable(trace) else trace
+        return dict(params) if value is None else {**params, "traceparent": value}
+
+    def _closed_error(self) -> ClosedHandleError:
+        return ClosedHandleError(f"the handle of {self.address} is not open")
+
+    def _down_error(self) -> ConnectionClosed:
+        return ConnectionClosed(f"no connection to {self.address}: {self._why}")
 
 
-class Link:
+class Link(LinkCore):
     """Thread-safe. With ``reconnect`` a thread of its own makes a lost connection again."""
 
     def __init__(
@@ -79,32 +110,29 @@ class Link:
         traceparent: Traceparent,
         on_notification: NotificationCallback,
         on_reconnect: Callable[[Client], None],
-        on_disconnect: DisconnectCallback | None,
+        on_disconnect: DisconnectCallback,
         until: Deadline | None = None,
     ) -> None:
         """Connect and say hello. ``on_reconnect`` is told of each later connection.
 
         When ``until`` passes or is cancelled, connecting ends, and so does the connection.
         """
-        self.address = parse_address(address) if isinstance(address, str) else address
-        self._name = name
-        self._connect_seconds = connect_seconds
-        self._traceparent = traceparent
-        self._on_notification = on_notification
+        super().__init__(
+            address,
+            name=name,
+            connect_seconds=connect_seconds,
+            reconnect=reconnect,
+            traceparent=traceparent,
+            on_notification=on_notification,
+            on_disconnect=on_disconnect,
+        )
         self._on_reconnect = on_reconnect
-        self._on_disconnect = on_disconnect
         self._until = until
         #: For connecting: passes and is cancelled with ``until``, and is cancelled by ``close``.
         self._ending = Deadline() if until is None else until.part()
         self._changed = threading.Condition()
-        self._closed = False
-        self._is_up = False
         self._is_lost = False
-        self._why: Exception | None = None
         self._reviver: threading.Thread | None = None
-        self.reconnect = reconnect
-        #: How often the connection was made again.
-        self.reconnects = 0
         try:
             self.client, self.hello = self._connect()
         except BaseException:
@@ -120,7 +148,7 @@ class Link:
         self, method: str, params: Mapping[str, object], *, deadline_ms: int | None = None
     ) -> PendingCall:
         """Send a request; see ``Client.start_call``."""
-        params = {**params, **common_params(method, self._traceparent, deadline_ms)}
+        params = self._params(method, params, deadline_ms)
         return self._usable().start_call(method, params, deadline_ms=deadline_ms)
 
     def wait_for_callbacks(self, seconds: float) -> bool:
@@ -166,14 +194,15 @@ class Link:
             until=self._until,
         )
         try:
-            request = AgentHello(versions=PROTOCOL_VERSIONS, client=self._name)
-            seconds = hello_seconds(self._connect_seconds)
-            reply = client.call(request.method, request.to_wire(), timeout_seconds=seconds)
+            request = self._hello
+            reply = client.call(
+                request.method, request.to_wire(), timeout_seconds=self._hello_seconds
+            )
             hello = request.read_reply(reply)
             with self._changed:
                 self._is_up = not self._is_lost
                 why = self._why
-            if not self._is_up and self._on_disconnect and isinstance(why, ConnectionClosed):
+            if not self._is_up and isinstance(why, ConnectionClosed):
                 self._on_disconnect(why)  # it ended as soon as it had answered
             return client, hello
         except BaseException:
@@ -188,17 +217,17 @@ class Link:
             ConnectionClosed: there is none, and will be none soon.
         """
         if self._closed:
-            raise ClosedHandleError(f"the handle of {self.address} is closed")
-        if not self.reconnect or not self.client.closed:
+            raise self._closed_error()
+        if not self._reconnect or not self.client.closed:
             return self.client
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or not self.client.closed, self._connect_seconds
             )
             if self._closed:
-                raise ClosedHandleError(f"the handle of {self.address} is closed")
+                raise self._closed_error()
             if self.client.closed:
-                raise ConnectionClosed(f"no connection to {self.address}: {self._why}")
+                raise self._down_error()
             return self.client
 
     def _ended(self, why: ConnectionClosed) -> None:
@@ -207,7 +236,7 @@ class Link:
             self._is_lost = True
             self._why = why
             self._changed.notify_all()
-        if was_up and self._on_disconnect is not None:
+        if was_up:
             self._on_disconnect(why)
 
     def _revive(self) -> None:
