@@ -38,11 +38,26 @@ ENTRY_TYPES = {
 }
 #: The longest path, as the kernel has it (PATH_MAX with its NUL).
 PATH_MAX_BYTES = 4095
-#: What a reply carries by itself; more comes in chunks.
+#: What a reply carries by itself; more comes in chunks, each of which carries no more.
 REPLY_DATA_BYTES = 32 * 1024
+#: What a value costs on the wire beside its bytes, at most.
+_VALUE_BYTES = 9
 ACL_KINDS = ("access", "default")
 _WINDOW_MAX_CHUNKS = 1024
 _NAME_MAX_BYTES = 255
+
+
+def wire_bytes(value: object) -> int:
+    """Return the most that a value takes on the wire."""
+    if isinstance(value, bytes):
+        return len(value) + _VALUE_BYTES
+    if isinstance(value, str):
+        return 4 * len(value) + _VALUE_BYTES
+    if isinstance(value, (list, tuple)):
+        return sum(map(wire_bytes, value)) + _VALUE_BYTES
+    if isinstance(value, Mapping):
+        return wire_bytes(list(value.keys())) + wire_bytes(list(value.values()))
+    return _VALUE_BYTES
 
 
 class PlaceRequest(Record):

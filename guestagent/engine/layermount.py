@@ -41,7 +41,7 @@ from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import DeviceInfo
 from guestagent.storage.devicemapper.targets import Target, is_same_table
-from guestagent.storage.filesystems import TABLE, check_superblock, layer_type, mount_options
+from guestagent.storage.filesystems import check_superblock, layer_type, mount_options, refusal
 from guestagent.storage.keyring import ThreadKey, checks_signatures
 from guestagent.storage.mount import READONLY_FLAGS, TargetDirectory, mount_filesystem
 from vsock.errors import CallError
@@ -343,14 +343,6 @@ class LayerMount:
                 options=options,
             )
         except OSError as error:
-            if error.errno == errno.ENODEV:
-                row = TABLE[step.filesystem]
-                raise CallError(
-                    "unsupported",
-                    f"this kernel has no file system {row.name}",
-                    errno=error.errno,
-                    hint=f"load the module {row.modules[0]}, of Linux {row.kernel} or later",
-                ) from error
             if self._is_corrupt(plan):
                 raise CallError(
                     "integrity",
@@ -358,7 +350,11 @@ class LayerMount:
                     errno=error.errno,
                     kernel_log=op.kernel_lines(),
                 ) from error
-            raise
+            refused = refusal(step.filesystem, node, error)
+            if refused is None:
+                raise
+            refused.kernel_log = op.kernel_lines()
+            raise refused from error
 
     def _is_corrupt(self, plan: LayerPlan) -> bool:
         return (

@@ -137,7 +137,9 @@ class VerityStep(Record):
         ).target()
 
     def describe(self, under: str) -> str:
-        return f"create {self.name}: {self.target(self.dev or under).line()}"
+        """``under`` is the name of the linear device, which has no number yet."""
+        line = self.target(self.dev or f"/{under}").line()
+        return f"create {self.name}: {line.replace(f' /{under}', f' {under}')}"
 
 
 class MountStep(Record):
@@ -159,10 +161,11 @@ class LayerPlan(Record):
     mount: MountStep
 
     def describe(self, ranges: Sequence[ByteRange]) -> tuple[str, ...]:
-        """Return one line for each step, in order: what a dry run prints."""
+        """Return one line for each step, in order: what a dry run prints. A device that is still to
+        be made has its name in place of its number."""
         lines = [self.mount.describe()]
         if self.verity is not None:
-            under = f"/dev/mapper/{self.linear.name}" if self.linear is not None else ""
+            under = self.linear.name if self.linear is not None else ""
             lines.insert(0, self.verity.describe(under))
         if self.linear is not None:
             lines.insert(0, self.linear.describe(ranges))

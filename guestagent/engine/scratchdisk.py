@@ -23,7 +23,7 @@ from guestagent.engine.transaction import Transaction
 from guestagent.storage import blockdev, syscalls
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import devices
-from guestagent.storage.filesystems import detect, mount_options
+from guestagent.storage.filesystems import detect, mount_options, refusal
 from guestagent.storage.makefs import make_filesystem, trim
 from guestagent.storage.mount import mount_filesystem
 from guestagent.storage.mountinfo import find_mount
@@ -169,7 +169,7 @@ def _make_ready(
         crypt=crypt,
     )
     with op.step("scratch", node, code="mount"):
-        _mount(disk, node)
+        _mount(disk, node, op)
     op.on_rollback(f"scratch mount {path}", lambda: _undo_mount(state, path))
     if scratch.shared:
         with op.step("scratch", path, code="mount"):
@@ -226,15 +226,22 @@ def _clear(node: str, size_bytes: int) -> None:
         os.close(fd)
 
 
-def _mount(disk: ScratchDisk, node: str) -> None:
+def _mount(disk: ScratchDisk, node: str, op: Transaction) -> None:
     discard = (("discard", None),) if disk.discard else ()
-    mount_filesystem(
-        source=node,
-        target=disk.mount_point,
-        filesystem=disk.filesystem,
-        flags=("nodev", "nosuid"),
-        options=(*mount_options(disk.filesystem, readonly=False), *discard),
-    )
+    try:
+        mount_filesystem(
+            source=node,
+            target=disk.mount_point,
+            filesystem=disk.filesystem,
+            flags=("nodev", "nosuid"),
+            options=(*mount_options(disk.filesystem, readonly=False), *discard),
+        )
+    except OSError as error:
+        refused = refusal(disk.filesystem, node, error)
+        if refused is None:
+            raise
+        refused.kernel_log = op.kernel_lines()
+        raise refused from error
 
 
 def _node_of(disk: ScratchDisk) -> str:
@@ -286,7 +293,7 @@ def _take_down(state: EngineState, disk: ScratchDisk, op: Transaction) -> None:
 
         op.on_rollback(f"deferred removal of {disk.crypt}", defer_again)
     if unmount_target(path, op, dev=disk.mount_dev):
-        op.on_rollback(f"unmount of {path}", lambda: _mount(disk, _node_of(disk)))
+        op.on_rollback(f"unmount of {path}", lambda: _mount(disk, _node_of(disk), op))
         refuse_held(state, disk.mount_dev, path, op, filesystem=disk.filesystem)
     if disk.crypt:
         remove_devices(state, (disk.crypt,), op)

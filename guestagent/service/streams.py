@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from guestagent import __version__
 from guestagent.api.agent import PROTOCOL_VERSIONS, AgentMore, MoreReply
+from guestagent.api.inspect import wire_bytes
 from guestagent.api.inspect_devices import (
     AvailableReply,
     FsAvailable,
@@ -30,8 +31,6 @@ __all__ = ("InspectHandlers",)
 MAX_STREAMS = 4
 #: With its envelope a chunk stays within one write of 32 KiB.
 _CHUNK_BYTES = 32 * 1024 - 256
-#: What the fields of an entry cost on the wire beside their bytes.
-_FIELD_BYTES = 9
 
 
 class _Stream(Sink):
@@ -81,7 +80,7 @@ class _Stream(Sink):
 
     def entry(self, *fields: object) -> None:
         """Send an entry, with others."""
-        size_bytes = _FIELD_BYTES + sum(map(_wire_bytes, fields))
+        size_bytes = wire_bytes(fields)
         if self._entries and self._entries_bytes + size_bytes > _CHUNK_BYTES:
             self._flush()
         self._entries.append(list(fields))
@@ -118,17 +117,6 @@ class _Stream(Sink):
                 os.eventfd_read(self._more_fd)
             except BlockingIOError:
                 continue
-
-
-def _wire_bytes(value: object) -> int:
-    """Return the most that a field takes on the wire."""
-    if isinstance(value, bytes):
-        return len(value) + _FIELD_BYTES
-    if isinstance(value, str):
-        return 4 * len(value) + _FIELD_BYTES
-    if isinstance(value, (list, tuple)):
-        return sum(map(_wire_bytes, value)) + _FIELD_BYTES
-    return _FIELD_BYTES
 
 
 class InspectHandlers:

@@ -9,6 +9,7 @@ fs/erofs/erofs_fs.h, fs/squashfs/squashfs_fs.h, fs/ext4/ext4.h, fs/xfs/libxfs/xf
 6.1).
 """
 
+import errno
 import itertools
 import os
 import struct
@@ -29,6 +30,7 @@ __all__ = (
     "label_of",
     "layer_type",
     "mount_options",
+    "refusal",
     "registered",
     "uuid_of",
 )
@@ -326,6 +328,28 @@ def mount_options(filesystem: str, *, readonly: bool = True, dax: bool = False) 
     if not row.has_dax:
         raise CallError("unsupported", f"{filesystem} has no dax", step="mount-options")
     return (*options, ("dax", "always"))
+
+
+def refusal(filesystem: str, node: str, error: OSError) -> CallError | None:
+    """Return what it means that the kernel did not mount a type from a device, as far as the errno
+    says it: ``unsupported``, it lacks the type; ``mount``, it does not accept what is there."""
+    row = _row(filesystem)
+    if error.errno == errno.ENODEV:
+        return CallError(
+            "unsupported",
+            f"this kernel has no file system {row.name}",
+            errno=error.errno,
+            hint=f"load the module {row.modules[0]}, of Linux {row.kernel} or later",
+        )
+    if error.errno in (errno.EINVAL, errno.EUCLEAN, errno.EBADMSG):
+        return CallError(
+            "mount",
+            f"the kernel does not accept the {row.name} file system on {node}: {error.strerror}",
+            errno=error.errno,
+            object=node,
+            hint="it is damaged, or has features that this kernel lacks; kernel_log may say which",
+        )
+    return None
 
 
 def uuid_of(filesystem: str, head: bytes) -> str:

@@ -1,6 +1,7 @@
 """What a layer, a foreign device or a failing disk must not do to the guest, and what is said."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,6 +178,40 @@ def test_a_file_system_that_the_kernel_lacks_is_named(bed: EngineBed, tmp_path: 
         loader.write_text(before)
     assert (error.code, error.step) == ("unsupported", "mount")
     assert error.hint == "load the module squashfs, of Linux 2.6.29 or later"
+
+
+def spoiled(image: Path, feature_at: int) -> Path:
+    """Set a feature in the superblock that no kernel has."""
+    with image.open("r+b") as file:
+        file.seek(feature_at + 3)
+        file.write(b"\x40")
+    return image
+
+
+def test_what_the_kernel_does_not_accept_is_said_to_be_that(
+    bed: EngineBed, pack: Pack, tmp_path: Path
+) -> None:
+    """No bare EINVAL, of a layer or of a scratch."""
+    image = spoiled(dmbed.erofs_image(tmp_path, "image", {"a": b"x"}), 1024 + 80)
+    with loop_device(image) as node:
+        spec = LayerSpec(layer_id="l", device=PathDevice(path=node), filesystem="erofs")
+        error = refused(bed, spec)
+    assert (error.code, error.step, error.object) == ("mount", "mount", node)
+    assert error.errno in (errno.EINVAL, errno.EBADMSG)
+    assert "features that this kernel lacks" in str(error.hint)
+    assert f"does not accept the erofs file system on {node}" in error.message
+    disk = tmp_path / "disk"
+    dmbed.run("mke2fs", "-q", "-t", "ext4", "-F", disk, "16M")
+    spoiled(disk, 1024 + 96)
+    mount(bed, pack.spec(0))
+    with loop_device(disk, readonly=False) as node:
+        scratch = DeviceScratch(device=PathDevice(path=node), existing="adopt")
+        with pytest.raises(CallError) as caught:
+            mount_overlay(bed, overlay("o", "layer0", scratch=scratch))
+    error = caught.value
+    assert (error.code, error.step, error.object) == ("mount", "scratch", node)
+    assert f"does not accept the ext4 file system on {node}" in error.message
+    assert any("EXT4-fs" in line for line in error.kernel_log)
 
 
 def test_mkfs_says_why_it_failed(bed: EngineBed, pack: Pack, tmp_path: Path) -> None:

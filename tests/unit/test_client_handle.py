@@ -18,7 +18,7 @@ import pytest
 import guestagent.host
 from guestagent.api import METHODS, Event
 from guestagent.api.agent import AgentStatus, StatusReply
-from guestagent.api.inspect import FoundEntry, FsChecksums, FsFind, FsLs, FsReaddir
+from guestagent.api.inspect import FoundEntry, FsChecksums, FsFind, FsLs, FsReaddir, FsReadFile
 from guestagent.api.layers import LayerVerify
 from guestagent.api.observe import AgentMetrics, MetricsReply
 from guestagent.host.client import (
@@ -166,6 +166,36 @@ def test_an_answer_that_is_no_map_ends_the_stream() -> None:
     with pytest.raises(CallError, match="malformed") as caught:
         chunks.next_items()
     assert caught.value.code == "internal"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"data": bytes(40_000)},
+        {"entries": [[bytes(1000)]] * 40},
+        {"entries": [[]] * 4000},
+        {"data": b"", "entries": [["a" * 10_000]]},
+        {"data": b"", "more": {"a": bytes(40_000)}},
+    ],
+    ids=["bytes", "entries", "empty entries", "text", "a field that is unknown"],
+)
+def test_a_chunk_past_its_bound_is_not_kept(content: dict[str, object]) -> None:
+    """With the window of 64 chunks this bounds what an agent makes a handle hold."""
+    chunks = Chunks(FsLs(layer_id="a"))
+    chunks.take({"msgid": 1, "sequence": 0, **content})
+    with pytest.raises(CallError, match=r"a chunk of \d+ bytes; 33024 are the most") as caught:
+        chunks.next_items()
+    assert caught.value.code == "resource"
+
+
+def test_the_largest_chunks_of_an_agent_are_taken() -> None:
+    data = Chunks(FsReadFile(layer_id="a", path="x"))
+    data.take({"msgid": 2**32 - 1, "sequence": 0, "data": bytes(32 * 1024)})
+    assert data.next_items() == [bytes(32 * 1024)]
+    names = [[bytes(255)] for _ in range((32 * 1024 - 256) // (255 + 2 * 9))]
+    entries = Chunks(FsLs(layer_id="a"))
+    entries.take({"msgid": 2**32 - 1, "sequence": 0, "entries": names})
+    assert entries.next_items() == [bytes(255)] * len(names)
 
 
 def test_an_entry_may_be_longer_than_is_known_here() -> None:

@@ -53,7 +53,7 @@ def test_a_dry_run_prints_every_step():
     plan = plan_layer(spec(), SOURCE, names=("l", "v"), parameters=PARAMETERS)
     assert plan.describe(spec().ranges) == (
         "create l: 0 16 linear 7:0 2048",
-        f"create v: 0 8 verity 1 /dev/mapper/l /dev/mapper/l 4096 4096 1 2 sha256 {ROOT.hex()} ab",
+        f"create v: 0 8 verity 1 l l 4096 4096 1 2 sha256 {ROOT.hex()} ab",
         "mount erofs on /run/layers/base (ro,nodev,nosuid)",
     )
     assert plan.dm_names == ("v", "l")

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import BinaryIO, Generic, Protocol, Self, TypeVar
 
 from guestagent.api.agent import AgentMore
-from guestagent.api.inspect import REPLY_DATA_BYTES, StreamRequest
+from guestagent.api.inspect import REPLY_DATA_BYTES, StreamRequest, wire_bytes
 from guestagent.host.client.link import Link
 from vsock.client import MARGIN_SECONDS, PendingCall
 from vsock.errors import CallError, ConnectionClosed, RpcError
@@ -34,6 +34,8 @@ __all__ = (
 
 #: How far the agent runs ahead of the reader: 2 MiB.
 WINDOW_CHUNKS = 64
+#: A chunk with all that is in it, by ``wire_bytes``.
+_CHUNK_BYTES = REPLY_DATA_BYTES + 256
 #: Once the answer is here, the chunks before it are here too, but for a hand-over between threads.
 HAND_OVER_SECONDS = 10.0
 #: A request that was cancelled is answered at once, unless its disk hangs.
@@ -87,14 +89,13 @@ class Chunks(Generic[T]):
         """Note a chunk. A chunk that must not come is not kept, and ends the stream."""
         if self._error is not None:
             return
-        data = chunk.get("data")
         if chunk.get("sequence") != self._next_sequence:
             self._error = self._lost()
         elif self._next_sequence - self._asked_at >= WINDOW_CHUNKS:
             text = f"the agent sent more than the window of {WINDOW_CHUNKS} chunks"
             self._error = CallError("resource", text, step="take chunks")
-        elif isinstance(data, bytes) and len(data) > REPLY_DATA_BYTES:
-            text = f"the agent sent a chunk of {len(data)} bytes; {REPLY_DATA_BYTES} are the most"
+        elif (count := wire_bytes(chunk)) > _CHUNK_BYTES:
+            text = f"the agent sent a chunk of {count} bytes; {_CHUNK_BYTES} are the most"
             self._error = CallError("resource", text, step="take chunks")
         else:
             self._next_sequence += 1
