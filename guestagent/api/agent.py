@@ -51,6 +51,10 @@ FEATURES = {
     "events": "`agent.subscribe` and `agent.events`",
     "inspect": "the methods `fs.*`",
     "verify": "`layer.verify`",
+    "device-labels": "a device of the kind `label`",
+    "readonly-policy": "`readonly_policy` of a layer",
+    "whiteouts": "`whiteouts` of a layer",
+    "reasons": "`agent.features`",
 }
 SHUTDOWN_MODES = ("poweroff", "reboot", "exit")
 
@@ -80,6 +84,26 @@ class AgentHello(Request[HelloReply], method="agent.hello", quick=True):
         if not self.versions:
             raise ValueError("versions is empty")
         check_range("client length", len(self.client), 0, 256)
+
+
+class FeatureReport(Record):
+    """A feature by its name in hello; ``why_not`` is empty where it is there."""
+
+    name: str
+    meaning: str
+    is_there: bool
+    why_not: str
+
+
+class FeaturesReply(Record):
+    features: tuple[FeatureReport, ...]
+
+
+class AgentFeatures(Request[FeaturesReply], method="agent.features"):
+    """List every feature of agent and kernel, and why one is not there.
+
+    ``agent.hello`` names those that are there.
+    """
 
 
 class StatusReply(Record):

@@ -1,35 +1,28 @@
 """The engine as a whole: its parts, its start and end, its features and counts."""
 
-import os
 from collections.abc import Callable
 from functools import partial
 
 from guestagent.api import LayersUnmount
-from guestagent.api.layers import FILESYSTEMS
-from guestagent.api.overlays import SCRATCH_FILESYSTEMS
+from guestagent.api.agent import FEATURES
 from guestagent.engine.arrivals import Arrivals
 from guestagent.engine.batch import Batches
 from guestagent.engine.dmview import DmView
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
+from guestagent.engine.features import find_missing
 from guestagent.engine.journal import StateDirectory
 from guestagent.engine.layers import Layers
 from guestagent.engine.monitor import Monitor
 from guestagent.engine.overlays import Overlays
-from guestagent.engine.plan import PRESETS, SIGNATURES_SINCE, Version, verity_options
 from guestagent.engine.recovery import Recovered, recover
 from guestagent.engine.state import EngineState, Rules
 from guestagent.engine.transaction import StepListener, Transaction
-from guestagent.storage import filesystems, overlayfs
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
 
-__all__ = ("Engine", "feature_names")
-
-#: The parameter is there where dm-verity was built to check signatures of root digests
-#: (drivers/md/dm-verity-verify-sig.c).
-_SIGNATURE_RULE = "/sys/module/dm_verity/parameters/require_signatures"
+__all__ = ("Engine",)
 
 
 class Engine:
@@ -109,14 +102,12 @@ class Engine:
 
     def features(self) -> tuple[str, ...]:
         """Return what this kernel and this agent can do, as names that a client may test for."""
-        known = filesystems.registered()
-        return feature_names(
-            self.state.control.list_versions(),
-            known,
-            overlayfs.available_ways() if "overlay" in known else (),
-            knows_signatures=os.path.exists(_SIGNATURE_RULE),
-            flattens_erofs=filesystems.has_flattened_erofs(),
-        )
+        missing = self.missing_features()
+        return tuple(name for name in FEATURES if name not in missing)
+
+    def missing_features(self) -> dict[str, str]:
+        """Return the other features, each with the reason why it is not there."""
+        return find_missing(self.state.control)
 
     def problems(self) -> tuple[str, ...]:
         return self.state.inventory.problems()
@@ -177,41 +168,3 @@ class Engine:
             if not force:
                 raise
             log.warning("left behind", error=str(error))
-
-
-def feature_names(
-    versions: dict[str, Version],
-    known: frozenset[str],
-    overlay_ways: tuple[str, ...],
-    *,
-    knows_signatures: bool,
-    flattens_erofs: bool,
-) -> tuple[str, ...]:
-    """Return the names of ``api.agent.FEATURES`` that a kernel has.
-
-    ``versions`` are those of its device-mapper targets, ``known`` its file systems;
-    ``knows_signatures`` is true where its dm-verity was built to check signatures,
-    ``flattens_erofs`` where it mounts erofs images with a device table.
-    """
-    verity = versions.get("verity")
-    presets: list[str] = []
-    if verity is not None:
-        presets = [name for name in PRESETS if not verity_options(name, verity, None).dropped]
-    scratches: list[str] = []
-    if "overlay" in known:
-        scratches = ["tmpfs"] if "tmpfs" in known else []
-        scratches += ["directory", *(f"device-{fs}" for fs in SCRATCH_FILESYSTEMS if fs in known)]
-    is_signed = verity is not None and verity >= SIGNATURES_SINCE and knows_signatures
-    return (
-        *(f"dm-{target}" for target in ("linear", "verity", "crypt") if target in versions),
-        *(("verity-signatures",) if is_signed else ()),
-        *(f"preset-{name}" for name in presets),
-        *(f"fs-{name}" for name in FILESYSTEMS if name in known),
-        *(("erofs-flattened",) if flattens_erofs and "erofs" in known else ()),
-        *(f"overlay-{way}" for way in overlay_ways),
-        *(f"scratch-{name}" for name in scratches),
-        "batch",
-        "events",
-        "inspect",
-        "verify",
-    )

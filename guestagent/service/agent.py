@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterable, Mapping
 
 from guestagent import __version__
 from guestagent.api.agent import (
+    FEATURES,
     PROTOCOL_VERSIONS,
     AgentCancel,
     AgentEvents,
+    AgentFeatures,
     AgentHello,
     AgentShutdown,
     AgentStatus,
     AgentSubscribe,
     CancelReply,
     EventsReply,
+    FeatureReport,
+    FeaturesReply,
     HelloReply,
     StatusReply,
     SubscribeReply,
@@ -87,6 +91,22 @@ class AgentHandlers:
             features=self._engine.features(),
             limits=self.server.limits() if self.server else {},
             boot=self._boot,
+        )
+
+    @handles(AgentFeatures)
+    def features(self, _request: AgentFeatures, _call: Context) -> FeaturesReply:
+        """List what there is and what is missing."""
+        missing = self._engine.missing_features()
+        return FeaturesReply(
+            features=tuple(
+                FeatureReport(
+                    name=name,
+                    meaning=meaning,
+                    is_there=name not in missing,
+                    why_not=missing.get(name, ""),
+                )
+                for name, meaning in FEATURES.items()
+            )
         )
 
     @handles(AgentStatus)

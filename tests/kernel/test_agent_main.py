@@ -132,6 +132,10 @@ def _walk_agent(guest: GuestAgent) -> None:
     status = guest.status()
     assert (status.state, status.problems, status.layers, status.dm_devices) == ("ready", (), 0, 0)
     assert not guest.cancel(4711).cancelled
+    listed = guest.features().features
+    assert tuple(one.name for one in listed) == tuple(FEATURES)
+    assert {one.name for one in listed if one.is_there} == set(guest.hello.features)
+    assert all(one.is_there == (one.why_not == "") for one in listed)
     since = guest.subscribe(lambda event: None).sequence
     assert guest.events(since).events == ()
     kinds = [event.kind for event in guest.events(0).events]

@@ -31,6 +31,7 @@ COMMANDS = {
     "agent.log": "log --level debug",
     "agent.metrics": "metrics",
     "agent.crashes": "crashes",
+    "agent.features": "features",
     "layer.mount": "layer mount x --device pmem:0",
     "layer.unmount": "layer unmount x --force",
     "layer.list": "layer list",

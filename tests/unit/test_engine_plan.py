@@ -7,7 +7,7 @@ import pytest
 from guestagent.api import ByteRange, LayerSpec, PathDevice, PmemDevice, ScsiDevice, VirtioBlkDevice
 from guestagent.api import Verity as VerityRequest
 from guestagent.api.agent import FEATURES
-from guestagent.engine.engine import feature_names
+from guestagent.engine.features import missing_of
 from guestagent.engine.plan import (
     check_target,
     device_tag,
@@ -267,12 +267,41 @@ KNOWN = frozenset(("erofs", "squashfs", "ext4", "xfs", "tmpfs", "overlay"))
 def features(
     versions, known=KNOWN, ways=("fsconfig-fd", "fsconfig-path", "mount"), signed=True, flat=True
 ):
-    names = feature_names(versions, known, ways, knows_signatures=signed, flattens_erofs=flat)
-    return set(names)
+    missing = missing_of(versions, known, ways, knows_signatures=signed, flattens_erofs=flat)
+    return set(FEATURES) - set(missing)
 
 
 def test_every_feature_is_one_of_the_contract_and_can_be_had():
     assert features({**VERITY, "crypt": (1, 24, 0)}) == set(FEATURES)
+
+
+def test_a_feature_that_is_missing_has_its_reason():
+    kernel = {"verity": (1, 4, 0), "linear": (1, 4, 0)}
+    found = missing_of(
+        kernel, KNOWN - {"ext4"}, ("mount",), knows_signatures=True, flattens_erofs=False
+    )
+    assert found == {
+        "erofs-flattened": "the kernel mounts no erofs image with a device table; Linux 6.4 and "
+        "later do",
+        "verity-signatures": "the kernel's verity target is 1.4.0, this needs 1.5.0",
+        "preset-strict": "panic_on_corruption: the kernel's verity target is 1.4.0, this needs "
+        "1.7.0; panic_on_error: the kernel's verity target is 1.4.0, this needs 1.10.0",
+        "preset-fast": "try_verify_in_tasklet: the kernel's verity target is 1.4.0, this needs "
+        "1.9.0",
+        "fs-ext4": "the kernel has no file system ext4: load the module ext4",
+        "overlay-fsconfig-fd": "the kernel cannot; Linux 6.13 and later can",
+        "overlay-fsconfig-path": "the kernel cannot; Linux 6.5 and later can",
+        "scratch-device-ext4": "the kernel has no file system ext4: load the module ext4",
+    }
+    nothing = missing_of({}, frozenset(), (), knows_signatures=False, flattens_erofs=False)
+    own = {"batch", "events", "inspect", "verify", "reasons"}
+    own |= {"device-labels", "readonly-policy", "whiteouts"}
+    assert set(FEATURES) - set(nothing) == own
+    assert all(nothing.values())
+    assert nothing["dm-verity"].endswith(
+        "no device-mapper target verity: load the module dm-verity"
+    )
+    assert nothing["overlay-mount"].endswith("file system overlay: load the module overlay")
 
 
 def test_a_preset_is_a_feature_where_none_of_its_options_is_dropped():

@@ -4,9 +4,11 @@ from typing import TypeVar
 
 from guestagent.api.agent import (
     AgentCancel,
+    AgentFeatures,
     AgentShutdown,
     AgentStatus,
     CancelReply,
+    FeaturesReply,
     StatusReply,
 )
 from guestagent.api.devicemapper import (
@@ -123,6 +125,10 @@ class AgentMethods(Caller):
     def metrics(self) -> str:
         """Return the agent's metrics in the Prometheus text format."""
         return self.call(AgentMetrics()).text
+
+    def features(self) -> FeaturesReply:
+        """List every feature of agent and kernel, and why one is not there."""
+        return self.call(AgentFeatures())
 
     def crashes(self, since: int = 0) -> CrashesReply:
         """Return the kept crash reports of agent processes and their threads."""

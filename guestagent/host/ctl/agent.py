@@ -1,4 +1,4 @@
-"""Commands about the agent itself: connect, hello, shutdown and crashes."""
+"""Commands about the agent itself: connect, hello, features, shutdown and crashes."""
 
 import time
 
@@ -35,6 +35,19 @@ def hello(session: Session) -> None:
             )
         ),
     )
+
+
+@click.command()
+@pass_session
+def features(session: Session) -> None:
+    """List every feature of agent and kernel, and why one is not there."""
+    with session.agent() as guest:
+        reply = guest.features()
+    rows = [
+        (one.name, "yes" if one.is_there else "no", one.why_not or one.meaning)
+        for one in reply.features
+    ]
+    session.show(reply, lambda: table(("FEATURE", "THERE", "WHY NOT, OR WHAT IT IS"), rows))
 
 
 @click.command()
@@ -163,4 +176,4 @@ def _describe(report: CrashReport) -> str:
     return "\n".join(lines)
 
 
-AGENT_COMMANDS = (hello, shutdown, connect, crashes)
+AGENT_COMMANDS = (hello, features, shutdown, connect, crashes)
