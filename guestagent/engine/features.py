@@ -81,11 +81,9 @@ def missing_of(
         text = "the kernel mounts no erofs image with a device table; Linux 6.4 and later do"
         return filesystem("erofs") or ("" if flattens_erofs else text)
 
-    single: dict[str, Callable[[], str]] = {
-        "verity-signatures": signatures,
-        "erofs-flattened": flattened,
-    }
     kinds: dict[str, Callable[[str], str]] = {
+        "verity": lambda _: signatures(),
+        "erofs": lambda _: flattened(),
         "dm": target,
         "preset": preset,
         "fs": filesystem,
@@ -95,10 +93,7 @@ def missing_of(
     missing = {}
     for feature in FEATURES:
         kind, _, name = feature.partition("-")
-        if feature in single:
-            why = single[feature]()
-        else:
-            why = kinds[kind](name) if kind in kinds else ""  # the agent's own are there
+        why = kinds[kind](name) if kind in kinds and name else ""  # the agent's own are there
         if why:
             missing[feature] = why
     return missing

@@ -276,7 +276,7 @@ def test_every_feature_is_one_of_the_contract_and_can_be_had():
 
 
 def test_a_feature_that_is_missing_has_its_reason():
-    kernel = {"verity": (1, 4, 0), "linear": (1, 4, 0)}
+    kernel = {"verity": (1, 4, 0), "linear": (1, 4, 0), "crypt": (1, 24, 0)}
     found = missing_of(
         kernel, KNOWN - {"ext4"}, ("mount",), knows_signatures=True, flattens_erofs=False
     )
