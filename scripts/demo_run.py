@@ -3,7 +3,8 @@
     scripts/demo [--keep]
 
 Builds three layers and a pack, boots a machine with the agent as its PID 1, drives it as an
-orchestrator would, and compares every file that the guest sees with where it came from. The exit
+orchestrator would, and compares every file that the guest sees with where it came from: in an
+overlay of the layers, and, where the kernel has that, in one mount of their merged image. The exit
 status is 0 only if everything held.
 """
 
@@ -15,7 +16,7 @@ import os
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +28,11 @@ from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import cached_kernel
 from rootfs.image.images import build_image
 from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
-from rootfs.pack.manifest import ManifestLayer, layer_spec
+from rootfs.pack.manifest import Manifest, ManifestImage, ManifestLayer, layer_spec
+from rootfs.pack.mounting import OVERLAY, plan_image_mount
 from rootfs.pack.pack import Pack, manifest_path_of
 from rootfs.verity.formatter import format_image
+from rootfs.verity.verifier import read_layer
 from scripts.uml_bed.kernels import kernel_cache
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -57,10 +60,12 @@ class DemoError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
-    """The pack, its good layers, and two layers with one flipped bit each."""
+    """The pack, its good layers, the image of them, and two layers with one flipped bit each."""
 
     pack: Path
+    manifest: Manifest
     good: tuple[ManifestLayer, ...]
+    image: ManifestImage
     flipped_first: ManifestLayer
     flipped_later: ManifestLayer
 
@@ -126,16 +131,26 @@ def _build_layers(directory: Path) -> Layers:
             with _progress(f"layer {layer_id} from {source}"):
                 _add_layer(pack, layer_id, source, directory / f"{layer_id}.erofs", position)
         good = pack.layers
+        with _progress("one image merged of the layers"):
+            image = pack.merge("site-image", list(sources))
         top = directory / "site.erofs"
-        _add_copy(pack, "flipped-first", top, good[0])
-        _add_copy(pack, "flipped-later", top, good[0])
+        _add_copy(pack, "flipped-first", top)
+        _add_copy(pack, "flipped-later", top)
+        manifest = pack.manifest
     with Pack.open(pack_path) as pack:
         found = {layer.layer_id: layer for layer in pack.layers}
     first, later = found["flipped-first"], found["flipped-later"]
     _flip_bit(pack_path, first.offset_bytes + 1024)  # of the EROFS superblock
     assert later.verity is not None
     _flip_bit(pack_path, later.offset_bytes + later.verity.data_size_bytes // 2)
-    return Layers(pack=pack_path, good=good, flipped_first=first, flipped_later=later)
+    return Layers(
+        pack=pack_path,
+        manifest=manifest,
+        good=good,
+        image=image,
+        flipped_first=first,
+        flipped_later=later,
+    )
 
 
 def _add_layer(pack: Pack, layer_id: str, source: Path, image: Path, position: int) -> None:
@@ -153,8 +168,8 @@ def _add_layer(pack: Pack, layer_id: str, source: Path, image: Path, position: i
     )
 
 
-def _add_copy(pack: Pack, layer_id: str, image: Path, of: ManifestLayer) -> None:
-    pack.add(image, layer_id, verity=of.verity, position=len(pack.layers))
+def _add_copy(pack: Pack, layer_id: str, image: Path) -> None:
+    pack.add(image, layer_id, verity=read_layer(image).parameters, position=len(pack.layers))
 
 
 def _flip_bit(path: Path, offset_bytes: int) -> None:
@@ -233,11 +248,34 @@ def _drive(guest: GuestAgent, layers: Layers, expected: Tree) -> None:
     )
     _require(overlay.layers == tuple(layer.layer_id for layer in layers.good), "layers in order")
     with _progress(f"digests of {len(expected)} entries in the guest"):
-        seen = _seen_tree(guest)
+        seen = _seen_tree(guest, overlay_id="root")
     _compare(seen, expected)
     print(_timings(reports, overlay.timings_ms))
+    _show_image(guest, layers, expected)
     _show_refusals(guest, layers)
     _take_down(guest, layers)
+
+
+def _show_image(guest: GuestAgent, layers: Layers, expected: Tree) -> None:
+    """Mount the merged image of the same layers and compare it, where the kernel can."""
+    plan = plan_image_mount(
+        layers.manifest,
+        layers.image,
+        {"kind": "pmem", "number": 0},
+        features=guest.hello.features,
+        kernel=guest.hello.kernel,
+    )
+    print(f"  image {plan.image_id}: {plan.reason}")
+    if plan.form == OVERLAY:
+        return  # that of above is the one
+    (spec,) = plan.layers
+    report = guest.layer_mount(spec)
+    _check_stack(report)
+    with _progress(f"digests of {len(expected)} entries in the one mount"):
+        seen = _seen_tree(guest, layer_id=report.layer_id)
+    _compare(seen, expected)
+    print(_timings([report]))
+    guest.layer_unmount(report.layer_id)
 
 
 def _spec(layer: ManifestLayer) -> LayerSpec:
@@ -251,8 +289,10 @@ def _check_stack(report: LayerReport) -> None:
     _require("ro" in report.options, f"{report.layer_id} is not read-only")
 
 
-def _seen_tree(guest: GuestAgent) -> Tree:
-    entries = guest.fs_checksums(overlay_id="root")
+def _seen_tree(
+    guest: GuestAgent, *, overlay_id: str | None = None, layer_id: str | None = None
+) -> Tree:
+    entries = guest.fs_checksums(overlay_id=overlay_id, layer_id=layer_id)
     return {
         os.fsdecode(path): (entry.kind, entry.digest or entry.target or "")
         for path, entry in entries.items()
@@ -270,10 +310,10 @@ def _compare(seen: Tree, expected: Tree) -> None:
     print(f"  all {len(expected)} entries, {files} files among them, are what the sources say")
 
 
-def _timings(reports: list[LayerReport], overlay_ms: object) -> str:
-    assert isinstance(overlay_ms, dict)
+def _timings(reports: list[LayerReport], overlay_ms: Mapping[str, float] | None = None) -> str:
     columns = {report.layer_id: dict(report.timings_ms) for report in reports}
-    columns["overlay"] = overlay_ms
+    if overlay_ms is not None:
+        columns["overlay"] = dict(overlay_ms)
     steps = list(dict.fromkeys(step for column in columns.values() for step in column))
     rows = [
         [step, *(f"{column[step]:.2f}" if step in column else "" for column in columns.values())]
