@@ -25,7 +25,7 @@ from rootfs.pack.manifest import Manifest, ManifestImage, layer_spec
 from rootfs.pack.mounting import FORMS, OVERLAY, ImageMount, check_whiteouts, plan_image_mount
 from vsock.errors import CallError
 
-__all__ = ("PACK_COMMANDS", "image_facts", "root_of")
+__all__ = ("PACK_COMMANDS", "find_image", "image_facts", "root_of")
 
 
 @click.command("mount")
@@ -89,7 +89,7 @@ def mount_command(
             reply = guest.layers_mount(request)
         session.show(reply, lambda: describe_batch(reply))
         return
-    found = _image_of(manifest, image_id)
+    found = find_image(manifest, image_id)
     if words["userxattr"]:
         raise click.UsageError("--userxattr is not for an image, which was merged without it")
     with session.agent() as guest:
@@ -148,7 +148,12 @@ def root_of(reply: LayersMountReply) -> str:
     return reply.overlay.target if reply.overlay else reply.layers[0].target
 
 
-def _image_of(manifest: Manifest, image_id: str) -> ManifestImage:
+def find_image(manifest: Manifest, image_id: str) -> ManifestImage:
+    """Return an image of a pack.
+
+    Raises:
+        CallError: ``not_found``; it says which there are.
+    """
     found = manifest.find_image(image_id)
     if found is None:
         known = ", ".join(image.image_id for image in manifest.images) or "none"
@@ -176,7 +181,7 @@ def unmount_command(
     With --image unmount one image, however it is mounted; layers that other overlays use stay.
     """
     manifest = manifest_of(image)
-    found = None if image_id is None else _image_of(manifest, image_id)
+    found = None if image_id is None else find_image(manifest, image_id)
     with session.agent() as guest:
         ids = tuple(layer.layer_id for layer in manifest.layers)
         if found is not None:

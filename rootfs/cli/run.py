@@ -42,7 +42,7 @@ from rootfs.bootimage.kernel import (
     open_kernel,
 )
 from rootfs.cli.pack import source_options
-from rootfs.cli.packmount import image_facts, root_of
+from rootfs.cli.packmount import find_image, image_facts, root_of
 from rootfs.image.source import SourceChoices
 from rootfs.imagefile.errors import from_os_error
 from rootfs.machine.qemu import Machine, MachineError, MachineSpec, PmemSpec
@@ -283,6 +283,9 @@ def initramfs() -> None:
     type=click.Path(path_type=Path),
     help=f"Put the manifest of a pack into the image, as /{_MANIFEST_PATH}.",
 )
+@click.option(
+    "--image", "image_id", metavar="ID", help="With --manifest: boot with this image of the pack."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Default: a file in the cache.")
 @reports_errors
 def initramfs_build_command(
@@ -293,6 +296,7 @@ def initramfs_build_command(
     module_signatures: bool,
     files: tuple[str, ...],
     manifest: Path | None,
+    image_id: str | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -311,7 +315,9 @@ def initramfs_build_command(
     setting = None
     if manifest is not None:
         added.append((_MANIFEST_PATH, manifest))
-        setting = _manifest_setting(manifest)
+        setting = _manifest_setting(manifest, image_id)
+    elif image_id is not None:
+        raise click.UsageError("--image names an image of a --manifest")
     with _failures():
         spec = InitramfsSpec(
             kernel=_kernel(kernel_root),
@@ -337,13 +343,15 @@ def _added_file(text: str) -> tuple[str, Path]:
     return path.lstrip("/"), Path(source)
 
 
-def _manifest_setting(path: Path) -> str:
-    Manifest.load(path)
+def _manifest_setting(path: Path, image_id: str | None) -> str:
+    manifest, image = Manifest.load(path), ""
+    if image_id is not None:
+        image = f",image={find_image(manifest, image_id).image_id}"
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as problem:
         raise from_os_error(problem, step="read the manifest", object=path) from problem
-    return f"guestagent.manifest=/{_MANIFEST_PATH},DEVICE,sha256={digest}"
+    return f"guestagent.manifest=/{_MANIFEST_PATH},DEVICE,sha256={digest}{image}"
 
 
 def _facts(report: InitramfsReport) -> dict[str, object]:

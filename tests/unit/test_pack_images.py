@@ -6,12 +6,16 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from guestagent.host.ctl.main import collect
 from guestagent.storage.verity import PART_STEP_BYTES, VerityTerms
 from rootfs.image.images import build_image
 from rootfs.pack.manifest import Manifest, ManifestImage
+from rootfs.pack.mounting import plan_image_mount
 from rootfs.pack.pack import Pack
 from rootfs.verity.formatter import LAYER_SALT, format_image
 from rootfs.verity.verifier import verify_image
@@ -305,3 +309,64 @@ def test_a_full_disk_leaves_the_pack_as_it_was(pack: Path, monkeypatch: pytest.M
 def test_a_pack_that_is_read_only_is_not_merged(pack: Path) -> None:
     with Pack.open(pack) as opened, pytest.raises(CallError, match="reading only"):
         opened.merge("app", ["top"])
+
+
+# --- how an image is mounted
+
+DEVICE: dict[str, object] = {"kind": "pmem", "number": 0}
+
+
+@pytest.fixture
+def merged(pack: Path) -> Manifest:
+    with Pack.open(pack, writable=True) as opened:
+        opened.merge("app", ["top", "base"])
+        return opened.manifest
+
+
+@pytest.mark.parametrize(
+    ("features", "form", "expected", "reason"),
+    [
+        (("erofs-flattened",), None, "merged", "4 ranges: Linux 6.x has erofs-flattened"),
+        (("fs-erofs",), None, "overlay", "2 layers: Linux 6.x has no erofs-flattened"),
+        (("erofs-flattened",), "overlay", "overlay", "2 layers: it was asked for"),
+        (("erofs-flattened",), "merged", "merged", "4 ranges: it was asked for"),
+    ],
+)
+def test_the_form_follows_from_the_guest_and_the_wish(
+    merged: Manifest, features: tuple[str, ...], form: str | None, expected: str, reason: str
+) -> None:
+    plan = plan_image_mount(
+        merged, merged.images[0], DEVICE, features=features, kernel="6.x", form=form
+    )
+    assert plan.form == expected
+    assert reason in plan.reason
+    assert plan.layer_ids == (("app",) if expected == "merged" else ("top", "base"))
+
+
+def test_a_form_that_the_guest_has_not_is_refused(merged: Manifest) -> None:
+    with pytest.raises(CallError, match=r"Linux 6\.1\.0 has no erofs-flattened") as caught:
+        plan_image_mount(
+            merged, merged.images[0], DEVICE, features=(), kernel="6.1.0", form="merged"
+        )
+    assert (caught.value.code, caught.value.object) == ("unsupported", "app")
+
+
+def test_the_commands_of_images(pack: Path) -> None:
+    def run(*words: object, status: int = 0) -> dict[str, Any]:
+        done = CliRunner().invoke(collect(), ["--json", *map(str, words)])
+        assert done.exit_code == status, done.output
+        found = json.loads(done.stdout)
+        assert isinstance(found, dict)
+        return found
+
+    made = run("image", "merge", pack, "--id", "app", "--layers", "top,middle,base")
+    assert made["layers"] == ["top", "middle", "base"]
+    assert run("pack", "list", pack)["images"] == [made]
+    assert run("pack", "check", pack)["sound"] is True
+    error = run("pack", "remove", pack, "base", status=1)["error"]
+    assert (error["code"], error["object"]) == ("conflict", "base")
+    error = run("image", "merge", pack, "--id", "app", "--layers", "top", status=1)["error"]
+    assert error["code"] == "conflict"
+    assert run("pack", "remove", pack, "app")["id"] == "app"
+    text = CliRunner().invoke(collect(), ["pack", "list", str(pack)]).stdout
+    assert len(text.splitlines()) == 3

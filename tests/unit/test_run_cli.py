@@ -257,6 +257,14 @@ def test_files_and_a_manifest_go_into_the_boot_image(layout: Path, tmp_path: Pat
     assert (unpacked / "etc/pack.json").read_bytes() == Path(manifest).read_bytes()
     tool = unpacked / "usr/local/bin/tool"
     assert (tool.read_bytes(), tool.stat().st_mode & 0o777) == (b"#!/bin/sh\n", 0o750)
+    names = [layer.layer_id for layer in Manifest.load(manifest).layers]
+    words = ["image", "merge", str(pack), "--id", "app", "--layers", ",".join(names)]
+    assert CliRunner().invoke(collect(), words).exit_code == 0
+    done = invoke("initramfs", *arguments, "--output", tmp_path / "other", "--image", "app")
+    assert done.stdout.splitlines()[-1].endswith(",image=app")
+    done = invoke("initramfs", *arguments, "--output", tmp_path / "none", "--image", "web")
+    assert (done.exit_code, "its images: app" in done.stderr) == (1, True)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
@@ -268,6 +276,7 @@ def test_files_and_a_manifest_go_into_the_boot_image(layout: Path, tmp_path: Pat
         (("--file", "/nowhere/file:a"), 1, "/nowhere/file"),
         (("--file", "/etc:a"), 1, "/etc"),
         (("--file", "/etc/hostname:init"), 1, "'init'"),
+        (("--image", "app"), 2, "--manifest"),
         (("--manifest", "/nowhere/file"), 1, "/nowhere/file"),
         (("--manifest", "/etc/hostname"), 1, "/etc/hostname"),
     ],
