@@ -25,7 +25,7 @@ from rootfs.verity.verifiedread import VerifiedReader
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-__all__ = ("ImageTree", "check_image", "check_mergeable", "merged_metadata")
+__all__ = ("ImageTree", "check_image", "check_mergeable", "check_padding", "merged_metadata")
 
 _COMPARED_BYTES = 1 << 20
 
@@ -49,6 +49,26 @@ def check_mergeable(layers: Sequence[ManifestLayer]) -> None:
             raise _unfit(layer, "it has no hash tree")
         if layer.part_range is None:
             raise _unfit(layer, "its hash area lies where an earlier version put it; add it again")
+
+
+def check_padding(fd: int, layer: ManifestLayer) -> None:
+    """See that zeros are between the data of a layer and where it ends as a part of an image.
+
+    Raises:
+        CallError: ``integrity``.
+    """
+    if layer.part_range is None:
+        return
+    assert layer.verity is not None  # of what has no hash tree no part is made
+    start, end = layer.offset_bytes + layer.verity.data_size_bytes, layer.part_range.end_bytes
+    found = os.pread(fd, end - start, start)  # less than 512 KiB
+    if found.strip(b"\0"):
+        raise CallError(
+            "integrity",
+            f"layer {layer.layer_id!r} has something else than zeros behind its data",
+            step="check a layer",
+            object=layer.layer_id,
+        )
 
 
 def _unfit(layer: ManifestLayer, problem: str) -> CallError:
@@ -81,12 +101,14 @@ def merged_metadata(
     """Merge layers of the pack ``fd``, topmost first, in a file beside its ``path``; yield that.
 
     Raises:
-        CallError: as ``merge_layers``; ``integrity``, a layer is not what its hash tree says.
+        CallError: as ``merge_layers`` and ``check_padding``; ``integrity``, a layer is not what its
+            hash tree says.
     """
     files = []
     for layer in layers:
         verity = layer.verity
         assert verity is not None
+        check_padding(fd, layer)
         reader = VerifiedReader(
             fd, verity, base_offset_bytes=layer.offset_bytes, name=layer.layer_id
         )

@@ -11,7 +11,7 @@ from guestagent.storage.verity import SUPERBLOCK_BYTES, VerityParameters, check_
 from rootfs.image.tree import CHUNK_BYTES, Progress
 from rootfs.imagefile.ranges import FileRange, free_ranges
 from rootfs.pack.manifest import Manifest, ManifestLayer
-from rootfs.pack.merging import check_image
+from rootfs.pack.merging import check_image, check_padding
 from rootfs.verity.treecompare import compare_tree
 from rootfs.verity.workers import available_cores
 from vsock.deadline import Deadline
@@ -121,26 +121,12 @@ def _check_layer(fd: int, layer: ManifestLayer, cancel: Deadline | None) -> None
         _check_tree(fd, layer, cancel)
         if layer.verity.superblock:
             _check_superblock(fd, layer, layer.verity)
-        _check_padding(fd, layer, layer.verity)
+        check_padding(fd, layer)
     _check_filesystem(fd, layer)
 
 
 def _wrong(layer: ManifestLayer, problem: str) -> CallError:
     return CallError("integrity", problem, step="check a layer", object=layer.layer_id)
-
-
-def _check_padding(fd: int, layer: ManifestLayer, verity: VerityParameters) -> None:
-    """See that zeros are between the data and where the layer ends as a part of an image.
-
-    Raises:
-        CallError: ``integrity``.
-    """
-    if layer.part_range is None:
-        return
-    start, end = layer.offset_bytes + verity.data_size_bytes, layer.part_range.end_bytes
-    found = os.pread(fd, end - start, start)  # less than 512 KiB
-    if found.strip(b"\0"):
-        raise _wrong(layer, "what is between its data and its hash area is not zeros")
 
 
 def _check_tree(fd: int, layer: ManifestLayer, cancel: Deadline | None) -> None:

@@ -165,7 +165,7 @@ def _of(name: str, where: str) -> Callable[[Manifest], int]:
             + {
                 "superblock": 1024 + 20,
                 "inodes": 1024 + 200,
-                "top hash block": layer.verity.tree_offset_bytes + 7,
+                "padding": layer.verity.data_size_bytes + 4000,
                 "last hash block": layer.verity.end_bytes - 4096 + 7,
             }[where]
         )
@@ -173,7 +173,7 @@ def _of(name: str, where: str) -> Callable[[Manifest], int]:
     return place
 
 
-@pytest.mark.parametrize("where", ["superblock", "inodes", "last hash block"])
+@pytest.mark.parametrize("where", ["superblock", "inodes", "padding", "last hash block"])
 def test_a_layer_that_changed_is_refused_and_nothing_is_made(pack: Path, where: str) -> None:
     damage(pack, _of("middle", where))
     before = pack.read_bytes(), Path(f"{pack}.json").read_bytes(), set(os.listdir(pack.parent))
@@ -185,6 +185,20 @@ def test_a_layer_that_changed_is_refused_and_nothing_is_made(pack: Path, where: 
         assert opened.manifest.images == ()
     after = pack.read_bytes(), Path(f"{pack}.json").read_bytes(), set(os.listdir(pack.parent))
     assert after == before
+
+
+@pytest.mark.parametrize(("name", "tail"), [("base", b"base\n"), ("middle", b"m" * 900)])
+def test_a_tail_that_changed_is_not_copied_into_the_metadata(
+    pack: Path, name: str, tail: bytes
+) -> None:
+    layer = Manifest.load(f"{pack}.json").find(name)
+    assert layer is not None
+    place = pack.read_bytes().index(tail, layer.offset_bytes)  # the metadata come first
+    assert place < layer.range.end_bytes
+    damage(pack, lambda _: place)
+    with Pack.open(pack, writable=True) as opened, pytest.raises(CallError) as caught:
+        opened.merge("app", ["top", "middle", "base"])
+    assert (caught.value.code, caught.value.object) == ("integrity", name)
 
 
 def unchanged(opened: Pack, layers: list[str], match: str, code: str, name: str) -> None:
