@@ -14,8 +14,9 @@ from functools import partial
 from guestagent.config import Config, Problem
 from guestagent.engine.engine import Engine
 from guestagent.engine.faults import Faults
-from guestagent.engine.journal import Journal, StateDirectory
+from guestagent.engine.journal import Journal
 from guestagent.engine.state import Rules
+from guestagent.engine.statedirectory import StateDirectory
 from guestagent.listeners import HeldSockets, Listeners
 from guestagent.observe.crashes import CrashReports
 from guestagent.observe.observers import Observers

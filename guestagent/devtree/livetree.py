@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from guestagent.api.devtree import DevAttachment, DevCreate
 from guestagent.devtree.closure import MAX_NODES, Node, PathPlan
 from guestagent.devtree.tree import Tree
-from guestagent.engine.inventory import parent_of
+from guestagent.engine.claims import parent_of
 from guestagent.storage import syscalls
 from vsock.errors import CallError
 from vsock.record import Record

@@ -11,12 +11,12 @@ from guestagent.engine.dmview import DmView
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
 from guestagent.engine.features import find_missing
-from guestagent.engine.journal import StateDirectory
 from guestagent.engine.layers import Layers
 from guestagent.engine.monitor import Monitor
 from guestagent.engine.overlays import Overlays
 from guestagent.engine.recovery import Recovered, recover
 from guestagent.engine.state import EngineState, Rules
+from guestagent.engine.statedirectory import StateDirectory
 from guestagent.engine.transaction import StepListener, Transaction
 from vsock.deadline import Deadline
 from vsock.errors import CallError

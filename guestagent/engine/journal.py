@@ -10,34 +10,26 @@ tenth of a file, and is removed like one. What a file says of a layer counts und
 where it cannot be read, none of its names counts.
 """
 
-import binascii
 import contextlib
 import errno
-import fcntl
 import os
-import stat
 import threading
 
 import msgpack
 
 from guestagent.engine.inventory import LayerTraces, LiveLayer, LiveOverlay
-from vsock.closeable import FdOwner
+from guestagent.engine.statedirectory import Counter, refuse_foreign
 from vsock.errors import CallError
 from vsock.record import Record, wire_fields
 
 __all__ = (
     "Begun",
-    "Counter",
     "Journal",
     "LayerEntries",
     "OverlayEntry",
-    "StateDirectory",
     "Written",
-    "uuid_prefix",
 )
 
-#: Where the state is kept unless the configuration says otherwise.
-DEFAULT_STATE = "/run/guestagent"
 _LAYER, _OVERLAY = "layer-", "overlay-"
 _ENTRY, _BEGUN, _DAMAGED, _DRAFT = ".entry", ".begun", ".damaged", ".new"
 
@@ -82,46 +74,6 @@ class Written(Record):
     begun_overlays: tuple[LiveOverlay, ...]
 
 
-class StateDirectory(FdOwner):
-    """The state directory of an agent, which no other agent can have meanwhile. A context manager.
-
-    Source: flock(2); the kernel releases the lock when the agent ends, however it ends.
-    """
-
-    def __init__(self, path: str) -> None:
-        """Make the directory if it is missing, and lock it.
-
-        Raises:
-            CallError: ``conflict``, another agent has it.
-            OSError: EPERM, another user owns it or may write to it; or it cannot be made.
-        """
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        _refuse_foreign(path)
-        self.path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise CallError(
-                "conflict",
-                f"another agent has the state directory {path!r}",
-                object=path,
-                hint="a second agent needs a state directory of its own: guestagent.state=",
-            ) from None
-        except BaseException:
-            self.close()
-            raise
-
-
-def uuid_prefix(state_directory: str) -> str:
-    """Return what the uuids of an agent's dm devices begin with: each state directory but the
-    default one has its own."""
-    if state_directory == DEFAULT_STATE:
-        return "guestagent-"
-    return f"guestagent.{binascii.crc32(os.fsencode(state_directory)):08x}-"
-
-
 class Journal:
     """The files of one directory. One writer for each id at a time."""
 
@@ -134,7 +86,7 @@ class Journal:
         self._directory = directory
         self._striking = threading.Lock()
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        _refuse_foreign(directory)
+        refuse_foreign(directory)
         files = os.listdir(directory)
         for file in files:
             if file.endswith(_DRAFT):  # of a writer that was killed
@@ -314,24 +266,6 @@ class Journal:
             return
 
 
-def _refuse_foreign(directory: str) -> None:
-    """Refuse a directory that another user could have written to: recovery acts on its files.
-
-    Raises:
-        OSError: EPERM.
-    """
-    info = os.lstat(directory)
-    if not stat.S_ISDIR(info.st_mode):
-        why = "is a link or no directory"
-    elif info.st_uid != os.geteuid():
-        why = f"belongs to user {info.st_uid}, not to {os.geteuid()}"
-    elif info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        why = f"has mode {stat.S_IMODE(info.st_mode):04o}: others may write to it"
-    else:
-        return
-    raise OSError(errno.EPERM, f"the state directory {why}", directory)
-
-
 def _layer_file(layer_id: str) -> str:
     return f"{_LAYER}{layer_id}{_ENTRY}"
 
@@ -371,24 +305,3 @@ def _link(path: str, name: str) -> None:
     except FileExistsError:  # what an undoing that failed has left
         os.unlink(name)
         os.link(path, name)
-
-
-class Counter:
-    """One number in a file, written in place: a single 8-byte write, whole whenever we are killed.
-
-    Not thread-safe.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self.value = int.from_bytes(os.pread(self._fd, 8, 0), "little")
-
-    def store(self, value: int) -> None:
-        self.value = value
-        os.pwrite(self._fd, value.to_bytes(8, "little"), 0)
-
-    def close(self) -> None:
-        """Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1

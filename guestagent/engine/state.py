@@ -4,9 +4,10 @@ from guestagent.api.layers import TARGET_ROOTS
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
 from guestagent.engine.inventory import Inventory
-from guestagent.engine.journal import Begun, Journal, StateDirectory, uuid_prefix
+from guestagent.engine.journal import Begun, Journal
 from guestagent.engine.locks import KeyLocks
 from guestagent.engine.plan import Version
+from guestagent.engine.statedirectory import StateDirectory, uuid_prefix
 from guestagent.engine.transaction import Transaction
 from guestagent.storage.devicemapper.control import open_control
 from guestagent.storage.kmsg import KernelLog

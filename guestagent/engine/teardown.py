@@ -9,7 +9,7 @@ import os
 from functools import partial
 
 from guestagent.api.layers import Holder, UnmountReply
-from guestagent.engine.inventory import parent_of
+from guestagent.engine.claims import parent_of
 from guestagent.engine.state import EngineState
 from guestagent.engine.transaction import Transaction
 from guestagent.storage import syscalls

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guestagent.api import ByteRange, OverlaySpec
-from guestagent.engine.inventory import Inventory, LiveOverlay, PathClaims
+from guestagent.engine.claims import PathClaims
+from guestagent.engine.inventory import Inventory, LiveOverlay
 from tests.beds.enginebed import layer
 from vsock.errors import CallError
 
