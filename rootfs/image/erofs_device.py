@@ -143,27 +143,30 @@ class DeviceContent:
         """Yield the block numbers of the chunks in pieces, ``HOLE`` where nothing is stored.
 
         Raises:
-            CallError: as ``LayerFile.read``; ``unsupported``, a chunk is in another device.
+            CallError: as ``LayerFile.read``.
         """
+        for found in self._read_entries():
+            # struct erofs_inode_chunk_index: 16 bits reserved, 16 of a device, 32 of a block
+            yield found[1::2] if self.entry_bytes == 8 else found
+
+    def read_devices(self) -> "Iterator[array[int]]":
+        """Yield the numbers of the devices that chunks are in; 0 is the layer."""
+        for found in self._read_entries():
+            yield array("I", [low >> 16 for low in found[::2]] if self.entry_bytes == 8 else ())
+
+    def _read_entries(self) -> "Iterator[array[int]]":
         count = -(-self.size_bytes // self.chunk_bytes)
         for first in range(0, count, _MAP_ENTRIES):
             entries = min(_MAP_ENTRIES, count - first)
             at = self.map_at + first * self.entry_bytes
-            found = _numbers(self.layer.read(at, entries * self.entry_bytes))
-            if self.entry_bytes == 8:
-                # struct erofs_inode_chunk_index: 16 bits reserved, 16 of a device, 32 of a block
-                if any(low >> 16 for low in found[::2]):
-                    raise CallError(
-                        "unsupported",
-                        f"cannot read {self.layer.name!r}: a chunk lies in another device",
-                        step="read the layer",
-                        object=self.layer.name,
-                    )
-                found = found[1::2]
-            yield found
+            yield _numbers(self.layer.read(at, entries * self.entry_bytes))
 
     def mapped(self) -> Iterator[bytes]:
-        """Yield the block map (4 bytes an entry) in the unified space, but for a tail."""
+        """Yield the block map (4 bytes an entry) in the unified space, but for a tail.
+
+        Raises:
+            CallError: as ``LayerFile.read``; ``conflict``, the map is another than it was.
+        """
         base = self.device.first_block
         if not self.chunk_bytes:
             first = base + self.first_block
@@ -172,6 +175,13 @@ class DeviceContent:
                 yield _packed(array("I", range(first + at, first + end)))
             return
         for blocks in self.read_map():
+            if any(self.layer.blocks <= block < HOLE for block in blocks):
+                raise CallError(
+                    "conflict",
+                    f"cannot read {self.layer.name!r}: it changed while it was read",
+                    step="read the layer",
+                    object=self.layer.name,
+                )
             yield _packed(array("I", [b if b == HOLE else b + base for b in blocks]))
 
 

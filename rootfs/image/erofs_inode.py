@@ -10,7 +10,7 @@ Source: fs/erofs/erofs_fs.h, inode.c, data.c, dir.c (Linux 6.1).
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rootfs.image.erofs_format import (
     BLOCK_BYTES,
@@ -72,9 +72,9 @@ class Inode:
         self._extended = True
         self._layout = PLAIN
         self._xattrs = b""
-        self._directory_blocks: list[list[tuple[bytes, Inode]]] = []
+        self._directory_blocks: Sequence[list[tuple[bytes, Inode]]] = ()
         self._chunk_bytes = 0
-        self._stored_chunks: list[int] = []
+        self._stored_chunks: Sequence[int] = ()
 
     @property
     def parent(self) -> "Inode":

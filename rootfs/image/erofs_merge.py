@@ -83,8 +83,8 @@ def merge_layers(
 
     The image shows, file by file, what an overlay of the layers shows: ``userxattr`` says whether
     one that is mounted with that option. So the link count of a file is that of its layer, and that
-    of a directory of several layers is 1. ``progress`` counts the names of the merged tree that are
-    written. ``max_names`` limits the names of all layers together.
+    of a directory of several layers is 1. ``max_names`` limits the names of all layers together.
+    ``progress`` is of the bytes of files that are copied, their tails.
 
     Raises:
         CallError: ``integrity``, a layer is damaged; ``unsupported``, a layer is compressed, has

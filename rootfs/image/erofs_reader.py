@@ -205,6 +205,7 @@ class ErofsReader:
                 else:
                     seen.add(below)
                     waiting.append((where, below, node))
+        self._pieces.clear()
         return root
 
     def _entries(self, directory: LayerNode, nid: int, path: _Path) -> Iterator[tuple[bytes, int]]:
@@ -339,13 +340,14 @@ class ErofsReader:
             entry_bytes=entry,
         )
         last_blocks = -(-(size - (count - 1) * chunk_bytes) // BLOCK_BYTES)
+        if any(any(devices) for devices in found.read_devices()):
+            self._fail("unsupported", "a chunk of it lies in another device", nid, path)
         for blocks in found.read_map():
             count -= len(blocks)
-            last = blocks.pop() if count == 0 else HOLE
-            highest = max((block for block in blocks if block != HOLE), default=-chunk_blocks)
-            if last != HOLE:
-                highest = max(highest, last + last_blocks - chunk_blocks)
-            if highest + chunk_blocks > self.layer.blocks:
+            ends = [block + chunk_blocks for block in blocks if block != HOLE]
+            if count == 0 and blocks[-1] != HOLE:
+                ends[-1] = blocks[-1] + last_blocks
+            if ends and max(ends) > self.layer.blocks:
                 self._fail("integrity", "a chunk of it ends after the image", nid, path)
         return found
 
