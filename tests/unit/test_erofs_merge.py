@@ -41,6 +41,8 @@ from tests.beds.treebed import assert_same, node_facts
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
+EXAMPLES = int(os.environ.get("MERGE_EXAMPLES", "100"))
+
 #: What an option of mkfs.erofs has to be named as in its help, where not every version has it.
 MKFS_OPTIONS = {
     "default": ([], ""),
@@ -337,27 +339,46 @@ def test_a_cancelled_merge_leaves_nothing(tmp_path: Path, small: LayerFile) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(scope="module", params=["ours", "of mkfs.erofs"])
+def sound_image(
+    request: pytest.FixtureRequest, small: LayerFile, tmp_path_factory: pytest.TempPathFactory
+) -> bytes:
+    if request.param == "ours":
+        return whole(small)
+    directory = tmp_path_factory.mktemp("sound")
+    (directory / "top/below").mkdir(parents=True)
+    for number, size in enumerate((0, 10, 5000, 20_000)):
+        (directory / f"top/below/{number}").write_bytes(os.urandom(size))
+        os.setxattr(directory / f"top/below/{number}", "user.same", b"value")
+    (directory / "top/link").symlink_to("below")
+    options = ["--chunksize=4096", "-Eforce-chunk-indexes", "-x1"]
+    layer = mkfs(directory / "top", directory / "image", *options)
+    os.close(layer.fd)
+    return (directory / "image").read_bytes()
+
+
 @given(st.data())
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 def test_hostile_images_end_as_errors_that_name_them(
-    tmp_path: Path, small: LayerFile, data: st.DataObject
+    tmp_path: Path, small: LayerFile, sound_image: bytes, data: st.DataObject
 ) -> None:
     """Whatever bytes of the metadata are others: an error, or an image whose blocks are within."""
-    image = bytearray(whole(small))
-    places = st.integers(SUPERBLOCK_OFFSET_BYTES, 3 * BLOCK_BYTES)
+    image = bytearray(sound_image)
+    last = min(len(image), 3 * BLOCK_BYTES) - 1
+    places = st.integers(SUPERBLOCK_OFFSET_BYTES, last)
     values = st.sampled_from([0, 1, 2, 4, 8, 0x7F, 0x80, 0xFF]) | st.integers(0, 255)
     for at, value in data.draw(st.lists(st.tuples(places, values), min_size=1, max_size=6)):
-        if at < len(image):
-            image[at] = value
+        image[at] = value
     with contextlib.ExitStack() as stack:
         layer = kept(stack, patched(image))
+        found = None
         try:
             merged = merge_layers([layer, small], tmp_path / "merged")
         except CallError as problem:
             found = (problem.step, problem.object)
         else:
-            found = None
-            read_facts(kept(stack, write_unified(merged, [layer, small], tmp_path / "unified")))
+            unified = write_unified(merged, [layer, small], tmp_path / "unified")
+            ErofsReader(kept(stack, unified)).tree(1000)
         assert found is None or found[0] == "lay out the image" or found[1] == "hostile"
 
 
@@ -373,19 +394,29 @@ def merged_facts(
             for number, tree in enumerate(trees)
         ]
         merged = merge_layers(images, directory / "merged", userxattr=userxattr)
-        first = merged.path.read_bytes()
-        merge_layers(images, directory / "merged", userxattr=userxattr)
-        assert merged.path.read_bytes() == first
         return read_facts(kept(stack, write_unified(merged, images, directory / "unified")))
 
 
 @given(layers(), st.booleans(), st.booleans())
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_merged_image_shows_what_the_model_of_an_overlay_shows(
     tmp_path: Path, trees: list[Node], userxattr: bool, inline_tails: bool
 ) -> None:
     found = merged_facts(trees, tmp_path, userxattr=userxattr, inline_tails=inline_tails)
     assert_same(found, model(trees, userxattr=userxattr))
+
+
+def test_the_same_layers_give_the_same_bytes(tmp_path: Path, small: LayerFile) -> None:
+    other = Node(stat.S_IFDIR | 0o700)
+    other.children[b"other"] = Node(stat.S_IFREG | 0o644)
+    with contextlib.ExitStack() as stack:
+        upper = kept(stack, write_layer(other, "upper"))
+        results = {}
+        for name, images in (("a", [upper, small]), ("b", [upper, small]), ("c", [small, upper])):
+            uuid = merge_layers(images, tmp_path / name).uuid
+            results[name] = (uuid, (tmp_path / name).read_bytes())
+    assert results["a"] == results["b"]
+    assert results["a"][0] != results["c"][0]
 
 
 def fsck(merged: Path, images: list[Path]) -> None:
@@ -396,7 +427,7 @@ def fsck(merged: Path, images: list[Path]) -> None:
 
 
 @given(layers())
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_fsck_erofs_finds_nothing_wrong(tmp_path: Path, trees: list[Node]) -> None:
     paths = write_images(trees, tmp_path)
     with opened(paths) as images:
