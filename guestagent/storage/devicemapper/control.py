@@ -97,6 +97,14 @@ class Control(FdOwner):
         """Make the inactive table live, if there is one, and let input and output go on."""
         return self._call(dmioctl.DM_DEV_SUSPEND, name).info
 
+    def suspend(self, name: str) -> DeviceInfo:
+        """Hold input and output back until ``resume``; a mounted file system is made consistent."""
+        return self._call(dmioctl.DM_DEV_SUSPEND, name, flags=dmioctl.DM_SUSPEND_FLAG).info
+
+    def clear_table(self, name: str) -> None:
+        """Drop the table in the inactive slot, if there is one."""
+        self._call(dmioctl.DM_TABLE_CLEAR, name)
+
     def remove(self, name: str, *, deferred: bool = False) -> bool:
         """Remove the device; return False if that was put off until its last user closes it.
 
@@ -196,6 +204,10 @@ class Control(FdOwner):
         reply = self._call(dmioctl.DM_TARGET_MSG, name, data=data, room=_ROOM_BYTES)
         return dmioctl.until_nul(reply.data) if reply.flags & dmioctl.DM_DATA_OUT_FLAG else ""
 
+    def arm_poll(self) -> None:
+        """Have the descriptor readable from the next event of any device on."""
+        self._call(dmioctl.DM_DEV_ARM_POLL, what="arm-poll")
+
     def wait_event(self, name: str, event_number: int, deadline: Deadline) -> DeviceInfo:
         """Wait until the device's event number is another than ``event_number``.
 
@@ -208,7 +220,7 @@ class Control(FdOwner):
         """
         with Control(self._path) as watcher:
             while True:
-                watcher._call(dmioctl.DM_DEV_ARM_POLL, what="arm-poll")
+                watcher.arm_poll()
                 info = self.info(name)
                 if info.event_number != event_number:
                     return info

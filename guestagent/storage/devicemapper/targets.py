@@ -21,11 +21,14 @@ __all__ = (
     "TargetStatus",
     "VerityStatus",
     "VerityTable",
+    "check_device",
+    "check_number",
     "first_lines",
     "is_same_table",
     "linear_table",
     "linear_target",
     "parse_line",
+    "parse_number",
     "parse_verity",
     "parse_verity_status",
     "sectors",
@@ -51,7 +54,8 @@ def sectors(n_bytes: int) -> int:
     return n_bytes // SECTOR_BYTES
 
 
-def _check_number(name: str, value: int, low: int, high: int = _U64_MAX) -> None:
+def check_number(name: str, value: int, low: int, high: int = _U64_MAX) -> None:
+    """Raise ValueError, naming the value, unless it is in ``low..high``."""
     if not low <= value <= high:
         raise ValueError(f"{name} must be in {low}..{high}, got {value}")
 
@@ -66,7 +70,8 @@ def _check_word(name: str, word: str) -> None:
         raise ValueError(f"{name} must be one word of visible ASCII, got {word!r}")
 
 
-def _check_device(name: str, device: str) -> None:
+def check_device(name: str, device: str) -> None:
+    """Raise ValueError unless ``device`` is MAJOR:MINOR or an absolute path of visible ASCII."""
     problem = _problem_of_device(device)
     if problem is not None:
         raise ValueError(f"{name} {problem}")
@@ -93,7 +98,8 @@ def _is_number(word: str) -> bool:
     return word.isascii() and word.isdigit() and len(word) <= 20
 
 
-def _number(name: str, word: str) -> int:
+def parse_number(name: str, word: str) -> int:
+    """Read a decimal number; ValueError names what is none."""
     if not _is_number(word):
         raise ValueError(f"{name} must be a decimal number, got {word!r}")
     return int(word)
@@ -114,8 +120,8 @@ class Target(Record):
     params: str = ""
 
     def check(self) -> None:
-        _check_number("start_sectors", self.start_sectors, 0)
-        _check_number("length_sectors", self.length_sectors, 1)
+        check_number("start_sectors", self.start_sectors, 0)
+        check_number("length_sectors", self.length_sectors, 1)
         if self.start_sectors + self.length_sectors > _U64_MAX:
             raise ValueError("start_sectors + length_sectors exceeds 64 bits")
         if not 0 < len(self.target_type) <= _TYPE_MAX_BYTES:
@@ -168,8 +174,8 @@ class VerityTable(Record):
     options: tuple[str, ...] = ()
 
     def check(self) -> None:
-        _check_device("data_device", self.data_device)
-        _check_device("hash_device", self.hash_device)
+        check_device("data_device", self.data_device)
+        check_device("hash_device", self.hash_device)
         for option in self.options:
             _check_word("option", option)
 
@@ -213,10 +219,10 @@ class CryptTable(Record):
     options: tuple[str, ...] = ()
 
     def check(self) -> None:
-        _check_device("device", self.device)
+        check_device("device", self.device)
         for word in (self.cipher, self.key_description, *self.options):
             _check_word("a word of a crypt target", word)
-        _check_number("key_bytes", self.key_bytes, 1, 512)
+        check_number("key_bytes", self.key_bytes, 1, 512)
         sectors(self.length_bytes)
 
     def target(self) -> Target:
@@ -261,7 +267,7 @@ def linear_target(
         ValueError: a size that is no whole number of sectors, a malformed device.
     """
     length_sectors, offset_sectors = sectors(length_bytes), sectors(offset_bytes)
-    _check_device("device", device)
+    check_device("device", device)
     if offset_sectors + length_sectors > _U64_MAX:
         raise ValueError("offset_bytes + length_bytes exceeds 64 bits of sectors")
     return Target(
@@ -309,8 +315,8 @@ def parse_line(line: str) -> Target:
     if len(words) < 3:
         raise ValueError(f"a table line needs start, length and type, got {line!r}")
     return Target(
-        start_sectors=_number("start", words[0]),
-        length_sectors=_number("length", words[1]),
+        start_sectors=parse_number("start", words[0]),
+        length_sectors=parse_number("length", words[1]),
         target_type=words[2],
         params=words[3] if len(words) == 4 else "",
     )
@@ -329,16 +335,16 @@ def parse_verity(target: Target) -> VerityTable:
     if len(words) < 10:
         raise ValueError(f"a verity target has 10 parameters or more, got {target.params!r}")
     options = tuple(words[11:])
-    if len(words) > 10 and _number("option count", words[10]) != len(options):
+    if len(words) > 10 and parse_number("option count", words[10]) != len(options):
         raise ValueError(f"verity option count {words[10]} does not fit {options!r}")
-    hash_block_size = _number("hash_block_size", words[4])
+    hash_block_size = parse_number("hash_block_size", words[4])
     table = VerityTable(
         parameters=VerityParameters(
-            hash_type=_number("hash_type", words[0]),
-            data_block_size=_number("data_block_size", words[3]),
+            hash_type=parse_number("hash_type", words[0]),
+            data_block_size=parse_number("data_block_size", words[3]),
             hash_block_size=hash_block_size,
-            data_blocks=_number("data_blocks", words[5]),
-            hash_offset_bytes=_number("hash_start_block", words[6]) * hash_block_size,
+            data_blocks=parse_number("data_blocks", words[5]),
+            hash_offset_bytes=parse_number("hash_start_block", words[6]) * hash_block_size,
             algorithm=words[7],
             root_digest=_from_hex("root digest", words[8]),
             salt=b"" if words[9] == "-" else _from_hex("salt", words[9]),
