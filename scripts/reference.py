@@ -4,7 +4,17 @@ import re
 import types
 from collections.abc import Callable, Iterable
 
-from guestagent.api import METHODS, agent, devices, devtree, inspect, layers, observe, overlays
+from guestagent.api import (
+    METHODS,
+    agent,
+    devices,
+    devtree,
+    inspect,
+    layers,
+    observe,
+    overlays,
+    thin,
+)
 from guestagent.api.agent import EVENT_KINDS, FEATURES
 from guestagent.api.devices import VERITY_PRESETS
 from guestagent.config import KEYS, PREFIX, Config
@@ -68,6 +78,9 @@ CHOICES: dict[str, tuple[str, Iterable[str]]] = {
         "`algorithm` of FsChecksum, FsChecksums and FsChecksumDevice",
         inspect.CHECKSUM_ALGORITHMS,
     ),
+    "ADOPT": ("`adopt` of PoolOpen", thin.ADOPT),
+    "ON_FULL": ("`on_full` of PoolOpen", thin.ON_FULL),
+    "POOL_MODES": ("`mode` of PoolReport", thin.POOL_MODES),
     "ACL_KINDS": ("`acl` of FsAclGetFile", inspect.ACL_KINDS),
 }
 #: The same, of what is told apart in another way than by a constant.

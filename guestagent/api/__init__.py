@@ -21,6 +21,7 @@ from guestagent.api import (
     layers,
     observe,
     overlays,
+    thin,
 )
 from guestagent.api.agent import Event
 from guestagent.api.devices import (
@@ -82,5 +83,6 @@ METHODS = collect_methods(
         devtree,
         inspect_devices,
         inspect,
+        thin,
     )
 )

@@ -24,6 +24,16 @@ EVENT_KINDS = {
     "overlay_unmounted": "an overlay was unmounted",
     "overlay_failed": "an overlay could not be mounted; `detail` is the error",
     "overlay_device_lost": "the device of an overlay's scratch is gone",
+    "pool_opened": "a pool was opened",
+    "pool_closed": "a pool was closed",
+    "pool_low_space": "a pool has less free than its low-water mark; `detail` says how much",
+    "pool_out_of_space": "no block of a pool is left; writes fail, or wait for the pool to grow",
+    "pool_failed": "a pool takes no change any more; `detail` is its mode",
+    "pool_recovered": "a pool takes writes again",
+    "volume_created": "a volume was made",
+    "volume_deleted": "a volume was deleted, perhaps after its last user let it go",
+    "volume_mounted": "a volume was mounted",
+    "volume_unmounted": "a volume was unmounted",
     "device_appeared": "a block device came; `device` is its node",
     "device_vanished": "a block device is gone; `device` was its node",
 }
@@ -47,6 +57,7 @@ FEATURES = {
     "scratch-directory": "a scratch in a directory",
     "scratch-device-ext4": "a scratch on a block device with this file system",
     "scratch-device-xfs": "a scratch on a block device with this file system",
+    "dm-thin-pool": "the methods `pool.*` and `volume.*`",
     "batch": "`layers.mount` and `layers.unmount`",
     "events": "`agent.subscribe` and `agent.events`",
     "inspect": "the methods `fs.*`",
@@ -169,6 +180,8 @@ class Event(Record):
     unix_ms: int
     layer_id: str | None = None
     overlay_id: str | None = None
+    pool_id: str | None = None
+    volume_id: str | None = None
     device: str | None = None
     block: int | None = None
     detail: str = ""

@@ -54,6 +54,10 @@ class Engine:
         self.on_step: StepListener | None = None
         #: Of parts that stand on the engine: each takes down all that it has made.
         self.parts: list[Callable[[Transaction, bool], None]] = []
+        #: The same, of parts that overlays stand on: these come after the overlays.
+        self.lower_parts: list[Callable[[Transaction, bool], None]] = []
+        #: Ends the threads of parts, and leaves what they have made.
+        self.closers: list[Callable[[], None]] = []
 
     @property
     def events(self) -> EventLog:
@@ -72,6 +76,8 @@ class Engine:
     def close(self) -> None:
         """Idempotent."""
         self.arrivals.close()
+        for close in self.closers:
+            close()
         self._monitor.close()
         self.state.close()
 
@@ -152,6 +158,8 @@ class Engine:
             take_down(op, force)
         for overlay in reversed(self.state.inventory.overlays()):
             self._go_on(partial(self.overlays.unmount, overlay.spec.overlay_id, op), force)
+        for take_down in self.lower_parts:
+            take_down(op, force)
         ids = tuple(live.spec.layer_id for live in self.state.inventory.layers())
         if not ids:
             return

@@ -33,6 +33,12 @@ class Rules(Record):
     parallel: int = 8
 
     @property
+    def volume_roots(self) -> tuple[str, ...]:
+        """Return the directories below which a volume may be mounted."""
+        more = ("/run/volumes",) if self.target_roots == TARGET_ROOTS else ()
+        return (*self.target_roots, *more)
+
+    @property
     def scratch_roots(self) -> tuple[str, ...]:
         """Return the directories below which a scratch directory may lie."""
         return ("/run",) if self.target_roots == TARGET_ROOTS else self.target_roots

@@ -97,6 +97,8 @@ class Service:
         """Load the parts that an earlier agent has left something of."""
         if "devtree" in parts:
             self._late_handler("dev.list")
+        if "pool" in parts:
+            self._late_handler("pool.list")
 
     def attach(self, server: Server) -> None:
         """Let the status tell of the server's connections and requests."""
@@ -238,6 +240,10 @@ class Service:
             from guestagent.service.devtree import DevHandlers
 
             return handlers_of(DevHandlers(self._engine))
+        if method.startswith(("pool.", "volume.")):
+            from guestagent.service.thin import ThinHandlers
+
+            return handlers_of(ThinHandlers(self._engine))
         from guestagent.service.streams import InspectHandlers
 
         return InspectHandlers(self._engine).table
@@ -264,9 +270,9 @@ def _request_of(context: Context) -> "Request[Record]":
 
 
 def _trace(context: Context) -> dict[str, str]:
-    """Return what a line of the log says of a call: its layer, overlay or tree, and its trace."""
+    """Return what a line of the log says of a call: what it is about, and its trace."""
     fields = {}
-    for name in ("layer_id", "overlay_id", "tree_id"):
+    for name in ("layer_id", "overlay_id", "tree_id", "pool_id", "volume_id"):
         value = context.params.get(name)
         if isinstance(value, str) and len(value) <= _ID_MAX:
             fields[name.removesuffix("_id")] = value

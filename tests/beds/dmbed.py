@@ -132,7 +132,7 @@ def no_leaks() -> Iterator[None]:
             break
         time.sleep(0.01)
     for kind, found in left.items():
-        assert found == set(), f"{kind} left behind"
+        assert found == set(), f"{kind} left behind: {found}"
 
 
 def isolate_mounts() -> None:

@@ -14,6 +14,16 @@ from guestagent.api import METHODS, LayersMount, LayerSpec, OverlaySpec, Verity
 from guestagent.api.devices import ByteRange, PathDevice, ScsiDevice, VirtioBlkDevice
 from guestagent.api.layers import VerityReport
 from guestagent.api.overlays import DeviceScratch, OverlayOptions
+from guestagent.api.thin import (
+    PoolGrow,
+    PoolOpen,
+    VolumeCreate,
+    VolumeDelete,
+    VolumeGrow,
+    VolumeMount,
+    VolumeSnapshot,
+    VolumeUnmount,
+)
 from guestagent.host.ctl.main import collect
 from rootfs.pack.manifest import Manifest, layer_spec
 from tests.beds.handlebed import Agent, dm_device, layer_report, overlay_report
@@ -51,6 +61,20 @@ COMMANDS = {
     "dev.closure": "dev closure /dev/null --missing skip --strategy mknod --outside /run/x",
     "dev.attach": "dev attach t /dev --pid 7",
     "dev.destroy": "dev destroy t",
+    "pool.open": "pool open p --metadata pmem:0 --data pmem:1",
+    "pool.close": "pool close p",
+    "pool.status": "pool status p",
+    "pool.list": "pool list",
+    "pool.grow": "pool grow p --data pmem:2",
+    "volume.create": "volume create p v --size 1048576",
+    "volume.snapshot": "volume snapshot p w --of v",
+    "volume.delete": "volume delete p v --deferred",
+    "volume.list": "volume list p",
+    "volume.get": "volume get p v",
+    "volume.mount": "volume mount p v /run/volumes/v",
+    "volume.unmount": "volume unmount p v",
+    "volume.grow": "volume grow p v --size 2097152",
+    "volume.trim": "volume trim p v",
     "device.remove": "device remove scsi:0:0",
     "dm.list": "dm list",
     "dm.table": "dm table x",
@@ -266,6 +290,32 @@ def test_every_field_of_a_private_dev_can_be_said(
     assert set[tuple[type[Record], str]]().union(*(fields_of(METHODS[n]) for n in names)) == said
 
 
+def test_every_field_of_a_pool_and_a_volume_can_be_said(
+    agent: Recorder, ctl: Callable[..., Result]
+) -> None:
+    lines = (
+        "pool open p --metadata scsi:1:2:3 --data /dev/vdb --data pmem:7 "
+        "--block-size 131072 --on-full queue --low-water 1048576 --min-free 5 --adopt matching",
+        "pool grow p --data virtio-blk:more",
+        "volume create p v --size 1048576 --filesystem xfs --origin pmem:3",
+        "volume create p v --size 1048576 --filesystem none",
+        "volume snapshot p w --of v --size 2097152",
+        "volume delete p v --deferred",
+        "volume mount p v /run/volumes/v --holder h --rootfs --suid --dev",
+        "volume unmount p v --holder h",
+        "volume grow p v --size 2097152",
+    )
+    for line in lines:
+        assert "only recorded" in ctl(*line.split()).stderr, line
+    kinds = {PoolOpen, PoolGrow, VolumeCreate, VolumeSnapshot, VolumeDelete}
+    kinds |= {VolumeMount, VolumeUnmount, VolumeGrow}
+    sent = [METHODS[name].from_wire(params) for name, params in agent.asked if name in METHODS]
+    said = {field for record in sent for field in fields_said(record)}
+    own = {(kind, name) for kind in kinds for name in kind._fields}
+    assert own <= said
+    assert any(isinstance(each, VolumeCreate) and each.filesystem is None for each in sent)
+
+
 def fields_of(kind: object) -> set[tuple[type[Record], str]]:
     """Return every field of a type of the contract and of the records in it, but ``kind``."""
     if isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
@@ -300,6 +350,11 @@ def fields_said(value: object) -> Iterator[tuple[type[Record], str]]:
         "layers mount pmem:0,root=none --xino on",
         "layers mount pmem:0",
         "layers unmount",
+        "pool open p --metadata pmem:0 --data pmem:0",
+        "pool open p --metadata pmem:0 --data pmem:1 --block-size 1000",
+        "volume create p v --size 1000",
+        "volume create p .v --size 1048576",
+        "volume mount p v relative",
     ],
 )
 def test_invalid_command_line_is_usage_error_and_sends_no_request(

@@ -27,6 +27,7 @@ from guestagent.host.client.streams import (
     ProgressCallback,
     StreamTable,
 )
+from guestagent.host.client.thin import ThinMethods
 from vsock.address import Address
 from vsock.client import MARGIN_SECONDS, Client
 from vsock.deadline import Deadline
@@ -108,7 +109,7 @@ class PendingReply(Generic[R]):
             self._table.drop(self._pending.msgid, None)
 
 
-class GuestAgent(Following, AgentMethods, FsMethods):
+class GuestAgent(Following, AgentMethods, FsMethods, ThinMethods):
     """A connection to an agent that has said hello. A context manager.
 
     Every method may be called from any thread; calls from several threads are in flight at once.

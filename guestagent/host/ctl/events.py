@@ -98,7 +98,7 @@ def _print(session: Session, event: Event) -> None:
 def describe_event(event: Event) -> str:
     """Return a line for a person."""
     when = time.strftime("%H:%M:%S", time.localtime(event.unix_ms / 1000))
-    about = [event.layer_id, event.overlay_id, event.device]
+    about = [event.layer_id, event.overlay_id, event.pool_id, event.volume_id, event.device]
     words = [word for word in about if word]
     if event.block is not None:
         words.append(f"block {event.block}")

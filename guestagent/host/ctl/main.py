@@ -23,6 +23,7 @@ from guestagent.host.ctl.overlay import layers, overlay
 from guestagent.host.ctl.profiles import complete_profiles
 from guestagent.host.ctl.session import Session, uses_session
 from guestagent.host.ctl.status import status
+from guestagent.host.ctl.thin import pool, volume
 from guestagent.host.ctl.top import top
 from vsock.rpc import Limits
 
@@ -147,7 +148,19 @@ def collect() -> click.Group:
     package must not import them.
     """
     own = (status, top, events, log, metrics, console, completion, man)
-    for command in (*AGENT_COMMANDS, *own, layer, layers, overlay, dev, dm, device, fs):
+    for command in (
+        *AGENT_COMMANDS,
+        *own,
+        layer,
+        layers,
+        overlay,
+        pool,
+        volume,
+        dev,
+        dm,
+        device,
+        fs,
+    ):
         guestctl.add_command(command)
     for entry in sorted(entry_points(group="guestctl.commands"), key=lambda entry: entry.name):
         module = entry.load()

@@ -153,9 +153,10 @@ class Control(FdOwner):
         reply = self._table_status(name)
         return reply.info, table, _statuses(reply)
 
-    def status(self, name: str) -> tuple[TargetStatus, ...]:
-        """Return what each target of the live table says of itself."""
-        return _statuses(self._table_status(name))
+    def status(self, name: str, *, flush: bool = False) -> tuple[TargetStatus, ...]:
+        """Return what each target of the live table says of itself; with ``flush`` a pool writes
+        its metadata out first, so that its counts are those of now."""
+        return _statuses(self._table_status(name, flush=flush))
 
     def table(self, name: str, *, inactive: bool = False) -> tuple[Target, ...]:
         """Return the targets of the live table, or of the inactive one."""
@@ -163,8 +164,8 @@ class Control(FdOwner):
         flags |= dmioctl.DM_QUERY_INACTIVE_TABLE_FLAG if inactive else 0
         return _targets(self._table_status(name, flags))
 
-    def _table_status(self, name: str, flags: int = 0) -> Reply:
-        flags |= dmioctl.DM_NOFLUSH_FLAG
+    def _table_status(self, name: str, flags: int = 0, *, flush: bool = False) -> Reply:
+        flags |= 0 if flush else dmioctl.DM_NOFLUSH_FLAG
         return self._call(dmioctl.DM_TABLE_STATUS, name, flags=flags, room=_TABLE_ROOM_BYTES)
 
     def deps(self, name: str) -> tuple[str, ...]:

@@ -1,0 +1,177 @@
+"""What a pool knows of its volumes, kept on its own data disk, so that a later machine has it.
+
+The thin device 0 of a pool holds two slots. The records are written whole, in turns into one and
+the other, each with a number and a checksum: whenever the machine ends, one of them is whole.
+
+A change that the kernel has a part in goes: begin (the records say what is to be done), message to
+the pool, record (what there is then), commit (the pool's transaction id moves on). The transaction
+id tells afterwards how far it went.
+"""
+
+import binascii
+import os
+import struct
+
+import msgpack
+
+from guestagent.api.devices import Device
+from vsock.errors import CallError
+from vsock.record import Record, wire_fields
+
+__all__ = (
+    "RECORDS_BYTES",
+    "RECORDS_ID",
+    "Pending",
+    "PoolRecords",
+    "VolumeRecord",
+    "decode_slot",
+    "encode_slot",
+    "is_slot",
+    "read_records",
+    "write_records",
+)
+
+#: The thin device that the records are on, and its size.
+RECORDS_ID, RECORDS_BYTES = 0, 8 * 1024 * 1024
+_SLOT_BYTES = RECORDS_BYTES // 2
+#: Magic, version, length of the payload, sequence number, CRC-32 of all others and the payload.
+_HEAD = struct.Struct("<16sIIQI4x")
+_MAGIC, _VERSION = b"guestagent-pool\n", 1
+_ALIGNED_BYTES = 4096
+#: What is written is longer than it must be by this: a deletion writes a little more at first, and
+#: must not need a new block of a pool that is full.
+_SLACK_BYTES = 4096
+
+
+class VolumeRecord(Record):
+    """A volume. ``transaction_id`` is that of the pool when it was made."""
+
+    volume_id: str
+    device_id: int
+    size_bytes: int
+    transaction_id: int
+    filesystem: str | None
+    origin: str | None = None
+    external_origin: Device | None = None
+    deleted: bool = False
+
+
+class Pending(Record):
+    """A change that is not committed before the pool has ``transaction_id``.
+
+    ``kind`` is create (of ``volume``), delete (of ``volume``) or change (``volume`` is as before).
+    """
+
+    kind: str
+    transaction_id: int
+    volume: VolumeRecord
+
+
+class PoolRecords(Record):
+    """All that is recorded of a pool. ``data_bytes`` are the sizes of its data disks in order."""
+
+    pool_id: str
+    transaction_id: int
+    next_device_id: int
+    data_bytes: tuple[int, ...]
+    volumes: tuple[VolumeRecord, ...] = ()
+    pending: Pending | None = None
+
+    def volume(self, volume_id: str) -> VolumeRecord | None:
+        return next((each for each in self.volumes if each.volume_id == volume_id), None)
+
+    def with_volume(self, volume: VolumeRecord) -> "PoolRecords":
+        """Return the records with a volume added, or replaced."""
+        return self.replace(volumes=(*self.without(volume.volume_id).volumes, volume))
+
+    def without(self, volume_id: str) -> "PoolRecords":
+        left = tuple(each for each in self.volumes if each.volume_id != volume_id)
+        return self.replace(volumes=left)
+
+
+def encode_slot(records: PoolRecords, sequence: int) -> bytes:
+    """Return what is written into a slot.
+
+    Raises:
+        CallError: ``resource``, the records are too long for it.
+    """
+    payload: bytes = msgpack.packb(records, default=wire_fields)
+    if _HEAD.size + len(payload) + _SLACK_BYTES > _SLOT_BYTES:
+        raise CallError(
+            "resource",
+            f"the records of {len(records.volumes)} volumes are over {_SLOT_BYTES} bytes",
+            object=records.pool_id,
+            hint="delete volumes, or use another pool",
+        )
+    bare = _HEAD.pack(_MAGIC, _VERSION, len(payload), sequence, 0)
+    crc = binascii.crc32(bare + payload)
+    slot = _HEAD.pack(_MAGIC, _VERSION, len(payload), sequence, crc) + payload
+    size = -(-(len(slot) + _SLACK_BYTES) // _ALIGNED_BYTES) * _ALIGNED_BYTES
+    return slot.ljust(size, b"\0")
+
+
+def decode_slot(slot: bytes) -> tuple[int, PoolRecords] | None:
+    """Return (sequence number, records); None where none were ever written whole.
+
+    Raises:
+        CallError: ``unsupported``, they are of another version.
+    """
+    if len(slot) < _HEAD.size:
+        return None
+    magic, version, length, sequence, crc = _HEAD.unpack_from(slot)
+    payload = slot[_HEAD.size : _HEAD.size + length]
+    if magic != _MAGIC or len(payload) < length:
+        return None
+    if crc != binascii.crc32(_HEAD.pack(magic, version, length, sequence, 0) + payload):
+        return None
+    if version != _VERSION:
+        raise CallError("unsupported", f"the records of the pool have version {version}")
+    try:
+        return sequence, PoolRecords.from_wire(msgpack.unpackb(payload), "records")
+    except (ValueError, msgpack.UnpackException) as error:
+        raise CallError("integrity", f"the records of the pool are malformed: {error}") from None
+
+
+def is_slot(head: bytes) -> bool:
+    """Return whether a disk begins as a slot does: data disks of pools mostly do."""
+    return head.startswith(_MAGIC)
+
+
+def read_records(node: str) -> tuple[int, PoolRecords] | None:
+    """Read the newest records that are whole; None where there are none.
+
+    Raises:
+        CallError: as ``decode_slot``; OSError: the disk cannot be read.
+    """
+    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        slots = [_read_slot(fd, number * _SLOT_BYTES) for number in (0, 1)]
+    finally:
+        os.close(fd)
+    found = [records for records in map(decode_slot, slots) if records is not None]
+    return max(found, key=lambda each: each[0], default=None)
+
+
+def _read_slot(fd: int, offset: int) -> bytes:
+    head = os.pread(fd, _ALIGNED_BYTES, offset)
+    length = _HEAD.unpack_from(head)[2] if len(head) >= _HEAD.size else 0
+    if head.startswith(_MAGIC) and _HEAD.size + length <= _SLOT_BYTES:
+        return os.pread(fd, _HEAD.size + length, offset)
+    return head
+
+
+def write_records(node: str, records: PoolRecords, sequence: int) -> None:
+    """Write records into the slot of their number, and see them on the disk.
+
+    Raises:
+        CallError: as ``encode_slot``; OSError: the disk cannot be written to.
+    """
+    slot = encode_slot(records, sequence)
+    fd = os.open(node, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        done = os.pwrite(fd, slot, sequence % 2 * _SLOT_BYTES)
+        if done < len(slot):
+            raise OSError(5, f"wrote {done} of {len(slot)} bytes", node)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
