@@ -10,7 +10,7 @@ from functools import partial
 
 from guestagent.api.devices import SECTOR_BYTES
 from guestagent.api.thin import PoolOpen
-from guestagent.engine.inventory import Owner
+from guestagent.engine.claims import Owner
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import undo_deadline
 from guestagent.engine.transaction import Transaction

@@ -23,6 +23,7 @@ from guestagent.service.devtree import DevHandlers
 from guestagent.service.dispatch import QUICK_METHODS, Service
 from guestagent.service.layers import LayerHandlers
 from guestagent.service.streams import InspectHandlers
+from guestagent.service.thin import ThinHandlers
 from vsock.address import UnixAddress
 from vsock.deadline import Deadline
 from vsock.dial import listen
@@ -142,7 +143,14 @@ def bed(tmp_path):
 
 
 def test_each_method_has_one_handler(bed):
-    parts = (AgentHandlers, LayerHandlers, DevHandlers, DeviceHandlers, InspectHandlers)
+    parts = (
+        AgentHandlers,
+        LayerHandlers,
+        DevHandlers,
+        DeviceHandlers,
+        InspectHandlers,
+        ThinHandlers,
+    )
     declared = [
         function
         for part in parts
