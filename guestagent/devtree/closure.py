@@ -223,7 +223,10 @@ class _Walk:
             raise error
         seen = self._at(path or "/")
         if seen is None:
-            raise _refused("not_found", f"{path!r}, which {asked!r} needs, is not there", asked)
+            what = f"{path!r}" if path == asked else f"{path!r}, which {asked!r} needs,"
+            error = _refused("not_found", f"{what} is not there", asked)
+            error.hint = "missing: skip leaves out what is not there"
+            raise error
         return seen
 
     def _add(self, path: str, seen: Seen, way: str, *, is_end: bool = False) -> None:

@@ -1,5 +1,7 @@
 """What a path of /dev needs, decided from a table of files instead of a kernel."""
 
+import errno
+
 import pytest
 
 from guestagent.api.devtree import DevAdd, DevClosure, DevCreate, UserNamespace
@@ -144,11 +146,18 @@ def test_devices_below_a_device_are_needed_once() -> None:
 
 def test_a_device_below_that_is_not_there() -> None:
     look = Table({"/dev/dm-0": "block 253:0"}, {"253:0": ("/dev/vda",)})
-    with pytest.raises(CallError, match="'/dev/vda'") as caught:
+    with pytest.raises(CallError, match=": '/dev/vda' is not there") as caught:
         plan(look, "/dev/dm-0")
     assert caught.value.code == "not_found"
     (skipped,) = plan(look, "/dev/dm-0", missing="skip")
     assert skipped.nodes == ()
+
+
+def test_a_link_to_what_is_not_there() -> None:
+    with pytest.raises(CallError, match="'/dev/b', which '/dev/a' needs, is not there") as caught:
+        closure({"/dev/a": "link b"}, "/dev/a")
+    assert (caught.value.object, caught.value.errno) == ("/dev/a", errno.ENOENT)
+    assert "skip" in (caught.value.hint or "")
 
 
 def test_a_directory_that_is_wanted_is_bound() -> None:
