@@ -61,6 +61,23 @@ class PathClaims:
         self._owners[path] = use, owner
         insort(self._sorted, path)
 
+    def refuse_hiding(self, path: str) -> None:
+        """See that a mount at ``path``, which may lie in a target, hides no claimed path.
+
+        Raises:
+            CallError: ``conflict``, it is claimed, has a claimed path in it, or lies in what is the
+                agent's own.
+        """
+        hidden, above = self.path_below(path), path
+        while above and hidden is None:
+            _, (kind, _) = self._owners.get(above) or ("", ("", ""))
+            if kind and (above == path or kind == "agent"):
+                hidden = above
+            above = parent_of(above)
+        if hidden is not None:
+            text = f"a mount at {path!r} would hide {hidden!r}, which is in use"
+            raise CallError("conflict", text, step="claim", object=path)
+
     def drop(self, path: str) -> None:
         """Release a path. Idempotent."""
         if self._owners.pop(path, None) is not None:

@@ -237,7 +237,6 @@ class Inventory:
         self._reservations: dict[Owner, Reservation] = {}
         self._paths = PathClaims()
         self._paths.add(reserved, "target", ("agent", "state"))
-        self._reserved = reserved
         #: The scratch (device or directory) of an overlay, by owner.
         self._scratches: dict[Owner, str] = {}
         #: By MAJOR:MINOR: devices reserved as shared by all owners; scratch devices mounted.
@@ -413,19 +412,9 @@ class Inventory:
             return reservation
 
     def refuse_hiding(self, path: str) -> None:
-        """See that a mount at ``path``, which may lie in a target, hides none.
-
-        Raises:
-            CallError: ``conflict``, it is a target or a scratch, has one in it, or is in the
-                agent's own directory.
-        """
+        """See that a mount at ``path`` hides nothing that is in use, as ``PathClaims`` does."""
         with self._lock:
-            hidden = path if self._paths.get(path) else self._paths.path_below(path)
-            if hidden is None and path.startswith(f"{self._reserved}/"):
-                hidden = self._reserved
-        if hidden is not None:
-            text = f"a mount at {path!r} would hide {hidden!r}, which is in use"
-            raise CallError("conflict", text, step="claim", object=path)
+            self._paths.refuse_hiding(path)
 
     def adopt(self, owner: Owner, reservation: Reservation) -> None:
         """Reserve what a layer or an overlay of an earlier agent has.

@@ -214,3 +214,27 @@ def test_a_state_is_news_once(inventory):
     found = inventory.layer("a")
     assert found is not None
     assert found.state == "corrupted"
+
+
+@pytest.mark.parametrize(
+    ("path", "hidden"),
+    [
+        ("/run/layers/a", "/run/layers/a"),
+        ("/run/layers", "/run/layers/a"),
+        ("/run/layers/a/dev", None),
+        ("/run/other", None),
+        ("/run/guestagent", "/run/guestagent"),
+        ("/run/guestagent/x", "/run/guestagent"),
+        ("/run", "/run/guestagent"),
+    ],
+)
+def test_a_mount_may_lie_in_a_target_and_hide_none(path: str, hidden: str | None) -> None:
+    claims = PathClaims()
+    claims.add("/run/guestagent", "target", ("agent", "state"))
+    claims.add("/run/layers/a", "target", ("layer", "a"))
+    if hidden is None:
+        claims.refuse_hiding(path)
+        return
+    with pytest.raises(CallError, match=f"would hide '{hidden}'") as caught:
+        claims.refuse_hiding(path)
+    assert caught.value.code == "conflict"
