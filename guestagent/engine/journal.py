@@ -87,8 +87,7 @@ class Journal:
         self._striking = threading.Lock()
         os.makedirs(directory, mode=0o700, exist_ok=True)
         refuse_foreign(directory)
-        files = os.listdir(directory)
-        for file in files:
+        for file in (files := os.listdir(directory)):
             if file.endswith(_DRAFT):  # of a writer that was killed
                 os.unlink(f"{directory}/{file}")
         #: What an earlier agent has left entries of: "layer", "overlay" or the name of a part.

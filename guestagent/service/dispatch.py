@@ -94,7 +94,7 @@ class Service:
         self._loading = threading.Lock()
 
     def adopt(self, parts: Collection[str]) -> None:
-        """Load the parts that an earlier agent has left something of."""
+        """Load the parts that an earlier agent has left entries of."""
         if "devtree" in parts:
             self._late_handler("dev.list")
         if "pool" in parts:
@@ -228,8 +228,7 @@ class Service:
             return handler(request, context)
 
     def _late_handler(self, method: str) -> Handler:
-        """Load the part that a method belongs to, which most agents are never asked for, and return
-        its handler."""
+        """Load the part that a method belongs to, which most agents are never asked for."""
         with self._loading:
             if method not in self._handlers:
                 self._handlers = {**self._handlers, **self._late_handlers(method)}
