@@ -37,7 +37,7 @@ from vsock.errors import CallError
 
 __all__ = ("DEFAULT_MAX_NAMES", "LayerFile", "MergedImage", "Part", "merge_layers", "overlay")
 
-#: Names in all layers together; half a gibibyte of memory at most.
+#: Names in all layers together, of about 1.2 KiB of memory each.
 DEFAULT_MAX_NAMES = 1 << 20
 
 
