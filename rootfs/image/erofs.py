@@ -225,8 +225,7 @@ def _plan(root: Node) -> tuple[list[Inode], int]:
         for name, node in sorted(directory.node.children.items()):
             inode = inodes.get(id(node))
             if inode is None:
-                is_mapped = isinstance(node.content, DeviceContent) and node.content.is_mapped
-                kind = MappedInode if is_mapped else Inode
+                kind = MappedInode if isinstance(node.content, DeviceContent) else Inode
                 inode = inodes[id(node)] = kind(node, len(inodes) + 1, (directory, name))
             times[node.mtime_ns] += 1
             directory.entries.append((name, inode))

@@ -103,11 +103,6 @@ class DeviceContent:
         return max(0, self.size_bytes - self.whole_blocks * BLOCK_BYTES)
 
     @property
-    def is_mapped(self) -> bool:
-        """Whether it has blocks that can stay where they are, or holes."""
-        return self.whole_blocks > 0 or self.chunk_bytes > 0
-
-    @property
     def extents(self) -> tuple[Extent, ...]:
         """Where the content is in the file of the layer (``Content``)."""
         if self.chunk_bytes:
@@ -199,10 +194,11 @@ def _packed(numbers: "array[int]") -> bytes:
 
 
 class MappedInode(Inode):
-    """The inode of a regular file whose blocks are in a device (``DeviceContent.is_mapped``).
+    """The inode of a regular file in a layer: its blocks stay there, its tail is copied.
 
     A tail that has no room beside the inode gets a block of the image, and the file chunks of one
-    block, since the blocks of a flat file follow each other.
+    block if it has more, since the blocks of a flat file follow each other. All that is copied is
+    read by ``LayerFile.read``.
     """
 
     __slots__ = ()
@@ -223,15 +219,16 @@ class MappedInode(Inode):
         elif inline_tails and self._header_bytes + content.tail_bytes <= BLOCK_BYTES:
             self._layout = INLINE
         else:
-            self._layout = CHUNKED
-            self._chunk_bytes = BLOCK_BYTES
             self.data_blocks = 1
+            self._layout = CHUNKED if content.whole_blocks else PLAIN
+            self._chunk_bytes = BLOCK_BYTES
 
     @property
     def _union(self) -> int:
-        if self._layout == CHUNKED:
+        if self._layout == CHUNKED or self.data_blocks:
             return super()._union
-        return self._content.device.first_block + self._content.first_block
+        content = self._content
+        return content.device.first_block + content.first_block if content.whole_blocks else 0
 
     @property
     def copied_bytes(self) -> int:
@@ -240,18 +237,19 @@ class MappedInode(Inode):
     def write(self, fd: int, absorb: Absorb | None) -> Iterator[int]:
         assert absorb is None
         content = self._content
-        tail = content.layer.read(content.tail_at, content.tail_bytes)
+        tail = content.layer.read(content.tail_at, content.tail_bytes) if self.copied_bytes else b""
         head = self._pack_head()
         place = self.slot * SLOT_BYTES
-        if self._layout != CHUNKED:
-            write_at(fd, head + tail, place)
-        else:
+        if self.data_blocks:
+            write_at(fd, tail, self.first_block * BLOCK_BYTES)
             write_at(fd, head, place)
+        else:
+            write_at(fd, head + tail, place)
+        if self._layout == CHUNKED:
             place += len(head)
             for piece in content.mapped():
                 write_at(fd, piece, place)
                 place += len(piece)
             if self.data_blocks:
                 write_at(fd, self.first_block.to_bytes(4, "little"), place)
-                write_at(fd, tail, self.first_block * BLOCK_BYTES)
         yield len(tail)

@@ -8,6 +8,7 @@ import stat
 import struct
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,30 @@ def test_an_image_in_the_middle_of_a_file(
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CheckedLayer(LayerFile):
+    """A layer whose bytes come from ``read`` alone; its descriptor has none."""
+
+    content: bytes
+
+    def read(self, offset_bytes: int, size_bytes: int) -> bytes:
+        return self.content[offset_bytes : offset_bytes + size_bytes]
+
+
+def test_every_byte_of_a_layer_is_read_by_its_read(
+    tmp_path: Path, small: LayerFile, files: contextlib.ExitStack
+) -> None:
+    """So that a caller can check what is read, say with the hash tree of the layer."""
+    image = whole(small)
+    empty = kept(files, in_memory(bytes(BLOCK_BYTES)))
+    checked = _CheckedLayer(
+        name=small.name, fd=empty.fd, size_bytes=small.size_bytes, content=image
+    )
+    merge_layers([checked], tmp_path / "a")
+    merge_layers([small], tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def refused(code: str, layer: LayerFile, output: Path, **options: object) -> str:
     with pytest.raises(CallError) as caught:
         merge_layers([layer], output, **options)  # type: ignore[arg-type]
@@ -197,6 +222,7 @@ def small_tree() -> Node:
     root.children[b"directory"] = below = Node(stat.S_IFDIR | 0o755, xattrs={b"user.x": b"1"})
     for name, content in (
         (b"file", DrawnContent(9000, ((0, 9000, 0),))),
+        (b"tail", DrawnContent(100, ((0, 100, 0),))),
         (b"sparse", DrawnContent(50_000, ((20_000, 20_000, 0),))),
     ):
         below.children[name] = Node(stat.S_IFREG | 0o644, content=content)
@@ -322,11 +348,11 @@ def test_directories_that_overlap_end_at_the_size_of_the_image(
 
 
 def test_names_have_a_limit(tmp_path: Path, small: LayerFile) -> None:
-    merge_layers([small], tmp_path / "merged", max_names=6)
+    merge_layers([small], tmp_path / "merged", max_names=7)
     (tmp_path / "merged").unlink()
-    assert "more than 5 names" in refused("resource", small, tmp_path / "merged", max_names=5)
+    assert "more than 6 names" in refused("resource", small, tmp_path / "merged", max_names=6)
     with pytest.raises(CallError) as caught:
-        merge_layers([small, small], tmp_path / "merged", max_names=11)
+        merge_layers([small, small], tmp_path / "merged", max_names=13)
     assert caught.value.code == "resource"
 
 
