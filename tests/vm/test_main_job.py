@@ -144,7 +144,7 @@ def test_a_layer_is_verity_on_linear_on_pmem(bed: Bed) -> None:
     assert verity.name == f"dm-verity-pmem0-{root}"
     assert verity.table == (
         f"0 {layer.verity.data_blocks * 8} verity 1 {linear.dev} {linear.dev} 4096 4096 "
-        f"{layer.verity.data_blocks} {layer.verity.data_blocks + 1} sha256 {root} "
+        f"{layer.verity.data_blocks} {layer.verity.hash_start_block} sha256 {root} "
         f"{layer.verity.salt.hex()}"
     )
     assert verity.status.split()[0] == "V"  # newer kernels say more
