@@ -100,6 +100,8 @@ def merged_metadata(
 ) -> Iterator[int]:
     """Merge layers of the pack ``fd``, topmost first, in a file beside its ``path``; yield that.
 
+    Killed meanwhile, the process leaves a directory ``.merge-XXXX`` there.
+
     Raises:
         CallError: as ``merge_layers`` and ``check_padding``; ``integrity``, a layer is not what its
             hash tree says.

@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 )
 
 from guestagent.storage.verity import VerityTerms
+from rootfs.image.images import build_image
 from rootfs.imagefile.ranges import FileRange, first_fit, free_ranges, overlapping, round_up
 from rootfs.pack.manifest import Manifest
 from rootfs.pack.pack import DAX_ALIGNMENT_BYTES, Pack, manifest_path_of
@@ -369,9 +370,11 @@ def test_a_copy_by_hand_is_the_same(
 
 
 class PackMachine(RuleBasedStateMachine):
-    """Any sequence of additions and removals keeps a pack sound, and its layers as they were."""
+    """Any sequence of additions, merges and removals keeps a pack sound, and its layers as they
+    were."""
 
     ids = Bundle("ids")
+    images = Bundle("images")
 
     def __init__(self) -> None:
         super().__init__()
@@ -392,8 +395,45 @@ class PackMachine(RuleBasedStateMachine):
         self.model.insert(position, (layer_id, path.read_bytes()))
         return layer_id
 
+    @rule(target=ids, files=st.integers(1, 3), position=st.integers(0, 3))
+    def add_verified(self, files: int, position: int) -> str:
+        self.count += 1
+        tree, path, layer_id = self.top / f"tree{self.count}", self.top / "layer", f"l{self.count}"
+        tree.mkdir()
+        for number in range(files):
+            (tree / f"file{number}").write_bytes(bytes([self.count]) * 200_000)
+        path.unlink(missing_ok=True)
+        built = build_image(tree, path, verity=True)
+        assert built.verity is not None
+        self.pack.add(path, layer_id, verity=built.verity, position=position)
+        data = path.read_bytes()[: built.verity.data_size_bytes]
+        self.model.insert(position, (layer_id, data))
+        return layer_id
+
+    @rule(target=images, seed=st.integers(0, 1000))
+    def merge(self, seed: int) -> str:
+        self.count += 1
+        ids = [layer.layer_id for layer in self.pack.layers if layer.verity is not None]
+        chosen = random.Random(seed).sample(ids, k=min(2, len(ids)))
+        image_id = f"i{self.count}"
+        if chosen:
+            self.pack.merge(image_id, chosen)
+        else:
+            with pytest.raises(CallError, match="no layers"):
+                self.pack.merge(image_id, chosen)
+        return image_id
+
+    @rule(image_id=consumes(images), trim=st.booleans())
+    def remove_image(self, image_id: str, trim: bool) -> None:
+        if self.pack.manifest.find_image(image_id) is not None:
+            self.pack.remove(image_id, trim=trim)
+
     @rule(layer_id=consumes(ids), trim=st.booleans())
     def remove(self, layer_id: str, trim: bool) -> None:
+        if any(layer_id in image.layers for image in self.pack.manifest.images):
+            with pytest.raises(CallError, match="needs it"):
+                self.pack.remove(layer_id, trim=trim)
+            return
         self.pack.remove(layer_id, trim=trim)
         self.model = [each for each in self.model if each[0] != layer_id]
 

@@ -320,6 +320,18 @@ def test_a_full_disk_leaves_the_pack_as_it_was(pack: Path, monkeypatch: pytest.M
         assert opened.check().is_sound
 
 
+def test_a_process_that_dies_before_the_manifest_leaves_a_sound_pack(pack: Path) -> None:
+    manifest = Path(f"{pack}.json")
+    before = manifest.read_bytes()
+    with Pack.open(pack, writable=True) as opened:
+        image = opened.merge("lost", ["top", "base"])
+    manifest.write_bytes(before)
+    with Pack.open(pack, writable=True) as opened:
+        assert opened.check().is_sound
+        assert opened.merge("app", ["top", "base"]).ranges == image.ranges
+        assert opened.check().is_sound
+
+
 def test_a_pack_that_is_read_only_is_not_merged(pack: Path) -> None:
     with Pack.open(pack) as opened, pytest.raises(CallError, match="reading only"):
         opened.merge("app", ["top"])
