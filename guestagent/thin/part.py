@@ -5,6 +5,7 @@ from guestagent.engine.engine import Engine
 from guestagent.engine.transaction import Transaction
 from guestagent.thin.pools import Pools
 from guestagent.thin.volumes import Volumes
+from guestagent.thin.watch import Watcher
 from vsock.errors import CallError
 from vsock.log import log
 
@@ -17,8 +18,11 @@ class Thin:
     def __init__(self, engine: Engine) -> None:
         self.pools = Pools(engine)
         self.volumes = Volumes(engine, self.pools)
-        self._engine = engine
+        self._watcher = Watcher(engine, self.pools, self.volumes)
+        self.pools.on_change = self._watcher.wake
         self.pools.recover()
+        self._watcher.wake()
+        engine.closers.append(self._watcher.close)
         engine.lower_parts.append(self.take_down_all)
 
     def take_down_all(self, op: Transaction, force: bool) -> None:

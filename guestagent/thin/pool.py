@@ -219,6 +219,10 @@ class Pool:
             control.resume(name)
             raise
 
+    def is_deleting(self) -> bool:
+        """Return whether the deletion of a volume waits."""
+        return any(volume.deleted for volume in self.records.volumes)
+
     def is_live(self) -> bool:
         """Return whether the kernel has the pool."""
         return self.state.control.exists(name=self.name)

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from guestagent.api.devices import SECTOR_BYTES, Device
@@ -67,6 +67,8 @@ class Pools:
         self._engine = engine
         self._state = engine.state
         self._pools: dict[str, Pool] = {}
+        #: Told of a pool more, and of a deletion that waits.
+        self.on_change: Callable[[], None] = lambda: None
 
     def all(self) -> tuple[Pool, ...]:
         return tuple(self._pools.values())
@@ -117,6 +119,7 @@ class Pools:
                     self.keep(pool)
                 op.commit()
             self._pools[spec.pool_id] = pool
+        self.on_change()
         self._state.events.publish("pool_opened", pool_id=spec.pool_id, traceparent=op.traceparent)
         return report
 

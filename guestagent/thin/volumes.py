@@ -253,6 +253,7 @@ class Volumes:
             if not volume.deleted:
                 with op.step("thin-record", volume.volume_id):
                     pool.write(pool.records.with_volume(volume.replace(deleted=True)))
+                self._pools.on_change()
             return _deleted(op, deferred=True)
 
     def _why_busy(self, pool: Pool, volume: VolumeRecord, op: Transaction) -> CallError | None:

@@ -3,6 +3,9 @@ and what it did wrong."""
 
 import errno
 import os
+import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -455,3 +458,70 @@ def test_metadata_disk_that_fails(tmp_path: Path) -> None:
         finally:
             run("dmsetup", "remove", "frail")
         disks.thin_check()
+
+
+def kinds(bed: ThinBed, *wanted: str) -> list[str]:
+    events, _ = bed.engine.events.since(0)
+    return [event.kind for event in events if event.kind in wanted]
+
+
+def await_event(bed: ThinBed, kind: str, seconds: float = 20.0) -> None:
+    came = threading.Event()
+    stop = bed.engine.events.listen(lambda event: came.set() if event.kind == kind else None)
+    try:
+        assert kinds(bed, kind) or came.wait(seconds), f"no event {kind}"
+    finally:
+        stop()
+
+
+def test_pool_tells_when_space_becomes_tight(bed: ThinBed) -> None:
+    bed.create("a", 256 * MIB)
+    bed.mount("a")
+    with pytest.raises(OSError, match=r"No space|Input/output"):
+        _fill("/run/volumes/a/x", 80 * MIB)
+    await_event(bed, "pool_low_space")
+    await_event(bed, "pool_out_of_space")
+    assert "pool 'p' is out_of_data_space" in bed.engine.problems()
+    bed.unmount("a")
+    bed.delete("a")
+    assert bed.status().mode == "rw"
+    await_event(bed, "pool_recovered")
+    assert bed.engine.problems() == ()
+
+
+def test_volume_that_another_program_lets_go_is_deleted_then(bed: ThinBed) -> None:
+    """No request comes: the kernel's event is what deletes it, also for the next agent."""
+    for name in ("a", "b"):
+        bed.create(name)
+        bed.mount(name)
+        assert bed.delete(name, deferred=True).deferred
+    run("umount", "/run/volumes/a")
+    await_event(bed, "volume_deleted")
+    bed.reopen()
+    assert list(bed.volumes()) == ["b"]
+    count = len(kinds(bed, "volume_deleted"))
+    run("umount", "/run/volumes/b")
+    until = time.monotonic() + 20
+    while len(kinds(bed, "volume_deleted")) == count and time.monotonic() < until:
+        time.sleep(0.01)
+    assert bed.volumes() == {}
+    assert bed.engine.problems() == ()
+
+
+def test_pool_that_queues_writes_goes_on_once_it_grows(tmp_path: Path, disks: Disks) -> None:
+    with ThinBed(tmp_path / "queue") as bed:
+        bed.open(disks.spec(on_full="queue"))
+        bed.create("a", 256 * MIB)
+        bed.mount("a")
+        child = subprocess.Popen(
+            ["dd", "if=/dev/urandom", "of=/run/volumes/a/x", "bs=1M", "count=72", "conv=fsync"],
+            stderr=subprocess.DEVNULL,
+        )
+        await_event(bed, "pool_out_of_space", 60)
+        assert child.poll() is None
+        os.truncate(disks.data_file, 128 * MIB)
+        run("losetup", "--set-capacity", disks.data)
+        assert bed.grow_pool().data.total_bytes == 128 * MIB
+        assert child.wait(60) == 0
+        await_event(bed, "pool_recovered")
+        bed.unmount("a")
