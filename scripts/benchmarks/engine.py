@@ -27,6 +27,7 @@ from rootfs.pack.pack import manifest_path_of
 from scripts.benchmarks.merged import merged_rows, write_pack
 from scripts.benchmarks.rows import Row, milliseconds, print_rows, row, timed, write_rows
 from scripts.benchmarks.start import start_rows
+from scripts.benchmarks.thin import thin_rows
 from tests.beds.agentbed import AgentProcess, Pack, attached_pack, overlay
 from tests.beds.dmbed import loop_device
 from tests.beds.supervised import SupervisedAgent
@@ -61,6 +62,7 @@ def engine_rows(rounds: int = 30) -> list[Row]:
             rows += _overlays(guest, pack)
             memory["after 500 layers"] = _rss_mib(guest)
             rows += _images(guest, Path(name), rounds)
+            rows += thin_rows(guest, Path(name, "thin"), rounds, bed=BED)
         rows += start_rows(BED)
         rows += _recovery(agent, pack)
         rows += _recovery_of_a_child(pack)
