@@ -143,7 +143,9 @@ class Pools:
             is_record=True,
         )
         if pool.is_new:
-            op.on_rollback("metadata", lambda: _blank(self._metadata_disk(pool)))
+            op.on_rollback(
+                "metadata", lambda: _unmake(self._metadata_disk(pool), pool.data_disks[0])
+            )
         with op.step("thin-data", pool.data_name):
             pool.create(
                 pool.data_name, linear_targets(pool.data_disks, _sizes(pool.data_disks)), op
@@ -372,9 +374,10 @@ class Pools:
     ) -> None:
         self._remove(names, op)
         if entry.is_new and not entry.is_open:
-            disk = blockdev.find(entry.spec.metadata_device)
-            if disk is not None:
-                _blank(disk)
+            metadata = blockdev.find(entry.spec.metadata_device)
+            data = blockdev.find(entry.spec.data_device)
+            if metadata is not None and data is not None:
+                _unmake(metadata, data)
         self._forget(pool.pool_id)
 
     def _find_disks(self, pool: Pool) -> None:
@@ -644,11 +647,7 @@ def _too_small(disk: BlockDevice, least: int) -> CallError:
 
 def _refuse_content(disk: BlockDevice) -> None:
     """Refuse a data disk that begins with a file system, or with the records of a pool."""
-    fd = os.open(disk.node, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        head = os.pread(fd, max(HEAD_BYTES, _ALIGNED_BYTES), 0)
-    finally:
-        os.close(fd)
+    head = _head_of(disk)
     found = detect(lambda offset, size: head[offset : offset + size].ljust(size, b"\0"))
     if found is None and not is_slot(head):
         return
@@ -661,11 +660,22 @@ def _refuse_content(disk: BlockDevice) -> None:
     )
 
 
-def _blank(disk: BlockDevice) -> None:
-    """Clear the superblock of a pool that was not there before."""
-    fd = os.open(disk.node, os.O_WRONLY | os.O_CLOEXEC)
+def _head_of(disk: BlockDevice) -> bytes:
+    fd = os.open(disk.node, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.pwrite(fd, bytes(thin.METADATA_BLOCK_BYTES), 0)
-        os.fsync(fd)
+        return os.pread(fd, max(HEAD_BYTES, _ALIGNED_BYTES), 0)
     finally:
         os.close(fd)
+
+
+def _unmake(metadata: BlockDevice, data: BlockDevice) -> None:
+    """Clear what makes two disks a pool that were none before."""
+    blockdev.flush(data.node)
+    disks = (metadata, data) if is_slot(_head_of(data)) else (metadata,)
+    for disk in disks:
+        fd = os.open(disk.node, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(fd, bytes(_ALIGNED_BYTES), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
