@@ -302,7 +302,8 @@ class Pools:
             )
         sizes = _sizes(pool.data_disks)
         known = there.data_bytes
-        if sizes[: len(known) - 1] != known[:-1] or sizes[len(known) - 1] < known[-1]:
+        last = len(known) - 1
+        if len(sizes) < len(known) or sizes[:last] != known[:last] or sizes[last] < known[last]:
             raise CallError(
                 "conflict",
                 f"the data devices of pool {spec.pool_id!r} have {list(sizes)} bytes, "
@@ -362,6 +363,8 @@ class Pools:
             if name not in kept:
                 pool.remove(name)
         pool.settle()
+        if pool.records.data_bytes != _sizes(pool.data_disks):
+            pool.write(pool.records.replace(data_bytes=_sizes(pool.data_disks)))
         seen = pool.see()
         pool.note_foreign(set() if seen is None else set(seen.devices))
         for mounted in entry.mounts:
@@ -387,6 +390,9 @@ class Pools:
         pool.metadata_disk = blockdev.inspect(pool.table.metadata_device)
         data = control.table(pool.data_name)
         pool.data_disks = tuple(blockdev.inspect(target.params.split()[0]) for target in data)
+        # what was to be appended when the agent was killed is not
+        more = pool.spec.more_data_devices[: len(pool.data_disks) - 1]
+        pool.spec = pool.spec.replace(more_data_devices=more)
         inventory.reserve_scratch(("pool-metadata", pool.pool_id), pool.metadata_disk.dev)
         for number, disk in enumerate(pool.data_disks):
             inventory.reserve_scratch((f"pool-{number}", pool.pool_id), disk.dev)
@@ -507,7 +513,7 @@ class Pools:
             # what lies behind a disk that is not the last is not its own
             after = (*pool.data_disks[:-1], now[-1])
         spec, device = pool.spec, request.data_device
-        if device is None:
+        if device is None or device in spec.data_devices:  # appended by a request cut short
             return after, spec
         if len(after) == MAX_DATA_DEVICES:
             text = f"pool {pool.pool_id!r} has {MAX_DATA_DEVICES} data devices"
