@@ -57,6 +57,7 @@ FEATURES: Mapping[str, Feature] = {
         modules=("dm-mod", "dm-crypt", "xts"),
         optional_modules=("aes_generic", "aesni-intel", "aes-ce-blk"),
     ),
+    "thin": Feature(summary="pools of thin volumes (dm-thin)", modules=("dm-mod", "dm-thin-pool")),
     "overlay": Feature(summary="overlayfs", modules=("overlay",)),
     "vsock": Feature(
         summary="AF_VSOCK to the host",
