@@ -119,6 +119,7 @@ def _live(
         observers.watch(engine)
         observers.ship_log(config.log_dial, level=config.log, boot_id=engine.events.boot_id)
         recovered = engine.start()
+        _restore_network(engine)
         ending = _Ending(is_machine=bool((boot or {}).get("pid1")))
         boot = {
             **(boot or {}),
@@ -177,6 +178,21 @@ def _live(
         observers.close()
         engine.close()
     return _STATUS_OF_MODE[ending.mode]
+
+
+def _restore_network(engine: Engine) -> None:
+    """Undo what an agent before this one has left unfinished of the network."""
+    try:
+        if os.stat(f"{engine.state.directory}/network").st_size == 0:
+            return
+    except FileNotFoundError:
+        return
+    from guestagent.net.network import restore_network
+
+    try:
+        restore_network(engine.state.directory)
+    except CallError as error:
+        engine.state.inventory.note_problem("network", f"network: {error.message}")
 
 
 def _listen_for(

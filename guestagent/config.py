@@ -57,6 +57,7 @@ class Config(Record):
     layers: tuple[str, ...] = ()
     overlay: str | None = None
     manifests: tuple[str, ...] = ()
+    net: tuple[str, ...] = ()
     init: str = "/sbin/init"
     agent: str = "end"
     on_failure: str = "poweroff"
@@ -183,6 +184,13 @@ def _overlay(text: str) -> str:
     from guestagent.api.texts import overlay_from_text
 
     overlay_from_text(text)
+    return text
+
+
+def _network(text: str) -> str:
+    from guestagent.api.nettexts import check_network_part
+
+    check_network_part(text)
     return text
 
 
@@ -338,6 +346,15 @@ KEYS: tuple[Key, ...] = (
         read=str,
         summary="mount the layers of a pack at boot, or one image of it: "
         "PATH,DEVICE[,sha256=HEX][,image=ID]",
+        guards_security=True,
+        repeat=True,
+    ),
+    Key(
+        name="net",
+        field="net",
+        read=_network,
+        summary="set up the network at boot: interface,match=mac=MAC,addresses=A/N,... rule,... "
+        "dns,... hosts,... hostname=NAME wait_ms=N, with the fields of net.configure",
         guards_security=True,
         repeat=True,
     ),

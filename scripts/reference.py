@@ -11,6 +11,7 @@ from guestagent.api import (
     devtree,
     inspect,
     layers,
+    net,
     observe,
     overlays,
     thin,
@@ -81,6 +82,7 @@ CHOICES: dict[str, tuple[str, Iterable[str]]] = {
     "ADOPT": ("`adopt` of PoolOpen", thin.ADOPT),
     "ON_FULL": ("`on_full` of PoolOpen", thin.ON_FULL),
     "POOL_MODES": ("`mode` of PoolReport", thin.POOL_MODES),
+    "FAMILIES": ("`family` of Rule and RuleReport", net.FAMILIES),
     "ACL_KINDS": ("`acl` of FsAclGetFile", inspect.ACL_KINDS),
 }
 #: The same, of what is told apart in another way than by a constant.

@@ -60,6 +60,8 @@ def mount_at(target: str, config: Config) -> None:
         raise _contradiction("init=/ would stay in a boot image that is not the agent's")
     if config.agent == "stay":
         raise _contradiction("agent=stay: here the system starts its agent, which adopts the root")
+    if config.net:
+        raise _contradiction("net=: here the system sets up its network")
     plan = mount_root(config, {})
     if plan is None:
         raise _contradiction("no guestagent.layer= and no guestagent.manifest= names a root")

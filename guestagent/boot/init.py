@@ -24,6 +24,7 @@ from guestagent.listeners import HeldSockets
 from guestagent.observe.crashes import note_death
 from guestagent.observe.sinks import open_sinks
 from guestagent.storage import syscalls
+from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import fd_sink, log
 
@@ -82,6 +83,7 @@ def _boot_and_supervise(loading: Loading | OSError) -> str:
         text = f"the root cannot be mounted: {error}"
         problems += (Problem(key="guestagent.layer", text=text, fatal=False),)
         plan = None
+    problems += _set_up_network(config, "/" if plan is None else plan.root_target, boot)
     if plan is not None:
         _become_init(plan, config, problems, boot)
     sockets = HeldSockets((*config.listen, *config.console))
@@ -91,6 +93,30 @@ def _boot_and_supervise(loading: Loading | OSError) -> str:
         sockets.open_missing()
 
     return supervise(_agent_of(config, problems, boot, sockets), on_death)
+
+
+def _set_up_network(config: Config, root: str, boot: dict[str, object]) -> tuple[Problem, ...]:
+    """Do what ``guestagent.net=`` says, with the files in the root that is to be. The boot goes on
+    where that fails: the host can still reach the agent, whose status tells of it."""
+    if not config.net:
+        return ()
+    from guestagent.api.nettexts import network_from_texts
+    from guestagent.net.network import configure_network
+
+    begin = time.perf_counter()
+    try:
+        with Deadline(config.deadline_seconds) as deadline:
+            request = network_from_texts(config.net)
+            configure_network(
+                request, config.state_directory, deadline, faults=config.fault, root=root
+            )
+    except (CallError, ValueError) as error:
+        log.error("the network cannot be set up", error=str(error))
+        text = f"the network cannot be set up: {error}"
+        return (Problem(key="guestagent.net", text=text, fatal=False),)
+    finally:
+        boot["network_ms"] = round((time.perf_counter() - begin) * 1000, 3)
+    return ()
 
 
 def _become_init(

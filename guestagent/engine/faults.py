@@ -45,6 +45,11 @@ class Fault(Record):
             raise ValueError(f"fault {text!r}: {nth_text!r} is no count")
         return cls(step=name, kind=kind, nth=int(nth_text or 0))
 
+    def to_text(self) -> str:
+        if not self.step:
+            return f"#{self.nth}:{self.kind}"
+        return f"{self.step}:{self.kind}" + (f":{self.nth}" if self.nth else "")
+
     def is_due(self, step: str, counts: dict[str, int]) -> bool:
         """Return whether this strikes at ``step``, reached for the ``counts``-th time by name."""
         if self.step not in ("", step):
@@ -70,6 +75,11 @@ class Faults:
         with self._lock:
             self._faults = faults
             self._reached: dict[str, int] = {"": 0}
+
+    def to_text(self) -> str:
+        """Return the faults in the form that ``parse`` reads, for another process."""
+        with self._lock:
+            return ",".join(fault.to_text() for fault in self._faults)
 
     def reach(self, step: str, deadline: Deadline) -> None:
         """Strike if a fault is due at this coming of ``step``.

@@ -239,6 +239,10 @@ class Service:
             from guestagent.service.devtree import DevHandlers
 
             return handlers_of(DevHandlers(self._engine))
+        if method.startswith("net."):
+            from guestagent.service.net import NetHandlers
+
+            return handlers_of(NetHandlers(self._engine))
         if method.startswith(("pool.", "volume.")):
             from guestagent.service.thin import ThinHandlers
 

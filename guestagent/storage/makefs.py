@@ -16,7 +16,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ("empty_directory", "forbid_programs", "make_filesystem", "trim")
+__all__ = (
+    "are_programs_forbidden",
+    "empty_directory",
+    "forbid_programs",
+    "make_filesystem",
+    "trim",
+)
 
 #: The start and the end of what a program says are kept, where it may give its reason.
 _SAID_BYTES = 512
@@ -34,6 +40,11 @@ def forbid_programs() -> None:
     """Refuse to format from now on: this process leaves the root whose programs it may trust."""
     global _is_forbidden
     _is_forbidden = True
+
+
+def are_programs_forbidden() -> bool:
+    """Say whether this process has left the root whose programs it may trust."""
+    return _is_forbidden
 
 
 def make_filesystem(filesystem: str, node: str, deadline: Deadline) -> None:

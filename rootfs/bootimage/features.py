@@ -14,13 +14,15 @@ class Feature:
     """What an image can be asked to serve, as kernel modules and programs.
 
     ``optional_modules`` are taken where the kernel has them. ``programs`` are names of this
-    machine's programs, which come with the libraries that they need.
+    machine's programs, which come with the libraries that they need. ``entries`` are
+    modules of ours that the agent starts in a child, and which it does not import itself.
     """
 
     summary: str
     modules: tuple[str, ...] = ()
     optional_modules: tuple[str, ...] = ()
     programs: tuple[str, ...] = ()
+    entries: tuple[str, ...] = ()
 
 
 FEATURES: Mapping[str, Feature] = {
@@ -79,6 +81,12 @@ FEATURES: Mapping[str, Feature] = {
     ),
     "console": Feature(
         summary="virtio serial ports and hvc0", modules=("virtio_pci", "virtio_console")
+    ),
+    "net": Feature(
+        summary="virtio networks, set up by the agent",
+        modules=("virtio_net",),
+        optional_modules=("virtio_pci", "ipv6", "8021q"),
+        entries=("guestagent.net.child",),
     ),
     "signatures": Feature(
         # the kernel checks them; what is not built in must be loaded before it is asked for

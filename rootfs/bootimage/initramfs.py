@@ -154,6 +154,7 @@ def build_initramfs(
         check_output(output)
     modules, items = userland(
         spec.entry_module,
+        entries=tuple(name for feature in spec.features for name in FEATURES[feature].entries),
         imports=spec.imports,
         programs=feature_programs(spec.features),
         project=spec.project,

@@ -61,19 +61,20 @@ class Item:
 def userland(
     entry_module: str,
     *,
+    entries: tuple[str, ...] = (),
     imports: tuple[str, ...] = (),
     programs: tuple[str, ...] = (),
     project: Path = PROJECT,
     optimize: int = 2,
 ) -> tuple[tuple[Module, ...], list[Item]]:
-    """Return the Python modules that running ``entry_module`` takes, and all files for them: the
-    interpreter, its libraries and the modules; and ``programs`` of this machine, by name.
+    """Return the Python modules that running ``entry_module`` and ``entries`` takes, and all files for
+    them: the interpreter, its libraries and the modules; and ``programs`` of this machine, by name.
 
     Raises:
         ClosureError, ElfError: something needed is not there.
     """
     modules = module_closure(
-        [entry_module],
+        [entry_module, *entries],
         project=project,
         packages=(*_GUEST_PACKAGES, entry_module.partition(".")[0]),
         late=_LATE_PACKAGES,

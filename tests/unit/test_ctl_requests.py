@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from guestagent.api import METHODS, LayersMount, LayerSpec, OverlaySpec, Verity
 from guestagent.api.devices import ByteRange, PathDevice, ScsiDevice, VirtioBlkDevice
 from guestagent.api.layers import VerityReport
+from guestagent.api.net import Interface, InterfaceMatch, Neighbour, NetConfigure, Route
 from guestagent.api.overlays import DeviceScratch, OverlayOptions
 from guestagent.api.thin import (
     PoolGrow,
@@ -79,6 +80,8 @@ COMMANDS = {
     "dm.list": "dm list",
     "dm.table": "dm table x",
     "dm.status": "dm status x",
+    "net.configure": "net configure hostname=guest",
+    "net.list": "net list",
     "fs.list_devices": "fs devices",
     "fs.list_partitions": "fs devices",
     "fs.list_filesystems": "fs devices",
@@ -314,6 +317,55 @@ def test_every_field_of_a_pool_and_a_volume_can_be_said(
     own = {(kind, name) for kind in kinds for name in kind._fields}
     assert own <= said
     assert any(isinstance(each, VolumeCreate) and each.filesystem is None for each in sent)
+
+
+def test_every_field_of_a_network_can_be_said(agent: Recorder, ctl: Callable[..., Result]) -> None:
+    parts = (
+        "interface,match=mac=52:54:00:12:34:56,name=eth0,mtu=1400,addresses=10.0.0.2/24,"
+        "addresses=fd00::2/64,routes=destination=default+gateway=10.0.0.1+metric=7+table=9"
+        "+source=10.0.0.2+on_link=1,neighbours=address=10.0.0.9+mac=52:54:00:00:00:99,dad=0",
+        "interface,match=name=eth1,up=0,addresses=",
+        "interface,vlan=parent=eth0+id=5,name=eth0.5",
+        "rule,priority=100,table=9,source=10.0.0.0/24,destination=10.0.0.0/8,interface=eth0,mark=7,"
+        "family=ipv4",
+        "dns,servers=10.0.0.1,search=example.org,options=ndots:2",
+        "hosts,address=10.0.0.2,names=guest,names=guest.example.org",
+        "hostname=guest",
+        "wait_ms=100",
+    )
+    assert "only recorded" in ctl("net", "configure", *parts).stderr
+    params = request(agent, "net.configure")
+    sent = NetConfigure.from_wire(params)
+    assert sent.interfaces[0] == Interface(
+        match=InterfaceMatch(mac="52:54:00:12:34:56"),
+        name="eth0",
+        mtu=1400,
+        addresses=("10.0.0.2/24", "fd00::2/64"),
+        routes=(
+            Route(
+                destination="default",
+                gateway="10.0.0.1",
+                metric=7,
+                table=9,
+                source="10.0.0.2",
+                on_link=True,
+            ),
+        ),
+        neighbours=(Neighbour(address="10.0.0.9", mac="52:54:00:00:00:99"),),
+        dad=False,
+    )
+    assert sent.interfaces[1].addresses == ()
+    said = {
+        field
+        for record in (sent, *sent.interfaces, *(sent.rules or ()), *(sent.hosts or ()))
+        for field in fields_said(record)
+    }
+    route_fields = {(Route, name) for name in Route._fields}
+    neighbour_fields = {(Neighbour, name) for name in Neighbour._fields}
+    assert fields_of(NetConfigure) == said | route_fields | neighbour_fields
+    document = json.dumps(params).encode()
+    ctl("net", "configure", "--request", "-", text=document)
+    assert request(agent, "net.configure") == params
 
 
 def fields_of(kind: object) -> set[tuple[type[Record], str]]:

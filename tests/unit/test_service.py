@@ -22,6 +22,7 @@ from guestagent.service.devices import DeviceHandlers
 from guestagent.service.devtree import DevHandlers
 from guestagent.service.dispatch import QUICK_METHODS, Service
 from guestagent.service.layers import LayerHandlers
+from guestagent.service.net import NetHandlers
 from guestagent.service.streams import InspectHandlers
 from guestagent.service.thin import ThinHandlers
 from vsock.address import UnixAddress
@@ -146,6 +147,7 @@ def test_each_method_has_one_handler(bed):
     parts = (
         AgentHandlers,
         LayerHandlers,
+        NetHandlers,
         DevHandlers,
         DeviceHandlers,
         InspectHandlers,

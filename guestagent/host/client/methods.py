@@ -44,6 +44,7 @@ from guestagent.api.layers import (
     UnmountReply,
     VerifyReply,
 )
+from guestagent.api.net import NetConfigure, NetConfigureReply, NetList, NetListReply
 from guestagent.api.observe import AgentCrashes, AgentLog, AgentMetrics, CrashesReply, LogReply
 from guestagent.api.overlays import (
     LayersMount,
@@ -95,7 +96,8 @@ class Caller:
 
 
 class AgentMethods(Caller):
-    """Part of ``GuestAgent``: the agent itself, layers, overlays, device-mapper, private /dev."""
+    """Part of ``GuestAgent``: the agent itself, layers, overlays, device-mapper, private /dev,
+    network."""
 
     # --- agent
 
@@ -255,3 +257,21 @@ class AgentMethods(Caller):
     def dev_destroy(self, tree_id: str) -> None:
         """Take a tree away; ``busy`` names what still has it."""
         self.call(DevDestroy(tree_id=tree_id))
+
+    # --- network
+
+    def net_configure(
+        self, request: NetConfigure, *, deadline_ms: int | None = None
+    ) -> NetConfigureReply:
+        """Set up interfaces, routes, rules, names and DNS: all or nothing.
+
+        Raises:
+            CallError: ``not_found``, the guest has no such interface; ``conflict``, a name, route
+                or address is another's; ``invalid``, the kernel cannot have it so. ``object`` names
+                the field. Whatever was changed is as it was.
+        """
+        return self.call(request, deadline_ms=deadline_ms)
+
+    def net_list(self) -> NetListReply:
+        """Return the guest's network as its kernel has it."""
+        return self.call(NetList())

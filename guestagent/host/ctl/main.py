@@ -19,6 +19,7 @@ from guestagent.host.ctl.layer import layer
 from guestagent.host.ctl.log import log
 from guestagent.host.ctl.man import man
 from guestagent.host.ctl.metrics import metrics
+from guestagent.host.ctl.net import net
 from guestagent.host.ctl.overlay import layers, overlay
 from guestagent.host.ctl.profiles import complete_profiles
 from guestagent.host.ctl.session import Session, uses_session
@@ -154,6 +155,7 @@ def collect() -> click.Group:
         layer,
         layers,
         overlay,
+        net,
         pool,
         volume,
         dev,

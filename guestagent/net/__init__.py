@@ -1,0 +1,1 @@
+"""The guest's network, set up by a short-lived child of the agent."""
