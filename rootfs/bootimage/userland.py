@@ -67,8 +67,9 @@ def userland(
     project: Path = PROJECT,
     optimize: int = 2,
 ) -> tuple[tuple[Module, ...], list[Item]]:
-    """Return the Python modules that running ``entry_module`` and ``entries`` takes, and all files for
-    them: the interpreter, its libraries and the modules; and ``programs`` of this machine, by name.
+    """Return the Python modules that running ``entry_module`` and ``entries`` takes, and all files
+    for them: the interpreter, its libraries and the modules; and ``programs`` of this machine, by
+    name.
 
     Raises:
         ClosureError, ElfError: something needed is not there.

@@ -5,6 +5,7 @@ mistaken for a separator.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 __all__ = (
     "DiskSpec",
     "MachineSpec",
+    "NetworkSpec",
     "PmemSpec",
     "Runtime",
     "blockdev",
@@ -70,6 +72,25 @@ class DiskSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkSpec:
+    """A virtio network interface with the address ``mac``.
+
+    With ``socket``, a path, it is joined to that of another machine: of the two, the one that
+    ``listens`` is to be started first. Without, it leads to the host's network (QEMU's user mode).
+    """
+
+    mac: str
+    socket: Path | None = None
+    listens: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[0-9a-f]{2}(:[0-9a-f]{2}){5}", self.mac):
+            raise ValueError(f"mac {self.mac!r} is no address like 52:54:00:12:34:56")
+        if self.listens and self.socket is None:
+            raise ValueError("an interface that listens needs a socket")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MachineSpec:
     """A virtual machine.
 
@@ -88,6 +109,7 @@ class MachineSpec:
     cpus: int = 2
     pmem: tuple[PmemSpec, ...] = ()
     disks: tuple[DiskSpec, ...] = ()
+    networks: tuple[NetworkSpec, ...] = ()
     vsock_cid: int | None = 3
     accel: str = "auto"
     console_path: Path | None = None
@@ -156,6 +178,7 @@ def qemu_command(spec: MachineSpec, runtime: Runtime) -> list[str]:
         *_pmem(spec),
         *_vsock(spec, runtime),
         *_disks(spec),
+        *_networks(spec),
         *_serial_ports(spec, runtime),
         *_root_ports(spec),
     ]
@@ -249,6 +272,23 @@ def _disks(spec: MachineSpec) -> Iterator[str]:
     for number, disk in enumerate(spec.disks):
         yield from _json("-blockdev", blockdev(disk, f"disk{number}"))
         yield from _json("-device", disk_device(disk, f"disk{number}"))
+
+
+def _networks(spec: MachineSpec) -> Iterator[str]:
+    for number, network in enumerate(spec.networks):
+        name = f"net{number}"
+        backend: dict[str, object] = {"type": "user", "id": name}
+        if network.socket is not None:
+            where = {"type": "unix", "path": str(network.socket)}
+            backend = {"type": "stream", "id": name, "server": network.listens, "addr": where}
+        yield from _json("-netdev", backend)
+        # without its boot ROM, for which there is no use
+        yield from _json("-device", {
+            "driver": "virtio-net-pci",
+            "netdev": name,
+            "mac": network.mac,
+            "romfile": "",
+        })  # fmt: skip
 
 
 def blockdev(disk: DiskSpec, node: str) -> dict[str, object]:

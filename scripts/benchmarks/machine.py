@@ -4,16 +4,20 @@ The machine is QEMU's; under TCG absolute times say little, ratios between rows 
 """
 
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from guestagent.api import LayersMount, LayerSpec, LayersUnmount, OverlaySpec
+from guestagent.api.net import Interface, InterfaceMatch, NetConfigure
 from guestagent.host.client import GuestAgent
 from guestagent.storage.verity import VerityTerms
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
-from rootfs.bootimage.kernel import cached_kernel
+from rootfs.bootimage.kernel import Kernel, cached_kernel
 from rootfs.image.images import build_image
 from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
+from rootfs.machine.qemu_command import NetworkSpec
 from rootfs.pack.manifest import Manifest, ManifestLayer, layer_spec
 from rootfs.pack.pack import Pack, manifest_path_of
 from rootfs.verity.formatter import format_image
@@ -70,7 +74,7 @@ def machine_rows(boots: int = 3, rounds: int = 20) -> list[Row]:
         rows.append(row(BED, "guest uptime when the agent serves", "ms", uptimes))
         switches = [_switch_root(kernel.image, initramfs.path, directory) for _ in range(boots)]
         rows.append(row(BED, "guest uptime at switch_root to a verified root", "ms", switches))
-        return [*rows, *measured]
+        return [*rows, *measured, *_network(kernel)]
     finally:
         shutil.rmtree(directory)
 
@@ -136,6 +140,47 @@ def _measure(guest: GuestAgent, layers: tuple[ManifestLayer, ...], rounds: int) 
     rows += _batches(guest, specs)
     rows.append(row(BED, "memory at the end", "MiB", [guest.status().rss_bytes / 2**20]))
     return rows
+
+
+def _network(kernel: Kernel) -> list[Row]:
+    """Set up a network again and again: what the agent keeps of it, and what its child takes."""
+    features = (*FEATURES, "net")
+    initramfs = build_initramfs(InitramfsSpec(kernel=kernel, features=features))
+    mac = "52:54:00:00:00:01"
+    spec = MachineSpec(kernel=kernel.image, initrd=initramfs.path, networks=(NetworkSpec(mac=mac),))
+    memory: list[float] = []
+    times: list[float] = []
+    with (
+        Machine(spec) as machine,
+        machine.while_up() as up,
+        GuestAgent(machine.agent_address(), connect_seconds=_BOOT_SECONDS, until=up) as guest,
+    ):
+        before = guest.status().rss_bytes / 2**20
+        for number in range(10):
+            interface = Interface(
+                match=InterfaceMatch(mac=mac), addresses=(f"10.0.0.{number + 1}/24",)
+            )
+            with timed(times):
+                guest.net_configure(NetConfigure(interfaces=(interface,)))
+            memory.append(guest.status().rss_bytes / 2**20)
+    return [
+        row(BED, "net.configure", "ms", times),
+        row(BED, "memory before net.configure", "MiB", [before]),
+        row(BED, "memory after net.configure", "MiB", memory),
+        row("here", "memory of the child of net.configure, at most", "MiB", [_child_mib()]),
+    ]
+
+
+def _child_mib() -> float:
+    """Return the most memory that what the child imports takes on this machine."""
+    code = (
+        f"import sys; sys.path += {sys.path!r}\n"
+        "import guestagent.net.child, guestagent.net.configure\n"
+        "print(open('/proc/self/status').read())"
+    )
+    command = [sys.executable, "-I", "-S", "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(said.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def _single_mounts(guest: GuestAgent, spec: LayerSpec, rounds: int) -> list[Row]:

@@ -35,6 +35,20 @@ def ask(*words: str) -> Any:
     return json.loads(ip("-j", *words) or "[]")
 
 
+def batch(options: tuple[str, ...], *commands: str) -> list[Any]:
+    """Return what ip(8) says to each of the commands, by one process."""
+    command = ["ip", *options, "-j", "-batch", "-"]
+    text = "".join(f"{line}\n" for line in commands)
+    said = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+    found, decoder = [], json.JSONDecoder()
+    while said := said.lstrip():
+        value, end = decoder.raw_decode(said)
+        found.append(value)
+        said = said[end:]
+    assert len(found) == len(commands), found
+    return found
+
+
 @contextlib.contextmanager
 def network_namespace() -> Iterator[None]:
     """Work in a network namespace of this thread's own, with the interfaces v0 and v1, and with a
@@ -63,17 +77,18 @@ def set_duplicate_detection(name: str, is_on: bool) -> None:
 
 def world(etc: Path | None = None) -> dict[str, object]:
     """Return all that a request may change, as iproute2 and the files say it, to be compared."""
+    links, addresses, neighbours = batch(("-d",), "link", "addr", "neigh show nud permanent")
     found: dict[str, object] = {
-        "links": _sorted([{**link, "up": "UP" in link["flags"]} for link in ask("-d", "link")]),
+        "links": _sorted([{**link, "up": "UP" in link["flags"]} for link in links]),
         "addresses": [
-            (link["ifname"], "UP" in link["flags"], _addresses(link)) for link in ask("addr")
+            (link["ifname"], "UP" in link["flags"], _addresses(link)) for link in addresses
         ],
-        "neighbours": _sorted(ask("neigh", "show", "nud", "permanent")),
+        "neighbours": _sorted(neighbours),
         "hostname": socket.gethostname(),
     }
     for family in ("-4", "-6"):
-        found[f"routes {family}"] = _sorted(ask(family, "route", "show", "table", "all"))
-        found[f"rules {family}"] = _sorted(ask(family, "rule"))
+        routes, rules = batch((family,), "route show table all", "rule")
+        found[f"routes {family}"], found[f"rules {family}"] = _sorted(routes), _sorted(rules)
     if etc is not None:
         found["files"] = {
             path.name: (os.readlink(path) if path.is_symlink() else path.read_text())

@@ -67,7 +67,7 @@ def test_appended_text_turns_no_setting(first: str, second: str) -> None:
 
 def test_of_every_setting_that_does_not_add_up_a_second_value_is_a_problem() -> None:
     """The same value again is none. No setting may be turned by text that is appended."""
-    assert {key.name for key in KEYS if key.repeat} == {"layer", "manifest"}
+    assert {key.name for key in KEYS if key.repeat} == {"layer", "manifest", "net"}
 
 
 def test_the_default_ports_are_for_privileged_processes() -> None:

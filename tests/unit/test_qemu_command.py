@@ -9,6 +9,7 @@ from rootfs.machine.accelerator import has_steady_tsc
 from rootfs.machine.qemu_command import (
     DiskSpec,
     MachineSpec,
+    NetworkSpec,
     PmemSpec,
     Runtime,
     disk_device,
@@ -144,6 +145,35 @@ def test_disks_of_both_kinds(runtime: Runtime) -> None:
     assert controller == {"driver": "virtio-scsi-pci", "id": "scsi0"}
     assert (virtio["driver"], virtio["serial"]) == ("virtio-blk-pci", "one")
     assert (scsi["driver"], scsi["lun"], scsi["serial"]) == ("scsi-hd", 3, "two")
+
+
+def test_networks_are_the_hosts_or_joined(runtime: Runtime) -> None:
+    wire = Path("/tmp/wire, with comma")
+    networks = (
+        NetworkSpec(mac="52:54:00:00:00:01"),
+        NetworkSpec(mac="52:54:00:00:00:02", socket=wire, listens=True),
+    )
+    argv = qemu_command(spec(networks=networks), runtime)
+    where = {"type": "unix", "path": str(wire)}
+    assert values(argv, "-netdev") == [
+        {"type": "user", "id": "net0"},
+        {"type": "stream", "id": "net1", "server": True, "addr": where},
+    ]
+    devices = values(argv, "-device")
+    assert [device["driver"] for device in devices] == ["virtio-net-pci"] * 2
+    assert [device["mac"] for device in devices] == [network.mac for network in networks]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mac": "52:54:00:00:00:0G"}, "is no address"),
+        ({"mac": "52:54:00:00:00:01", "listens": True}, "needs a socket"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NetworkSpec(**fields)
 
 
 def test_a_plugged_disk_names_its_port() -> None:
