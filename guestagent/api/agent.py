@@ -62,6 +62,7 @@ FEATURES = {
     "events": "`agent.subscribe` and `agent.events`",
     "inspect": "the methods `fs.*`",
     "verify": "`layer.verify`",
+    "net-configure": "the methods `net.*`",
     "device-labels": "a device of the kind `label`",
     "readonly-policy": "`readonly_policy` of a layer",
     "whiteouts": "`whiteouts` of a layer",

@@ -1,5 +1,7 @@
 """What this kernel and this agent can do, by name, and why a thing cannot be done."""
 
+import importlib.machinery
+import sys
 from collections.abc import Callable
 
 from guestagent.api.agent import FEATURES
@@ -23,7 +25,15 @@ def find_missing(control: Control) -> dict[str, str]:
         overlayfs.available_ways() if "overlay" in known else (),
         knows_signatures=checks_signatures(),
         flattens_erofs=filesystems.has_flattened_erofs(),
+        has_network_child=_has_network_child(),
     )
+
+
+def _has_network_child() -> bool:
+    """Say whether what sets up the network, in a child, is in this guest."""
+    places = [f"{directory}/guestagent/net" for directory in sys.path]
+    find = importlib.machinery.PathFinder.find_spec
+    return find("pyroute2") is not None and find("child", places) is not None
 
 
 def missing_of(
@@ -33,12 +43,14 @@ def missing_of(
     *,
     knows_signatures: bool,
     flattens_erofs: bool,
+    has_network_child: bool = True,
 ) -> dict[str, str]:
     """Return those of ``FEATURES`` that are not there, each with the reason.
 
     ``versions`` are those of the kernel's device-mapper targets, ``known`` its file systems;
     ``knows_signatures`` is true where its dm-verity was built to check signatures,
-    ``flattens_erofs`` where it mounts erofs images with a device table.
+    ``flattens_erofs`` where it mounts erofs images with a device table; ``has_network_child`` is
+    true where this guest has the modules that set up its network.
     """
 
     def target(name: str) -> str:
@@ -81,9 +93,14 @@ def missing_of(
         text = "the kernel mounts no erofs image with a device table; Linux 6.4 and later do"
         return filesystem("erofs") or ("" if flattens_erofs else text)
 
+    def network() -> str:
+        text = "the guest has no pyroute2: build the boot image with the feature net"
+        return "" if has_network_child else text
+
     kinds: dict[str, Callable[[str], str]] = {
         "verity": lambda _: signatures(),
         "erofs": lambda _: flattened(),
+        "net": lambda _: network(),
         "dm": target,
         "preset": preset,
         "fs": filesystem,

@@ -44,14 +44,8 @@ QUICK_METHODS = frozenset(name for name, request in METHODS.items() if request.q
 #: Methods for which the server keeps threads: they tell what is there, free it, and end the agent.
 URGENT_METHODS = frozenset(
     (
-        "agent.metrics",
-        "agent.shutdown",
-        "dm.list",
-        "layer.list",
-        "layer.unmount",
-        "layers.unmount",
-        "overlay.list",
-        "overlay.unmount",
+        *("agent.metrics", "agent.shutdown", "dm.list", "layer.list", "layer.unmount"),
+        *("layers.unmount", "overlay.list", "overlay.unmount"),
     )
 )
 

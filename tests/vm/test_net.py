@@ -48,6 +48,7 @@ def test_two_machines_reach_each_other(
             stack.enter_context(GuestAgent(one.agent_address(), connect_seconds=BOOT_SECONDS))
             for one in machines
         )
+        assert "net-configure" in second.hello.features
         booted = second.net_list()
         assert second.status().problems == ()
         assert booted.hostname == "second"
@@ -81,4 +82,5 @@ def test_image_without_the_feature_says_so(start_machine: Callable[..., Machine]
         with pytest.raises(CallError) as caught:
             guest.net_list()
         assert caught.value.code == "unsupported"
+        assert "net-configure" not in guest.hello.features
         assert caught.value.hint == "build the boot image with the feature net"
