@@ -81,6 +81,16 @@ class Loop:
             while self._timers and self._timers[0][0] <= now:
                 heapq.heappop(self._timers)[2].fire()
 
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while an event waits to be served."""
+        return self._epoll.fileno()
+
+    def due_at(self) -> float | None:
+        """Return the monotonic time of the next timer, None without one."""
+        while self._timers and self._timers[0][2].cancelled:
+            heapq.heappop(self._timers)
+        return self._timers[0][0] if self._timers else None
+
     def close(self) -> None:
         self._epoll.close()
 
@@ -93,9 +103,8 @@ class Loop:
             self._cancelled = 0
 
     def _timeout(self) -> float | None:
-        while self._timers and self._timers[0][2].cancelled:
-            heapq.heappop(self._timers)
-        if not self._timers:
+        at = self.due_at()
+        if at is None:
             return None
-        seconds = max(0.0, self._timers[0][0] - time.monotonic())
+        seconds = max(0.0, at - time.monotonic())
         return math.ceil(seconds * 1000) / 1000
