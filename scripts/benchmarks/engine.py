@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from guestagent.api import LayersMount, LayerSpec, LayersUnmount
+from guestagent.api import ByteRange, LayersMount, LayerSpec, LayersUnmount
 from guestagent.host.client import GuestAgent
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import Control
@@ -41,13 +41,14 @@ PACKED = 64
 OVERLAYS = (2, 64, 500)
 BATCHES = (1, 8, 64)
 RECOVERED = 100
+RANGES = (64, 1024)
 BARE = "bare system calls"
 _LOOK_SECONDS = 0.002
 _MIB = 2**20
 
 
-def engine_rows(rounds: int = 30) -> list[Row]:
-    """Measure everything; needs a kernel with device-mapper, and root."""
+def engine_rows(rounds: int = 30, *, short: bool = False) -> list[Row]:
+    """Measure everything, or the ``short`` part; needs a kernel with device-mapper, and root."""
     with (
         tempfile.TemporaryDirectory() as name,
         attached_pack(Path(name, "pack"), PACKED) as pack,
@@ -57,8 +58,11 @@ def engine_rows(rounds: int = 30) -> list[Row]:
             memory = {"at the start": _rss_mib(guest)}
             rows = [row(BED, "round trip, no work", "ms", milliseconds(_nothing(guest), 300))]
             rows += _single_layers(guest, pack, rounds)
+            rows += _ranges(guest, pack, rounds)
             memory["after verity mounts"] = _rss_mib(guest)
             rows += _batches(guest, pack)
+            if short:
+                return rows
             rows += _overlays(guest, pack)
             memory["after 500 layers"] = _rss_mib(guest)
             rows += _images(guest, Path(name), rounds)
@@ -100,6 +104,27 @@ def _single_layers(guest: GuestAgent, pack: Pack, rounds: int) -> Iterator[Row]:
         for what, own, floor in zip(("mount", "unmount"), agent_ms, bare_ms, strict=True):
             yield row(BED, f"{what} {parts}, {BARE}", "ms", floor)
             yield row(BED, f"{what} {parts}", "ms", own, versus=BARE, floor=floor)
+
+
+def _ranges(guest: GuestAgent, pack: Pack, rounds: int) -> Iterator[Row]:
+    """The same verity layer in one range, and sector by sector with padding behind it."""
+    whole = pack.spec(0)
+    (place,) = whole.ranges
+    sectors = [
+        ByteRange(offset_bytes=at, size_bytes=512)
+        for at in range(place.offset_bytes, place.end_bytes, 512)
+    ]
+    padded = {count: (*sectors, *[sectors[0]] * (count - len(sectors))) for count in RANGES}
+    specs = {1: whole, **{count: whole.replace(mapping=padded[count]) for count in RANGES}}
+    spent_ms: dict[int, list[float]] = {count: [] for count in specs}
+    for _ in range(rounds):
+        for count, spec in specs.items():
+            with timed(spent_ms[count]):
+                guest.layer_mount(spec)
+            guest.layer_unmount(spec.layer_id)
+    for count in RANGES:
+        name = f"mount linear of {count} ranges and verity"
+        yield row(BED, name, "ms", spent_ms[count], versus="one range", floor=spent_ms[1])
 
 
 def _spec_of(parts: str, pack: Pack) -> LayerSpec:
@@ -286,8 +311,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.benchmarks.engine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--short", action="store_true", help="no overlays, start and restart")
     arguments = parser.parse_args()
-    rows = engine_rows(arguments.rounds)
+    rows = engine_rows(arguments.rounds, short=arguments.short)
     print_rows(rows)
     if arguments.json:
         write_rows(rows, arguments.json)

@@ -23,10 +23,14 @@ def row(
 ) -> Row:
     """Make a row from samples; ``ratio`` is the median over that of ``floor``, if there is one.
 
-    ``p99`` is towards the bad end: high, but low for what is counted per second.
+    ``p99`` is towards the bad end: high, but low for what is counted per second. ``best`` is the
+    best sample, which other work on the machine moves least, and ``best_ratio`` that over the best
+    of ``floor``.
     """
     median = statistics.median(samples)
     ratio = None if floor is None else round(median / statistics.median(floor), 3)
+    pick = max if unit.endswith("/s") else min
+    best_ratio = None if floor is None else round(pick(samples) / pick(floor), 3)
     return {
         "bed": bed,
         "name": name,
@@ -36,6 +40,8 @@ def row(
         "n": len(samples),
         "versus": versus,
         "ratio": ratio,
+        "best": round(pick(samples), 3),
+        "best_ratio": best_ratio,
     }
 
 
