@@ -36,6 +36,10 @@ class BootPlan(Record):
     def check(self) -> None:
         if not self.layers:
             raise ValueError("no layer is named")
+        if self.overlay is None and self.layers[0].readonly_policy == "ignore":
+            raise ValueError(
+                f"layer {self.layers[0].layer_id!r} is the root, and not to be left out"
+            )
 
     @property
     def root_target(self) -> str:

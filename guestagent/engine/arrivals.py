@@ -20,6 +20,10 @@ from vsock.threads import Waker, start_thread
 __all__ = ("Arrivals", "DeviceAbsentError", "find_device")
 
 
+#: Each event makes the thread look for the devices of all that wait.
+_MAX_WAITS = 512
+
+
 class DeviceAbsentError(Exception):
     """A request that may be left and begun again needs ``device``, which is not there."""
 
@@ -86,12 +90,16 @@ class Arrivals:
         On the thread that waits for all: ``resume`` must not wait, ``finish`` not for long.
 
         Raises:
-            CallError: ``resource``, there can be no thread or no descriptor for it.
+            CallError: ``resource``, there can be no thread or no descriptor for it, or too many
+                wait.
         """
         wait = _Wait(device, deadline, resume, finish)
         with self._lock:
             if self._is_closed:
                 raise CallError("cancelled", "the agent ends", step="device")
+            if len(self._waits) >= _MAX_WAITS:
+                text = f"{_MAX_WAITS} requests wait for devices"
+                raise CallError("resource", text, step="device", object=blockdev.describe(device))
             self._waits.append(wait)
             try:
                 if self._thread is None:

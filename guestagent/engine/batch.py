@@ -100,13 +100,13 @@ class Batches:
         reservations = []
         for spec in specs:
             with self._announcing(spec, op):
-                reservations.append(self._layers.reserve(spec, op))
+                reservations.append(self._layers.mounting.reserve(spec, op))
         if overlay is not None and not self._overlays.is_mounted(overlay):
             self._overlays.find_scratch(overlay, op)
         claims = []
         for spec, reservation in zip(specs, reservations, strict=True):
             with self._announcing(spec, op):
-                claims.append(self._layers.claim(spec, reservation, op))
+                claims.append(self._layers.mounting.claim(spec, reservation, op))
         return claims
 
     @contextmanager

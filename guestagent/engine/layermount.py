@@ -42,7 +42,7 @@ from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import DeviceInfo
 from guestagent.storage.devicemapper.targets import Target, is_same_table
 from guestagent.storage.filesystems import check_superblock, layer_type, mount_options, refusal
-from guestagent.storage.keyring import ThreadKey, checks_signatures
+from guestagent.storage.keyring import ThreadKey, require_signature_checks
 from guestagent.storage.mount import READONLY_FLAGS, TargetDirectory, mount_filesystem
 from vsock.errors import CallError
 
@@ -109,7 +109,7 @@ class LayerMount:
             parameters, parameters_from = read_parameters(claim, spec.verity, op)
             signature_key = None
             if spec.verity.signature:
-                _check_signatures_supported()
+                require_signature_checks()
                 signature_key = signature_description(spec.layer_id)
             options = verity_options(spec.verity.preset, version, signature_key)
         plan = plan_layer(
@@ -392,17 +392,6 @@ def _with_filesystem(plan: LayerPlan, reader: Reader) -> LayerPlan:
     if filesystem == plan.mount.filesystem:
         return plan
     return plan.replace(mount=plan.mount.replace(filesystem=filesystem))
-
-
-def _check_signatures_supported() -> None:
-    if not checks_signatures():
-        raise CallError(
-            "unsupported",
-            "this kernel checks no signatures of root digests",
-            step="version",
-            object="params.verity.signature",
-            hint="it is built without CONFIG_DM_VERITY_VERIFY_ROOTHASH_SIG",
-        )
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from functools import partial
 
 from guestagent.api import LayerReport, LayerSpec
 from guestagent.api.layers import UnmountReply, VerifyReply
-from guestagent.engine.inventory import LayerClaim, LiveLayer, Reservation, refuse_other_spec
+from guestagent.engine.inventory import LayerClaim, LiveLayer, refuse_other_spec
 from guestagent.engine.journal import Begun
 from guestagent.engine.layermount import LayerMount
 from guestagent.engine.protection import release
@@ -42,7 +42,8 @@ class Layers:
 
     def __init__(self, state: EngineState) -> None:
         self._state = state
-        self._mounting = LayerMount(state)
+        #: Claims and makes, for a request that holds the locks of its layers.
+        self.mounting = LayerMount(state)
 
     # --- mount
 
@@ -58,7 +59,7 @@ class Layers:
             try:
                 with op:
                     begun = f"layer-{spec.layer_id}"
-                    claim = self.claim(spec, self.reserve(spec, op), op)
+                    claim = self.mounting.claim(spec, self.mounting.reserve(spec, op), op)
                     if claim.is_ignored:
                         return ignored_report(self._state, claim, op.timings_ms)
                     self.begin(begun, (claim,), op)
@@ -89,21 +90,13 @@ class Layers:
         refuse_other_spec("layer", spec.layer_id, spec, live.spec)
         return True
 
-    def reserve(self, spec: LayerSpec, op: Transaction) -> Reservation:
-        """Reserve names and target, and find the devices; the caller holds the layer's lock."""
-        return self._mounting.reserve(spec, op)
-
-    def claim(self, spec: LayerSpec, reservation: Reservation, op: Transaction) -> LayerClaim:
-        """Check what is reserved on its devices, and make these read-only."""
-        return self._mounting.claim(spec, reservation, op)
-
     def begin(self, begun: str, claims: Sequence[LayerClaim], op: Transaction) -> None:
         """Write down what is about to be made, so that a restart can undo it."""
         self._state.begin(begun, Begun(layers=tuple(claim.traces for claim in claims)), op)
 
     def make(self, claim: LayerClaim, op: Transaction) -> LiveLayer:
         """Make what is claimed and begun: the devices and the mount."""
-        return self._mounting.make(self._mounting.plan(claim, op), op)
+        return self.mounting.make(self.mounting.plan(claim, op), op)
 
     def write(self, lives: Sequence[LiveLayer], begun: str, op: Transaction) -> None:
         """Write the entries of layers that are made; each counts once ``begun`` is decided.
@@ -211,7 +204,7 @@ class Layers:
     def _restore(self, live: LiveLayer) -> None:
         """Mount a layer again whose unmount failed half-way; its device numbers may be new."""
         with undo_deadline(self._state) as deadline, Transaction(deadline) as op:
-            again = self._mounting.make(live, op)
+            again = self.mounting.make(live, op)
             self._state.journal.write_layers((again,), begun="")
             self._state.inventory.add_layer(again)
             op.commit()

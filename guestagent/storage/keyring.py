@@ -11,6 +11,7 @@ keyctl(2), add_key(2).
 import os
 
 from guestagent.storage import syscalls
+from vsock.errors import CallError
 
 __all__ = ("ThreadKey", "checks_signatures")
 
@@ -61,3 +62,19 @@ class ThreadKey:
 def checks_signatures() -> bool:
     """Say whether the kernel's verity target, which is there, checks signatures of root digests."""
     return os.path.exists(_PARAMETER)
+
+
+def require_signature_checks() -> None:
+    """Refuse where ``checks_signatures`` is false.
+
+    Raises:
+        CallError: ``unsupported``.
+    """
+    if not checks_signatures():
+        raise CallError(
+            "unsupported",
+            "this kernel checks no signatures of root digests",
+            step="version",
+            object="params.verity.signature",
+            hint="it is built without CONFIG_DM_VERITY_VERIFY_ROOTHASH_SIG",
+        )

@@ -10,6 +10,7 @@ from guestagent.api import (
     ByteRange,
     DeviceScratch,
     DirectoryScratch,
+    LabelDevice,
     PathDevice,
     TmpfsScratch,
     Verity,
@@ -57,6 +58,22 @@ def test_one_layer_is_the_root_itself() -> None:
     assert plan is not None
     assert plan.overlay is None
     assert plan.root_target == "/run/layers/a"
+
+
+def test_a_layer_may_say_how_it_was_built_and_what_becomes_of_a_writable_device() -> None:
+    text = f"{layer('a', 'label:base')},readonly_policy=error,whiteouts=user"
+    plan = plan_boot((text,), None, ())
+    assert plan is not None
+    (spec,) = plan.layers
+    assert spec.device == LabelDevice(label="base")
+    assert (spec.readonly_policy, spec.whiteouts) == ("error", "user")
+
+
+def test_the_root_is_not_left_out() -> None:
+    ignored = f"{layer('a')},readonly_policy=ignore"
+    with pytest.raises(CallError, match="layer 'a' is the root, and not to be left out"):
+        plan_boot((ignored,), None, ())
+    assert plan_boot((ignored, layer("b")), None, ()) is not None
 
 
 def test_a_layer_may_say_all_that_defines_its_hash_tree() -> None:

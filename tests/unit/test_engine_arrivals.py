@@ -104,6 +104,19 @@ def test_no_descriptor_for_the_wait_is_told(
         assert wait_for(arrivals, NEVER, deadline)() == "finish"
 
 
+def test_so_many_may_wait_and_no_more(arrivals: Arrivals) -> None:
+    with Deadline(SECONDS) as deadline:
+        ends: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(512):
+            arrivals.when_there(NEVER, deadline, lambda: None, lambda: ends.put(None))
+        with pytest.raises(CallError, match="512 requests wait for devices") as caught:
+            wait_for(arrivals, NEVER, deadline)
+        assert caught.value.code == "resource"
+        deadline.cancel()
+        for _ in range(512):
+            ends.get(timeout=SECONDS)
+
+
 def test_only_a_request_that_may_be_left_is() -> None:
     with Deadline(SECONDS) as deadline, Transaction(deadline, may_be_left=True) as op:
         with pytest.raises(DeviceAbsentError):
