@@ -67,8 +67,19 @@ def layers(
 ) -> list[Node]:
     """Trees for an overlay, topmost first. Some whiteouts are empty files with an attribute, which
     Linux knows since 6.7."""
-    count = draw(st.integers(least, most))
-    return [draw(_trees(empty_file_whiteouts, 0, [])) for _ in range(count)]
+    found = []
+    for _ in range(draw(st.integers(least, most))):
+        found.append(draw(_trees(empty_file_whiteouts, 0, [])))
+        draw(_opaqueness(found[-1]))  # which overlayfs does not look at
+    return found
+
+
+@st.composite
+def _opaqueness(draw: st.DrawFn, directory: Node) -> None:
+    """Mark a directory, in one of the forms that there are; only the value "y" makes it opaque."""
+    own = draw(st.sampled_from([None, None, TRUSTED, USER]))
+    if own:
+        directory.xattrs[own + b"opaque"] = draw(st.sampled_from([b"y", b"y", b"x", b"yes", b""]))
 
 
 @st.composite
@@ -82,9 +93,7 @@ def _trees(draw: st.DrawFn, empty_file_whiteouts: bool, depth: int, files: list[
         kind = draw(st.sampled_from(kinds))
         if kind == "directory":
             node = draw(_trees(empty_file_whiteouts, depth + 1, files))
-            opaque = draw(st.sampled_from([None, None, TRUSTED, USER]))
-            if opaque:
-                node.xattrs[opaque + b"opaque"] = b"y"
+            draw(_opaqueness(node))
         elif kind == "link" and files:
             node = draw(st.sampled_from(files))
         elif kind == "symlink":

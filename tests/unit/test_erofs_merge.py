@@ -512,6 +512,27 @@ def test_a_tail_without_room_beside_its_inode_gets_a_block(tmp_path: Path) -> No
     assert superblock.feature_incompat & 4  # chunks
 
 
+def test_a_file_of_a_tebibyte(tmp_path: Path) -> None:
+    root = Node(stat.S_IFDIR | 0o755)
+    size = 1 << 40
+    content = DrawnContent(size, ((size // 2, 5000, 0), (size - 3, 3, 5000)))
+    root.children[b"large"] = Node(stat.S_IFREG | 0o644, content=content)
+    with contextlib.ExitStack() as stack:
+        layer = kept(stack, write_layer(root, "layer"))
+        merged = merge_layers([layer], tmp_path / "merged")
+        unified = kept(stack, write_unified(merged, [layer], tmp_path / "unified"))
+        found = ErofsReader(unified).tree(10).children[b"large"].content
+        assert found.size_bytes == size
+        with content.open() as drawn:
+            for offset, length, place in content.extents:
+                starts = [
+                    source + offset - at
+                    for at, count, source in found.extents
+                    if at <= offset and offset + length <= at + count
+                ]
+                assert os.pread(unified.fd, length, starts[0]) == os.pread(drawn, length, place)
+
+
 @pytest.mark.parametrize("attribute", [b"redirect", b"metacopy"])
 def test_what_refers_to_another_layer_is_refused_by_name(
     tmp_path: Path, files: contextlib.ExitStack, attribute: bytes
