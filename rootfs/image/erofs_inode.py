@@ -97,7 +97,7 @@ class Inode:
         """
         node = self.node
         self._links = links
-        self._xattrs = pack_xattrs(self.path, node.xattrs)
+        self._xattrs = pack_xattrs(lambda: self.path, node.xattrs)
         self._size_bytes = self._measure()
         self._extended = (
             node.mtime_ns != common_mtime_ns
@@ -224,10 +224,18 @@ class Inode:
     @property
     def _union(self) -> int:
         if self.node.is_device:
-            return _device_number(self.path, self.node.rdev)
+            return self._device_number
         if self._layout == CHUNKED:
             return (self._chunk_bytes // BLOCK_BYTES).bit_length() - 1
         return self.first_block if self.data_blocks else 0
+
+    @property
+    def _device_number(self) -> int:
+        rdev = self.node.rdev
+        number = pack_device_number(rdev)
+        if number is None:
+            raise unsupported(self.path, f"the device number {os.major(rdev)}:{os.minor(rdev)}")
+        return number
 
     def _pack_compact(self) -> bytes:
         node = self.node
@@ -381,10 +389,3 @@ def _pack_directory_block(entries: list[tuple[bytes, Inode]]) -> bytes:
         head.append(DIRENT.pack(inode.slot, name_at, FILE_TYPES[stat.S_IFMT(inode.node.mode)]))
         name_at += len(name)
     return b"".join(head) + b"".join(name for name, _ in entries)
-
-
-def _device_number(path: tuple[bytes, ...], rdev: int) -> int:
-    number = pack_device_number(rdev)
-    if number is None:
-        raise unsupported(path, f"the device number {os.major(rdev)}:{os.minor(rdev)}")
-    return number

@@ -45,8 +45,9 @@ _NAMES = {number: name for name, number in _PREFIXES}
 Path = tuple[bytes, ...]
 
 
-def pack_xattrs(path: Path, xattrs: Mapping[bytes, bytes]) -> bytes:
-    """Return the bytes that follow the inode; none without attributes.
+def pack_xattrs(path: Callable[[], Path], xattrs: Mapping[bytes, bytes]) -> bytes:
+    """Return the bytes that follow the inode; none without attributes. ``path`` is asked for an
+    error only.
 
     Raises:
         CallError: ``unsupported``, the format cannot hold one; ``object`` is the path.
@@ -59,22 +60,22 @@ def pack_xattrs(path: Path, xattrs: Mapping[bytes, bytes]) -> bytes:
         prefix, index = _prefix(path, name)
         suffix = name[len(prefix) :]
         if len(suffix) > _MAX_NAME_BYTES or len(value) > 0xFFFF:
-            raise unsupported(path, f"the attribute {name!r}: name or value is too long")
+            raise unsupported(path(), f"the attribute {name!r}: name or value is too long")
         entry = _ENTRY.pack(len(suffix), index, len(value)) + suffix + value
         parts.append(entry + bytes(-len(entry) % 4))
     packed = b"".join(parts)
     if len(packed) // 4 > 0xFFFF:
-        raise unsupported(path, f"{len(packed)} bytes of attributes, limit 256 KiB")
+        raise unsupported(path(), f"{len(packed)} bytes of attributes, limit 256 KiB")
     return packed
 
 
-def _prefix(path: Path, name: bytes) -> tuple[bytes, int]:
+def _prefix(path: Callable[[], Path], name: bytes) -> tuple[bytes, int]:
     for prefix, index in _PREFIXES:
         whole = index in (2, 3)
         if name == prefix if whole else name.startswith(prefix) and name != prefix:
             return prefix, index
     raise unsupported(
-        path,
+        path(),
         f"the attribute {name!r}, of no name space it knows",
         hint=DROP_XATTRS_HINT,
     )
