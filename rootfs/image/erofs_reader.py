@@ -1,4 +1,4 @@
-"""Reading the tree of an uncompressed EROFS image, whoever made it.
+"""Reading the tree of an uncompressed EROFS image: inodes, attributes, and where content lies.
 
 An image that lists devices is read if they lie in the same file, at their places in the unified
 space (see ``erofs_merge``).
