@@ -103,11 +103,24 @@ def keep_modules(state_directory: str) -> None:
     """
     forbid_programs()
     kept = f"{state_directory}/python"
-    for path in list(sys.path):
-        if os.path.isdir(path) and path != kept:
-            _copy_tree(path, kept)
+    copied = [path for path in sys.path if os.path.isdir(path) and path != kept]
+    for path in copied:
+        _copy_tree(path, kept)
     sys.path[:] = [kept]
     sys.path_importer_cache.clear()
+    for module in list(sys.modules.values()):
+        # a package that is imported looks for its other modules where it was found itself
+        places = getattr(module, "__path__", None)
+        if isinstance(places, list):
+            places[:] = [_moved(place, copied, kept) for place in places]
+
+
+def _moved(place: str, copied: list[str], kept: str) -> str:
+    """Return where the copy of a directory is; one that was not copied stays where it is."""
+    for path in sorted(copied, key=len, reverse=True):
+        if place.startswith(f"{path}/"):
+            return kept + place[len(path) :]
+    return place
 
 
 def _copy_tree(source: str, target: str) -> None:

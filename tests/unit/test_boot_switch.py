@@ -1,5 +1,7 @@
 """What a root must have before this system is switched to it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,28 @@ def test_check_root_error_names_missing_path(root: Path) -> None:
         check_root(str(root), "/sbin/other")
     with pytest.raises(CallError, match="is no program"):
         check_root(str(root), "/usr")
+
+
+_KEEP = """
+import shutil, sys
+sys.path.insert(0, sys.argv[1])
+import late.inner
+from guestagent.boot.switch import keep_modules
+sys.path = [sys.argv[1]]
+keep_modules(sys.argv[2])
+shutil.rmtree(sys.argv[1])
+import late.inner.module
+print(late.inner.module.__file__)
+"""
+
+
+def test_modules_of_packages_can_be_imported_when_the_boot_image_is_gone(tmp_path: Path) -> None:
+    source, state = tmp_path / "boot", tmp_path / "state"
+    (source / "late/inner").mkdir(parents=True)
+    for name in ("late/__init__.py", "late/inner/__init__.py", "late/inner/module.py"):
+        (source / name).write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", _KEEP, source, state], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{state}/python/late/inner/module.py"
