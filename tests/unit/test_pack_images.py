@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from guestagent.host.ctl.main import collect
 from guestagent.storage.verity import PART_STEP_BYTES, VerityTerms
@@ -17,6 +18,7 @@ from rootfs.image.images import build_image
 from rootfs.pack.manifest import Manifest, ManifestImage
 from rootfs.pack.mounting import plan_image_mount
 from rootfs.pack.pack import Pack
+from rootfs.pack.signing import sign_manifest, verify_manifest
 from rootfs.verity.formatter import LAYER_SALT, format_image
 from rootfs.verity.verifier import verify_image
 from tests.beds.imagebed import Member, directory, make_tar
@@ -335,6 +337,20 @@ def test_a_process_that_dies_before_the_manifest_leaves_a_sound_pack(pack: Path)
 def test_a_pack_that_is_read_only_is_not_merged(pack: Path) -> None:
     with Pack.open(pack) as opened, pytest.raises(CallError, match="reading only"):
         opened.merge("app", ["top"])
+
+
+def test_a_signature_is_over_the_images_too(pack: Path) -> None:
+    with Pack.open(pack, writable=True) as opened:
+        opened.merge("app", ["top", "base"])
+        signed = opened.manifest.to_json()
+    key = ed25519.Ed25519PrivateKey.generate()
+    signature = sign_manifest(signed, key)
+    verify_manifest(json.loads(Path(f"{pack}.json").read_text()), signature, key.public_key())
+    changed = json.loads(json.dumps(signed))
+    changed["images"][0]["layers"].reverse()
+    with pytest.raises(CallError) as caught:
+        verify_manifest(changed, signature, key.public_key())
+    assert caught.value.object == "digest"
 
 
 # --- how an image is mounted
