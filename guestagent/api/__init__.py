@@ -44,6 +44,7 @@ from guestagent.api.overlays import (
     OverlayOptions,
     OverlayReport,
     OverlaySpec,
+    ThinScratch,
     TmpfsScratch,
 )
 from guestagent.api.request import Request, collect_methods
@@ -66,6 +67,7 @@ __all__ = (
     "PmemDevice",
     "Request",
     "ScsiDevice",
+    "ThinScratch",
     "TmpfsScratch",
     "Verity",
     "VirtioBlkDevice",

@@ -77,7 +77,23 @@ class DirectoryScratch(Record):
         check_choice("existing", self.existing, DIRECTORY_EXISTING)
 
 
-Scratch = TmpfsScratch | DeviceScratch | DirectoryScratch
+class ThinScratch(Record):
+    """Changes are kept in a new volume of an open pool, which is deleted at unmount."""
+
+    kind: str = "thin"
+    pool_id: str
+    size_bytes: int
+    filesystem: str = "ext4"
+
+    def check(self) -> None:
+        check_word("pool_id", self.pool_id)
+        check_range("size_bytes", self.size_bytes, 1024**2, MAX_BYTES)
+        if self.size_bytes % 4096:
+            raise ValueError(f"size_bytes {self.size_bytes} is not a multiple of 4096")
+        check_choice("filesystem", self.filesystem, SCRATCH_FILESYSTEMS)
+
+
+Scratch = TmpfsScratch | DeviceScratch | DirectoryScratch | ThinScratch
 
 
 class OverlayOptions(Record):

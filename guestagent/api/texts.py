@@ -13,7 +13,13 @@ from guestagent.api.devices import (
     VmbusScsiDevice,
 )
 from guestagent.api.layers import LayerSpec
-from guestagent.api.overlays import DeviceScratch, DirectoryScratch, Scratch, TmpfsScratch
+from guestagent.api.overlays import (
+    DeviceScratch,
+    DirectoryScratch,
+    Scratch,
+    ThinScratch,
+    TmpfsScratch,
+)
 from vsock.record import Record
 
 __all__ = (
@@ -34,7 +40,7 @@ _TREE_NUMBERS = ("hash_type", "data_blocks", "data_block_size", "hash_block_size
 _VERITY_KEYS = ("salt", "algorithm", *_TREE_NUMBERS, "preset")
 #: How a scratch is written, for help texts.
 SCRATCH_TEXTS = (
-    "tmpfs:BYTES, dir:PATH[,create][,adopt], "
+    "tmpfs:BYTES, dir:PATH[,create][,adopt], thin:POOL:BYTES[,FILESYSTEM], "
     "device:DEVICE[,FILESYSTEM][,adopt|fresh][,encrypted][,shared][,discard]"
 )
 _DEVICE_WORDS = ("adopt", "fresh", "encrypted", "shared", "discard")
@@ -83,7 +89,8 @@ def device_from_text(text: str) -> Device:
 
 
 def scratch_from_text(text: str) -> Scratch:
-    """Read tmpfs:BYTES, dir:PATH[,WORD]... or device:DEVICE[,FILESYSTEM][,WORD]...
+    """Read tmpfs:BYTES, dir:PATH[,WORD]..., thin:POOL:BYTES[,FILESYSTEM] or
+    device:DEVICE[,FILESYSTEM][,WORD]...
 
     The words of a directory are ``create`` and ``adopt``; those of a device ``adopt`` or ``fresh``,
     ``encrypted``, ``shared`` and ``discard``. A blank device is formatted; ``adopt`` uses what is
@@ -96,6 +103,11 @@ def scratch_from_text(text: str) -> Scratch:
     place, *words = rest.split(",")
     if kind == "tmpfs" and not words:
         return TmpfsScratch(size_bytes=_number("tmpfs", rest))
+    if kind == "thin" and len(words) <= 1:
+        pool_id, _, size = place.partition(":")
+        filesystem = words[0] if words else "ext4"
+        size_bytes = _number("thin", size)
+        return ThinScratch(pool_id=pool_id, size_bytes=size_bytes, filesystem=filesystem)
     if kind == "dir":
         found = _take_words(text, words, ("create", "adopt"))
         existing = "adopt" if "adopt" in found else "refuse"

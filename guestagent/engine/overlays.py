@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from guestagent.api import OverlayReport, OverlaySpec
 from guestagent.api.layers import UnmountReply
-from guestagent.api.overlays import DeviceScratch, ScratchReport, TrimReply
+from guestagent.api.overlays import DeviceScratch, ScratchReport, ThinScratch, TrimReply
 from guestagent.engine.arrivals import find_device
 from guestagent.engine.inventory import LiveLayer, LiveOverlay, LiveScratch, refuse_other_spec
 from guestagent.engine.journal import Begun
@@ -233,6 +233,10 @@ class Overlays:
             leave_disk(self._state, live.spec.overlay_id, scratch.disk, op)
         elif scratch.mount_dev:
             unmount_target(scratch.path, op, dev=scratch.mount_dev)
+        if isinstance(live.spec.scratch, ThinScratch) and self._state.pool_scratches is not None:
+            what = f"the scratch volume of overlay {live.spec.overlay_id}"
+            release = self._state.pool_scratches.release_scratch
+            self._state.tidy(what, release, live.spec.scratch.pool_id, live.spec.overlay_id, op)
 
     def trim(self, overlay_id: str, op: Transaction) -> TrimReply:
         """Tell the device of a scratch which blocks are unused.

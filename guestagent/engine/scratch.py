@@ -5,7 +5,13 @@ import errno
 import os
 import stat
 
-from guestagent.api import DeviceScratch, DirectoryScratch, OverlaySpec, TmpfsScratch
+from guestagent.api import (
+    DeviceScratch,
+    DirectoryScratch,
+    OverlaySpec,
+    ThinScratch,
+    TmpfsScratch,
+)
 from guestagent.api.overlays import Scratch, ScratchReport
 from guestagent.engine.dmview import dm_device
 from guestagent.engine.inventory import LiveLayer, LiveScratch
@@ -46,9 +52,11 @@ def make_scratch(
         live = _use_directory(state, overlay_id, scratch, op)
     elif isinstance(scratch, TmpfsScratch):
         live = _mount_tmpfs(state, overlay_id, scratch, op)
+    elif isinstance(scratch, ThinScratch):
+        live = _use_pool(state, overlay_id, scratch, op)
     else:
         live = _use_device(state, overlay_id, scratch, op)
-    is_adopted = not isinstance(scratch, TmpfsScratch) and scratch.existing == "adopt"
+    is_adopted = getattr(scratch, "existing", "fresh") == "adopt"
     upper, work = f"{live.path}/upper", f"{live.path}/work"
     is_new = _make_directory(upper, op, is_adopted=is_adopted)
     _make_directory(work, op, is_adopted=is_adopted)
@@ -226,6 +234,23 @@ def _mount_tmpfs(
         filesystem="tmpfs",
         created=created,
         mount_dev=syscalls.mount_of(path)[0],
+    )
+
+
+def _use_pool(
+    state: EngineState, overlay_id: str, scratch: ThinScratch, op: Transaction
+) -> LiveScratch:
+    if state.pool_scratches is None:
+        text = f"there is no open pool {scratch.pool_id!r}"
+        raise CallError("not_found", text, object=scratch.pool_id, hint="pool.open opens it")
+    path, created = scratch_mount_point(state, overlay_id, op)
+    dev = state.pool_scratches.make_scratch(overlay_id, scratch, path, op)
+    return LiveScratch(
+        kind=scratch.kind,
+        path=path,
+        filesystem=scratch.filesystem,
+        created=created,
+        mount_dev=dev,
     )
 
 

@@ -1,6 +1,7 @@
 """What the parts of the engine share: device-mapper control, inventory, journal, rules, events."""
 
 from guestagent.api.layers import TARGET_ROOTS
+from guestagent.api.overlays import ThinScratch
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
 from guestagent.engine.inventory import Inventory
@@ -14,7 +15,7 @@ from guestagent.storage.kmsg import KernelLog
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("EngineState", "Rules")
+__all__ = ("EngineState", "PoolScratches", "Rules")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,6 +45,20 @@ class Rules(Record):
         return ("/run",) if self.target_roots == TARGET_ROOTS else self.target_roots
 
 
+class PoolScratches:
+    """Volumes of pools as scratches of overlays, of a part that stands on the engine."""
+
+    def make_scratch(
+        self, overlay_id: str, scratch: ThinScratch, path: str, op: Transaction
+    ) -> str:
+        """Make a volume and mount it at ``path``; return the number of its file system."""
+        raise NotImplementedError
+
+    def release_scratch(self, pool_id: str, overlay_id: str, op: Transaction) -> None:
+        """Delete the volume of an overlay, which is not mounted any more."""
+        raise NotImplementedError
+
+
 class EngineState:
     """Opened once for an engine; ``close()`` frees descriptors and leaves the kernel's
     state as it is."""
@@ -69,6 +84,8 @@ class EngineState:
         self.locks = KeyLocks()
         self.kernel_log = KernelLog()
         self.control = open_control()
+        #: What makes scratches in pools, once there was a pool.
+        self.pool_scratches: PoolScratches | None = None
         #: The version of the kernel's verity target, once it was asked for and there was one.
         self.known_verity_version: Version | None = None
 

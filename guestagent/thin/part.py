@@ -18,6 +18,7 @@ class Thin:
     def __init__(self, engine: Engine) -> None:
         self.pools = Pools(engine)
         self.volumes = Volumes(engine, self.pools)
+        engine.state.pool_scratches = self.volumes
         self._watcher = Watcher(engine, self.pools, self.volumes)
         self.pools.on_change = self._watcher.wake
         self.pools.recover()

@@ -179,7 +179,7 @@ class Pools:
             self._state.inventory.reserve_scratch(owner, disk.dev)
             op.on_rollback(f"claim of {disk.node}", lambda: self._state.inventory.release(owner))
             try:
-                os.close(os.open(disk.node, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+                blockdev.wait_unused(disk.node, op.deadline)
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     raise
@@ -404,8 +404,10 @@ class Pools:
         mount = find_mount(mounted.path)
         if info is not None and mount is not None and mount.dev == info.dev:
             if mounted.mount_id:
-                reservation = Reservation(target=mounted.path, directories=mounted.created)
-                self._state.inventory.adopt(mounted_owner(pool, mounted.volume_id), reservation)
+                if not mounted.path.startswith(self._state.directory + "/"):  # no scratch
+                    reservation = Reservation(target=mounted.path, directories=mounted.created)
+                    owner = mounted_owner(pool, mounted.volume_id)
+                    self._state.inventory.adopt(owner, reservation)
                 found = mounted.replace(dev=mount.dev, mount_id=mount.mount_id)
                 pool.mounts[mounted.volume_id] = found
                 return

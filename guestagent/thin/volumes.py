@@ -6,6 +6,7 @@ import struct
 from functools import partial
 
 from guestagent.api.devices import SECTOR_BYTES
+from guestagent.api.overlays import ThinScratch
 from guestagent.api.thin import (
     VolumeCreate,
     VolumeDelete,
@@ -22,6 +23,7 @@ from guestagent.api.thin import (
 )
 from guestagent.engine.engine import Engine
 from guestagent.engine.plan import check_target
+from guestagent.engine.state import PoolScratches
 from guestagent.engine.teardown import (
     busy_error,
     missing_directories,
@@ -36,7 +38,7 @@ from guestagent.engine.transaction import Transaction
 from guestagent.storage import blockdev, filesystems, syscalls
 from guestagent.storage.devicemapper import devices, thin
 from guestagent.storage.devicemapper.control import DeviceInfo
-from guestagent.storage.makefs import make_filesystem
+from guestagent.storage.makefs import make_filesystem, trim
 from guestagent.storage.mount import TargetDirectory, mount_filesystem, open_mounted
 from guestagent.storage.mountinfo import mounts_of_dev
 from guestagent.thin.pool import Mounted, Pool, Seen, mounted_owner
@@ -47,18 +49,14 @@ from vsock.log import log
 
 __all__ = ("Volumes",)
 
-#: linux/fs.h, linux/ext4.h, linux/xfs_fs.h: the numbers of ioctls, and what they are given.
-_FITRIM, _TRIM_RANGE = 0xC0185879, struct.Struct("=QQQ")
+#: fs/ext4/ext4.h and fs/xfs/libxfs/xfs_fs.h: the numbers of ioctls.
 _EXT4_IOC_RESIZE_FS, _XFS_IOC_FSGROWFSDATA = 0x40086610, 0x4010586E
 _XFS_IOC_FSGEOMETRY_V1, _XFS_GEOMETRY_BYTES = 0x80705864, 112
 _XFS_IMAXPCT_AT = 28
-#: A trim looks at its deadline after so much of the file system.
-_TRIM_STEP_BYTES = 16 * 1024**3
-_HEAD_BYTES = 128 * 1024
 _ROOTFS, _ID_FILE = "rootfs", "id"
 
 
-class Volumes:
+class Volumes(PoolScratches):
     """Thread-safe: each request holds the lock of its pool."""
 
     def __init__(self, engine: Engine, pools: Pools) -> None:
@@ -271,6 +269,80 @@ class Volumes:
         if info is not None:
             return busy_error(info.node, info.dev, op)
         return None
+
+    # --- scratches of overlays
+
+    def make_scratch(
+        self, overlay_id: str, scratch: ThinScratch, path: str, op: Transaction
+    ) -> str:
+        """Make a volume for the changes to an overlay, and mount it; return the number of its file
+        system (MAJOR:MINOR).
+
+        The volume is marked as deleted from the start: it goes when it is let go, whoever dies.
+        """
+        with self._pools.use(scratch.pool_id, op) as pool, op.child() as making:
+            making.timings_ms = op.timings_ms
+            if pool.records.volume(overlay_id) is not None:
+                text = f"pool {pool.pool_id!r} has a volume {overlay_id!r}"
+                raise CallError("conflict", text, step="claim", object=overlay_id)
+            self._refuse_full(pool, making)
+            volume = VolumeRecord(
+                volume_id=overlay_id,
+                device_id=0,
+                size_bytes=scratch.size_bytes,
+                transaction_id=0,
+                filesystem=scratch.filesystem,
+                deleted=True,
+            )
+            volume = pool.make(volume, None, making)
+            self._format(pool, volume, making)
+            self._record(pool, volume, making)
+            making.commit()
+            making.on_rollback("scratch volume", lambda: self._delete_now(pool))
+            mounted = Mounted(
+                volume_id=overlay_id,
+                path=path,
+                holders=(f"overlay.{overlay_id}",),
+                created=(),
+                rootfs=False,
+                flags=("nodev", "nosuid"),
+            )
+            self._keep(pool, mounted, making)
+            making.on_rollback("journal", lambda: self._drop_mount(pool, overlay_id))
+            with making.step("scratch", path, code="mount"):
+                info = pool.activate(volume, making)
+                _mount(volume, info.node, path, mounted.flags)
+            making.on_rollback(f"mount {path}", lambda: self._undo_mount(path))
+            with making.step("defer", info.name):
+                devices.set_deferred_remove(self._state.control, info.name)
+            dev, mount_id = syscalls.mount_of(path)
+            self._keep(pool, mounted.replace(dev=dev, mount_id=mount_id), making)
+            making.commit()
+        op.on_rollback(f"scratch mount {path}", lambda: self._undo_scratch(pool, path, overlay_id))
+        self._pools.on_change()
+        return dev
+
+    def release_scratch(self, pool_id: str, overlay_id: str, op: Transaction) -> None:
+        """Delete the volume of an overlay whose scratch was unmounted."""
+        with self._pools.use(pool_id, op) as pool:
+            volume = pool.records.volume(overlay_id)
+            if volume is None:  # an event has told that it was let go
+                return
+            with op.step("remove", overlay_id):
+                name = pool.device_name(volume.device_id)
+                devices.remove_device(self._state.control, name, op.deadline)
+            self._drop_mount(pool, overlay_id)
+            self.delete_waiting(pool, op)
+
+    def _undo_scratch(self, pool: Pool, path: str, overlay_id: str) -> None:
+        with undo_deadline(self._state) as deadline:
+            op = Transaction(deadline)
+            unmount_target(path, op)
+            self.release_scratch(pool.pool_id, overlay_id, op)
+
+    def _delete_now(self, pool: Pool) -> None:
+        with undo_deadline(self._state) as deadline:
+            self.delete_waiting(pool, Transaction(deadline))
 
     def delete_waiting(self, pool: Pool, op: Transaction) -> tuple[str, ...]:
         """Delete the volumes whose deletion was deferred and that are not in use any more.
@@ -629,19 +701,14 @@ class Volumes:
                 raise CallError("invalid", text, object=volume.volume_id)
             assert pool.table is not None
             used = pool.status().used_data_blocks
-            trimmed = 0
-            fd = open_mounted(mounted.path, mounted.dev, mounted.mount_id)
-            os.close(fd)
-            fd = os.open(mounted.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                syscalls.syncfs(fd)  # what was deleted is free only once that is written
-                for start in range(0, volume.size_bytes, _TRIM_STEP_BYTES):
-                    with op.step("trim", mounted.path, code="mount"):
-                        piece = bytearray(_TRIM_RANGE.pack(start, _TRIM_STEP_BYTES, 0))
-                        syscalls.ioctl(fd, _FITRIM, piece, mounted.path, "FITRIM")
-                        trimmed += _TRIM_RANGE.unpack(piece)[1]
-            finally:
-                os.close(fd)
+            os.close(open_mounted(mounted.path, mounted.dev, mounted.mount_id))
+            with op.step("trim", mounted.path, code="mount"):
+                fd = os.open(mounted.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    syscalls.syncfs(fd)  # what was deleted is free only once that is written
+                finally:
+                    os.close(fd)
+                trimmed = trim(mounted.path, op.deadline)
             freed = used - pool.status().used_data_blocks
             return VolumeTrimReply(
                 trimmed_bytes=trimmed,

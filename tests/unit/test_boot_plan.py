@@ -12,6 +12,7 @@ from guestagent.api import (
     DirectoryScratch,
     LabelDevice,
     PathDevice,
+    ThinScratch,
     TmpfsScratch,
     Verity,
 )
@@ -317,6 +318,11 @@ def test_a_manifest_that_is_none(tmp_path: Path, raw: bytes) -> None:
     ("text", "scratch"),
     [
         ("tmpfs:4096", TmpfsScratch(size_bytes=4096)),
+        ("thin:p:1048576", ThinScratch(pool_id="p", size_bytes=1 << 20)),
+        (
+            "thin:p:1048576,xfs",
+            ThinScratch(pool_id="p", size_bytes=1 << 20, filesystem="xfs"),
+        ),
         ("dir:/run/a,adopt", DirectoryScratch(path="/run/a", existing="adopt")),
         ("dir:/run/a,create", DirectoryScratch(path="/run/a", create=True)),
         (
