@@ -2,6 +2,7 @@
 
 from guestagent.api.thin import PoolClose
 from guestagent.engine.engine import Engine
+from guestagent.engine.teardown import undo_deadline
 from guestagent.engine.transaction import Transaction
 from guestagent.thin.pools import Pools
 from guestagent.thin.volumes import Volumes
@@ -22,6 +23,9 @@ class Thin:
         self._watcher = Watcher(engine, self.pools, self.volumes)
         self.pools.on_change = self._watcher.wake
         self.pools.recover()
+        for pool in self.pools.all():
+            with undo_deadline(engine.state) as deadline:
+                self.volumes.delete_waiting(pool, engine.operation(deadline))
         self._watcher.wake()
         engine.closers.append(self._watcher.close)
         engine.lower_parts.append(self.take_down_all)

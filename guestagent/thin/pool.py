@@ -116,6 +116,7 @@ class Pool:
         self.was_low = False
         self._records: PoolRecords | None = None
         self._sequence = 0
+        self._has_looked = False
 
     # --- names
 
@@ -286,6 +287,10 @@ class Pool:
         """
         assert self.metadata_disk is not None
         control = self.state.control
+        if not self._has_looked and self.status().held_root_block is not None:
+            # of an agent that was killed while it looked: it would stay for ever
+            control.message(self.name, 0, "release_metadata_snap")
+        self._has_looked = True
         try:
             control.message(self.name, 0, "reserve_metadata_snap")
         except OSError as error:

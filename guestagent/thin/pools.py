@@ -254,8 +254,10 @@ class Pools:
         spec = pool.spec
         with op.step("thin-records", pool.name):
             seen = pool.see()
-            ids = set() if seen is None else set(seen.devices)
-            is_recorded = False
+            if seen is None:
+                text = f"pool {spec.pool_id!r} does not show its thin devices"
+                raise CallError("device", text, object=spec.pool_id)
+            ids, is_recorded = set(seen.devices), False
             if RECORDS_ID in ids:
                 pool.activate_records(op)
                 is_recorded = pool.read()

@@ -248,6 +248,17 @@ def test_foreign_thin_devices_are_told_and_stay(bed: ThinBed, disks: Disks) -> N
     assert bed.status().foreign_ids == (2, 3, 9)
 
 
+def test_snapshot_of_the_metadata_that_a_killed_agent_left(bed: ThinBed, disks: Disks) -> None:
+    bed.open(disks.spec())
+    bed.create("a")
+    for take_over in (bed.reopen, lambda: (bed.close(), bed.open(disks.matching()))):
+        run("dmsetup", "message", "thin-p-pool", "0", "reserve_metadata_snap")
+        take_over()
+        assert bed.get("a").mapped_sectors is not None
+    bed.close()
+    disks.thin_check()
+
+
 def test_pool_grows_with_its_disks(bed: ThinBed, disks: Disks) -> None:
     bed.open(disks.spec())
     bed.create("a")
