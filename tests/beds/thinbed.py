@@ -139,11 +139,6 @@ class ThinBed(EngineBed):
         with self.operation() as op:
             return {each.volume_id: each for each in self.thin.volumes.list(POOL, op)}
 
-    def settle_deletions(self) -> None:
-        """Delete now what the agent's watcher is about to delete."""
-        with self.operation() as op, self.thin.pools.use(POOL, op) as pool:
-            self.thin.volumes.delete_waiting(pool, op)
-
     def mount(self, volume_id: str, path: str = "", **fields: Any) -> VolumeMountReply:
         request = VolumeMount(
             pool_id=POOL, volume_id=volume_id, path=path or f"/run/volumes/{volume_id}", **fields

@@ -109,7 +109,6 @@ def test_agent_that_is_killed_at_any_step(bed: ThinBed, disks: Disks, request_na
         assert bed.engine.problems() == ()
         mounted = [each.overlay_id for each in bed.engine.overlays.list()]
         unmount(bed)
-        bed.settle_deletions()
         assert bed.volumes() == {}, f"step {step}, {mounted}"
         can_write(bed)
         if not died:
