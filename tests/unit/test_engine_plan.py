@@ -296,7 +296,7 @@ def test_a_feature_that_is_missing_has_its_reason():
     }
     nothing = missing_of({}, frozenset(), (), knows_signatures=False, flattens_erofs=False)
     own = {"batch", "events", "inspect", "verify", "reasons"}
-    own |= {"device-labels", "readonly-policy", "whiteouts"}
+    own |= {"device-labels", "readonly-policy", "whiteouts", "net-configure"}
     assert set(FEATURES) - set(nothing) == own
     assert all(nothing.values())
     assert nothing["dm-verity"].endswith(
