@@ -1,6 +1,5 @@
 """What this kernel and this agent can do, by name, and why a thing cannot be done."""
 
-import importlib.machinery
 import sys
 from collections.abc import Callable
 
@@ -31,9 +30,13 @@ def find_missing(control: Control) -> dict[str, str]:
 
 def _has_network_child() -> bool:
     """Say whether what sets up the network, in a child, is in this guest."""
+    from importlib.machinery import PathFinder
+
     places = [f"{directory}/guestagent/net" for directory in sys.path]
-    find = importlib.machinery.PathFinder.find_spec
-    return find("pyroute2") is not None and find("child", places) is not None
+    return all(
+        PathFinder.find_spec(name, path) is not None
+        for name, path in (("pyroute2", None), ("child", places))
+    )
 
 
 def missing_of(
