@@ -7,8 +7,10 @@ import threading
 import msgpack
 import pytest
 
+from vsock.connection import Later
 from vsock.lead import Lead
 from vsock.loop import Loop
+from vsock.server import Outcome
 from vsock.threads import Waker
 
 
@@ -70,6 +72,26 @@ def test_others_are_served_while_that_thread_works(serve):
     assert worker not in [thread for method, thread in threads if method != "gate"]
     running.handler.gate.set()
     assert peer.next() == [1, 7, None, "through"]
+    one_thread_serves(running, peer)
+
+
+def test_a_call_that_waits_leaves_the_thread_to_others(serve):
+    running = serve(workers=1)
+    peer, worker = lent(running)
+    handler, waits = running.server._calls._handler, []
+
+    def wait_once(call):
+        if call.method == "later" and not waits:
+            waits.append(Later())
+            return waits[0]
+        return Outcome(None, "came") if call.method == "later" else handler(call)
+
+    running.server._calls._handler = wait_once
+    peer.request(7, "later")
+    assert peer.ask(8, "slow_echo") == {}
+    assert worker.is_alive()
+    waits[0].resume()
+    assert peer.next() == [1, 7, None, "came"]
     one_thread_serves(running, peer)
 
 
