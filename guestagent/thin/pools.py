@@ -17,9 +17,10 @@ from guestagent.api.thin import (
     SpaceUsed,
 )
 from guestagent.engine.engine import Engine
-from guestagent.engine.inventory import Reservation, refuse_other_spec
+from guestagent.engine.inventory import Reservation
 from guestagent.engine.teardown import (
     busy_error,
+    remove_devices,
     remove_directories,
     undo_deadline,
     unmount_target,
@@ -87,7 +88,11 @@ class Pools:
                 raise CallError("not_found", text, object=pool_id, hint="pool.open opens it")
             if pool.records.pending is not None:  # of a request that could not undo it
                 pool.settle()
-            yield pool
+            try:
+                yield pool
+            except OSError:  # a look at the pool; what changes it is in steps of its own
+                with op.step("look", pool_id, is_checked=False):
+                    raise
 
     def keep(self, pool: Pool) -> None:
         """Write down what the next agent must know of an open pool."""
@@ -108,7 +113,7 @@ class Pools:
         with self._state.locks.hold([("pool", spec.pool_id)], op.deadline):
             there = self._pools.get(spec.pool_id)
             if there is not None:
-                refuse_other_spec("pool", spec.pool_id, spec, there.spec)
+                _refuse_other(spec.replace(adopt=there.spec.adopt), there.spec)
                 return self.report(there, already=True)
             pool = Pool(self._state, spec)
             with op:
@@ -377,7 +382,7 @@ class Pools:
     def _undo_open(
         self, pool: Pool, entry: PoolEntry, names: tuple[str, ...], op: Transaction
     ) -> None:
-        self._remove(names, op)
+        remove_devices(self._state, names, op)
         if entry.is_new and not entry.is_open:
             metadata = blockdev.find(entry.spec.metadata_device)
             data = blockdev.find(entry.spec.data_device)
@@ -432,8 +437,7 @@ class Pools:
             if pool is not None:
                 _refuse_mounted(pool)
             names = self._devices_of(pool_id)
-            with op.step("remove", pool_id):
-                self._remove(names, op)
+            remove_devices(self._state, names, op)
             with op.step("commit", pool_id):
                 self._forget(pool_id)
         if pool is not None:
@@ -463,19 +467,6 @@ class Pools:
             if found == uuid + name.removeprefix(f"thin-{pool_id}-")
         ]
         return tuple(sorted(names, key=lambda name: (last.get(name, 0), name)))
-
-    def _remove(self, names: tuple[str, ...], op: Transaction) -> None:
-        for name in names:
-            op.deadline.check(f"remove {name}")
-            info = self._state.control.find(name=name)
-            if info is None:
-                continue
-            try:
-                self._state.control.remove(name)
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-                raise busy_error(name, info.dev, op) from error
 
     # --- grow
 
@@ -636,6 +627,19 @@ def _sizes(disks: tuple[BlockDevice, ...]) -> tuple[int, ...]:
 def _shrunk(disk: BlockDevice, had: int) -> CallError:
     text = f"{disk.node} has shrunk from {had} to {disk.size_bytes} bytes"
     return CallError("conflict", text, object=disk.node, hint="nothing was changed")
+
+
+def _refuse_other(wanted: PoolOpen, has: PoolOpen) -> None:
+    asked, there = wanted.as_dict(), has.as_dict()
+    differing = [field for field in asked if asked[field] != there[field]]
+    if differing:
+        raise CallError(
+            "conflict",
+            f"pool {wanted.pool_id!r} is open with another {', '.join(differing)}",
+            step="claim",
+            object=wanted.pool_id,
+            hint="close it first, or use another pool_id",
+        )
 
 
 def _refuse_mounted(pool: Pool) -> None:

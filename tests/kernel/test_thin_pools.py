@@ -1,6 +1,7 @@
 """Pools: opened, refused, closed and adopted, with dmsetup and thin_check as judges."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -257,6 +258,28 @@ def test_snapshot_of_the_metadata_that_a_killed_agent_left(bed: ThinBed, disks: 
         assert bed.get("a").mapped_sectors is not None
     bed.close()
     disks.thin_check()
+
+
+def test_pool_that_another_program_removed(bed: ThinBed, disks: Disks) -> None:
+    bed.open(disks.spec())
+    bed.create("a")
+    run("dmsetup", "remove", "thin-p-0")
+    run("dmsetup", "remove", "thin-p-pool")
+    assert bed.status().mode == "gone"
+    asks: list[Callable[[], Any]] = [
+        lambda: bed.get("a"),
+        bed.volumes,
+        lambda: bed.create("b"),
+        lambda: bed.mount("a"),
+        lambda: bed.delete("a"),
+        bed.grow_pool,
+    ]
+    for ask in asks:
+        error = refusal(ask)
+        assert (error.code, error.errno) == ("device", errno.ENXIO), str(error)
+    assert bed.close().removed_devices == ("thin-p-data",)
+    assert list(bed.open(disks.matching()).deleting) == []
+    assert list(bed.volumes()) == ["a"]
 
 
 def test_pool_grows_with_its_disks(bed: ThinBed, disks: Disks) -> None:
