@@ -11,7 +11,12 @@ persistent-data/dm-space-map-common.h (Linux 6.1).
 import struct
 from collections.abc import Callable, Iterator
 
-from guestagent.storage.devicemapper.thin import DEVICE_ID_MAX, METADATA_BLOCK_BYTES
+from guestagent.storage.devicemapper.thin import (
+    BLOCK_SECTORS_MAX,
+    BLOCK_SECTORS_MIN,
+    DEVICE_ID_MAX,
+    METADATA_BLOCK_BYTES,
+)
 from vsock.errors import CallError
 from vsock.record import Record
 
@@ -80,6 +85,8 @@ def parse_superblock(block: bytes) -> Superblock | None:
     if version != _VERSION:
         text = f"the metadata has version {version}, not {_VERSION}"
         raise CallError("unsupported", text)
+    if block_sectors % BLOCK_SECTORS_MIN or not 0 < block_sectors <= BLOCK_SECTORS_MAX:
+        raise _damaged(f"data blocks of {block_sectors} sectors")
     return Superblock(
         transaction_id=transaction_id,
         needs_check=bool(flags & _NEEDS_CHECK),

@@ -236,6 +236,9 @@ class Pools:
                 raise _too_small(pool.data_disks[0], _DATA_BLOCKS_MIN * block_bytes)
         else:
             block_bytes, blocks = found.data_block_sectors * SECTOR_BYTES, found.data_blocks
+            if not blocks:
+                text = f"the metadata of pool {spec.pool_id!r} has no data blocks"
+                raise CallError("integrity", text, object=spec.pool_id)
         block_sectors = block_bytes // SECTOR_BYTES
         low_water = blocks // _LOW_WATER_PART
         if spec.low_water_bytes is not None:

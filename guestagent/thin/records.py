@@ -14,7 +14,10 @@ import struct
 
 import msgpack
 
-from guestagent.api.devices import Device
+from guestagent.api.checks import MAX_BYTES, check_choice, check_range, check_word
+from guestagent.api.devices import SECTOR_BYTES, Device
+from guestagent.api.overlays import SCRATCH_FILESYSTEMS
+from guestagent.storage.devicemapper.thin import DEVICE_ID_MAX
 from vsock.errors import CallError
 from vsock.record import Record, wire_fields
 
@@ -35,12 +38,13 @@ __all__ = (
 RECORDS_ID, RECORDS_BYTES = 0, 8 * 1024 * 1024
 _SLOT_BYTES = RECORDS_BYTES // 2
 #: Magic, version, length of the payload, sequence number, CRC-32 of all others and the payload.
-_HEAD = struct.Struct("<16sIIQI4x")
+_HEAD = struct.Struct("<16sIIQI")
 _MAGIC, _VERSION = b"guestagent-pool\n", 1
 _ALIGNED_BYTES = 4096
 #: What is written is longer than it must be by this: a deletion writes a little more at first, and
 #: must not need a new block of a pool that is full.
 _SLACK_BYTES = 4096
+PENDING_KINDS = ("create", "delete", "change")
 
 
 class VolumeRecord(Record):
@@ -55,6 +59,14 @@ class VolumeRecord(Record):
     external_origin: Device | None = None
     deleted: bool = False
 
+    def check(self) -> None:
+        check_word("volume_id", self.volume_id)
+        check_range("device_id", self.device_id, 0, DEVICE_ID_MAX)
+        check_range("size_bytes", self.size_bytes, SECTOR_BYTES, MAX_BYTES)
+        check_choice("filesystem", self.filesystem, SCRATCH_FILESYSTEMS)
+        if self.size_bytes % SECTOR_BYTES:
+            raise ValueError(f"size_bytes {self.size_bytes} is not a multiple of {SECTOR_BYTES}")
+
 
 class Pending(Record):
     """A change that is not committed before the pool has ``transaction_id``.
@@ -66,6 +78,11 @@ class Pending(Record):
     transaction_id: int
     volume: VolumeRecord
 
+    def check(self) -> None:
+        check_choice("kind", self.kind, PENDING_KINDS)
+        check_range("transaction_id", self.transaction_id, 1, MAX_BYTES)
+        check_range("device_id", self.volume.device_id, RECORDS_ID + 1, DEVICE_ID_MAX)
+
 
 class PoolRecords(Record):
     """All that is recorded of a pool. ``data_bytes`` are the sizes of its data disks in order."""
@@ -76,6 +93,17 @@ class PoolRecords(Record):
     data_bytes: tuple[int, ...]
     volumes: tuple[VolumeRecord, ...] = ()
     pending: Pending | None = None
+
+    def check(self) -> None:
+        check_range("transaction_id", self.transaction_id, 0, MAX_BYTES)
+        check_range("next_device_id", self.next_device_id, 1, DEVICE_ID_MAX + 1)
+        ids = {each.device_id for each in self.volumes}
+        if len(ids) < len(self.volumes) or RECORDS_ID in ids:
+            raise ValueError("volumes: two have the same device id, or one that of the records")
+        if len({each.volume_id for each in self.volumes}) < len(self.volumes):
+            raise ValueError("volumes: two have the same volume_id")
+        if not self.data_bytes:
+            raise ValueError("data_bytes is empty")
 
     def volume(self, volume_id: str) -> VolumeRecord | None:
         return next((each for each in self.volumes if each.volume_id == volume_id), None)
@@ -128,7 +156,7 @@ def decode_slot(slot: bytes) -> tuple[int, PoolRecords] | None:
         raise CallError("unsupported", f"the records of the pool have version {version}")
     try:
         return sequence, PoolRecords.from_wire(msgpack.unpackb(payload), "records")
-    except (ValueError, msgpack.UnpackException) as error:
+    except (ValueError, CallError, msgpack.UnpackException) as error:
         raise CallError("integrity", f"the records of the pool are malformed: {error}") from None
 
 

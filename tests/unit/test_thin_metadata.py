@@ -25,10 +25,12 @@ def sealed(body: bytes, xor: int) -> bytes:
     return checksum(block, xor).to_bytes(4, "little") + block[4:]
 
 
-def superblock(*, magic: int = 27022010, version: int = 2, flags: int = 0) -> bytes:
+def superblock(
+    *, magic: int = 27022010, version: int = 2, flags: int = 0, block_sectors: int = 128
+) -> bytes:
     head = struct.pack("<IIQ16sQIIQQ", 0, flags, 0, bytes(16), magic, version, 0, 9, 0)
     maps = struct.pack("<Q120x", 1000) + struct.pack("<Q120x", 1024)
-    return sealed(head + maps + struct.pack("<QQI", 1, 2, 128), SUPERBLOCK_XOR)
+    return sealed(head + maps + struct.pack("<QQI", 1, 2, block_sectors), SUPERBLOCK_XOR)
 
 
 def node(number: int, entries: dict[int, bytes], *, leaf: bool = True, **wrong: int) -> bytes:
@@ -88,6 +90,9 @@ def test_superblock() -> None:
         (superblock(magic=1), "conflict"),
         (superblock(version=3), "unsupported"),
         (superblock()[:-1] + b"\1", "integrity"),
+        (superblock(block_sectors=0), "integrity"),
+        (superblock(block_sectors=130), "integrity"),
+        (superblock(block_sectors=1 << 31), "integrity"),
     ],
 )
 def test_superblock_that_is_refused(block: bytes, code: str) -> None:

@@ -70,10 +70,47 @@ def test_slot_of_another_version_is_refused() -> None:
     slot[16] = 2
     length = int.from_bytes(slot[20:24], "little")
     slot[32:36] = bytes(4)
-    slot[32:36] = binascii.crc32(bytes(slot[: 40 + length])).to_bytes(4, "little")
+    slot[32:36] = binascii.crc32(bytes(slot[: 36 + length])).to_bytes(4, "little")
     with pytest.raises(CallError) as caught:
         decode_slot(bytes(slot))
     assert caught.value.code == "unsupported"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"volumes": (A, B.replace(device_id=1))},
+        {"volumes": (A, B.replace(device_id=0))},
+        {"volumes": (A, A.replace(device_id=2))},
+        {"data_bytes": ()},
+        {"transaction_id": -1},
+        {"next_device_id": 0},
+    ],
+)
+def test_records_that_contradict_themselves_are_damaged(changes: dict[str, object]) -> None:
+    """As a disk from elsewhere may have them: device 0 holds the records."""
+    with pytest.raises(ValueError, match=r"volume|data_bytes|transaction_id|device_id"):
+        RECORDS.replace(**changes)
+    wrong = PoolRecords.__new__(PoolRecords)
+    wrong.__dict__.update({**RECORDS.as_dict(), **changes})
+    with pytest.raises(CallError) as caught:
+        decode_slot(encode_slot(wrong, 1))
+    assert caught.value.code == "integrity"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"volume_id": "../x"},
+        {"device_id": 1 << 24},
+        {"size_bytes": 0},
+        {"size_bytes": 513},
+        {"filesystem": "btrfs"},
+    ],
+)
+def test_volume_that_is_none(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        A.replace(**changes)
 
 
 @pytest.fixture
@@ -98,7 +135,7 @@ def test_newest_whole_slot_counts(node: str) -> None:
 
 
 def test_records_that_are_too_long_are_refused(node: str) -> None:
-    many = tuple(A.replace(volume_id=f"volume-{n}", device_id=n) for n in range(40000))
+    many = tuple(A.replace(volume_id=f"volume-{n}", device_id=n + 1) for n in range(40000))
     with pytest.raises(CallError) as caught:
         write_records(node, RECORDS.replace(volumes=many), 1)
     assert caught.value.code == "resource"
