@@ -181,7 +181,8 @@ class VolumeReport(Record):
     """A volume, told without activating it.
 
     ``transaction_id`` is that of the pool when the volume was made. ``mapped_sectors`` (of 512
-    bytes) have blocks in the pool, shared ones included; None where the pool cannot say.
+    bytes) have blocks in the pool, shared ones included; None where the pool cannot say. A
+    list leaves ``highest_mapped_sector`` out.
     ``origin`` is the volume that it was a snapshot of; ``external_origin`` the disk that unwritten
     blocks are read from. ``node`` is its block device while it is active, else empty. ``mounts``
     are the paths of all its mounts, ``holders`` those of ``volume.mount``.
