@@ -242,7 +242,8 @@ def test_an_orphan_device_is_removed(agent: ConsoleAgent, guest: GuestAgent, pac
         check=True,
     )
     dry = agent.ok("reconcile --dry-run")
-    assert dry.startswith("dm device orphan is the agent's and belongs to no layer\n  would ")
+    problem = "dm device orphan is the agent's and belongs to no layer and no scratch"
+    assert dry.startswith(f"{problem}\n  would ")
     assert "orphan" in agent.ok("tables")
     assert agent.ok("reconcile").endswith(": undone\n")
     assert guest.dm_list().devices == ()
