@@ -5,6 +5,7 @@ adopted only if the kernel agrees with it; everything else that is the agent's, 
 uuid of its dm devices, is taken away. What cannot be taken away becomes a problem in the status.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -229,8 +230,6 @@ def _undo_all(state: EngineState, undos: Sequence[tuple[str, Callable[[], None]]
 
 def undo_overlay(state: EngineState, kernel: KernelView, live: LiveOverlay) -> None:
     """Take away what there is of an overlay, then its journal entry."""
-    from guestagent.engine.scratchdisk import remove_unused_disks
-
     target = live.spec.mount_point
     with undo_deadline(state) as deadline, Transaction(deadline) as op:
         mount = kernel.mounts.get(target)
@@ -239,10 +238,20 @@ def undo_overlay(state: EngineState, kernel: KernelView, live: LiveOverlay) -> N
         scratch = f"{state.directory}/scratch/{live.spec.overlay_id}"
         unmount_target(scratch, op)
         remove_directories((scratch,))
-        remove_unused_disks(state, op)
+        for dev in _mounted_disks(state):
+            from guestagent.engine.scratchdisk import remove_unused_disk  # not at each restart
+
+            remove_unused_disk(state, dev, op)
         remove_links(f"{state.directory}/links/{live.spec.overlay_id}")
         remove_directories(live.created)
     state.journal.strike_overlay(live.spec.overlay_id)
+
+
+def _mounted_disks(state: EngineState) -> tuple[str, ...]:
+    """Return the scratch devices (MAJOR:MINOR) that have a mount point; an id has no colon."""
+    directory = f"{state.directory}/scratch"
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    return tuple(name for name in names if ":" in name)
 
 
 def undo_layer(state: EngineState, kernel: KernelView, traces: LayerTraces) -> None:

@@ -29,7 +29,7 @@ from guestagent.storage.mount import mount_filesystem
 from guestagent.storage.mountinfo import find_mount
 from vsock.errors import CallError
 
-__all__ = ("leave_disk", "remove_unused_disks", "scratch_mount_point", "trim_disk", "use_disk")
+__all__ = ("leave_disk", "remove_unused_disk", "scratch_mount_point", "trim_disk", "use_disk")
 
 _HEAD_BYTES = 128 * 1024
 
@@ -299,24 +299,22 @@ def _take_down(state: EngineState, disk: ScratchDisk, op: Transaction) -> None:
         remove_devices(state, (disk.crypt,), op)
 
 
-def remove_unused_disks(state: EngineState, op: Transaction) -> None:
-    """Take away the mounts and crypt devices of scratch devices that no overlay is on: what is left
-    of requests of an agent that was killed.
+def remove_unused_disk(state: EngineState, dev: str, op: Transaction) -> None:
+    """Take away the mount and the crypt device of a scratch device (MAJOR:MINOR) that no overlay is
+    on: what is left of a request of an agent that was killed.
 
     Raises:
-        CallError: ``busy``, one is in use.
+        CallError: ``busy``, it is in use.
     """
-    directory = f"{state.directory}/scratch"
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    for dev in (name for name in names if ":" in name):
-        with state.locks.hold([("scratch", dev)], op.deadline):
-            if state.inventory.disk(dev) is not None:
-                continue
-            unmount_target(f"{directory}/{dev}", op)
-            crypt = state.control.find(uuid=dm_uuid("crypt", dev, state.uuid_prefix))
-            if crypt is not None:
-                remove_devices(state, (crypt.name,), op)
-            remove_directories((f"{directory}/{dev}",))
+    path = f"{state.directory}/scratch/{dev}"
+    with state.locks.hold([("scratch", dev)], op.deadline):
+        if state.inventory.disk(dev) is not None:
+            return
+        unmount_target(path, op)
+        crypt = state.control.find(uuid=dm_uuid("crypt", dev, state.uuid_prefix))
+        if crypt is not None:
+            remove_devices(state, (crypt.name,), op)
+        remove_directories((path,))
 
 
 def trim_disk(disk: ScratchDisk, op: Transaction) -> int:
