@@ -116,8 +116,12 @@ def _verify_root(root_digest: bytes, path: str, certificate: str) -> None:
 
 
 def _manifest(path: str) -> dict[str, object]:
+    from rootfs.pack.manifest import Manifest
+
     try:
-        return parse_json(_read(path))
+        fields = parse_json(_read(path))
+        Manifest.from_json(fields)  # the signature says that it is a manifest
+        return fields
     except ValueError as problem:
         raise CallError(
             "invalid", f"cannot read the manifest {path!r}: {problem}", step="read", object=path

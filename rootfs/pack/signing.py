@@ -1,16 +1,20 @@
 """Detached signatures over manifests, by Ed25519 or by ECDSA on P-256 with SHA-256.
 
-What is signed is the canonical form of the manifest (``rootfs.pack.canonical``), not the file, so
-that white space does not matter. The signature is a JSON object beside it, ``MANIFEST.sig``:
+What is signed is a line that says so, ``guestagent-manifest-signature-v2`` and a newline, and then
+the canonical form of the manifest (``rootfs.pack.canonical``), not the file, so that white space
+does not matter. By this line a signature over a manifest holds for nothing else that the same key
+signs: no JSON document, no root digest and no file without the line has the same bytes. The
+signature is a JSON object beside the manifest, ``MANIFEST.sig``:
 
     {"algorithm": "ed25519",            or "ecdsa-p256-sha256"
      "digest": "sha256:HEX",            of what was signed: says at once that it is another manifest
      "key_id": "sha256:HEX",            of the SubjectPublicKeyInfo (DER) of the key
      "signature": "BASE64",             64 bytes for Ed25519, an ECDSA-Sig-Value (DER) for ECDSA
-     "version": 1}
+     "version": 2}
 
 Any tool can check it: ``openssl pkeyutl -verify -rawin`` or ``openssl dgst -sha256 -verify`` over
-the canonical bytes. Nothing in this file but ``signature`` is trusted.
+the line and the canonical bytes. Nothing in this file but ``signature`` is trusted. Version 1 was
+over the canonical bytes alone and is refused.
 """
 
 import base64
@@ -31,7 +35,9 @@ from vsock.errors import CallError
 
 __all__ = ("Signature", "key_id", "sign_manifest", "verify_manifest")
 
-_VERSION = 1
+_VERSION = 2
+#: The first line of what is signed; it changes with ``_VERSION``.
+_CONTEXT = b"guestagent-manifest-signature-v2\n"
 _ED25519 = "ed25519"
 _ECDSA = "ecdsa-p256-sha256"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z", re.ASCII)
@@ -67,6 +73,9 @@ class Signature:
         names = {"version", *(field.name for field in dataclasses.fields(cls))}
         for name in sorted(names ^ set(fields)):
             raise _invalid(name, "missing" if name in names else "unknown")
+        if fields["version"] == 1:
+            problem = "1 does not say that what it signs is a manifest: sign the manifest again"
+            raise _invalid("version", problem)
         if fields["version"] != _VERSION:
             raise _invalid("version", f"{fields['version']!r} is not {_VERSION}")
         texts = {name: fields[name] for name in names - {"version"}}
@@ -85,7 +94,7 @@ class Signature:
 
 
 def sign_manifest(manifest: Mapping[str, object], key: PrivateKey) -> Signature:
-    """Sign the canonical form of a manifest.
+    """Sign a manifest, as the module's docstring says.
 
     Raises:
         CallError: ``invalid``, a manifest without a canonical form, or a key of another kind.
@@ -166,7 +175,7 @@ def _decoded(text: str) -> bytes:
 
 def _message(manifest: Mapping[str, object]) -> bytes:
     try:
-        return canonical_bytes(manifest)
+        return _CONTEXT + canonical_bytes(manifest)
     except ValueError as problem:
         raise _invalid("manifest", str(problem)) from None
 

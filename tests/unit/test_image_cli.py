@@ -220,6 +220,17 @@ def test_no_output_replaces_what_a_command_reads(run: Run, tmp_path: Path) -> No
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
+def test_only_a_manifest_is_signed_as_a_manifest(run: Run, tmp_path: Path) -> None:
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", tmp_path / "key.pem"])
+    (tmp_path / "policy.json").write_text('{"version": 2, "allow": []}')
+    done = run("sign", "--key", "key.pem", "policy.json", status=1)
+    assert "cannot read the manifest 'policy.json': layers: missing" in done.output
+    assert not (tmp_path / "policy.json.sig").exists()
+    run("pack", "create", "p.img")
+    run("sign", "--key", "key.pem", "p.img.json")
+    assert json.loads((tmp_path / "p.img.json.sig").read_text())["version"] == 2
+
+
 @pytest.mark.parametrize("kind", ["user", "both"])
 def test_layers_for_another_kind_of_overlay_are_not_overlaid(run: Run, kind: str) -> None:
     run("layer", "build", "layer.tar", "a.erofs")

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives import serialization
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,8 @@ needs_openssl = pytest.mark.skipif(
 )
 
 MANIFEST: dict[str, object] = {"layers": [{"id": "größe", "size_bytes": 4096}], "version": 1}
+#: Stands before the canonical form of a manifest in what is signed.
+CONTEXT = b"guestagent-manifest-signature-v2\n"
 ROOT = bytes(range(32))
 
 json_values: st.SearchStrategy[object] = st.recursive(
@@ -125,6 +128,47 @@ def test_a_signature_holds_for_its_manifest_only(make_key: Callable[[], PrivateK
     assert (caught.value.code, caught.value.object) == ("integrity", "key_id")
 
 
+def signature_of(message: bytes, key: PrivateKey) -> Signature:
+    """Sign some bytes with the key of a manifest, and call the result a signature of a manifest."""
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        algorithm, value = "ed25519", key.sign(message)
+    else:
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        algorithm, value = "ecdsa-p256-sha256", key.sign(message, ec.ECDSA(hashes.SHA256()))
+    return Signature(
+        algorithm=algorithm,
+        digest="sha256:" + hashlib.sha256(CONTEXT + canonical_bytes(MANIFEST)).hexdigest(),
+        key_id=key_id(key.public_key()),
+        signature=value,
+    )
+
+
+@either_key
+def test_a_signature_over_something_else_is_none_over_a_manifest(
+    make_key: Callable[[], PrivateKey],
+) -> None:
+    key, bare = make_key(), canonical_bytes(MANIFEST)
+    verify_manifest(MANIFEST, signature_of(CONTEXT + bare, key), key.public_key())
+    for message in (bare, bare + b"\n", CONTEXT.replace(b"v2", b"v3") + bare, ROOT.hex().encode()):
+        with pytest.raises(CallError) as caught:
+            verify_manifest(MANIFEST, signature_of(message, key), key.public_key())
+        assert (caught.value.code, caught.value.object) == ("integrity", "signature")
+
+
+def test_a_signature_over_a_manifest_is_none_over_something_else() -> None:
+    key = ed25519_key()
+    value = sign_manifest(MANIFEST, key).signature
+    key.public_key().verify(value, CONTEXT + canonical_bytes(MANIFEST))
+    with pytest.raises(InvalidSignature):  # of the document as a file
+        key.public_key().verify(value, canonical_bytes(MANIFEST))
+
+
+def test_a_signature_of_version_1_is_refused_by_name() -> None:
+    fields = parse_json(sign_manifest(MANIFEST, ed25519_key()).to_json())
+    with pytest.raises(CallError, match=r"version: 1 does not say .*: sign the manifest again"):
+        Signature.parse(canonical_bytes({**fields, "version": 1}))
+
+
 @either_key
 @given(position=st.integers(0, 1000), flip=st.integers(1, 255))
 def test_a_changed_signature_never_holds(
@@ -170,8 +214,9 @@ def test_what_the_file_says_of_itself_is_not_trusted() -> None:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"version": 2}, "version"),
-        ({"version": "1"}, "version"),
+        ({"version": 1}, "version"),
+        ({"version": 3}, "version"),
+        ({"version": "2"}, "version"),
         ({"algorithm": "rsa"}, "algorithm"),
         ({"algorithm": 5}, "algorithm"),
         ({"digest": "sha256:00"}, "digest"),
@@ -204,7 +249,7 @@ def test_random_signature_files_are_invalid(raw: bytes) -> None:
 @needs_openssl
 def test_openssl_verifies_a_manifest(tmp_path: Path) -> None:
     message, value = tmp_path / "message", tmp_path / "value"
-    message.write_bytes(canonical_bytes(MANIFEST))
+    message.write_bytes(CONTEXT + canonical_bytes(MANIFEST))
 
     key: PrivateKey = ed25519_key()
     public = write_public(tmp_path / "public", key)
@@ -224,7 +269,7 @@ def test_openssl_verifies_a_manifest(tmp_path: Path) -> None:
 @needs_openssl
 def test_a_manifest_signed_by_openssl_holds(tmp_path: Path) -> None:
     message, value = tmp_path / "message", tmp_path / "value"
-    message.write_bytes(canonical_bytes(MANIFEST))
+    message.write_bytes(CONTEXT + canonical_bytes(MANIFEST))
     key = p256_key()
     private = write_key(tmp_path / "key", key)
     assert openssl("dgst", "-sha256", "-sign", private, "-out", value, message).returncode == 0
