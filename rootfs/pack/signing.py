@@ -74,8 +74,8 @@ class Signature:
         for name in sorted(names ^ set(fields)):
             raise _invalid(name, "missing" if name in names else "unknown")
         if fields["version"] == 1:
-            text = "1 does not say that what it signs is a manifest: sign the manifest again"
-            raise _invalid("version", text)
+            why = "1 does not say that what it signs is a manifest: sign the manifest again"
+            raise _invalid("version", why)
         if fields["version"] != _VERSION:
             raise _invalid("version", f"{fields['version']!r} is not {_VERSION}")
         texts = {name: fields[name] for name in names - {"version"}}
