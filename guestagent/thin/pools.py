@@ -270,7 +270,7 @@ class Pools:
                 pool.activate_records(op)
                 is_recorded = pool.read()
             if is_recorded:
-                self._adopt(pool, ids)
+                self._adopt(pool)
                 return
             if found is not None and (found.transaction_id or ids - {RECORDS_ID}):
                 raise CallError(
@@ -294,7 +294,7 @@ class Pools:
             )
             pool.note_foreign(ids)
 
-    def _adopt(self, pool: Pool, ids: set[int]) -> None:
+    def _adopt(self, pool: Pool) -> None:
         """Go on with the volumes that the records tell of."""
         spec, there = pool.spec, pool.records
         if there.pool_id != spec.pool_id:
@@ -322,7 +322,8 @@ class Pools:
                 hint="name them in the order that the pool was grown by them",
             )
         pool.settle()
-        pool.note_foreign(ids)
+        seen = pool.see()  # anew: a volume that was half made is gone
+        pool.note_foreign(set() if seen is None else set(seen.devices))
 
     def _metadata_disk(self, pool: Pool) -> BlockDevice:
         assert pool.metadata_disk is not None

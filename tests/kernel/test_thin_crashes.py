@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -216,3 +217,65 @@ def test_agent_that_is_killed_at_any_step(
         if not died:
             return
     raise AssertionError("the request never ends")
+
+
+def power_cut() -> None:
+    """Take away what a machine that ends takes away: all but what is on the disks."""
+    names = [line.split()[0] for line in run("dmsetup", "ls").splitlines()]
+    for name in names:
+        run("dmsetup", "resume", name)
+    for line in Path("/proc/mounts").read_text().splitlines():
+        if line.split()[1].startswith("/run/volumes/"):
+            run("umount", line.split()[1])
+    names = [line.split()[0] for line in run("dmsetup", "ls").splitlines()]
+    last = {"thin-p-pool": 1, "thin-p-data": 2}
+    for name in sorted(names, key=lambda name: last.get(name, 0)):
+        if name.startswith("thin-p-"):
+            run("dmsetup", "remove", "--deferred", name)
+    for path in ("/run/volumes/a", "/run/volumes"):
+        if os.path.isdir(path):
+            os.rmdir(path)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["create", "snapshot of a mounted volume", "delete"])
+def test_machine_that_ends_at_any_step(tmp_path: Path, disks: Disks, more: str, name: str) -> None:
+    """The journal is gone with it; the pool's own disks tell a later one how far it was."""
+    prepare, request, volumes = REQUESTS[name]
+    for step in range(1, MAX_STEPS):
+        first = ThinBed(tmp_path / f"state{step}")
+        prepare(first, disks, more)
+        before = tuple(first.volumes())
+        first.engine.close()
+        died = die_in(tmp_path / f"state{step}", lambda bed: request(bed, disks, more), step)
+        power_cut()
+        with ThinBed(tmp_path / f"later{step}") as later:
+            report = later.open(disks.matching())
+            assert (report.mode, report.foreign_ids) == ("rw", ())
+            assert tuple(later.volumes()) in (before, volumes), f"step {step}"
+            request(later, disks, more)
+            if name.startswith("snapshot"):
+                later.mount("b")
+                assert Path("/run/volumes/b/x").read_bytes() == b"content"
+                later.unmount("b")
+            finish(later, disks, volumes)
+        disks.blank()
+        if not died:
+            return
+    raise AssertionError("the request never ends")
+
+
+def test_deletion_that_waited_is_done_by_a_later_machine(tmp_path: Path, disks: Disks) -> None:
+    bed = ThinBed(tmp_path / "state")
+    make_and_mount(bed, disks, "")
+    bed.delete("a", deferred=True)
+    bed.engine.close()
+    power_cut()
+    with ThinBed(tmp_path / "later") as later:
+        later.open(disks.matching())
+        until = time.monotonic() + 20
+        while later.volumes() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert later.volumes() == {}
+        later.close()
+    assert disks.thin_ids() == [0]
