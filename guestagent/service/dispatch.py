@@ -45,7 +45,7 @@ QUICK_METHODS = frozenset(name for name, request in METHODS.items() if request.q
 URGENT_METHODS = frozenset(
     (
         *("agent.metrics", "agent.shutdown", "dm.list", "layer.list", "layer.unmount"),
-        *("layers.unmount", "overlay.list", "overlay.unmount"),
+        *("layers.unmount", "overlay.list", "overlay.unmount", "pool.list", "volume.unmount"),
     )
 )
 

@@ -729,13 +729,19 @@ def _flags(request: VolumeMount) -> tuple[str, ...]:
 
 def _mount(volume: VolumeRecord, node: str, target: "int | str", flags: tuple[str, ...]) -> None:
     kind = volume.filesystem or ""
-    mount_filesystem(
-        source=node,
-        target=target,
-        filesystem=kind,
-        flags=flags,
-        options=filesystems.mount_options(kind, readonly=False),
-    )
+    try:
+        mount_filesystem(
+            source=node,
+            target=target,
+            filesystem=kind,
+            flags=flags,
+            options=filesystems.mount_options(kind, readonly=False),
+        )
+    except OSError as error:
+        refused = filesystems.refusal(kind, node, error)
+        if refused is None:
+            raise
+        raise refused from error
 
 
 def _make_rootfs(path: str, volume_id: str) -> None:

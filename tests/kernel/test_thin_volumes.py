@@ -460,6 +460,40 @@ def test_metadata_disk_that_fails(tmp_path: Path) -> None:
         disks.thin_check()
 
 
+def test_requests_at_once_on_one_pool(bed: ThinBed, disks: Disks) -> None:
+    """Volumes come and go on several threads, some deleted while they are mounted."""
+    bed.create("base")
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        name = f"v{number}"
+        try:
+            for turn in range(4):
+                bed.snapshot(name, "base")
+                bed.mount(name)
+                Path(f"/run/volumes/{name}/x").write_bytes(name.encode())
+                if turn % 2:
+                    assert bed.delete(name, deferred=True).deferred
+                    assert bed.unmount(name).deleted
+                else:
+                    bed.unmount(name)
+                    assert bed.delete(name).deleted
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == []
+    assert list(bed.volumes()) == ["base"]
+    assert bed.engine.problems() == ()
+    bed.close()
+    assert disks.thin_ids() == [0, 1]
+    disks.thin_check()
+
+
 def kinds(bed: ThinBed, *wanted: str) -> list[str]:
     events, _ = bed.engine.events.since(0)
     return [event.kind for event in events if event.kind in wanted]
