@@ -4,7 +4,9 @@ It reads an order from standard input and writes an answer to standard output, e
 MessagePack map; descriptor 3 is the undo file.
 """
 
+import ctypes
 import os
+import signal
 
 import msgpack
 
@@ -19,11 +21,17 @@ from vsock.record import Record, wire_fields
 
 __all__ = ("main",)
 
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+
 
 def main() -> None:
     """Do what standard input orders."""
     with open(0, "rb", closefd=False) as stream:
         order = Order.from_wire(msgpack.unpackb(stream.read()), "order")
+    # without an agent nothing would take its answer; the next agent restores what was there
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+    if os.getppid() != order.agent_pid:  # it has died before
+        os._exit(1)
     with Deadline(order.seconds) as deadline, UndoFile(UNDO_FD) as undo_file:
         try:
             answer = Answer(result=_do(order, undo_file, deadline).to_wire())

@@ -33,10 +33,12 @@ _RESTORE_SECONDS = 20.0
 
 
 class Order(Record):
-    """What a child is to do: configure, list or restore. ``root`` is where /etc is."""
+    """What a child is to do: configure, list or restore. ``root`` is where /etc is; the child ends
+    with the process ``agent_pid``."""
 
     command: str
     seconds: float
+    agent_pid: int
     request: NetConfigure | None = None
     faults: str = ""
     root: str = "/"
@@ -62,8 +64,14 @@ def configure_network(
     Raises:
         CallError: it is as it was; the hint says what could not be restored.
     """
-    seconds = _seconds(deadline)
-    order = Order(command="configure", seconds=seconds, request=request, faults=faults, root=root)
+    order = Order(
+        command="configure",
+        seconds=_seconds(deadline),
+        agent_pid=os.getpid(),
+        request=request,
+        faults=faults,
+        root=root,
+    )
     try:
         return NetConfigureReply.from_wire(_run(order, state_directory, deadline), "answer")
     except _LostError as lost:
@@ -76,7 +84,7 @@ def configure_network(
 
 def list_network(state_directory: str, deadline: Deadline) -> NetListReply:
     """Return what there is."""
-    order = Order(command="list", seconds=_seconds(deadline))
+    order = Order(command="list", seconds=_seconds(deadline), agent_pid=os.getpid())
     try:
         return NetListReply.from_wire(_run(order, state_directory, deadline), "answer")
     except _LostError as lost:
@@ -90,7 +98,8 @@ def restore_network(state_directory: str) -> None:
         CallError: something could not be restored; the next request tries it again.
     """
     with Deadline(_RESTORE_SECONDS) as deadline:
-        order = Order(command="restore", seconds=_RESTORE_SECONDS * 0.9)
+        seconds = _RESTORE_SECONDS * 0.9
+        order = Order(command="restore", seconds=seconds, agent_pid=os.getpid())
         try:
             _run(order, state_directory, deadline)
         except _LostError as lost:

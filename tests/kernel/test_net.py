@@ -1,11 +1,13 @@
 """The guest's network on a real kernel: all of a request or nothing, judged by iproute2."""
 
+import contextlib
 import errno
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from guestagent.net.undofile import UndoFile, is_unfinished, undo_path
 from tests.beds.agentbed import PROJECT, SITE, AgentProcess
 from tests.beds.netbed import MAC, ask, ip, network_namespace, set_duplicate_detection, world
 from vsock.deadline import Deadline
-from vsock.errors import CallError
+from vsock.errors import CallError, ConnectionClosed
 
 MAX_STEPS = 100
 BY_MAC = InterfaceMatch(mac=MAC)
@@ -459,19 +461,31 @@ def test_agent_sets_up_the_network_and_stays_small(bed: Bed) -> None:
         assert (error.code, error.errno, error.step) == ("conflict", errno.EEXIST, "rename")
 
 
-def test_next_agent_undoes_what_is_unfinished(furnished: Bed) -> None:
+def test_child_ends_with_its_agent_and_the_next_one_undoes_its_work(furnished: Bed) -> None:
+    request = EVERYTHING.replace(dns=None, hosts=None)
     before = furnished.world()
-    with AgentProcess() as agent:
-        with agent.client() as guest:
-            guest.status()
-        agent.kill()
-        furnished.state = Path(agent.state)
-        assert furnished.fork("rule:KILL:2") == -9  # it dies in the middle, as its agent has
+    with AgentProcess() as agent, contextlib.ExitStack() as stack:
+        agent.stop()
+        agent.start("fault=rule:BLOCK:2")
+        guest = stack.enter_context(agent.client())
+
+        def ask_in_vain() -> None:
+            with contextlib.suppress(CallError, ConnectionClosed):
+                guest.net_configure(request)
+
+        asking = threading.Thread(target=ask_in_vain)
+        with subprocess.Popen(["ip", "monitor", "rule"], stdout=subprocess.PIPE) as monitor:
+            asking.start()
+            assert monitor.stdout is not None
+            monitor.stdout.readline()  # the rule of before is gone, or the first one is there
+            agent.kill()
+            monitor.kill()
+        asking.join(30)
         assert is_unfinished(agent.state)
         assert furnished.world() != before
         agent.start()
-        with agent.client() as guest:
-            assert guest.status().problems == ()
+        with agent.client() as again:
+            assert again.status().problems == ()
         assert furnished.world() == before
         assert not is_unfinished(agent.state)
 

@@ -1,5 +1,8 @@
 """Requests for the network: what is refused, and how they are said as texts."""
 
+import subprocess
+import sys
+
 import pytest
 
 from guestagent.api.net import NetConfigure
@@ -141,3 +144,12 @@ def test_content_of_files() -> None:
     assert request.hosts is not None
     assert resolv_conf_text(request.dns) == b"search a.example b.example\nnameserver fd00::1\n"
     assert hosts_text(request.hosts) == b"127.0.0.1 localhost guest\n"
+
+
+def test_agent_and_init_start_without_what_is_for_the_network() -> None:
+    code = "import sys, guestagent.agent, guestagent.boot.init; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "guestagent.api.net" in loaded  # the contract is there whole
+    others = ("guestagent.net", "guestagent.service.net", "guestagent.api.nettexts", "pyroute2")
+    assert [name for name in loaded if name.startswith(others)] == []
