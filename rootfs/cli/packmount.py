@@ -9,7 +9,7 @@ from guestagent.api import LayersMount, LayerSpec, LayersUnmount
 from guestagent.api.devices import VERITY_PRESETS
 from guestagent.api.overlays import LayersMountReply
 from guestagent.host.client import GuestAgent
-from guestagent.host.ctl.layer import parse_device, read_signature
+from guestagent.host.ctl.layer import parse_device
 from guestagent.host.ctl.overlay import (
     OverlayWords,
     describe_batch,
@@ -20,7 +20,7 @@ from guestagent.host.ctl.overlay import (
 from guestagent.host.ctl.session import Session, pass_session
 from guestagent.host.ctl.style import plain
 from rootfs.cli.pack import manifest_of
-from rootfs.imagefile.errors import from_os_error
+from rootfs.cli.sign import signature_in
 from rootfs.pack.manifest import Manifest, ManifestImage, layer_spec
 from rootfs.pack.mounting import FORMS, OVERLAY, ImageMount, check_whiteouts, plan_image_mount
 from vsock.errors import CallError
@@ -57,8 +57,9 @@ __all__ = ("PACK_COMMANDS", "find_image", "image_facts", "root_of")
     "--signatures",
     type=click.Path(file_okay=False, path_type=Path),
     help="Directory with ID.p7s for every verified layer, or for the image, for the kernel's "
-    "keyring.",
+    "keyring. Default: the signatures in the manifest.",
 )
+@click.option("--no-signatures", is_flag=True, help="Send none: for a kernel that has not the key.")
 @overlay_options
 @pass_session
 def mount_command(
@@ -70,21 +71,28 @@ def mount_command(
     overlay_id: str | None,
     preset: str,
     signatures: Path | None,
+    no_signatures: bool,
     **words: Unpack[OverlayWords],
 ) -> None:
     """Mount all layers of a pack in the guest that it is attached to, and overlay them.
 
     With --image mount one image of the pack, which `guestctl image merge` has made.
     """
+    if no_signatures and signatures is not None:
+        raise click.UsageError("--signatures contradicts --no-signatures")
     manifest = manifest_of(image)
     place = parse_device(device).to_wire()
+
+    def verified(specs: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+        return _verified(specs, preset, signatures, is_signed=not no_signatures)
+
     if image_id is None:
         if form is not None:
             raise click.UsageError("--form is for an image: name it with --image ID")
         if overlay_id is not None:
             check_whiteouts(manifest.layers, userxattr=words["userxattr"])
         specs = tuple(LayerSpec.from_wire(layer_spec(one, place)) for one in manifest.layers)
-        request = _request(_verified(specs, preset, signatures), overlay_id, words)
+        request = _request(verified(specs), overlay_id, words)
         with session.agent() as guest:
             reply = guest.layers_mount(request)
         session.show(reply, lambda: describe_batch(reply))
@@ -103,22 +111,24 @@ def mount_command(
         )
         if plan.form == OVERLAY or any(words.values()):
             overlay_id = overlay_id or image_id
-        layers = _verified(plan.layers, preset, signatures)
-        reply = guest.layers_mount(_request(layers, overlay_id, words))
+        reply = guest.layers_mount(_request(verified(plan.layers), overlay_id, words))
     facts = image_facts(plan, reply)
     text = f"image {image_id} at {facts['target']}: {plan.reason}"
     session.say({**reply.to_wire(), "image": facts}, f"{describe_batch(reply)}\n{plain(text)}")
 
 
 def _verified(
-    specs: tuple[LayerSpec, ...], preset: str, signatures: Path | None
+    specs: tuple[LayerSpec, ...], preset: str, signatures: Path | None, *, is_signed: bool
 ) -> tuple[LayerSpec, ...]:
-    """Add to the verified ones what the command line says of verity."""
+    """Add to the verified ones what the command line says of verity. ``signatures`` is a directory
+    of signatures in place of those of the manifest."""
     made = []
     for spec in specs:
         if spec.verity is not None:
-            signed = None if signatures is None else _signature(signatures, spec.layer_id)
-            spec = spec.replace(verity=spec.verity.replace(preset=preset, signature=signed))
+            signature = spec.verity.signature if is_signed else None
+            if signatures is not None:
+                signature = signature_in(signatures, spec.layer_id)
+            spec = spec.replace(verity=spec.verity.replace(preset=preset, signature=signature))
         made.append(spec)
     return tuple(made)
 
@@ -205,15 +215,6 @@ def _mounted_as(
     names = (image.image_id,) if image.image_id in users else image.layers
     ids = tuple(name for name in names if not users.get(name, set()) - {overlay_id})
     return ids, overlay_id
-
-
-def _signature(directory: Path, layer_id: str) -> bytes:
-    path = directory / f"{layer_id}.p7s"
-    try:
-        with path.open("rb") as file:
-            return read_signature(file)
-    except OSError as problem:
-        raise from_os_error(problem, step="read the signature", object=path) from problem
 
 
 #: For ``guestctl pack``.

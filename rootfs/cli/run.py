@@ -302,7 +302,8 @@ def initramfs_build_command(
 ) -> None:
     """Build the boot image, and print the size of its parts.
 
-    With --manifest it also prints the setting by which the image mounts the pack at boot.
+    With --manifest it also prints the setting by which the image mounts the pack at boot; the
+    feature signatures is added if root digests in it are signed.
     """
     names: tuple[str, ...] = DEFAULT_FEATURES
     if features is not None:
@@ -315,7 +316,10 @@ def initramfs_build_command(
     setting = None
     if manifest is not None:
         added.append((_MANIFEST_PATH, manifest))
-        setting = _manifest_setting(manifest, image_id)
+        loaded = Manifest.load(manifest)
+        setting = _manifest_setting(manifest, loaded, image_id)
+        if loaded.is_signed and "signatures" not in names:
+            names += ("signatures",)
     elif image_id is not None:
         raise click.UsageError("--image names an image of a --manifest")
     with _failures():
@@ -343,8 +347,8 @@ def _added_file(text: str) -> tuple[str, Path]:
     return path.lstrip("/"), Path(source)
 
 
-def _manifest_setting(path: Path, image_id: str | None) -> str:
-    manifest, image = Manifest.load(path), ""
+def _manifest_setting(path: Path, manifest: Manifest, image_id: str | None) -> str:
+    image = ""
     if image_id is not None:
         image = f",image={find_image(manifest, image_id).image_id}"
     try:

@@ -1,15 +1,19 @@
-"""``guestctl sign``: make and check signatures of manifests and of root digests."""
+"""``guestctl sign`` and ``guestctl pack sign``: signatures of manifests and of root digests."""
+
+from pathlib import Path
 
 import click
 
-from guestagent.host.ctl.layer import hex_bytes
+from guestagent.host.ctl.layer import hex_bytes, read_signature
 from guestagent.host.ctl.session import emit, reports_errors
+from rootfs.cli.pack import image_of, pack
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import write_file
 from rootfs.pack.canonical import parse_json
+from rootfs.pack.pack import Pack
 from vsock.errors import CallError
 
-__all__ = ("COMMANDS",)
+__all__ = ("COMMANDS", "signature_in")
 
 _MAX_FILE_BYTES = 64 << 20
 
@@ -70,6 +74,67 @@ def sign_command(
         emit({"signature": path, "signer": signer, "verified": verify})
     else:
         click.echo(f"{'good signature' if verify else 'signed'}: {path} by {signer}")
+
+
+@pack.command("sign")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option("--key", type=click.Path(), help="Private key: RSA or EC.")
+@click.option("--certificate", type=click.Path(), help="The certificate of the key.")
+@click.option(
+    "--password-file", type=click.Path(), help="File whose first line is the password of the key."
+)
+@click.option(
+    "--signatures",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Take ID.p7s from this directory, instead of signing with a key.",
+)
+@reports_errors
+def pack_sign_command(
+    *,
+    image: Path,
+    key: str | None,
+    certificate: str | None,
+    password_file: str | None,
+    signatures: Path | None,
+    as_json: bool,
+) -> None:
+    """Sign the root digests of all verified layers and images of a pack, for the kernel.
+
+    The signatures go into the manifest; `pack mount` and the boot hook hand them on. Sign the
+    manifest itself afterwards.
+    """
+    if signatures is not None and (key or certificate or password_file):
+        raise click.UsageError("--signatures is instead of --key and --certificate")
+    with Pack.open(image_of(image), writable=True) as opened:
+        digests = opened.manifest.root_digests
+        if signatures is not None:
+            made = {name: signature_in(signatures, name) for name in digests}
+        else:
+            from rootfs.pack.keys import load_certificate, load_private_key
+            from rootfs.pack.pkcs7 import sign_root_digest
+
+            by = load_certificate(_needed("--certificate", certificate))
+            private = load_private_key(_needed("--key", key), password=_password(password_file))
+            made = {name: sign_root_digest(each, by, private) for name, each in digests.items()}
+        opened.sign(made)
+    if as_json:
+        emit({"signed": list(made)})
+    else:
+        click.echo(f"signed: {', '.join(made) or 'nothing, no layer is verified'}")
+
+
+def signature_in(directory: Path, name: str) -> bytes:
+    """Read the signature of a layer or an image from a directory of signatures.
+
+    Raises:
+        CallError: by errno.
+    """
+    path = directory / f"{name}.p7s"
+    try:
+        with path.open("rb") as file:
+            return read_signature(file)
+    except OSError as problem:
+        raise from_os_error(problem, step="read the signature", object=path) from problem
 
 
 def _needed(name: str, value: str | None) -> str:

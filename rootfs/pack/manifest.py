@@ -12,7 +12,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from guestagent.api.devices import SECTOR_BYTES
+from guestagent.api.devices import MAX_SIGNATURE_BYTES, SECTOR_BYTES
 from guestagent.api.layers import LAYER_FILESYSTEMS, WHITEOUT_KINDS
 from guestagent.storage.verity import PART_STEP_BYTES, FieldError, VerityParameters
 from rootfs.imagefile.errors import from_os_error
@@ -47,7 +47,8 @@ _HEX = re.compile(r"(?:[0-9a-f]{2})*\Z", re.ASCII)
 class ManifestLayer:
     """One layer. ``content_digest`` is over all its bytes in the image and is there to check layers
     that have no hash tree. ``whiteouts`` says which attribute marks its opaque directories, one of
-    ``WHITEOUT_KINDS``; None: not known."""
+    ``WHITEOUT_KINDS``; None: not known. ``signature`` is over the root digest, for the kernel: a
+    detached PKCS#7 in DER (``rootfs.pack.pkcs7``)."""
 
     layer_id: str
     offset_bytes: int
@@ -57,6 +58,7 @@ class ManifestLayer:
     source_digest: str | None = None
     content_digest: str | None = None
     whiteouts: str | None = None
+    signature: bytes | None = None
 
     def __post_init__(self) -> None:
         _check_id(self.layer_id)
@@ -73,6 +75,7 @@ class ManifestLayer:
             value = getattr(self, name)
             if value is not None and not _DIGEST.match(value):
                 raise FieldError(name, f"{value!r} is no sha256:HEX")
+        _check_signature(self.verity, self.signature)
         if self.verity is not None:
             end = max(self.verity.end_bytes, self.verity.data_size_bytes)
             if end > self.size_bytes:
@@ -102,7 +105,7 @@ class ManifestLayer:
             "offset_bytes": self.offset_bytes,
             "size_bytes": self.size_bytes,
             "filesystem": self.filesystem,
-            "verity": None if self.verity is None else verity_map(self.verity),
+            "verity": None if self.verity is None else _signed_map(self.verity, self.signature),
             "source_digest": self.source_digest,
             "content_digest": self.content_digest,
             # left out where it is not known: readers of before refuse fields that they do not know
@@ -117,15 +120,18 @@ class ManifestImage:
     ``layers`` are ids, topmost first. ``ranges``, put together, are what is mounted: the merged
     metadata, the data of each layer, topmost first as in the device table of the file system, and
     the hash area. The metadata and the layers are filled up with zeros to whole 512 KiB.
+    ``signature`` is as of a layer.
     """
 
     image_id: str
     layers: tuple[str, ...]
     ranges: tuple[FileRange, ...]
     verity: VerityParameters
+    signature: bytes | None = None
 
     def __post_init__(self) -> None:
         _check_id(self.image_id)
+        _check_signature(self.verity, self.signature)
         if not 0 < len(self.layers) <= _MAX_LAYERS:
             raise FieldError("layers", f"{len(self.layers)} of them")
         if len(set(self.layers)) != len(self.layers):
@@ -170,7 +176,7 @@ class ManifestImage:
             "id": self.image_id,
             "layers": list(self.layers),
             "ranges": [_range_map(part) for part in self.ranges],
-            "verity": verity_map(self.verity),
+            "verity": _signed_map(self.verity, self.signature),
         }
 
 
@@ -255,6 +261,18 @@ class Manifest:
     def find_image(self, image_id: str) -> ManifestImage | None:
         return next((image for image in self.images if image.image_id == image_id), None)
 
+    @property
+    def root_digests(self) -> dict[str, bytes]:
+        """The root digests of all verified layers and of the images, by id."""
+        found = {each.layer_id: each.verity.root_digest for each in self.layers if each.verity}
+        return found | {image.image_id: image.verity.root_digest for image in self.images}
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether a root digest in it has a signature."""
+        signatures = [layer.signature for layer in self.layers]
+        return any((*signatures, *(image.signature for image in self.images)))
+
     def layers_of(self, image: ManifestImage) -> tuple[ManifestLayer, ...]:
         """Return the layers of an image, topmost first."""
         found = {layer.layer_id: layer for layer in self.layers}
@@ -334,7 +352,9 @@ class Manifest:
         top.finish()
         return cls(
             **fields,  # type: ignore[arg-type]  # each is taken by its type
-            layers=tuple(_layer(one, f"layers[{index}]") for index, one in enumerate(layers)),
+            layers=tuple(
+                _layer(one, f"layers[{index}]", version) for index, one in enumerate(layers)
+            ),
             images=tuple(_image(one, f"images[{index}]") for index, one in enumerate(images)),
         )
 
@@ -354,6 +374,9 @@ class _Fields:
 
     def name(self, key: str) -> str:
         return f"{self._path}.{key}" if self._path else key
+
+    def has(self, key: str) -> bool:
+        return key in self._left
 
     def take(self, key: str) -> object:
         if key not in self._left:
@@ -398,16 +421,19 @@ class _Fields:
             raise FieldError(self.name(str(min(self._left))), "not a field of this version")
 
 
-def _layer(value: object, path: str) -> ManifestLayer:
+def _layer(value: object, path: str, version: int) -> ManifestLayer:
     fields = _Fields(value, path)
-    verity = fields.take("verity")
+    tree, verity, signature = fields.take("verity"), None, None
     try:
+        if tree is not None:
+            verity, signature = _verity(tree, f"{path}.verity", version)
         layer = ManifestLayer(
             layer_id=fields.text("id"),
             offset_bytes=fields.number("offset_bytes"),
             size_bytes=fields.number("size_bytes"),
             filesystem=fields.text("filesystem"),
-            verity=None if verity is None else _verity(verity, f"{path}.verity"),
+            verity=verity,
+            signature=signature,
             source_digest=fields.optional_text("source_digest"),
             content_digest=fields.optional_text("content_digest"),
             whiteouts=fields.optional_text("whiteouts"),
@@ -426,13 +452,15 @@ def _image(value: object, path: str) -> ManifestImage:
             raise FieldError(f"{path}.layers[{index}]", f"{name!r} is no text")
     ranges = fields.list_of("ranges", _MAX_LAYERS + 2)
     try:
+        verity, signature = _verity(fields.take("verity"), f"{path}.verity", VERSION)
         image = ManifestImage(
             image_id=fields.text("id"),
             layers=tuple(map(str, names)),
             ranges=tuple(
                 _range(part, f"{path}.ranges[{index}]") for index, part in enumerate(ranges)
             ),
-            verity=_verity(fields.take("verity"), f"{path}.verity"),
+            verity=verity,
+            signature=signature,
         )
     except FieldError as problem:
         raise _below(path, problem) from None
@@ -449,8 +477,12 @@ def _range(value: object, path: str) -> FileRange:
     return FileRange(offset_bytes=offset_bytes, size_bytes=size_bytes)
 
 
-def _verity(value: object, path: str) -> VerityParameters:
+def _verity(value: object, path: str, version: int) -> tuple[VerityParameters, bytes | None]:
+    """Return the parameters and, if there is one, the signature of their root digest."""
     fields = _Fields(value, path)
+    signature = None
+    if version > 1 and fields.has("signature"):
+        signature = fields.octets("signature")
     try:
         verity = VerityParameters(
             root_digest=fields.octets("root_digest"),
@@ -466,7 +498,7 @@ def _verity(value: object, path: str) -> VerityParameters:
     except FieldError as problem:
         raise _below(path, problem) from None
     fields.finish()
-    return verity
+    return verity, signature
 
 
 def _below(path: str, problem: FieldError) -> FieldError:
@@ -483,6 +515,13 @@ def verity_map(verity: VerityParameters) -> dict[str, object]:
     return {**verity.to_wire(), **digests}
 
 
+def _signed_map(verity: VerityParameters, signature: bytes | None) -> dict[str, object]:
+    """Return what ``Verity`` of a request reads: the parameters, and the signature if there is
+    one."""
+    signed = {} if signature is None else {"signature": signature.hex()}
+    return {**verity_map(verity), **signed}
+
+
 def _range_map(part: FileRange) -> dict[str, object]:
     return {"offset_bytes": part.offset_bytes, "size_bytes": part.size_bytes}
 
@@ -495,7 +534,7 @@ def image_spec(image: ManifestImage, device: Mapping[str, object]) -> dict[str, 
         "device": dict(device),
         "mapping": [_range_map(part) for part in image.ranges],
         "filesystem": "erofs",
-        "verity": verity_map(image.verity),
+        "verity": _signed_map(image.verity, image.signature),
     }
 
 
@@ -509,7 +548,7 @@ def layer_spec(layer: ManifestLayer, device: Mapping[str, object]) -> dict[str, 
         "filesystem": layer.filesystem,
     }
     if layer.verity is not None:
-        spec["verity"] = verity_map(layer.verity)
+        spec["verity"] = _signed_map(layer.verity, layer.signature)
     if layer.whiteouts is not None:
         spec["whiteouts"] = layer.whiteouts
     return spec
@@ -518,6 +557,16 @@ def layer_spec(layer: ManifestLayer, device: Mapping[str, object]) -> dict[str, 
 def _check_id(name: str) -> None:
     if not _LAYER_ID.match(name):
         raise FieldError("id", f"{name!r} is no layer id")
+
+
+def _check_signature(verity: VerityParameters | None, signature: bytes | None) -> None:
+    if signature is None:
+        return
+    if verity is None:
+        raise FieldError("signature", "there is no root digest that it could be over")
+    if not 0 < len(signature) <= MAX_SIGNATURE_BYTES:
+        problem = f"has {len(signature)} bytes, not 1 to {MAX_SIGNATURE_BYTES}"
+        raise FieldError("verity.signature", problem)
 
 
 def _check_range(name: str, part: FileRange, step: int) -> None:

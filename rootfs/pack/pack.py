@@ -15,7 +15,7 @@ import dataclasses
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Unpack
@@ -449,6 +449,33 @@ class Pack:
         except OSError as problem:
             raise from_os_error(problem, step="free the range of", object=name) from problem
         return removed
+
+    def sign(self, signatures: Mapping[str, bytes]) -> None:
+        """Put signatures of root digests into the manifest, by the ids of layers and images; what
+        is not named has none afterwards.
+
+        Raises:
+            CallError: ``invalid``, a layer is not verified, or a signature is empty or too long;
+                ``not_found``, no such layer or image; by errno.
+        """
+        step = "sign the pack"
+        self._require_writable(step)
+        manifest = self._manifest
+        for name in signatures:
+            if manifest.find_image(name) is None:
+                self._layer(name, step)
+        try:
+            layers = tuple(
+                dataclasses.replace(layer, signature=signatures.get(layer.layer_id))
+                for layer in manifest.layers
+            )
+            images = tuple(
+                dataclasses.replace(image, signature=signatures.get(image.image_id))
+                for image in manifest.images
+            )
+        except FieldError as problem:
+            raise _invalid(step, self.path, str(problem)) from None
+        self._commit(layers=layers, images=images, size_bytes=manifest.size_bytes)
 
     def check(
         self, *, progress: Progress | None = None, cancel: Deadline | None = None

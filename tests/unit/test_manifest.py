@@ -1,6 +1,7 @@
 """Manifests: exact refusals, the same judgement as the published schema, whole replacement."""
 
 import copy
+import dataclasses
 import json
 import os
 import time
@@ -11,7 +12,7 @@ import pytest
 
 from guestagent.api import LayerSpec
 from guestagent.storage.verity import FieldError
-from rootfs.pack.manifest import Manifest, layer_spec
+from rootfs.pack.manifest import Manifest, image_spec, layer_spec
 from vsock.errors import CallError
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "rootfs/schema"
@@ -39,6 +40,7 @@ GOOD: dict[str, object] = {
                 "hash_block_size": 4096,
                 "hash_offset_bytes": MIB,
                 "superblock": True,
+                "signature": "3082",
             },
             "source_digest": "sha256:" + "0" * 64,
             "content_digest": None,
@@ -71,6 +73,7 @@ GOOD: dict[str, object] = {
                 "hash_block_size": 4096,
                 "hash_offset_bytes": 384 * 4096,
                 "superblock": True,
+                "signature": "3083",
             },
         }
     ],
@@ -158,6 +161,14 @@ WRONG: list[tuple[Change, str]] = [
     (_set(*IMAGE, "verity", None), "images[0].verity"),
     (_set(*IMAGE, "verity", "salt", "0"), "images[0].verity.salt"),
     (_set(*IMAGE, "extra", 1), "images[0].extra"),
+    (_set(*VERITY, "signature", None), "layers[0].verity.signature"),
+    (_set(*VERITY, "signature", ""), "layers[0].verity.signature"),
+    (_set(*VERITY, "signature", "30820"), "layers[0].verity.signature"),
+    (_set(*VERITY, "signature", "MIIB"), "layers[0].verity.signature"),
+    (_set(*VERITY, "signature", "00" * 65537), "layers[0].verity.signature"),
+    (_set("layers", 1, "signature", "3082"), "layers[1].signature"),
+    (_set(*IMAGE, "verity", "signature", ""), "images[0].verity.signature"),
+    (_set(*IMAGE, "verity", "signature", 3), "images[0].verity.signature"),
 ]
 #: What a schema cannot see.
 BEYOND: list[tuple[Change, str]] = [
@@ -228,6 +239,7 @@ def former() -> dict[str, object]:
     value = copy.deepcopy(GOOD)
     value["version"] = 1
     del value["images"]
+    del value["layers"][0]["verity"]["signature"]  # type: ignore[index]
     return value
 
 
@@ -236,11 +248,21 @@ def test_version_1_is_read_as_it_was_published() -> None:
     schema = json.loads((SCHEMAS / "manifest-v1.json").read_text())
     assert jsonschema.Draft202012Validator(schema).is_valid(former())
     manifest = Manifest.from_json(former())
-    assert manifest.layers == Manifest.from_json(GOOD).layers
+    top, base = Manifest.from_json(GOOD).layers
+    assert manifest.layers == (dataclasses.replace(top, signature=None), base)
     assert manifest.images == ()
     with pytest.raises(FieldError) as caught:
         Manifest.from_json({**former(), "images": []})
     assert caught.value.field == "images"
+
+
+def test_version_1_has_no_signatures() -> None:
+    signed = copy.deepcopy(GOOD)
+    signed["version"] = 1
+    del signed["images"]
+    with pytest.raises(FieldError) as caught:
+        Manifest.from_json(signed)
+    assert caught.value.field == "layers[0].verity.signature"
 
 
 def test_a_later_version_is_refused_as_such(tmp_path: Path) -> None:
@@ -285,6 +307,15 @@ def test_the_request_is_one_that_the_agent_takes() -> None:
     assert top.verity.hash_offset_bytes == MIB
     base = LayerSpec.from_wire(layer_spec(manifest.layers[1], {"kind": "path", "path": "/dev/vdb"}))
     assert base.verity is None
+    app = LayerSpec.from_wire(image_spec(manifest.images[0], {"kind": "pmem", "number": 3}))
+    assert app.verity is not None
+    assert (top.verity.signature, app.verity.signature) == (b"\x30\x82", b"\x30\x83")
+
+
+def test_a_layer_that_is_not_verified_has_no_signature() -> None:
+    base = Manifest.from_json(GOOD).layers[1]
+    with pytest.raises(FieldError, match="signature: there is no root digest"):
+        dataclasses.replace(base, signature=b"\x30")
 
 
 def test_a_field_that_comes_twice_among_very_many_is_found_at_once(tmp_path: Path) -> None:

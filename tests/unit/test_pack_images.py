@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from guestagent.host.ctl.main import collect
 from guestagent.storage.verity import PART_STEP_BYTES, VerityTerms
@@ -18,10 +18,12 @@ from rootfs.image.images import build_image
 from rootfs.pack.manifest import Manifest, ManifestImage
 from rootfs.pack.mounting import plan_image_mount
 from rootfs.pack.pack import Pack
+from rootfs.pack.pkcs7 import verify_root_digest
 from rootfs.pack.signing import sign_manifest, verify_manifest
 from rootfs.verity.formatter import LAYER_SALT, format_image
 from rootfs.verity.verifier import verify_image
 from tests.beds.imagebed import Member, directory, make_tar
+from tests.beds.keybed import certificate_of, write_certificate, write_key
 from vsock.errors import CallError
 
 MIB = 1 << 20
@@ -351,6 +353,39 @@ def test_a_signature_is_over_the_images_too(pack: Path) -> None:
     with pytest.raises(CallError) as caught:
         verify_manifest(changed, signature, key.public_key())
     assert caught.value.object == "digest"
+
+
+def test_root_digests_of_layers_and_images_are_signed_in_the_manifest(
+    pack: Path, tmp_path: Path
+) -> None:
+    with Pack.open(pack, writable=True) as opened:
+        opened.merge("app", ["top", "base"])
+    signer = ec.generate_private_key(ec.SECP256R1())
+    certificate = certificate_of(signer)
+    words = ["pack", "sign", str(pack), "--key", str(write_key(tmp_path / "key", signer))]
+    assert CliRunner().invoke(collect(), words).exit_code == 2
+    words += ["--certificate", str(write_certificate(tmp_path / "crt", certificate)), "--json"]
+    done = CliRunner().invoke(collect(), words)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == {"signed": ["top", "base", "middle", "app"]}
+    signed = Manifest.load(f"{pack}.json")
+    for each in (*signed.layers, *signed.images):
+        assert each.verity is not None
+        assert each.signature is not None
+        verify_root_digest(each.verity.root_digest, each.signature, certificate)
+    with Pack.open(pack, writable=True) as opened:
+        assert opened.check().is_sound
+        opened.remove("app")
+        opened.merge("other", ["top"])
+        assert opened.manifest.layers == signed.layers
+        assert opened.manifest.images[0].signature is None
+        with pytest.raises(CallError, match="has no layer 'none'"):
+            opened.sign({"none": b"signature"})
+        with pytest.raises(CallError, match="has 0 bytes, not 1 to"):
+            opened.sign({"top": b""})
+        assert Manifest.load(f"{pack}.json") == opened.manifest
+        opened.sign({})
+        assert not opened.manifest.is_signed
 
 
 # --- how an image is mounted

@@ -25,6 +25,7 @@ from rootfs.machine import vmlinux
 from rootfs.machine.run_image import mount_request
 from rootfs.machine.vmlinux import unpack_kernel
 from rootfs.pack.manifest import Manifest
+from rootfs.pack.pack import Pack
 from tests.beds.imagebed import Layout, Member, directory
 from vsock.errors import CallError
 
@@ -265,6 +266,11 @@ def test_files_and_a_manifest_go_into_the_boot_image(layout: Path, tmp_path: Pat
     done = invoke("initramfs", *arguments, "--output", tmp_path / "none", "--image", "web")
     assert (done.exit_code, "its images: app" in done.stderr) == (1, True)
     assert not (tmp_path / "none").exists()
+    assert "sha256-" not in invoke("initramfs", *arguments, "--output", output, "--json").stdout
+    with Pack.open(pack, writable=True) as opened:
+        opened.sign({"app": b"signature"})
+    done = invoke("initramfs", *arguments, "--output", output, "--json")
+    assert "sha256-" in done.stdout  # the feature signatures
 
 
 @pytest.mark.parametrize(
