@@ -176,7 +176,13 @@ def _seconds(text: str) -> int:
 def _layer(text: str) -> str:
     from guestagent.api.texts import layer_from_text
 
-    layer_from_text(text, "layer")
+    def not_read(path: str) -> bytes:
+        # settings are read again where the boot image is gone; the boot reads the file
+        if not path.startswith("/"):
+            raise ValueError(f"signature {path!r} is no absolute path")
+        return b"-"
+
+    layer_from_text(text, "layer", not_read)
     return text
 
 
@@ -329,7 +335,7 @@ KEYS: tuple[Key, ...] = (
         "[,ranges=OFFSET+SIZE:OFFSET+SIZE...]"
         "[,readonly_policy=NAME][,whiteouts=KIND]"
         "[,salt=HEX,algorithm=NAME,hash_type=N,data_blocks=N,data_block_size=N,hash_block_size=N,"
-        "hash_offset=N]",
+        "hash_offset=N][,signature=PATH]",
         guards_security=True,
         repeat=True,
     ),

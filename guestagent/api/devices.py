@@ -262,7 +262,8 @@ class Verity(VerityTerms):
     def check(self) -> None:
         super().check()
         check_choice("preset", self.preset, VERITY_PRESETS)
-        check_range("signature length", len(self.signature or b""), 0, MAX_SIGNATURE_BYTES)
+        if self.signature is not None:
+            check_range("signature length", len(self.signature), 1, MAX_SIGNATURE_BYTES)
         if self.superblock:
             return
         for name in TREE_FIELDS:

@@ -22,6 +22,10 @@ from guestagent.api.overlays import (
 )
 from vsock.record import Record
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = (
     "ROOT_ID",
     "SCRATCH_TEXTS",
@@ -37,7 +41,7 @@ __all__ = (
 ROOT_ID = "root"
 #: What defines a hash tree; the root digest vouches for none of it.
 _TREE_NUMBERS = ("hash_type", "data_blocks", "data_block_size", "hash_block_size", "hash_offset")
-_VERITY_KEYS = ("salt", "algorithm", *_TREE_NUMBERS, "preset")
+_VERITY_KEYS = ("salt", "algorithm", *_TREE_NUMBERS, "preset", "signature")
 #: How a scratch is written, for help texts.
 SCRATCH_TEXTS = (
     "tmpfs:BYTES, dir:PATH[,create][,adopt], thin:POOL:BYTES[,FILESYSTEM], "
@@ -139,12 +143,16 @@ def _take_words(text: str, words: list[str], known: tuple[str, ...]) -> set[str]
     return found
 
 
-def layer_from_text(text: str, default_id: str) -> LayerSpec:
+def layer_from_text(
+    text: str, default_id: str, read_signature: "Callable[[str], bytes] | None" = None
+) -> LayerSpec:
     """Read DEVICE[,KEY=VALUE]... with the keys id, offset, size, root, fs, preset, target,
     readonly_policy, whiteouts, and for the hash tree salt (``-`` is none), algorithm, hash_type,
     data_blocks, data_block_size, hash_block_size, hash_offset. In place of offset and size,
     ``ranges`` has several ranges, as ``mapping_from_text`` reads them. ``root`` is the digest in
     hexadecimal, or ``none`` for a layer that is not verified: an absent root would be a guess.
+    ``signature`` is the path of a file with the signature of the root digest, which
+    ``read_signature`` reads; without it the key is refused.
 
     Raises:
         ValueError: a key is unknown, given twice, missing or malformed.
@@ -164,7 +172,7 @@ def layer_from_text(text: str, default_id: str) -> LayerSpec:
         layer_id=values.get("id", default_id),
         device=device_from_text(device),
         mapping=_mapping(text, values),
-        verity=_verity(text, values),
+        verity=_verity(text, values, read_signature),
         filesystem=values.get("fs", "erofs"),
         target=values.get("target"),
         readonly_policy=values.get("readonly_policy", "read"),
@@ -224,7 +232,9 @@ def _mapping(text: str, values: dict[str, str]) -> LayerMapping | None:
     )
 
 
-def _verity(text: str, values: dict[str, str]) -> Verity | None:
+def _verity(
+    text: str, values: dict[str, str], read_signature: "Callable[[str], bytes] | None"
+) -> Verity | None:
     root = values["root"]
     if root == "none":
         for key in _VERITY_KEYS:
@@ -232,7 +242,11 @@ def _verity(text: str, values: dict[str, str]) -> Verity | None:
                 raise ValueError(f"layer {text!r}: {key} contradicts root=none")
         return None
     numbers = {name: _number(name, values[name]) for name in _TREE_NUMBERS if name in values}
-    salt = values.get("salt")
+    salt, signature = values.get("salt"), None
+    if "signature" in values:
+        if read_signature is None:
+            raise ValueError(f"layer {text!r}: no signature is read here")
+        signature = read_signature(values["signature"])
     return Verity(
         root_digest=_bytes(text, "root", root),
         salt=None if salt is None else _bytes(text, "salt", salt.removeprefix("-")),
@@ -243,6 +257,7 @@ def _verity(text: str, values: dict[str, str]) -> Verity | None:
         hash_block_size=numbers.get("hash_block_size"),
         hash_offset_bytes=numbers.get("hash_offset"),
         preset=values.get("preset", "default"),
+        signature=signature,
     )
 
 

@@ -1,4 +1,4 @@
-"""What to mount at boot, from the settings. Pure but for reading the manifest.
+"""What to mount at boot, from the settings. Pure but for reading manifests and signatures.
 
 | root=        | hash area on the device | what happens                        |
 |--------------|-------------------------|-------------------------------------|
@@ -9,6 +9,7 @@
 """
 
 from guestagent.api import LayerSpec, OverlaySpec
+from guestagent.api.devices import MAX_SIGNATURE_BYTES
 from guestagent.api.texts import (
     ROOT_ID,
     device_from_text,
@@ -67,7 +68,10 @@ def plan_boot(
             return None
         raise CallError("invalid", "guestagent.overlay= without any layer", object="overlay")
     try:
-        specs = [layer_from_text(text, f"layer{index}") for index, text in enumerate(layers)]
+        specs = [
+            layer_from_text(text, f"layer{index}", _read_signature)
+            for index, text in enumerate(layers)
+        ]
         images: dict[str, tuple[str, ...]] = {}
         for manifest in manifests:
             image, found = _from_manifest(manifest, flattens_erofs)
@@ -161,13 +165,7 @@ def _named(path: str, found: list[dict[str, object]], name: object, kind: str) -
 def _load(path: str, digest: str | None) -> dict[str, object]:
     import json
 
-    try:
-        with open(path, "rb") as stream:
-            raw = stream.read(_MAX_MANIFEST_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"manifest {path!r} cannot be read: {error.strerror}") from None
-    if len(raw) > _MAX_MANIFEST_BYTES:
-        raise ValueError(f"manifest {path!r} is larger than {_MAX_MANIFEST_BYTES} bytes")
+    raw = _read("manifest", path, _MAX_MANIFEST_BYTES)
     if digest is not None:
         hasher = new_hash("sha256")
         hasher.update(raw)
@@ -182,6 +180,22 @@ def _load(path: str, digest: str | None) -> dict[str, object]:
     if not isinstance(document, dict):
         raise ValueError(f"manifest {path!r} is no map")
     return document
+
+
+def _read_signature(path: str) -> bytes:
+    return _read("signature", path, MAX_SIGNATURE_BYTES)
+
+
+def _read(kind: str, path: str, most_bytes: int) -> bytes:
+    """Read a file of the boot image; ``kind`` is what it should be, for the error."""
+    try:
+        with open(path, "rb") as stream:
+            raw = stream.read(most_bytes + 1)
+    except OSError as error:
+        raise ValueError(f"{kind} {path!r} cannot be read: {error.strerror}") from None
+    if len(raw) > most_bytes:
+        raise ValueError(f"{kind} {path!r} is larger than {most_bytes} bytes")
+    return raw
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -96,6 +96,45 @@ def test_a_layer_may_say_all_that_defines_its_hash_tree() -> None:
     assert plan.layers[0].verity == Verity(root_digest=bytes.fromhex(ROOT), salt=b"")
 
 
+def test_a_layer_may_name_the_signature_of_its_root_digest(tmp_path: Path) -> None:
+    path = tmp_path / "a.p7s"
+    path.write_bytes(b"\x30\x82")
+    plan = plan_boot((f"{layer('a')},signature={path}",), None, ())
+    assert plan is not None
+    assert plan.layers[0].verity == Verity(root_digest=bytes.fromhex(ROOT), signature=b"\x30\x82")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "signature '.*a.p7s' cannot be read: No such file"),
+        (b"", "signature length must be in 1"),
+        (b"s" * 65537, "signature '.*a.p7s' is larger than 65536 bytes"),
+    ],
+)
+def test_a_signature_that_cannot_be_used_ends_the_boot(
+    tmp_path: Path, content: bytes | None, problem: str
+) -> None:
+    path = tmp_path / "a.p7s"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CallError, match=problem):
+        plan_boot((f"{layer('a')},signature={path}",), None, ())
+
+
+@pytest.mark.parametrize("flattens_erofs", [True, False])
+def test_a_manifest_may_hold_signatures(tmp_path: Path, flattens_erofs: bool) -> None:
+    path = image_manifest(tmp_path / "m.json")
+    document = json.loads(path.read_text())
+    for each in (*document["layers"], *document["images"]):
+        each["verity"]["signature"] = each["id"].encode().hex()
+    path.write_text(json.dumps(document))
+    plan = plan_boot((), None, (f"{path},pmem:0,image=app",), flattens_erofs=flattens_erofs)
+    assert plan is not None
+    found = [spec.verity.signature for spec in plan.layers if spec.verity is not None]
+    assert found == ([b"app"] if flattens_erofs else [b"upper", b"lower"])
+
+
 def test_a_manifest_says_all_that_defines_a_hash_tree(tmp_path: Path) -> None:
     plan = plan_boot((), None, (f"{manifest(tmp_path / 'm.json')},pmem:0",))
     assert plan is not None
@@ -160,6 +199,11 @@ def test_a_manifest_names_layers_with_all_that_verifies_them(tmp_path: Path) -> 
         ((layer("a") + ",data_block_size=8192",), None, "data_block_size"),
         ((layer("a") + ",algorithm=md5",), None, "algorithm"),
         ((layer("a").replace(ROOT, "none") + ",salt=",), None, "salt contradicts root=none"),
+        (
+            (layer("a").replace(ROOT, "none") + ",signature=/a",),
+            None,
+            "signature contradicts root=none",
+        ),
         ((layer("a").replace(ROOT, "abcd"),), None, "2 bytes"),
         ((layer("a", "pmem:x"),), None, "'x' is no number"),
         ((layer("a", "pmem:1_0"),), None, "'1_0' is no number"),

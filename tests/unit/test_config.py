@@ -118,6 +118,16 @@ def test_layers_gather() -> None:
     assert config.log == "error"
 
 
+def test_the_file_of_a_signature_is_not_read_with_the_settings() -> None:
+    text = f"layer=pmem:0,root={'00' * 32},signature"
+    config, problems = read_settings(settings(f"{text}=/etc/base.p7s"))
+    assert problems == ()
+    assert config.layers == (f"{text}=/etc/base.p7s".removeprefix("layer="),)
+    (problem,) = read_settings(settings(f"{text}=base.p7s"))[1]
+    assert problem.fatal
+    assert "signature 'base.p7s' is no absolute path" in problem.text
+
+
 def test_a_guarding_setting_cannot_be_turned_by_a_second_one() -> None:
     config, problems = read_settings(settings("require_verity=1", "require_verity=0"))
     assert [problem.fatal for problem in problems] == [True]

@@ -418,7 +418,9 @@ def test_invalid_command_line_is_usage_error_and_sends_no_request(
     assert agent.asked == []
 
 
-def test_a_batch_as_text_and_as_json(agent: Recorder, ctl: Callable[..., Result]) -> None:
+def test_a_batch_as_text_and_as_json(
+    agent: Recorder, ctl: Callable[..., Result], tmp_path: Path
+) -> None:
     digest = "ab" * 32
     words = (f"pmem:0,root={digest},id=top", "/dev/vda,root=none", "--overlay", "root")
     ctl("layers", "mount", *words, "--scratch", "tmpfs:8192")
@@ -433,6 +435,13 @@ def test_a_batch_as_text_and_as_json(agent: Recorder, ctl: Callable[..., Result]
     assert LayersMount.from_wire(request(agent, "layers.mount")) == batch
     assert ctl("layers", "mount", "--request", "-", text=b"[" * 100_000).exit_code == 2
     assert ctl("layers", "mount", "--request", "-", *words, text=text).exit_code == 2
+    agent.asked.clear()
+    (tmp_path / "top.p7s").write_bytes(b"signed")
+    ctl("layers", "mount", f"pmem:0,root={digest},signature={tmp_path}/top.p7s")
+    (signed,) = LayersMount.from_wire(request(agent, "layers.mount")).layers
+    assert signed.verity == Verity(root_digest=bytes.fromhex(digest), signature=b"signed")
+    missing = ctl("layers", "mount", f"pmem:0,root={digest},signature={tmp_path}/no")
+    assert (missing.exit_code, "cannot be read: No such file" in missing.stderr) == (2, True)
     unknown = b'{"layers": [], "unknown": 1}'
     done = ctl("layers", "mount", "--request", "-", text=unknown)
     assert (done.exit_code, "unknown" in done.stderr) == (1, True)
@@ -619,6 +628,18 @@ def test_a_pack_is_mounted_and_unmounted(
     assert batch.overlay is not None
     assert batch.overlay.layers == ids
     assert batch.overlay.scratch is not None
+    agent.asked.clear()
+    assert f"signed: {', '.join(ids)}" in ctl("pack", "sign", path, *more[:2]).stdout
+    ctl("pack", "mount", path, *words)  # the manifest has them now
+    for sent in LayersMount.from_wire(request(agent, "layers.mount")).layers:
+        assert sent.verity is not None
+        assert sent.verity.signature == sent.layer_id.encode()
+    agent.asked.clear()
+    ctl("pack", "mount", path, *words, "--no-signatures")
+    for sent in LayersMount.from_wire(request(agent, "layers.mount")).layers:
+        assert sent.verity is not None
+        assert sent.verity.signature is None
+    assert ctl("pack", "mount", path, "--no-signatures", *more[:2]).exit_code == 2
     ctl("pack", "unmount", path, "--overlay", "root", "--force")
     assert request(agent, "layers.unmount") == {
         "layers": list(ids),

@@ -25,7 +25,7 @@ from guestagent.api.overlays import (
 )
 from guestagent.api.texts import SCRATCH_TEXTS, layer_from_text, scratch_from_text
 from guestagent.host.ctl.completion import complete_layers, complete_overlays
-from guestagent.host.ctl.layer import describe_gone
+from guestagent.host.ctl.layer import describe_gone, read_signature
 from guestagent.host.ctl.session import Session, pass_session
 from guestagent.host.ctl.style import described, plain, spent, table
 
@@ -239,7 +239,8 @@ def mount_many(
     """Mount layers in parallel, then an overlay of them: all or nothing.
 
     LAYER is DEVICE,root=HEX[,id=ID][,offset=N,size=N][,fs=TYPE][,target=PATH], with the keys of the
-    hash tree as in guestagent.layer= of the kernel command line; topmost first.
+    hash tree and signature=PATH as in guestagent.layer= of the kernel command line; topmost first.
+    The file of a signature is one of this machine.
     """
     if (request_file is None) == (not layer_texts):
         raise click.UsageError("say either LAYERs or --request FILE")
@@ -251,7 +252,9 @@ def mount_many(
             text = request_file.read(_MAX_REQUEST_BYTES)
             request = LayersMount.from_wire(json.loads(text))
         else:
-            specs = tuple(layer_from_text(t, f"layer{n}") for n, t in enumerate(layer_texts))
+            specs = tuple(
+                layer_from_text(t, f"layer{n}", _signature) for n, t in enumerate(layer_texts)
+            )
             spec = optional_overlay(overlay_id, _ids(specs), words)
             request = LayersMount(layers=specs, overlay=spec)
     except (ValueError, RecursionError) as error:
@@ -259,6 +262,14 @@ def mount_many(
     with session.agent() as guest:
         reply = guest.layers_mount(request)
     session.show(reply, lambda: describe_batch(reply))
+
+
+def _signature(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return read_signature(file)
+    except OSError as error:
+        raise ValueError(f"signature {path!r} cannot be read: {error.strerror}") from None
 
 
 def _ids(specs: tuple[LayerSpec, ...]) -> tuple[str, ...]:
