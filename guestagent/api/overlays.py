@@ -63,6 +63,7 @@ class DeviceScratch(Record):
 class DirectoryScratch(Record):
     """Changes are kept in a directory below the allowed root, which stays with them.
 
+    It and the directories that lead to it must be root's, and written by root alone or sticky.
     ``existing`` says what becomes of an earlier overlay's changes there: ``refuse`` or ``adopt``.
     ``create`` makes the directory if it is missing, and those that lead to it.
     """

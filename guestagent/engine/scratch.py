@@ -24,7 +24,6 @@ from guestagent.storage import syscalls
 from guestagent.storage.makefs import empty_directory
 from guestagent.storage.mount import TargetDirectory, mount_filesystem, open_mounted
 from guestagent.storage.mountinfo import filesystem_at, find_mount
-from guestagent.storage.overlayfs import open_plain
 from vsock.errors import CallError
 from vsock.log import log
 
@@ -67,6 +66,8 @@ def make_scratch(
                 _copy_attributes(fd, upper)
             finally:
                 os.close(fd)
+        if isinstance(scratch, DirectoryScratch):
+            _check_entries(live.path)
         if spec.options.userxattr:
             _check_user_attributes(work)
         if os.path.isdir(f"{live.path}/{_VOLATILE}"):
@@ -104,18 +105,24 @@ def _make_directory(path: str, op: Transaction, *, is_adopted: bool) -> bool:
 def _copy_attributes(fd: int, path: str) -> None:
     """Give a directory the owner, mode, extended attributes and times of an open one."""
     found, source = os.fstat(fd), f"/proc/self/fd/{fd}"
-    os.chown(path, found.st_uid, found.st_gid)
-    os.chmod(path, stat.S_IMODE(found.st_mode))
-    for name in os.listxattr(source):
-        if name.startswith(("trusted.overlay.", "user.overlay.")):
-            continue  # overlayfs's own, about the layer
-        try:
-            os.setxattr(path, name, os.getxattr(source, name))
-        except OSError as error:
-            if error.errno != errno.ENOTSUP:
-                raise
-            log.warning("the scratch cannot hold an attribute", path=path, attribute=name)
-    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    # its new owner may replace it where its directory is sticky: what is changed stays this one
+    target_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    target = f"/proc/self/fd/{target_fd}"
+    try:
+        os.chown(target, found.st_uid, found.st_gid)
+        os.chmod(target, stat.S_IMODE(found.st_mode))
+        for name in os.listxattr(source):
+            if name.startswith(("trusted.overlay.", "user.overlay.")):
+                continue  # overlayfs's own, about the layer
+            try:
+                os.setxattr(target, name, os.getxattr(source, name))
+            except OSError as error:
+                if error.errno != errno.ENOTSUP:
+                    raise
+                log.warning("the scratch cannot hold an attribute", path=path, attribute=name)
+        os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
+    finally:
+        os.close(target_fd)
 
 
 def _check_user_attributes(path: str) -> None:
@@ -186,8 +193,6 @@ def _use_directory(
 ) -> LiveScratch:
     with op.step("scratch", scratch.path, code="mount"):
         root = check_target(scratch.path, state.rules.scratch_roots, "scratch")
-        if not scratch.create or os.path.lexists(scratch.path):
-            _check_directory(scratch.path)
     _claim(state, overlay_id, scratch.path, op)
     if scratch.create and not os.path.lexists(scratch.path):
         with op.step("scratch", scratch.path, code="mount"):
@@ -195,19 +200,48 @@ def _use_directory(
             made.close()
         op.on_rollback(f"directory {scratch.path}", lambda: remove_directories(made.created))
     with op.step("scratch", scratch.path, code="mount"):
+        _check_directory(scratch.path)
         _, filesystem = filesystem_at(scratch.path)
     return LiveScratch(kind=scratch.kind, path=scratch.path, filesystem=filesystem)
 
 
 def _check_directory(path: str) -> None:
-    """Check that a path is a directory that no link leads to; it may be a mount point."""
-    try:
-        os.close(open_plain(path))
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        text = f"a link leads to scratch {path!r}, which is not followed"
-        raise CallError("denied", text, errno=error.errno, object=path) from error
+    """Check that a path is a directory which root alone can replace; it may be a mount point.
+
+    What is in it is made by its path, and so it is mounted before Linux 6.13. Nobody can change
+    what a path leads to if each directory on it is root's and is written by root alone, or is
+    sticky, in which the next one is root's: what was checked first keeps the rest in its place.
+    """
+    place = ""
+    for name in path.split("/"):
+        place = f"{place}/{name}" if name else place
+        found = os.lstat(place or "/")
+        if stat.S_ISLNK(found.st_mode):
+            text = f"a link leads to scratch {path!r}, which is not followed"
+            raise CallError("denied", text, errno=errno.ELOOP, object=path)
+        if not stat.S_ISDIR(found.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
+            raise _replaceable(path, place or "/")
+
+
+def _check_entries(path: str) -> None:
+    """Check that in a sticky directory the entries of the overlay are root's."""
+    if not os.lstat(path).st_mode & 0o022:
+        return
+    for entry in (f"{path}/upper", f"{path}/work"):
+        found = os.lstat(entry)
+        if found.st_uid != 0 or not stat.S_ISDIR(found.st_mode):
+            raise _replaceable(path, entry)
+
+
+def _replaceable(path: str, place: str) -> CallError:
+    return CallError(
+        "denied",
+        f"scratch {path!r}: a user other than root could replace {place!r} or what is in it",
+        object=path,
+        hint="it and the directories that lead to it must be root's, and written by root alone",
+    )
 
 
 def _mount_tmpfs(

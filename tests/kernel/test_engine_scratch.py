@@ -403,6 +403,73 @@ def test_a_scratch_directory_is_made_and_stays(bed: EngineBed) -> None:
         shutil.rmtree(path.parent)
 
 
+@pytest.mark.parametrize("create", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "owner", "inner_mode", "inner_owner"),
+    [
+        (0o777, 0, 0o755, 0),
+        (0o775, 0, 0o755, 0),
+        (0o755, 65534, 0o755, 0),
+        (0o1777, 65534, 0o755, 0),
+        (0o755, 0, 0o777, 0),
+        (0o1777, 0, 0o755, 65534),
+    ],
+)
+def test_a_scratch_directory_that_another_user_can_replace_is_refused(
+    bed: EngineBed, mode: int, owner: int, inner_mode: int, inner_owner: int, create: bool
+) -> None:
+    """Such a user could put a link in its place between a check and the mount."""
+    outer, path = Path("/run/shared"), Path("/run/shared/o")
+    try:
+        for made, its_mode, uid in ((outer, mode, owner), (path, inner_mode, inner_owner)):
+            made.mkdir()
+            os.chown(made, uid, uid)
+            made.chmod(its_mode)
+        scratch = DirectoryScratch(path=str(path), create=create)
+        error = refused(bed, "o", scratch)
+        assert (error.code, error.step) == ("denied", "scratch")
+        place = outer if inner_mode == 0o755 and not inner_owner else path
+        assert f"a user other than root could replace '{place}'" in error.message
+        if place == outer and create:
+            path.rmdir()
+            assert refused(bed, "o", scratch).code == "denied"
+            assert not path.exists()
+    finally:
+        shutil.rmtree(outer)
+
+
+def test_a_scratch_directory_of_root_may_be_in_a_sticky_one(bed: EngineBed) -> None:
+    outer = Path("/run/shared")
+    outer.mkdir()
+    outer.chmod(0o1777)
+    try:
+        report = mount(bed, "o", DirectoryScratch(path="/run/shared/o", create=True))
+        Path(report.target, "new").write_text("kept")
+        unmount(bed)
+        assert Path("/run/shared/o/upper/new").read_text() == "kept"
+    finally:
+        shutil.rmtree(outer)
+
+
+@pytest.mark.parametrize("owner", [0, 65534])
+def test_in_a_sticky_scratch_directory_the_entries_are_of_root(bed: EngineBed, owner: int) -> None:
+    path = Path("/run/shared")
+    for made in (path, path / "upper", path / "work"):
+        made.mkdir()
+    path.chmod(0o1777)
+    os.chown(path / "work", owner, owner)
+    try:
+        scratch = DirectoryScratch(path=str(path), existing="adopt")
+        if owner:
+            error = refused(bed, "o", scratch)
+            assert (error.code, "'/run/shared/work'" in error.message) == ("denied", True)
+        else:
+            mount(bed, "o", scratch)
+            unmount(bed)
+    finally:
+        shutil.rmtree(path)
+
+
 def test_a_scratch_directory_is_not_made_through_a_link(bed: EngineBed, tmp_path: Path) -> None:
     Path("/run/way").symlink_to(tmp_path)
     try:
