@@ -31,7 +31,7 @@ from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import thin
 from guestagent.storage.devicemapper.targets import Target
 from guestagent.storage.devicemapper.thin import PoolTable
-from guestagent.storage.filesystems import HEAD_BYTES, detect
+from guestagent.storage.filesystems import detect
 from guestagent.storage.mountinfo import find_mount
 from guestagent.thin.metadata import Superblock
 from guestagent.thin.pool import (
@@ -58,6 +58,8 @@ _METADATA_BYTES_MAX = 255 * ((1 << 14) - 64) * 4096
 _DATA_BLOCKS_MIN = 16
 _LOW_WATER_PART = 10
 _ALIGNED_BYTES = 4096
+#: A data disk that is blank has this much of zeros at its start.
+_HEAD_BYTES = 128 * 1024
 _LISTED_IDS = 64
 
 
@@ -664,36 +666,40 @@ def _too_small(disk: BlockDevice, least: int) -> CallError:
 
 
 def _refuse_content(disk: BlockDevice) -> None:
-    """Refuse a data disk that begins with a file system, or with the records of a pool."""
+    """Refuse a data disk that is not blank at its start, as a scratch device is refused."""
     head = _head_of(disk)
-    found = detect(lambda offset, size: head[offset : offset + size].ljust(size, b"\0"))
-    if found is None and not is_slot(head):
+    if not any(head):
         return
+    found = detect(lambda offset, size: head[offset : offset + size].ljust(size, b"\0"))
+    what = found or "unknown data"
+    if is_slot(head):
+        what = "the records of a pool whose metadata is elsewhere"
     raise CallError(
         "conflict",
-        f"data device {disk.node} is not empty: it starts with "
-        f"{found or 'the records of a pool whose metadata is elsewhere'}",
+        f"data device {disk.node} is not empty: it starts with {what}",
         object=disk.node,
-        hint="clear its first 4096 bytes to lose what is on it",
+        hint=f"clear its first {_HEAD_BYTES} bytes to lose what is on it",
     )
 
 
 def _head_of(disk: BlockDevice) -> bytes:
+    blockdev.flush(disk.node)
     fd = os.open(disk.node, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.pread(fd, max(HEAD_BYTES, _ALIGNED_BYTES), 0)
+        return os.pread(fd, _HEAD_BYTES, 0)
     finally:
         os.close(fd)
 
 
 def _unmake(metadata: BlockDevice, data: BlockDevice) -> None:
-    """Clear what makes two disks a pool that were none before."""
-    blockdev.flush(data.node)
-    disks = (metadata, data) if is_slot(_head_of(data)) else (metadata,)
-    for disk in disks:
+    """Clear what makes two disks a pool that were blank before."""
+    sizes = {metadata: thin.METADATA_BLOCK_BYTES}
+    if is_slot(_head_of(data)):
+        sizes[data] = _HEAD_BYTES
+    for disk, size_bytes in sizes.items():
         fd = os.open(disk.node, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            os.pwrite(fd, bytes(_ALIGNED_BYTES), 0)
+            os.pwrite(fd, bytes(size_bytes), 0)
             os.fsync(fd)
         finally:
             os.close(fd)

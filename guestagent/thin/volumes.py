@@ -88,7 +88,7 @@ class Volumes(PoolScratches):
                 if request.origin is not None:
                     self._check_origin(request, op)
                 volume = pool.make(volume, None, op)
-                if request.filesystem is not None and request.origin is None:
+                if request.filesystem is not None or request.origin is not None:
                     self._format(pool, volume, op)
                 self._record(pool, volume, op)
                 op.commit()
@@ -220,10 +220,13 @@ class Volumes(PoolScratches):
                 raise CallError("invalid", text, object="params.filesystem")
 
     def _format(self, pool: Pool, volume: VolumeRecord, op: Transaction) -> None:
-        assert volume.filesystem is not None
-        with op.step("format", volume.volume_id):
+        """Activate a new volume once: to make its file system, or to see that its origin can be
+        used."""
+        with op.step("thin-activate", volume.volume_id):
             info = pool.activate(volume, op)
-            make_filesystem(volume.filesystem, info.node, op.deadline)
+        if volume.filesystem is not None and volume.external_origin is None:
+            with op.step("format", volume.volume_id):
+                make_filesystem(volume.filesystem, info.node, op.deadline)
         with op.step("thin-deactivate", info.name):
             devices.remove_device(self._state.control, info.name, op.deadline)
 

@@ -53,7 +53,7 @@ class Disks:
         """Clear what makes a disk a pool's, for the next test."""
         for node in (self.metadata, self.data):
             fd = os.open(node, os.O_WRONLY)
-            os.pwrite(fd, bytes(64 * 1024), 0)
+            os.pwrite(fd, bytes(128 * 1024), 0)
             os.fsync(fd)
             os.close(fd)
 

@@ -213,7 +213,7 @@ def test_agent_that_is_killed_at_any_step(
             assert bed.engine.problems() == ()
             finish(bed, disks, volumes)
         disks.blank()
-        Path(more).write_bytes(bytes(65536))
+        Path(more).write_bytes(bytes(131072))
         if not died:
             return
     raise AssertionError("the request never ends")

@@ -200,6 +200,12 @@ def test_data_disk_with_content_is_refused(bed: ThinBed, disks: Disks) -> None:
     Path(disks.metadata).write_bytes(bytes(4096))
     error = refusal(lambda: bed.open(disks.spec()))
     assert (error.code, "records of a pool" in error.message) == ("conflict", True)
+    disks.blank()
+    with open(disks.data, "r+b") as file:
+        file.seek(100_000)
+        file.write(b"what nobody knows")
+    error = refusal(lambda: bed.open(disks.spec()))
+    assert (error.code, "unknown data" in error.message) == ("conflict", True)
 
 
 @pytest.mark.parametrize(("metadata_bytes", "data_bytes"), [(MIB, 64 * MIB), (4 * MIB, 512 * 1024)])

@@ -375,6 +375,13 @@ def test_volume_over_a_read_only_disk(bed: ThinBed, tmp_path: Path) -> None:
         assert refusal(lambda: bed.create("o", 4 * MIB, origin=origin)).code == "invalid"
         error = refusal(lambda: bed.create("o", origin=origin, filesystem="xfs"))
         assert "holds ext4" in error.message
+        held = tmp_path / "held"
+        held.mkdir()
+        run("mount", "-o", "ro,noload", node, held)
+        error = refusal(lambda: bed.create("o", origin=origin))
+        assert (error.code, error.errno) == ("busy", errno.EBUSY), str(error)
+        assert bed.volumes() == {}
+        run("umount", held)
         made = bed.create("o", origin=origin)
         assert (made.mapped_sectors, made.external_origin) == (0, f"block device {node!r}")
         bed.mount("o")
