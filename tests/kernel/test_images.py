@@ -47,10 +47,12 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("inline_tails", [True, False])
-def test_every_kind_of_inode_in_erofs(tmp_path: Path, everything: Path, inline_tails: bool) -> None:
+def test_every_kind_of_inode_in_erofs(
+    tmp_path: Path, everything: Path, inline_tails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(everything / "socket"))
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     build_image(everything, tmp_path / "image", inline_tails=inline_tails)
     with mounted(tmp_path / "image", "erofs", tmp_path / "mnt") as target:
         assert_same(file_facts(target), file_facts(everything))
