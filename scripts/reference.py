@@ -14,6 +14,7 @@ from guestagent.api import (
     net,
     observe,
     overlays,
+    share,
     thin,
 )
 from guestagent.api.agent import EVENT_KINDS, FEATURES
@@ -79,6 +80,7 @@ CHOICES: dict[str, tuple[str, Iterable[str]]] = {
         "`algorithm` of FsChecksum, FsChecksums and FsChecksumDevice",
         inspect.CHECKSUM_ALGORITHMS,
     ),
+    "SHARE_KINDS": ("`kind` of ShareMount", share.SHARE_KINDS),
     "ADOPT": ("`adopt` of PoolOpen", thin.ADOPT),
     "ON_FULL": ("`on_full` of PoolOpen", thin.ON_FULL),
     "POOL_MODES": ("`mode` of PoolReport", thin.POOL_MODES),

@@ -22,6 +22,7 @@ from guestagent.api import (
     net,
     observe,
     overlays,
+    share,
     thin,
 )
 from guestagent.api.agent import Event
@@ -88,5 +89,6 @@ METHODS = collect_methods(
         inspect_devices,
         inspect,
         thin,
+        share,
     )
 )

@@ -62,6 +62,8 @@ FEATURES = {
     "events": "`agent.subscribe` and `agent.events`",
     "inspect": "the methods `fs.*`",
     "verify": "`layer.verify`",
+    "share-virtiofs": "`share.*` with shares of this kind",
+    "share-9p": "`share.*` with shares of this kind",
     "net-configure": "the methods `net.*`",
     "device-labels": "a device of the kind `label`",
     "readonly-policy": "`readonly_policy` of a layer",

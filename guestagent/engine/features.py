@@ -107,6 +107,7 @@ def missing_of(
         "dm": target,
         "preset": preset,
         "fs": filesystem,
+        "share": filesystem,
         "overlay": way,
         "scratch": scratch,
     }

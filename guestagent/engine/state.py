@@ -40,6 +40,12 @@ class Rules(Record):
         return (*self.target_roots, *more)
 
     @property
+    def share_roots(self) -> tuple[str, ...]:
+        """Return the directories below which a shared directory may be mounted."""
+        more = ("/run/shares",) if self.target_roots == TARGET_ROOTS else ()
+        return (*self.target_roots, *more)
+
+    @property
     def scratch_roots(self) -> tuple[str, ...]:
         """Return the directories below which a scratch directory may lie."""
         return ("/run",) if self.target_roots == TARGET_ROOTS else self.target_roots

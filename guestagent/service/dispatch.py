@@ -93,6 +93,8 @@ class Service:
             self._late_handler("dev.list")
         if "pool" in parts:
             self._late_handler("pool.list")
+        if "share" in parts:
+            self._late_handler("share.list")
 
     def attach(self, server: Server) -> None:
         """Let the status tell of the server's connections and requests."""
@@ -241,6 +243,10 @@ class Service:
             from guestagent.service.thin import ThinHandlers
 
             return handlers_of(ThinHandlers(self._engine))
+        if method.startswith("share."):
+            from guestagent.service.share import ShareHandlers
+
+            return handlers_of(ShareHandlers(self._engine))
         from guestagent.service.streams import InspectHandlers
 
         return InspectHandlers(self._engine).table
@@ -269,7 +275,7 @@ def _request_of(context: Context) -> "Request[Record]":
 def _trace(context: Context) -> dict[str, str]:
     """Return what a line of the log says of a call: what it is about, and its trace."""
     fields = {}
-    for name in ("layer_id", "overlay_id", "tree_id", "pool_id", "volume_id"):
+    for name in ("layer_id", "overlay_id", "tree_id", "pool_id", "volume_id", "share_id"):
         value = context.params.get(name)
         if isinstance(value, str) and len(value) <= _ID_MAX:
             fields[name.removesuffix("_id")] = value

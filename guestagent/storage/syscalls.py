@@ -59,6 +59,7 @@ MOUNT_ATTR_NODIRATIME = 0x80
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 STATX_MNT_ID = 0x1000
+AT_STATX_DONT_SYNC = 0x4000
 AT_RECURSIVE = 0x8000
 RESOLVE_NO_XDEV = 0x1
 RESOLVE_NO_MAGICLINKS = 0x2
@@ -323,7 +324,8 @@ def mount_of(path: str, *, fd: int = AT_FDCWD) -> tuple[str, int]:
     """
     result = ctypes.create_string_buffer(_STATX_BYTES)
     address = ctypes.addressof(result)
-    flags = 0 if path else AT_EMPTY_PATH
+    # the file system's server, if it has one, need not be asked for these numbers
+    flags = AT_STATX_DONT_SYNC | (0 if path else AT_EMPTY_PATH)
     _call_number("statx", path, fd, _text(path), flags, STATX_MNT_ID, address)
     major, minor, mount_id = _STATX_MOUNT.unpack_from(result, _STATX_DEV_AT)
     return f"{major}:{minor}", mount_id

@@ -60,6 +60,11 @@ FEATURES: Mapping[str, Feature] = {
         optional_modules=("aes_generic", "aesni-intel", "aes-ce-blk"),
     ),
     "thin": Feature(summary="pools of thin volumes (dm-thin)", modules=("dm-mod", "dm-thin-pool")),
+    "share": Feature(
+        summary="directories that the host serves (virtiofs, 9p)",
+        modules=("virtio_pci",),
+        optional_modules=("virtiofs", "9p", "9pnet_virtio"),
+    ),
     "overlay": Feature(summary="overlayfs", modules=("overlay",)),
     "vsock": Feature(
         summary="AF_VSOCK to the host",

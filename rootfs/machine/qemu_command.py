@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from guestagent.api.share import TAG_BYTES
+
 __all__ = (
     "DiskSpec",
     "MachineSpec",
     "NetworkSpec",
     "PmemSpec",
     "Runtime",
+    "ShareSpec",
     "blockdev",
     "disk_device",
     "port_path",
@@ -91,6 +94,29 @@ class NetworkSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShareSpec:
+    """A directory of the host that the guest may mount by ``tag``.
+
+    For 9p ``path`` is the directory, which QEMU serves with the rights of its own user. For
+    virtiofs it is the socket of a virtiofsd that serves the directory, and listens already; whether
+    the guest may write is up to that program.
+    """
+
+    path: Path
+    tag: str
+    kind: str = "virtiofs"
+    readonly: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in TAG_BYTES:
+            raise ValueError(f"unknown kind {self.kind!r} of share: {' or '.join(TAG_BYTES)}")
+        if not 0 < len(self.tag.encode()) <= TAG_BYTES[self.kind]:
+            raise ValueError(
+                f"tag {self.tag!r}: 1 to {TAG_BYTES[self.kind]} bytes with {self.kind}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MachineSpec:
     """A virtual machine.
 
@@ -110,6 +136,7 @@ class MachineSpec:
     pmem: tuple[PmemSpec, ...] = ()
     disks: tuple[DiskSpec, ...] = ()
     networks: tuple[NetworkSpec, ...] = ()
+    shares: tuple[ShareSpec, ...] = ()
     vsock_cid: int | None = 3
     accel: str = "auto"
     console_path: Path | None = None
@@ -130,6 +157,9 @@ class MachineSpec:
         luns = [disk.lun for disk in self.disks if disk.bus == "scsi"]
         if len(luns) != len(set(luns)):
             raise ValueError(f"SCSI disks with the same LUN: {luns}")
+        tags = [(share.kind, share.tag) for share in self.shares]
+        if len(tags) != len(set(tags)):
+            raise ValueError(f"shares with the same tag: {sorted(tag for _, tag in tags)}")
         for name in self.ttys:
             if name not in _TTY_DEVICES:
                 raise ValueError(f"unknown tty {name!r}: {' or '.join(_TTY_DEVICES)}")
@@ -179,6 +209,7 @@ def qemu_command(spec: MachineSpec, runtime: Runtime) -> list[str]:
         *_vsock(spec, runtime),
         *_disks(spec),
         *_networks(spec),
+        *_shares(spec),
         *_serial_ports(spec, runtime),
         *_root_ports(spec),
     ]
@@ -289,6 +320,21 @@ def _networks(spec: MachineSpec) -> Iterator[str]:
             "mac": network.mac,
             "romfile": "",
         })  # fmt: skip
+
+
+def _shares(spec: MachineSpec) -> Iterator[str]:
+    for number, share in enumerate(spec.shares):
+        name, path = f"share{number}", _escaped(share.path)
+        if share.kind == "virtiofs":
+            yield from ("-chardev", f"socket,id={name},path={path}")
+            device: dict[str, object] = {"driver": "vhost-user-fs-pci", "chardev": name}
+            device["tag"] = share.tag
+        else:
+            readonly = "on" if share.readonly else "off"
+            where = f"path={path},security_model=none,readonly={readonly}"
+            yield from ("-fsdev", f"local,id={name},{where}")
+            device = {"driver": "virtio-9p-pci", "fsdev": name, "mount_tag": share.tag}
+        yield from _json("-device", device)
 
 
 def blockdev(disk: DiskSpec, node: str) -> dict[str, object]:

@@ -76,6 +76,9 @@ COMMANDS = {
     "volume.unmount": "volume unmount p v",
     "volume.grow": "volume grow p v --size 2097152",
     "volume.trim": "volume trim p v",
+    "share.mount": "share mount s host --kind 9p --target /run/x --write --msize 65536",
+    "share.unmount": "share unmount s",
+    "share.list": "share list",
     "device.remove": "device remove scsi:0:0",
     "dm.list": "dm list",
     "dm.table": "dm table x",
@@ -507,6 +510,13 @@ class Hostile(Recorder):
         names = {"tree_id": "x", "target": "x", "mount_id": 0}
         return {**names, "already": False, "timings_ms": {}}
 
+    def share_mount(self, _call: Call) -> object:
+        texts = dict.fromkeys(("share_id", "tag", "kind", "state", "target", "dev"), "x")
+        return {**texts, "mount_id": 1, "read_only": True, "options": ["x"]}
+
+    def share_list(self, call: Call) -> object:
+        return {"shares": [self.share_mount(call)]}
+
     def _node(self) -> dict[str, object]:
         texts = dict.fromkeys(("path", "way", "state", "rdev", "target"), "x")
         return {**texts, "kind": "link", **dict.fromkeys(("uid", "gid", "mode"), 0)}
@@ -564,6 +574,8 @@ def spoilt(value: object, name: str = "") -> object:
         "dev list x",
         "dev closure /dev/null",
         "dev attach x /dev",
+        "share mount x host",
+        "share list",
         "dm list",
         "dm table x",
         "dm status x",

@@ -262,7 +262,7 @@ def test_a_signature_is_never_dropped():
 
 VERITY = {"linear": (1, 4, 0), "verity": (1, 10, 0)}
 OTHERS = {"crypt": (1, 24, 0), "thin-pool": (1, 22, 0)}
-KNOWN = frozenset(("erofs", "squashfs", "ext4", "xfs", "tmpfs", "overlay"))
+KNOWN = frozenset(("erofs", "squashfs", "ext4", "xfs", "tmpfs", "overlay", "virtiofs", "9p"))
 
 
 def features(

@@ -12,6 +12,7 @@ from rootfs.machine.qemu_command import (
     NetworkSpec,
     PmemSpec,
     Runtime,
+    ShareSpec,
     disk_device,
     qemu_command,
     tty_path,
@@ -274,3 +275,43 @@ def test_a_wrong_machine_is_refused(change: dict[str, Any], message: str) -> Non
 def test_a_serial_that_the_guest_would_not_see_whole_is_refused(serial: str) -> None:
     with pytest.raises(ValueError, match="serial"):
         DiskSpec(path=Path("/a"), serial=serial)
+
+
+def test_shares_by_9p_and_by_virtiofs(runtime: Runtime) -> None:
+    shares = (
+        ShareSpec(path=Path("/a,b"), tag="one", kind="9p"),
+        ShareSpec(path=Path("/c"), tag="two", kind="9p", readonly=False),
+        ShareSpec(path=Path("/socket,d"), tag="one"),
+    )
+    argv = qemu_command(spec(shares=shares), runtime)
+    assert values(argv, "-fsdev") == [
+        "local,id=share0,path=/a,,b,security_model=none,readonly=on",
+        "local,id=share1,path=/c,security_model=none,readonly=off",
+    ]
+    assert "socket,id=share2,path=/socket,,d" in values(argv, "-chardev")
+    assert values(argv, "-device") == [
+        {"driver": "virtio-9p-pci", "fsdev": "share0", "mount_tag": "one"},
+        {"driver": "virtio-9p-pci", "fsdev": "share1", "mount_tag": "two"},
+        {"driver": "vhost-user-fs-pci", "chardev": "share2", "tag": "one"},
+    ]
+    (ram,) = values(argv, "-object")
+    assert ram["share"]  # virtiofsd maps the guest's memory
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tag": "x" * 32, "kind": "9p"}, "1 to 31 bytes"),
+        ({"tag": "x" * 37}, "1 to 36 bytes"),
+        ({"tag": ""}, "1 to 36 bytes"),
+        ({"tag": "x", "kind": "nfs"}, "unknown kind"),
+    ],
+)
+def test_a_share_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShareSpec(path=Path("/a"), **fields)
+
+
+def test_two_shares_with_one_tag_are_refused() -> None:
+    with pytest.raises(ValueError, match="shares with the same tag"):
+        spec(shares=(ShareSpec(path=Path("/a"), tag="x"), ShareSpec(path=Path("/b"), tag="x")))

@@ -23,6 +23,7 @@ from guestagent.service.devtree import DevHandlers
 from guestagent.service.dispatch import QUICK_METHODS, Service
 from guestagent.service.layers import LayerHandlers
 from guestagent.service.net import NetHandlers
+from guestagent.service.share import ShareHandlers
 from guestagent.service.streams import InspectHandlers
 from guestagent.service.thin import ThinHandlers
 from vsock.address import UnixAddress
@@ -152,6 +153,7 @@ def test_each_method_has_one_handler(bed):
         DeviceHandlers,
         InspectHandlers,
         ThinHandlers,
+        ShareHandlers,
     )
     declared = [
         function

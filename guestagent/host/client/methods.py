@@ -59,6 +59,7 @@ from guestagent.api.overlays import (
     TrimReply,
 )
 from guestagent.api.request import Request
+from guestagent.api.share import ShareList, ShareMount, ShareReport, ShareUnmount
 from guestagent.host.client.streams import FsStream, ProgressCallback
 from vsock.record import Record
 from vsock.rpc import Limits
@@ -257,6 +258,21 @@ class AgentMethods(Caller):
     def dev_destroy(self, tree_id: str) -> None:
         """Take a tree away; ``busy`` names what still has it."""
         self.call(DevDestroy(tree_id=tree_id))
+
+    # --- shared directories
+
+    def share_mount(self, request: ShareMount) -> ShareReport:
+        """Mount a directory of the host. The same request again answers the same, with
+        ``already``."""
+        return self.call(request)
+
+    def share_unmount(self, share_id: str) -> UnmountReply:
+        """Unmount a shared directory; ``busy`` names what still uses it."""
+        return self.call(ShareUnmount(share_id=share_id))
+
+    def share_list(self) -> tuple[ShareReport, ...]:
+        """Return every shared directory as the kernel has it."""
+        return self.call(ShareList()).shares
 
     # --- network
 

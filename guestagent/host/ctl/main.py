@@ -23,6 +23,7 @@ from guestagent.host.ctl.net import net
 from guestagent.host.ctl.overlay import layers, overlay
 from guestagent.host.ctl.profiles import complete_profiles
 from guestagent.host.ctl.session import Session, uses_session
+from guestagent.host.ctl.share import share
 from guestagent.host.ctl.status import status
 from guestagent.host.ctl.thin import pool, volume
 from guestagent.host.ctl.top import top
@@ -159,6 +160,7 @@ def collect() -> click.Group:
         pool,
         volume,
         dev,
+        share,
         dm,
         device,
         fs,

@@ -1,0 +1,99 @@
+"""``guestctl share``: directories of the host in the guest."""
+
+import click
+
+from guestagent.api.share import (
+    MSIZE_MAX,
+    MSIZE_MIN,
+    SHARE_KINDS,
+    ShareListReply,
+    ShareMount,
+    ShareReport,
+)
+from guestagent.host.ctl.layer import describe_gone
+from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.style import described, spent, table
+
+__all__ = ("share",)
+
+
+@click.group()
+def share() -> None:
+    """Directories that the host serves to the guest by virtiofs or 9p."""
+
+
+@share.command("mount")
+@click.argument("share_id")
+@click.argument("tag")
+@click.option("--kind", type=click.Choice(SHARE_KINDS), default=SHARE_KINDS[0], show_default=True)
+@click.option("--target", metavar="PATH", help="Default: /run/shares/SHARE_ID.")
+@click.option("--write", "is_writable", is_flag=True, help="Let the guest write to it.")
+@click.option(
+    "--msize",
+    "msize_bytes",
+    type=click.IntRange(MSIZE_MIN, MSIZE_MAX),
+    help="Bytes of the largest message of a 9p share.",
+)
+@pass_session
+def mount(
+    session: Session,
+    share_id: str,
+    tag: str,
+    kind: str,
+    target: str | None,
+    is_writable: bool,
+    msize_bytes: int | None,
+) -> None:
+    """Mount the directory that the host serves under TAG."""
+    try:
+        request = ShareMount(
+            share_id=share_id,
+            tag=tag,
+            kind=kind,
+            target=target,
+            read_only=not is_writable,
+            msize_bytes=msize_bytes,
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    with session.agent() as guest:
+        report = guest.share_mount(request)
+    session.show(report, lambda: _describe(report))
+
+
+@share.command("unmount")
+@click.argument("share_id")
+@pass_session
+def unmount(session: Session, share_id: str) -> None:
+    """Unmount a share; busy while it is in use."""
+    with session.agent() as guest:
+        reply = guest.share_unmount(share_id)
+    session.show(reply, lambda: describe_gone(reply))
+
+
+@share.command("list")
+@pass_session
+def list_shares(session: Session) -> None:
+    """List the shares of a guest."""
+    with session.agent() as guest:
+        shares = guest.share_list()
+    header = ("SHARE", "STATE", "KIND", "TAG", "ACCESS", "TARGET")
+    rows = [
+        (each.share_id, each.state, each.kind, each.tag, _access(each), each.target)
+        for each in shares
+    ]
+    session.show(ShareListReply(shares=shares), lambda: table(header, rows))
+
+
+def _access(report: ShareReport) -> str:
+    return "ro" if report.read_only else "rw"
+
+
+def _describe(report: ShareReport) -> str:
+    facts = [
+        ("target", f"{report.target} (mount {report.mount_id})"),
+        ("tag", f"{report.tag} ({report.kind})"),
+        ("options", ",".join(report.options)),
+        ("ms", spent(report.timings_ms)),
+    ]
+    return described("share", report.share_id, report.state, facts)

@@ -1,0 +1,1 @@
+"""Directories of the host: mounted by their tag, listed, unmounted, adopted after a restart."""

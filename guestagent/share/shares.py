@@ -1,0 +1,359 @@
+"""The shared directories that are mounted: each a mount of virtiofs or 9p, known by its tag.
+
+A share has one entry in the journal. The mount is made first and is nowhere; its device and mount
+id are written down before it is attached, so that a restart knows the mount wherever the agent was
+killed: what was whole is adopted, the rest is undone.
+
+A tag is mounted once: a second mount of virtiofs would be the same superblock, read-only or not as
+the first one is, and 9p refuses it.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from functools import partial
+
+from guestagent.api.layers import UnmountReply
+from guestagent.api.share import ShareMount, ShareReport
+from guestagent.engine.inventory import Reservation, refuse_other_spec
+from guestagent.engine.plan import check_target
+from guestagent.engine.state import EngineState
+from guestagent.engine.teardown import (
+    missing_directories,
+    nothing_to_unmount,
+    refuse_held,
+    refuse_mounts_elsewhere,
+    refuse_other_mounts,
+    remove_directories,
+    undo_deadline,
+    unmount_target,
+)
+from guestagent.engine.transaction import Transaction
+from guestagent.storage import syscalls
+from guestagent.storage.fscontext import FsContextError, attach
+from guestagent.storage.mount import TargetDirectory, open_detached
+from guestagent.storage.mountinfo import Mount, find_mount, mounts_of_dev, whereabouts
+from vsock.errors import CallError
+from vsock.log import log
+from vsock.record import Record
+
+__all__ = ("LiveShare", "Shares", "served_tags")
+
+#: Name of the part in the journal and in reservations.
+PART = "share"
+_MAX_SHARES = 64
+#: Where the kernel tells the tags that it has a device for: virtiofs since Linux 6.9.
+_TAG_PLACES = {
+    "virtiofs": ("/sys/fs/virtiofs", "tag"),
+    "9p": ("/sys/bus/virtio/drivers/9pnet_virtio", "mount_tag"),
+}
+_TAG_MAX_BYTES = 256
+#: What a mount fails with where no device has the tag: virtio_fs_get_tree of fs/fuse/virtio_fs.c,
+#: p9_virtio_create of net/9p/trans_virtio.c.
+_NO_TAG = {"virtiofs": errno.EINVAL, "9p": errno.ENOENT}
+
+
+class LiveShare(Record):
+    """A share. ``dev`` (MAJOR:MINOR) is its file system and ``mount_id`` its mount.
+
+    A share that is not ``whole`` is being made. ``created`` are the directories on the way to its
+    target that were made, outermost first.
+    """
+
+    spec: ShareMount
+    created: tuple[str, ...]
+    dev: str = ""
+    mount_id: int = 0
+    whole: bool = False
+
+    def is_mount(self, mount: Mount | None) -> bool:
+        """Return whether a mount is that of the share, wherever it is by now."""
+        return (
+            mount is not None
+            and (mount.dev, mount.mount_id) == (self.dev, self.mount_id)
+            and (mount.filesystem, mount.source) == (self.spec.kind, self.spec.tag)
+        )
+
+    def mount(self) -> Mount | None:
+        """Return the mount of the share, wherever it is by now."""
+        return next(filter(self.is_mount, mounts_of_dev(self.dev)), None) if self.dev else None
+
+
+class Shares:
+    """Every method may be called from many threads at once."""
+
+    def __init__(self, state: EngineState) -> None:
+        """Adopt or undo what an earlier agent has left; nothing else may use it meanwhile."""
+        self._state = state
+        self._shares: dict[str, LiveShare] = {}
+        for live in state.journal.read_part(PART, LiveShare):
+            what = _name(live)
+            try:
+                self._recover(live)
+            except (OSError, CallError) as error:
+                log.error("cannot recover", what=what, error=str(error))
+                state.inventory.note_problem(what, f"{what} cannot be undone: {error}")
+        for path in state.journal.damaged():
+            state.inventory.note_problem(path, f"journal entry {path!r} could not be read")
+
+    # --- requests
+
+    def mount(self, spec: ShareMount, op: Transaction) -> ShareReport:
+        """Mount a share, or say that just this one is there already.
+
+        Raises:
+            CallError: ``not_found``, nothing serves the tag; ``conflict``, the id, the tag or the
+                target is another's, or the share is not as it was mounted any more;
+                ``unsupported``, the kernel does not have the file system; any other code of the
+                contract. Nothing is left behind.
+        """
+        share_id = spec.share_id
+        keys = [(PART, share_id), ("share-tag", f"{spec.kind}-{spec.tag}")]
+        with self._state.locks.hold(keys, op.deadline):
+            live = self._shares.get(share_id)
+            if live is not None:
+                refuse_other_spec("share", share_id, spec, live.spec)
+                with op.step("read back", spec.mount_point, code="mount"):
+                    _check_mount(live)
+                return self._report(live).replace(already=True)
+            self._refuse_second(spec)
+            if len(self._shares) >= _MAX_SHARES:
+                raise CallError("resource", f"there are {_MAX_SHARES} shares", object=share_id)
+            with op:
+                live = self._make(spec, op)
+                with op.step("commit", share_id, code="resource"):
+                    self._write(live)
+                op.commit()
+            self._shares[share_id] = live
+            return self._report(live).replace(timings_ms=op.timings_ms)
+
+    def unmount(self, share_id: str, op: Transaction) -> UnmountReply:
+        """Unmount a share. Idempotent.
+
+        Raises:
+            CallError: ``busy``, with the holders named in the hint; ``conflict``, another mount
+                covers it.
+        """
+        with self._state.locks.hold([(PART, share_id)], op.deadline):
+            live = self._shares.get(share_id)
+            if live is None:
+                return nothing_to_unmount(op)
+            target = live.spec.mount_point
+            with op:
+                with op.step("look", target):
+                    refuse_other_mounts(self._state, live.dev, target, op)
+                    refuse_mounts_elsewhere(frozenset((live.dev,)), target, op)
+                was_mounted = live.mount() is not None and unmount_target(target, op, dev=live.dev)
+                if was_mounted:
+                    op.on_rollback(f"unmount of {target}", partial(self._restore, live))
+                    refuse_held(self._state, live.dev, target, op, filesystem=live.spec.kind)
+                op.commit()
+            del self._shares[share_id]
+            self._forget(live)
+        return UnmountReply(
+            unmounted=(target,) if was_mounted else (),
+            removed_devices=(),
+            timings_ms=op.timings_ms,
+            already=False,
+        )
+
+    def list(self) -> tuple[ShareReport, ...]:
+        """Describe all shares, without asking the host's servers."""
+        return tuple(map(self._report, tuple(self._shares.values())))
+
+    def take_down_all(self, op: Transaction, force: bool) -> None:
+        """Unmount every share; with ``force`` go on past those that are busy."""
+        for share_id in tuple(self._shares):
+            try:
+                self.unmount(share_id, op)
+            except CallError as error:
+                if not force:
+                    raise
+                log.warning("left behind", error=str(error))
+
+    # --- the steps
+
+    def _refuse_second(self, spec: ShareMount) -> None:
+        for live in tuple(self._shares.values()):
+            if (live.spec.kind, live.spec.tag) == (spec.kind, spec.tag):
+                text = f"{spec.kind} tag {spec.tag!r} is mounted as share {live.spec.share_id!r}"
+                raise CallError("conflict", text, step="claim", object=spec.tag)
+
+    def _make(self, spec: ShareMount, op: Transaction) -> LiveShare:
+        state, target = self._state, spec.mount_point
+        allowed = check_target(target, state.rules.share_roots)
+        with op.step("tag", spec.tag):
+            _refuse_unserved(spec)
+        owner = (PART, spec.share_id)
+        missing = missing_directories(target, op)
+        created = state.inventory.reserve(owner, target, missing=missing).directories
+        op.on_rollback("reservation", lambda: state.inventory.release(owner))
+        live = LiveShare(spec=spec, created=created)
+        with op.step("journal", spec.share_id, code="resource"):
+            self._write(live)
+        remove_entry = partial(state.journal.remove_part, PART, spec.share_id)
+        op.on_rollback("journal entry", remove_entry, is_record=True)
+        live = self._attach(live, allowed, op)
+        with op.step("read back", target, code="mount"):
+            _check_mount(live)
+        return live.replace(whole=True)
+
+    def _attach(self, live: LiveShare, allowed: str, op: Transaction) -> LiveShare:
+        """Mount a share at its target; return it with its device and mount id, written down."""
+        spec, target = live.spec, live.spec.mount_point
+        with op.step("target", target, code="mount"):
+            directory = TargetDirectory(target, root=allowed)
+        with directory:
+            op.on_rollback("target directory", partial(remove_directories, live.created))
+            with op.step("filesystem", spec.tag, code="mount"):
+                mount_fd = _open_share(spec)
+            try:
+                dev, mount_id = syscalls.mount_of("", fd=mount_fd)
+                live = live.replace(dev=dev, mount_id=mount_id)
+                for mount in mounts_of_dev(dev):
+                    text = f"{spec.kind} tag {spec.tag!r} is mounted at {mount.target!r}"
+                    hint = "another program mounted it; unmount that first"
+                    raise CallError("conflict", text, step="filesystem", object=spec.tag, hint=hint)
+                with op.step("journal", spec.share_id, code="resource"):
+                    self._write(live)
+                with op.step("mount", target, code="mount"):
+                    attach(mount_fd, directory.fd)
+            finally:
+                os.close(mount_fd)
+        op.on_rollback(f"mount at {target}", partial(self._undo_mount, live))
+        return live
+
+    def _restore(self, live: LiveShare) -> None:
+        """Mount a share again whose unmount failed half-way; its device number may be new."""
+        allowed = check_target(live.spec.mount_point, self._state.rules.share_roots)
+        with undo_deadline(self._state) as deadline, Transaction(deadline) as op:
+            again = self._attach(live, allowed, op)
+            self._write(again)
+            op.commit()
+        self._shares[live.spec.share_id] = again
+
+    def _undo_mount(self, live: LiveShare) -> None:
+        if live.mount() is not None:
+            with undo_deadline(self._state) as deadline, Transaction(deadline) as op:
+                unmount_target(live.spec.mount_point, op, dev=live.dev)
+
+    def _forget(self, live: LiveShare) -> None:
+        state, what = self._state, _name(live)
+        state.tidy(f"the directories of {what}", remove_directories, live.created)
+        remove: Callable[..., None] = state.journal.remove_part
+        state.tidy(f"the journal of {what}", remove, PART, live.spec.share_id)
+        state.inventory.release((PART, live.spec.share_id))
+        state.inventory.settle_problem(what)
+
+    def _write(self, live: LiveShare) -> None:
+        self._state.journal.write_part(PART, live.spec.share_id, live)
+
+    def _recover(self, live: LiveShare) -> None:
+        spec = live.spec
+        if live.whole and live.mount() is not None:
+            reservation = Reservation(target=spec.mount_point, directories=live.created)
+            self._state.inventory.adopt((PART, spec.share_id), reservation)
+            self._shares[spec.share_id] = live
+            return
+        self._undo_mount(live)
+        remove_directories(live.created)
+        self._state.journal.remove_part(PART, spec.share_id)
+
+    def _report(self, live: LiveShare) -> ShareReport:
+        spec = live.spec
+        mount = find_mount(spec.mount_point)
+        is_there = live.is_mount(mount)
+        return ShareReport(
+            share_id=spec.share_id,
+            tag=spec.tag,
+            kind=spec.kind,
+            state="mounted" if is_there else "unmounted",
+            target=spec.mount_point,
+            dev=live.dev,
+            mount_id=live.mount_id,
+            read_only=spec.read_only,
+            options=mount.options if mount is not None and is_there else (),
+        )
+
+
+def _name(live: LiveShare) -> str:
+    return f"share {live.spec.share_id}"
+
+
+def served_tags(kind: str, root: str = "") -> tuple[str, ...] | None:
+    """Return the tags that the kernel has a device for; None where it does not tell them.
+
+    ``root`` is put before the paths of sysfs.
+    """
+    place, name = _TAG_PLACES[kind]
+    try:
+        entries = os.listdir(root + place)
+    except FileNotFoundError:
+        return None
+    tags = []
+    for entry in sorted(entries):
+        # a driver's directory holds more than devices; a device may go meanwhile
+        try:
+            with open(f"{root}{place}/{entry}/{name}", "rb") as file:
+                tag = file.read(_TAG_MAX_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        tags.append(os.fsdecode(tag.rstrip(b"\0\n")))
+    return tuple(tags)
+
+
+def _refuse_unserved(spec: ShareMount) -> None:
+    tags = served_tags(spec.kind)
+    if tags is not None and spec.tag not in tags:
+        raise _unserved(spec, f"served are {', '.join(map(repr, tags)) or 'no tags'}")
+
+
+def _unserved(spec: ShareMount, hint: str | None, number: int | None = None) -> CallError:
+    text = f"no {spec.kind} device of this machine has the tag {spec.tag!r}"
+    return CallError("not_found", text, errno=number, object=spec.tag, hint=hint)
+
+
+def _open_share(spec: ShareMount) -> int:
+    """Mount a share nowhere yet and return the mount's descriptor, which the caller owns.
+
+    Raises:
+        CallError: ``not_found`` or ``unsupported``.
+        FsContextError: the kernel refused for another reason.
+    """
+    options: tuple[tuple[str, str | None], ...] = ()
+    if spec.kind == "9p":
+        options = (("trans", "virtio"), ("version", "9p2000.L"))
+        if spec.msize_bytes is not None:
+            options += (("msize", str(spec.msize_bytes)),)
+    flags = ("nodev", "nosuid", *(("ro",) if spec.read_only else ()))
+    try:
+        return open_detached(source=spec.tag, filesystem=spec.kind, flags=flags, options=options)
+    except FsContextError as error:
+        if error.step == "mount-open" and error.errno == errno.ENODEV:
+            text = f"the kernel has no file system {spec.kind}"
+            hint = "build the boot image with the feature share"
+            raise CallError("unsupported", text, object=spec.kind, hint=hint) from error
+        if error.step == "mount-create" and error.errno == _NO_TAG[spec.kind]:
+            raise _unserved(spec, None, error.errno) from error
+        raise
+
+
+def _check_mount(live: LiveShare) -> None:
+    """See that the kernel has what was asked for.
+
+    Raises:
+        CallError: ``conflict``, another mount is there by now, or the superblock was there before
+            and is read-only.
+    """
+    spec = live.spec
+    mount = find_mount(spec.mount_point)
+    if mount is None or not live.is_mount(mount):
+        where = whereabouts(spec.mount_point, live.dev, live.mount_id)
+        raise CallError("conflict", f"what was mounted is {where}", object=spec.mount_point)
+    wanted = {"nosuid", "nodev", "ro" if spec.read_only else "rw"}
+    missing = wanted.difference(mount.options)
+    if not spec.read_only and "ro" in mount.super_options:
+        missing.add("rw")
+    if missing:
+        text = f"{spec.mount_point!r} is mounted without {', '.join(sorted(missing))}"
+        raise CallError("conflict", text, object=spec.mount_point)
