@@ -25,6 +25,7 @@ from vsock.errors import CallError, ConnectionClosed
 PROGRAMS = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
 GUESTCTL = (sys.executable, "-c", "from guestagent.host.ctl import main; main()")
 BUSYBOX = Path("/usr/bin/busybox")
+STEPS = Path(__file__).parents[1] / "beds/share_guest.py"
 CONTENT = b"from the host\n"
 TARGET = "/run/shares/s"
 
@@ -63,7 +64,9 @@ def server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def machine(start_machine: Callable[..., Machine], kernel: Kernel, server: Path) -> Machine:
     """A machine with the share ``host``, and a shell."""
     spec = InitramfsSpec(
-        kernel=kernel, features=(*DEFAULT_FEATURES, "share"), files=(("bin/busybox", BUSYBOX),)
+        kernel=kernel,
+        features=(*DEFAULT_FEATURES, "share"),
+        files=(("bin/busybox", BUSYBOX), ("steps.py", STEPS)),
     )
     return start_machine(
         initrd=build_initramfs(spec, cache_dir=CACHE_DIR).path,
@@ -155,6 +158,15 @@ def test_9p_on_a_kernel_without_it(guest: GuestAgent) -> None:
         guest.share_mount(ShareMount(share_id="s", tag="host", kind="9p"))
     assert caught.value.code == "unsupported"
     assert guest.share_list() == ()
+
+
+def test_failure_and_death_at_every_step_of_a_request(machine: Machine, guest: GuestAgent) -> None:
+    assert guest.share_list() == ()
+    done = shell(machine, "/usr/bin/python3 -IS /steps.py")
+    assert (done.returncode, done.stderr) == (0, b"")
+    mount_steps, unmount_steps = map(int, done.stdout.split())
+    assert mount_steps >= 8
+    assert unmount_steps >= 2
 
 
 def test_next_agent_adopts_the_share(machine: Machine) -> None:
