@@ -182,8 +182,6 @@ class Shares:
     def _make(self, spec: ShareMount, op: Transaction) -> LiveShare:
         state, target = self._state, spec.mount_point
         allowed = check_target(target, state.rules.share_roots)
-        with op.step("tag", spec.tag):
-            _refuse_unserved(spec)
         owner = (PART, spec.share_id)
         missing = missing_directories(target, op)
         created = state.inventory.reserve(owner, target, missing=missing).directories
@@ -302,17 +300,6 @@ def served_tags(kind: str, root: str = "") -> tuple[str, ...] | None:
     return tuple(tags)
 
 
-def _refuse_unserved(spec: ShareMount) -> None:
-    tags = served_tags(spec.kind)
-    if tags is not None and spec.tag not in tags:
-        raise _unserved(spec, f"served are {', '.join(map(repr, tags)) or 'no tags'}")
-
-
-def _unserved(spec: ShareMount, hint: str | None, number: int | None = None) -> CallError:
-    text = f"no {spec.kind} device of this machine has the tag {spec.tag!r}"
-    return CallError("not_found", text, errno=number, object=spec.tag, hint=hint)
-
-
 def _open_share(spec: ShareMount) -> int:
     """Mount a share nowhere yet and return the mount's descriptor, which the caller owns.
 
@@ -320,6 +307,9 @@ def _open_share(spec: ShareMount) -> int:
         CallError: ``not_found`` or ``unsupported``.
         FsContextError: the kernel refused for another reason.
     """
+    tags = served_tags(spec.kind)
+    if tags is not None and spec.tag not in tags:
+        raise _unserved(spec, f"served are {', '.join(map(repr, tags)) or 'no tags'}")
     options: tuple[tuple[str, str | None], ...] = ()
     if spec.kind == "9p":
         options = (("trans", "virtio"), ("version", "9p2000.L"))
@@ -329,13 +319,28 @@ def _open_share(spec: ShareMount) -> int:
     try:
         return open_detached(source=spec.tag, filesystem=spec.kind, flags=flags, options=options)
     except FsContextError as error:
-        if error.step == "mount-open" and error.errno == errno.ENODEV:
-            text = f"the kernel has no file system {spec.kind}"
-            hint = "build the boot image with the feature share"
-            raise CallError("unsupported", text, object=spec.kind, hint=hint) from error
-        if error.step == "mount-create" and error.errno == _NO_TAG[spec.kind]:
-            raise _unserved(spec, None, error.errno) from error
-        raise
+        raise _meaning(spec, error) from error
+
+
+def _meaning(spec: ShareMount, error: FsContextError) -> CallError | FsContextError:
+    """Return what an error of a mount says of the kernel or the tag; itself if nothing special."""
+    missing = ""
+    if (error.step, error.errno) == ("mount-open", errno.ENODEV):
+        missing = f"file system {spec.kind}"
+    elif spec.kind == "9p" and error.errno == errno.EINVAL and served_tags("9p") is None:
+        missing = "virtio transport for 9p"
+    if missing:
+        hint = "build the boot image with the feature share, for a kernel that has it"
+        text = f"the kernel has no {missing}"
+        return CallError("unsupported", text, errno=error.errno, object=spec.kind, hint=hint)
+    if (error.step, error.errno) == ("mount-create", _NO_TAG[spec.kind]):
+        return _unserved(spec, None, error.errno)
+    return error
+
+
+def _unserved(spec: ShareMount, hint: str | None, number: int | None = None) -> CallError:
+    text = f"no {spec.kind} device of this machine has the tag {spec.tag!r}"
+    return CallError("not_found", text, errno=number, object=spec.tag, hint=hint)
 
 
 def _check_mount(live: LiveShare) -> None:
