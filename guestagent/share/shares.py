@@ -146,7 +146,7 @@ class Shares:
                 was_mounted = live.mount() is not None and unmount_target(target, op, dev=live.dev)
                 if was_mounted:
                     op.on_rollback(f"unmount of {target}", partial(self._restore, live))
-                    refuse_held(self._state, live.dev, target, op, filesystem=live.spec.kind)
+                refuse_held(self._state, live.dev, target, op, filesystem=live.spec.kind)
                 op.commit()
             del self._shares[share_id]
             self._forget(live)

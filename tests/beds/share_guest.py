@@ -22,7 +22,9 @@ from vsock.deadline import Deadline
 from vsock.errors import CallError
 
 ROOT, STATE = "/run/bed", "/run/bed-state"
-SPEC = ShareMount(share_id="s", tag="host", target=f"{ROOT}/deep/er", read_only=False)
+#: virtiofs or 9p
+KIND = sys.argv[1]
+SPEC = ShareMount(share_id="s", tag="host", kind=KIND, target=f"{ROOT}/deep/er", read_only=False)
 MAX_STEPS = 40
 Request = Callable[[Shares, Transaction], object]
 
@@ -59,7 +61,7 @@ class Bed:
 
     def world(self) -> tuple[object, ...]:
         """Return what the kernel, the journal and the shares have, without numbers."""
-        mounts = [(m.target, m.options) for m in read_mounts() if m.filesystem == "virtiofs"]
+        mounts = [(m.target, m.options) for m in read_mounts() if m.filesystem == KIND]
         places = [ROOT, *(f"{ROOT}/{name}" for name in ("deep", "deep/er"))]
         directories = [place for place in places if os.path.exists(place)]
         journal = sorted(name for name in os.listdir(STATE) if name.startswith("share"))
@@ -149,7 +151,8 @@ def refuse_to_leave_a_superblock() -> None:
 
 
 def main() -> None:
-    refuse_to_leave_a_superblock()
+    if KIND == "virtiofs":  # 9p cannot be mounted again as long as the file system is there
+        refuse_to_leave_a_superblock()
     failed = {"mount": fail_at_every_step(mount), "unmount": fail_at_every_step(unmount)}
     died = {"mount": die_at_every_step(mount, unmount), "unmount": 0}
     died["unmount"] = die_at_every_step(unmount, mount)
