@@ -10,6 +10,7 @@ the first one is, and 9p refuses it.
 
 import errno
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -31,8 +32,10 @@ from guestagent.engine.teardown import (
 from guestagent.engine.transaction import Transaction
 from guestagent.storage import syscalls
 from guestagent.storage.fscontext import FsContextError, attach
+from guestagent.storage.makefs import are_programs_forbidden
 from guestagent.storage.mount import TargetDirectory, open_detached
 from guestagent.storage.mountinfo import Mount, find_mount, mounts_of_dev, whereabouts
+from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
 from vsock.record import Record
@@ -47,6 +50,15 @@ _TAG_PLACES = {
     "virtiofs": ("/sys/fs/virtiofs", "tag"),
     "9p": ("/sys/bus/virtio/drivers/9pnet_virtio", "mount_tag"),
 }
+#: A server that has not answered by then is taken for gone.
+_SERVER_SECONDS = 5.0
+_ASK = """
+import os, sys
+try:
+    os.statvfs(sys.argv[1])
+except OSError:
+    pass
+"""
 _TAG_MAX_BYTES = 256
 #: What a mount fails with where no device has the tag: virtio_fs_get_tree of fs/fuse/virtio_fs.c,
 #: p9_virtio_create of net/9p/trans_virtio.c.
@@ -86,6 +98,8 @@ class Shares:
         """Adopt or undo what an earlier agent has left; nothing else may use it meanwhile."""
         self._state = state
         self._shares: dict[str, LiveShare] = {}
+        #: The child that waits for the server of a share, by the share's id.
+        self._asking: dict[str, int] = {}
         for live in state.journal.read_part(PART, LiveShare):
             what = _name(live)
             try:
@@ -132,13 +146,16 @@ class Shares:
 
         Raises:
             CallError: ``busy``, with the holders named in the hint; ``conflict``, another mount
-                covers it.
+                covers it; ``timeout``, the host's server does not answer.
         """
         with self._state.locks.hold([(PART, share_id)], op.deadline):
             live = self._shares.get(share_id)
             if live is None:
                 return nothing_to_unmount(op)
             target = live.spec.mount_point
+            if live.mount() is not None:
+                with op.step("server", live.spec.tag):
+                    self._refuse_silence(live, op)
             with op:
                 with op.step("look", target):
                     refuse_other_mounts(self._state, live.dev, target, op)
@@ -221,6 +238,30 @@ class Shares:
         op.on_rollback(f"mount at {target}", partial(self._undo_mount, live))
         return live
 
+    def _refuse_silence(self, live: LiveShare, op: Transaction) -> None:
+        """See that the host's server answers: the kernel waits for its answer to an unmount, and to
+        a look at a file, without end.
+
+        So does the child that asks here, which no signal ends, and which keeps no agent from its
+        end. No second one asks meanwhile.
+
+        Raises:
+            CallError: ``timeout`` or ``cancelled``.
+        """
+        share_id = live.spec.share_id
+        if share_id in self._asking and os.waitpid(self._asking[share_id], os.WNOHANG) != (0, 0):
+            del self._asking[share_id]
+        if share_id not in self._asking:
+            if are_programs_forbidden():  # then it is found out by the unmount
+                return
+            child = self._asking[share_id] = _ask_server(live.spec.mount_point)
+            if _has_ended(child, op.deadline):
+                del self._asking[share_id]
+                return
+        text = f"the server of {live.spec.kind} tag {live.spec.tag!r} does not answer"
+        hint = "start it again on the host, or end the machine"
+        raise CallError("timeout", text, object=live.spec.tag, hint=hint)
+
     def _restore(self, live: LiveShare) -> None:
         """Mount a share again whose unmount failed half-way; its device number may be new."""
         allowed = check_target(live.spec.mount_point, self._state.rules.share_roots)
@@ -272,6 +313,24 @@ class Shares:
             read_only=spec.read_only,
             options=mount.options if mount is not None and is_there else (),
         )
+
+
+def _ask_server(target: str) -> int:
+    """Start a child that ends once the server of a share has answered something; return its id."""
+    program = (sys.executable, "-I", "-S", "-c", _ASK, target)
+    return os.posix_spawn(sys.executable, program, {}, setsigmask=())
+
+
+def _has_ended(child: int, deadline: Deadline) -> bool:
+    """Wait for a child and clear it away; return False if it is still there after a while."""
+    pid_fd = os.pidfd_open(child)
+    try:
+        is_over = bool(deadline.wait([pid_fd], "server", at_most=_SERVER_SECONDS))
+    finally:
+        os.close(pid_fd)
+    if is_over:
+        os.waitpid(child, 0)
+    return is_over
 
 
 def _name(live: LiveShare) -> str:

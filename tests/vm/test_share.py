@@ -44,8 +44,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The socket of a virtiofsd that serves the directory."""
+    with serving(directory, tmp_path_factory.mktemp("virtiofsd")) as (_, socket):
+        yield socket
+
+
+@contextlib.contextmanager
+def serving(directory: Path, place: Path) -> "Iterator[tuple[subprocess.Popen[bytes], Path]]":
+    """Have a virtiofsd serve a directory; yield it and its socket."""
     program = next(path for path in PROGRAMS if os.path.exists(path))
-    place = tmp_path_factory.mktemp("virtiofsd")
     socket, log = place / "socket", place / "log"
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -58,7 +64,7 @@ def server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             while not socket.exists():
                 assert process.poll() is None, log.read_text()
                 deadline.wait((), "the socket of virtiofsd", at_most=0.02)
-        yield socket
+        yield process, socket
     finally:
         process.kill()
         process.wait()
@@ -205,3 +211,27 @@ def test_next_agent_adopts_the_share(machine: Machine, guest: GuestAgent, spec: 
         assert shell(machine, f"busybox cat {TARGET}/file").stdout == CONTENT
         assert second.share_unmount("s").unmounted == (TARGET,)
         assert second.status().problems == ()
+
+
+def test_server_that_is_gone_does_not_keep_a_request(
+    start_machine: Callable[..., Machine], kernel: Kernel, directory: Path, tmp_path: Path
+) -> None:
+    """What the kernel would wait for without end is refused in time, and the machine can end."""
+    spec = InitramfsSpec(kernel=kernel, features=(*DEFAULT_FEATURES, "share"))
+    initrd = build_initramfs(spec, cache_dir=CACHE_DIR).path
+    with serving(directory, tmp_path) as (process, socket):
+        machine = start_machine(initrd=initrd, shares=(ShareSpec(path=socket, tag="host"),))
+        with GuestAgent(machine.agent_address(), connect_seconds=BOOT_SECONDS) as guest:
+            before = guest.share_mount(ShareMount(share_id="s", tag="host"))
+            process.kill()
+            process.wait()
+            for _ in range(2):
+                with pytest.raises(
+                    CallError, match="of virtiofs tag 'host' does not ans"
+                ) as caught:
+                    guest.share_unmount("s")
+                assert (caught.value.code, caught.value.step) == ("timeout", "server")
+            assert guest.share_list() == (before.replace(timings_ms={}),)
+            guest.shutdown("poweroff", force=True)
+        with Deadline(BOOT_SECONDS) as deadline:
+            assert machine.wait(deadline) == 0
