@@ -149,16 +149,17 @@ def test_signing_a_manifest(tmp_path: Path) -> None:
     password = tmp_path / "password"
     password.write_text("secret\n")
     manifest = tmp_path / "manifest.json"
-    manifest.write_text('{"version": 1, "image": "pack.img", "size_bytes": 0, "layers": []}')
+    fields = {"version": 1, "image": "p", "size_bytes": 0, "alignment_bytes": 4096, "layers": []}
+    manifest.write_text(json.dumps(fields))
     result = run("sign", "--key", private, manifest)
     assert result.exit_code == 1
     assert "encrypted" in result.stderr
     assert not (tmp_path / "manifest.json.sig").exists()
     signed = run_json("sign", "--key", private, "--password-file", password, manifest)
-    manifest.write_text('{"size_bytes":0,"layers":[],"image":"pack.img","version":1}')  # the same
+    manifest.write_text(json.dumps(fields, indent=2, sort_keys=True))  # the same
     checked = run_json("sign", "--verify", "--key", public, manifest)
     assert checked == {**signed, "verified": True}
-    manifest.write_text('{"layers":[],"image":"other.img","size_bytes":0,"version":1}')
+    manifest.write_text(json.dumps({**fields, "image": "other"}))
     result = run("sign", "--verify", "--key", public, manifest)
     assert result.exit_code == 1
     assert "the signature does not hold" in result.stderr
