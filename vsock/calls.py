@@ -8,7 +8,6 @@ from functools import partial
 
 from vsock.connection import Budget, Call, Connection, Later, Outcome
 from vsock.errors import CallError
-from vsock.lead import Lead
 from vsock.rpc import Request
 from vsock.threads import start_thread
 
@@ -33,8 +32,8 @@ _LOST = Outcome(CallError("internal", "the handler failed", step="handle request
 class Calls:
     """Every call between its request and its answer.
 
-    ``admit``, ``start`` and ``expire`` are for the thread that has the lead; the calls themselves
-    may end on any.
+    ``admit``, ``start`` and ``expire`` are for the thread of the server; the calls themselves may
+    end on any.
     """
 
     def __init__(
@@ -45,27 +44,22 @@ class Calls:
         urgent: frozenset[str],
         workers: int,
         budget: Budget,
-        lead: Lead,
         on_end: Callable[[], None],
         on_resume: Callable[[Call], None],
-        expire_by: Callable[[float | None], None],
     ) -> None:
         """The decoded requests in flight share ``budget``; ``on_end`` follows each call.
 
-        ``on_resume`` has the thread with the lead ``start`` a call once more, whose handler has
-        waited. ``expire_by`` has ``expire`` called at a monotonic time.
+        ``on_resume`` has the server's thread ``start`` a call once more, whose handler has waited.
         """
         self._handler = handler
         self._quick = quick
-        self._lead = lead
-        self._workers = _Workers(self, urgent, workers, lead)
+        self._workers = _Workers(self._run, urgent, workers)
         self._budget = budget
         self._on_end = on_end
         self._on_resume = on_resume
-        self._expire_by = expire_by
         self._lock = threading.Lock()
         self._calls: set[Call] = set()
-        self._waiting: set[Call] = set()  # have no thread yet
+        self._waiting: set[Call] = set()  # have a deadline, and no thread yet
         self._closing = False
 
     def __len__(self) -> int:
@@ -103,33 +97,26 @@ class Calls:
             self._calls.add(call)
         return call
 
-    def start(self, call: Call) -> None:
-        """Run a quick call here and now, any other on a worker."""
+    def start(self, call: Call) -> float | None:
+        """Run a quick call here and now, any other on a thread.
+
+        Returns the monotonic time at which ``expire`` is due on its account, None for never.
+        """
         if call.method in self._quick:
-            self.run(call)
-            return
-        self._waiting.add(call)
+            self._run(call)
+            return None
+        seconds = call.deadline.remaining()
+        if seconds is not None:
+            self._waiting.add(call)
         call.on_withdraw = self._withdraw
-        if self._lead.is_held_here() or self._lead.is_asked_for():
-            self._workers.add(call)  # that worker looks for it when all is read
-            return
         try:
             self._workers.submit(call)
-            self.expire_in_time()
         except RuntimeError as problem:
             error = CallError("resource", f"no thread can be started: {problem}", step="start")
             if call.withdraw():
                 call.connection.answer(call, Outcome(error.to_wire(), None))
-
-    def took(self, call: Call) -> None:
-        """Note that a thread has come to ``call``; the others may have to wait for one."""
-        self._waiting.discard(call)
-        self.expire_in_time()
-
-    def expire_in_time(self) -> None:
-        """Have the calls that wait for a thread answered when their deadline passes."""
-        if self._waiting:
-            self._expire_by(self.expire())
+            return None
+        return None if seconds is None else time.monotonic() + seconds
 
     def expire(self) -> float | None:
         """Answer the calls whose deadline passed before a thread was free for them.
@@ -163,8 +150,7 @@ class Calls:
         if self._workers.forget(call):
             self._strike(call)
 
-    def run(self, call: Call) -> None:
-        """Run a call that was started, and answer it."""
+    def _run(self, call: Call) -> None:
         self._waiting.discard(call)
         if call.take():
             self._run_taken(call)
@@ -180,7 +166,6 @@ class Calls:
         except CallError as error:
             outcome = Outcome(error.to_wire(), None)
         finally:
-            self._lead.end()
             # even when the handler breaks its contract the peer gets its answer
             if isinstance(outcome, Outcome):
                 try:
@@ -269,15 +254,14 @@ class _Workers:
     half of these for those of all connections: they are kept for ``urgent`` methods, so that long
     calls cannot keep a peer from asking what is there, unmounting and shutting down.
 
-    The thread that has answered the last call in flight serves the connections until it is needed.
-
-    ``Calls.run`` must not raise. A call that makes it raise costs its thread, with the traceback
-    where ``threading.excepthook`` puts it, and no other call.
+    ``run`` must not raise. A call that makes it raise costs its thread, with the traceback where
+    ``threading.excepthook`` puts it, and no other call.
     """
 
-    def __init__(self, calls: Calls, urgent: frozenset[str], max_threads: int, lead: Lead) -> None:
-        self._calls = calls
-        self._lead = lead
+    def __init__(
+        self, run: Callable[[Call], None], urgent: frozenset[str], max_threads: int
+    ) -> None:
+        self._run = run
         self._urgent_methods = urgent
         self._max_threads = max_threads
         kept = min(4, max_threads // 4)
@@ -299,11 +283,6 @@ class _Workers:
             assert not self._closed
             self._lane(call).add(call)
             self._hand_out()
-
-    def add(self, call: Call) -> None:
-        """Have ``call`` wait for the worker that serves the connections."""
-        with self._ready:
-            self._lane(call).add(call)
 
     def forget(self, call: Call) -> bool:
         """Have ``call`` wait no more; False if it does not."""
@@ -355,11 +334,9 @@ class _Workers:
         running: Call | None = call
         try:
             while running is not None:
-                self._calls.run(running)
-                done, running = running, None
-                running = self._next(done)
+                self._run(running)
+                running = self._next(running)
         finally:
-            self._lead.give_back()
             with self._ready:
                 self._threads.discard(threading.current_thread())
                 if running is not None:  # it raised: this thread is lost, its work goes on
@@ -370,11 +347,6 @@ class _Workers:
         """Account for the end of a call and return the next one; None to end the thread."""
         with self._ready:
             self._lane(done).ended(done)
-        if self._lead.is_held_here() or (not len(self._calls) and self._lead.ask()):
-            call = self._serve()
-            if call is not None:
-                return call
-        with self._ready:
             call = self._pick()
             if call is None and not self._closed:
                 self._idle += 1
@@ -383,18 +355,3 @@ class _Workers:
                     return self._handed.popleft()
                 self._idle -= 1
             return call
-
-    def _serve(self) -> Call | None:
-        """Serve the connections until there is a call for this thread, which has the lead; None
-        where the lead is given back."""
-        while True:
-            with self._ready:
-                call = self._pick()
-                if call is not None:
-                    self._hand_out()
-            if call is not None:
-                self._calls.took(call)
-                self._lead.begin()
-                return call
-            if not self._lead.serve():
-                return None

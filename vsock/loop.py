@@ -81,16 +81,6 @@ class Loop:
             while self._timers and self._timers[0][0] <= now:
                 heapq.heappop(self._timers)[2].fire()
 
-    def fileno(self) -> int:
-        """Return a descriptor that is readable while an event waits to be served."""
-        return self._epoll.fileno()
-
-    def due_at(self) -> float | None:
-        """Return the monotonic time of the next timer, None without one."""
-        while self._timers and self._timers[0][2].cancelled:
-            heapq.heappop(self._timers)
-        return self._timers[0][0] if self._timers else None
-
     def close(self) -> None:
         self._epoll.close()
 
@@ -103,8 +93,9 @@ class Loop:
             self._cancelled = 0
 
     def _timeout(self) -> float | None:
-        at = self.due_at()
-        if at is None:
+        while self._timers and self._timers[0][2].cancelled:
+            heapq.heappop(self._timers)
+        if not self._timers:
             return None
-        seconds = max(0.0, at - time.monotonic())
+        seconds = max(0.0, self._timers[0][0] - time.monotonic())
         return math.ceil(seconds * 1000) / 1000

@@ -2,11 +2,9 @@
 
 The thread of ``serve_forever`` accepts, reads, decodes, and runs the methods named in ``quick``
 in place, because a hand-over costs more than such a method. Every other request goes to a worker
-thread, which a handler that waits for long gives back (``Later``). The worker that has answered the
-last request in flight serves the connections in place of that thread (``vsock.lead``), so that one
-thread reads, works and answers where one request comes after the other. No thread waits for a
-peer: an answer is written at once as far as it fits, the rest when the peer reads, and a peer that
-does not read is cut off.
+thread, which a handler that waits for long gives back (``Later``). No thread waits for a peer: an
+answer is written at once as far as it fits, the rest when the peer reads, and a peer that does not
+read is cut off.
 
 What a peer may count on:
 
@@ -32,7 +30,6 @@ from functools import partial
 from vsock.calls import Calls, Handler
 from vsock.connection import Budget, Call, Connection, Later, Outcome
 from vsock.errors import CallError
-from vsock.lead import Lead
 from vsock.log import log
 from vsock.loop import Loop
 from vsock.rpc import (
@@ -68,8 +65,8 @@ class Server:
     """Serves ``handler`` on any number of listeners and streams.
 
     ``handler`` may raise CallError and nothing else. It is called from many threads, and for the
-    methods in ``quick`` on the thread that serves the connections, where it must not block.
-    ``on_notification`` is called there too; without it, notifications are refused.
+    methods in ``quick`` on the thread of the server, where it must not block. ``on_notification``
+    is called there too; without it, notifications are refused.
     """
 
     def __init__(
@@ -106,21 +103,18 @@ class Server:
         self._output_budget = Budget(max_memory_bytes * 5 // 8)
         self._on_notification = on_notification
         self._report = report or (lambda line: None)
-        self._loop = Loop()
-        self._waker = Waker()
-        self._loop.add(self._waker.fd, select.EPOLLIN, self._woken)
-        self._lead = Lead(self._loop, self._waker, is_over=lambda: self._stop_at is not None)
         self._calls = Calls(
             handler,
             quick=quick,
             urgent=urgent,
             workers=workers,
             budget=self._input_budget,
-            lead=self._lead,
             on_end=self._call_ended,
             on_resume=self._resume,
-            expire_by=self._expire_by,
         )
+        self._loop = Loop()
+        self._waker = Waker()
+        self._loop.add(self._waker.fd, select.EPOLLIN, self._woken)
         self._listeners: list[Listener] = []
         self._is_accepting = True
         self._connections: set[Connection] = set()
@@ -187,7 +181,6 @@ class Server:
             with log.in_background():
                 while self._stop_at is None:
                     self._loop.poll(block=True)
-                    self._lead.lend()
                 self._finish()
         finally:
             self.close()
@@ -197,7 +190,6 @@ class Server:
         if self._closed:
             return
         self._closed = True
-        self._lead.close()
         self._close_listeners()
         for connection in list(self._connections):
             self._drop(connection, "the server ends")
@@ -209,7 +201,6 @@ class Server:
     def _finish(self) -> None:
         """Let what is in flight come to an end, then make it."""
         assert self._stop_at is not None
-        self._lead.keep()
         self._calls.close_admission()
         self._close_listeners()
         while self._serve_before(self._stop_at):
@@ -257,7 +248,7 @@ class Server:
         self._waker.wake()
 
     def _resume(self, call: Call) -> None:
-        """Have a call started again. From any thread."""
+        """Have the server's thread start a call again. From any thread."""
         self._resumed.append(call)
         self._waker.wake()
 
@@ -274,7 +265,7 @@ class Server:
             else:
                 self._add_connection(new, must_introduce=False, on_close=on_close)
         while self._resumed:
-            self._calls.start(self._resumed.popleft())
+            self._expire_by(self._calls.start(self._resumed.popleft()))
         while self._requested:
             self._update_interest(self._requested.popleft())
 
@@ -414,7 +405,7 @@ class Server:
         except CallError as error:
             connection.answer_error(request.msgid, error)
             return
-        self._calls.start(call)
+        self._expire_by(self._calls.start(call))
 
     def _expire_by(self, at: float | None) -> None:
         if at is not None and (self._expire_at is None or at < self._expire_at):

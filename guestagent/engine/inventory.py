@@ -7,9 +7,8 @@ held across a system call.
 import threading
 from collections.abc import Container, Mapping
 
-from guestagent.api import ByteRange, LayerSpec, OverlaySpec
+from guestagent.api import LayerSpec, OverlaySpec
 from guestagent.api.layers import Holder
-from guestagent.engine.areas import Areas, areas_of, share_bytes
 from guestagent.engine.claims import Owner, PathClaims, parent_of
 from guestagent.engine.plan import LayerPlan, Source, dm_uuid
 from vsock.errors import CallError
@@ -195,9 +194,34 @@ def refuse_other_spec(kind: str, name: str, wanted: Record, has: Record) -> None
         )
 
 
-def _areas(live: LiveLayer) -> Areas:
-    whole = ByteRange(offset_bytes=0, size_bytes=live.source.device.size_bytes)
-    return areas_of(live.spec.ranges or (whole,))
+#: (begin, end) of disjoint parts of a device in bytes, in order.
+_Areas = tuple[tuple[int, int], ...]
+
+
+def _areas_of(live: LiveLayer) -> _Areas:
+    ranges = live.spec.ranges
+    if not ranges:
+        return ((0, live.source.device.size_bytes),)
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted((part.offset_bytes, part.end_bytes) for part in ranges):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((begin, end))
+    return tuple(merged)
+
+
+def _share_bytes(some: _Areas, others: _Areas) -> bool:
+    at = other_at = 0
+    while at < len(some) and other_at < len(others):
+        (begin, end), (other_begin, other_end) = some[at], others[other_at]
+        if begin < other_end and other_begin < end:
+            return True
+        if end <= other_end:
+            at += 1
+        else:
+            other_at += 1
+    return False
 
 
 class Inventory:
@@ -209,7 +233,7 @@ class Inventory:
         self._layers: dict[str, LiveLayer] = {}
         self._overlays: dict[str, LiveOverlay] = {}
         #: The bytes that each layer takes of its device.
-        self._areas: dict[str, Areas] = {}
+        self._areas: dict[str, _Areas] = {}
         self._reservations: dict[Owner, Reservation] = {}
         self._paths = PathClaims()
         self._paths.add(reserved, "target", ("agent", "state"))
@@ -246,7 +270,7 @@ class Inventory:
     def add_layer(self, live: LiveLayer) -> None:
         with self._lock:
             self._layers[live.spec.layer_id] = live
-            self._areas[live.spec.layer_id] = _areas(live)
+            self._areas[live.spec.layer_id] = _areas_of(live)
 
     def set_layer_state(self, layer_id: str, state: str) -> bool:
         """Note what became of a layer; return whether that is news."""
@@ -292,7 +316,7 @@ class Inventory:
         """Return the other layers whose ranges share bytes with that of this one."""
         layer_id, dev = live.spec.layer_id, live.source.dev
         with self._lock:
-            areas = self._areas.get(layer_id) or _areas(live)
+            areas = self._areas.get(layer_id) or _areas_of(live)
             begin, end = areas[0][0], areas[-1][1]
             return tuple(
                 other_id
@@ -301,7 +325,7 @@ class Inventory:
                 and begin < others[-1][1]
                 and self._layers[other_id].source.dev == dev
                 and other_id != layer_id
-                and share_bytes(areas, others)
+                and _share_bytes(areas, others)
             )
 
     def layers_on(self, dev: str) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ import ctypes
 import json
 import mmap
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -87,14 +86,12 @@ def _mounts(guest: GuestAgent, spec: LayerSpec, rounds: int) -> Iterator[Row]:
     pid = guest.status().pid
     os.mkdir(target)
     try:
-        cpu_ms, waits, bare_waits = _cpu_ms(pid), _waits(pid), 0
+        cpu_ms, waits = _cpu_ms(pid), _waits(pid)
         for _ in range(rounds):  # in turn, so that what else goes on meets both
-            before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
             with timed(bare_ms[0]):
                 mount_filesystem(source=node, target=target, filesystem="erofs")
             with timed(bare_ms[1]):
                 unmount(target)
-            bare_waits += resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
             with timed(agent_ms[0]):
                 guest.layer_mount(spec)
             with timed(agent_ms[1]):
@@ -109,8 +106,7 @@ def _mounts(guest: GuestAgent, spec: LayerSpec, rounds: int) -> Iterator[Row]:
         share = [with_agent - bare for with_agent, bare in zip(own, floor, strict=True)]
         yield row(BED, f"{what} plain, the agent's share", "ms", share)
     yield row(BED, "agent's CPU time of a mount or an unmount", "ms", [cpu_ms])
-    waits -= bare_waits
-    yield row(BED, "waits of threads beyond the kernel's, mount and unmount", "", [waits / rounds])
+    yield row(BED, "waits of the agent's threads for a mount and an unmount", "", [waits / rounds])
 
 
 def _cpu_ms(pid: int) -> float:
@@ -123,8 +119,8 @@ def _cpu_ms(pid: int) -> float:
 
 
 def _waits(pid: int) -> int:
-    """Return how often the threads of a process have given up the processor to wait: once for each
-    request, once more for each hand-over to another thread, and where the kernel makes them."""
+    """Return how often the threads of a process have given up the processor to wait: at least once
+    for each request, and once more for each hand-over to another thread."""
     waits = 0
     for task in os.listdir(f"/proc/{pid}/task"):
         with contextlib.suppress(FileNotFoundError):
