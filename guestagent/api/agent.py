@@ -41,7 +41,7 @@ EVENT_KINDS = {
 FEATURES = {
     "dm-linear": "`mapping`: layers of a packed device",
     "dm-verity": "`verity`: layers that are verified",
-    "dm-crypt": "`encrypted` scratch devices",
+    "dm-crypt": "`encrypted` scratch devices and volumes",
     "verity-signatures": "`signature`: the kernel checks it against its keyring",
     "preset-default": "the preset",
     "preset-strict": "the preset, with all of its options",

@@ -79,12 +79,17 @@ class DirectoryScratch(Record):
 
 
 class ThinScratch(Record):
-    """Changes are kept in a new volume of an open pool, which is deleted at unmount."""
+    """Changes are kept in a new volume of an open pool, which is deleted at unmount.
+
+    ``encrypted`` puts dm-crypt over the volume, as over a scratch device. It passes discards on, so
+    that space comes back to the pool: the host sees which blocks are unused.
+    """
 
     kind: str = "thin"
     pool_id: str
     size_bytes: int
     filesystem: str = "ext4"
+    encrypted: bool = False
 
     def check(self) -> None:
         check_word("pool_id", self.pool_id)
@@ -124,7 +129,7 @@ class ScratchReport(Record):
     """Where changes go, and how full it is.
 
     ``dm`` is the crypt device of an encrypted scratch, ``options`` are those of the mount of a
-    scratch device, and ``shared_with`` the other overlays on it.
+    scratch device or an encrypted volume, and ``shared_with`` the other overlays on it.
     """
 
     kind: str
@@ -214,8 +219,8 @@ class TrimReply(Record):
 class OverlayTrim(Request[TrimReply], method="overlay.trim"):
     """Tell the device of a scratch which blocks are unused (FITRIM).
 
-    An overlay without a scratch device is refused, and a device that does not take discards: an
-    encrypted scratch takes them only with ``discard``.
+    An overlay without a scratch device or an encrypted volume is refused, and a device that does
+    not take discards: an encrypted scratch device takes them only with ``discard``.
     """
 
     overlay_id: str

@@ -44,7 +44,7 @@ _TREE_NUMBERS = ("hash_type", "data_blocks", "data_block_size", "hash_block_size
 _VERITY_KEYS = ("salt", "algorithm", *_TREE_NUMBERS, "preset", "signature")
 #: How a scratch is written, for help texts.
 SCRATCH_TEXTS = (
-    "tmpfs:BYTES, dir:PATH[,create][,adopt], thin:POOL:BYTES[,FILESYSTEM], "
+    "tmpfs:BYTES, dir:PATH[,create][,adopt], thin:POOL:BYTES[,FILESYSTEM][,encrypted], "
     "device:DEVICE[,FILESYSTEM][,adopt|fresh][,encrypted][,shared][,discard]"
 )
 _DEVICE_WORDS = ("adopt", "fresh", "encrypted", "shared", "discard")
@@ -93,7 +93,7 @@ def device_from_text(text: str) -> Device:
 
 
 def scratch_from_text(text: str) -> Scratch:
-    """Read tmpfs:BYTES, dir:PATH[,WORD]..., thin:POOL:BYTES[,FILESYSTEM] or
+    """Read tmpfs:BYTES, dir:PATH[,WORD]..., thin:POOL:BYTES[,FILESYSTEM][,encrypted] or
     device:DEVICE[,FILESYSTEM][,WORD]...
 
     The words of a directory are ``create`` and ``adopt``; those of a device ``adopt`` or ``fresh``,
@@ -107,11 +107,16 @@ def scratch_from_text(text: str) -> Scratch:
     place, *words = rest.split(",")
     if kind == "tmpfs" and not words:
         return TmpfsScratch(size_bytes=_number("tmpfs", rest))
-    if kind == "thin" and len(words) <= 1:
+    if kind == "thin":
         pool_id, _, size = place.partition(":")
-        filesystem = words[0] if words else "ext4"
-        size_bytes = _number("thin", size)
-        return ThinScratch(pool_id=pool_id, size_bytes=size_bytes, filesystem=filesystem)
+        filesystem = words.pop(0) if words and words[0] != "encrypted" else "ext4"
+        found = _take_words(text, words, ("encrypted",))
+        return ThinScratch(
+            pool_id=pool_id,
+            size_bytes=_number("thin", size),
+            filesystem=filesystem,
+            encrypted="encrypted" in found,
+        )
     if kind == "dir":
         found = _take_words(text, words, ("create", "adopt"))
         existing = "adopt" if "adopt" in found else "refuse"

@@ -112,7 +112,8 @@ class LiveLayer(Record):
 
 
 class ScratchDisk(Record):
-    """A device whose file system is mounted for the scratches of one overlay or, ``shared``, more.
+    """A device whose file system is mounted for the scratches of one overlay or, ``shared``, more;
+    also the volume under an encrypted scratch.
 
     ``mount_dev`` is the file system at ``mount_point``, ``dev`` the device (MAJOR:MINOR): they
     differ where ``crypt`` names a dm device over it. ``created`` is as in ``LiveScratch``.

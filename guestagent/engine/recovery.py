@@ -202,7 +202,8 @@ def _adopt_overlay(state: EngineState, live: LiveOverlay) -> None:
     reservation = Reservation(target=live.spec.mount_point, directories=live.created)
     state.inventory.adopt(owner, reservation)
     scratch = live.scratch
-    if scratch is not None and scratch.kind not in ("tmpfs", "thin"):  # these are of one overlay
+    # a tmpfs and a volume that is not encrypted are of one overlay
+    if scratch is not None and (scratch.disk or scratch.kind not in ("tmpfs", "thin")):
         is_shared = scratch.disk is not None and scratch.disk.shared
         state.inventory.reserve_scratch(owner, scratch.key, is_shared=is_shared)
         if scratch.disk is not None:

@@ -278,14 +278,8 @@ def _use_pool(
         text = f"there is no open pool {scratch.pool_id!r}"
         raise CallError("not_found", text, object=scratch.pool_id, hint="pool.open opens it")
     path, created = scratch_mount_point(state, overlay_id, op)
-    dev = state.pool_scratches.make_scratch(overlay_id, scratch, path, op)
-    return LiveScratch(
-        kind=scratch.kind,
-        path=path,
-        filesystem=scratch.filesystem,
-        created=created,
-        mount_dev=dev,
-    )
+    live = state.pool_scratches.make_scratch(overlay_id, scratch, path, op)
+    return live.replace(created=created)
 
 
 def _use_device(

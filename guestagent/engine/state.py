@@ -4,7 +4,7 @@ from guestagent.api.layers import TARGET_ROOTS
 from guestagent.api.overlays import ThinScratch
 from guestagent.engine.events import EventLog
 from guestagent.engine.faults import Faults
-from guestagent.engine.inventory import Inventory
+from guestagent.engine.inventory import Inventory, LiveScratch
 from guestagent.engine.journal import Begun, Journal
 from guestagent.engine.locks import KeyLocks
 from guestagent.engine.plan import Version
@@ -56,8 +56,8 @@ class PoolScratches:
 
     def make_scratch(
         self, overlay_id: str, scratch: ThinScratch, path: str, op: Transaction
-    ) -> str:
-        """Make a volume and mount it at ``path``; return the number of its file system."""
+    ) -> LiveScratch:
+        """Make a volume and mount it at ``path``, which the caller has made."""
         raise NotImplementedError
 
     def release_scratch(self, pool_id: str, overlay_id: str, op: Transaction) -> None:

@@ -46,7 +46,10 @@ _EXPLAINED = {
 
 
 class Mounted(Record):
-    """A volume that is mounted, or about to be while ``mount_id`` is 0."""
+    """A volume that is mounted, or about to be while ``mount_id`` is 0.
+
+    ``dev`` is the number of its file system: that of the crypt device where it is ``encrypted``.
+    """
 
     volume_id: str
     path: str
@@ -56,6 +59,7 @@ class Mounted(Record):
     flags: tuple[str, ...]
     dev: str = ""
     mount_id: int = 0
+    encrypted: bool = False
 
 
 class PoolEntry(Record):

@@ -18,6 +18,7 @@ from guestagent.api.thin import (
 )
 from guestagent.engine.engine import Engine
 from guestagent.engine.inventory import Reservation
+from guestagent.engine.plan import dm_uuid
 from guestagent.engine.teardown import (
     busy_error,
     remove_devices,
@@ -414,8 +415,13 @@ class Pools:
         """Adopt the mount of a volume, or take away what there is of it."""
         volume = pool.records.volume(mounted.volume_id)
         info = None if volume is None else pool.active(volume.device_id)
+        own = [] if info is None else [info]
+        if info is not None and mounted.encrypted:
+            uuid = dm_uuid("crypt", info.dev, self._state.uuid_prefix)
+            crypt = self._state.control.find(uuid=uuid)
+            own = [info] if crypt is None else [crypt, info]
         mount = find_mount(mounted.path)
-        if info is not None and mount is not None and mount.dev == info.dev:
+        if own and mount is not None and mount.dev == own[0].dev:
             if mounted.mount_id:
                 if not mounted.path.startswith(self._state.directory + "/"):  # no scratch
                     reservation = Reservation(target=mounted.path, directories=mounted.created)
@@ -424,9 +430,9 @@ class Pools:
                 found = mounted.replace(dev=mount.dev, mount_id=mount.mount_id)
                 pool.mounts[mounted.volume_id] = found
                 return
-            unmount_target(mounted.path, op, dev=info.dev)
-        if info is not None:
-            pool.remove(info.name)
+            unmount_target(mounted.path, op, dev=mount.dev)
+        for device in own:
+            pool.remove(device.name)
         remove_directories(mounted.created)
 
     # --- close

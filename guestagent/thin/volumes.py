@@ -22,6 +22,7 @@ from guestagent.api.thin import (
     VolumeUnmountReply,
 )
 from guestagent.engine.engine import Engine
+from guestagent.engine.inventory import LiveScratch, ScratchDisk
 from guestagent.engine.plan import check_target
 from guestagent.engine.state import PoolScratches
 from guestagent.engine.teardown import (
@@ -277,9 +278,8 @@ class Volumes(PoolScratches):
 
     def make_scratch(
         self, overlay_id: str, scratch: ThinScratch, path: str, op: Transaction
-    ) -> str:
-        """Make a volume for the changes to an overlay, and mount it; return the number of its file
-        system (MAJOR:MINOR).
+    ) -> LiveScratch:
+        """Make a volume for the changes to an overlay, and mount it, encrypted if so asked for.
 
         The volume is marked as deleted from the start: it goes when it is let go, whoever dies.
         """
@@ -298,7 +298,8 @@ class Volumes(PoolScratches):
                 deleted=True,
             )
             volume = pool.make(volume, None, making)
-            self._format(pool, volume, making)
+            if not scratch.encrypted:
+                self._format(pool, volume, making)
             self._record(pool, volume, making)
             making.commit()
             making.on_rollback("scratch volume", lambda: self._delete_now(pool))
@@ -309,21 +310,73 @@ class Volumes(PoolScratches):
                 created=(),
                 rootfs=False,
                 flags=("nodev", "nosuid"),
+                encrypted=scratch.encrypted,
             )
             self._keep(pool, mounted, making)
             making.on_rollback("journal", lambda: self._drop_mount(pool, overlay_id))
-            with making.step("scratch", path, code="mount"):
+            with making.step("thin-activate", overlay_id):
                 info = pool.activate(volume, making)
-                _mount(volume, info.node, path, mounted.flags)
-            making.on_rollback(f"mount {path}", lambda: self._undo_mount(path))
-            with making.step("defer", info.name):
-                devices.set_deferred_remove(self._state.control, info.name)
+            live = LiveScratch(kind=scratch.kind, path=path, filesystem=scratch.filesystem)
+            if scratch.encrypted:
+                live = live.replace(disk=self._mount_encrypted(volume, info, mounted, making))
+            else:
+                self._mount_scratch(volume, info, mounted, making)
+                live = live.replace(mount_dev=info.dev)
             dev, mount_id = syscalls.mount_of(path)
             self._keep(pool, mounted.replace(dev=dev, mount_id=mount_id), making)
             making.commit()
-        op.on_rollback(f"scratch mount {path}", lambda: self._undo_scratch(pool, path, overlay_id))
+        op.on_rollback(f"scratch mount {path}", lambda: self._undo_scratch(pool, live, overlay_id))
         self._pools.on_change()
-        return dev
+        return live
+
+    def _mount_scratch(
+        self, volume: VolumeRecord, info: DeviceInfo, mounted: Mounted, op: Transaction
+    ) -> None:
+        """Mount a device that goes with the mount."""
+        path = mounted.path
+        with op.step("scratch", path, code="mount"):
+            _mount(volume, info.node, path, mounted.flags)
+        op.on_rollback(f"mount {path}", lambda: self._undo_mount(path))
+        with op.step("defer", info.name):
+            devices.set_deferred_remove(self._state.control, info.name)
+
+    def _mount_encrypted(
+        self, volume: VolumeRecord, info: DeviceInfo, mounted: Mounted, op: Transaction
+    ) -> ScratchDisk:
+        """Format and mount a crypt device over a volume; both devices go with the mount."""
+        from guestagent.engine.crypt import crypt_device  # a part that many never use
+
+        state, owner, kind = self._state, ("overlay", volume.volume_id), volume.filesystem or ""
+        # until the inventory has the disk a look for orphans would take the crypt device for one
+        with state.locks.hold([("scratch", info.dev)], op.deadline):
+            crypt = crypt_device(
+                state,
+                dev=info.dev,
+                name=info.name,
+                size_bytes=volume.size_bytes,
+                discards=True,
+                op=op,
+            )
+            with op.step("format", crypt.node):
+                make_filesystem(kind, crypt.node, op.deadline)
+            self._mount_scratch(volume, crypt, mounted, op)
+            with op.step("defer", info.name):
+                devices.set_deferred_remove(state.control, info.name)
+            disk = ScratchDisk(
+                dev=info.dev,
+                filesystem=kind,
+                formatted=True,
+                shared=False,
+                discard=False,
+                mount_point=mounted.path,
+                created=(),
+                crypt=crypt.name,
+                mount_dev=crypt.dev,
+            )
+            state.inventory.reserve_scratch(owner, disk.dev)
+            op.on_rollback("scratch disk", lambda: state.inventory.leave_scratch(owner))
+            state.inventory.add_disk(disk)
+        return disk
 
     def release_scratch(self, pool_id: str, overlay_id: str, op: Transaction) -> None:
         """Delete the volume of an overlay whose scratch was unmounted."""
@@ -337,10 +390,15 @@ class Volumes(PoolScratches):
             self._drop_mount(pool, overlay_id)
             self.delete_waiting(pool, op)
 
-    def _undo_scratch(self, pool: Pool, path: str, overlay_id: str) -> None:
+    def _undo_scratch(self, pool: Pool, live: LiveScratch, overlay_id: str) -> None:
         with undo_deadline(self._state) as deadline:
             op = Transaction(deadline)
-            unmount_target(path, op)
+            if live.disk is not None:
+                from guestagent.engine.scratchdisk import leave_disk
+
+                leave_disk(self._state, overlay_id, live.disk, op)
+            else:
+                unmount_target(live.path, op)
             self.release_scratch(pool.pool_id, overlay_id, op)
 
     def _delete_now(self, pool: Pool) -> None:
@@ -410,6 +468,9 @@ class Volumes(PoolScratches):
             highest = None if last is None else (last + 1) * block_sectors - 1
         info = pool.active(volume.device_id)
         mounted = pool.mounts.get(volume.volume_id)
+        dev = "" if info is None else info.dev
+        if info is not None and mounted is not None and mounted.encrypted:
+            dev = mounted.dev
         origin = volume.external_origin
         return VolumeReport(
             pool_id=pool.pool_id,
@@ -426,7 +487,7 @@ class Volumes(PoolScratches):
             active=info is not None,
             node="" if info is None else info.node,
             open_count=0 if info is None else info.open_count,
-            mounts=() if info is None else tuple(m.target for m in mounts_of_dev(info.dev)),
+            mounts=tuple(m.target for m in mounts_of_dev(dev)) if dev else (),
             holders=() if mounted is None else mounted.holders,
             deleting=volume.deleted,
         )
@@ -594,6 +655,15 @@ class Volumes(PoolScratches):
         state, volume = self._state, pool.record_of(mounted.volume_id)
         name = pool.device_name(volume.device_id)
         with op.step("look", mounted.path):
+            if mounted.encrypted and mounts_of_dev(mounted.dev):
+                # the key would be lost, and so it could not be mounted again
+                raise CallError(
+                    "busy",
+                    f"volume {mounted.volume_id!r} is an encrypted scratch",
+                    errno=errno.EBUSY,
+                    object=mounted.volume_id,
+                    hint=f"held by {', '.join(mounted.holders)}; unmount the overlay",
+                )
             refuse_other_mounts(state, mounted.dev, mounted.path, op)
             refuse_mounts_elsewhere(frozenset((mounted.dev,)), mounted.path, op)
         was_mounted = unmount_target(mounted.path, op, dev=mounted.dev)
@@ -637,19 +707,23 @@ class Volumes(PoolScratches):
         """Make a volume larger; its file system as well, now or when it is mounted.
 
         Raises:
-            CallError: ``invalid``, it is larger already.
+            CallError: ``invalid``, it is larger already; ``unsupported``, it is an encrypted
+                scratch.
         """
         with self._pools.use(request.pool_id, op) as pool:
             before = pool.record_of(request.volume_id)
             if request.size_bytes < before.size_bytes:
                 text = f"volume {before.volume_id!r} has {before.size_bytes} bytes; none shrinks"
                 raise CallError("invalid", text, object="params.size_bytes")
+            mounted = pool.mounts.get(before.volume_id)
+            if mounted is not None and mounted.encrypted:
+                text = f"volume {before.volume_id!r} is an encrypted scratch, which does not grow"
+                raise CallError("unsupported", text, object=before.volume_id)
             after = before.replace(size_bytes=request.size_bytes)
             with op:
                 if after != before:
                     self._resize(pool, before, after, op)
                 op.commit()
-            mounted = pool.mounts.get(before.volume_id)
             if mounted is not None:
                 with op.step("thin-grow", mounted.path, code="mount"):
                     node = self._state.control.info(pool.device_name(after.device_id)).node
@@ -704,7 +778,10 @@ class Volumes(PoolScratches):
                 raise CallError("invalid", text, object=volume.volume_id)
             assert pool.table is not None
             used = pool.status().used_data_blocks
-            os.close(open_mounted(mounted.path, mounted.dev, mounted.mount_id))
+            mount_id = mounted.mount_id
+            if mounted.encrypted:  # an unmount of its overlay that failed has mounted it again
+                mount_id = syscalls.mount_of(mounted.path)[1]
+            os.close(open_mounted(mounted.path, mounted.dev, mount_id))
             with op.step("trim", mounted.path, code="mount"):
                 fd = os.open(mounted.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:

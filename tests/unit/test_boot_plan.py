@@ -367,6 +367,14 @@ def test_a_manifest_that_is_none(tmp_path: Path, raw: bytes) -> None:
             "thin:p:1048576,xfs",
             ThinScratch(pool_id="p", size_bytes=1 << 20, filesystem="xfs"),
         ),
+        (
+            "thin:p:1048576,encrypted",
+            ThinScratch(pool_id="p", size_bytes=1 << 20, encrypted=True),
+        ),
+        (
+            "thin:p:1048576,xfs,encrypted",
+            ThinScratch(pool_id="p", size_bytes=1 << 20, filesystem="xfs", encrypted=True),
+        ),
         ("dir:/run/a,adopt", DirectoryScratch(path="/run/a", existing="adopt")),
         ("dir:/run/a,create", DirectoryScratch(path="/run/a", create=True)),
         (
@@ -395,7 +403,18 @@ def test_a_scratch_as_text(text: str, scratch: Scratch) -> None:
     assert scratch_from_text(text) == scratch
 
 
-@pytest.mark.parametrize("text", ["device:/dev/vda,btrfs", "device:/dev/vda,ext4,xfs", "disk:a"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "device:/dev/vda,btrfs",
+        "device:/dev/vda,ext4,xfs",
+        "thin:p:1048576,ext4,xfs",
+        "thin:p:1048576,encrypted,encrypted",
+        "thin:p:1048576,encrypted,xfs",
+        "thin:p:1048576,shared",
+        "disk:a",
+    ],
+)
 def test_scratch_from_text_refuses_invalid_text(text: str) -> None:
     with pytest.raises((ValueError, CallError)):
         scratch_from_text(text)

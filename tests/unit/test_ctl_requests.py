@@ -225,7 +225,7 @@ def test_every_field_of_a_mount_can_be_said(
         f"{overlay} --target /run/overlays/p --scratch device:/dev/vdb,xfs,fresh "
         "--metacopy off --redirect-dir follow --xino auto --volatile --userxattr --suid --dev",
         f"{overlay} --scratch tmpfs:8192",
-        f"{overlay} --scratch thin:pool:1048576,xfs",
+        f"{overlay} --scratch thin:pool:1048576,xfs,encrypted",
         f"{overlay} --scratch dir:/run/scratch,create,adopt",
         f"{overlay} --scratch device:/dev/vdb,encrypted,shared,discard",
     )
