@@ -47,7 +47,7 @@ __all__ = (
 )
 
 MODULE_LIST = "etc/guestagent/modules"  # guestagent.boot.modules reads it
-_KEPT_IN_CACHE = 12
+_KEPT_IN_CACHE = 32
 #: The code that decides the bytes of an image, which are part of its key in the cache.
 _BUILDERS = ("initramfs.py", "userland.py", "cpio.py", "elf.py", "kernel.py")
 
