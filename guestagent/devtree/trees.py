@@ -10,7 +10,7 @@ it, and only if the agent has made it.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from guestagent.api.devtree import (
@@ -33,6 +33,7 @@ from guestagent.devtree.livetree import LiveTree
 from guestagent.devtree.source import Guest
 from guestagent.devtree.tree import Tree
 from guestagent.engine.inventory import Reservation, refuse_other_spec
+from guestagent.engine.parts import attempt, forget_entry, recover_part
 from guestagent.engine.plan import check_target
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
@@ -49,7 +50,6 @@ from guestagent.storage.holders import find_holders
 from guestagent.storage.mount import TargetDirectory, mount_filesystem
 from guestagent.storage.mountinfo import Mount, find_mount, mounts_of_dev, read_mounts
 from vsock.errors import CallError
-from vsock.log import log
 
 __all__ = ("DevTrees", "LiveTree")
 
@@ -69,19 +69,8 @@ class DevTrees:
         self._state = state
         self._trees: dict[str, LiveTree] = {}
         self._guest = Guest()
-        for live in state.journal.read_part(PART, LiveTree):
-            self._attempt(f"private /dev {live.spec.tree_id}", partial(self._recover, live))
-        self._attempt("mounts of a private /dev without an entry", self._undo_orphans)
-        for path in state.journal.damaged():
-            state.inventory.note_problem(path, f"journal entry {path!r} could not be read")
-
-    def _attempt(self, what: str, action: Callable[[], None]) -> None:
-        """Recover something; what cannot be is told in the status and tried again next time."""
-        try:
-            action()
-        except (OSError, CallError) as error:
-            log.error("cannot recover", what=what, error=str(error))
-            self._state.inventory.note_problem(what, f"{what} cannot be undone: {error}")
+        recover_part(state, PART, LiveTree, _name, self._recover)
+        attempt(state, "mounts of a private /dev without an entry", self._undo_orphans)
 
     # --- requests
 
@@ -236,17 +225,12 @@ class DevTrees:
             with op:
                 self._take_down(live, op)
                 op.commit()
-            self._forget(live)
+            del self._trees[tree_id]
+            forget_entry(self._state, (PART, tree_id), _name(live), live.created)
 
-    def take_down_all(self, op: Transaction, force: bool) -> None:
-        """Destroy every tree; with ``force`` go on past those that are busy."""
-        for tree_id in tuple(self._trees):
-            try:
-                self.destroy(tree_id, op)
-            except CallError as error:
-                if not force:
-                    raise
-                log.warning("left behind", error=str(error))
+    def take_downs(self) -> Iterator[Callable[[Transaction], object]]:
+        """Yield what destroys each tree."""
+        return (partial(self.destroy, tree_id) for tree_id in tuple(self._trees))
 
     # --- the steps
 
@@ -404,15 +388,6 @@ class DevTrees:
         ):
             attach_copy(tree.fd, namespace, where.target, deadline)
 
-    def _forget(self, live: LiveTree) -> None:
-        state, tree_id = self._state, live.spec.tree_id
-        self._trees.pop(tree_id, None)
-        what = f"private /dev {tree_id}"
-        state.tidy(f"the directories of {what}", remove_directories, live.created)
-        state.tidy(f"the journal of {what}", state.journal.remove_part, PART, tree_id)
-        state.inventory.release((PART, tree_id))
-        state.inventory.settle_problem(what)
-
     # --- journal and recovery
 
     def _write(self, live: LiveTree) -> None:
@@ -544,6 +519,10 @@ class DevTrees:
             nodes=tuple(nodes),
             attached=self._attached(live),
         )
+
+
+def _name(live: LiveTree) -> str:
+    return f"private /dev {live.spec.tree_id}"
 
 
 def _redo(live: LiveTree, action: Callable[[Tree, Node], object], node: Node) -> None:

@@ -1,6 +1,6 @@
 """The engine as a whole: its parts, its start and end, its features and counts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from guestagent.api import LayersUnmount
@@ -22,7 +22,9 @@ from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
 
-__all__ = ("Engine",)
+__all__ = ("Engine", "TakeDowns")
+
+TakeDowns = Callable[[], Iterable[Callable[[Transaction], object]]]
 
 
 class Engine:
@@ -52,10 +54,10 @@ class Engine:
         self._monitor = Monitor(self.state)
         #: Told of every step of every operation that begins from now on.
         self.on_step: StepListener | None = None
-        #: Of parts that stand on the engine: each takes down all that it has made.
-        self.parts: list[Callable[[Transaction, bool], None]] = []
+        #: Of parts that stand on the engine: what takes down each thing that the part has made.
+        self.parts: list[TakeDowns] = []
         #: The same, of parts that overlays stand on: these come after the overlays.
-        self.lower_parts: list[Callable[[Transaction, bool], None]] = []
+        self.lower_parts: list[TakeDowns] = []
         #: Ends the threads of parts, and leaves what they have made.
         self.closers: list[Callable[[], None]] = []
 
@@ -154,12 +156,10 @@ class Engine:
         Raises:
             CallError: ``busy``, the first that could not go; with ``force`` the rest goes anyway.
         """
-        for take_down in self.parts:
-            take_down(op, force)
+        self._take_down(self.parts, op, force)
         for overlay in reversed(self.state.inventory.overlays()):
             self._go_on(partial(self.overlays.unmount, overlay.spec.overlay_id, op), force)
-        for take_down in self.lower_parts:
-            take_down(op, force)
+        self._take_down(self.lower_parts, op, force)
         ids = tuple(live.spec.layer_id for live in self.state.inventory.layers())
         if not ids:
             return
@@ -168,6 +168,11 @@ class Engine:
                 self._go_on(partial(self.layers.unmount, layer_id, op, force=True), force)
         else:
             self.batches.unmount(LayersUnmount(layers=ids), op)
+
+    def _take_down(self, parts: Sequence[TakeDowns], op: Transaction, force: bool) -> None:
+        for take_downs in parts:
+            for take_down in take_downs():
+                self._go_on(partial(take_down, op), force)
 
     def _go_on(self, action: Callable[[], object], force: bool) -> None:
         try:

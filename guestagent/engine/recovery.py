@@ -96,8 +96,7 @@ def recover(state: EngineState) -> Recovered:
     undone += _undo_layers(state, kernel, half)
     undone += _undo_orphans(state, f"{state.uuid_prefix}verity-")
     undone += _undo_orphans(state, state.uuid_prefix)
-    for path in state.journal.damaged():
-        state.inventory.note_problem(path, f"journal entry {path!r} could not be read")
+    state.note_damaged()
     return Recovered(
         layers=tuple(live.spec.layer_id for live in state.inventory.layers()),
         overlays=tuple(live.spec.overlay_id for live in state.inventory.overlays()),

@@ -113,6 +113,11 @@ class EngineState:
         except (OSError, CallError) as error:
             self.inventory.note_problem(what, f"{what} could not be removed: {error}")
 
+    def note_damaged(self) -> None:
+        """Tell the entries of the journal that could not be read in the status."""
+        for path in self.journal.damaged():
+            self.inventory.note_problem(path, f"journal entry {path!r} could not be read")
+
     def close(self) -> None:
         """Idempotent."""
         self.control.close()

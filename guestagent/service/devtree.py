@@ -30,7 +30,7 @@ class DevHandlers:
         """Adopt what an earlier agent has left."""
         self._engine = engine
         self._trees = DevTrees(engine.state)
-        engine.parts.append(self._trees.take_down_all)
+        engine.parts.append(self._trees.take_downs)
 
     def _operation(self, call: Context) -> Transaction:
         return self._engine.operation(call.deadline, traceparent=call.traceparent)

@@ -17,7 +17,7 @@ class ShareHandlers:
         """Adopt what an earlier agent has left."""
         self._engine = engine
         self._shares = Shares(engine.state)
-        engine.parts.append(self._shares.take_down_all)
+        engine.parts.append(self._shares.take_downs)
 
     def _operation(self, call: Context) -> Transaction:
         return self._engine.operation(call.deadline, traceparent=call.traceparent)

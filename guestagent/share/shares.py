@@ -11,12 +11,13 @@ the first one is, and 9p refuses it.
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from guestagent.api.layers import UnmountReply
 from guestagent.api.share import ShareMount, ShareReport
 from guestagent.engine.inventory import Reservation, refuse_other_spec
+from guestagent.engine.parts import forget_entry, recover_part
 from guestagent.engine.plan import check_target
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
@@ -37,7 +38,6 @@ from guestagent.storage.mount import TargetDirectory, open_detached
 from guestagent.storage.mountinfo import Mount, find_mount, mounts_of_dev, whereabouts
 from vsock.deadline import Deadline
 from vsock.errors import CallError
-from vsock.log import log
 from vsock.record import Record
 
 __all__ = ("LiveShare", "Shares", "served_tags")
@@ -100,15 +100,7 @@ class Shares:
         self._shares: dict[str, LiveShare] = {}
         #: The child that waits for the server of a share, by the share's id.
         self._asking: dict[str, int] = {}
-        for live in state.journal.read_part(PART, LiveShare):
-            what = _name(live)
-            try:
-                self._recover(live)
-            except (OSError, CallError) as error:
-                log.error("cannot recover", what=what, error=str(error))
-                state.inventory.note_problem(what, f"{what} cannot be undone: {error}")
-        for path in state.journal.damaged():
-            state.inventory.note_problem(path, f"journal entry {path!r} could not be read")
+        recover_part(state, PART, LiveShare, _name, self._recover)
 
     # --- requests
 
@@ -166,7 +158,7 @@ class Shares:
                 refuse_held(self._state, live.dev, target, op, filesystem=live.spec.kind)
                 op.commit()
             del self._shares[share_id]
-            self._forget(live)
+            forget_entry(self._state, (PART, share_id), _name(live), live.created)
         return UnmountReply(
             unmounted=(target,) if was_mounted else (),
             removed_devices=(),
@@ -178,15 +170,9 @@ class Shares:
         """Describe all shares, without asking the host's servers."""
         return tuple(map(self._report, tuple(self._shares.values())))
 
-    def take_down_all(self, op: Transaction, force: bool) -> None:
-        """Unmount every share; with ``force`` go on past those that are busy."""
-        for share_id in tuple(self._shares):
-            try:
-                self.unmount(share_id, op)
-            except CallError as error:
-                if not force:
-                    raise
-                log.warning("left behind", error=str(error))
+    def take_downs(self) -> Iterator[Callable[[Transaction], object]]:
+        """Yield what unmounts each share."""
+        return (partial(self.unmount, share_id) for share_id in tuple(self._shares))
 
     # --- the steps
 
@@ -275,14 +261,6 @@ class Shares:
         if live.mount() is not None:
             with undo_deadline(self._state) as deadline, Transaction(deadline) as op:
                 unmount_target(live.spec.mount_point, op, dev=live.dev)
-
-    def _forget(self, live: LiveShare) -> None:
-        state, what = self._state, _name(live)
-        state.tidy(f"the directories of {what}", remove_directories, live.created)
-        remove: Callable[..., None] = state.journal.remove_part
-        state.tidy(f"the journal of {what}", remove, PART, live.spec.share_id)
-        state.inventory.release((PART, live.spec.share_id))
-        state.inventory.settle_problem(what)
 
     def _write(self, live: LiveShare) -> None:
         self._state.journal.write_part(PART, live.spec.share_id, live)

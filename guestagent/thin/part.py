@@ -1,14 +1,16 @@
 """Pools and volumes together, as a part of the agent."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 from guestagent.api.thin import PoolClose
 from guestagent.engine.engine import Engine
 from guestagent.engine.teardown import undo_deadline
 from guestagent.engine.transaction import Transaction
+from guestagent.thin.pool import Pool
 from guestagent.thin.pools import Pools
 from guestagent.thin.volumes import Volumes
 from guestagent.thin.watch import Watcher
-from vsock.errors import CallError
-from vsock.log import log
 
 __all__ = ("Thin",)
 
@@ -28,20 +30,13 @@ class Thin:
                 self.volumes.delete_waiting(pool, engine.operation(deadline))
         self._watcher.wake()
         engine.closers.append(self._watcher.close)
-        engine.lower_parts.append(self.take_down_all)
+        engine.lower_parts.append(self.take_downs)
 
-    def take_down_all(self, op: Transaction, force: bool) -> None:
-        """Unmount every volume and close every pool.
+    def take_downs(self) -> Iterator[Callable[[Transaction], object]]:
+        """Yield what takes down each pool."""
+        return (partial(self._take_down, pool) for pool in self.pools.all())
 
-        Raises:
-            CallError: ``busy``, the first that could not go; with ``force`` the rest goes anyway.
-        """
-        for pool in self.pools.all():
-            try:
-                with self.pools.use(pool.pool_id, op):
-                    self.volumes.unmount_all(pool, op)
-                self.pools.close(PoolClose(pool_id=pool.pool_id), op)
-            except CallError as error:
-                if not force:
-                    raise
-                log.warning("left behind", error=str(error))
+    def _take_down(self, pool: Pool, op: Transaction) -> None:
+        with self.pools.use(pool.pool_id, op):
+            self.volumes.unmount_all(pool, op)
+        self.pools.close(PoolClose(pool_id=pool.pool_id), op)

@@ -18,6 +18,7 @@ from guestagent.api.thin import (
 )
 from guestagent.engine.engine import Engine
 from guestagent.engine.inventory import Reservation
+from guestagent.engine.parts import recover_part
 from guestagent.engine.plan import dm_uuid
 from guestagent.engine.teardown import (
     busy_error,
@@ -339,16 +340,15 @@ class Pools:
 
         What cannot be undone is told in the status.
         """
-        for entry in self._state.journal.read_part(PART, PoolEntry):
-            pool_id = entry.spec.pool_id
-            try:
-                with undo_deadline(self._state) as deadline, Transaction(deadline) as op:
-                    self._recover(entry, op)
-                    op.commit()
-            except (OSError, CallError) as error:
-                log.error("a pool cannot be recovered", pool=pool_id, error=str(error))
-                text = f"pool {pool_id!r} of an earlier agent cannot be used: {error}"
-                self._state.inventory.note_problem(f"pool {pool_id}", text)
+
+        def recover(entry: PoolEntry) -> None:
+            with undo_deadline(self._state) as deadline, Transaction(deadline) as op:
+                self._recover(entry, op)
+                op.commit()
+
+        recover_part(
+            self._state, PART, PoolEntry, lambda entry: f"pool {entry.spec.pool_id}", recover
+        )
 
     def _recover(self, entry: PoolEntry, op: Transaction) -> None:
         spec, control = entry.spec, self._state.control

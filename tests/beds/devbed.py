@@ -37,7 +37,7 @@ class DevBed(EngineBed):
     def _open(self) -> Engine:
         engine = super()._open()
         self.trees = DevTrees(engine.state)
-        engine.parts.append(self.trees.take_down_all)
+        engine.parts.append(self.trees.take_downs)
         return engine
 
     def books(self) -> dict[str, str]:
