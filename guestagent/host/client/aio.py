@@ -22,7 +22,7 @@ from guestagent.api.observe import LogReply
 from guestagent.api.request import Request
 from guestagent.host.client.aio_link import AsyncLink
 from guestagent.host.client.events import ALL_EVENTS, EventCallback, Following, LogCallback, Steps
-from guestagent.host.client.link import HELLO_MS, DisconnectCallback, Traceparent
+from guestagent.host.client.link import HELLO_MS, DisconnectCallback, LinkSettings, Traceparent
 from guestagent.host.client.methods import STREAM_DEADLINE_MS
 from guestagent.host.client.streams import (
     CANCEL_SECONDS,
@@ -199,16 +199,16 @@ class AsyncGuestAgent(Following):
         """
         super().__init__(on_disconnect)
         self._deadline_ms = deadline_ms
-        self._link = AsyncLink(
-            address,
+        settings = LinkSettings(
+            address=address,
             name=name,
             connect_seconds=connect_seconds,
             reconnect=reconnect,
             traceparent=traceparent,
             on_notification=self._notified,
-            on_reconnect=self._catch_up,
             on_disconnect=self._disconnected,
         )
+        self._link = AsyncLink(settings, on_reconnect=self._catch_up)
 
     @property
     def hello(self) -> HelloReply:

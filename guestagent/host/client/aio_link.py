@@ -9,14 +9,12 @@ from guestagent.api.agent import HelloReply
 from guestagent.host.client.link import (
     FIRST_PAUSE_SECONDS,
     MOST_PAUSE_SECONDS,
-    DisconnectCallback,
     LinkCore,
-    Traceparent,
+    LinkSettings,
     is_lost,
 )
-from vsock.address import Address
 from vsock.aio import AsyncClient, AsyncPendingCall
-from vsock.client import ClosedHandleError, NotificationCallback
+from vsock.client import ClosedHandleError
 from vsock.deadline import Deadline
 from vsock.errors import ConnectionClosed, RpcError
 from vsock.retry import retry_async
@@ -28,26 +26,9 @@ class AsyncLink(LinkCore):
     """For the tasks of one event loop. With ``reconnect`` a task makes a lost connection again."""
 
     def __init__(
-        self,
-        address: str | Address,
-        *,
-        name: str,
-        connect_seconds: float,
-        reconnect: bool,
-        traceparent: Traceparent,
-        on_notification: NotificationCallback,
-        on_reconnect: Callable[[AsyncClient], Awaitable[None]],
-        on_disconnect: DisconnectCallback,
+        self, settings: LinkSettings, *, on_reconnect: Callable[[AsyncClient], Awaitable[None]]
     ) -> None:
-        super().__init__(
-            address,
-            name=name,
-            connect_seconds=connect_seconds,
-            reconnect=reconnect,
-            traceparent=traceparent,
-            on_notification=on_notification,
-            on_disconnect=on_disconnect,
-        )
+        super().__init__(settings)
         self._on_reconnect = on_reconnect
         #: Cancelled by ``close``. No thread or task waits on it, so that it has no descriptor.
         self._ending = Deadline()
@@ -62,7 +43,7 @@ class AsyncLink(LinkCore):
         if self._closed or self.client is not None:
             raise ClosedHandleError(f"the handle of {self.address} was opened before")
         self.client, self.hello = await self._connect()
-        if self._reconnect:
+        if self._settings.reconnect:
             self._reviver = asyncio.create_task(self._revive())
         return self.hello
 
@@ -88,7 +69,7 @@ class AsyncLink(LinkCore):
 
     async def _connect(self) -> tuple[AsyncClient, HelloReply]:
         """Connect and say hello; again where the connection is lost before hello is answered."""
-        with self._ending.part(self._connect_seconds) as whole:
+        with self._ending.part(self._settings.connect_seconds) as whole:
             return await retry_async(
                 partial(self._connect_once, whole),
                 whole,
@@ -101,8 +82,8 @@ class AsyncLink(LinkCore):
         self._lost.clear()
         client = await AsyncClient.connect(
             self.address,
-            connect_seconds=self._connect_seconds,
-            on_notification=self._on_notification,
+            connect_seconds=self._settings.connect_seconds,
+            on_notification=self._settings.on_notification,
             on_end=self._ended,
             until=whole,
         )
@@ -127,10 +108,10 @@ class AsyncLink(LinkCore):
         """
         if self._closed or self.client is None:
             raise self._closed_error()
-        if not self._reconnect or not self.client.closed:
+        if not self._settings.reconnect or not self.client.closed:
             return self.client
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._connect_seconds), self._changed:
+            async with asyncio.timeout(self._settings.connect_seconds), self._changed:
                 await self._changed.wait_for(lambda: self._closed or not self._is_down())
         if self._closed:
             raise self._closed_error()
@@ -145,7 +126,7 @@ class AsyncLink(LinkCore):
         self._why = why
         self._lost.set()
         if self._is_up:
-            self._on_disconnect(why)
+            self._settings.on_disconnect(why)
         self._is_up = False
 
     async def _revive(self) -> None:

@@ -19,7 +19,13 @@ from guestagent.api.observe import LogReply
 from guestagent.api.request import Request
 from guestagent.host.client.events import ALL_EVENTS, EventCallback, Following, LogCallback, Steps
 from guestagent.host.client.fs import FsMethods
-from guestagent.host.client.link import HELLO_MS, DisconnectCallback, Link, Traceparent
+from guestagent.host.client.link import (
+    HELLO_MS,
+    DisconnectCallback,
+    Link,
+    LinkSettings,
+    Traceparent,
+)
 from guestagent.host.client.methods import STREAM_DEADLINE_MS, AgentMethods
 from guestagent.host.client.streams import (
     HAND_OVER_SECONDS,
@@ -170,17 +176,16 @@ class GuestAgent(Following, AgentMethods, FsMethods, ThinMethods):
         """
         super().__init__(on_disconnect)
         self._deadline_ms = deadline_ms
-        self._link = Link(
-            address,
+        settings = LinkSettings(
+            address=address,
             name=name,
             connect_seconds=connect_seconds,
             reconnect=reconnect,
             traceparent=traceparent,
             on_notification=self._notified,
-            on_reconnect=self._catch_up,
             on_disconnect=self._disconnected,
-            until=until,
         )
+        self._link = Link(settings, on_reconnect=self._catch_up, until=until)
         #: What the agent answered to the first hello: version, features, limits, boot.
         self.hello = self._link.hello
         self._feeds.connected(self.hello.boot.get("boot_id"))

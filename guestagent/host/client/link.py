@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 from guestagent.api.agent import PROTOCOL_VERSIONS, AgentHello, HelloReply
@@ -21,6 +22,7 @@ __all__ = (
     "DisconnectCallback",
     "Link",
     "LinkCore",
+    "LinkSettings",
     "Traceparent",
     "is_lost",
 )
@@ -45,29 +47,31 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, ConnectionClosed) and not isinstance(error, ClosedHandleError)
 
 
-class LinkCore:
-    """What the connection under a handle is made with, and its state, whatever it waits with."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSettings:
+    """What the connection under a handle is made with; see ``GuestAgent``."""
 
-    def __init__(
-        self,
-        address: str | Address,
-        *,
-        name: str,
-        connect_seconds: float,
-        reconnect: bool,
-        traceparent: Traceparent,
-        on_notification: NotificationCallback,
-        on_disconnect: DisconnectCallback,
-    ) -> None:
+    address: str | Address
+    name: str
+    connect_seconds: float
+    reconnect: bool
+    traceparent: Traceparent
+    on_notification: NotificationCallback
+    on_disconnect: DisconnectCallback
+
+
+class LinkCore:
+    """The state of the connection under a handle, whatever it waits with."""
+
+    def __init__(self, settings: LinkSettings) -> None:
+        address = settings.address
         self.address = parse_address(address) if isinstance(address, str) else address
-        self._connect_seconds = connect_seconds
-        self._traceparent = traceparent
-        self._on_notification = on_notification
-        self._on_disconnect = on_disconnect
-        self._reconnect = reconnect
-        self._hello = AgentHello(versions=PROTOCOL_VERSIONS, client=name)
+        self._settings = settings
+        self._hello = AgentHello(versions=PROTOCOL_VERSIONS, client=settings.name)
         #: What an agent that is connected to gets to say hello in.
-        self._hello_seconds = max(_HELLO_SECONDS[0], min(_HELLO_SECONDS[1], connect_seconds))
+        self._hello_seconds = max(
+            _HELLO_SECONDS[0], min(_HELLO_SECONDS[1], settings.connect_seconds)
+        )
         self._closed = False
         self._is_up = False
         #: Why there is no connection.
@@ -86,7 +90,7 @@ class LinkCore:
         if deadline_ms == 0:
             text = f"no time is left for {method}: its deadline is 0 ms"
             raise CallError("timeout", text, step="send the request")
-        trace = self._traceparent
+        trace = self._settings.traceparent
         value = trace() if callable(trace) else trace
         return dict(params) if value is None else {**params, "traceparent": value}
 
@@ -102,30 +106,16 @@ class Link(LinkCore):
 
     def __init__(
         self,
-        address: str | Address,
+        settings: LinkSettings,
         *,
-        name: str,
-        connect_seconds: float,
-        reconnect: bool,
-        traceparent: Traceparent,
-        on_notification: NotificationCallback,
         on_reconnect: Callable[[Client], None],
-        on_disconnect: DisconnectCallback,
         until: Deadline | None = None,
     ) -> None:
         """Connect and say hello. ``on_reconnect`` is told of each later connection.
 
         When ``until`` passes or is cancelled, connecting ends, and so does the connection.
         """
-        super().__init__(
-            address,
-            name=name,
-            connect_seconds=connect_seconds,
-            reconnect=reconnect,
-            traceparent=traceparent,
-            on_notification=on_notification,
-            on_disconnect=on_disconnect,
-        )
+        super().__init__(settings)
         self._on_reconnect = on_reconnect
         self._until = until
         #: For connecting: passes and is cancelled with ``until``, and is cancelled by ``close``.
@@ -138,7 +128,7 @@ class Link(LinkCore):
         except BaseException:
             self._ending.close()
             raise
-        if not reconnect:
+        if not settings.reconnect:
             self._ending.close()
         else:
             self._reviver = threading.Thread(target=self._revive, name="reconnect", daemon=True)
@@ -168,7 +158,7 @@ class Link(LinkCore):
 
     def _connect(self) -> tuple[Client, HelloReply]:
         """Connect and say hello; again where the connection is lost before hello is answered."""
-        with self._ending.part(self._connect_seconds) as whole:
+        with self._ending.part(self._settings.connect_seconds) as whole:
             try:
                 return retry(
                     partial(self._connect_once, whole),
@@ -188,8 +178,8 @@ class Link(LinkCore):
             self._is_lost = False
         client = Client(
             self.address,
-            stream=connect(self.address, self._connect_seconds, whole),
-            on_notification=self._on_notification,
+            stream=connect(self.address, self._settings.connect_seconds, whole),
+            on_notification=self._settings.on_notification,
             on_end=self._ended,
             until=self._until,
         )
@@ -203,7 +193,7 @@ class Link(LinkCore):
                 self._is_up = not self._is_lost
                 why = self._why
             if not self._is_up and isinstance(why, ConnectionClosed):
-                self._on_disconnect(why)  # it ended as soon as it had answered
+                self._settings.on_disconnect(why)  # it ended as soon as it had answered
             return client, hello
         except BaseException:
             client.close()
@@ -218,11 +208,11 @@ class Link(LinkCore):
         """
         if self._closed:
             raise self._closed_error()
-        if not self._reconnect or not self.client.closed:
+        if not self._settings.reconnect or not self.client.closed:
             return self.client
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or not self.client.closed, self._connect_seconds
+                lambda: self._closed or not self.client.closed, self._settings.connect_seconds
             )
             if self._closed:
                 raise self._closed_error()
@@ -237,7 +227,7 @@ class Link(LinkCore):
             self._why = why
             self._changed.notify_all()
         if was_up:
-            self._on_disconnect(why)
+            self._settings.on_disconnect(why)
 
     def _revive(self) -> None:
         with self._ending:
