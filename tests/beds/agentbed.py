@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from guestagent.api import ByteRange, LayerSpec, OverlaySpec, PathDevice, Verity
 from guestagent.engine.engine import Engine
@@ -27,6 +29,7 @@ from guestagent.storage.verity import VerityTerms
 from rootfs.verity.formatter import format_image
 from tests.beds.dmbed import loop_device
 from vsock.deadline import Deadline
+from vsock.errors import CallError
 
 PROJECT = Path(__file__).resolve().parents[2]
 #: The interpreter's own packages, for an agent that is started as in an initramfs (-I -S).
@@ -212,6 +215,14 @@ class EngineBed:
             yield self.engine.operation(deadline)
         finally:
             deadline.close()
+
+    def refusal(self, request: Callable[[Transaction], object]) -> CallError:
+        """Return the error of a request that fails; it has changed nothing."""
+        before = World.now(), self.books()
+        with pytest.raises(CallError) as caught, self.operation() as op:
+            request(op)
+        assert (settled_world(before[0]), self.books()) == before
+        return caught.value
 
     def books(self) -> dict[str, str]:
         """Return what the inventory holds, as text by part."""

@@ -2,15 +2,24 @@
 
 import contextlib
 import io
+import json
 import resource
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 
 from guestagent.host.ctl import main
+
+#: The command line in a process of its own.
+GUESTCTL = (sys.executable, "-c", "from guestagent.host.ctl import main; main()")
+#: Takes the words of a command and the exit status that it must have; returns what it prints.
+Run = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,3 +48,16 @@ def guestctl(place: Path, *words: str, limit_bytes: int | None = None) -> Done:
     return Done(
         returncode=int(ended.value.code or 0), stdout=stdout.getvalue(), stderr=stderr.getvalue()
     )
+
+
+def runner_in(place: Path) -> Run:
+    """Return what runs guestctl with --json in a directory, as a process, and reads its output."""
+
+    def run(*words: str, status: int = 0) -> Any:
+        done = subprocess.run(
+            [*GUESTCTL, "--json", *words], cwd=place, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status, f"{words}: {done.stdout}{done.stderr}"
+        return json.loads(done.stdout) if done.stdout else None
+
+    return run

@@ -47,12 +47,9 @@ def unmount(bed: EngineBed, layer_id: str, **options: bool):  # type: ignore[no-
 
 
 def refused(bed: EngineBed, spec: LayerSpec) -> CallError:
-    before = World.now(), bed.books()
-    with pytest.raises(CallError) as caught:
-        mount(bed, spec)
-    assert (settled_world(before[0]), bed.books()) == before
-    assert caught.value.step
-    return caught.value
+    error = bed.refusal(lambda op: bed.engine.layers.mount(spec, op))
+    assert error.step
+    return error
 
 
 # --- the same again

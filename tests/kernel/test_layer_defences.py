@@ -28,7 +28,7 @@ from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import Target, linear_target, parse_line
 from guestagent.storage.verity import VerityParameters, block_digest
 from tests.beds import dmbed
-from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from tests.beds.agentbed import EngineBed, Pack, attached_pack, overlay
 from tests.beds.dmbed import loop_device
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -73,11 +73,7 @@ def unmount(bed: EngineBed, layer_id: str) -> None:
 
 
 def refused(bed: EngineBed, spec: LayerSpec) -> CallError:
-    before = World.now(), bed.books()
-    with pytest.raises(CallError) as caught:
-        mount(bed, spec)
-    assert (settled_world(before[0]), bed.books()) == before
-    return caught.value
+    return bed.refusal(lambda op: bed.engine.layers.mount(spec, op))
 
 
 @contextlib.contextmanager

@@ -71,11 +71,7 @@ def unmount(bed: EngineBed, layer_id: str) -> None:
 
 
 def refused(bed: EngineBed, spec: LayerSpec) -> CallError:
-    before = World.now(), bed.books()
-    with pytest.raises(CallError) as caught:
-        mount(bed, spec)
-    assert (settled_world(before[0]), bed.books()) == before
-    return caught.value
+    return bed.refusal(lambda op: bed.engine.layers.mount(spec, op))
 
 
 def linear_lines(spec: LayerSpec, node: str) -> list[str]:

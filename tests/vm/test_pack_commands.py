@@ -5,14 +5,11 @@ Every step is a process of its own, as a person would run it; the guest is asked
 
 import contextlib
 import io
-import json
 import os
 import subprocess
-import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,15 +18,13 @@ from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import cached_kernel
 from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
 from scripts.uml_bed.kernels import kernel_cache
+from tests.beds.ctlbed import GUESTCTL, Run, runner_in
 from tests.beds.imagebed import Layout, Member, directory
 from vsock.deadline import Deadline
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 FEATURES = ("pmem", "verity", "erofs", "squashfs", "overlay", "vsock")
-GUESTCTL = (sys.executable, "-c", "from guestagent.host.ctl import main; main()")
 OVERLAY = "/run/overlays/app"
-
-Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(place: Path) -> Run:
     """Run guestctl with --json in that directory; return what it prints."""
-
-    def call(*words: str, status: int = 0) -> Any:
-        done = subprocess.run(
-            [*GUESTCTL, "--json", *words], cwd=place, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == status, f"{words}: {done.stdout}{done.stderr}"
-        return json.loads(done.stdout) if done.stdout else None
-
-    return call
+    return runner_in(place)
 
 
 @pytest.fixture(scope="module")

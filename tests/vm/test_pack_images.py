@@ -2,12 +2,8 @@
 the same contents. Which one it is depends on the kernel (GUESTAGENT_KERNELS)."""
 
 import contextlib
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,15 +12,13 @@ from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import cached_kernel
 from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
 from scripts.uml_bed.kernels import kernel_cache
+from tests.beds.ctlbed import Run, runner_in
 from tests.beds.imagebed import Layout, Member, directory, hard_link, symlink
 from vsock.deadline import Deadline
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 FEATURES = ("pmem", "verity", "erofs", "overlay", "vsock")
-GUESTCTL = (sys.executable, "-c", "from guestagent.host.ctl import main; main()")
 LARGE = bytes(range(256)) * 8000
-
-Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(place: Path) -> Run:
     """Run guestctl with --json in that directory; return what it prints."""
-
-    def call(*words: str, status: int = 0) -> Any:
-        done = subprocess.run(
-            [*GUESTCTL, "--json", *words], cwd=place, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == status, f"{words}: {done.stdout}{done.stderr}"
-        return json.loads(done.stdout) if done.stdout else None
-
-    return call
+    return runner_in(place)
 
 
 @pytest.fixture(scope="module")

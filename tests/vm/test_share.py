@@ -7,7 +7,6 @@
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,13 +20,13 @@ from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel
 from rootfs.machine.qemu import Machine
 from rootfs.machine.qemu_command import ShareSpec
+from tests.beds.ctlbed import GUESTCTL
 from tests.vm.conftest import BOOT_SECONDS, CACHE_DIR
 from vsock.deadline import Deadline
 from vsock.errors import CallError, ConnectionClosed
 
 #: Of qemu-system-common in Debian 12, and of the package virtiofsd since.
 PROGRAMS = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
-GUESTCTL = (sys.executable, "-c", "from guestagent.host.ctl import main; main()")
 BUSYBOX = Path("/usr/bin/busybox")
 STEPS = Path(__file__).parents[1] / "beds/share_guest.py"
 CONTENT = b"from the host\n"
