@@ -645,7 +645,8 @@ def _as_before(before: State, now: State) -> Wanted:
     # the first IPv4 address of a network is its primary one; renaming its interface labels others
     for index in links:
         was, is_now = (_ipv4_addresses(state, index) for state in (before, now))
-        same = next((n for n, (a, b) in enumerate(zip(was, is_now)) if a != b), len(was))  # noqa: B905
+        pairs = zip(was, is_now, strict=False)
+        same = next((n for n, (old, new) in enumerate(pairs) if old != new), len(was))
         if is_now != was:
             removed |= {key for key, _ in is_now[same:]}
     # those of an interface that has gone cannot come back
