@@ -140,7 +140,7 @@ class AgentHandlers:
     @handles(AgentShutdown)
     def shutdown(self, request: AgentShutdown, call: Context) -> Empty:
         """Unmount everything, then end."""
-        operation = self._engine.operation(call.deadline, traceparent=call.traceparent)
+        operation = call.begin(self._engine)
         self._engine.unmount_everything(operation, force=request.force)
         self._on_shutdown(request.mode)
         return Empty()

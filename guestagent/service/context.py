@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from guestagent.api.request import Request
+    from guestagent.engine.engine import Engine
+    from guestagent.engine.transaction import Transaction
 
     Q = TypeVar("Q", bound=Request[Record])
     S = TypeVar("S")
@@ -66,6 +68,10 @@ class Context:
             text = f"{self.method} acts on a connection, and this call has none"
             raise CallError("unsupported", text, object=self.method)
         return self.call.connection
+
+    def begin(self, engine: "Engine") -> "Transaction":
+        """Begin the request in the engine."""
+        return engine.operation(self.deadline, traceparent=self.traceparent)
 
     def notify(self, method: str, params: Mapping[str, object]) -> None:
         """Send a notification; it is dropped where the peer does not keep up. Never waits."""

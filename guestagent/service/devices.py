@@ -26,7 +26,7 @@ class DeviceHandlers:
         """Have the kernel let go of a disk."""
         from guestagent.engine.unplug import remove_disk  # most hosts never ask for it
 
-        operation = self._engine.operation(call.deadline, traceparent=call.traceparent)
+        operation = call.begin(self._engine)
         return remove_disk(self._engine.state, request.device, operation)
 
     @handles(DmList)

@@ -17,7 +17,6 @@ from guestagent.api.devtree import (
 from guestagent.api.request import Empty
 from guestagent.devtree.trees import DevTrees
 from guestagent.engine.engine import Engine
-from guestagent.engine.transaction import Transaction
 from guestagent.service.context import Context, handles
 
 __all__ = ("DevHandlers",)
@@ -32,41 +31,38 @@ class DevHandlers:
         self._trees = DevTrees(engine.state)
         engine.parts.append(self._trees.take_downs)
 
-    def _operation(self, call: Context) -> Transaction:
-        return self._engine.operation(call.deadline, traceparent=call.traceparent)
-
     @handles(DevCreate)
     def create(self, request: DevCreate, call: Context) -> DevTree:
         """Make a tree."""
-        return self._trees.create(request, self._operation(call))
+        return self._trees.create(request, call.begin(self._engine))
 
     @handles(DevAdd)
     def add(self, request: DevAdd, call: Context) -> DevPathsReply:
         """Add paths to a tree."""
-        return self._trees.add(request, self._operation(call))
+        return self._trees.add(request, call.begin(self._engine))
 
     @handles(DevRemove)
     def remove(self, request: DevRemove, call: Context) -> DevRemoveReply:
         """Take paths out of a tree."""
-        return self._trees.remove(request, self._operation(call))
+        return self._trees.remove(request, call.begin(self._engine))
 
     @handles(DevClosure)
     def closure(self, request: DevClosure, call: Context) -> DevPathsReply:
         """Say what paths need."""
-        return self._trees.closure(request, self._operation(call))
+        return self._trees.closure(request, call.begin(self._engine))
 
     @handles(DevList)
     def list(self, request: DevList, call: Context) -> DevListReply:
         """Report every tree, or one with its files."""
-        return DevListReply(trees=self._trees.list(request.tree_id, self._operation(call)))
+        return DevListReply(trees=self._trees.list(request.tree_id, call.begin(self._engine)))
 
     @handles(DevAttach)
     def attach(self, request: DevAttach, call: Context) -> DevAttachReply:
         """Mount a tree on a directory."""
-        return self._trees.attach(request, self._operation(call))
+        return self._trees.attach(request, call.begin(self._engine))
 
     @handles(DevDestroy)
     def destroy(self, request: DevDestroy, call: Context) -> Empty:
         """Take a tree away."""
-        self._trees.destroy(request.tree_id, self._operation(call))
+        self._trees.destroy(request.tree_id, call.begin(self._engine))
         return Empty()

@@ -39,9 +39,6 @@ class LayerHandlers:
         self._engine = engine
         self._lists = KeyLocks()
 
-    def _operation(self, call: Context) -> Transaction:
-        return self._engine.operation(call.deadline, traceparent=call.traceparent)
-
     def _mount_operation(self, call: Context) -> Transaction:
         """Begin an operation that holds no thread while its devices are not there.
 
@@ -62,7 +59,7 @@ class LayerHandlers:
     @handles(LayerUnmount)
     def unmount(self, request: LayerUnmount, call: Context) -> UnmountReply:
         """Unmount a layer."""
-        operation = self._operation(call)
+        operation = call.begin(self._engine)
         return self._engine.layers.unmount(request.layer_id, operation, force=request.force)
 
     @handles(LayerList)
@@ -84,7 +81,7 @@ class LayerHandlers:
             place = {"msgid": call.msgid, "done_bytes": done_bytes, "total_bytes": total_bytes}
             call.notify("agent.progress", place)
 
-        return self._engine.layers.verify(request.layer_id, self._operation(call), progress)
+        return self._engine.layers.verify(request.layer_id, call.begin(self._engine), progress)
 
     @handles(LayersMount)
     def mount_many(self, request: LayersMount, call: Context) -> LayersMountReply:
@@ -94,7 +91,7 @@ class LayerHandlers:
     @handles(LayersUnmount)
     def unmount_many(self, request: LayersUnmount, call: Context) -> LayersUnmountReply:
         """Unmount layers and an overlay, all or nothing."""
-        return self._engine.batches.unmount(request, self._operation(call))
+        return self._engine.batches.unmount(request, call.begin(self._engine))
 
     @handles(OverlaySpec)
     def mount_overlay(self, request: OverlaySpec, call: Context) -> OverlayReport:
@@ -104,13 +101,13 @@ class LayerHandlers:
     @handles(OverlayUnmount)
     def unmount_overlay(self, request: OverlayUnmount, call: Context) -> UnmountReply:
         """Unmount an overlay."""
-        operation = self._operation(call)
+        operation = call.begin(self._engine)
         return self._engine.overlays.unmount(request.overlay_id, operation, force=request.force)
 
     @handles(OverlayTrim)
     def trim_overlay(self, request: OverlayTrim, call: Context) -> TrimReply:
         """Discard what is unused on the scratch device of an overlay."""
-        return self._engine.overlays.trim(request.overlay_id, self._operation(call))
+        return self._engine.overlays.trim(request.overlay_id, call.begin(self._engine))
 
     @handles(OverlayList)
     def list_overlays(self, _request: OverlayList, _call: Context) -> OverlayListReply:

@@ -3,7 +3,6 @@
 from guestagent.api.layers import UnmountReply
 from guestagent.api.share import ShareList, ShareListReply, ShareMount, ShareReport, ShareUnmount
 from guestagent.engine.engine import Engine
-from guestagent.engine.transaction import Transaction
 from guestagent.service.context import Context, handles
 from guestagent.share.shares import Shares
 
@@ -19,18 +18,15 @@ class ShareHandlers:
         self._shares = Shares(engine.state)
         engine.parts.append(self._shares.take_downs)
 
-    def _operation(self, call: Context) -> Transaction:
-        return self._engine.operation(call.deadline, traceparent=call.traceparent)
-
     @handles(ShareMount)
     def mount(self, request: ShareMount, call: Context) -> ShareReport:
         """Mount a shared directory."""
-        return self._shares.mount(request, self._operation(call))
+        return self._shares.mount(request, call.begin(self._engine))
 
     @handles(ShareUnmount)
     def unmount(self, request: ShareUnmount, call: Context) -> UnmountReply:
         """Unmount a shared directory."""
-        return self._shares.unmount(request.share_id, self._operation(call))
+        return self._shares.unmount(request.share_id, call.begin(self._engine))
 
     @handles(ShareList)
     def list(self, _request: ShareList, _call: Context) -> ShareListReply:

@@ -18,7 +18,6 @@ from guestagent.api.inspect_devices import (
 )
 from guestagent.api.request import Request
 from guestagent.engine.engine import Engine
-from guestagent.engine.transaction import Transaction
 from guestagent.inspect.methods import DEVICE_LOOKS, LOOKS, STREAMS, Inspection
 from guestagent.inspect.sink import Sink
 from guestagent.service.context import Context, Handler, handlers_of, handles
@@ -166,18 +165,15 @@ class InspectHandlers:
                 stream.more(request.sequence)
         return MoreReply(known=stream is not None)
 
-    def _operation(self, call: Context) -> Transaction:
-        return self._engine.operation(call.deadline, traceparent=call.traceparent)
-
     def _look(self, function: Callable[..., Record]) -> Handler:
-        return lambda request, call: function(request, self._operation(call))
+        return lambda request, call: function(request, call.begin(self._engine))
 
     def _stream(self, function: Callable[..., Record]) -> Handler:
         """Give a function that takes its time a stream to answer through."""
 
         def run(request: Request[Record], call: Context) -> Record:
             with self._open(request, call) as stream:
-                return function(request, self._operation(call), stream)
+                return function(request, call.begin(self._engine), stream)
 
         return run
 
