@@ -121,7 +121,7 @@ def _recover_overlays(
     state: EngineState, kernel: KernelView, written: Written, whole_layers: set[str]
 ) -> list[str]:
     half = list(written.begun_overlays)
-    targets = {overlay.spec.mount_point for overlay in written.overlays}
+    targets = {overlay.spec.mount_point for overlay in (*written.overlays, *half)}
     for overlay in written.overlays:
         if whole_layers.issuperset(overlay.spec.layers) and overlay_is_there(kernel, overlay):
             _adopt_overlay(state, _as_mounted(kernel, overlay))

@@ -21,6 +21,7 @@ from guestagent.api import (
     PathDevice,
     TmpfsScratch,
 )
+from guestagent.engine.journal import Begun
 from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay
 from tests.beds.dmbed import loop_device
 from vsock.errors import CallError
@@ -262,6 +263,33 @@ def test_restart_does_not_take_a_reused_number_for_an_overlay_in_use(
         bed.reopen()
         assert bed.engine.overlays.list() == ()
         assert bed.engine.problems() == ()
+
+
+def test_restart_does_not_take_the_number_of_a_half_made_overlay_for_one_in_use(
+    bed: EngineBed, pack: Pack
+) -> None:
+    """The agent was killed while it unmounted one overlay and mounted another."""
+    with bed.operation() as op:
+        bed.engine.layers.mount(pack.spec(0), op)
+        report = bed.engine.overlays.mount(overlay("o", "layer0"), op)
+    number = os.stat(report.target).st_dev
+    subprocess.run(["umount", report.target], check=True)
+    for count in range(16):
+        name = f"p{count}"
+        with bed.operation() as op:
+            report = bed.engine.overlays.mount(overlay(name, "layer0"), op)
+        if os.stat(report.target).st_dev == number:
+            break
+    else:
+        pytest.fail("no overlay got the number of the one that is gone")
+    live = bed.engine.state.inventory.overlay(name)
+    assert live is not None
+    bed.engine.state.journal.begin(f"overlay-{name}", Begun(overlay=live))
+    bed.engine.state.journal.write_overlay(live, f"overlay-{name}")
+    bed.reopen()
+    others = [f"p{each}" for each in range(count)]
+    assert [each.overlay_id for each in bed.engine.overlays.list()] == others
+    assert bed.engine.problems() == ()
 
 
 def test_a_process_elsewhere_keeps_its_mount(bed: EngineBed, plain: LayerSpec) -> None:
