@@ -15,15 +15,11 @@ from guestagent.api import (
     agent,
     devicemapper,
     devices,
-    devtree,
     inspect,
     inspect_devices,
     layers,
-    net,
     observe,
     overlays,
-    share,
-    thin,
 )
 from guestagent.api.agent import Event
 from guestagent.api.devices import (
@@ -37,6 +33,7 @@ from guestagent.api.devices import (
     VmbusScsiDevice,
 )
 from guestagent.api.layers import LayerReport, LayerSpec
+from guestagent.api.methods import Methods
 from guestagent.api.overlays import (
     DeviceScratch,
     DirectoryScratch,
@@ -48,7 +45,7 @@ from guestagent.api.overlays import (
     ThinScratch,
     TmpfsScratch,
 )
-from guestagent.api.request import Request, collect_methods
+from guestagent.api.request import Request
 
 __all__ = (
     "METHODS",
@@ -76,19 +73,6 @@ __all__ = (
 )
 
 #: Every method of the contract by name: the class of its request.
-METHODS = collect_methods(
-    (
-        agent,
-        observe,
-        layers,
-        overlays,
-        devices,
-        devicemapper,
-        devtree,
-        net,
-        inspect_devices,
-        inspect,
-        thin,
-        share,
-    )
+METHODS = Methods(
+    (agent, observe, layers, overlays, devices, devicemapper, inspect_devices, inspect)
 )

@@ -10,13 +10,12 @@ the first line of its docstring said. The type checker knows from it that a call
 returns a ``LayerReport``.
 """
 
-from collections.abc import Iterable
-from types import GenericAlias, ModuleType
+from types import GenericAlias
 
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("Empty", "Item_co", "R_co", "Request", "Streamed", "collect_methods")
+__all__ = ("Empty", "Item_co", "R_co", "Request", "Streamed")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -85,16 +84,3 @@ class Request(Record, Answered[R_co]):
             text = f"the agent's answer to {self.method} is malformed: {error.message}"
             raise CallError("internal", text, step="read reply", object=error.object) from None
         return reply  # type: ignore[return-value]  # R_co is the type of this class's reply
-
-
-def collect_methods(modules: Iterable[ModuleType]) -> "dict[str, type[Request[Record]]]":
-    """Return the methods that modules define, by name, in the order of their definition."""
-    return {
-        kind.method: kind
-        for module in modules
-        for kind in vars(module).values()
-        if isinstance(kind, type)
-        and issubclass(kind, Request)
-        and kind.__module__ == module.__name__
-        and "method" in vars(kind)
-    }

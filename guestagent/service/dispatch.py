@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ("QUICK_METHODS", "URGENT_METHODS", "Service")
 
 #: Methods that never wait; the server may answer them without handing over to a worker.
-QUICK_METHODS = frozenset(name for name, request in METHODS.items() if request.quick)
+QUICK_METHODS = frozenset(name for name, request in METHODS.early.items() if request.quick)
 
 #: Methods for which the server keeps threads: they tell what is there, free it, and end the agent.
 URGENT_METHODS = frozenset(
