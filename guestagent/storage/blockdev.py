@@ -233,11 +233,8 @@ def wait_for(
     Raises:
         CallError: ``timeout`` or ``cancelled``; the message lists the devices there are.
     """
-    found = find(device, sys_root=sys_root)
-    if found is None:
-        found = _wait(device, deadline, sys_root)
-    ensure_node(found.node, found.dev)
-    return found
+    found = _find_ready(device, sys_root)
+    return _wait(device, deadline, sys_root) if found is None else found
 
 
 def look_for(device: api.Device) -> BlockDevice | None:
@@ -246,9 +243,25 @@ def look_for(device: api.Device) -> BlockDevice | None:
     Raises:
         CallError: as ``find``.
     """
-    found = find(device)
-    if found is not None:
-        ensure_node(found.node, found.dev)
+    return _find_ready(device, "/sys")
+
+
+def _find_ready(device: api.Device, sys_root: str) -> BlockDevice | None:
+    """Return the device, with its node, if it is there and the kernel opens it.
+
+    ``device_add_disk`` (block/genhd.c) registers a disk, which makes its node, before it can be
+    opened: until then the kernel answers ENXIO. The event that a disk was added comes afterwards.
+    """
+    found = find(device, sys_root=sys_root)
+    if found is None:
+        return None
+    ensure_node(found.node, found.dev)
+    try:
+        os.close(os.open(found.node, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        # else the step that uses the device tells
     return found
 
 
@@ -286,7 +299,7 @@ class Search:
         Raises:
             CallError: as ``find``.
         """
-        while (found := find(self.device, sys_root=self._sys_root)) is None:
+        while (found := _find_ready(self.device, self._sys_root)) is None:
             self.pause_seconds = _LOOK_AGAIN_SECONDS
             if not self._rescans:
                 return None

@@ -107,6 +107,30 @@ def test_a_device_that_appears_ends_the_wait(control: Control, disk: str, within
     devices.remove_device(control, "t-late", within(5))
 
 
+def test_a_device_is_waited_for_until_the_kernel_opens_it(
+    disk: str, tmp_path: Path, within: Within
+) -> None:
+    # a disk has its node and its directory in sysfs a moment before it can be opened
+    facts = tmp_path / "devices/pmem9"
+    (facts / "queue").mkdir(parents=True)
+    (tmp_path / "class/block").mkdir(parents=True)
+    (tmp_path / "class/block/pmem9").symlink_to("../../devices/pmem9")
+    values = {"dev": "259:4077", "size": "4096", "ro": "0", "queue/logical_block_size": "512"}
+    for name, text in values.items():
+        (facts / name).write_text(text + "\n")
+    wanted, sys_root = api.PmemDevice(number=9), str(tmp_path)
+    try:
+        assert blockdev.find(wanted, sys_root=sys_root) is not None
+        with pytest.raises(CallError) as caught:
+            blockdev.wait_for(wanted, within(0.1), sys_root=sys_root)
+        assert caught.value.code == "timeout"
+        (facts / "dev").write_text(dmbed.dev_of(disk))
+        found = blockdev.wait_for(wanted, within(10), sys_root=sys_root)
+        assert dmbed.dev_of(found.node) == dmbed.dev_of(disk)
+    finally:
+        os.unlink("/dev/pmem9")
+
+
 def test_a_device_that_stays_away_is_told_with_what_is_there(disk: str, within: Within) -> None:
     with pytest.raises(CallError) as caught:
         blockdev.wait_for(api.PmemDevice(number=7), within(0.7))
