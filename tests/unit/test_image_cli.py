@@ -236,7 +236,7 @@ def test_layers_for_another_kind_of_overlay_are_not_overlaid(run: Run, kind: str
     run("layer", "build", "layer.tar", "a.erofs")
     run("pack", "create", "p.img")
     run("pack", "add", "p.img", "a.erofs", "--no-verity", "--whiteouts", kind)
-    mount = ("pack", "mount", "p.img", "--connect", "unix:///nowhere")
+    mount = ("--wait", "0", "pack", "mount", "p.img", "--connect", "unix:///nowhere")
     assert "userxattr" in run(*mount, "--overlay", "o", status=1).output
     assert "userxattr" not in run(*mount, status=1).output
 
