@@ -8,7 +8,6 @@ so that files are compared by the id of their mount, too.
 
 import contextlib
 import os
-import stat
 from collections.abc import Iterator
 
 from guestagent.api.layers import Holder
@@ -140,18 +139,10 @@ def _process_holders(process: str, pid: str, dev: str, mount_ids: set[int]) -> l
 def _is_on(path: str, dev: str, mount_ids: set[int]) -> bool:
     """Say whether a file is on that file system, or is that block device."""
     try:
-        found = os.stat(path)
-        if _text_of(found.st_dev) == dev:
-            return True
-        if stat.S_ISBLK(found.st_mode):
-            return _text_of(found.st_rdev) == dev
-        return bool(mount_ids) and syscalls.mount_of(path)[1] in mount_ids
+        block_dev, file_dev, mount_id = syscalls.block_and_mount_of(path)
     except OSError:  # a socket of another family, a process that ended
         return False
-
-
-def _text_of(number: int) -> str:
-    return f"{os.major(number)}:{os.minor(number)}"
+    return dev in (file_dev, block_dev) or mount_id in mount_ids
 
 
 def _mapped_files(process: str, dev: str, mount_ids: set[int]) -> list[str]:

@@ -13,6 +13,7 @@ import ctypes
 import errno as errno_module
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Callable
 
@@ -58,6 +59,7 @@ MOUNT_ATTR_NODIRATIME = 0x80
 # include/uapi/linux/fcntl.h and openat2.h
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
+STATX_TYPE = 0x1
 STATX_MNT_ID = 0x1000
 AT_STATX_DONT_SYNC = 0x4000
 AT_RECURSIVE = 0x8000
@@ -90,8 +92,9 @@ APART = "apart"
 #: mount(2) copies one page of options, and cuts what is longer without an error.
 MOUNT_DATA_MAX_BYTES = 4095
 
-#: struct statx has 256 bytes: stx_dev_major and _minor at 136, then stx_mnt_id.
-_STATX_BYTES, _STATX_DEV_AT, _STATX_MOUNT = 256, 136, struct.Struct("=IIQ")
+#: struct statx has 256 bytes: stx_mode at 28; at 128 stx_rdev_major and _minor, stx_dev_major and
+#: _minor, stx_mnt_id.
+_STATX_BYTES, _STATX_NUMBERS = 256, struct.Struct("=28xH98xIIIIQ")
 #: struct ustat has 32 bytes or less.
 _USTAT_BYTES = 64
 #: What fcntl.ioctl copies, to run without the interpreter lock.
@@ -322,13 +325,32 @@ def mount_of(path: str, *, fd: int = AT_FDCWD) -> tuple[str, int]:
     Raises:
         OSError: ENOENT and the like.
     """
+    _, _, _, major, minor, mount_id = _statx_numbers(path, fd)
+    return f"{major}:{minor}", mount_id
+
+
+def block_and_mount_of(path: str) -> tuple[str | None, str, int]:
+    """Return the number of the block device that a path names, if it names one, and what
+    ``mount_of`` does.
+
+    A file system whose server does not answer is not asked: stat(2) would wait for it.
+
+    Raises:
+        OSError: as ``mount_of``.
+    """
+    mode, *block, major, minor, mount_id = _statx_numbers(path, AT_FDCWD)
+    block_dev = f"{block[0]}:{block[1]}" if stat.S_ISBLK(mode) else None
+    return block_dev, f"{major}:{minor}", mount_id
+
+
+def _statx_numbers(path: str, fd: int) -> tuple[int, ...]:
+    """Return mode, rdev major and minor, dev major and minor, mount id."""
     result = ctypes.create_string_buffer(_STATX_BYTES)
-    address = ctypes.addressof(result)
     # the file system's server, if it has one, need not be asked for these numbers
     flags = AT_STATX_DONT_SYNC | (0 if path else AT_EMPTY_PATH)
-    _call_number("statx", path, fd, _text(path), flags, STATX_MNT_ID, address)
-    major, minor, mount_id = _STATX_MOUNT.unpack_from(result, _STATX_DEV_AT)
-    return f"{major}:{minor}", mount_id
+    mask = STATX_TYPE | STATX_MNT_ID
+    _call_number("statx", path, fd, _text(path), flags, mask, ctypes.addressof(result))
+    return _STATX_NUMBERS.unpack_from(result)
 
 
 def has_superblock(dev: str) -> bool | None:

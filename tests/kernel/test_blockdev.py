@@ -15,6 +15,7 @@ from guestagent.storage import blockdev, syscalls
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import Target, linear_target
+from guestagent.storage.fscontext import FsContext
 from guestagent.storage.holders import find_holders
 from guestagent.storage.keyring import ThreadKey
 from guestagent.storage.kmsg import KernelLog
@@ -187,6 +188,31 @@ def test_holders_of_a_device(control: Control, disk: str, within: Within) -> Non
     assert blockdev.holders(info.dev) == ()
     devices.remove_device(control, "t-hold", within(5))
     assert find_holders(dmbed.dev_of(disk), within(10)) == ()
+
+
+def test_search_for_holders_asks_no_server_of_a_file_system(
+    disk: str, tmp_path: Path, within: Within
+) -> None:
+    dmbed.run("modprobe", "fuse")
+    server = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)  # which answers no request
+    found: list[object] = []
+    with FsContext("fuse") as context:
+        for key, value in {"rootmode": "40000", "user_id": "0", "group_id": "0"}.items():
+            context.set(key, value)
+        context.set("fd", str(server))
+        context.create("fuse")
+        root = context.mount(0, "fuse")
+    search = threading.Thread(
+        target=lambda: found.append(find_holders(dmbed.dev_of(disk), within(60)))
+    )
+    search.start()
+    try:
+        search.join(30)
+        assert found == [()]
+    finally:
+        os.close(server)  # ends what waits for an answer
+        search.join()
+        os.close(root)
 
 
 def test_a_loop_device_holds_the_file_system_of_its_image(tmp_path: Path, within: Within) -> None:
