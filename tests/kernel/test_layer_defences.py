@@ -213,14 +213,14 @@ def test_what_the_kernel_does_not_accept_is_said_to_be_that(
 def test_mkfs_says_why_it_failed(bed: EngineBed, pack: Pack, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with disk.open("wb") as file:
-        file.truncate(100 << 10)
+        file.truncate(32 << 10)
     with loop_device(disk, readonly=False) as node:
         mount(bed, pack.spec(0))
         scratch = DeviceScratch(device=PathDevice(path=node), ensure_filesystem=True)
         with bed.operation() as op, pytest.raises(CallError) as caught:
             bed.engine.overlays.mount(overlay("o", "layer0", scratch=scratch), op)
     assert caught.value.code == "device"
-    assert "too small" in caught.value.message
+    assert "Not enough space to build" in caught.value.message
 
 
 # --- devices
