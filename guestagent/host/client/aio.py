@@ -11,7 +11,6 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Generic, Self, TypeVar
 
@@ -24,6 +23,7 @@ from guestagent.host.client.aio_link import AsyncLink
 from guestagent.host.client.events import ALL_EVENTS, EventCallback, Following, LogCallback, Steps
 from guestagent.host.client.link import HELLO_MS, DisconnectCallback, LinkSettings, Traceparent
 from guestagent.host.client.methods import STREAM_DEADLINE_MS
+from guestagent.host.client.output import atomic_write
 from guestagent.host.client.streams import (
     CANCEL_SECONDS,
     ByteCount,
@@ -31,7 +31,6 @@ from guestagent.host.client.streams import (
     Chunks,
     ProgressCallback,
     StreamTable,
-    atomic_write,
     stream_params,
 )
 from vsock.address import Address
@@ -131,11 +130,12 @@ class AsyncFsStream(Generic[T]):
         """Write a stream of bytes to ``target``, to its end; return the final reply.
 
         Raises:
-            CallError: as of iterating; ``resource``, there are more than ``max_bytes``.
+            CallError: as of iterating; ``resource``, there are more than ``max_bytes``;
+                ``invalid``, the path is no name of a file, or of what is no regular file.
         """
         async with self:
             if isinstance(target, (str, os.PathLike)):
-                with atomic_write(Path(target)) as file:
+                with atomic_write(target) as file:
                     await self._write_to(file, max_bytes)
                     # the long part of an atomic write, where the event loop would wait for a disk
                     await asyncio.to_thread(_flush_to_disk, file)

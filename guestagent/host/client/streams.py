@@ -2,18 +2,16 @@
 
 import contextlib
 import os
-import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Generic, Protocol, Self, TypeVar
 
 from guestagent.api.agent import AgentMore
 from guestagent.api.inspect import REPLY_DATA_BYTES, StreamRequest, wire_bytes
 from guestagent.host.client.link import Link
+from guestagent.host.client.output import atomic_write
 from vsock.client import MARGIN_SECONDS, PendingCall
 from vsock.errors import CallError, ConnectionClosed, RpcError
 from vsock.record import Record
@@ -28,7 +26,6 @@ __all__ = (
     "FsStream",
     "ProgressCallback",
     "StreamTable",
-    "atomic_write",
     "stream_params",
 )
 
@@ -257,12 +254,13 @@ class FsStream(Generic[T]):
         """Write a stream of bytes to ``target``, to its end; return the final reply.
 
         Raises:
-            CallError: as of iterating; ``resource``, there are more than ``max_bytes``.
+            CallError: as of iterating; ``resource``, there are more than ``max_bytes``;
+                ``invalid``, the path is no name of a file, or of what is no regular file.
         """
         pieces = map(ByteCount(max_bytes).add, self)
         with self:
             if isinstance(target, (str, os.PathLike)):
-                with atomic_write(Path(target)) as file:
+                with atomic_write(target) as file:
                     file.writelines(pieces)
             else:
                 target.writelines(pieces)
@@ -369,18 +367,3 @@ class ByteCount:
             text = f"the answer has more than max_bytes {self._max_bytes}"
             raise CallError("resource", text, step="save the answer")
         return piece
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Write a file beside ``path`` and move it there at the end; it goes if the block fails."""
-    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
-    with part.open("xb") as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            part.replace(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise

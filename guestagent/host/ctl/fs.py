@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import BinaryIO, TypedDict
 
 import click
@@ -379,12 +378,12 @@ def _emit(session: Session, value: object, lines: Iterable[str]) -> None:
 
 
 @contextmanager
-def _writing(output: str) -> "Iterator[Path | BinaryIO]":
+def _writing(output: str) -> "Iterator[str | BinaryIO]":
     """Yield the target to write to; a failed write ends with an error that names it."""
     if output == _STDOUT and sys.stdout.isatty():
         raise click.UsageError("refusing to write binary data to a terminal: name a file")
     try:
-        yield sys.stdout.buffer if output == _STDOUT else Path(output)
+        yield sys.stdout.buffer if output == _STDOUT else output
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -5,7 +5,6 @@ A guest is not trusted: whatever it sends, the receiver goes on serving the othe
 
 import contextlib
 import json
-import os
 import selectors
 import sys
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from guestagent.host.ctl.session import (
     wait_for_interrupt,
 )
 from guestagent.host.ctl.style import paint, plain, tint
-from vsock.address import VMADDR_CID_ANY, UnixAddress, parse_address
+from vsock.address import VMADDR_CID_ANY, parse_address
 from vsock.dial import listen
 from vsock.errors import CallError
 from vsock.stream import Listener, Stream
@@ -282,5 +281,3 @@ def _receive(session: Session, text: str) -> None:
                 receiver.close()
     finally:
         listener.close()
-        if isinstance(address, UnixAddress) and os.path.exists(address.path):
-            os.unlink(address.path)

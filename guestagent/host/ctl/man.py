@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from guestagent import __version__
+from guestagent.host.client.output import atomic_write
 from guestagent.host.ctl.session import Session, cannot_write, pass_session
 
 __all__ = ("man", "pages")
@@ -37,7 +38,8 @@ def man(session: Session, output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, text in pages(root).items():
-            (output / name).write_text(text)
+            with atomic_write(output / name) as file:
+                file.write(text.encode())
             written.append(str(output / name))
     except OSError as error:
         raise cannot_write(error, error.filename or str(output)) from error

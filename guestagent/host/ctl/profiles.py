@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from guestagent.host.client.output import atomic_write
 from vsock.address import parse_address
 from vsock.errors import CallError
 
@@ -57,16 +58,13 @@ class Profiles:
         """Write the file, whole or not at all.
 
         Raises:
+            CallError: ``invalid``, something else than a file is there.
             OSError: it cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         content = {"version": _VERSION, "default": self.default, "profiles": self.addresses}
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-            part.replace(self.path)
-        finally:
-            part.unlink(missing_ok=True)
+        with atomic_write(self.path) as file:
+            file.write(json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def _default_path() -> Path:
