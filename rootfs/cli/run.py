@@ -22,7 +22,7 @@ from guestagent.host.ctl.console_client import ConsoleClient
 from guestagent.host.ctl.overlay import describe_batch
 from guestagent.host.ctl.progress import progress_bar
 from guestagent.host.ctl.session import emit, reports_errors
-from guestagent.host.ctl.style import table
+from guestagent.host.ctl.style import guarded, plain, table
 from rootfs.bootimage.closure import ClosureError
 from rootfs.bootimage.elf import ElfError
 from rootfs.bootimage.features import DEFAULT_FEATURES, FEATURES
@@ -45,6 +45,7 @@ from rootfs.cli.pack import source_options
 from rootfs.cli.packmount import find_image, image_facts, root_of
 from rootfs.image.source import SourceChoices
 from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.output import write_file
 from rootfs.machine.qemu import Machine, MachineError, MachineSpec, PmemSpec
 from rootfs.machine.run_image import Prepared, mount_request, prepare
 from rootfs.machine.vmlinux import write_vmlinux
@@ -180,7 +181,7 @@ def _reporter(as_json: bool) -> Callable[[str], None]:
 
     def report(step: str) -> None:
         if not as_json:
-            click.echo(f"guestctl: {step} ...", err=True)
+            click.echo(f"guestctl: {plain(step)} ...", err=True)
 
     return report
 
@@ -213,7 +214,7 @@ def _run(
             if as_json:
                 emit({**reply.to_wire(), "image": image_facts(plan, reply)})
             else:
-                click.echo(describe_batch(reply))
+                click.echo(guarded(describe_batch(reply)))
             if shell:
                 status = _run_shell(address, root_of(reply))
             if keep:
@@ -244,7 +245,8 @@ def _print_configuration(
     make = cloud_hypervisor if vmm == "cloud-hypervisor" else firecracker
     configuration: Configuration = make(prepared, vmlinux, place, memory_mib=memory_mib, cpus=cpus)
     if configuration.config_path is not None:
-        configuration.config_path.write_text(json.dumps(configuration.config, indent=2) + "\n")
+        text = json.dumps(configuration.config, indent=2) + "\n"
+        write_file(configuration.config_path, text.encode())
     if as_json:
         emit(configuration.to_json())
         return

@@ -529,6 +529,24 @@ def test_metrics_are_printed(agent: Agent, ctl: Callable[..., Result]) -> None:
     }
 
 
+def test_an_error_is_bounded_on_the_terminal(agent: Agent, ctl: Callable[..., Result]) -> None:
+    agent.more_fields = dict.fromkeys(("message", "object", "hint", "step"), "n" * 200000)
+    agent.more_fields["kernel_log"] = ["k" * 2000] * 1000
+    done = ctl("layer", "get", "missing")
+    assert done.exit_code == 1
+    assert len(done.stderr) < 80_000
+    assert len(max(done.stderr.splitlines(), key=len)) < 5000
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), float("nan"), -1e300])
+def test_a_duration_that_no_clock_has_is_shown(
+    agent: Agent, ctl: Callable[..., Result], seconds: float
+) -> None:
+    agent.more_fields = {"uptime_seconds": seconds}
+    done = ctl("status")
+    assert (done.exit_code, done.exception) == (0, None)
+
+
 # --- profiles
 
 
@@ -659,6 +677,20 @@ def test_bash_completes_commands_layers_and_profiles(agent: Agent, tmp_path: Pat
     assert kinds == ["layer_corrupted"]
     assert places == ["alpha"]  # bash replaces what is behind the colon
     assert [words[0] for words in files] == ["(file)"] * 3
+
+
+@pytest.mark.parametrize("name", ["$(touch pwned)", "a;b", "a b", "x\nplain,--force", "a\x1b[2J"])
+def test_no_name_of_a_guest_is_completed_into_a_command(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """bash puts a completed name into the line as it is."""
+    agent.layers = {"alpha": "mounted", name: "mounted"}
+    for line in ("layer get ", "fs ls "):
+        words = f"guestctl --connect {agent.address} {line}"
+        asked = {"_GUESTCTL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "5"}
+        done = CliRunner().invoke(collect(), [], prog_name="guestctl", env=asked)
+        assert len(done.stdout.split()) == 1
+        assert done.stdout.strip().endswith("alpha")
 
 
 def test_completion_without_agent_ends_in_time(

@@ -14,6 +14,7 @@ from guestagent.api import METHODS, LayersMount, LayerSpec, OverlaySpec, Verity
 from guestagent.api.devices import ByteRange, PathDevice, ScsiDevice, VirtioBlkDevice
 from guestagent.api.layers import VerityReport
 from guestagent.api.net import Interface, InterfaceMatch, Neighbour, NetConfigure, Route
+from guestagent.api.observe import CrashReport
 from guestagent.api.overlays import DeviceScratch, OverlayOptions
 from guestagent.api.thin import (
     PoolGrow,
@@ -455,6 +456,12 @@ def test_a_batch_as_text_and_as_json(
 EVIL = "\x1b]0;owned\x07"
 
 
+def crash_report() -> CrashReport:
+    return CrashReport(
+        number=1, kind="death", reason="x", unix_ms=1, agent="x", pid=1, restarts=0, traceback="x"
+    )
+
+
 class Hostile(Recorder):
     """Every text of its replies has a control sequence in it."""
 
@@ -521,6 +528,10 @@ class Hostile(Recorder):
         texts = dict.fromkeys(("path", "way", "state", "rdev", "target"), "x")
         return {**texts, "kind": "link", **dict.fromkeys(("uid", "gid", "mode"), 0)}
 
+    def net_configure(self, _call: Call) -> object:
+        numbers = {"timings_ms": {"x": 1.0}, "already": False}
+        return {"interfaces": [], "rules": [], "hostname": "x", **numbers}
+
     def dm_table(self, _call: Call) -> object:
         return {"name": "x", "lines": ["x"]}
 
@@ -585,17 +596,24 @@ def spoilt(value: object, name: str = "") -> object:
         "fs stat layer:a /file",
         "fs checksum layer:a /file",
         "fs checksum-device /dev/vda",
+        "metrics",
+        "crashes 1",
+        "net configure hostname=guest",
+        "connect vm ADDRESS",
     ],
 )
 def test_replies_from_guest_are_printed_without_control_characters(
-    tmp_path: Path, line: str
+    tmp_path: Path, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     agent = Hostile(tmp_path / "agent")
     try:
         agent.layers, agent.overlays = {"a": "mounted"}, {"o": ("a",)}
-        agent.publish("layer_mounted")
+        agent.crashes = [crash_report()]
+        agent.publish(f"layer_mounted{EVIL}")
         agent.log()
-        done = CliRunner().invoke(collect(), ["--connect", agent.address, *line.split()])
+        words = line.replace("ADDRESS", agent.address).split()
+        done = CliRunner().invoke(collect(), ["--connect", agent.address, *words])
     finally:
         agent.stop()
     assert done.exit_code == 0, done.output

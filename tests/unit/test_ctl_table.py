@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from guestagent.host.ctl import style
 from guestagent.host.ctl.style import (
     elided,
+    guarded,
     human_bytes,
     human_seconds,
     paint,
@@ -124,3 +125,19 @@ def test_sizes(size_bytes: int, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert human_seconds(seconds) == text
+
+
+def test_a_cell_of_any_length_is_cut_at_once() -> None:
+    """By work in proportion to its length: a guest names its layers itself."""
+    for character in ("x", "\N{GRINNING FACE}", "\N{LATIN SMALL LETTER E WITH ACUTE}"):
+        lines = table(("A", "B"), [("a", character * 100_000)], columns=40).splitlines()
+        assert [width_of(line) <= 40 for line in lines] == [True, True]
+
+
+def test_only_our_own_colours_pass_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(style, "has_colour", lambda: True)
+    ours = f"{paint('ready', 'green', bold=True)}\n{paint('x', 'red')}"
+    assert guarded(ours) == ours
+    assert guarded("\x1b[8mhidden\x1b[0m\r\x1b]0;x\x07") == "\\x1b[8mhidden\x1b[0m\\r\\x1b]0;x\\x07"
+    monkeypatch.setattr(style, "has_colour", lambda: False)
+    assert guarded(ours) == "\\x1b[32m\\x1b[1mready\\x1b[0m\n\\x1b[31mx\\x1b[0m"

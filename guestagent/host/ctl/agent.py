@@ -108,7 +108,7 @@ def _add(session: Session, profiles: Profiles, name: str, address: str, *, check
         with GuestAgent(address, connect_seconds=session.connect_seconds) as guest:
             about = f"{address}: agent {guest.hello.agent} on Linux {guest.hello.kernel}"
         if not session.as_json:
-            click.echo(about, err=True)
+            click.echo(plain(about), err=True)
 
 
 def _keep(profiles: Profiles) -> None:

@@ -1,5 +1,6 @@
 """``guestctl completion``: the shell completes commands, options and names in the guest."""
 
+import string
 from collections.abc import Callable, Iterable
 
 import click
@@ -68,6 +69,9 @@ def completion(shell: str) -> None:
 #: Limit for asking the agent while a person waits for the completion.
 _SECONDS = 1.0
 
+#: What a completed name may be made of: nothing that means more to a shell, or ends a line.
+_NAME = frozenset(string.ascii_letters + string.digits + "._-:@+=")
+
 Complete = Callable[[click.Context, click.Parameter, str], list[str]]
 
 
@@ -79,7 +83,9 @@ def _completer(names: Callable[[GuestAgent], Iterable[str]]) -> Complete:
             if text is None:
                 return []
             with GuestAgent(text, connect_seconds=_SECONDS, deadline_ms=1000) as guest:
-                return sorted(name for name in names(guest) if name.startswith(incomplete))
+                # bash puts a name into the command line as it is
+                found = (name for name in names(guest) if _NAME.issuperset(name))
+                return sorted(name for name in found if name.startswith(incomplete))
         except (RpcError, OSError, ValueError, click.UsageError):
             return []
 

@@ -108,5 +108,5 @@ def describe_event(event: Event) -> str:
         words.append(f"trace {event.traceparent.split('-')[1]}")
     if event.dropped:
         words.append(f"({event.dropped} events before it were not delivered)")
-    kind = paint(event.kind.ljust(_KIND_COLUMNS), tint(event.kind))
+    kind = paint(plain(event.kind).ljust(_KIND_COLUMNS), tint(event.kind))
     return f"{when}  {event.sequence:>5}  {kind}  {plain(' '.join(words))}".rstrip()

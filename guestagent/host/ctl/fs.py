@@ -136,7 +136,7 @@ def status(session: Session, place: Where, path: bytes) -> None:
         acls = {kind: guest.fs_acl_get_file(path, kind, **place) for kind in kinds}
     plain = _plain(found) | {"xattrs": {os.fsdecode(k): v.hex() for k, v in xattrs.items()}}
     lines = [
-        f"{printable(path)}: {ENTRY_TYPES[found.kind]}"
+        f"{printable(path)}: {ENTRY_TYPES.get(found.kind, found.kind)}"
         + (f" -> {printable(found.target)}" if found.target is not None else ""),
         f"  mode      {found.mode:04o}   uid {found.uid}   gid {found.gid}   links {found.links}",
         f"  size      {found.size_bytes} bytes, {found.allocated_bytes} allocated",
@@ -343,7 +343,7 @@ def _row(entry: DirectoryEntry) -> tuple[str, ...]:
     kinds |= {"c": stat.S_IFCHR, "p": stat.S_IFIFO, "s": stat.S_IFSOCK}
     name = printable(entry.name)
     return (
-        stat.filemode(kinds.get(entry.kind, 0) | entry.mode),
+        stat.filemode(kinds.get(entry.kind, 0) | entry.mode & 0o7777),
         str(entry.links),
         str(entry.uid),
         str(entry.gid),

@@ -1,12 +1,11 @@
 """``guestctl metrics``: the metrics of a guest, or of many guests for a Prometheus server."""
 
-import sys
-
 import click
 
 from guestagent.host.ctl.exposition import parsed
 from guestagent.host.ctl.profiles import resolve
 from guestagent.host.ctl.session import Session, emit, pass_session
+from guestagent.host.ctl.style import guarded
 from vsock.address import parse_address
 from vsock.errors import CallError
 
@@ -82,7 +81,7 @@ def _print(session: Session) -> None:
             ]
         )
     else:
-        sys.stdout.write(text)
+        click.echo(guarded(text), nl=False)
 
 
 def _value(text: str) -> float | int | str:

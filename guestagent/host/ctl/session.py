@@ -19,7 +19,7 @@ import click
 
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.profiles import resolve
-from guestagent.host.ctl.style import plain
+from guestagent.host.ctl.style import guarded, plain
 from vsock.address import HybridAddress, UnixAddress, VsockAddress, parse_address
 from vsock.errors import CallError, ConnectionClosed, RpcError, errno_name
 from vsock.record import Record
@@ -41,6 +41,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Command = TypeVar("Command", bound=Callable[..., None])
 
+#: A longer text of an error is shown by its first and last characters; so are the kernel's lines.
+_SHOWN_END = 1000
+_KERNEL_LINES = 32
 #: Error code -> what a person does next, for errors that do not say it themselves.
 _NEXT_STEPS = {
     "invalid": "`guestctl {command} --help` says what it takes",
@@ -107,14 +110,14 @@ class Session:
         if self.as_json:
             emit(value.to_wire())
         else:
-            click.echo(text())
+            click.echo(guarded(text()))
 
     def say(self, value: object, text: str) -> None:
         """Print a plain value as JSON where asked, else ``text``."""
         if self.as_json:
             emit(value)
         else:
-            click.echo(text)
+            click.echo(guarded(text))
 
 
 def cannot_write(error: OSError, path: str) -> CallError:
@@ -184,7 +187,7 @@ def fail(error: CallError, *, as_json: bool, next_step: str | None = None) -> No
     if as_json:
         emit({"error": error.to_wire()})
         sys.exit(1)
-    click.echo(f"guestctl: {plain(str(error))}", err=True)
+    click.echo(f"guestctl: {_shown(str(error))}", err=True)
     details = (
         ("step", error.step),
         ("object", error.object),
@@ -193,12 +196,20 @@ def fail(error: CallError, *, as_json: bool, next_step: str | None = None) -> No
     )
     for name, value in details:
         if value is not None:
-            click.echo(f"  {name}: {plain(value)}", err=True)
-    for line in error.kernel_log:
-        click.echo(f"  kernel: {plain(line)}", err=True)
+            click.echo(f"  {name}: {_shown(value)}", err=True)
+    for line in error.kernel_log[-_KERNEL_LINES:]:
+        click.echo(f"  kernel: {_shown(line)}", err=True)
     if next_step is not None and error.hint is None:
         click.echo(f"  next: {next_step}", err=True)
     sys.exit(1)
+
+
+def _shown(text: str) -> str:
+    """Return a text of an error for a terminal: what it tells may be as long as a peer, or the
+    writer of an archive, wants."""
+    if len(text) > 2 * _SHOWN_END:
+        text = f"{text[:_SHOWN_END]}...{text[-_SHOWN_END:]}"
+    return plain(text)
 
 
 def _json(value: object) -> str:

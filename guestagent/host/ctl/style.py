@@ -3,6 +3,7 @@
 Tables are not by rich.table: it cuts cells at their end, and names of dm devices differ there.
 """
 
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ __all__ = (
     "cut",
     "described",
     "elided",
+    "guarded",
     "has_colour",
     "human_bytes",
     "human_seconds",
@@ -46,6 +48,8 @@ _COLOURS = {
     "error": "red",
 }
 _BAD_ENDINGS = ("_failed", "_corrupted", "_lost")
+#: What ``click.style`` writes for the colours and for bold text.
+_COLOUR_CODE = re.compile(r"(\x1b\[(?:0|1|3[0-7])m)")
 _PARTS = re.compile(r"[0-9]+|[^0-9]+")
 _GAP = 2
 #: No column is shortened below this width.
@@ -79,6 +83,19 @@ def tint(word: str) -> str | None:
 def plain(text: str) -> str:
     """Return text for a terminal, with control and other unprintable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def guarded(text: str) -> str:
+    """Return a text of several lines for a terminal: control characters that are no colour of
+    ``paint`` are escaped. For all of an output, of which each part should be plain already."""
+    return "\n".join(map(_guarded_line, text.split("\n")))
+
+
+def _guarded_line(line: str) -> str:
+    if line.isprintable():
+        return line
+    parts = _COLOUR_CODE.split(line) if has_colour() else [line]
+    return "".join(part if i % 2 else plain(part) for i, part in enumerate(parts))
 
 
 def words_of(value: object) -> str:
@@ -131,6 +148,8 @@ def human_bytes(size_bytes: int) -> str:
 
 def human_seconds(seconds: float) -> str:
     """Return a duration in its two largest units: 3.2 s, 4 min 10 s, 2 h 5 min, 3 d 4 h."""
+    if not math.isfinite(seconds):  # of a peer
+        return f"{seconds} s"
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(int(seconds), 60)
@@ -255,14 +274,19 @@ def _is_number(text: str) -> bool:
 
 
 def _beginning(text: str, columns: int) -> str:
-    end = len(text)
-    while width_of(text[:end]) > columns:
-        end -= 1
-    return text[:end]
+    return text[: _fitting_count(text, columns)]
 
 
 def _ending(text: str, columns: int) -> str:
-    begin = 0
-    while width_of(text[begin:]) > columns:
-        begin += 1
-    return text[begin:]
+    return text[len(text) - _fitting_count(text[::-1], columns) :]
+
+
+def _fitting_count(text: str, columns: int) -> int:
+    """Return how many characters from the start fit: text of a peer may have millions."""
+    if text.isascii():
+        return min(len(text), max(0, columns))
+    for count, character in enumerate(text):
+        columns -= width_of(character)
+        if columns < 0:
+            return count
+    return len(text)
