@@ -21,6 +21,7 @@ from rootfs.image import mkfs
 from rootfs.image.erofs import ErofsImage
 from rootfs.image.ext4 import Ext4Image
 from rootfs.image.source import Source, SourceChoices, SourceLayer, SourceOptions, open_source
+from rootfs.image.spool import DEFAULT_MAX_BYTES
 from rootfs.image.tree import Node, Progress, TreeDigest, whiteout_kind
 from rootfs.imagefile.errors import from_os_error
 from rootfs.imagefile.output import check_output, new_file
@@ -85,6 +86,7 @@ class _Recipe:
     inline_tails: bool = True
     verity: bool = False
     vhd_footer: bool = False
+    max_bytes: int = DEFAULT_MAX_BYTES
     progress: Progress | None = None
     cancel: Deadline | None = None
 
@@ -244,6 +246,7 @@ def _make_filesystem(layer: SourceLayer, fd: int, path: Path, recipe: _Recipe) -
         filesystem=recipe.filesystem,
         compression=recipe.compression,
         uuid=recipe.uuid(layer.digest),
+        max_hole_bytes=recipe.max_bytes,
         cancel=recipe.cancel,
     )
     size_bytes = path.stat().st_size

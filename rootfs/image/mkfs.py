@@ -17,7 +17,7 @@ from rootfs.image.squashfs import set_root
 from rootfs.image.staging import staged
 from rootfs.image.tarwriter import write_tar
 from rootfs.image.tree import Node, link_counts, walk
-from rootfs.imagefile.errors import DROP_XATTRS_HINT, cannot_hold
+from rootfs.imagefile.errors import DROP_XATTRS_HINT, cannot_hold, shown_path
 from rootfs.imagefile.program import feed, missing, run
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -32,6 +32,9 @@ _SQUASHFS_NAME_SPACES = (b"user.", b"trusted.", b"security.")
 #: What Linux file systems know.
 _NAME_SPACES = (*_SQUASHFS_NAME_SPACES, b"system.posix_acl_access", b"system.posix_acl_default")
 _MAX_TIME = (1 << 63) - 1
+#: NAME_MAX, XATTR_NAME_MAX and XATTR_SIZE_MAX of the kernel: what is longer, nobody can read.
+_MAX_NAME_BYTES = 255
+_MAX_VALUE_BYTES = 65536
 #: mkfs.erofs 1.5 cuts the names that it reads in a directory.
 _MAX_STAGED_NAME_BYTES = 254
 #: The kernel's 32-bit form of a device number has 12 bits of major and 20 of minor.
@@ -84,15 +87,21 @@ def make_image(
     filesystem: str,
     compression: str | None,
     uuid: uuid_module.UUID,
+    max_hole_bytes: int,
     cancel: Deadline | None = None,
 ) -> int:
     """Make the image in the file ``path`` and return how many inodes it has.
 
+    The programs read holes as zeros, at most ``max_hole_bytes`` of them: a small tar may have a
+    file of exabytes.
+
     Raises:
         CallError: ``unsupported``, the tree holds what the file system or the program cannot, or
-            privilege is missing; ``resource``, a full disk; ``device``, the program failed.
+            privilege is missing; ``resource``, a full disk, or too many holes; ``device``, the
+            program failed.
     """
     _check(root, filesystem)
+    _check_holes(root, max_hole_bytes)
     if filesystem == "squashfs":
         _make_squashfs(root, path, compression, cancel)
     else:
@@ -105,15 +114,41 @@ def make_image(
 def _check(root: Node, filesystem: str) -> None:
     """Refuse what the programs would cut, or rename, without an error."""
     for path, node in walk(root):
+        if path and len(path[-1]) > _MAX_NAME_BYTES:
+            raise cannot_hold(_IMAGES[filesystem], path, f"a name of {len(path[-1])} bytes")
         if not (0 <= node.uid <= _MAX_32_BIT and 0 <= node.gid <= _MAX_32_BIT):
             raise cannot_hold(_IMAGES[filesystem], path, f"the owner {node.uid}:{node.gid}")
         major, minor = os.major(node.rdev), os.minor(node.rdev)
         if node.is_device and not (major <= _MAX_MAJOR and minor <= _MAX_MINOR):
             raise cannot_hold(_IMAGES[filesystem], path, f"the device number {major}:{minor}")
-        for name in node.xattrs:
+        for name, value in node.xattrs.items():
+            what = None
             if not name.startswith(_NAME_SPACES):
                 what = f"the attribute {os.fsdecode(name)}"
+            elif len(name) > _MAX_NAME_BYTES:
+                what = f"an attribute with a name of {len(name)} bytes"
+            elif len(value) > _MAX_VALUE_BYTES:
+                what = f"the attribute {os.fsdecode(name)} with a value of {len(value)} bytes"
+            if what is not None:
                 raise cannot_hold(_IMAGES[filesystem], path, what, hint=DROP_XATTRS_HINT)
+
+
+def _check_holes(root: Node, max_bytes: int) -> None:
+    seen: set[int] = set()
+    left = max_bytes
+    for path, node in walk(root):
+        if node.is_regular and id(node) not in seen:
+            seen.add(id(node))
+            left -= node.content.size_bytes - sum(length for _, length, _ in node.content.extents)
+        if left < 0:
+            name = shown_path(path)
+            raise CallError(
+                "resource",
+                f"cannot make the image: with {name!r} it has holes of over {max_bytes} bytes",
+                step="lay out the image",
+                object=name,
+                hint="raise the limit if the source is trusted; uncompressed EROFS keeps holes",
+            )
 
 
 def _make_squashfs(

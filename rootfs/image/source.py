@@ -38,7 +38,8 @@ class SourceChoices(TypedDict, total=False):
     whiteouts: what markers in a tar become.
     platform: which image of an index, ``linux/amd64``; this machine's when there are several.
     reference: which image of a layout or archive, by its name there.
-    max_bytes: what each stream of the source may grow to when it is decompressed.
+    max_bytes: what each stream of the source may grow to when it is decompressed, and what holes
+        may grow to where a program is to read them.
     drop_xattrs: shell patterns of extended attributes that are left out.
     progress: called with bytes done and in all, from the start for each phase of the work.
     cancel: ends the work, by its time or from outside.

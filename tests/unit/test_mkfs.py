@@ -1,5 +1,6 @@
 """squashfs and compressed EROFS: what the programs made is what was asked for, every time."""
 
+import io
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rootfs.image import mkfs
-from rootfs.image.images import build_image
+from rootfs.image.images import BuildOptions, build_image
 from rootfs.imagefile.program import run
 from tests.beds.imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
 from vsock.deadline import Deadline
@@ -196,6 +197,12 @@ def test_what_compressed_erofs_would_change_is_refused(
         ("ext4", Member("x", kind=b"3", device=(4096, 1)), "device number"),
         ("ext4", Member("x", uid=1 << 32), "the owner"),
         ("squashfs", Member("x", xattrs={"system.posix_acl_access": b"\2\0\0\0"}), "posix_acl"),
+        ("squashfs", Member("n" * 256 + "/x"), "a name of 256 bytes"),
+        ("squashfs", Member("d/.wh." + "n" * 256), "a name of 256 bytes"),
+        ("squashfs", Member("x", xattrs={"user." + "n" * 251: b""}), "a name of 256 bytes"),
+        ("squashfs", Member("x", xattrs={"user.x": bytes(65537)}), "a value of 65537 bytes"),
+        ("erofs", Member("n" * 256 + "/x"), "a name of 256 bytes"),
+        ("ext4", Member("n" * 256 + "/x"), "name"),
     ],
 )
 def test_what_a_format_cannot_hold(
@@ -205,6 +212,24 @@ def test_what_a_format_cannot_hold(
     with pytest.raises(CallError, match=what) as caught:
         build_image(tmp_path / "layer.tar", tmp_path / "image", filesystem=filesystem)
     assert caught.value.code == "unsupported"
+    assert [each.name for each in tmp_path.iterdir()] == ["layer.tar"]
+
+
+@pytest.mark.parametrize("more", [{"filesystem": "squashfs"}, {"compression": "lz4hc"}])
+def test_holes_that_a_program_would_read_as_zeros_are_bounded(
+    tmp_path: Path, more: BuildOptions
+) -> None:
+    """A sparse member of a few bytes may be a file of exabytes."""
+    records = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "x"}
+    records["GNU.sparse.realsize"] = str(1 << 50)
+    info = tarfile.TarInfo("x")
+    data = b"1\n0\n1\n".ljust(512, b"\0") + b"x"
+    info.size, info.pax_headers = len(data), records
+    with tarfile.open(tmp_path / "layer.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(data))
+    with pytest.raises(CallError, match="holes") as caught:
+        build_image(tmp_path / "layer.tar", tmp_path / "image", **more)
+    assert caught.value.code == "resource"
     assert [each.name for each in tmp_path.iterdir()] == ["layer.tar"]
 
 
