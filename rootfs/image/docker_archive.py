@@ -7,11 +7,12 @@ Source: moby/moby image/spec/v1.2 ("Combined Image JSON + Filesystem Changeset F
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 
-from rootfs.image.filestore import FileStore, read_json
-from rootfs.image.oci import AmbiguousError, LayerBlob, pair_layers
+from rootfs.image.filestore import AmbiguousError, FileStore, read_json
+from rootfs.image.oci import LayerBlob, pair_layers
 from rootfs.image.platform import Platform, fitting, listed, same_name
 from vsock.errors import CallError
 
@@ -19,21 +20,36 @@ __all__ = ("find_layers", "is_archive", "refuse_legacy")
 
 _CONFIG_NAME = re.compile(r"(?:blobs/sha256/)?([0-9a-f]{64})(?:\.json)?\Z", re.ASCII)
 _MANIFEST = "manifest.json"
+#: Of an image in it.
+_KEYS = ("config", "layers", "repotags")
+_START_BYTES = 64 << 10
 #: Of a file that may list many, how many ids are looked at.
 _MAX_IDS = 1000
 
 
 def is_archive(store: FileStore) -> bool:
-    """Say whether the store has such a manifest, not just a file of that name."""
+    """Say whether the store has such a manifest, damaged or not, not just a file of that name."""
     if not store.has(_MANIFEST):
         return False
     try:
         value, _ = read_json(store, _MANIFEST)
     except CallError:
+        return _was_manifest(store)
+    return isinstance(value, list) and (not value or any(map(_is_image, value)))
+
+
+def _is_image(value: object) -> bool:
+    return isinstance(value, Mapping) and any(key.casefold() in _KEYS for key in value)
+
+
+def _was_manifest(store: FileStore) -> bool:
+    """Say whether what cannot be read begins as such a manifest does."""
+    try:
+        with store.open(_MANIFEST) as file:
+            start = os.pread(file.fd, min(file.size_bytes, _START_BYTES), file.start_bytes)
+    except CallError:
         return False
-    return isinstance(value, list) and all(
-        isinstance(each, Mapping) and {"Config", "Layers"} <= each.keys() for each in value
-    )
+    return b'"Config"' in start and b'"Layers"' in start
 
 
 def refuse_legacy(store: FileStore) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,10 +13,21 @@ from rootfs.image.tar import TarEntry
 from rootfs.imagefile.errors import from_os_error
 from vsock.errors import CallError
 
-__all__ = ("ArchiveStore", "DirectoryStore", "FileStore", "StoredFile", "read_json")
+__all__ = (
+    "AmbiguousError",
+    "ArchiveStore",
+    "DirectoryStore",
+    "FileStore",
+    "StoredFile",
+    "read_json",
+)
 
 _MAX_JSON_BYTES = 8 << 20
 _MAX_LINKS = 8
+
+
+class AmbiguousError(CallError):
+    """One reader would find another image there than the next one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +50,10 @@ class FileStore(Protocol):
 
     def has(self, name: str) -> bool: ...
 
+    def earlier(self, name: str) -> Sequence[StoredFile | None]:
+        """Return what an archive had under the same name before; None for no plain file."""
+        ...
+
 
 class DirectoryStore:
     """The files below a directory of this host."""
@@ -48,6 +63,9 @@ class DirectoryStore:
 
     def has(self, name: str) -> bool:
         return os.path.isfile(self._path / name)  # False also where we may not look
+
+    def earlier(self, name: str) -> Sequence[StoredFile | None]:
+        return ()
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[StoredFile]:
@@ -77,8 +95,11 @@ class ArchiveStore:
         self._fd = fd
         self._files: dict[str, StoredFile | None] = {}
         self._links: dict[str, str] = {}
+        self._earlier: dict[str, list[StoredFile | None]] = {}
         for entry in members:
             name = _normal(os.fsdecode(entry.name))
+            if name in self._files or name in self._links:
+                self._earlier.setdefault(name, []).append(self._files.get(name))
             self._files.pop(name, None)
             self._links.pop(name, None)
             if entry.file_type == stat.S_IFLNK:
@@ -100,6 +121,9 @@ class ArchiveStore:
 
     def has(self, name: str) -> bool:
         return self._resolve(name) in self._files
+
+    def earlier(self, name: str) -> Sequence[StoredFile | None]:
+        return self._earlier.get(self._resolve(name), ())
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[StoredFile]:
@@ -126,6 +150,28 @@ class ArchiveStore:
         return name
 
 
+class _DoubledKeyError(Exception):
+    """An object has a key twice."""
+
+
+def _ambiguous(name: str, why: str) -> AmbiguousError:
+    text = f"cannot read {name!r}: {why}"
+    return AmbiguousError("invalid", text, step="read", object=name)
+
+
+def _content(file: StoredFile) -> bytes:
+    return os.pread(file.fd, file.size_bytes, file.start_bytes)
+
+
+def _unambiguous(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise _DoubledKeyError(f"the key {twice[:100]!r} comes twice")
+    return found
+
+
 def _start(extents: tuple[tuple[int, int, int], ...]) -> int:
     return extents[0][2] if extents else 0
 
@@ -142,7 +188,8 @@ def read_json(store: FileStore, name: str) -> tuple[object, bytes]:
     """Return a JSON file of at most 8 MiB, parsed, and its bytes.
 
     Raises:
-        CallError: ``invalid``, no JSON; ``resource``, too large; as ``FileStore.open``.
+        CallError: ``invalid``, no JSON, or not the same to every reader; ``resource``, too large;
+            as ``FileStore.open``.
     """
     with store.open(name) as file:
         if file.size_bytes > _MAX_JSON_BYTES:
@@ -152,9 +199,14 @@ def read_json(store: FileStore, name: str) -> tuple[object, bytes]:
                 step="read",
                 object=name,
             )
-        raw = os.pread(file.fd, file.size_bytes, file.start_bytes)
+        raw = _content(file)
+    for other in store.earlier(name):
+        if other is None or other.size_bytes != len(raw) or _content(other) != raw:
+            raise _ambiguous(name, "it comes twice in the archive, with other content")
     try:
-        return json.loads(raw), raw
+        return json.loads(raw, object_pairs_hook=_unambiguous), raw
+    except _DoubledKeyError as problem:
+        raise _ambiguous(name, str(problem)) from None
     except (ValueError, RecursionError) as problem:
         raise CallError(
             "invalid", f"cannot read {name!r}: no JSON: {problem}", step="read", object=name

@@ -9,11 +9,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rootfs.image.filestore import FileStore, read_json
+from rootfs.image.filestore import AmbiguousError, FileStore, read_json
 from rootfs.image.platform import Platform, default_platform, fitting, listed, same_name
 from vsock.errors import CallError
 
-__all__ = ("AmbiguousError", "LayerBlob", "find_layers", "is_layout", "pair_layers")
+__all__ = (
+    "LayerBlob",
+    "find_layers",
+    "is_layout",
+    "pair_layers",
+    "refuse_incomplete",
+)
 
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})\Z", re.ASCII)
 _MAX_INDEX_DEPTH = 4
@@ -46,6 +52,8 @@ _CONFIGS = (
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",
 )
+#: What says of a document that it is an index, and an image.
+_KEYS = ("manifests", "layers", "config")
 _NAMES = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
 
 
@@ -60,12 +68,27 @@ class LayerBlob:
     diff_id: str
 
 
-class AmbiguousError(CallError):
-    """Several images fit what was asked for; the message lists their names."""
-
-
 def is_layout(store: FileStore) -> bool:
     return store.has("oci-layout") and store.has("index.json")
+
+
+def refuse_incomplete(store: FileStore) -> None:
+    """Refuse a layout that has lost its ``oci-layout``: it is no image of its own files.
+
+    Raises:
+        CallError: ``unsupported``.
+    """
+    try:
+        index, _ = read_json(store, "index.json")
+    except CallError:
+        return
+    listed_here = index.get("manifests") if isinstance(index, Mapping) else None
+    for each in listed_here if isinstance(listed_here, list) else ():
+        digest = each.get("digest") if isinstance(each, Mapping) else None
+        if isinstance(digest, str) and _DIGEST.match(digest) and store.has(blob_name(digest, "")):
+            problem = _refused("unsupported", "index.json", "images, but there is no oci-layout")
+            problem.hint = "--format tar or directory takes its files as they are"
+            raise problem
 
 
 def find_layers(
@@ -82,8 +105,10 @@ def find_layers(
     version = _text(_object(layout, "oci-layout"), "imageLayoutVersion", "oci-layout")
     if version.partition(".")[0] != "1":
         raise _refused("unsupported", "oci-layout", f"layout version {version!r}")
-    index, _ = read_json(store, "index.json")
-    descriptors = _descriptors(_object(index, "index.json"), "index.json")
+    value, _ = read_json(store, "index.json")
+    index = _object(value, "index.json")
+    _check_kind(index, "index.json", _INDEXES)
+    descriptors = _descriptors(index, "index.json")
     names = [name for each in descriptors for name in _names(each)]
     if reference is not None:
         descriptors = [
@@ -128,7 +153,9 @@ def _choose(
     descriptor = candidates[0][1]
     document, name = _document(store, descriptor, where)
     if descriptor["mediaType"] in _MANIFESTS:
+        _check_kind(document, name, _MANIFESTS)
         return document, name
+    _check_kind(document, name, _INDEXES)
     if depth == _MAX_INDEX_DEPTH:
         raise _refused("invalid", where, f"indexes nested over {_MAX_INDEX_DEPTH} deep")
     return _choose(store, _descriptors(document, name), wanted, name, depth + 1)
@@ -186,8 +213,7 @@ def _ambiguous(
     choice = f"name one: the names are {names}"
     if len(variants) > 1:
         choice = f"the platforms are {listed(sorted(variants, key=str))}"
-    problem = _refused("invalid", where, f"{len(images)} images that fit; {choice}")
-    return AmbiguousError(problem.code, problem.message, step=problem.step, object=problem.object)
+    return _two_ways(where, f"{len(images)} images that fit; {choice}")
 
 
 def _layers_of(
@@ -262,6 +288,24 @@ def _document(
     return _object(value, name), name
 
 
+def _check_kind(document: Mapping[str, object], name: str, kinds: tuple[str, ...]) -> None:
+    """Refuse a document that another reader could take for one of the other kind.
+
+    Source: OCI image specification 1.0.2, on CVE-2021-41190; Go's encoding/json, which takes keys
+    whatever their case.
+    """
+    own = document.get("mediaType", kinds[0])
+    if not isinstance(own, str) or own in (_MANIFESTS if kinds is _INDEXES else _INDEXES):
+        raise _two_ways(name, f"the media type {own!r}: it says that it is another kind")
+    index_keys = [key for key in document if key.casefold() == "manifests"]
+    image_keys = [key for key in document if key.casefold() in ("layers", "config", "fslayers")]
+    if index_keys and image_keys:
+        raise _two_ways(name, f"both {image_keys[-1]!r} and {index_keys[-1]!r}")
+    for key in (*index_keys, *image_keys):
+        if key not in _KEYS:
+            raise _two_ways(name, f"the key {key!r}, which some readers take for another")
+
+
 def _is_attestation(descriptor: Mapping[str, object]) -> bool:
     kind = _annotations(descriptor).get("vnd.docker.reference.type")
     return kind == "attestation-manifest"
@@ -306,6 +350,11 @@ def _number(value: Mapping[str, object], key: str, where: str) -> int:
     if not isinstance(found, int) or isinstance(found, bool) or found < 0:
         raise _refused("invalid", where, f"no size {key!r}")
     return found
+
+
+def _two_ways(where: str, what: str) -> AmbiguousError:
+    problem = _refused("invalid", where, what)
+    return AmbiguousError(problem.code, problem.message, step=problem.step, object=problem.object)
 
 
 def _refused(code: str, where: str, what: str) -> CallError:

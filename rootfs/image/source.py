@@ -15,8 +15,9 @@ from typing import TypedDict
 
 from rootfs.image import docker_archive, oci
 from rootfs.image.directory import DirectorySource
-from rootfs.image.filestore import ArchiveStore, DirectoryStore, FileStore
+from rootfs.image.filestore import AmbiguousError, ArchiveStore, DirectoryStore, FileStore
 from rootfs.image.oci import LayerBlob
+from rootfs.image.platform import default_platform
 from rootfs.image.spool import DEFAULT_MAX_BYTES, Spool, spooled
 from rootfs.image.tar import TarEntry, TarReader
 from rootfs.image.tarlower import LowerLayers, LowerTree
@@ -256,9 +257,13 @@ def _open_directory(
     store = DirectoryStore(source)
     found = options.source_format
     if found == "auto":
-        found = (
-            "oci" if oci.is_layout(store) and os.path.isdir(Path(source) / "blobs") else "directory"
-        )
+        if not os.path.isdir(Path(source) / "blobs"):
+            found = "directory"
+        elif oci.is_layout(store):
+            found = "oci"
+        else:
+            oci.refuse_incomplete(store)
+            found = "directory"
     if found == "directory":
         return Source(options, directory=stack.enter_context(DirectorySource(source)))
     return _layered(source, store, found, options)
@@ -301,6 +306,7 @@ def _format_of(store: FileStore) -> str:
     if docker_archive.is_archive(store):
         return "docker"
     docker_archive.refuse_legacy(store)
+    oci.refuse_incomplete(store)
     return "tar"
 
 
@@ -328,17 +334,41 @@ def _layered(
 def _layout_layers(store: FileStore, options: SourceOptions) -> tuple[LayerBlob, ...]:
     """Return the layers by the layout, or, where that lists no image, by Docker's manifest.json.
 
-    Docker 25.0 wrote layouts without a list of manifests, and manifests without layers.
+    Docker 25.0 wrote layouts without a list of manifests, and manifests without layers. Where both
+    list an image and the caller has not said which to read, it must be the same.
     """
     try:
-        return oci.find_layers(store, platform=options.platform, reference=options.reference)
-    except oci.AmbiguousError:
+        blobs = oci.find_layers(store, platform=options.platform, reference=options.reference)
+        if options.source_format == "auto":
+            _refuse_another(store, blobs, options)
+        return blobs
+    except AmbiguousError:
         raise
     except CallError as problem:
         if problem.code not in ("invalid", "not_found") or not docker_archive.is_archive(store):
             raise
         return docker_archive.find_layers(
             store, platform=options.platform, reference=options.reference
+        )
+
+
+def _refuse_another(store: FileStore, blobs: tuple[LayerBlob, ...], options: SourceOptions) -> None:
+    if not docker_archive.is_archive(store):
+        return
+    platform = options.platform or default_platform()
+    try:
+        others = docker_archive.find_layers(store, platform=platform, reference=options.reference)
+    except AmbiguousError:
+        raise
+    except CallError:  # it does not list this image
+        return
+    if [each.diff_id for each in others] != [each.diff_id for each in blobs]:
+        raise AmbiguousError(
+            "invalid",
+            "cannot read the image: the one of index.json is not the image of manifest.json",
+            step="read the image",
+            object="index.json",
+            hint="--format oci or docker says which one to read",
         )
 
 

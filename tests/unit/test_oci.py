@@ -472,3 +472,112 @@ def test_a_name_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     with pytest.raises(CallError, match="no name of a file") as caught:
         build_image(tmp_path / "d", tmp_path / "image", source_format="docker")
     assert caught.value.code == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"manifests": []}, "both 'layers' and 'manifests'"),
+        ({"mediaType": "application/vnd.oci.image.index.v1+json"}, "says that it is"),
+        ({"mediaType": 5}, "says that it is"),
+    ],
+)
+def test_a_document_of_two_kinds_is_refused(
+    tmp_path: Path, more: dict[str, object], told: str
+) -> None:
+    """One reader would take it for an image, another for a list of others."""
+    layout = Layout(tmp_path / "l").layer(FILES).image()
+    name = str(layout.manifests[0]["digest"]).removeprefix("sha256:")
+    manifest = json.loads((tmp_path / "l/blobs/sha256" / name).read_text())
+    kind = str(layout.manifests[0]["mediaType"])
+    layout.manifests = [layout.blob(json.dumps({**manifest, **more}).encode(), kind)]
+    refused(layout.finish(), "invalid", told)
+
+
+@pytest.mark.parametrize("key", ["layers", "config", "mediaType"])
+def test_an_index_that_is_an_image_as_well_is_refused(tmp_path: Path, key: str) -> None:
+    path = Layout(tmp_path / "l").layer(FILES).finish()
+    value = {"layers": [], "mediaType": "application/vnd.oci.image.manifest.v1+json"}.get(key, {})
+    edit(path / "index.json", lambda index: index.update({key: value}))
+    refused(path, "invalid", "index.json")
+
+
+def test_a_key_in_other_letters_is_refused(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "l").layer(FILES).image()
+    name = str(layout.manifests[0]["digest"]).removeprefix("sha256:")
+    manifest = json.loads((tmp_path / "l/blobs/sha256" / name).read_text())
+    kind = str(layout.manifests[0]["mediaType"])
+    layout.manifests = [layout.blob(json.dumps({**manifest, "LAYERS": []}).encode(), kind)]
+    refused(layout.finish(), "invalid", "'LAYERS'")
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    path = Layout(tmp_path / "l").layer(FILES).finish()
+    text = (path / "index.json").read_text()
+    (path / "index.json").write_text('{"manifests": [], ' + text.removeprefix("{"))
+    refused(path, "invalid", "'manifests' comes twice")
+
+
+@pytest.mark.parametrize("name", ["index.json", "oci-layout", "manifest.json"])
+def test_a_description_that_comes_twice_in_an_archive_is_refused(tmp_path: Path, name: str) -> None:
+    """Some readers take the first, others the last."""
+    path = docker_25(tmp_path / "l", None)
+    files = [
+        Member(str(each.relative_to(tmp_path / "l")), each.read_bytes())
+        for each in sorted((tmp_path / "l").rglob("*"))
+        if each.is_file()
+    ]
+    again = next(each for each in files if each.name == name)
+    path.write_bytes(make_tar([*files, Member(f"./{name}", again.data)]))  # the same: not two
+    built = build_image(path, tmp_path / "image")
+    assert built.source_digest == digest(make_tar(FILES))
+    path.write_bytes(make_tar([*files, Member(f"./{name}", again.data + b" ")]))
+    with pytest.raises(CallError, match="comes twice") as caught:
+        build_image(path, tmp_path / "other")
+    assert caught.value.code == "invalid"
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_layout_and_a_docker_archive_that_disagree(tmp_path: Path) -> None:
+    path = docker_25(tmp_path / "l", None)
+    layout = Layout(tmp_path / "other").layer(OTHER).image()
+    for blob in (tmp_path / "other/blobs/sha256").iterdir():
+        blob.rename(tmp_path / "l/blobs/sha256" / blob.name)
+    index = {"schemaVersion": 2, "manifests": layout.manifests}
+    (tmp_path / "l/index.json").write_text(json.dumps(index))
+    for source in (tmp_path / "l", tar_of(tmp_path / "l", path)):
+        with pytest.raises(CallError, match="not the image") as caught:
+            build_image(source, tmp_path / "image")
+        assert caught.value.code == "invalid"
+        assert "--format" in str(caught.value.hint)
+        for kind, members in (("oci", OTHER), ("docker", FILES)):
+            built = build_image(source, tmp_path / kind, source_format=kind)
+            assert built.source_digest == digest(make_tar(members))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("manifest.json", lambda text: text.replace('"Layers"', '"layers"')),
+        ("manifest.json", lambda text: text.replace('"Config"', '"config"')),
+        ("manifest.json", lambda text: text[:-2]),
+        ("manifest.json", lambda text: text + " " * (9 << 20)),
+        ("oci-layout", lambda text: None),
+    ],
+)
+def test_a_damaged_archive_is_not_built_of_its_own_files(
+    tmp_path: Path, name: str, change: Callable[[str], str | None]
+) -> None:
+    path = docker_25(tmp_path / "l", None)
+    if name == "manifest.json":
+        for other in ("index.json", "oci-layout"):
+            (tmp_path / "l" / other).unlink()
+    else:
+        (tmp_path / "l/manifest.json").unlink()
+    damaged = tmp_path / "l" / name
+    text = change(damaged.read_text())
+    damaged.unlink() if text is None else damaged.write_text(text)
+    with pytest.raises(CallError):
+        build_image(tar_of(tmp_path / "l", path), tmp_path / "image")
+    assert not (tmp_path / "image").exists()
+    build_image(path, tmp_path / "image", source_format="tar")
