@@ -229,6 +229,8 @@ def _directories() -> list[CpioEntry]:
     entries.append(regular(f"{PYTHON_DIR}/os.pyc", b""))
     # init's standard streams, before it mounts devtmpfs
     entries.append(device("dev/console", stat.S_IFCHR, 5, 1))
+    # an interpreter that was built without getrandom(2) does not start without it
+    entries.append(device("dev/urandom", stat.S_IFCHR, 1, 9, 0o666))
     return entries
 
 

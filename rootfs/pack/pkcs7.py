@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import pkcs7
 
+from guestagent.storage.verity import DIGEST_BYTES
 from rootfs.pack.keys import PrivateKey, describe_key
 from vsock.errors import CallError
 
@@ -37,8 +38,11 @@ def sign_root_digest(root_digest: bytes, certificate: x509.Certificate, key: Pri
     ``certificate`` names the key to the kernel, which must have it in a trusted keyring.
 
     Raises:
-        CallError: ``invalid``, a key that the kernel cannot check, or not that of the certificate.
+        CallError: ``invalid``, no root digest; a key that the kernel cannot check, or not that of
+            the certificate.
     """
+    if len(root_digest) not in DIGEST_BYTES.values():
+        raise _failed(f"no algorithm has digests of {len(root_digest)} bytes", "root_digest")
     if not isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey)):
         raise _failed(f"the kernel checks RSA and EC keys only, this is {describe_key(key)}", "key")
     if _encoded(key.public_key()) != _encoded(certificate.public_key()):

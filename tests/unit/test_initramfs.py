@@ -137,7 +137,14 @@ def test_it_holds_what_it_must_and_is_listed_by_cpio(
 ) -> None:
     report = build_initramfs(replace(spec, compression=compression), cache_dir=cache)
     names = listing(report, compression)
-    assert {"init", "dev/console", "proc", "usr/bin/python3", "etc/guestagent/modules"} <= {*names}
+    assert {
+        "init",
+        "dev/console",
+        "dev/urandom",
+        "proc",
+        "usr/bin/python3",
+        "etc/guestagent/modules",
+    } <= {*names}
     assert "lib/modules/6.1-test/dm-verity.ko" in names
     assert any(name.endswith("/pid1/init.pyc") for name in names)
     assert not any(name.endswith(".py") for name in names)

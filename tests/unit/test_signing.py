@@ -352,6 +352,13 @@ def test_a_root_signature_is_byte_for_byte_that_of_openssl(
     verify_root_digest(ROOT, ours, certificate)
 
 
+@pytest.mark.parametrize("digest", [b"", b"\xab\xcd", bytes(31), bytes(65)])
+def test_what_is_no_root_digest_is_not_signed(rsa_key: rsa.RSAPrivateKey, digest: bytes) -> None:
+    with pytest.raises(CallError, match=f"{len(digest)} bytes") as caught:
+        sign_root_digest(digest, certificate_of(rsa_key), rsa_key)
+    assert (caught.value.code, caught.value.object) == ("invalid", "root_digest")
+
+
 @needs_openssl
 @pytest.mark.parametrize("serial", [1, 0x7F, 0x80, 2**158 + 1])
 def test_openssl_and_we_check_each_others_root_signatures(tmp_path: Path, serial: int) -> None:
