@@ -197,7 +197,8 @@ class FsStatvfs(Request[StatvfsReply], PathRequest, method="fs.statvfs"):
 
 
 class StatReply(Record):
-    """What lstat says. ``mode`` has the permission bits alone, ``kind`` is a letter of
+    """What lstat says; a time beyond what 64 bits of nanoseconds hold is the nearest that they do.
+    ``mode`` has the permission bits alone, ``kind`` is a letter of
     ``ENTRY_TYPES``, ``rdev`` MAJOR:MINOR of a device node, ``target`` that of a symlink."""
 
     kind: str

@@ -10,7 +10,7 @@ from guestagent.api.inspect import DuReply, FsFind, ListReply, PathRequest
 from guestagent.engine.transaction import Transaction
 from guestagent.inspect.place import Place
 from guestagent.inspect.sink import Sink
-from guestagent.inspect.walk import Found, letter_of, rdev_of, walk
+from guestagent.inspect.walk import Found, in_64_bits, letter_of, rdev_of, walk
 from guestagent.storage.openat import reopen
 
 __all__ = ("du", "find", "ls", "matches", "readdir")
@@ -70,7 +70,7 @@ def _fields(found: Found) -> tuple[object, ...]:
         status.st_size,
         status.st_nlink,
         status.st_ino,
-        status.st_mtime_ns,
+        in_64_bits(status.st_mtime_ns),
         rdev_of(status),
         found.readlink() if found.entry.is_symlink() else None,
     )
@@ -170,8 +170,8 @@ def du(place: Place, request: PathRequest, op: Transaction, sink: Sink) -> DuRep
             os.close(path_fd)
     counts = usage.counts
     return DuReply(
-        size_bytes=usage.size_bytes,
-        allocated_bytes=usage.allocated_bytes,
+        size_bytes=in_64_bits(usage.size_bytes),
+        allocated_bytes=in_64_bits(usage.allocated_bytes),
         files=counts["f"],
         directories=counts["d"],
         links=counts["l"],
@@ -192,4 +192,4 @@ def _add_all(usage: _Usage, top_fd: int, place: Place, op: Transaction, sink: Si
             except OSError as error:
                 raise place.error_of(error, found.path) from error
             if number % _TELL_ENTRIES == 0:
-                sink.progress(usage.size_bytes, 0)
+                sink.progress(in_64_bits(usage.size_bytes), 0)

@@ -19,7 +19,7 @@ from guestagent.api.inspect import (
 )
 from guestagent.inspect.acl import from_mode, parse_acl, show_acl
 from guestagent.inspect.place import Place, show_path
-from guestagent.inspect.walk import letter_of, rdev_of
+from guestagent.inspect.walk import in_64_bits, letter_of, rdev_of
 from guestagent.storage.mountinfo import find_mount
 from vsock.errors import CallError
 
@@ -48,9 +48,9 @@ def lstat(place: Place, request: PathRequest) -> StatReply:
         inode=status.st_ino,
         dev=f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}",
         rdev=rdev_of(status),
-        atime_ns=status.st_atime_ns,
-        mtime_ns=status.st_mtime_ns,
-        ctime_ns=status.st_ctime_ns,
+        atime_ns=in_64_bits(status.st_atime_ns),
+        mtime_ns=in_64_bits(status.st_mtime_ns),
+        ctime_ns=in_64_bits(status.st_ctime_ns),
         target=target,
     )
 

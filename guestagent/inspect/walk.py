@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 from vsock.errors import CallError
 
-__all__ = ("MAX_DEPTH", "Found", "letter_of", "rdev_of", "walk")
+__all__ = ("MAX_DEPTH", "Found", "in_64_bits", "letter_of", "rdev_of", "walk")
 
 #: Each level costs two descriptors while something below it is looked at; a process has 1024.
 MAX_DEPTH = 100
@@ -19,6 +19,11 @@ _LETTERS = {
     stat.S_IFIFO: "p",
     stat.S_IFSOCK: "s",
 }
+
+
+def in_64_bits(number: int) -> int:
+    """Return a number of a layer, which may state any, or the nearest that a reply can tell."""
+    return max(-(1 << 63), min(number, (1 << 64) - 1))
 
 
 class Found:

@@ -17,9 +17,11 @@ from guestagent.api import LayerSpec, PathDevice, TmpfsScratch, Verity
 from guestagent.host.client import GuestAgent
 from guestagent.storage import syscalls
 from guestagent.storage.verity import VerityTerms
+from rootfs.image.images import build_image
 from rootfs.verity.formatter import format_image
 from tests.beds.agentbed import AgentProcess, overlay
 from tests.beds.dmbed import loop_device, run
+from tests.beds.imagebed import Member, make_tar
 from vsock.errors import CallError
 
 BLOCK_BYTES = 4096
@@ -181,6 +183,31 @@ def test_attributes_and_lists_of_a_layer(guest: GuestAgent, tmp_path: Path) -> N
         assert headers["SCHILY.acl.access"] == (
             "user::rw-,user:1000:r-x,group::r--,mask::r-x,other::---"
         )
+
+
+def test_numbers_past_64_bits_are_told_as_the_nearest(guest: GuestAgent, tmp_path: Path) -> None:
+    """An image may state any time and size: seconds of 64 bits, and sums of sizes."""
+    size, most = 123_456_789, (1 << 63) - 1
+    members = [
+        Member(".", kind=tarfile.DIRTYPE, mode=0o755, mtime=most),
+        Member("future", mtime=most),
+        Member("past", mtime=-(1 << 62)),
+        *(Member(name, bytes(size % 4096), mtime=5, uid=70_000) for name in "abc"),
+    ]
+    (tmp_path / "tar").write_bytes(make_tar(members))
+    image = tmp_path / "image"
+    build_image(tmp_path / "tar", image)
+    stated = struct.pack("<Q", size % 4096)
+    assert image.read_bytes().count(stated) == 3
+    image.write_bytes(image.read_bytes().replace(stated, struct.pack("<Q", most)))
+    with mounted(guest, image):
+        times = {entry.name: entry.mtime_ns for entry in guest.fs_readdir("/", layer_id="base")}
+        bounds = (-(1 << 63), (1 << 64) - 1)
+        assert (times[b"past"], times[b"future"], times[b"a"]) == (*bounds, 5_000_000_000)
+        assert guest.fs_lstat("future", layer_id="base").mtime_ns == bounds[1]
+        assert guest.fs_du("/", layer_id="base").size_bytes == bounds[1]
+        report = guest.overlay_mount(overlay("o", "base", scratch=TmpfsScratch(size_bytes=1 << 20)))
+        assert report.state == "mounted"
 
 
 def test_nothing_of_a_hostile_layer_is_opened_or_followed_out(
