@@ -26,7 +26,8 @@ from vsock.record import Record
 
 __all__ = ("InspectHandlers",)
 
-#: A stream holds a worker thread while its reader takes its time; the others are for the rest.
+#: A stream holds a worker thread while its reader takes its time; the others are for the rest. The
+#: last one is not for a connection that has all others.
 MAX_STREAMS = 4
 #: With its envelope a chunk stays within one write of 32 KiB.
 _CHUNK_BYTES = 32 * 1024 - 256
@@ -185,10 +186,12 @@ class InspectHandlers:
             return
         key = call.connection.id, call.msgid
         with self._lock:
-            if len(self._streams) >= MAX_STREAMS:
+            own = sum(connection == key[0] for connection, _ in self._streams)
+            if len(self._streams) >= MAX_STREAMS or own >= MAX_STREAMS - 1:
+                where = "" if own < MAX_STREAMS - 1 else " on this connection"
                 raise CallError(
                     "busy",
-                    f"{MAX_STREAMS} long answers are on their way",
+                    f"{own if where else len(self._streams)} long answers are on their way{where}",
                     step=call.method,
                     hint="take them, or cancel one",
                 )

@@ -14,7 +14,7 @@ import pytest
 
 from guestagent.api.inspect import FsDownload, FsLs
 from guestagent.host import AsyncGuestAgent, GuestAgent
-from guestagent.host.client.streams import WINDOW_CHUNKS
+from guestagent.host.client.streams import WINDOW_CHUNKS, FsStream
 from guestagent.service.streams import MAX_STREAMS
 from tests.beds.inspectbed import WAIT_SECONDS, Bed, connect, peer_of, serving
 from tests.beds.peer import Peer
@@ -248,11 +248,20 @@ def test_hashing_a_huge_file_ends_with_its_deadline(guest: GuestAgent, bed: Bed)
 
 
 def test_only_so_many_at_once(bed: Bed, guest: GuestAgent) -> None:
-    streams = [guest.fs_download_stream("sparse", layer_id="base") for _ in range(MAX_STREAMS)]
-    for stream in streams:
+    def begun(by: GuestAgent) -> FsStream[bytes]:
+        stream = by.fs_download_stream("sparse", layer_id="base")
         next(stream)
-    with pytest.raises(CallError) as refused:
+        return stream
+
+    streams = [begun(guest) for _ in range(MAX_STREAMS - 1)]
+    with pytest.raises(CallError, match="this connection") as refused:
         guest.fs_du("/", layer_id="base")
+    assert refused.value.code == "busy"
+    with connect(bed) as other:  # one peer cannot take them all
+        assert other.fs_du("/", layer_id="base").files == 3
+        streams.append(begun(other))
+        with pytest.raises(CallError) as refused:
+            other.fs_du("/", layer_id="base")
     assert refused.value.code == "busy"
     assert guest.fs_lstat("small", layer_id="base").size_bytes == 5
     for stream in streams:
