@@ -21,6 +21,7 @@ from guestagent.api.devices import PathDevice
 from guestagent.api.layers import Holder, LayerReport, LayerSpec
 from guestagent.api.overlays import OverlayReport
 from guestagent.console.command import Guest
+from guestagent.console.lineedit import width_of
 from guestagent.console.service import Console
 from guestagent.engine.engine import Engine
 from guestagent.engine.events import EventLog
@@ -239,8 +240,8 @@ class Client:
         self._seen = at + len(wanted)
         return between.decode(errors="replace")
 
-    def discard_output(self) -> None:
-        """Read all that has come, without waiting, and forget its text."""
+    def take_output(self) -> None:
+        """Read all that has come, without waiting."""
         self.sock.setblocking(False)
         try:
             while data := self.sock.recv(65536):
@@ -251,8 +252,6 @@ class Client:
             self.sock.settimeout(WAIT_SECONDS)
         while self._take_frame():
             continue
-        self.output.clear()
-        self._seen = 0
 
     def finish(self) -> tuple[int, str]:
         """Read to the end; return the status and the output with what went wrong."""
@@ -297,6 +296,44 @@ class Client:
         return True
 
 
+class Terminal:
+    """The dumbest there is: it knows characters, backspace, CR and LF. ``rows`` are its lines."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.rows: list[list[str]] = [[]]
+        self.at = 0
+        self.bells = 0
+
+    def show(self, output: str) -> None:
+        for c in output:
+            if c == "\n":
+                self.rows.append([])
+                self.at = 0
+            elif c == "\r":
+                self.at = 0
+            elif c == "\b":
+                self.at -= 1
+                assert self.at >= 0, "moved out of the row"
+            elif c == "\a":
+                self.bells += 1
+            else:
+                assert c.isprintable(), repr(c)
+                self._put(c)
+
+    def _put(self, c: str) -> None:
+        row = self.rows[-1]
+        for cell in (c, *[""] * (width_of(c) - 1)):
+            row.extend(" " * (self.at + 1 - len(row)))
+            row[self.at] = cell
+            self.at += 1
+        assert self.at < self.columns, "wrapped into the next row"
+
+    @property
+    def row(self) -> str:
+        return "".join(self.rows[-1]).rstrip(" ")
+
+
 def wait_until(true: object, what: str) -> None:
     """Wait for something that no descriptor announces."""
     until = time.monotonic() + WAIT_SECONDS
@@ -311,3 +348,7 @@ def thread_count() -> int:
 
 def fd_count() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

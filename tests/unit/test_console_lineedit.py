@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from guestagent.console.lineedit import MAX_KEY_BYTES, History, LineEditor, decode_key, width_of
 from guestagent.console.words import Partial, quote, split, unfinished
+from tests.beds.consolebed import Terminal
 
 PROMPT = "> "
 WORDS = ["layers", "layer-one", "layer-two", "ls", "base:/", "strange name"]
@@ -17,44 +18,6 @@ def keys_of(data: bytes) -> list[str]:
         keys.append(decoded[0])
         del buffer[: decoded[1]]
     return keys
-
-
-class Terminal:
-    """The dumbest there is: it knows characters, backspace, CR and LF. ``rows`` are its lines."""
-
-    def __init__(self, columns: int) -> None:
-        self.columns = columns
-        self.rows: list[list[str]] = [[]]
-        self.at = 0
-        self.bells = 0
-
-    def show(self, output: str) -> None:
-        for c in output:
-            if c == "\n":
-                self.rows.append([])
-                self.at = 0
-            elif c == "\r":
-                self.at = 0
-            elif c == "\b":
-                self.at -= 1
-                assert self.at >= 0, "moved out of the row"
-            elif c == "\a":
-                self.bells += 1
-            else:
-                assert c.isprintable(), repr(c)
-                self._put(c)
-
-    def _put(self, c: str) -> None:
-        row = self.rows[-1]
-        for cell in (c, *[""] * (width_of(c) - 1)):
-            row.extend(" " * (self.at + 1 - len(row)))
-            row[self.at] = cell
-            self.at += 1
-        assert self.at < self.columns, "wrapped into the next row"
-
-    @property
-    def row(self) -> str:
-        return "".join(self.rows[-1]).rstrip(" ")
 
 
 class Typist:

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,8 +26,10 @@ from tests.beds.consolebed import (
     SIZE,
     Bed,
     Client,
+    Terminal,
     fd_count,
     frame,
+    rss_bytes,
     serving,
     thread_count,
     wait_until,
@@ -611,15 +614,54 @@ def test_a_slow_peer_gets_everything_a_program_wrote_before_its_end(bed: Bed) ->
     assert len(script.output) == 60_000
 
 
-def test_the_last_of_20_000_sizes_holds(bed: Bed, person: Client) -> None:
+def storm_of_sizes(person: Client) -> None:
+    """Send 20,000 sizes of the window; the last one is 49 rows of 119 columns."""
     for number in range(20_000):
         person.send(SIZE, {"rows": 10 + number % 40, "columns": 40 + number % 80})
         if number % 100 == 0:
-            person.discard_output()
-    person.type("term\r")
+            person.take_output()
+
+
+def test_screen_after_20_000_sizes_is_the_line(bed: Bed, person: Client) -> None:
+    """The line fits into the last window only. It is redrawn in place, and can be edited."""
+    text = "plan " + "x" * 100
+    person.type(text)
+    threads, fds, rss = thread_count(), fd_count(), rss_bytes()
+    rows = person.output.count(b"\n") + 1
+    storm_of_sizes(person)
+    person.type("#")
+    person.expect("#")
+    terminal = Terminal(119)
+    terminal.show(person.output.decode())
+    assert (len(terminal.rows), terminal.bells) == (rows, 0)
+    assert (terminal.row, terminal.at) == (f"guest> {text}#", len(f"guest> {text}#"))
+    assert (thread_count(), fd_count(), bed.console.session_count) == (threads, fds, 1)
+    assert rss_bytes() - rss < 8 << 20
+    person.type("\x15term\r")
     person.expect("xterm 119x49\r\n")
-    person.type("sh -c 'stty size'\r")
-    person.expect("49 119\r\n")
+
+
+#: Says how many lines and columns its terminal has when a line has come, and whether it was told.
+TELL_SIZE = """
+import os, signal, sys
+told = []
+signal.signal(signal.SIGWINCH, lambda *_: told.append(1))
+print("begun", flush=True)
+sys.stdin.readline()
+print("size", *reversed(os.get_terminal_size()), bool(told))
+"""
+
+
+def test_program_after_20_000_sizes_has_the_last(bed: Bed, person: Client, tmp_path: Path) -> None:
+    (tmp_path / "tell").write_text(TELL_SIZE)
+    person.type(f"sh -c '{sys.executable} {tmp_path}/tell'\r")
+    person.expect("begun")
+    threads, fds = thread_count(), fd_count()
+    storm_of_sizes(person)
+    assert (thread_count(), fd_count(), bed.console.session_count) == (threads, fds, 1)
+    person.type("\n")
+    person.expect("size 49 119 True\r\n")
+    person.expect("guest> ")
     assert bed.run("plan base")[0] == 0
 
 
@@ -663,7 +705,7 @@ def test_a_peer_without_hello_is_refused_after_the_time_limit(
 def test_2000_connections_leave_no_thread_descriptor_or_memory(bed: Bed) -> None:
     bed.run("plan base")
     wait_until(lambda: not bed.console._peers, "peers stay")
-    threads, fds, rss = thread_count(), fd_count(), _rss_bytes()
+    threads, fds, rss = thread_count(), fd_count(), rss_bytes()
     greeting = frame(HELLO, {"versions": [1], "terminal": True})
     for number in range(2000):
         with socket.socket(socket.AF_UNIX) as sock:
@@ -678,12 +720,8 @@ def test_2000_connections_leave_no_thread_descriptor_or_memory(bed: Bed) -> None
     # fewer they may be, where an earlier test has left some that end
     wait_until(lambda: thread_count() <= threads, "threads stay")
     assert fd_count() <= fds
-    assert _rss_bytes() - rss < 8 << 20
+    assert rss_bytes() - rss < 8 << 20
     assert bed.run("plan base")[0] == 0
-
-
-def _rss_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_bug_ends_one_session_with_an_internal_error(
