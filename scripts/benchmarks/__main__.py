@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scripts.benchmarks.check import misses, read_bounds
 from scripts.benchmarks.format import format_rows
-from scripts.benchmarks.images import images_rows
+from scripts.benchmarks.images import images_rows, scale_rows
 from scripts.benchmarks.machine import machine_rows
 from scripts.benchmarks.native import native_rows
 from scripts.benchmarks.rows import Row, print_rows, write_rows
@@ -37,6 +37,7 @@ def _engine_rows(*, short: bool = False) -> list[Row]:
 SUITES: dict[str, Callable[[], list[Row]]] = {
     "format": format_rows,
     "images": images_rows,
+    "scale": scale_rows,
     "engine": _engine_rows,
     "start": start_rows,
     "native": native_rows,

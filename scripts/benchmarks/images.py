@@ -3,6 +3,8 @@
 mkfs.erofs makes the same file system of the same directory; it neither hashes what it reads nor
 takes tars (1.5, of Debian 12). A pack is compared with copying the layer, its check with
 ``veritysetup verify`` of the layer.
+
+The suite ``scale`` builds images of 1,000,000 entries from a tar that is made while it is read.
 """
 
 import gzip
@@ -17,14 +19,16 @@ from pathlib import Path
 
 from rootfs.image.images import ImageResult, build_image
 from rootfs.pack.pack import Pack
-from scripts.benchmarks.contest import Contender, contest
-from scripts.benchmarks.rows import Row
+from scripts.benchmarks.contest import BED, Contender, contest
+from scripts.benchmarks.rows import Row, row
+from tests.beds.imagebed import build_crowd
 
-__all__ = ("images_rows",)
+__all__ = ("images_rows", "scale_rows")
 
 #: Many small files in many directories; those that this machine has.
 SOURCES = (Path(sysconfig.get_path("stdlib")), Path("/usr/share/doc"), Path("/usr/share/zoneinfo"))
 LAYER_BYTES = 256 << 20
+CROWD_ENTRIES = 1_000_000
 
 
 def images_rows() -> list[Row]:
@@ -39,6 +43,18 @@ def images_rows() -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="bench-images-", dir="/dev/shm") as name:
         directory = Path(name)
         return [*_build(directory), *_pack(directory)]
+
+
+def scale_rows() -> list[Row]:
+    """Return the rows of images with a hash tree of a million entries: seconds, and memory."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="bench-scale-", dir="/dev/shm") as name:
+        for filesystem in ("erofs", "ext4"):
+            built = build_crowd(Path(name, "image"), CROWD_ENTRIES, filesystem)
+            task = f"{filesystem} of {CROWD_ENTRIES} entries from a stream"
+            rows.append(row(BED, task, "s", [built.seconds]))
+            rows.append(row(BED, f"{task}, memory", "MiB", [built.peak_mib]))
+    return rows
 
 
 def _build(directory: Path) -> list[Row]:

@@ -4,11 +4,17 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import subprocess
 import tarfile
+import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
+
+from tests.beds.ctlbed import GUESTCTL
 
 EPOCH = 1_600_000_000
 
@@ -140,3 +146,58 @@ def docker_archive(path: Path, layers: Sequence[bytes], tag: str = "app:1") -> P
     files |= dict(zip(names, layers, strict=True))
     path.write_bytes(make_tar([Member(name, data) for name, data in files.items()]))
     return path
+
+
+def write_crowd(file: IO[bytes], count: int) -> None:
+    """Write a tar of ``count`` entries as a stream: directories of 999 empty files each."""
+    written = 0
+    while written < count:
+        size = min(1000, count - written)
+        top = f"{written // 1000:06d}"
+        file.write(_crowd_header(f"{top}/", tarfile.DIRTYPE, 0o755))
+        # headers of one directory differ in the last digits of the name, and in the checksum
+        header = bytearray(_crowd_header(f"{top}/000", tarfile.REGTYPE, 0o644))
+        checksum = int(header[148:154], 8)
+        for number in range(1, size):
+            digits = b"%03d" % number
+            header[7:10] = digits
+            header[148:154] = b"%06o" % (checksum + sum(digits) - 3 * ord("0"))
+            file.write(header)
+        written += size
+    file.write(bytes(2 * tarfile.BLOCKSIZE))
+
+
+def _crowd_header(name: str, kind: bytes, mode: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.mode, info.mtime = kind, mode, EPOCH
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What building an image took: seconds, and the largest memory of the process."""
+
+    seconds: float
+    peak_mib: float
+    inode_count: int
+
+
+def build_crowd(output: Path, count: int, filesystem: str) -> Built:
+    """Have guestctl build an image with a hash tree of ``count`` entries, from a tar that is made
+    while it reads."""
+    words = ("layer", "build", "-", str(output), "--filesystem", filesystem, "--verity")
+    begin = time.monotonic()
+    with tempfile.TemporaryFile() as said:
+        builder = subprocess.Popen(
+            [*GUESTCTL, "--json", *words], stdin=subprocess.PIPE, stdout=said
+        )
+        assert builder.stdin is not None
+        with builder.stdin as tar:
+            write_crowd(tar, count)
+        _, status, usage = os.wait4(builder.pid, 0)
+        seconds = time.monotonic() - begin
+        builder.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        told = json.load(said)
+    assert builder.returncode == 0, told
+    return Built(seconds, usage.ru_maxrss / 1024, told["inodes"])
