@@ -85,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="NVDIMM /dev/pmemN, read-only unless :rw (repeat for more)",
     )
+    add(
+        "--virtio-pmem",
+        metavar="FILE[:rw]",
+        action="append",
+        default=[],
+        help="the same as a virtio-pmem device",
+    )
     add("--disk", metavar="SERIAL=FILE[:rw]", action="append", default=[], help="virtio disk")
     add("--scsi", metavar="LUN=FILE[:rw]", action="append", default=[], help="SCSI disk")
     add("--append", metavar="WORDS", default="", help="add to the kernel command line")
@@ -117,7 +124,10 @@ def _run(options: argparse.Namespace) -> int:
         cmdline=options.append,
         memory_mib=options.memory,
         cpus=options.cpus,
-        pmem=tuple(_pmem(text) for text in options.pmem),
+        pmem=(
+            *(_pmem(text, "nvdimm") for text in options.pmem),
+            *(_pmem(text, "virtio") for text in options.virtio_pmem),
+        ),
         disks=(*map(_disk, options.disk), *map(_scsi, options.scsi)),
         vsock_cid=options.cid,
         accel=options.accel,
@@ -145,9 +155,9 @@ def _file(text: str) -> tuple[Path, bool]:
     return Path(path), path == text
 
 
-def _pmem(text: str) -> PmemSpec:
+def _pmem(text: str, kind: str) -> PmemSpec:
     path, readonly = _file(text)
-    return PmemSpec(path=path, readonly=readonly)
+    return PmemSpec(path=path, readonly=readonly, kind=kind)
 
 
 def _disk(text: str) -> DiskSpec:

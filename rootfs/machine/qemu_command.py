@@ -50,10 +50,19 @@ _TTY_DEVICES: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PmemSpec:
-    """An NVDIMM backed by ``path``; /dev/pmemN in the order given. Its size is the file's."""
+    """An NVDIMM backed by ``path``; /dev/pmemN in the order given. Its size is the file's.
+
+    With ``kind`` virtio it is a virtio-pmem device. Its driver knows no read-only device: what a
+    guest writes to a ``readonly`` one is lost.
+    """
 
     path: Path
     readonly: bool = True
+    kind: str = "nvdimm"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("nvdimm", "virtio"):
+            raise ValueError(f"unknown kind {self.kind!r} of pmem: nvdimm or virtio")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +207,7 @@ def qemu_command(spec: MachineSpec, runtime: Runtime) -> list[str]:
     """Return the argument vector.
 
     Raises:
-        ValueError: the file of an NVDIMM has no usable size.
+        ValueError: the file of a pmem device has no usable size.
         OSError: it cannot be examined.
     """
     return [
@@ -241,7 +250,7 @@ def _memory(spec: MachineSpec) -> str:
     slots = len(spec.pmem) + spec.pmem_slots
     if not slots:
         return f"{spec.memory_mib}M"
-    # each NVDIMM is placed on a boundary of 1 GiB at worst
+    # each is placed on a boundary of 1 GiB at worst
     pmem_mib = sum((_pmem_size(pmem) >> 20) + 1024 for pmem in spec.pmem)
     pmem_mib += spec.pmem_slots * (_PLUGGED_PMEM_MIB + 1024)
     maximum_mib = spec.memory_mib + pmem_mib + _SPARE_MEMORY_MIB
@@ -261,7 +270,7 @@ def _pmem(spec: MachineSpec) -> Iterator[str]:
 
 
 def pmem_backend(pmem: PmemSpec, name: str) -> dict[str, object]:
-    """Return the memory of an NVDIMM as QEMU's object, on the command line or by QMP."""
+    """Return the memory of a pmem device as QEMU's object, on the command line or by QMP."""
     return {
         "qom-type": "memory-backend-file",
         "id": f"{name}-file",
@@ -273,15 +282,18 @@ def pmem_backend(pmem: PmemSpec, name: str) -> dict[str, object]:
 
 
 def pmem_device(pmem: PmemSpec, name: str) -> dict[str, object]:
-    """Return an NVDIMM over the memory of the same name."""
-    return {"driver": "nvdimm", "id": name, "memdev": f"{name}-file", "unarmed": pmem.readonly}
+    """Return the device over the memory of the same name."""
+    device: dict[str, object] = {"id": name, "memdev": f"{name}-file"}
+    if pmem.kind == "virtio":
+        return {"driver": "virtio-pmem-pci", **device}
+    return {"driver": "nvdimm", **device, "unarmed": pmem.readonly}
 
 
 def _pmem_size(pmem: PmemSpec) -> int:
     size = pmem.path.stat().st_size
     if size == 0 or size % PMEM_ALIGN_BYTES:
         raise ValueError(
-            f"{str(pmem.path)!r} cannot be an NVDIMM: {size} bytes, not a multiple of "
+            f"{str(pmem.path)!r} cannot be a pmem device: {size} bytes, not a multiple of "
             f"{PMEM_ALIGN_BYTES}"
         )
     return size

@@ -125,6 +125,17 @@ def test_writable_pmem_is_shared_and_armed(runtime: Runtime, pmem: Path) -> None
     assert values(argv, "-device")[0]["unarmed"] is False
 
 
+def test_virtio_pmem_is_a_device_on_pci(runtime: Runtime, pmem: Path) -> None:
+    argv = qemu_command(spec(pmem=(PmemSpec(path=pmem, kind="virtio"),)), runtime)
+    backend = values(argv, "-object")[1]
+    assert (backend["readonly"], backend["share"]) == (True, False)
+    assert values(argv, "-device") == [
+        {"driver": "virtio-pmem-pci", "id": "pmem0", "memdev": "pmem0-file"}
+    ]
+    with pytest.raises(ValueError, match="unknown kind 'dimm' of pmem"):
+        PmemSpec(path=pmem, kind="dimm")
+
+
 @pytest.mark.parametrize("size_bytes", [0, 4096, (2 << 20) + 512])
 def test_pmem_of_an_odd_size_is_refused(runtime: Runtime, pmem: Path, size_bytes: int) -> None:
     with open(pmem, "r+b") as file:

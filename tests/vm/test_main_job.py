@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,10 +133,9 @@ def test_the_agent_is_the_child_of_pid_one(bed: Bed) -> None:
     assert {"dm-linear", "dm-verity", "fs-erofs", "overlay-mount"} <= set(bed.guest.hello.features)
 
 
-def test_a_layer_is_verity_on_linear_on_pmem(bed: Bed) -> None:
-    layer = bed.layers["top"]
+def check_readback(report: LayerReport, layer: ManifestLayer) -> None:
+    """See that the kernel has the tables of dm-verity on dm-linear on /dev/pmem0, and the mount."""
     assert layer.verity is not None
-    report = bed.guest.layer_mount(bed.spec("top"))
     verity, linear = report.dm
     root = layer.verity.root_digest.hex()
     assert linear.name == f"dm-linear-pmem0-{layer.offset_bytes}-{layer.size_bytes}"
@@ -150,8 +150,37 @@ def test_a_layer_is_verity_on_linear_on_pmem(bed: Bed) -> None:
     assert verity.status.split()[0] == "V"  # newer kernels say more
     assert verity.deferred_remove
     assert report.dev == verity.dev
+
+
+def test_a_layer_is_verity_on_linear_on_pmem(bed: Bed) -> None:
+    check_readback(bed.guest.layer_mount(bed.spec("top")), bed.layers["top"])
     assert bed.guest.layer_mount(bed.spec("top")).already
     bed.guest.layer_unmount("top")
+
+
+def test_a_layer_is_verity_on_linear_on_virtio_pmem(bed: Bed) -> None:
+    """Of a pack that the machine cannot change: its driver knows no read-only device, but the
+    agent sets it read-only before use."""
+    pack = bed.machine.spec.pmem[0]
+    before = pack.path.read_bytes()
+    spec = replace(bed.machine.spec, pmem=(replace(pack, kind="virtio"),), disks=(), pmem_slots=0)
+    with Machine(spec) as machine:
+        with GuestAgent(machine.agent_address(), connect_seconds=120) as guest:
+            report = guest.layer_mount(bed.spec("top"))
+            check_readback(report, bed.layers["top"])
+            assert (report.state, report.device_node) == ("mounted", "/dev/pmem0")
+            (device,) = (each for each in guest.fs_list_devices() if each.node == "/dev/pmem0")
+            assert (device.kind, device.size_bytes) == ("pmem", len(before))
+            assert guest.fs_blockdev_getro("/dev/pmem0")
+            assert guest.fs_read_file("/who", layer_id="top") == b"top"
+            assert guest.layer_verify("top").corrupt_blocks == ()
+            assert guest.layer_unmount("top").unmounted == ("/run/layers/top",)
+            assert guest.dm_list().devices == ()
+            assert guest.status().problems == ()
+            guest.shutdown("poweroff")
+        with contextlib.closing(Deadline(30)) as deadline:
+            assert machine.wait(deadline) == 0
+    assert pack.path.read_bytes() == before
 
 
 def test_a_batch_with_its_overlay(bed: Bed) -> None:
