@@ -2,8 +2,9 @@
 
 A fault is ``STEP:KIND[:NTH]`` (at the ``NTH`` coming of a step, or at every one) or ``#NTH:KIND``
 (at the ``NTH`` step of any name); several are joined by a comma. KIND is an errno to fail with,
-``BLOCK`` to wait there until the request's deadline or cancel, or ``KILL`` to end the process there
-as ``kill -9`` does. A fault strikes before the step does its work.
+``BLOCK`` to wait there until the request's deadline or cancel, ``LATE`` to have the deadline pass
+there, or ``KILL`` to end the process there as ``kill -9`` does. A fault strikes before the step
+does its work.
 """
 
 import errno
@@ -16,7 +17,7 @@ from vsock.record import Record
 
 __all__ = ("Fault", "Faults")
 
-BLOCK, KILL = "BLOCK", "KILL"
+BLOCK, KILL, LATE = "BLOCK", "KILL", "LATE"
 
 
 class Fault(Record):
@@ -27,8 +28,9 @@ class Fault(Record):
     nth: int = 0
 
     def check(self) -> None:
-        if self.kind not in (BLOCK, KILL) and not isinstance(getattr(errno, self.kind, None), int):
-            raise ValueError(f"fault kind {self.kind!r} is no errno, {BLOCK} or {KILL}")
+        is_errno = isinstance(getattr(errno, self.kind, None), int)
+        if not is_errno and self.kind not in (BLOCK, KILL, LATE):
+            raise ValueError(f"fault kind {self.kind!r} is no errno, {BLOCK}, {KILL} or {LATE}")
         if not self.step and self.nth < 1:
             raise ValueError("a fault at any step needs a number from 1")
 
@@ -86,7 +88,7 @@ class Faults:
 
         Raises:
             OSError: the errno of the fault.
-            CallError: ``timeout`` or ``cancelled``, of a fault that blocks.
+            CallError: ``timeout`` or ``cancelled``, of a fault that blocks or is late.
         """
         if not self._faults:
             return
@@ -101,6 +103,9 @@ class Faults:
             os.kill(os.getpid(), signal.SIGKILL)
         if due.kind == BLOCK:
             deadline.wait([], step)
+        if due.kind == LATE:
+            deadline.limit(0.0)
+            deadline.check(step)
         number = getattr(errno, due.kind)
         raise OSError(number, f"injected: {os.strerror(number)}")
 

@@ -80,15 +80,18 @@ def unmount(shares: Shares, op: Transaction) -> None:
     shares.unmount("s", op)
 
 
-def fail_at_every_step(request: Request) -> int:
+def fail_at_every_step(request: Request, kind: str) -> int:
+    """Fail at each step, or have the deadline pass there; leave ``request`` done."""
     with Bed() as bed:
         before = bed.world()
         for number in range(1, MAX_STEPS):
-            bed.faults.arm(f"#{number}:EIO")
+            bed.faults.arm(f"#{number}:{kind}")
             error = bed.refusal(request)
             if error is None:
                 assert bed.faults.struck == number - 1
                 return number - 1
+            assert kind != "LATE" or error.code == "timeout", error
+            assert error.step, error
             assert "not undone" not in (error.hint or ""), error
             assert bed.world() == before, (number, bed.world(), before)
     raise AssertionError("the request never succeeds")
@@ -153,7 +156,11 @@ def refuse_to_leave_a_superblock() -> None:
 def main() -> None:
     if KIND == "virtiofs":  # 9p cannot be mounted again as long as the file system is there
         refuse_to_leave_a_superblock()
-    failed = {"mount": fail_at_every_step(mount), "unmount": fail_at_every_step(unmount)}
+    for kind in ("LATE", "EIO"):
+        failed = {
+            "mount": fail_at_every_step(mount, kind),
+            "unmount": fail_at_every_step(unmount, kind),
+        }
     died = {"mount": die_at_every_step(mount, unmount), "unmount": 0}
     died["unmount"] = die_at_every_step(unmount, mount)
     assert failed == died, (failed, died)

@@ -91,7 +91,7 @@ def do(bed: DevBed, *requests: Request) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", ["EIO", "EBUSY"])
+@pytest.mark.parametrize("kind", ["EIO", "EBUSY", "LATE"])
 def test_a_failure_at_every_step_leaves_all_as_it_was(bed: DevBed, case: str, kind: str) -> None:
     before, request, least = CASES[case]
     do(bed, *before)

@@ -26,6 +26,8 @@ Request = Callable[[EngineBed, Transaction], Any]
 MAX_STEPS = 200
 #: Directories of the agent itself, made once.
 KEPT = ("empty", "scratch", "links")
+#: A step fails, or the deadline passes at it.
+FAILURES = ("EIO", "LATE")
 SCRATCHES = ("none", "tmpfs", "device", "directory", "encrypted", "shared")
 
 
@@ -83,6 +85,7 @@ def fail_at_every_step(bed: EngineBed, request: Request, kind: str = "EIO") -> i
             return number - 1
         assert bed.faults.struck == number, f"not injected: {error}"
         assert error.step
+        assert kind != "LATE" or error.code == "timeout", error
         assert "not undone" not in (error.hint or "")
         world = settled_world(before[0])
         assert world.minus(before[0]) == [], f"left by a failure at step {number}"
@@ -132,44 +135,68 @@ def changes_directory() -> Iterator[Path]:
             (path / name).rmdir()
 
 
+@pytest.fixture(params=FAILURES)
+def failure(request: pytest.FixtureRequest) -> str:
+    """The kind of fault that strikes at every step."""
+    return str(request.param)
+
+
 @pytest.mark.parametrize("parts", ["plain", "linear", "verity", "both"])
-def test_layer_mount(bed: EngineBed, pack: Pack, parts: str) -> None:
+def test_layer_mount(bed: EngineBed, pack: Pack, parts: str, failure: str) -> None:
     changes: dict[str, object] = {}
     if parts in ("plain", "linear"):
         changes["verity"] = None
     if parts in ("plain", "verity"):
         changes["mapping"] = None
     request = mount_layer(pack, 0, **changes)
-    steps = fail_at_every_step(bed, request)
+    steps = fail_at_every_step(bed, request, failure)
     assert steps >= {"plain": 8, "linear": 9, "verity": 11, "both": 13}[parts]
 
 
 @pytest.mark.parametrize("kind", SCRATCHES)
 def test_overlay_mount(
-    bed: EngineBed, pack: Pack, scratch_disk: str, changes_directory: Path, kind: str
+    bed: EngineBed,
+    pack: Pack,
+    scratch_disk: str,
+    changes_directory: Path,
+    kind: str,
+    failure: str,
 ) -> None:
     prepare(bed, mount_layer(pack, 0), mount_layer(pack, 1))
     request = mount_overlay("o", "layer0", "layer1", **scratch_of(kind, scratch_disk))
-    assert fail_at_every_step(bed, request) >= 5
+    assert fail_at_every_step(bed, request, failure) >= 5
 
 
-def test_batch_mount_with_overlay(bed: EngineBed, pack: Pack) -> None:
+def test_batch_mount_with_overlay(bed: EngineBed, pack: Pack, failure: str) -> None:
     prepare(bed, mount_layer(pack, 3))
     request = LayersMount(
         layers=tuple(pack.spec(number) for number in range(4)),
         overlay=overlay("o", "layer3", "layer0", scratch=TmpfsScratch(size_bytes=1 << 20)),
     )
-    assert fail_at_every_step(bed, lambda bed, op: bed.engine.batches.mount(request, op)) >= 41
+
+    def mount(bed: EngineBed, op: Transaction) -> None:
+        bed.engine.batches.mount(request, op)
+
+    assert fail_at_every_step(bed, mount, failure) >= 41
 
 
-def test_layer_unmount(bed: EngineBed, pack: Pack) -> None:
+def unmount_layer(bed: EngineBed, op: Transaction) -> None:
+    bed.engine.layers.unmount("layer0", op)
+
+
+def test_layer_unmount(bed: EngineBed, pack: Pack, failure: str) -> None:
     prepare(bed, mount_layer(pack, 0))
-    assert fail_at_every_step(bed, lambda bed, op: bed.engine.layers.unmount("layer0", op)) >= 3
+    assert fail_at_every_step(bed, unmount_layer, failure) >= 3
 
 
 @pytest.mark.parametrize("kind", SCRATCHES)
 def test_overlay_unmount(
-    bed: EngineBed, pack: Pack, scratch_disk: str, changes_directory: Path, kind: str
+    bed: EngineBed,
+    pack: Pack,
+    scratch_disk: str,
+    changes_directory: Path,
+    kind: str,
+    failure: str,
 ) -> None:
     prepare(
         bed,
@@ -178,7 +205,7 @@ def test_overlay_unmount(
     )
     if kind != "none":
         Path("/run/overlays/o/kept").write_text("kept")
-    fail_at_every_step(bed, lambda bed, op: _check_kept_and_unmount(bed, op, kind))
+    fail_at_every_step(bed, lambda bed, op: _check_kept_and_unmount(bed, op, kind), failure)
     if kind == "directory":
         (changes_directory / "upper/kept").unlink()
 
@@ -189,7 +216,7 @@ def _check_kept_and_unmount(bed: EngineBed, op: Transaction, kind: str) -> None:
     bed.engine.overlays.unmount("o", op)
 
 
-def test_batch_unmount_with_overlay(bed: EngineBed, pack: Pack) -> None:
+def test_batch_unmount_with_overlay(bed: EngineBed, pack: Pack, failure: str) -> None:
     layers = tuple(f"layer{number}" for number in range(3))
     prepare(
         bed,
@@ -197,7 +224,11 @@ def test_batch_unmount_with_overlay(bed: EngineBed, pack: Pack) -> None:
         mount_overlay("o", *layers, scratch=TmpfsScratch(size_bytes=1 << 20)),
     )
     request = LayersUnmount(layers=layers, overlay="o")
-    assert fail_at_every_step(bed, lambda bed, op: bed.engine.batches.unmount(request, op)) >= 10
+
+    def unmount(bed: EngineBed, op: Transaction) -> None:
+        bed.engine.batches.unmount(request, op)
+
+    assert fail_at_every_step(bed, unmount, failure) >= 10
 
 
 def cancel_when_blocked(bed: EngineBed, op: Transaction, before: int) -> None:
@@ -217,7 +248,7 @@ def test_cancelled_at_every_step(bed: EngineBed, pack: Pack, what: str) -> None:
     requests: dict[str, Request] = {
         "layer": mount,
         "batch": lambda bed, op: bed.engine.batches.mount(batch, op),
-        "unmount": lambda bed, op: bed.engine.layers.unmount("layer0", op),
+        "unmount": unmount_layer,
     }
     if what == "unmount":
         prepare(bed, mount)
@@ -238,19 +269,3 @@ def test_cancelled_at_every_step(bed: EngineBed, pack: Pack, what: str) -> None:
 
     fail_at_every_step(bed, cancelled, "BLOCK")
     assert codes == {"cancelled"}
-
-
-def test_out_of_time_at_every_step(bed: EngineBed, pack: Pack) -> None:
-    """The deadline is long enough for the steps before the one that hangs."""
-    codes = set()
-
-    def late(bed: EngineBed, op: Transaction) -> None:
-        op.deadline.limit(0.3)
-        try:
-            bed.engine.layers.mount(pack.spec(0), op)
-        except CallError as error:
-            codes.add(error.code)
-            raise
-
-    fail_at_every_step(bed, late, "BLOCK")
-    assert codes == {"timeout"}

@@ -17,6 +17,7 @@ from guestagent.storage.verity import VerityTerms
 from rootfs.verity.formatter import format_image
 from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world, who
 from tests.beds.dmbed import loop_device
+from tests.kernel.test_engine_transactions import FAILURES, fail_at_every_step, unmount_layer
 from vsock.errors import CallError
 
 PAGE = 4096
@@ -312,30 +313,11 @@ def in_parts(pack: Pack, number: int) -> LayerSpec:
     return pack.spec(number, mapping=ranges)
 
 
-def test_a_failure_at_every_step_leaves_nothing(bed: EngineBed, pack: Pack) -> None:
-    before = World.now(), bed.books()
-    for number in range(1, 40):
-        bed.faults.arm(f"#{number}:EIO")
-        try:
-            mount(bed, in_parts(pack, 0))
-        except CallError:
-            assert (settled_world(before[0]), bed.books()) == before
-        else:
-            break
-    bed.faults.arm("")
-    assert number >= 13
-    again = World.now()
-    for number in range(1, 40):
-        bed.faults.arm(f"#{number}:EIO")
-        try:
-            unmount(bed, "layer0")
-        except CallError:
-            assert settled_world(again) == again
-            assert bed.engine.layers.get("layer0").state == "mounted"
-        else:
-            break
-    bed.faults.arm("")
-    assert settled_world(before[0]) == before[0]
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_failure_at_every_step_leaves_nothing(bed: EngineBed, pack: Pack, kind: str) -> None:
+    spec = in_parts(pack, 0)
+    assert fail_at_every_step(bed, lambda bed, op: bed.engine.layers.mount(spec, op), kind) >= 12
+    fail_at_every_step(bed, unmount_layer, kind)
 
 
 def test_an_agent_killed_at_every_step(tmp_path: Path, pack: Pack) -> None:

@@ -136,20 +136,22 @@ def finish(bed: ThinBed, disks: Disks, volumes: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("kind", ["EIO", "LATE"])
 def test_request_that_fails_at_any_step_changes_nothing(
-    tmp_path: Path, disks: Disks, more: str, name: str
+    tmp_path: Path, disks: Disks, more: str, name: str, kind: str
 ) -> None:
     prepare, request, volumes = REQUESTS[name]
     with ThinBed(tmp_path / "state") as bed:
         prepare(bed, disks, more)
         before = look(bed)
         for step in range(1, MAX_STEPS):
-            bed.faults.arm(f"#{step}:EIO")
+            bed.faults.arm(f"#{step}:{kind}")
             error = outcome(lambda: request(bed, disks, more))
             bed.faults.arm("")
             if error is None:
                 break
             assert error.step
+            assert kind != "LATE" or error.code == "timeout", error
             assert "not undone" not in (error.hint or ""), error.hint
             can_write(bed)
             if name == "close" and error.step == "commit":  # the devices are gone

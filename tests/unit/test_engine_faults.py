@@ -62,6 +62,18 @@ def test_a_block_lasts_until_the_deadline_or_a_cancel(how):
     deadline.close()
 
 
+def test_fault_that_lets_the_deadline_pass():
+    """It has passed for what comes after the step, too."""
+    with Deadline(1000) as deadline:
+        faults = Faults.parse("mount:LATE:2")
+        faults.reach("mount", deadline)
+        assert not deadline.expired
+        with pytest.raises(CallError) as caught:
+            faults.reach("mount", deadline)
+        assert (caught.value.code, caught.value.step) == ("timeout", "mount")
+        assert deadline.expired
+
+
 @pytest.mark.parametrize(
     "text", ["mount", "mount:", "mount:EWHAT", "mount:EIO:x", "mount:EIO:", "#:EIO", "#0:EIO",
              "#x:EIO", "#1:EIO:2", ":EIO", "mount:EIO:-1", "mount:EIO:²", "mount:errorcode"],
