@@ -19,6 +19,7 @@ from guestagent.storage.mountinfo import read_mounts
 from tests.beds import loopbed
 
 _SETTLED_SECONDS = 2.0
+_UNLOADED_SECONDS = 20.0
 
 
 def run(*command: object) -> str:
@@ -37,6 +38,22 @@ def loop_device(image: Path, *, readonly: bool = True) -> Iterator[str]:
         yield node
     finally:
         loopbed.detach(os.open(node, os.O_RDONLY | os.O_CLOEXEC))
+
+
+@contextlib.contextmanager
+def scsi_debug(*parameters: str) -> Iterator[None]:
+    """Hosts of SCSI disks in memory, by a module of the kernel; it is unloaded at the end, so that
+    the parameters are those of one user."""
+    run("modprobe", "sd_mod")
+    run("modprobe", "scsi_debug", *parameters)
+    try:
+        yield
+    finally:
+        # it is busy for a while after a probe
+        end = time.monotonic() + _UNLOADED_SECONDS
+        while subprocess.run(["modprobe", "-r", "scsi_debug"], capture_output=True).returncode:
+            assert time.monotonic() < end, "scsi_debug stays busy"
+            time.sleep(0.05)
 
 
 def dev_of(node: str) -> str:

@@ -238,8 +238,11 @@ def test_swap_holds_its_device(tmp_path: Path, within: Within) -> None:
 
 def test_scsi_disks_are_found_and_unplugged(within: Within) -> None:
     """scsi_debug stands for a host's disk; deleting it is what follows a host's unplug."""
-    dmbed.run("modprobe", "sd_mod")
-    dmbed.run("modprobe", "scsi_debug", "dev_size_mb=8", "max_luns=1", "num_parts=1")
+    with dmbed.scsi_debug("dev_size_mb=8", "max_luns=1", "num_parts=1"):
+        _find_and_unplug(within)
+
+
+def _find_and_unplug(within: Within) -> None:
     hosts = os.listdir("/sys/class/scsi_host")
     device = api.ScsiDevice(controller=int(hosts[0].removeprefix("host")), lun=0)
     disk = blockdev.wait_for(device, within(10))
@@ -268,7 +271,7 @@ def test_scsi_disks_are_found_and_unplugged(within: Within) -> None:
     by_label = blockdev.wait_for(api.LabelDevice(label=labels[0]), within(10))
     assert by_label.size_bytes == disk.size_bytes
     assert "- - -" in [line.fields["written"] for line in agent_log.since(number)[0]]
-    unplug.write_text("1")  # the module stays: it is busy for a while after a probe
+    unplug.write_text("1")
 
 
 def test_only_the_kernel_is_believed(disk: str, within: Within) -> None:

@@ -36,11 +36,15 @@ def bed(tmp_path: Path) -> Iterator[EngineBed]:
         yield bed
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _scsi_hosts() -> Iterator[None]:
+    with dmbed.scsi_debug("dev_size_mb=8", "max_luns=1", "delay=0", "add_host=0"):
+        yield
+
+
 @contextlib.contextmanager
 def scsi_disk() -> Iterator[tuple[ScsiDevice, str]]:
     """Plug a disk in; all of them have the same content. Yields it and its kernel name."""
-    dmbed.run("modprobe", "sd_mod")
-    dmbed.run("modprobe", "scsi_debug", "dev_size_mb=8", "max_luns=1", "delay=0")
     hosts = Path("/sys/class/scsi_host")
     before = set(os.listdir(hosts))
     _HOSTS.write_text("1")
