@@ -9,12 +9,20 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from guestagent.api import LayersMount, LayersUnmount, TmpfsScratch, Verity
+from guestagent.api import (
+    LayerReport,
+    LayersMount,
+    LayersUnmount,
+    OverlaySpec,
+    TmpfsScratch,
+    Verity,
+)
 from guestagent.host.client import GuestAgent
-from tests.beds.agentbed import Pack, World, overlay, settled_world
+from tests.beds.agentbed import Pack, World, overlay, settled_world, who
 from vsock.errors import CallError, ConnectionClosed
 
 __all__ = ("Gate", "Soak", "Tally", "Worker")
@@ -101,7 +109,7 @@ class Worker(threading.Thread):
         self._pause = pause
         self._live = live
         self._guest: GuestAgent | None = None
-        self._numbers = {f"{self.name}-l{layer}": layer for layer in layers}
+        self.numbers = {f"{self.name}-l{layer}": layer for layer in layers}
         self._overlay_id = f"{self.name}-o"
         #: The model: what is mounted, the overlay's layers, and the ids that nobody knows of.
         self.mounted: set[str] = set()
@@ -119,11 +127,11 @@ class Worker(threading.Thread):
 
     def fill(self) -> int:
         """Mount as many layers as are to be live, and return their number; before the start."""
-        names = self._random.sample(sorted(self._numbers), self._live or 0)
+        names = self._random.sample(sorted(self.numbers), self._live or 0)
         self._connected(_CONNECT_SECONDS)
         for start in range(0, len(names), _FILL_BATCH):
             batch = names[start : start + _FILL_BATCH]
-            specs = tuple(self._pack.spec(self._numbers[name], name) for name in batch)
+            specs = tuple(self._pack.spec(self.numbers[name], name) for name in batch)
             self._connected().layers_mount(LayersMount(layers=specs))
             self.mounted.update(batch)
         return len(names)
@@ -173,7 +181,7 @@ class Worker(threading.Thread):
     # --- requests, and what must come of them
 
     def _choices(self) -> list[tuple[Callable[[], None], Sequence[str]]]:
-        everything = [*self._numbers, self._overlay_id]
+        everything = [*self.numbers, self._overlay_id]
         return [
             (self._mount, everything),
             (self._mount, everything),
@@ -193,18 +201,18 @@ class Worker(threading.Thread):
             self._soak.tally.note(f"{self.name}: {what}")
 
     def _any(self) -> str:
-        return self._random.choice(sorted(self._numbers))
+        return self._random.choice(sorted(self.numbers))
 
     def _mount(self) -> None:
         name = self._any()
-        report = self._connected().layer_mount(self._pack.spec(self._numbers[name], name))
+        report = self._connected().layer_mount(self._pack.spec(self.numbers[name], name))
         self._expect(report.already == (name in self.mounted), f"already of {name}")
         self.mounted.add(name)
 
     def _mount_late(self) -> None:
         """A deadline that passes somewhere on the way: all or nothing."""
         name = self._any()
-        spec = self._pack.spec(self._numbers[name], name)
+        spec = self._pack.spec(self.numbers[name], name)
         try:
             self._connected().layer_mount(spec, deadline_ms=self._random.randint(1, 15))
         except CallError as error:
@@ -226,7 +234,7 @@ class Worker(threading.Thread):
         self.mounted.discard(name)
 
     def _mount_overlay(self) -> None:
-        names = self._random.sample(sorted(self._numbers), self._random.randint(1, 4))
+        names = self._random.sample(sorted(self.numbers), self._random.randint(1, 4))
         if self.overlay:
             names = list(self.overlay)
         try:
@@ -240,8 +248,10 @@ class Worker(threading.Thread):
         self._expect(report.already == bool(self.overlay), "already of the overlay")
         self.overlay = tuple(names)
 
-    def _overlay_spec(self, names: Sequence[str]) -> object:
-        writable = {"scratch": TmpfsScratch(size_bytes=65536)} if len(names) % 2 else {}
+    def _overlay_spec(self, names: Sequence[str]) -> OverlaySpec:
+        writable: dict[str, Any] = (
+            {"scratch": TmpfsScratch(size_bytes=65536)} if len(names) % 2 else {}
+        )
         return overlay(self._overlay_id, *names, **writable)
 
     def _unmount_overlay(self) -> None:
@@ -250,11 +260,11 @@ class Worker(threading.Thread):
         self.overlay = ()
 
     def _mount_batch(self) -> None:
-        count = min(self._random.choice((1, 2, 3, 4, 12)), len(self._numbers))
-        names = self._random.sample(sorted(self._numbers), count)
+        count = min(self._random.choice((1, 2, 3, 4, 12)), len(self.numbers))
+        names = self._random.sample(sorted(self.numbers), count)
         stacked = names if not self.overlay else []
         request = LayersMount(
-            layers=tuple(self._pack.spec(self._numbers[name], name) for name in names),
+            layers=tuple(self._pack.spec(self.numbers[name], name) for name in names),
             overlay=self._overlay_spec(stacked) if stacked else None,
         )
         reply = self._connected().layers_mount(request)
@@ -264,7 +274,7 @@ class Worker(threading.Thread):
         self.overlay = self.overlay or tuple(stacked)
 
     def _unmount_batch(self) -> None:
-        names = self.overlay or tuple(self._random.sample(sorted(self._numbers), 3))
+        names = self.overlay or tuple(self._random.sample(sorted(self.numbers), 3))
         request = LayersUnmount(layers=names, overlay=self._overlay_id)
         self._connected().layers_unmount(request)
         self.mounted.difference_update(names)
@@ -283,7 +293,7 @@ class Worker(threading.Thread):
     def _mount_wrong(self) -> None:
         """A wrong digest, or a target that is taken: refused, and nothing changes."""
         name = self._any()
-        spec = self._pack.spec(self._numbers[name], f"{self.name}-wrong")
+        spec = self._pack.spec(self.numbers[name], f"{self.name}-wrong")
         spec = spec.replace(verity=Verity(root_digest=bytes(32)))
         try:
             self._connected().layer_mount(spec)
@@ -295,14 +305,14 @@ class Worker(threading.Thread):
 
     def _look(self) -> None:
         found = {report.layer_id for report in self._connected().layer_list()}
-        own = found & set(self._numbers)
+        own = found & set(self.numbers)
         self._expect(own == self.mounted, f"listed {sorted(own)}, not {sorted(self.mounted)}")
 
     def settle(self, layers: set[str], overlays: dict[str, tuple[str, ...]]) -> None:
         """Compare the model with what is there; take over what nobody could know."""
-        own = layers & set(self._numbers)
+        own = layers & set(self.numbers)
         stacked = overlays.get(self._overlay_id, ())
-        for name in self._numbers:
+        for name in self.numbers:
             if name in self.unsure:
                 continue
             if (name in own) != (name in self.mounted):
@@ -364,6 +374,21 @@ class Soak:
         for worker in self.workers:
             worker.join(60)
 
+    def kill(self, times: int, kill_and_start: Callable[[], None]) -> list[float]:
+        """Kill the agent at random moments, and look closely each time; return how many seconds
+        each next agent took to answer."""
+        chance = random.Random(1)
+        seconds = []
+        for _ in range(times):
+            time.sleep(chance.uniform(0.0, 0.06))  # the moment is the point: nothing to wait for
+            kill_and_start()
+            self.tally.kills += 1
+            with self.gate.closed():
+                seconds.append(answered_within(self.address))
+                self.look_closely()
+            assert self.tally.wrong == []
+        return seconds
+
     def look(self) -> None:
         """Hold the workers, and hold the agent, the kernel and the models against each other."""
         with self.gate.closed():
@@ -380,9 +405,19 @@ class Soak:
             worker.settle(names, overlays)
         for problem in problems:
             self.tally.note(f"problem: {problem}")
+        self._read(layers)
         self._account({d.name for report in layers for d in report.dm}, names, overlays)
 
-    def _account(self, devices: set[str], layers: set[str], overlays: Sequence[str]) -> None:
+    def _read(self, layers: Sequence[LayerReport]) -> None:
+        """Every layer is mounted, and its file can be read and is its own."""
+        numbers = {name: n for worker in self.workers for name, n in worker.numbers.items()}
+        for report in layers:
+            if report.state != "mounted":
+                self.tally.note(f"{report.layer_id} is {report.state}")
+            elif who(report.target) != self.pack.layers[numbers[report.layer_id]].marker:
+                self.tally.note(f"{report.layer_id} holds {who(report.target)!r}")
+
+    def _account(self, devices: set[str], layers: set[str], overlays: Iterable[str]) -> None:
         """Every device and every mount of the kernel belongs to what the agent tells of."""
         world = World.now()
         found = {line.split()[0] for line in set(world.dm) - set(self.before.dm)}
