@@ -75,6 +75,7 @@ def outcome(bed: EngineBed, request: Request) -> CallError | None:
 def fail_at_every_step(bed: EngineBed, request: Request, kind: str = "EIO") -> int:
     """Fail ``request`` at step 1, 2, ... until it succeeds; return how many steps it has."""
     before = look(bed)
+    bed.faults.struck = 0
     for number in range(1, MAX_STEPS):
         bed.faults.arm(f"#{number}:{kind}")
         error = outcome(bed, request)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from guestagent.api.devices import PathDevice
-from guestagent.api.thin import VolumeGrow
+from guestagent.api.thin import VolumeGrow, VolumeTrim
 from tests.beds.dmbed import run
 from tests.beds.thinbed import MIB, POOL, Disks, ThinBed, disk, pool_disks
+from tests.kernel.test_engine_transactions import FAILURES
 from vsock.errors import CallError
 
 Request = Callable[[ThinBed, Disks, str], object]
@@ -22,6 +23,11 @@ def grow_volume(bed: ThinBed, volume_id: str) -> object:
     request = VolumeGrow(pool_id=POOL, volume_id=volume_id, size_bytes=48 * MIB)
     with bed.operation() as op:
         return bed.thin.volumes.grow(request, op)
+
+
+def trim_volume(bed: ThinBed) -> object:
+    with bed.operation() as op:
+        return bed.thin.volumes.trim(VolumeTrim(pool_id=POOL, volume_id="a"), op)
 
 
 def nothing(bed: ThinBed, disks: Disks, more: str) -> None:
@@ -62,6 +68,7 @@ REQUESTS: dict[str, tuple[Request, Request, tuple[str, ...]]] = {
         ("a",),
     ),
     "grow a volume": (make_and_mount, lambda bed, disks, more: grow_volume(bed, "a"), ("a",)),
+    "trim": (make_and_mount, lambda bed, disks, more: trim_volume(bed), ("a",)),
     "grow a pool": (
         make_and_mount,
         lambda bed, disks, more: bed.grow_pool(data_device=PathDevice(path=more)),
@@ -136,7 +143,7 @@ def finish(bed: ThinBed, disks: Disks, volumes: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-@pytest.mark.parametrize("kind", ["EIO", "LATE"])
+@pytest.mark.parametrize("kind", FAILURES)
 def test_request_that_fails_at_any_step_changes_nothing(
     tmp_path: Path, disks: Disks, more: str, name: str, kind: str
 ) -> None:

@@ -12,6 +12,7 @@ from guestagent.engine.reconciliation import Finding, Reconciliation
 from tests.beds.agentbed import Pack, attached_pack, overlay
 from tests.beds.dmbed import run
 from tests.beds.thinbed import MIB, POOL, Disks, ThinBed, pool_disks
+from tests.kernel.test_engine_transactions import FAILURES
 from tests.kernel.test_thin_crashes import can_write, die_in, grow_volume, look, outcome
 
 SCRATCH = ThinScratch(pool_id=POOL, size_bytes=16 * MIB)
@@ -205,17 +206,19 @@ def test_encrypted_scratch_is_unmounted_with_its_overlay_alone(bed: ThinBed, dis
 
 
 @pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize("kind", FAILURES)
 def test_mount_that_fails_at_any_step_leaves_nothing(
-    bed: ThinBed, disks: Disks, encrypted: bool
+    bed: ThinBed, disks: Disks, encrypted: bool, kind: str
 ) -> None:
     bed.open(disks.spec())
     before = look(bed)
     for step in range(1, MAX_STEPS):
-        bed.faults.arm(f"#{step}:EIO")
+        bed.faults.arm(f"#{step}:{kind}")
         error = outcome(lambda: mount(bed, encrypted=encrypted))
         bed.faults.arm("")
         if error is None:
             break
+        assert kind != "LATE" or error.code == "timeout", error
         assert "not undone" not in (error.hint or ""), error.hint
         can_write(bed)
         assert look(bed) == before, f"step {step}"
@@ -224,8 +227,9 @@ def test_mount_that_fails_at_any_step_leaves_nothing(
     unmount(bed)
 
 
+@pytest.mark.parametrize("kind", FAILURES)
 def test_unmount_of_an_encrypted_scratch_that_fails_at_any_step(
-    bed: ThinBed, disks: Disks, more: Path
+    bed: ThinBed, disks: Disks, more: Path, kind: str
 ) -> None:
     """It stays mounted with its content, or it is gone for good."""
     bed.open(disks.spec())
@@ -236,11 +240,12 @@ def test_unmount_of_an_encrypted_scratch_that_fails_at_any_step(
         new = Path(report.target, "new")
         new.write_bytes(b"kept")
         struck = bed.faults.struck
-        bed.faults.arm(f"#{step}:EIO")
+        bed.faults.arm(f"#{step}:{kind}")
         error = outcome(lambda: unmount(bed))
         bed.faults.arm("")
         struck = bed.faults.struck - struck
         if error is not None:
+            assert kind != "LATE" or error.code == "timeout", error
             assert "not undone" not in (error.hint or ""), error.hint
             assert new.read_bytes() == b"kept", f"step {step}"
             with bed.operation() as op:
