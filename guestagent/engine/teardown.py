@@ -128,10 +128,12 @@ def refuse_shared_devices(
         CallError: ``busy``, one has other users than what is right above it; they are named.
     """
     for name in names:
+        if not _is_shared(state, name):
+            continue
         try:
             with op.deadline.part(LATE_CLOSE_SECONDS) as limit:
                 retry(
-                    partial(_check_unshared, state, name),
+                    partial(_refuse_shared, state, name),
                     limit,
                     when=has_errno(errno.EBUSY),
                     step="look",
@@ -143,10 +145,15 @@ def refuse_shared_devices(
             raise busy_error(target, info.dev, op) from error
 
 
-def _check_unshared(state: EngineState, name: str) -> None:
-    """Raise OSError (EBUSY) where a dm device has more than one user."""
+def _is_shared(state: EngineState, name: str) -> bool:
+    """Return whether a dm device has more than one user."""
     info = state.control.find(name=name)
-    if info is not None and info.open_count > 1:
+    return info is not None and info.open_count > 1
+
+
+def _refuse_shared(state: EngineState, name: str) -> None:
+    """Raise OSError (EBUSY) where a dm device has more than one user."""
+    if _is_shared(state, name):
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), name)
 
 
@@ -167,9 +174,9 @@ def refuse_held(
     Raises:
         CallError: ``busy``, with the holders.
     """
-    if state.inventory.targets_on(dev) - {target}:  # another layer is on the same file system
-        return
     if syscalls.has_superblock(dev) is False:
+        return
+    if state.inventory.targets_on(dev) - {target}:  # another layer is on the same file system
         return
     if name is not None:
         info = state.control.find(name=name)
@@ -216,20 +223,16 @@ def remove_devices(state: EngineState, names: tuple[str, ...], op: Transaction) 
     if not names:
         return ()
     with op.step("remove", ", ".join(names)), op.deadline.part(_GONE_SECONDS) as limit:
-        for name in names:
-            _remove_one(state, name, op, limit)
+        try:
+            devices.remove_devices(state.control, names, limit)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            op.deadline.check("remove")
+            name = str(error.filename)
+            info = state.control.find(name=name)
+            raise busy_error(name, info.dev if info else "", op) from error
     return names
-
-
-def _remove_one(state: EngineState, name: str, op: Transaction, limit: Deadline) -> None:
-    try:
-        devices.remove_device(state.control, name, limit)
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        op.deadline.check("remove")
-        info = state.control.find(name=name)
-        raise busy_error(name, info.dev if info else "", op) from error
 
 
 def missing_directories(target: str, op: Transaction) -> list[str]:

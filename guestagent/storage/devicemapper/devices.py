@@ -18,6 +18,7 @@ __all__ = (
     "DmStepError",
     "create_device",
     "remove_device",
+    "remove_devices",
     "set_deferred_remove",
     "wait_gone",
 )
@@ -47,11 +48,8 @@ def create_device(
     uuid: str,
     targets: Sequence[Target],
     readonly: bool = True,
-    make_node: bool = False,
 ) -> DeviceInfo:
     """Create a device, load its table and set it going; leave nothing behind on failure.
-
-    ``make_node`` adds /dev/mapper/NAME, a symbolic link as udev would make it.
 
     Raises:
         DmStepError: what a step's ioctl raised, with ``step``; an existing device of that name or
@@ -69,8 +67,6 @@ def create_device(
         info = control.resume(name)
         step = "dm-node"
         ensure_node(info.node, info.dev)
-        if make_node:
-            _make_link(info)
     except OSError as error:
         detail = f"table: {first_lines(targets)}" if step == "dm-load" else ""
         failure = DmStepError.of(step, error, detail)
@@ -88,22 +84,10 @@ def _undo_create(control: Control, name: str, passing: BaseException) -> None:
     The exception that passes stays the one to be raised.
     """
     try:
-        _remove_link(name)
         control.remove(name, deferred=True)
     except OSError as error:
         if error.errno != errno.ENXIO:
             passing.add_note(f"the half-made device {name!r} stays behind: {error}")
-
-
-def _make_link(info: DeviceInfo) -> None:
-    _remove_link(info.name)
-    os.symlink(f"../{os.path.basename(info.node)}", f"/dev/mapper/{info.name}")
-
-
-def _remove_link(name: str) -> None:
-    path = f"/dev/mapper/{name}"
-    if os.path.islink(path):
-        os.unlink(path)
 
 
 def set_deferred_remove(control: Control, name: str) -> bool:
@@ -115,29 +99,37 @@ def set_deferred_remove(control: Control, name: str) -> bool:
 
 
 def remove_device(control: Control, name: str, deadline: Deadline) -> bool:
-    """Remove a device, waiting for its users to close it; return False if it was gone before.
+    """Remove a device as ``remove_devices`` does; return False if it was gone before."""
+    return name in remove_devices(control, (name,), deadline)
 
-    The wait is no polling: where the device is busy the removal is left to the kernel (deferred)
-    and its event awaited. If the deadline passes first the removal is taken back, so that the
-    device is as it was.
-    On return the devices below it are released too.
+
+def remove_devices(control: Control, names: Sequence[str], deadline: Deadline) -> tuple[str, ...]:
+    """Remove devices, the topmost first, waiting for their users to close them; return those that
+    were not gone before.
+
+    The wait is no polling: where a device is busy its removal is left to the kernel (deferred) and
+    its event awaited. If the deadline passes first the removal is taken back, so that the device
+    is as it was.
+    On return the devices below them are released too.
 
     Raises:
-        OSError: EBUSY, still in use at the deadline.
+        OSError: EBUSY, the device that ``filename`` names is still in use at the deadline.
         CallError: ``cancelled``.
     """
-    try:
-        control.remove(name)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
+    removed = []
+    for name in names:
+        try:
+            control.remove(name)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                continue
+            if error.errno != errno.EBUSY:
+                raise
             _remove_busy(control, name, deadline)
-        elif error.errno == errno.ENXIO:
-            wait_gone(control, (name,), deadline)
-            return False
-        else:
-            raise
-    _remove_link(name)
-    return True
+        removed.append(name)
+    if len(removed) < len(names):  # the kernel may still be at one that it removes by itself
+        wait_gone(control, names, deadline)
+    return tuple(removed)
 
 
 def _remove_busy(control: Control, name: str, deadline: Deadline) -> None:
@@ -151,7 +143,7 @@ def _remove_busy(control: Control, name: str, deadline: Deadline) -> None:
     try:
         wait_gone(control, (name,), deadline)
     except CallError as error:
-        if not was_deferred and _take_back(control, name) and not _dying(control):
+        if not was_deferred and _take_back(control, name) and not _look(control)[1]:
             return
         if error.code == "timeout":
             text = "DM_DEV_REMOVE: still in use at the deadline"
@@ -183,38 +175,35 @@ def wait_gone(
     Raises:
         CallError: ``timeout`` or ``cancelled``; the message names what is left.
     """
-    named = [("name", name) for name in names] + [("uuid", uuid) for uuid in uuids]
-    named = _still_there(control, named)
-    dying = _dying(control)
-    if not named and not dying:
+    left, dying = _look(control, names, uuids)
+    if not left and not dying:
         return
     look_again_seconds = _LOOK_AGAIN_SECONDS[0]
     announced: set[str] = set()
     with UeventSocket() as events:
         while True:
-            had_named = bool(named)
-            named = _still_there(control, named)
-            found = _dying(control)
+            had_named = bool(left)
+            left, found = _look(control, names, uuids)
             # once the names are gone all of ours are among the dying: later ones are others'
             dying = (found if had_named else dying & found) - announced
-            if not named and not dying:
+            if not left and not dying:
                 return
-            left = [repr(word) for _, word in named] + sorted(dying)
-            step = f"wait for the removal of {', '.join(left)}"
+            step = f"wait for the removal of {', '.join([*map(repr, left), *sorted(dying)])}"
             deadline.wait([events.fileno()], step, at_most=look_again_seconds)
             look_again_seconds = min(look_again_seconds * 2, _LOOK_AGAIN_SECONDS[1])
             announced |= _removed_disks(events)
 
 
-def _still_there(control: Control, wanted: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(kind, word) for kind, word in wanted if control.exists(**{kind: word})]
-
-
-def _dying(control: Control) -> set[str]:
-    """Return the disks (dm-N) that sysfs has and device-mapper has no more."""
+def _look(
+    control: Control, names: Sequence[str] = (), uuids: Sequence[str] = ()
+) -> tuple[list[str], set[str]]:
+    """Return the names and uuids that devices have, and the disks (dm-N) that sysfs has and
+    device-mapper has no more."""
     disks = {name for name in os.listdir("/sys/block") if name.startswith("dm-")}
-    alive = {f"dm-{dev.partition(':')[2]}" for _, dev, _ in control.list_devices()}
-    return disks - alive
+    listed = control.list_devices()
+    left = [name for name, _, _ in listed if name in names]
+    left += [uuid for _, _, uuid in listed if uuid in uuids]
+    return left, disks - {f"dm-{dev.partition(':')[2]}" for _, dev, _ in listed}
 
 
 def _removed_disks(events: UeventSocket) -> set[str]:
