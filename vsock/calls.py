@@ -1,7 +1,6 @@
 """The calls of a server: let in within bounds, run in place or on a thread, answered once."""
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -57,7 +56,7 @@ class Calls:
         self._budget = budget
         self._on_end = on_end
         self._on_resume = on_resume
-        self._lock = threading.Lock()
+        #: Threads add, discard and copy: each is one step under the interpreter lock.
         self._calls: set[Call] = set()
         self._waiting: set[Call] = set()  # have a deadline, and no thread yet
         self._closing = False
@@ -81,7 +80,7 @@ class Calls:
         # a quick call ends before the next message is decoded
         is_only = not connection.owes_answers and request.memory_bytes <= _FREE_BYTES
         held_bytes = 0 if is_quick or is_only else request.memory_bytes + _CALL_BYTES
-        if not self._budget.take(held_bytes):
+        if held_bytes and not self._budget.take(held_bytes):
             raise CallError(
                 "resource",
                 f"no memory for another request: {self._budget.used_bytes} bytes are in use",
@@ -93,8 +92,7 @@ class Calls:
         except CallError:
             self._budget.give_back(held_bytes)
             raise
-        with self._lock:
-            self._calls.add(call)
+        self._calls.add(call)
         return call
 
     def start(self, call: Call) -> float | None:
@@ -105,8 +103,7 @@ class Calls:
         if call.method in self._quick:
             self._run(call)
             return None
-        seconds = call.deadline.remaining()
-        if seconds is not None:
+        if call.deadline.at is not None:
             self._waiting.add(call)
         call.on_withdraw = self._withdraw
         try:
@@ -116,7 +113,7 @@ class Calls:
             if call.withdraw():
                 call.connection.answer(call, Outcome(error.to_wire(), None))
             return None
-        return None if seconds is None else time.monotonic() + seconds
+        return call.deadline.at
 
     def expire(self) -> float | None:
         """Answer the calls whose deadline passed before a thread was free for them.
@@ -125,19 +122,17 @@ class Calls:
         """
         soonest: float | None = None
         for call in list(self._waiting):
-            seconds = call.deadline.remaining()
-            if seconds == 0.0:
+            expires_at = call.deadline.at
+            if call.deadline.expired:
                 if call.withdraw():
                     call.connection.answer_over(call)
-            elif seconds is not None:
-                soonest = seconds if soonest is None else min(soonest, seconds)
-        return None if soonest is None else time.monotonic() + soonest
+            elif expires_at is not None:
+                soonest = expires_at if soonest is None else min(soonest, expires_at)
+        return soonest
 
     def cancel_all(self) -> None:
         """Cancel every call, also those whose connection has ended."""
-        with self._lock:
-            calls = list(self._calls)
-        for call in calls:
+        for call in list(self._calls):
             call.connection.cancel(call.msgid)
             call.deadline.cancel()
 
@@ -188,9 +183,9 @@ class Calls:
         self._run_taken(call)
 
     def _strike(self, call: Call) -> None:
-        with self._lock:
-            self._calls.discard(call)
-        self._budget.give_back(call.held_bytes)
+        self._calls.discard(call)
+        if call.held_bytes:
+            self._budget.give_back(call.held_bytes)
         self._on_end()
 
 
@@ -247,6 +242,25 @@ class _Lane:
         return True
 
 
+class _Idle:
+    """A thread that waits for a call, or for None, with which it ends."""
+
+    __slots__ = ("_woken", "call")
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self._woken = threading.Lock()
+        self._woken.acquire()
+
+    def wake(self, call: Call | None) -> None:
+        self.call = call
+        self._woken.release()
+
+    def wait(self, seconds: float = -1) -> bool:
+        """Return whether it was woken."""
+        return self._woken.acquire(timeout=seconds)
+
+
 class _Workers:
     """Up to ``max_threads`` threads, started when there is work and ended when there was none.
 
@@ -267,10 +281,10 @@ class _Workers:
         kept = min(4, max_threads // 4)
         self._common = _Lane(most_of_one=max_threads - kept, most=max_threads - kept // 2)
         self._urgent = _Lane(most_of_one=max(1, kept // 2), most=max_threads)
-        self._ready = threading.Condition()
-        self._handed: deque[Call] = deque()  # picked for threads that are being woken
+        self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
-        self._idle = 0  # threads that wait, and for which no call was picked
+        #: The first to have come is woken first: it has rested, and gets the processor sooner.
+        self._idle: deque[_Idle] = deque()
         self._closed = False
 
     def submit(self, call: Call) -> None:
@@ -279,21 +293,23 @@ class _Workers:
         Raises:
             RuntimeError: no thread runs and none can be started; the call still waits.
         """
-        with self._ready:
+        with self._lock:
             assert not self._closed
             self._lane(call).add(call)
             self._hand_out()
 
     def forget(self, call: Call) -> bool:
         """Have ``call`` wait no more; False if it does not."""
-        with self._ready:
+        with self._lock:
             return self._lane(call).forget(call)
 
     def close(self) -> None:
         """Let the queued calls run and the threads end; they do not keep the process alive."""
-        with self._ready:
+        with self._lock:
             self._closed = True
-            self._ready.notify_all()
+            idle, self._idle = self._idle, deque()
+        for each in idle:
+            each.wake(None)
 
     def _lane(self, call: Call) -> _Lane:
         return self._urgent if call.method in self._urgent_methods else self._common
@@ -305,9 +321,7 @@ class _Workers:
         """Give calls to idle threads, or to new ones."""
         while (self._idle or len(self._threads) < self._max_threads) and (call := self._pick()):
             if self._idle:
-                self._idle -= 1
-                self._handed.append(call)
-                self._ready.notify()
+                self._idle.popleft().wake(call)
                 continue
             try:
                 self._start_thread(call)
@@ -337,7 +351,7 @@ class _Workers:
                 self._run(running)
                 running = self._next(running)
         finally:
-            with self._ready:
+            with self._lock:
                 self._threads.discard(threading.current_thread())
                 if running is not None:  # it raised: this thread is lost, its work goes on
                     self._lane(running).ended(running)
@@ -345,13 +359,17 @@ class _Workers:
 
     def _next(self, done: Call) -> Call | None:
         """Account for the end of a call and return the next one; None to end the thread."""
-        with self._ready:
+        with self._lock:
             self._lane(done).ended(done)
             call = self._pick()
-            if call is None and not self._closed:
-                self._idle += 1
-                self._ready.wait_for(lambda: self._handed or self._closed, _IDLE_SECONDS)
-                if self._handed:
-                    return self._handed.popleft()
-                self._idle -= 1
-            return call
+            if call is not None or self._closed:
+                return call
+            own = _Idle()
+            self._idle.append(own)
+        if not own.wait(_IDLE_SECONDS):
+            with self._lock:
+                if own in self._idle:
+                    self._idle.remove(own)
+                    return None
+            own.wait()  # it is being woken at this moment
+        return own.call

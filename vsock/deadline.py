@@ -60,6 +60,11 @@ class Deadline(Closeable):
             self._parts.append(part)
         return part
 
+    @property
+    def at(self) -> float | None:
+        """The monotonic time at which it passes, None for never."""
+        return self._at
+
     def remaining(self) -> float | None:
         """Return the seconds left, 0.0 when past, None when unlimited."""
         return _until(self._at)
@@ -147,10 +152,11 @@ class Deadline(Closeable):
         if self._whole is not None:
             self._whole._forget(self)
             self._whole = None
-        with self._lock:
-            if self._event_fd is not None:
-                os.close(self._event_fd)
-                self._event_fd = None
+        if self._event_fd is not None:
+            with self._lock:
+                fd, self._event_fd = self._event_fd, None
+            if fd is not None:
+                os.close(fd)
 
     def _forget(self, part: "Deadline") -> None:
         with self._lock:

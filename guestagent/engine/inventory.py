@@ -522,6 +522,8 @@ class Inventory:
 
     def settle_problem(self, key: str) -> None:
         """Forget a problem that is none any more."""
+        if key not in self._problems:
+            return
         with self._lock:
             self._problems.pop(key, None)
 

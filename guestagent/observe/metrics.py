@@ -11,6 +11,7 @@ import bisect
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
 from guestagent import __version__
@@ -23,6 +24,7 @@ BUCKETS_SECONDS = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 )  # fmt: skip
 _MAX_SERIES = 256
+_MAX_OBSERVED = 256
 
 
 class Family(Record):
@@ -100,6 +102,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        #: To be sorted in: an append takes no lock, and each step of each request makes one.
+        self._observed: deque[tuple[str, float, tuple[str, ...]]] = deque()
         self._counters: dict[str, dict[tuple[str, ...], int]] = {}
         self._histograms: dict[str, dict[tuple[str, ...], _Histogram]] = {}
 
@@ -112,19 +116,22 @@ class Metrics:
 
     def observe(self, name: str, seconds: float, *labels: str) -> None:
         """Add one observation to a histogram."""
-        place = bisect.bisect_left(BUCKETS_SECONDS, seconds)  # the first that holds it, or the rest
-        with self._lock:
-            # each step of each request comes here: by far the most find what they add to
-            series = self._histograms.get(name)
-            histogram = series.get(labels) if series else None
-            if histogram is None:
-                histogram = self._new_histogram(name, labels)
-            histogram.counts[place] += 1
-            histogram.sum += seconds
+        self._observed.append((name, seconds, labels))
+        if len(self._observed) >= _MAX_OBSERVED:
+            with self._lock:
+                self._sort_in()
 
-    def _new_histogram(self, name: str, labels: tuple[str, ...]) -> _Histogram:
-        series = self._histograms.setdefault(name, {})
-        return series.setdefault(_bounded(series, labels), _Histogram())
+    def _sort_in(self) -> None:
+        """Add to the histograms what was observed; the caller holds the lock."""
+        while self._observed:
+            name, seconds, labels = self._observed.popleft()
+            series = self._histograms.setdefault(name, {})
+            histogram = series.get(labels)
+            if histogram is None:
+                histogram = series.setdefault(_bounded(series, labels), _Histogram())
+            # the first that holds it, or the rest
+            histogram.counts[bisect.bisect_left(BUCKETS_SECONDS, seconds)] += 1
+            histogram.sum += seconds
 
     def step(self, step: str, seconds: float, failed: bool) -> None:
         """Count a step of an operation."""
@@ -157,6 +164,7 @@ class Metrics:
         dict[str, dict[tuple[str, ...], tuple[list[int], float]]],
     ]:
         with self._lock:
+            self._sort_in()
             return (
                 {name: dict(series) for name, series in self._counters.items()},
                 {

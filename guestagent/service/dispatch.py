@@ -216,7 +216,7 @@ class Service:
 
     def _run(self, request: "Request[Record]", context: Context) -> Record:
         handler = self._handlers.get(request.method) or self._late_handler(request.method)
-        if context.deadline.remaining() is None:
+        if context.deadline.at is None:
             context.deadline.limit(self._deadline_seconds)
         if request.quick:
             return handler(request, context)
