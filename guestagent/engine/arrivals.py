@@ -45,7 +45,7 @@ def find_device(wanted: Device, op: Transaction) -> BlockDevice:
     if found is None:
         # where the deadline is over the wait says what is there instead
         with op.step("device", blockdev.describe(wanted), is_checked=False):
-            found = blockdev.look_for(wanted)
+            found = blockdev.find(wanted, by_node=True)
             if found is None and not (op.may_be_left and not op.deadline.over):
                 found = blockdev.wait_for(wanted, op.deadline)
         if found is None:

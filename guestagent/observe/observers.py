@@ -96,7 +96,6 @@ class Observers:
         if self._crashes is None:
             yield
             return
-        uptime_seconds = time.clock_gettime(time.CLOCK_BOOTTIME)
         text = method
         if call is not None:
             text += f" msgid={call.msgid} connection={call.connection.id}"
@@ -105,16 +104,15 @@ class Observers:
                 text += f" {name}={str(params[name])[:64]}"
         if call is not None and call.traceparent:
             text += f" traceparent={call.traceparent}"
-        with self._crashes.request(f"{text} since={uptime_seconds:.3f}"):
+        with self._crashes.request(f"{text} since={time.clock_gettime(time.CLOCK_BOOTTIME):.3f}"):
             yield
 
     def answered(self, method: str, code: str, seconds: float) -> None:
         """Count an answer; ``code`` is ok or that of an error."""
         known = METHODS.get(method)
-        name = "unknown" if known is None else method
-        self.metrics.count("guestagent_requests_total", name, code)
+        self.metrics.count("guestagent_requests_total", method if known else "unknown", code)
         if known is not None and not known.quick:
-            self.metrics.observe("guestagent_request_duration_seconds", seconds, name)
+            self.metrics.observe("guestagent_request_duration_seconds", seconds, method)
 
     def problems(self) -> tuple[str, ...]:
         """Return the problems that the status tells."""

@@ -38,6 +38,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._in_flight: dict[int, str] = {}
         self._number = 0
+        self._held = b""  # written with the next record
         self._fd = self._open()
         self._size_bytes = os.fstat(self._fd).st_size
         self._append(_packed())
@@ -58,10 +59,10 @@ class Recorder:
             return self._number
 
     def end(self, number: int) -> None:
-        """The request is answered."""
+        """The request is answered. That is written with what comes next: a line about it."""
         with self._lock:
             if self._in_flight.pop(number, None) is not None:
-                self._append(_packed(number))
+                self._held += _packed(number)
 
     def requests(self) -> tuple[str, ...]:
         """Return the texts of the requests in flight."""
@@ -82,6 +83,7 @@ class Recorder:
     def _append(self, data: bytes) -> None:
         if self._fd < 0:
             return
+        data, self._held = self._held + data, b""
         try:
             if self._size_bytes + len(data) > _FILE_BYTES:
                 os.rename(self._path, self._path + _OLD)

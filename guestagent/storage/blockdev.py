@@ -38,7 +38,6 @@ __all__ = (
     "is_readonly",
     "labels",
     "list_all",
-    "look_for",
     "order_of",
     "partitions",
     "set_readonly",
@@ -50,7 +49,8 @@ __all__ = (
 #: fput), after it has left /sys and /proc.
 LATE_CLOSE_SECONDS = 0.5
 
-_BLKROSET, _BLKFLSBUF = 0x125D, 0x1261  # include/uapi/linux/fs.h
+# include/uapi/linux/fs.h
+_BLKROSET, _BLKROGET, _BLKFLSBUF, _BLKSSZGET = 0x125D, 0x125E, 0x1261, 0x1268
 #: How often to look again at a node that devtmpfs or udev makes meanwhile.
 _NODE_ATTEMPTS = 4
 #: Seconds without the device after which the buses are rescanned; once each.
@@ -78,11 +78,15 @@ class BlockDevice(Record):
     kind: str
 
 
-def inspect(name_or_dev: str, *, sys_root: str = "/sys") -> BlockDevice:
+def inspect(name_or_dev: str, *, sys_root: str = "/sys", by_node: bool = False) -> BlockDevice:
     """Describe a device given by kernel name (``vda``) or MAJOR:MINOR.
+
+    ``by_node``: the device itself tells its size and the like, by half the calls that sysfs takes;
+    its node is made if it is not there.
 
     Raises:
         FileNotFoundError: there is none.
+        OSError: ENXIO with ``by_node``, the kernel does not open it (yet).
     """
     link = "dev/block" if ":" in name_or_dev else "class/block"
     directory = f"{sys_root}/{link}"
@@ -92,16 +96,52 @@ def inspect(name_or_dev: str, *, sys_root: str = "/sys") -> BlockDevice:
     is_partition = os.path.exists(f"{path}/partition")
     disk = os.path.dirname(path) if is_partition else path
     kind = _kind(os.path.basename(disk))
+    node = "/dev/" + name.replace("!", "/")
+    dev = name_or_dev if ":" in name_or_dev else _read(f"{path}/dev")
+    facts = _facts_of_node(node, dev) if by_node else None
+    size_bytes, logical_block_size, readonly = facts or (
+        _read_number(f"{path}/size") * api.SECTOR_BYTES,
+        _read_number(f"{disk}/queue/logical_block_size"),
+        _read(f"{path}/ro") == "1",
+    )
     return BlockDevice(
-        node="/dev/" + name.replace("!", "/"),
-        dev=name_or_dev if ":" in name_or_dev else _read(f"{path}/dev"),
+        node=node,
+        dev=dev,
         name=name,
-        size_bytes=_read_number(f"{path}/size") * api.SECTOR_BYTES,
-        logical_block_size=_read_number(f"{disk}/queue/logical_block_size"),
-        readonly=_read(f"{path}/ro") == "1",
+        size_bytes=size_bytes,
+        logical_block_size=logical_block_size,
+        readonly=readonly,
         serial=None if kind in _WITHOUT_SERIAL else _serial(disk),
         kind=kind,
     )
+
+
+def _facts_of_node(node: str, dev: str) -> tuple[int, int, bool] | None:
+    """Return size, logical block size and whether it is read-only; None if it cannot be opened,
+    which the step that uses the device tells.
+
+    ``device_add_disk`` (block/genhd.c) registers a disk, which makes its node, before it can be
+    opened: until then the kernel answers ENXIO. The event that a disk was added comes afterwards.
+    """
+    ensure_node(node, dev)
+    try:
+        fd = os.open(node, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise
+        return None
+    try:
+        size_bytes = os.lseek(fd, 0, os.SEEK_END)
+        return size_bytes, _get(fd, _BLKSSZGET, node), bool(_get(fd, _BLKROGET, node))
+    finally:
+        os.close(fd)
+
+
+def _get(fd: int, request: int, node: str) -> int:
+    """Return the ``int`` that an ioctl tells of a block device."""
+    value = bytearray(4)
+    syscalls.ioctl(fd, request, value, node, "BLKSSZGET or BLKROGET")
+    return int.from_bytes(value, sys.byteorder)
 
 
 def list_all(*, sys_root: str = "/sys") -> tuple[BlockDevice, ...]:
@@ -116,8 +156,12 @@ def list_all(*, sys_root: str = "/sys") -> tuple[BlockDevice, ...]:
     return tuple(devices)
 
 
-def find(device: api.Device, *, sys_root: str = "/sys") -> BlockDevice | None:
+def find(
+    device: api.Device, *, sys_root: str = "/sys", by_node: bool = False
+) -> BlockDevice | None:
     """Find the device that a request means; None if it is not there, or not ready (size 0).
+
+    ``by_node`` is as of ``inspect``; where the kernel does not open the device it is not ready.
 
     Raises:
         CallError: ``invalid``, the path is there but is no block device; ``conflict``, two disks
@@ -125,7 +169,7 @@ def find(device: api.Device, *, sys_root: str = "/sys") -> BlockDevice | None:
     """
     try:
         name = _locate(device, sys_root)
-        found = None if name is None else inspect(name, sys_root=sys_root)
+        found = None if name is None else inspect(name, sys_root=sys_root, by_node=by_node)
     except OSError as error:
         if _is_vanished(error):
             return None
@@ -233,36 +277,8 @@ def wait_for(
     Raises:
         CallError: ``timeout`` or ``cancelled``; the message lists the devices there are.
     """
-    found = _find_ready(device, sys_root)
+    found = find(device, sys_root=sys_root, by_node=True)
     return _wait(device, deadline, sys_root) if found is None else found
-
-
-def look_for(device: api.Device) -> BlockDevice | None:
-    """Return the device, with its node, if it is there.
-
-    Raises:
-        CallError: as ``find``.
-    """
-    return _find_ready(device, "/sys")
-
-
-def _find_ready(device: api.Device, sys_root: str) -> BlockDevice | None:
-    """Return the device, with its node, if it is there and the kernel opens it.
-
-    ``device_add_disk`` (block/genhd.c) registers a disk, which makes its node, before it can be
-    opened: until then the kernel answers ENXIO. The event that a disk was added comes afterwards.
-    """
-    found = find(device, sys_root=sys_root)
-    if found is None:
-        return None
-    ensure_node(found.node, found.dev)
-    try:
-        os.close(os.open(found.node, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return None
-        # else the step that uses the device tells
-    return found
 
 
 def _wait(device: api.Device, deadline: Deadline, sys_root: str) -> BlockDevice:
@@ -299,7 +315,7 @@ class Search:
         Raises:
             CallError: as ``find``.
         """
-        while (found := _find_ready(self.device, self._sys_root)) is None:
+        while (found := find(self.device, sys_root=self._sys_root, by_node=True)) is None:
             self.pause_seconds = _LOOK_AGAIN_SECONDS
             if not self._rescans:
                 return None
