@@ -130,7 +130,8 @@ class Batches:
                 self._layers.write(lives, begun, op)
             with op.step("read back", what):
                 mounts = mounts_by_target(live.spec.mount_point for live in lives)
-                return [see_layer(self._state.control, live, mounts) for live in lives]
+                control, tables = self._state.control, op.loaded_tables
+                return [see_layer(control, live, mounts, tables) for live in lives]
 
     def _make(self, claims: Sequence[LayerClaim], op: Transaction) -> list[LiveLayer]:
         """Make the devices and mounts of all claims.

@@ -204,6 +204,7 @@ class LayerMount:
             with op.step("linear", plan.linear.name):
                 targets = plan.linear.targets(live.spec.ranges)
                 info = self._device(plan.linear, targets, plan, op)
+                op.loaded_tables[plan.linear.name] = targets
             self._undo_device(plan.linear.name, op)
             dev, node = info.dev, info.node
         if plan.verity is not None:

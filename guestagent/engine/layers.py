@@ -65,7 +65,7 @@ class Layers:
                     self.begin(begun, (claim,), op)
                     live = self.make(claim, op)
                     with op.step("read back", spec.mount_point):
-                        seen = see_layer(self._state.control, live)
+                        seen = see_layer(self._state.control, live, tables=op.loaded_tables)
                     with op.step("commit", spec.layer_id, code="resource"):
                         self.write((live,), begun, op)
                         self._state.journal.decide(begun)

@@ -1,7 +1,7 @@
 """What the kernel really has: reports are read back, never recited from what was asked."""
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from guestagent.api import LayerReport
 from guestagent.api.devices import LayerMapping
@@ -53,11 +53,15 @@ def verity_status(control: Control, name: str) -> str:
 
 
 def see_layer(
-    control: Control, live: LiveLayer, mounts: Mapping[str, Mount] | None = None
+    control: Control,
+    live: LiveLayer,
+    mounts: Mapping[str, Mount] | None = None,
+    tables: Mapping[str, Sequence[Target]] = {},
 ) -> LayerSeen:
     """Look at a layer in the kernel.
 
-    ``mounts`` is a fresh result of ``mounts_by_target``, for callers that look at many layers.
+    ``mounts`` is a fresh result of ``mounts_by_target``, for callers that look at many layers;
+    ``tables`` are the linear tables that the caller has just loaded, by name.
 
     Raises:
         CallError: ``not_found``, its mount or its devices are not there any more.
@@ -80,7 +84,7 @@ def see_layer(
         # the kernel takes the table first and the device a moment later
         if not targets or (targets[0].target_type == "verity" and not device.status):
             raise _gone(live, f"without the table of its device {device.name!r}")
-    changed = _changed(live, found)
+    changed = _changed(live, found, tables)
     verity = live.plan.verity
     report = None
     if verity is not None and verity.name in found and changed != verity.name:
@@ -99,12 +103,17 @@ def _is_of(mount: Mount, live: LiveLayer) -> bool:
     return (mount.dev, mount.mount_id) == (live.dev, live.mount_id)
 
 
-def _changed(live: LiveLayer, found: Mapping[str, tuple[DmDevice, tuple[Target, ...]]]) -> str:
+def _changed(
+    live: LiveLayer,
+    found: Mapping[str, tuple[DmDevice, tuple[Target, ...]]],
+    tables: Mapping[str, Sequence[Target]],
+) -> str:
     """Return the name of the topmost device that is missing, or whose table is not as planned."""
     changed, plan, dev = "", live.plan, live.source.dev
     if plan.linear is not None:
         device, targets = found.get(plan.linear.name, (None, ()))
-        if not is_same_table(plan.linear.targets(live.spec.ranges), targets):
+        planned = tables.get(plan.linear.name) or plan.linear.targets(live.spec.ranges)
+        if not is_same_table(planned, targets):
             changed = plan.linear.name
         dev = device.dev if device is not None else ""
     if plan.verity is not None:

@@ -8,11 +8,12 @@ makes is registered with ``on_rollback()`` on the next line. Leaving the ``with`
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from guestagent.api.devices import Device
 from guestagent.engine.faults import Faults
 from guestagent.storage.blockdev import BlockDevice
+from guestagent.storage.devicemapper.targets import Target
 from guestagent.storage.kmsg import KernelLog
 from guestagent.storage.mountinfo import describe_space
 from vsock.deadline import Deadline
@@ -55,6 +56,8 @@ class Transaction:
         self.deadline = deadline
         #: Devices that this request has found: the layers of a batch are often on the same one.
         self.resolved_devices: dict[Device, BlockDevice] = parent.resolved_devices if parent else {}
+        #: Linear tables that this request has loaded, by name: one may have thousands of targets.
+        self.loaded_tables: dict[str, Sequence[Target]] = parent.loaded_tables if parent else {}
         #: Directories that this request has seen to exist: the targets of a batch share parents.
         self.known_directories: set[str] = parent.known_directories if parent else set()
         self.traceparent = traceparent
