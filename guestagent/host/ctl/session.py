@@ -17,6 +17,7 @@ from typing import Concatenate, NoReturn, ParamSpec, TypeVar
 
 import click
 
+from guestagent.api.request import Request
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.profiles import resolve
 from guestagent.host.ctl.style import guarded, plain
@@ -40,6 +41,7 @@ __all__ = (
 P = ParamSpec("P")
 R = TypeVar("R")
 Command = TypeVar("Command", bound=Callable[..., None])
+Reply = TypeVar("Reply", bound=Record)
 
 #: A longer text of an error is shown by its first and last characters; so are the kernel's lines.
 _SHOWN_END = 1000
@@ -104,6 +106,15 @@ class Session:
             raise click.UsageError(str(error)) from None
         with handle:
             yield handle
+
+    def ask(self, kind: type[Request[Reply]], /, **fields: object) -> Reply:
+        """Send a request; a field that is refused is wrong usage."""
+        try:
+            request = kind(**fields)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+        with self.agent() as guest:
+            return guest.call(request)
 
     def show(self, value: Record, text: Callable[[], str]) -> None:
         """Print a reply: as JSON where asked, else what ``text`` makes of it."""

@@ -2,14 +2,7 @@
 
 import click
 
-from guestagent.api.share import (
-    MSIZE_MAX,
-    MSIZE_MIN,
-    SHARE_KINDS,
-    ShareListReply,
-    ShareMount,
-    ShareReport,
-)
+from guestagent.api import share as api
 from guestagent.host.ctl.layer import describe_gone
 from guestagent.host.ctl.session import Session, pass_session
 from guestagent.host.ctl.style import described, spent, table
@@ -25,39 +18,21 @@ def share() -> None:
 @share.command("mount")
 @click.argument("share_id")
 @click.argument("tag")
-@click.option("--kind", type=click.Choice(SHARE_KINDS), default=SHARE_KINDS[0], show_default=True)
+@click.option(
+    "--kind", type=click.Choice(api.SHARE_KINDS), default=api.SHARE_KINDS[0], show_default=True
+)
 @click.option("--target", metavar="PATH", help="Default: /run/shares/SHARE_ID.")
 @click.option("--write", "is_writable", is_flag=True, help="Let the guest write to it.")
 @click.option(
     "--msize",
     "msize_bytes",
-    type=click.IntRange(MSIZE_MIN, MSIZE_MAX),
+    type=click.IntRange(api.MSIZE_MIN, api.MSIZE_MAX),
     help="Bytes of the largest message of a 9p share.",
 )
 @pass_session
-def mount(
-    session: Session,
-    share_id: str,
-    tag: str,
-    kind: str,
-    target: str | None,
-    is_writable: bool,
-    msize_bytes: int | None,
-) -> None:
+def mount(session: Session, /, is_writable: bool, **fields: object) -> None:
     """Mount the directory that the host serves under TAG."""
-    try:
-        request = ShareMount(
-            share_id=share_id,
-            tag=tag,
-            kind=kind,
-            target=target,
-            read_only=not is_writable,
-            msize_bytes=msize_bytes,
-        )
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    with session.agent() as guest:
-        report = guest.share_mount(request)
+    report = session.ask(api.ShareMount, read_only=not is_writable, **fields)
     session.show(report, lambda: _describe(report))
 
 
@@ -66,8 +41,7 @@ def mount(
 @pass_session
 def unmount(session: Session, share_id: str) -> None:
     """Unmount a share; busy while it is in use."""
-    with session.agent() as guest:
-        reply = guest.share_unmount(share_id)
+    reply = session.ask(api.ShareUnmount, share_id=share_id)
     session.show(reply, lambda: describe_gone(reply))
 
 
@@ -75,21 +49,20 @@ def unmount(session: Session, share_id: str) -> None:
 @pass_session
 def list_shares(session: Session) -> None:
     """List the shares of a guest."""
-    with session.agent() as guest:
-        shares = guest.share_list()
+    reply = session.ask(api.ShareList)
     header = ("SHARE", "STATE", "KIND", "TAG", "ACCESS", "TARGET")
     rows = [
         (each.share_id, each.state, each.kind, each.tag, _access(each), each.target)
-        for each in shares
+        for each in reply.shares
     ]
-    session.show(ShareListReply(shares=shares), lambda: table(header, rows))
+    session.show(reply, lambda: table(header, rows))
 
 
-def _access(report: ShareReport) -> str:
+def _access(report: api.ShareReport) -> str:
     return "ro" if report.read_only else "rw"
 
 
-def _describe(report: ShareReport) -> str:
+def _describe(report: api.ShareReport) -> str:
     facts = [
         ("target", f"{report.target} (mount {report.mount_id})"),
         ("tag", f"{report.tag} ({report.kind})"),

@@ -1,51 +1,22 @@
 """``guestctl pool`` and ``guestctl volume``: thin provisioning in a guest."""
 
-from collections.abc import Iterable
-from typing import TypeVar
-
 import click
 
+from guestagent.api import thin as api
+from guestagent.api.devices import Device
 from guestagent.api.overlays import SCRATCH_FILESYSTEMS
 from guestagent.api.request import Request
-from guestagent.api.thin import (
-    ADOPT,
-    ON_FULL,
-    PoolClose,
-    PoolGrow,
-    PoolList,
-    PoolOpen,
-    PoolReport,
-    PoolStatus,
-    VolumeCreate,
-    VolumeDelete,
-    VolumeGet,
-    VolumeGrow,
-    VolumeList,
-    VolumeMount,
-    VolumeReport,
-    VolumeSnapshot,
-    VolumeTrim,
-    VolumeUnmount,
-)
 from guestagent.host.ctl.layer import parse_device
 from guestagent.host.ctl.session import Session, pass_session
 from guestagent.host.ctl.style import described, human_bytes, plain, spent, table
-from vsock.record import Record
 
 __all__ = ("pool", "volume")
 
-Reply = TypeVar("Reply", bound=Record)
 _NO_FILESYSTEM = "none"
 
 
-def _asked(session: Session, kind: type[Request[Reply]], **fields: object) -> Reply:
-    """Send a request; what is wrong with its fields is wrong usage."""
-    try:
-        request = kind(**fields)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    with session.agent() as guest:
-        return guest.call(request)
+def _device(_context: click.Context, _option: click.Parameter, text: str | None) -> Device | None:
+    return None if text is None else parse_device(text)
 
 
 @click.group()
@@ -55,7 +26,14 @@ def pool() -> None:
 
 @pool.command("open")
 @click.argument("pool_id")
-@click.option("--metadata", required=True, metavar="DEVICE", help="The metadata disk.")
+@click.option(
+    "--metadata",
+    "metadata_device",
+    callback=_device,
+    required=True,
+    metavar="DEVICE",
+    help="The metadata disk.",
+)
 @click.option(
     "--data",
     "data",
@@ -65,32 +43,21 @@ def pool() -> None:
     help="The data disk; again for each that the pool was grown by, in order.",
 )
 @click.option("--block-size", "block_size_bytes", type=int, metavar="BYTES")
-@click.option("--on-full", type=click.Choice(ON_FULL), default="error", show_default=True)
+@click.option("--on-full", type=click.Choice(api.ON_FULL), default="error", show_default=True)
 @click.option("--low-water", "low_water_bytes", type=int, metavar="BYTES")
 @click.option("--min-free", "min_free_percent", type=int, default=10, show_default=True)
 @click.option(
     "--adopt",
-    type=click.Choice(ADOPT),
+    type=click.Choice(api.ADOPT),
     default="never",
     show_default=True,
     help="What the disks may hold already.",
 )
 @pass_session
-def open_pool(
-    session: Session, /, pool_id: str, metadata: str, data: tuple[str, ...], **fields: object
-) -> None:
+def open_pool(session: Session, /, data: tuple[str, ...], **fields: object) -> None:
     """Open a pool; a blank metadata disk makes a new one."""
     first, *more = map(parse_device, data)
-    report = _asked(
-        session,
-        PoolOpen,
-        pool_id=pool_id,
-        metadata_device=parse_device(metadata),
-        data_device=first,
-        more_data_devices=tuple(more),
-        **fields,
-    )
-    session.show(report, lambda: _describe_pool(report))
+    _show_pool(session, api.PoolOpen, data_device=first, more_data_devices=tuple(more), **fields)
 
 
 @pool.command("close")
@@ -98,7 +65,7 @@ def open_pool(
 @pass_session
 def close_pool(session: Session, pool_id: str) -> None:
     """Close a pool whose volumes are not mounted; its disks keep everything."""
-    reply = _asked(session, PoolClose, pool_id=pool_id)
+    reply = session.ask(api.PoolClose, pool_id=pool_id)
     gone = plain(", ".join(reply.removed_devices))
     session.show(reply, lambda: f"gone: {gone}" if gone else "there was no such pool")
 
@@ -108,25 +75,25 @@ def close_pool(session: Session, pool_id: str) -> None:
 @pass_session
 def pool_status(session: Session, pool_id: str) -> None:
     """Say how a pool is: space, mode, waiting deletions."""
-    report = _asked(session, PoolStatus, pool_id=pool_id)
-    session.show(report, lambda: _describe_pool(report))
+    _show_pool(session, api.PoolStatus, pool_id=pool_id)
 
 
 @pool.command("list")
 @pass_session
 def list_pools(session: Session) -> None:
     """List the open pools."""
-    reply = _asked(session, PoolList)
+    reply = session.ask(api.PoolList)
     header = ("POOL", "MODE", "VOLUMES", "DATA", "OF", "METADATA", "OF")
     rows = [
         (
             each.pool_id,
             each.mode,
             str(each.volumes),
-            human_bytes(each.data.used_bytes),
-            human_bytes(each.data.total_bytes),
-            human_bytes(each.metadata.used_bytes),
-            human_bytes(each.metadata.total_bytes),
+            *(
+                human_bytes(size_bytes)
+                for space in (each.data, each.metadata)
+                for size_bytes in (space.used_bytes, space.total_bytes)
+            ),
         )
         for each in reply.pools
     ]
@@ -135,16 +102,19 @@ def list_pools(session: Session) -> None:
 
 @pool.command("grow")
 @click.argument("pool_id")
-@click.option("--data", metavar="DEVICE", help="Append this disk.")
+@click.option("--data", "data_device", callback=_device, metavar="DEVICE", help="Append this disk.")
 @pass_session
-def grow_pool(session: Session, pool_id: str, data: str | None) -> None:
+def grow_pool(session: Session, /, **fields: object) -> None:
     """Take up what the disks of a pool have grown by, and append a disk."""
-    device = None if data is None else parse_device(data)
-    report = _asked(session, PoolGrow, pool_id=pool_id, data_device=device)
+    _show_pool(session, api.PoolGrow, **fields)
+
+
+def _show_pool(session: Session, kind: type[Request[api.PoolReport]], /, **fields: object) -> None:
+    report = session.ask(kind, **fields)
     session.show(report, lambda: _describe_pool(report))
 
 
-def _describe_pool(report: PoolReport) -> str:
+def _describe_pool(report: api.PoolReport) -> str:
     spaces = (("data", report.data), ("metadata", report.metadata))
     facts = [
         (name, f"{human_bytes(space.used_bytes)} of {human_bytes(space.total_bytes)} used")
@@ -180,27 +150,17 @@ def volume() -> None:
     default="ext4",
     show_default=True,
 )
-@click.option("--origin", metavar="DEVICE", help="Read what was never written from this disk.")
+@click.option(
+    "--origin",
+    callback=_device,
+    metavar="DEVICE",
+    help="Read what was never written from this disk.",
+)
 @pass_session
-def create(
-    session: Session,
-    pool_id: str,
-    volume_id: str,
-    size_bytes: int,
-    filesystem: str,
-    origin: str | None,
-) -> None:
+def create(session: Session, /, filesystem: str, **fields: object) -> None:
     """Make a volume."""
-    report = _asked(
-        session,
-        VolumeCreate,
-        pool_id=pool_id,
-        volume_id=volume_id,
-        size_bytes=size_bytes,
-        filesystem=None if filesystem == _NO_FILESYSTEM else filesystem,
-        origin=None if origin is None else parse_device(origin),
-    )
-    session.show(report, lambda: _describe_volume(report))
+    wanted = None if filesystem == _NO_FILESYSTEM else filesystem
+    _show_volume(session, api.VolumeCreate, filesystem=wanted, **fields)
 
 
 @volume.command("snapshot")
@@ -209,19 +169,9 @@ def create(
 @click.option("--of", required=True, metavar="VOLUME_ID", help="The volume to begin with.")
 @click.option("--size", "size_bytes", type=int, metavar="BYTES", help="Default: that of the other.")
 @pass_session
-def snapshot(
-    session: Session, pool_id: str, volume_id: str, of: str, size_bytes: int | None
-) -> None:
+def snapshot(session: Session, /, **fields: object) -> None:
     """Make a volume with the content of another."""
-    report = _asked(
-        session,
-        VolumeSnapshot,
-        pool_id=pool_id,
-        volume_id=volume_id,
-        of=of,
-        size_bytes=size_bytes,
-    )
-    session.show(report, lambda: _describe_volume(report))
+    _show_volume(session, api.VolumeSnapshot, **fields)
 
 
 @volume.command("delete")
@@ -229,9 +179,9 @@ def snapshot(
 @click.argument("volume_id")
 @click.option("--deferred", is_flag=True, help="One in use is deleted after its last user.")
 @pass_session
-def delete(session: Session, pool_id: str, volume_id: str, deferred: bool) -> None:
+def delete(session: Session, /, **fields: object) -> None:
     """Delete a volume."""
-    reply = _asked(session, VolumeDelete, pool_id=pool_id, volume_id=volume_id, deferred=deferred)
+    reply = session.ask(api.VolumeDelete, **fields)
     what = "deleted" if reply.deleted else "waits until it is not in use"
     session.show(reply, lambda: "there was no such volume" if reply.already else what)
 
@@ -241,15 +191,9 @@ def delete(session: Session, pool_id: str, volume_id: str, deferred: bool) -> No
 @pass_session
 def list_volumes(session: Session, pool_id: str) -> None:
     """List the volumes of a pool."""
-    reply = _asked(session, VolumeList, pool_id=pool_id)
-    session.show(reply, lambda: table(_HEADER, _rows(reply.volumes)))
-
-
-_HEADER = ("VOLUME", "ID", "SIZE", "MAPPED", "FS", "ORIGIN", "HOLDERS", "MOUNTS")
-
-
-def _rows(volumes: Iterable[VolumeReport]) -> list[tuple[str, ...]]:
-    return [
+    reply = session.ask(api.VolumeList, pool_id=pool_id)
+    header = ("VOLUME", "ID", "SIZE", "MAPPED", "FS", "ORIGIN", "HOLDERS", "MOUNTS")
+    rows = [
         (
             each.volume_id + (" (deleting)" if each.deleting else ""),
             str(each.device_id),
@@ -260,18 +204,18 @@ def _rows(volumes: Iterable[VolumeReport]) -> list[tuple[str, ...]]:
             " ".join(each.holders) or "-",
             " ".join(each.mounts) or "-",
         )
-        for each in volumes
+        for each in reply.volumes
     ]
+    session.show(reply, lambda: table(header, rows))
 
 
 @volume.command("get")
 @click.argument("pool_id")
 @click.argument("volume_id")
 @pass_session
-def get(session: Session, pool_id: str, volume_id: str) -> None:
+def get(session: Session, /, **fields: object) -> None:
     """Describe a volume, without activating it."""
-    report = _asked(session, VolumeGet, pool_id=pool_id, volume_id=volume_id)
-    session.show(report, lambda: _describe_volume(report))
+    _show_volume(session, api.VolumeGet, **fields)
 
 
 @volume.command("mount")
@@ -283,9 +227,9 @@ def get(session: Session, pool_id: str, volume_id: str) -> None:
 @click.option("--suid", is_flag=True, help="Let set-uid programs take effect.")
 @click.option("--dev", is_flag=True, help="Let device nodes take effect.")
 @pass_session
-def mount(session: Session, /, pool_id: str, volume_id: str, path: str, **fields: object) -> None:
+def mount(session: Session, /, **fields: object) -> None:
     """Mount a volume at PATH for a holder; it stays until its last holder unmounts it."""
-    reply = _asked(session, VolumeMount, pool_id=pool_id, volume_id=volume_id, path=path, **fields)
+    reply = session.ask(api.VolumeMount, **fields)
     holders = plain(", ".join(reply.holders))
     session.show(reply, lambda: f"{plain(reply.root)} on {plain(reply.node)}, held by {holders}")
 
@@ -295,11 +239,11 @@ def mount(session: Session, /, pool_id: str, volume_id: str, path: str, **fields
 @click.argument("volume_id")
 @click.option("--holder", default="default", show_default=True)
 @pass_session
-def unmount(session: Session, pool_id: str, volume_id: str, holder: str) -> None:
-    """Let a holder of a volume go; the last one unmounts it."""
-    reply = _asked(session, VolumeUnmount, pool_id=pool_id, volume_id=volume_id, holder=holder)
+def unmount(session: Session, /, **fields: object) -> None:
+    """Remove a holder of a volume; the last one unmounts it."""
+    reply = session.ask(api.VolumeUnmount, **fields)
     if reply.already:
-        text = f"{holder} had not mounted it"
+        text = f"{fields['holder']} had not mounted it"
     elif reply.holders:
         text = f"held by {', '.join(reply.holders)}"
     else:
@@ -312,27 +256,31 @@ def unmount(session: Session, pool_id: str, volume_id: str, holder: str) -> None
 @click.argument("volume_id")
 @click.option("--size", "size_bytes", type=int, required=True, metavar="BYTES")
 @pass_session
-def grow(session: Session, pool_id: str, volume_id: str, size_bytes: int) -> None:
+def grow(session: Session, /, **fields: object) -> None:
     """Make a volume and its file system larger, mounted or not."""
-    report = _asked(
-        session, VolumeGrow, pool_id=pool_id, volume_id=volume_id, size_bytes=size_bytes
-    )
-    session.show(report, lambda: _describe_volume(report))
+    _show_volume(session, api.VolumeGrow, **fields)
 
 
 @volume.command("trim")
 @click.argument("pool_id")
 @click.argument("volume_id")
 @pass_session
-def trim(session: Session, pool_id: str, volume_id: str) -> None:
+def trim(session: Session, /, **fields: object) -> None:
     """Give the free space of a mounted volume back to its pool."""
-    reply = _asked(session, VolumeTrim, pool_id=pool_id, volume_id=volume_id)
+    reply = session.ask(api.VolumeTrim, **fields)
     text = f"{human_bytes(reply.trimmed_bytes)} trimmed"
     text += f", {human_bytes(reply.freed_bytes)} back in the pool"
     session.show(reply, lambda: text)
 
 
-def _describe_volume(report: VolumeReport) -> str:
+def _show_volume(
+    session: Session, kind: type[Request[api.VolumeReport]], /, **fields: object
+) -> None:
+    report = session.ask(kind, **fields)
+    session.show(report, lambda: _describe_volume(report))
+
+
+def _describe_volume(report: api.VolumeReport) -> str:
     mapped = report.mapped_sectors
     facts = [
         ("size", f"{report.size_bytes} bytes ({human_bytes(report.size_bytes)})"),
