@@ -27,14 +27,29 @@ _POOL_ID_MAX = 48
 _HOLDER_MAX = 128
 
 
-def _check_pool_id(pool_id: str) -> None:
-    check_word("pool_id", pool_id, _POOL_ID_MAX)
-
-
 def _check_size(size_bytes: int) -> None:
     check_range("size_bytes", size_bytes, VOLUME_BYTES_MIN, MAX_BYTES)
     if size_bytes % VOLUME_BYTES_ALIGNED:
         raise ValueError(f"size_bytes {size_bytes} is not a multiple of {VOLUME_BYTES_ALIGNED}")
+
+
+class PoolName(Record):
+    """A pool."""
+
+    pool_id: str
+
+    def check(self) -> None:
+        check_word("pool_id", self.pool_id, _POOL_ID_MAX)
+
+
+class VolumeName(PoolName):
+    """A volume of a pool."""
+
+    volume_id: str
+
+    def check(self) -> None:
+        super().check()
+        check_word("volume_id", self.volume_id)
 
 
 class SpaceUsed(Record):
@@ -75,7 +90,7 @@ class PoolReport(Record):
         check_choice("mode", self.mode, POOL_MODES)
 
 
-class PoolOpen(Request[PoolReport], method="pool.open"):
+class PoolOpen(Request[PoolReport], PoolName, method="pool.open"):
     """Open a pool on two disks; blank metadata makes a new pool.
 
     ``adopt`` says what else the metadata may hold: ``never`` anything, ``empty`` a pool without
@@ -88,7 +103,6 @@ class PoolOpen(Request[PoolReport], method="pool.open"):
     ``min_free_percent`` of data or metadata are free, no volume is made.
     """
 
-    pool_id: str
     metadata_device: Device
     data_device: Device
     more_data_devices: tuple[Device, ...] = ()
@@ -99,7 +113,7 @@ class PoolOpen(Request[PoolReport], method="pool.open"):
     adopt: str = "never"
 
     def check(self) -> None:
-        _check_pool_id(self.pool_id)
+        super().check()
         check_range("block_size_bytes", self.block_size_bytes, BLOCK_BYTES_MIN, BLOCK_BYTES_MAX)
         if self.block_size_bytes is not None and self.block_size_bytes % BLOCK_BYTES_MIN:
             text = f"block_size_bytes {self.block_size_bytes} is not a multiple of 64 KiB"
@@ -127,22 +141,12 @@ class PoolCloseReply(Record):
     timings_ms: Mapping[str, float]
 
 
-class PoolClose(Request[PoolCloseReply], method="pool.close"):
+class PoolClose(Request[PoolCloseReply], PoolName, method="pool.close"):
     """Close a pool whose volumes are not mounted; its disks keep everything."""
 
-    pool_id: str
 
-    def check(self) -> None:
-        _check_pool_id(self.pool_id)
-
-
-class PoolStatus(Request[PoolReport], method="pool.status"):
+class PoolStatus(Request[PoolReport], PoolName, method="pool.status"):
     """Say how a pool is."""
-
-    pool_id: str
-
-    def check(self) -> None:
-        _check_pool_id(self.pool_id)
 
 
 class PoolListReply(Record):
@@ -153,28 +157,13 @@ class PoolList(Request[PoolListReply], method="pool.list"):
     """List the open pools."""
 
 
-class PoolGrow(Request[PoolReport], method="pool.grow"):
+class PoolGrow(Request[PoolReport], PoolName, method="pool.grow"):
     """Take up what the disks of a pool have grown by, and append ``data_device`` if there is one.
 
     Of the data disks only the last can have grown. A disk that has shrunk is refused.
     """
 
-    pool_id: str
     data_device: Device | None = None
-
-    def check(self) -> None:
-        _check_pool_id(self.pool_id)
-
-
-class VolumeName(Record):
-    """A volume of a pool."""
-
-    pool_id: str
-    volume_id: str
-
-    def check(self) -> None:
-        _check_pool_id(self.pool_id)
-        check_word("volume_id", self.volume_id)
 
 
 class VolumeReport(Record):
@@ -265,13 +254,8 @@ class VolumeListReply(Record):
     volumes: tuple[VolumeReport, ...]
 
 
-class VolumeList(Request[VolumeListReply], method="volume.list"):
+class VolumeList(Request[VolumeListReply], PoolName, method="volume.list"):
     """List the volumes of a pool."""
-
-    pool_id: str
-
-    def check(self) -> None:
-        _check_pool_id(self.pool_id)
 
 
 class VolumeGet(Request[VolumeReport], VolumeName, method="volume.get"):
