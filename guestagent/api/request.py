@@ -15,14 +15,19 @@ from types import GenericAlias
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("Empty", "Item_co", "R_co", "Request", "Streamed")
+__all__ = ("Empty", "Item_co", "R_co", "Request", "Streamed", "handles")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import ClassVar, Generic, TypeVar
 
     R_co = TypeVar("R_co", bound=Record, covariant=True)
     Item_co = TypeVar("Item_co", covariant=True)
+    Q = TypeVar("Q", bound="Request[Record]")
+    S = TypeVar("S")
+    C = TypeVar("C")
+    R = TypeVar("R", bound=Record)
 
     class Answered(Generic[R_co]):
         """The type of the reply, for the type checker."""
@@ -84,3 +89,15 @@ class Request(Record, Answered[R_co]):
             text = f"the agent's answer to {self.method} is malformed: {error.message}"
             raise CallError("internal", text, step="read reply", object=error.object) from None
         return reply  # type: ignore[return-value]  # R_co is the type of this class's reply
+
+
+def handles(
+    request: "type[Q]",
+) -> "Callable[[Callable[[S, Q, C], R]], Callable[[S, Q, C], R]]":
+    """Declare that a method, which takes a call or a transaction too, answers a kind of request."""
+
+    def declare(function: "Callable[[S, Q, C], R]") -> "Callable[[S, Q, C], R]":
+        function.handles = request  # type: ignore[attr-defined]
+        return function
+
+    return declare

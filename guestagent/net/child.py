@@ -46,7 +46,8 @@ def main() -> None:
 
 
 def _do(order: Order, undo_file: UndoFile, deadline: Deadline) -> Record:
-    from guestagent.net.configure import configure, list_network, restore
+    from guestagent.net.changes import restore
+    from guestagent.net.configure import configure, list_network
 
     if order.command == "list":
         return list_network(deadline)

@@ -1,96 +1,58 @@
 """A request for the network, done by rtnetlink: all of it, or what was there before.
 
 What the request may change is written down before the first change, and struck out after the last.
-Undoing is going there from whatever there is, so that it also undoes what a killed child has left.
 """
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
-from guestagent.api.net import (
-    Interface,
-    InterfaceReport,
-    Neighbour,
-    NetConfigure,
-    NetConfigureReply,
-    NetListReply,
-    RouteReport,
-    RuleReport,
-    Vlan,
-)
+from guestagent.api import net as api
 from guestagent.engine.transaction import Transaction
-from guestagent.net.names import (
-    HOSTS,
-    RESOLV_CONF,
-    NameFile,
-    hosts_text,
-    open_etc,
-    resolv_conf_text,
+from guestagent.net.changes import (
+    ROUNDS,
+    Before,
+    Change,
+    Wanted,
+    changes,
+    renames,
+    restore_unfinished,
+    undo,
 )
-from guestagent.net.rtnetlink import (
+from guestagent.net.messages import (
+    PROTOCOLS,
     Item,
-    Kernel,
+    Key,
     Link,
     State,
     address_item,
     neighbour_item,
     route_item,
-    route_protocol,
     rule_item,
 )
+from guestagent.net.names import (
+    HOSTS,
+    RESOLV_CONF,
+    Etc,
+    NameFile,
+    hosts_text,
+    resolv_conf_text,
+)
+from guestagent.net.rtnetlink import Kernel
 from guestagent.net.undofile import UndoFile
 from guestagent.storage import syscalls
 from vsock.deadline import Deadline
 from vsock.errors import CallError
-from vsock.record import Record
 
-__all__ = ("configure", "list_network", "restore")
+__all__ = ("configure", "list_network")
 
-#: Taking an interface down takes its routes away, whose return may take another round.
-_ROUNDS = 4
-#: Dependent things last: the order in which items are made; they are removed in reverse.
-_ORDER = ("address", "neighbour", "route", "rule")
-#: What the kernel takes to see that no other machine has an address, and the most that we wait.
-_DAD_SECONDS = 10.0
-
-Key = tuple[str, int, str]
-
-
-class Before(Record):
-    """What is to be there again when a request fails: of what it may change, and no more."""
-
-    state: State
-    vlans: tuple[str, ...]
-    files: tuple[NameFile, ...]
-    hostname: str | None
-    root: str
-
-
-class Change(Record):
-    """One change to the kernel; ``step`` and ``object`` are those of its error."""
-
-    step: str
-    object: str
-    make: Callable[[Deadline], None]
-
-
-class Wanted(Record):
-    """What is to be there: names, MTUs and states by index, and items in the order they are made.
-
-    ``removed`` are the keys to remove; ``origins`` say which field of the request an item is from.
-    """
-
-    links: Mapping[int, Link]
-    items: Mapping[Key, Item]
-    removed: frozenset[Key]
-    origins: Mapping[Key, str]
+_TEXT_BYTES = 64 * 1024
 
 
 def configure(
-    request: NetConfigure, op: Transaction, undo_file: UndoFile, *, root: str = "/"
-) -> NetConfigureReply:
+    request: api.NetConfigure, op: Transaction, undo_file: UndoFile, *, root: str = "/"
+) -> api.NetConfigureReply:
     """Do what the request says. The files are those of ``root``.
 
     Raises:
@@ -100,15 +62,15 @@ def configure(
         with op.step("lock", "network"):
             undo_file.lock(op.deadline)
         with op.step("restore", "network"):
-            _restore_unfinished(kernel, undo_file, op.deadline)
+            restore_unfinished(kernel, undo_file, op.deadline)
         work = _Work(kernel, op, request, root)
         is_changed = work.begin(undo_file)
         if is_changed:
             work.do()
         with op.step("read back", "network"):
             state = kernel.read(op.deadline)
-            reply = NetConfigureReply(
-                interfaces=tuple(_report(state, index) for index in work.indexes),
+            reply = api.NetConfigureReply(
+                interfaces=tuple(_interface_report(state, index) for index in work.indexes),
                 rules=_rule_reports(state),
                 hostname=os.uname().nodename,
                 timings_ms={},
@@ -121,45 +83,12 @@ def configure(
     return reply.replace(timings_ms=op.timings_ms)
 
 
-def restore(undo_file: UndoFile, deadline: Deadline) -> bool:
-    """Undo what a child that was killed has left unfinished; return whether there was anything.
-
-    Raises:
-        CallError: something could not be restored; the next request tries it again.
-    """
-    with Kernel() as kernel:
-        undo_file.lock(deadline)
-        return _restore_unfinished(kernel, undo_file, deadline)
-
-
-def list_network(deadline: Deadline) -> NetListReply:
-    """Return what there is."""
-    with Kernel() as kernel:
-        state = kernel.read(deadline)
-    etc_fd = open_etc("/")
-    try:
-        texts = []
-        for name in (RESOLV_CONF, HOSTS):
-            try:
-                with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=etc_fd), "rb") as file:
-                    texts.append(file.read(64 * 1024).decode("ascii", "backslashreplace"))
-            except FileNotFoundError:
-                texts.append("")
-    finally:
-        os.close(etc_fd)
-    return NetListReply(
-        interfaces=tuple(_report(state, link.index) for link in state.links),
-        rules=_rule_reports(state),
-        hostname=os.uname().nodename,
-        resolv_conf=texts[0],
-        hosts=texts[1],
-    )
-
-
 class _Work:
     """One request on its way."""
 
-    def __init__(self, kernel: Kernel, op: Transaction, request: NetConfigure, root: str) -> None:
+    def __init__(
+        self, kernel: Kernel, op: Transaction, request: api.NetConfigure, root: str
+    ) -> None:
         self._kernel = kernel
         self._op = op
         self._request = request
@@ -181,7 +110,7 @@ class _Work:
         if request.hostname not in (None, os.uname().nodename):
             self._hostname = request.hostname
         wanted = self._wanted(self._before)
-        is_same = not any(_changes(self._kernel, self._before, wanted)) and 0 not in self.indexes
+        is_same = not any(changes(self._kernel, self._before, wanted)) and 0 not in self.indexes
         if is_same and not self._files and self._hostname is None:
             return False
         before = Before(
@@ -197,41 +126,35 @@ class _Work:
         )
         with op.step("journal", "network", code="resource"):
             undo_file.write(before)
-        op.on_rollback("the network", partial(_undo, self._kernel, before, undo_file))
+        op.on_rollback("the network", partial(undo, self._kernel, before, undo_file))
         return True
 
     def do(self) -> None:
-        """Make the changes."""
         op, kernel = self._op, self._kernel
         if 0 in self.indexes:
             self._make_vlans()
-        for _ in range(_ROUNDS):
+        for _ in range(ROUNDS):
             now = kernel.read(op.deadline)
             wanted = self._wanted(now)
-            changes = list(_changes(kernel, now, wanted))
-            if not changes:
+            left = list(changes(kernel, now, wanted))
+            if not left:
                 break
-            self._make(changes)
+            self._make(left)
         else:
-            left = changes[0]
-            raise CallError(
-                "device", f"the kernel does not keep it: {left.object}", step=left.step,
-                object=left.object,
-            )  # fmt: skip
+            step, what = left[0].step, left[0].object
+            text = f"the kernel does not keep it: {what}"
+            raise CallError("device", text, step=step, object=what)
         if self._hostname is not None:
             with op.step("hostname", self._hostname):
                 syscalls.sethostname(self._hostname)
         if self._files:
-            etc_fd = open_etc(self._root)
-            try:
+            with Etc(self._root) as etc:
                 for file in self._files:
                     with op.step("write", f"/etc/{file.name}", code="resource"):
-                        file.write(etc_fd)
-            finally:
-                os.close(etc_fd)
+                        file.write(etc.fd)
 
-    def _make(self, changes: "list[Change]") -> None:
-        for change in changes:
+    def _make(self, some: Iterable[Change]) -> None:
+        for change in some:
             with self._op.step(change.step, change.object):
                 try:
                     change.make(self._op.deadline)
@@ -274,7 +197,7 @@ class _Work:
             self.indexes[position] = found[0]
         return None
 
-    def _is_vlan(self, link: Link, vlan: Vlan, links: tuple[Link, ...]) -> bool:
+    def _is_vlan(self, link: Link, vlan: api.Vlan, links: tuple[Link, ...]) -> bool:
         if link.kind != "vlan" or link.vlan_id != vlan.id:
             return False
         parent = next((one for one in links if one.index == link.parent), None)
@@ -291,7 +214,7 @@ class _Work:
         """Rename what is to be renamed, which frees names, and make the VLANs."""
         kernel, op = self._kernel, self._op
         now = kernel.read(op.deadline)
-        self._make(list(_renames(kernel, now, self._wanted(now))))
+        self._make(renames(kernel, now, self._wanted(now)))
         for position, one in enumerate(self._request.interfaces):
             if one.vlan is None or self.indexes[position]:
                 continue
@@ -315,12 +238,8 @@ class _Work:
             contents[HOSTS] = hosts_text(self._request.hosts)
         if not contents:
             return []
-        with self._op.step("read files", "/etc"):
-            etc_fd = open_etc(self._root)
-            try:
-                found = [NameFile.read(etc_fd, name) for name in contents]
-            finally:
-                os.close(etc_fd)
+        with self._op.step("read files", "/etc"), Etc(self._root) as etc:
+            found = [NameFile.read(etc.fd, name) for name in contents]
         changed = [file for file in found if not file.says(contents[file.name])]
         self._files = [NameFile(name=file.name, content=contents[file.name]) for file in changed]
         return changed
@@ -331,18 +250,15 @@ class _Work:
         given: dict[Key, Item] = {}
         origins: dict[Key, str] = {}
         lists: set[tuple[str, int]] = set()
-        for position, (one, index) in enumerate(
-            zip(self._request.interfaces, self.indexes, strict=True)
-        ):
+        for position, one in enumerate(self._request.interfaces):
+            index, place = self.indexes[position], f"interfaces[{position}]"
+            if not index:
+                continue
             link = now.link(index)
             if link is None:
-                if index:
-                    raise CallError("not_found", "the interface has gone", errno=errno.ENODEV,
-                                    object=f"interfaces[{position}]")  # fmt: skip
-                continue
+                raise _gone(place)
             name = one.name or link.name
             links[index] = link.replace(name=name, mtu=one.mtu or link.mtu, up=one.up)
-            place = f"interfaces[{position}]"
             origins["link", index, "name"] = f"{place}.name: {name}"
             origins["link", index, "mtu"] = f"{place}.mtu: {one.mtu} of {name}"
             origins["link", index, "up"] = f"{place}.up: {name}"
@@ -395,7 +311,7 @@ def _can_stay(item: Item, links: Mapping[int, Link]) -> bool:
     return link is None or link.up or (item.kind == "address" and ":" not in item.text)
 
 
-def _items_of(one: Interface, index: int) -> Iterator[tuple[str, list[Item]]]:
+def _items_of(one: api.Interface, index: int) -> Iterator[tuple[str, list[Item]]]:
     """Yield the lists that a request gives for an interface, by the kind of their items."""
     if one.addresses is not None:
         yield "address", [address_item(index, text, dad=one.dad) for text in one.addresses]
@@ -405,7 +321,7 @@ def _items_of(one: Interface, index: int) -> Iterator[tuple[str, list[Item]]]:
         yield "route", [route_item(index, route) for route in one.routes]
 
 
-def _matches(link: Link, one: Interface, links: tuple[Link, ...]) -> bool:
+def _matches(link: Link, one: api.Interface, links: tuple[Link, ...]) -> bool:
     assert one.match is not None
     if one.match.mac is not None:  # a VLAN has the MAC address of its interface
         return link.mac == one.match.mac.lower() and link.kind != "vlan"
@@ -415,302 +331,90 @@ def _matches(link: Link, one: Interface, links: tuple[Link, ...]) -> bool:
     return link.name == one.match.name
 
 
-def _missing(one: Interface, place: str) -> CallError:
+def _gone(place: str | None) -> CallError:
+    return CallError("not_found", "the interface has gone", errno=errno.ENODEV, object=place)
+
+
+def _missing(one: api.Interface, place: str) -> CallError:
     assert one.match is not None
     what = one.match.mac or one.match.name
     text = f"{place}.match: no interface of the guest is {what}"
     return CallError("not_found", text, errno=errno.ENODEV, object=f"{place}.match")
 
 
-# --- from what there is to what is to be
-
-
-def _changes(kernel: Kernel, now: State, wanted: Wanted) -> Iterator[Change]:
-    """Yield the changes that lead from ``now`` to ``wanted``, in an order that the kernel takes."""
-    yield from _renames(kernel, now, wanted)
-    links = {link.index: link for link in now.links}
-    there = {index: link for index, link in wanted.links.items() if index in links}
-    parents_first = sorted(there.values(), key=lambda link: (link.parent != 0, link.index))
-    for link in parents_first:
-        if links[link.index].mtu != link.mtu:
-            yield Change(
-                step="mtu",
-                object=wanted.origins.get(("link", link.index, "mtu"), f"{link.name}: {link.mtu}"),
-                make=partial(_set_link, kernel, link.index, mtu=link.mtu),
-            )
-    for item in sorted(now.items, key=lambda item: -_ORDER.index(item.kind)):
-        if item.key in wanted.removed:
-            yield Change(step="remove", object=item.text, make=partial(kernel.remove, item))
-    for link in parents_first:
-        is_up = links[link.index].up and links[link.index].name == link.name
-        if is_up != link.up:
-            yield Change(
-                step="up" if link.up else "down",
-                object=wanted.origins.get(("link", link.index, "up"), link.name),
-                make=partial(_set_link, kernel, link.index, up=link.up),
-            )
-    found = {item.key: item for item in now.items}
-    missing = [item for key, item in wanted.items.items() if key not in found]
-    # a gateway must be reachable by a route that is there before
-    missing.sort(key=lambda item: (_ORDER.index(item.kind), " via " in item.text))
-    for item in missing:
-        if item.kind != "address":
-            continue
-        yield _addition(kernel, item, wanted)
-    fresh = [
-        item
-        for key, item in wanted.items.items()
-        if item.kind == "address" and ":" in item.text
-        if key not in found or key in wanted.origins
-    ]
-    is_new = any(item.key not in found or found[item.key].dad_failed for item in fresh)
-    if is_new or _is_tentative(now, fresh):
-        yield Change(
-            step="duplicates",
-            object=", ".join(wanted.origins.get(item.key, item.text) for item in fresh[:4]),
-            make=partial(_settle, kernel, frozenset(item.key for item in fresh)),
-        )
-    for item in missing:
-        if item.kind != "address":
-            yield _addition(kernel, item, wanted)
-
-
-def _addition(kernel: Kernel, item: Item, wanted: Wanted) -> Change:
-    origin = wanted.origins.get(item.key)
-    make = partial(_add, kernel, item, again=origin is None)
-    return Change(step=item.kind, object=origin or item.text, make=make)
-
-
-def _add(kernel: Kernel, item: Item, deadline: Deadline, *, again: bool) -> None:
-    kernel.add(item, deadline, again=again)
-
-
-def _set_link(
-    kernel: Kernel,
-    index: int,
-    deadline: Deadline,
-    *,
-    name: str | None = None,
-    mtu: int | None = None,
-    up: bool | None = None,
-) -> None:
-    kernel.set_link(index, deadline, name=name, mtu=mtu, up=up)
-
-
-def _renames(kernel: Kernel, now: State, wanted: Wanted) -> Iterator[Change]:
-    """Yield the changes of names. Interfaces that change names with each other take a third one."""
-    links = {link.index: link for link in now.links}
-    names = {
-        index: link.name
-        for index, link in wanted.links.items()
-        if index in links and links[index].name != link.name
-    }
-    for index in names:
-        if links[index].up:  # before Linux 6.2 only what is down is renamed
-            yield Change(
-                step="down",
-                object=links[index].name,
-                make=partial(_set_link, kernel, index, up=False),
-            )
-    held = {links[index].name for index in names}
-    if held & set(names.values()):
-        for index in names:
-            make = partial(_set_link, kernel, index, name=f"rename{index}")
-            yield Change(step="rename", object=links[index].name, make=make)
-    for index, name in names.items():
-        origin = wanted.origins.get(("link", index, "name"), name)
-        make = partial(_set_link, kernel, index, name=name)
-        yield Change(step="rename", object=f"{origin} (was {links[index].name})", make=make)
-
-
-def _is_tentative(state: State, items: list[Item]) -> bool:
-    """Say whether the kernel is still looking for duplicates of an address."""
-    carriers = {link.index for link in state.links if link.carrier and link.up}
-    keys = {item.key for item in items if item.index in carriers}
-    return any(item.tentative and not item.dad_failed for item in state.items if item.key in keys)
-
-
-def _settle(kernel: Kernel, keys: frozenset[Key], deadline: Deadline) -> None:
-    """Wait until no other machine has claimed the IPv6 addresses; not where there is no carrier.
-
-    Raises:
-        CallError: ``conflict``, another machine has one.
-    """
-    with deadline.part(_DAD_SECONDS) as part:
-        while True:
-            state = kernel.read(part)
-            items = [item for item in state.items if item.key in keys]
-            for item in items:
-                if item.dad_failed:
-                    link = state.link(item.index)
-                    where = f" on {link.name}" if link else ""
-                    raise CallError(
-                        "conflict",
-                        f"another machine has the address {item.text}{where}",
-                        errno=errno.EADDRINUSE,
-                    )
-            if not _is_tentative(state, items):
-                return
-            kernel.wait(part, "wait for duplicates", _DAD_SECONDS)
-
-
-# --- undo
-
-
-def _restore_unfinished(kernel: Kernel, undo_file: UndoFile, deadline: Deadline) -> bool:
-    before = undo_file.read(Before)
-    if before is None:
-        return False
-    _restore(kernel, before, deadline)
-    undo_file.clear()
-    return True
-
-
-#: For a rollback beyond the deadline of its request.
-UNDO_SECONDS = 15.0
-
-
-def _undo(kernel: Kernel, before: Before, undo_file: UndoFile) -> None:
-    with Deadline(UNDO_SECONDS) as deadline:
-        _restore(kernel, before, deadline)
-    undo_file.clear()
-
-
-def _restore(kernel: Kernel, before: Before, deadline: Deadline) -> None:
-    """Bring back what was there, each thing by itself.
-
-    Raises:
-        CallError: something could not be restored.
-    """
-    failures: list[str] = []
-    for make in _file_undos(before):
-        try:
-            make()
-        except OSError as error:
-            failures.append(f"{error.strerror or error}")
-    old = {link.index for link in before.state.links}
-    for link in kernel.links(deadline):
-        if link.kind == "vlan" and link.name in before.vlans and link.index not in old:
-            _try("vlan", link.name, partial(kernel.remove_link, link.index, deadline), failures)
-    for _ in range(_ROUNDS):
-        now = kernel.read(deadline)
-        changes = list(_changes(kernel, now, _as_before(before.state, now)))
-        if not changes:
-            break
-        last: list[str] = []
-        for change in changes:
-            _try(change.step, change.object, partial(change.make, deadline), last)
-    else:
-        failures += last or [f"{change.step} of {change.object}" for change in changes]
-    if failures:
-        text = f"the network is not as it was: {'; '.join(failures[:8])}"
-        raise CallError("device", text, step="restore", object="network")
-
-
-def _try(step: str, object: str, make: Callable[[], None], failures: list[str]) -> None:
-    try:
-        make()
-    except (OSError, CallError) as error:
-        if isinstance(error, CallError) and error.code in ("timeout", "cancelled"):
-            raise
-        failures.append(f"{step} of {object}: {error}")
-
-
-def _file_undos(before: Before) -> Iterator[Callable[[], None]]:
-    if before.hostname is not None:
-        yield partial(syscalls.sethostname, before.hostname)
-    for file in before.files:
-        yield partial(_put_back, file, before.root)
-
-
-def _put_back(file: NameFile, root: str) -> None:
-    etc_fd = open_etc(root)
-    try:
-        file.write(etc_fd)
-    finally:
-        os.close(etc_fd)
-
-
-def _as_before(before: State, now: State) -> Wanted:
-    """Return the state of before as one to go to: what is there besides is to be removed."""
-    links = {link.index: link for link in before.links}
-    items = {item.key: item for item in before.items}
-    has_rules = any(item.kind == "rule" for item in before.items)
-    removed = {
-        item.key
-        for item in now.items
-        if (has_rules if item.kind == "rule" else item.index in links)
-        and item.key not in items
-    }  # fmt: skip
-    # the first IPv4 address of a network is its primary one; renaming its interface labels others
-    for index in links:
-        was, is_now = (_ipv4_addresses(state, index) for state in (before, now))
-        pairs = zip(was, is_now, strict=False)
-        same = next((n for n, (old, new) in enumerate(pairs) if old != new), len(was))
-        if is_now != was:
-            removed |= {key for key, _ in is_now[same:]}
-    # those of an interface that has gone cannot come back
-    present = {link.index for link in now.links}
-    items = {key: item for key, item in items.items() if not item.index or item.index in present}
-    return Wanted(links=links, items=items, removed=frozenset(removed), origins={})
-
-
-def _ipv4_addresses(state: State, index: int) -> list[tuple[Key, str]]:
-    return [
-        (item.key, item.label)
-        for item in state.items
-        if item.kind == "address" and item.index == index and ":" not in item.text
-    ]
-
-
 # --- reports
 
 
-def _report(state: State, index: int) -> InterfaceReport:
+def list_network(deadline: Deadline) -> api.NetListReply:
+    with Kernel() as kernel:
+        state = kernel.read(deadline)
+    with Etc("/") as etc:
+        texts = {name: _text(etc.fd, name) for name in (RESOLV_CONF, HOSTS)}
+    return api.NetListReply(
+        interfaces=tuple(_interface_report(state, link.index) for link in state.links),
+        rules=_rule_reports(state),
+        hostname=os.uname().nodename,
+        resolv_conf=texts[RESOLV_CONF],
+        hosts=texts[HOSTS],
+    )
+
+
+def _text(etc_fd: int, name: str) -> str:
+    try:
+        with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=etc_fd), "rb") as file:
+            return file.read(_TEXT_BYTES).decode("ascii", "backslashreplace")
+    except FileNotFoundError:
+        return ""
+
+
+def _interface_report(state: State, index: int) -> api.InterfaceReport:
+    """Describe an interface.
+
+    Raises:
+        CallError: ``not_found``, it has gone.
+    """
     link = state.link(index)
     if link is None:
-        raise CallError("not_found", "the interface has gone", errno=errno.ENODEV)
+        raise _gone(None)
     items = [item for item in state.items if item.index == index]
     parent = state.link(link.parent)
-    vlan = Vlan(parent=parent.name, id=link.vlan_id) if parent and link.vlan_id else None
-    return InterfaceReport(
+    neighbours = (item.text.split(" ") for item in items if item.kind == "neighbour")
+    return api.InterfaceReport(
         index=index,
         name=link.name,
         mac=link.mac,
         mtu=link.mtu,
         up=link.up,
         carrier=link.carrier,
-        vlan=vlan,
+        vlan=api.Vlan(parent=parent.name, id=link.vlan_id) if parent and link.vlan_id else None,
         addresses=tuple(item.text for item in items if item.kind == "address"),
         tentative=tuple(item.text for item in items if item.tentative),
         routes=tuple(_route_report(item.text) for item in items if item.kind == "route"),
         neighbours=tuple(
-            Neighbour(address=address, mac=mac)
-            for address, _, mac in (
-                item.text.partition(" ") for item in items if item.kind == "neighbour"
-            )
+            api.Neighbour(address=address, mac=mac)
+            for address, mac in neighbours
             if mac.count(":") == 5
         ),
     )
 
 
-def _route_report(text: str) -> RouteReport:
+def _route_report(text: str) -> api.RouteReport:
     destination, *words = text.split(" ")
     on_link = "on_link" in words
     if on_link:
         words.remove("on_link")
     values = dict(zip(words[::2], words[1::2], strict=False))
-    return RouteReport(
+    return api.RouteReport(
         destination=destination,
         gateway=values.get("via"),
         metric=int(values["metric"]),
         table=int(values["table"]),
         source=values.get("source"),
         on_link=on_link,
-        protocol=route_protocol(int(values["protocol"])),
+        protocol=PROTOCOLS.get(int(values["protocol"]), values["protocol"]),
     )
 
 
-def _rule_reports(state: State) -> tuple[RuleReport, ...]:
+def _rule_reports(state: State) -> tuple[api.RuleReport, ...]:
     split = (item.text.partition(" ") for item in state.items if item.kind == "rule")
-    return tuple(RuleReport(family=family, text=text) for family, _, text in split)
+    return tuple(api.RuleReport(family=family, text=text) for family, _, text in split)

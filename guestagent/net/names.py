@@ -10,10 +10,11 @@ import stat
 
 from guestagent.api.net import Dns, HostsEntry
 from guestagent.storage import syscalls
+from vsock.closeable import FdOwner
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("HOSTS", "RESOLV_CONF", "NameFile", "hosts_text", "open_etc", "resolv_conf_text")
+__all__ = ("HOSTS", "RESOLV_CONF", "Etc", "NameFile", "hosts_text", "resolv_conf_text")
 
 RESOLV_CONF, HOSTS = "resolv.conf", "hosts"
 _MAX_BYTES = 1 << 20
@@ -95,19 +96,25 @@ class NameFile(Record):
             os.fsync(stream.fileno())
 
 
-def open_etc(root: str) -> int:
-    """Return a descriptor of /etc below ``root``, following links as a process in there would.
+class Etc(FdOwner):
+    """The directory /etc below ``root``, held open; links are followed as a process in there does.
 
     Raises:
         OSError: there is no such directory.
     """
-    root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        resolve = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
-        return syscalls.openat2(root_fd, "etc", flags, resolve=resolve)
-    finally:
-        os.close(root_fd)
+
+    def __init__(self, root: str) -> None:
+        root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            resolve = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
+            self._fd = syscalls.openat2(root_fd, "etc", flags, resolve=resolve)
+        finally:
+            os.close(root_fd)
+
+    @property
+    def fd(self) -> int:
+        return self._fd
 
 
 def resolv_conf_text(dns: Dns) -> bytes:

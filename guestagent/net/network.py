@@ -11,14 +11,28 @@ import sys
 
 import msgpack
 
-from guestagent.api.net import NetConfigure, NetConfigureReply, NetListReply
+from guestagent.api.net import NetConfigure, NetConfigureReply, NetList, NetListReply
+from guestagent.api.request import handles
+from guestagent.engine.transaction import Transaction
 from guestagent.net.undofile import undo_path
 from guestagent.storage.makefs import are_programs_forbidden
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.record import Record, wire_fields
 
-__all__ = ("UNDO_FD", "Answer", "Order", "configure_network", "list_network", "restore_network")
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # the child imports this module, and needs no engine
+    from guestagent.engine.state import EngineState
+
+__all__ = (
+    "UNDO_FD",
+    "Answer",
+    "Network",
+    "Order",
+    "configure_network",
+    "list_network",
+    "restore_network",
+)
 
 #: The descriptor of the undo file in the child.
 UNDO_FD = 3
@@ -26,6 +40,8 @@ _CHILD = "guestagent.net.child"
 _START = "import sys; sys.path[:] = {path!r}; from {child} import main; main()"
 _MAX_ANSWER_BYTES = 4 << 20
 _PIECE_BYTES = 64 * 1024
+#: The time of a request without a deadline.
+_SECONDS = 60.0
 #: What a child gets beyond its deadline to undo its work.
 _UNDO_SECONDS = 16.0
 #: What a restoring child gets, beyond the deadline of the request that it undoes.
@@ -51,6 +67,26 @@ class Answer(Record):
     result: object = None
 
 
+class Network:
+    """The requests for the network: one child at a time, whatever connections ask."""
+
+    def __init__(self, state: "EngineState") -> None:
+        self._state = state
+
+    @handles(NetConfigure)
+    def configure(self, request: NetConfigure, op: Transaction) -> NetConfigureReply:
+        """Set up the network: all of it, or what was there."""
+        state = self._state
+        with state.locks.hold([("network", "")], op.deadline):
+            faults = state.faults.to_text()
+            return configure_network(request, state.directory, op.deadline, faults=faults)
+
+    @handles(NetList)
+    def list(self, _request: NetList, op: Transaction) -> NetListReply:
+        with self._state.locks.hold([("network", "")], op.deadline):
+            return list_network(self._state.directory, op.deadline)
+
+
 def configure_network(
     request: NetConfigure,
     state_directory: str,
@@ -64,31 +100,20 @@ def configure_network(
     Raises:
         CallError: it is as it was; the hint says what could not be restored.
     """
-    order = Order(
-        command="configure",
-        seconds=_seconds(deadline),
-        agent_pid=os.getpid(),
-        request=request,
-        faults=faults,
-        root=root,
-    )
+    order = _order("configure", deadline).replace(request=request, faults=faults, root=root)
     try:
         return NetConfigureReply.from_wire(_run(order, state_directory, deadline), "answer")
-    except _LostError as lost:
+    except _ChildLostError as lost:
         try:
             restore_network(state_directory)
         except CallError as error:
-            lost.error.hint = f"not undone: {error.message}"
-        raise lost.error from None
+            lost.hint = f"not undone: {error.message}"
+        raise
 
 
 def list_network(state_directory: str, deadline: Deadline) -> NetListReply:
-    """Return what there is."""
-    order = Order(command="list", seconds=_seconds(deadline), agent_pid=os.getpid())
-    try:
-        return NetListReply.from_wire(_run(order, state_directory, deadline), "answer")
-    except _LostError as lost:
-        raise lost.error from None
+    order = _order("list", deadline)
+    return NetListReply.from_wire(_run(order, state_directory, deadline), "answer")
 
 
 def restore_network(state_directory: str) -> None:
@@ -98,25 +123,19 @@ def restore_network(state_directory: str) -> None:
         CallError: something could not be restored; the next request tries it again.
     """
     with Deadline(_RESTORE_SECONDS) as deadline:
-        seconds = _RESTORE_SECONDS * 0.9
-        order = Order(command="restore", seconds=seconds, agent_pid=os.getpid())
-        try:
-            _run(order, state_directory, deadline)
-        except _LostError as lost:
-            raise lost.error from None
+        order = _order("restore", deadline).replace(seconds=_RESTORE_SECONDS * 0.9)
+        _run(order, state_directory, deadline)
 
 
-class _LostError(Exception):
-    """A child was killed, or died, with its work unfinished perhaps."""
-
-    def __init__(self, error: CallError) -> None:
-        super().__init__(str(error))
-        self.error = error
+class _ChildLostError(CallError):
+    """A child was killed, or died, perhaps with its work unfinished."""
 
 
-def _seconds(deadline: Deadline) -> float:
+def _order(command: str, deadline: Deadline) -> Order:
     seconds = deadline.remaining()
-    return 60.0 if seconds is None else seconds
+    return Order(
+        command=command, seconds=_SECONDS if seconds is None else seconds, agent_pid=os.getpid()
+    )
 
 
 def _run(order: Order, state_directory: str, deadline: Deadline) -> object:
@@ -124,15 +143,13 @@ def _run(order: Order, state_directory: str, deadline: Deadline) -> object:
 
     Raises:
         CallError: the child's error, or there can be no child.
-        _LostError: the child was killed, at the deadline too, or has died.
+        _ChildLostError: the child was killed, at the deadline too, or has died.
     """
     _check_child()
-    packed = msgpack.packb(order, default=wire_fields)
-    child, order_fd, answer_fd = _start(state_directory)
+    child, answer_fd = _start(msgpack.packb(order, default=wire_fields), state_directory)
     failure: CallError | None = None
     raw = b""
     try:
-        _send(order_fd, packed, deadline)
         raw = _receive(answer_fd, deadline)
     except CallError as error:  # cancelled, or the child does not even end its undoing
         failure = error
@@ -140,22 +157,18 @@ def _run(order: Order, state_directory: str, deadline: Deadline) -> object:
     finally:
         os.close(answer_fd)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if failure is None and status != 0:
+    if failure is not None:
+        raise _ChildLostError.from_wire(failure.to_wire())
+    if status != 0:
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         text = f"the child that sees to the network {how}"
-        failure = CallError("internal", text, step=order.command, object="network")
-    if failure is not None:
-        raise _LostError(failure)
+        raise _ChildLostError("internal", text, step=order.command, object="network")
     answer = Answer.from_wire(msgpack.unpackb(raw), "answer")
     if answer.error is not None:
-        raise _kept(CallError.from_wire(answer.error))
+        refusal = CallError.from_wire(answer.error)
+        refusal.has_step = refusal.step is not None  # that of the child stays
+        raise refusal
     return answer.result
-
-
-def _kept(error: CallError) -> CallError:
-    """Let the steps of the agent leave the step of the child in an error."""
-    error.has_step = error.step is not None
-    return error
 
 
 def _check_child() -> None:
@@ -179,15 +192,14 @@ def _check_child() -> None:
         )
 
 
-def _start(state_directory: str) -> tuple[int, int, int]:
-    """Start a child; return its pid, where its order goes, and where its answer comes from."""
+def _start(order: bytes, state_directory: str) -> tuple[int, int]:
+    """Start a child; return its pid, and where its answer comes from."""
     fds: list[int] = []
-    kept: tuple[int, ...] = ()
     try:
-        order_reader, order_writer = os.pipe2(os.O_CLOEXEC)
-        fds += [order_reader, order_writer]
-        answer_reader, answer_writer = os.pipe2(os.O_CLOEXEC)
-        fds += [answer_reader, answer_writer]
+        fds.append(os.memfd_create("order"))
+        os.pwrite(fds[0], order, 0)
+        answer_fd, writer = os.pipe2(os.O_CLOEXEC)
+        fds += [writer, answer_fd]
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         os.makedirs(state_directory, mode=0o700, exist_ok=True)
         fds.append(os.open(undo_path(state_directory), flags, 0o600))
@@ -197,13 +209,14 @@ def _start(state_directory: str) -> tuple[int, int, int]:
             (sys.executable, "-I", "-S", "-c", _START.format(path=path, child=_CHILD)),
             {},
             file_actions=[
-                (os.POSIX_SPAWN_DUP2, order_reader, 0),
-                (os.POSIX_SPAWN_DUP2, answer_writer, 1),
+                (os.POSIX_SPAWN_DUP2, fds[0], 0),
+                (os.POSIX_SPAWN_DUP2, writer, 1),
                 (os.POSIX_SPAWN_DUP2, fds[-1], UNDO_FD),
             ],
             setsigmask=(),
         )
-        kept = (order_writer, answer_reader)
+        fds.remove(answer_fd)
+        return child, answer_fd
     except OSError as error:
         text = f"there can be no child for the network: {error.strerror}"
         raise CallError(
@@ -211,25 +224,7 @@ def _start(state_directory: str) -> tuple[int, int, int]:
         ) from None
     finally:
         for fd in fds:
-            if fd not in kept:
-                os.close(fd)
-    os.set_blocking(order_writer, False)
-    return child, order_writer, answer_reader
-
-
-def _send(fd: int, data: bytes, deadline: Deadline) -> None:
-    view = memoryview(data)
-    try:
-        while view:
-            deadline.wait((), "order the network", writable=(fd,))
-            try:
-                view = view[os.write(fd, view) :]
-            except BlockingIOError:
-                continue
-            except BrokenPipeError:  # it has died; its status says more
-                return
-    finally:
-        os.close(fd)
+            os.close(fd)
 
 
 def _receive(fd: int, deadline: Deadline) -> bytes:

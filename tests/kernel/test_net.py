@@ -27,7 +27,8 @@ from guestagent.api.net import (
 )
 from guestagent.engine.faults import Faults
 from guestagent.engine.transaction import Transaction
-from guestagent.net.configure import configure, restore
+from guestagent.net.changes import restore
+from guestagent.net.configure import configure
 from guestagent.net.network import configure_network, list_network
 from guestagent.net.undofile import UndoFile, is_unfinished, undo_path
 from tests.beds.agentbed import PROJECT, SITE, AgentProcess

@@ -31,7 +31,9 @@ NOT_IN_THE_GUEST = (
     "guestagent.host",
 )
 #: What the child imports that sets up the network, with pyroute2; the agent never does.
-IN_A_CHILD = ("guestagent.net.child", "guestagent.net.configure", "guestagent.net.rtnetlink")
+IN_A_CHILD = tuple(
+    f"guestagent.net.{name}" for name in ("child", "configure", "changes", "rtnetlink", "messages")
+)
 #: Storage modules that other storage modules may import; each of the rest is usable alone.
 SHARED_STORAGE = frozenset(
     [
