@@ -13,32 +13,27 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from guestagent.api.devtree import (
-    DevAdd,
-    DevAttach,
-    DevAttachment,
-    DevAttachReply,
-    DevClosure,
-    DevCreate,
-    DevNode,
-    DevPath,
-    DevPathsReply,
-    DevRemove,
-    DevRemoveReply,
-    DevTree,
-)
+from guestagent.api import devtree as api
+from guestagent.api.request import Empty, handles
 from guestagent.devtree.attach import Namespace, attach_copy
 from guestagent.devtree.closure import MAX_NODES, Node, PathPlan, normal_path, plan_paths
 from guestagent.devtree.livetree import LiveTree
 from guestagent.devtree.source import Guest
 from guestagent.devtree.tree import Tree
-from guestagent.engine.inventory import Reservation, refuse_other_spec
-from guestagent.engine.parts import attempt, forget_entry, recover_part
+from guestagent.engine.inventory import refuse_other_spec
+from guestagent.engine.parts import (
+    adopt_target,
+    attempt,
+    begin_entry,
+    claim_target,
+    forget_entry,
+    recover_part,
+    undoing,
+)
 from guestagent.engine.plan import check_target
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
     busy_error,
-    missing_directories,
     refuse_mounts_elsewhere,
     remove_directories,
     undo_deadline,
@@ -74,11 +69,12 @@ class DevTrees:
 
     # --- requests
 
-    def create(self, spec: DevCreate, op: Transaction) -> DevTree:
-        """Make a tree, or say that just this one is there already.
+    @handles(api.DevCreate)
+    def create(self, spec: api.DevCreate, op: Transaction) -> api.DevTree:
+        """Make a tree, or say that exactly this tree is there already.
 
         Raises:
-            CallError: any code of the contract; nothing is left behind.
+            CallError: nothing is left behind.
         """
         tree_id = spec.tree_id
         with self._state.locks.hold([(PART, tree_id)], op.deadline):
@@ -92,17 +88,15 @@ class DevTrees:
                 live = self._mount(spec, op)
                 if spec.preserve:
                     paths = tuple(f"/dev/{name}" for name in spec.preserve)
-                    live, _ = self._fill(live, DevClosure(paths=paths), op)
+                    live, _ = self._fill(live, api.DevClosure(paths=paths), op)
                 live = live.replace(pending=(), whole=True)
                 with op.step("read back", spec.mount_point):
                     report = self._report(live, with_nodes=True)
-                with op.step("commit", tree_id, code="resource"):
-                    self._write(live)
-                op.commit()
-            self._trees[tree_id] = live
+                self._commit(live, op)
         return report
 
-    def add(self, request: DevAdd, op: Transaction) -> DevPathsReply:
+    @handles(api.DevAdd)
+    def add(self, request: api.DevAdd, op: Transaction) -> api.DevPathsReply:
         """Add paths and what they need: all or nothing.
 
         Raises:
@@ -113,27 +107,26 @@ class DevTrees:
             live = self._get(request.tree_id)
             with op:
                 after, paths = self._fill(live, request.closure, op)
-                with op.step("commit", request.tree_id, code="resource"):
-                    self._write(after)
-                op.commit()
-            self._trees[request.tree_id] = after
-        return DevPathsReply(paths=paths, timings_ms=op.timings_ms)
+                self._commit(after, op)
+        return api.DevPathsReply(paths=paths, timings_ms=op.timings_ms)
 
-    def closure(self, request: DevClosure, op: Transaction) -> DevPathsReply:
+    @handles(api.DevClosure)
+    def closure(self, request: api.DevClosure, op: Transaction) -> api.DevPathsReply:
         """Say what paths need; nothing is made."""
         with op.step("closure", request.paths[0]):
             plans = plan_paths(request, self._guest, op.deadline)
         paths = tuple(
-            DevPath(
+            api.DevPath(
                 path=plan.path,
                 state="planned" if plan.nodes else "skipped",
                 nodes=tuple(node.report("planned") for node in plan.nodes),
             )
             for plan in plans
         )
-        return DevPathsReply(paths=paths, timings_ms=op.timings_ms)
+        return api.DevPathsReply(paths=paths, timings_ms=op.timings_ms)
 
-    def remove(self, request: DevRemove, op: Transaction) -> DevRemoveReply:
+    @handles(api.DevRemove)
+    def remove(self, request: api.DevRemove, op: Transaction) -> api.DevRemoveReply:
         """Take paths out with what no other path needs: all or nothing.
 
         Raises:
@@ -157,37 +150,36 @@ class DevTrees:
                             is_removed = tree.remove(node)
                         if is_removed:
                             op.on_rollback(node.path, partial(_redo, live, Tree.make, node))
-                with op.step("commit", tree_id, code="resource"):
-                    self._write(after)
-                op.commit()
-            self._trees[tree_id] = after
-        return DevRemoveReply(
+                self._commit(after, op)
+        return api.DevRemoveReply(
             removed=tuple(node.path for node in doomed),
             kept=tuple(sorted(asked.intersection(after.nodes))),
             timings_ms=op.timings_ms,
         )
 
-    def list(self, tree_id: str | None, op: Transaction) -> tuple[DevTree, ...]:
+    @handles(api.DevList)
+    def list(self, request: api.DevList, op: Transaction) -> api.DevListReply:
         """Describe all trees, or one with its nodes.
 
         Raises:
             CallError: ``not_found``.
         """
-        reports = []
+        tree_id, reports = request.tree_id, []
         for each in tuple(self._trees) if tree_id is None else (tree_id,):
             with self._state.locks.hold([(PART, each)], op.deadline):
                 if tree_id is not None or each in self._trees:
                     reports.append(self._report(self._get(each), with_nodes=tree_id is not None))
-        return tuple(reports)
+        return api.DevListReply(trees=tuple(reports))
 
-    def attach(self, request: DevAttach, op: Transaction) -> DevAttachReply:
+    @handles(api.DevAttach)
+    def attach(self, request: api.DevAttach, op: Transaction) -> api.DevAttachReply:
         """Mount a copy of a tree on a directory, or say that it is there already.
 
         Raises:
             CallError: as ``Namespace`` and ``attach_copy``.
         """
         tree_id, target = request.tree_id, request.target
-        where = DevAttachment(target=target, pid=request.pid, namespace=request.namespace)
+        where = api.DevAttachment(target=target, pid=request.pid, namespace=request.namespace)
         with self._state.locks.hold([(PART, tree_id)], op.deadline):
             live = self._get(tree_id)
             others = (each for each in self._attached(live) if each != where)
@@ -204,7 +196,7 @@ class DevTrees:
                         mount_id, already = attach_copy(tree.fd, namespace, target, op.deadline)
                 op.commit()
             self._trees[tree_id] = after
-        return DevAttachReply(
+        return api.DevAttachReply(
             tree_id=tree_id,
             target=target,
             mount_id=mount_id,
@@ -212,40 +204,37 @@ class DevTrees:
             timings_ms=op.timings_ms,
         )
 
-    def destroy(self, tree_id: str, op: Transaction) -> None:
+    @handles(api.DevDestroy)
+    def destroy(self, request: api.DevDestroy, op: Transaction) -> Empty:
         """Take a tree away with its copies in the agent's own mount namespace. Idempotent.
 
         Raises:
             CallError: ``busy``, another mount namespace or a process has it, named in the hint.
         """
+        tree_id = request.tree_id
         with self._state.locks.hold([(PART, tree_id)], op.deadline):
             live = self._trees.get(tree_id)
             if live is None:
-                return
+                return Empty()
             with op:
                 self._take_down(live, op)
                 op.commit()
             del self._trees[tree_id]
             forget_entry(self._state, (PART, tree_id), _name(live), live.created)
+        return Empty()
 
     def take_downs(self) -> Iterator[Callable[[Transaction], object]]:
         """Yield what destroys each tree."""
-        return (partial(self.destroy, tree_id) for tree_id in tuple(self._trees))
+        return (partial(self.destroy, api.DevDestroy(tree_id=each)) for each in tuple(self._trees))
 
     # --- the steps
 
-    def _mount(self, spec: DevCreate, op: Transaction) -> LiveTree:
+    def _mount(self, spec: api.DevCreate, op: Transaction) -> LiveTree:
         state, tree_id, root = self._state, spec.tree_id, spec.mount_point
-        allowed = check_target(root, state.rules.scratch_roots, "root")
-        owner = (PART, tree_id)
-        missing = missing_directories(root, op)
-        created = state.inventory.reserve(owner, root, missing=missing).directories
-        op.on_rollback("reservation", lambda: state.inventory.release(owner))
+        owner, roots = (PART, tree_id), state.rules.scratch_roots
+        allowed, created = claim_target(state, owner, root, roots, op, "root")
         live = LiveTree(spec=spec, created=created)
-        with op.step("journal", tree_id, code="resource"):
-            self._write(live)
-        remove_entry = partial(state.journal.remove_part, PART, tree_id)
-        op.on_rollback("journal entry", remove_entry, is_record=True)
+        begin_entry(state, owner, live, op)
         with op.step("target", root, code="mount"):
             target = TargetDirectory(root, root=allowed)
         with target:
@@ -276,8 +265,8 @@ class DevTrees:
         return live
 
     def _fill(
-        self, live: LiveTree, request: DevClosure, op: Transaction
-    ) -> tuple[LiveTree, tuple[DevPath, ...]]:
+        self, live: LiveTree, request: api.DevClosure, op: Transaction
+    ) -> tuple[LiveTree, tuple[api.DevPath, ...]]:
         """Make what paths need; return the tree with it, not written yet, and what became of each
         path."""
         with op.step("closure", request.paths[0]):
@@ -298,7 +287,7 @@ class DevTrees:
         for plan in plans:
             made = self._make(live, plan, nodes, request.missing, op)
             if made is None or not plan.nodes:
-                paths.append(DevPath(path=plan.path, state="skipped", nodes=()))
+                paths.append(api.DevPath(path=plan.path, state="skipped", nodes=()))
                 continue
             nodes |= made
             needed = (node.path for node in plan.nodes if node.way in _NODE_WAYS)
@@ -307,7 +296,7 @@ class DevTrees:
                 node.report("made" if node.path in made else "existed") for node in plan.nodes
             )
             state = "created" if made else "existed"
-            paths.append(DevPath(path=plan.path, state=state, nodes=tuple(reports)))
+            paths.append(api.DevPath(path=plan.path, state=state, nodes=tuple(reports)))
         return live.replace(nodes=nodes, needs=needs), tuple(paths)
 
     def _make(
@@ -350,9 +339,10 @@ class DevTrees:
             refuse_mounts_elsewhere(frozenset((live.dev,)), root, op)
             self._refuse_processes(live, op)
         self._begin(live, live.replace(whole=False), op)
-        for where in reversed(self._copies(live)):
-            self._unmount(live.at(where.target), op)
-            op.on_rollback(where.target, partial(self._attach_again, live, where))
+        for where in reversed(live.attached):
+            if _is_copy(where, live.dev):
+                self._unmount(live.at(where.target), op)
+                op.on_rollback(where.target, partial(self._attach_again, live, where))
         if any(mount.mount_id == live.mount_id for mount in mounts_of_dev(live.dev)):
             self._unmount(live, op)
 
@@ -380,7 +370,7 @@ class DevTrees:
             op.adopt(own)
             raise
 
-    def _attach_again(self, live: LiveTree, where: DevAttachment) -> None:
+    def _attach_again(self, live: LiveTree, where: api.DevAttachment) -> None:
         with (
             undo_deadline(self._state) as deadline,
             Namespace(where) as namespace,
@@ -399,6 +389,13 @@ class DevTrees:
             self._write(after)
         op.on_rollback("journal entry", lambda: self._write(before), is_record=True)
 
+    def _commit(self, after: LiveTree, op: Transaction) -> None:
+        """Let a tree be from now on what a request has made of it."""
+        with op.step("commit", after.spec.tree_id, code="resource"):
+            self._write(after)
+        op.commit()
+        self._trees[after.spec.tree_id] = after
+
     def _recover(self, live: LiveTree) -> None:
         spec = live.spec
         mounts = [m for m in self._mounts(spec.tree_id) if m.target == spec.mount_point]
@@ -407,8 +404,7 @@ class DevTrees:
             return
         live = live.replace(mount_id=mounts[0].mount_id)
         live = live.replace(attached=self._attached(live))
-        reservation = Reservation(target=spec.mount_point, directories=live.created)
-        self._state.inventory.adopt((PART, spec.tree_id), reservation)
+        adopt_target(self._state, (PART, spec.tree_id), spec.mount_point, live.created)
         self._trees[spec.tree_id] = live
         if live.pending:
             with live.open() as tree:
@@ -440,7 +436,7 @@ class DevTrees:
         for each in read_mounts():
             if each.parent_id in own:
                 own[each.mount_id] = each
-        with undo_deadline(self._state) as deadline, Transaction(deadline) as op:
+        with undoing(self._state) as op:
             for each in reversed(own.values()):
                 unmount_target(each.target, op, dev=each.dev)
 
@@ -467,32 +463,21 @@ class DevTrees:
             raise CallError("not_found", f"there is no private /dev {tree_id!r}", object=tree_id)
         return live
 
-    def _attached(self, live: LiveTree) -> tuple[DevAttachment, ...]:
+    def _attached(self, live: LiveTree) -> tuple[api.DevAttachment, ...]:
         """Return the attachments that are there still, as far as the kernel tells."""
-        copies = self._copies(live)
         return tuple(
             where
             for where in live.attached
-            if where in copies
-            or where.namespace is not None
+            if where.namespace is not None
+            or _is_copy(where, live.dev)
             or (where.pid is not None and _has_mount(where.pid, live.dev))
         )
 
-    def _copies(self, live: LiveTree) -> tuple[DevAttachment, ...]:
-        """Return the attachments in the agent's own mount namespace that are there still."""
-        found = []
-        for where in live.attached:
-            if where.pid is None and where.namespace is None:
-                mount = find_mount(where.target)
-                if mount is not None and mount.dev == live.dev:
-                    found.append(where)
-        return tuple(found)
-
-    def _report(self, live: LiveTree, *, with_nodes: bool = False) -> DevTree:
+    def _report(self, live: LiveTree, *, with_nodes: bool = False) -> api.DevTree:
         spec = live.spec
         mount = find_mount(spec.mount_point)
         is_there = mount is not None and (mount.dev, mount.mount_id) == (live.dev, live.mount_id)
-        nodes: list[DevNode] = []
+        nodes: list[api.DevNode] = []
         size_bytes = free_bytes = 0
         if is_there:
             with live.open() as tree:
@@ -505,7 +490,7 @@ class DevTrees:
                         node.report(tree.state(node), tuple(needing.get(path, ())))
                         for path, node in live.nodes.items()
                     )
-        return DevTree(
+        return api.DevTree(
             tree_id=spec.tree_id,
             state="mounted" if is_there else "unmounted",
             root=spec.mount_point,
@@ -529,6 +514,12 @@ def _redo(live: LiveTree, action: Callable[[Tree, Node], object], node: Node) ->
     """Do something to a node of a tree that is not open."""
     with live.open() as tree:
         action(tree, node)
+
+
+def _is_copy(where: api.DevAttachment, dev: str) -> bool:
+    """Return whether an attachment is there, in the agent's own mount namespace."""
+    mount = find_mount(where.target) if where.pid is None and where.namespace is None else None
+    return mount is not None and mount.dev == dev
 
 
 def _has_mount(pid: int, dev: str) -> bool:

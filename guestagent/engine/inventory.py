@@ -177,7 +177,13 @@ class LiveOverlay(Record):
         return None if self.scratch is None else self.scratch.path
 
 
-def refuse_other_spec(kind: str, name: str, wanted: Record, has: Record) -> None:
+#: What ends the state of something.
+_UNDOING = {"mounted": "unmount", "open": "close"}
+
+
+def refuse_other_spec(
+    kind: str, name: str, wanted: Record, has: Record, *, state: str = "mounted"
+) -> None:
     """See that what is there under an id is what is asked for.
 
     Raises:
@@ -188,10 +194,10 @@ def refuse_other_spec(kind: str, name: str, wanted: Record, has: Record) -> None
     if differing:
         raise CallError(
             "conflict",
-            f"{kind} {name!r} is mounted with another {', '.join(differing)}",
+            f"{kind} {name!r} is {state} with another {', '.join(differing)}",
             step="claim",
             object=name,
-            hint=f"unmount it first, or use another {kind}_id",
+            hint=f"{_UNDOING[state]} it first, or use another {kind}_id",
         )
 
 

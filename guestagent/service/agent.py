@@ -32,12 +32,12 @@ from guestagent.api.observe import (
     LogReply,
     MetricsReply,
 )
-from guestagent.api.request import Empty
+from guestagent.api.request import Empty, handles
 from guestagent.engine.engine import Engine
 from guestagent.engine.events import Subscribers
 from guestagent.observe.metrics import Sample, one
 from guestagent.observe.observers import Observers
-from guestagent.service.context import Context, handles
+from guestagent.service.context import Context
 from vsock.errors import CallError
 from vsock.server import Server
 

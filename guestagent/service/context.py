@@ -1,4 +1,4 @@
-"""What a handler knows of a call beside its request, and how a handler is declared."""
+"""What a handler knows of a call beside its request, and how handlers are found."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,21 +9,19 @@ from vsock.server import Call, Connection
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, TypeVar
+    from typing import Any
 
-    from guestagent.api.request import Request
     from guestagent.engine.engine import Engine
     from guestagent.engine.transaction import Transaction
 
-    Q = TypeVar("Q", bound=Request[Record])
-    S = TypeVar("S")
-
-__all__ = ("Context", "Handler", "Notify", "handlers_of", "handles")
+__all__ = ("Context", "Handler", "Notify", "handlers_of", "late_handlers_of")
 
 #: Gets the method and the parameters of a notification.
 Notify = Callable[[str, Mapping[str, object]], None]
 #: Answers one request.
 Handler = Callable[["Any", "Context"], Record]
+#: Answers one request of a part that stands on the engine.
+Action = Callable[["Any", "Transaction"], Record]
 
 
 class Context:
@@ -94,24 +92,23 @@ class Context:
             self._notify(method, params)
 
 
-def handles(
-    request: "type[Q]",
-) -> "Callable[[Callable[[S, Q, Context], Record]], Callable[[S, Q, Context], Record]]":
-    """Declare that a method answers one kind of request; ``handlers_of`` finds it."""
-
-    def declare(
-        function: "Callable[[S, Q, Context], Record]",
-    ) -> "Callable[[S, Q, Context], Record]":
-        function.handles = request  # type: ignore[attr-defined]
-        return function
-
-    return declare
-
-
-def handlers_of(part: object) -> dict[str, Handler]:
-    """Return the handlers of a part of the service by the method that they answer."""
+def handlers_of(part: object) -> "dict[str, Any]":
+    """Return the handlers of a part by the method that they answer."""
     return {
         function.handles.method: getattr(part, name)
         for name, function in vars(type(part)).items()
         if hasattr(function, "handles")
     }
+
+
+def late_handlers_of(engine: "Engine", *parts: object) -> dict[str, Handler]:
+    """Return the handlers of parts that stand on the engine, and so take a transaction."""
+    return {
+        method: _beginning(engine, action)
+        for part in parts
+        for method, action in handlers_of(part).items()
+    }
+
+
+def _beginning(engine: "Engine", action: Action) -> Handler:
+    return lambda request, call: action(request, call.begin(engine))

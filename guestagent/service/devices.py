@@ -9,8 +9,9 @@ from guestagent.api.devicemapper import (
     DmTableReply,
 )
 from guestagent.api.devices import DeviceRemove, DeviceRemoveReply
+from guestagent.api.request import handles
 from guestagent.engine.engine import Engine
-from guestagent.service.context import Context, handles
+from guestagent.service.context import Context
 
 __all__ = ("DeviceHandlers",)
 

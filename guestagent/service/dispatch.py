@@ -17,7 +17,7 @@ from guestagent.engine.arrivals import DeviceAbsentError
 from guestagent.engine.engine import Engine
 from guestagent.observe.observers import Observers
 from guestagent.service.agent import AgentHandlers
-from guestagent.service.context import Context, Handler, Notify, handlers_of
+from guestagent.service.context import Context, Handler, Notify, handlers_of, late_handlers_of
 from guestagent.service.devices import DeviceHandlers
 from guestagent.service.layers import LayerHandlers
 from vsock.deadline import Deadline
@@ -82,19 +82,17 @@ class Service:
             restarts=restarts,
             on_shutdown=on_shutdown,
         )
-        self._handlers = handlers_of(self._agent)
+        self._handlers: dict[str, Handler] = handlers_of(self._agent)
         for part in (LayerHandlers(engine), DeviceHandlers(engine)):
             self._handlers.update(handlers_of(part))
         self._loading = threading.Lock()
 
     def adopt(self, parts: Collection[str]) -> None:
         """Load the parts that an earlier agent has left entries of."""
-        if "devtree" in parts:
-            self._late_handler("dev.list")
-        if "pool" in parts:
-            self._late_handler("pool.list")
-        if "share" in parts:
-            self._late_handler("share.list")
+        methods = {"devtree": "dev.list", "pool": "pool.list", "share": "share.list"}
+        for part, method in methods.items():
+            if part in parts:
+                self._late_handler(method)
 
     def attach(self, server: Server) -> None:
         """Let the status tell of the server's connections and requests."""
@@ -231,25 +229,31 @@ class Service:
             return self._handlers[method]
 
     def _late_handlers(self, method: str) -> dict[str, Handler]:
+        engine = self._engine
         if method.startswith("dev."):
-            from guestagent.service.devtree import DevHandlers
+            from guestagent.devtree.trees import DevTrees
 
-            return handlers_of(DevHandlers(self._engine))
+            trees = DevTrees(engine.state)
+            engine.parts.append(trees.take_downs)
+            return late_handlers_of(engine, trees)
         if method.startswith("net."):
-            from guestagent.service.net import NetHandlers
+            from guestagent.net.network import Network
 
-            return handlers_of(NetHandlers(self._engine))
+            return late_handlers_of(engine, Network(engine.state))
         if method.startswith(("pool.", "volume.")):
-            from guestagent.service.thin import ThinHandlers
+            from guestagent.thin.part import Thin
 
-            return handlers_of(ThinHandlers(self._engine))
+            thin = Thin(engine)
+            return late_handlers_of(engine, thin.pools, thin.volumes, thin.mounts)
         if method.startswith("share."):
-            from guestagent.service.share import ShareHandlers
+            from guestagent.share.shares import Shares
 
-            return handlers_of(ShareHandlers(self._engine))
+            shares = Shares(engine.state)
+            engine.parts.append(shares.take_downs)
+            return late_handlers_of(engine, shares)
         from guestagent.service.streams import InspectHandlers
 
-        return InspectHandlers(self._engine).table
+        return InspectHandlers(engine).table
 
 
 def _request_of(context: Context) -> "Request[Record]":

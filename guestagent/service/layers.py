@@ -24,10 +24,11 @@ from guestagent.api.overlays import (
     OverlayUnmount,
     TrimReply,
 )
+from guestagent.api.request import handles
 from guestagent.engine.engine import Engine
 from guestagent.engine.locks import KeyLocks
 from guestagent.engine.transaction import Transaction
-from guestagent.service.context import Context, handles
+from guestagent.service.context import Context
 
 __all__ = ("LayerHandlers",)
 

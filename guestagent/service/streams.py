@@ -16,11 +16,11 @@ from guestagent.api.inspect_devices import (
     FsVersion,
     VersionReply,
 )
-from guestagent.api.request import Request
+from guestagent.api.request import Request, handles
 from guestagent.engine.engine import Engine
 from guestagent.inspect.methods import DEVICE_LOOKS, LOOKS, STREAMS, Inspection
 from guestagent.inspect.sink import Sink
-from guestagent.service.context import Context, Handler, handlers_of, handles
+from guestagent.service.context import Context, Handler, handlers_of
 from vsock.errors import CallError
 from vsock.record import Record
 

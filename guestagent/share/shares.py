@@ -15,19 +15,25 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from guestagent.api.layers import UnmountReply
-from guestagent.api.share import ShareMount, ShareReport
-from guestagent.engine.inventory import Reservation, refuse_other_spec
-from guestagent.engine.parts import forget_entry, recover_part
+from guestagent.api.request import handles
+from guestagent.api.share import ShareList, ShareListReply, ShareMount, ShareReport, ShareUnmount
+from guestagent.engine.inventory import refuse_other_spec
+from guestagent.engine.parts import (
+    adopt_target,
+    begin_entry,
+    claim_target,
+    forget_entry,
+    recover_part,
+    undoing,
+)
 from guestagent.engine.plan import check_target
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
-    missing_directories,
     nothing_to_unmount,
     refuse_held,
     refuse_mounts_elsewhere,
     refuse_other_mounts,
     remove_directories,
-    undo_deadline,
     unmount_target,
 )
 from guestagent.engine.transaction import Transaction
@@ -104,14 +110,14 @@ class Shares:
 
     # --- requests
 
+    @handles(ShareMount)
     def mount(self, spec: ShareMount, op: Transaction) -> ShareReport:
-        """Mount a share, or say that just this one is there already.
+        """Mount a share, or say that exactly this share is there already.
 
         Raises:
             CallError: ``not_found``, nothing serves the tag; ``conflict``, the id, the tag or the
                 target is another's, or the share is not as it was mounted any more;
-                ``unsupported``, the kernel does not have the file system; any other code of the
-                contract. Nothing is left behind.
+                ``unsupported``, the kernel lacks the file system. Nothing is left behind.
         """
         share_id = spec.share_id
         keys = [(PART, share_id), ("share-tag", f"{spec.kind}-{spec.tag}")]
@@ -133,13 +139,15 @@ class Shares:
             self._shares[share_id] = live
             return self._report(live).replace(timings_ms=op.timings_ms)
 
-    def unmount(self, share_id: str, op: Transaction) -> UnmountReply:
+    @handles(ShareUnmount)
+    def unmount(self, request: ShareUnmount, op: Transaction) -> UnmountReply:
         """Unmount a share. Idempotent.
 
         Raises:
             CallError: ``busy``, with the holders named in the hint; ``conflict``, another mount
                 covers it; ``timeout``, the host's server does not answer.
         """
+        share_id = request.share_id
         with self._state.locks.hold([(PART, share_id)], op.deadline):
             live = self._shares.get(share_id)
             if live is None:
@@ -166,13 +174,14 @@ class Shares:
             already=False,
         )
 
-    def list(self) -> tuple[ShareReport, ...]:
+    @handles(ShareList)
+    def list(self, _request: ShareList, _op: Transaction) -> ShareListReply:
         """Describe all shares, without asking the host's servers."""
-        return tuple(map(self._report, tuple(self._shares.values())))
+        return ShareListReply(shares=tuple(map(self._report, tuple(self._shares.values()))))
 
     def take_downs(self) -> Iterator[Callable[[Transaction], object]]:
         """Yield what unmounts each share."""
-        return (partial(self.unmount, share_id) for share_id in tuple(self._shares))
+        return (partial(self.unmount, ShareUnmount(share_id=each)) for each in tuple(self._shares))
 
     # --- the steps
 
@@ -183,17 +192,10 @@ class Shares:
                 raise CallError("conflict", text, step="claim", object=spec.tag)
 
     def _make(self, spec: ShareMount, op: Transaction) -> LiveShare:
-        state, target = self._state, spec.mount_point
-        allowed = check_target(target, state.rules.share_roots)
-        owner = (PART, spec.share_id)
-        missing = missing_directories(target, op)
-        created = state.inventory.reserve(owner, target, missing=missing).directories
-        op.on_rollback("reservation", lambda: state.inventory.release(owner))
+        state, owner, target = self._state, (PART, spec.share_id), spec.mount_point
+        allowed, created = claim_target(state, owner, target, state.rules.share_roots, op)
         live = LiveShare(spec=spec, created=created)
-        with op.step("journal", spec.share_id, code="resource"):
-            self._write(live)
-        remove_entry = partial(state.journal.remove_part, PART, spec.share_id)
-        op.on_rollback("journal entry", remove_entry, is_record=True)
+        begin_entry(state, owner, live, op)
         live = self._attach(live, allowed, op)
         with op.step("read back", target, code="mount"):
             _check_mount(live)
@@ -251,15 +253,14 @@ class Shares:
     def _restore(self, live: LiveShare) -> None:
         """Mount a share again whose unmount failed half-way; its device number may be new."""
         allowed = check_target(live.spec.mount_point, self._state.rules.share_roots)
-        with undo_deadline(self._state) as deadline, Transaction(deadline) as op:
+        with undoing(self._state) as op:
             again = self._attach(live, allowed, op)
             self._write(again)
-            op.commit()
         self._shares[live.spec.share_id] = again
 
     def _undo_mount(self, live: LiveShare) -> None:
         if live.mount() is not None:
-            with undo_deadline(self._state) as deadline, Transaction(deadline) as op:
+            with undoing(self._state) as op:
                 unmount_target(live.spec.mount_point, op, dev=live.dev)
 
     def _write(self, live: LiveShare) -> None:
@@ -268,8 +269,8 @@ class Shares:
     def _recover(self, live: LiveShare) -> None:
         spec = live.spec
         if live.whole and live.mount() is not None:
-            reservation = Reservation(target=spec.mount_point, directories=live.created)
-            self._state.inventory.adopt((PART, spec.share_id), reservation)
+            owner = (PART, spec.share_id)
+            adopt_target(self._state, owner, spec.mount_point, live.created)
             self._shares[spec.share_id] = live
             return
         self._undo_mount(live)

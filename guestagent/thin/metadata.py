@@ -1,8 +1,8 @@
 """The metadata of a pool as dm-thin keeps it on disk, read without the kernel. Pure.
 
-It says what a disk holds before the kernel is let loose on it, which thin devices a pool has, and
-how much of each is mapped, none of which takes an active device. Every number is bounded: the disk
-may be another pool's, damaged, or no pool's at all.
+It tells what a disk holds before the kernel writes to it, which thin devices a pool has, and how
+much of each is mapped; no device is activated for that. Every number is bounded: the disk may
+belong to another pool, be damaged, or hold no pool at all.
 
 Source: drivers/md/dm-thin-metadata.c, persistent-data/dm-btree-internal.h,
 persistent-data/dm-space-map-common.h (Linux 6.1).
@@ -64,11 +64,11 @@ class DeviceDetails(Record):
 
 
 def parse_superblock(block: bytes) -> Superblock | None:
-    """Read the first block of a metadata device, or the copy in a snapshot of the metadata, which
-    tells no sizes; None where it is blank.
+    """Read the first block of a metadata device, or its copy in a snapshot of the metadata, which
+    has no sizes; None where it is blank.
 
     Raises:
-        CallError: ``conflict``, it is no pool's; ``integrity``, it was one's.
+        CallError: ``conflict``, it is no superblock of a pool; ``integrity``, it is damaged.
     """
     if not any(block):
         return None
@@ -136,18 +136,14 @@ def _leaves(read: ReadBlock, root: int, size: int, depth: int) -> Iterator[tuple
         yield from _leaves(read, _ROOT.unpack(child)[0], size, depth + 1)
 
 
-def _last(read: ReadBlock, root: int, key: int | None) -> tuple[int, int] | None:
-    """Return the entry of a tree whose key is ``key`` or the next below; None: of the whole."""
-    for depth in range(_DEPTH_MAX + 1):
-        is_leaf, keys, values = _node(read, root, depth, _ROOT.size)
-        fitting = [n for n, each in enumerate(keys) if key is None or each <= key]
-        if not fitting:
-            return None
-        (value,) = _ROOT.unpack(values[fitting[-1]])
-        if is_leaf:
-            return keys[fitting[-1]], value
-        root = value
-    raise _damaged("a tree is too deep")
+def _last(read: ReadBlock, root: int, key: int | None, depth: int = 0) -> tuple[int, int] | None:
+    """Return the entry of a tree with the greatest key, at most ``key`` if that is given."""
+    is_leaf, keys, values = _node(read, root, depth, _ROOT.size)
+    fitting = [n for n, each in enumerate(keys) if key is None or each <= key]
+    if not fitting:
+        return None
+    (value,) = _ROOT.unpack(values[fitting[-1]])
+    return (keys[fitting[-1]], value) if is_leaf else _last(read, value, key, depth + 1)
 
 
 def _node(
@@ -173,23 +169,21 @@ def _node(
     )
 
 
-def checksum(block: bytes, xor: int) -> int:
-    """Return what dm_bm_checksum does: CRC32C, not inverted, of all behind the first 4 bytes."""
-    if not _TABLE:
-        _TABLE.extend(map(_crc_of_byte, range(256)))
-    crc, table = 0xFFFFFFFF, _TABLE
-    for byte in memoryview(block)[4:METADATA_BLOCK_BYTES]:
-        crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    return crc ^ xor
-
-
 def _crc_of_byte(byte: int) -> int:
     for _ in range(8):
         byte = byte >> 1 ^ (_CRC32C if byte & 1 else 0)
     return byte
 
 
-_TABLE: list[int] = []
+_CRC_TABLE = tuple(map(_crc_of_byte, range(256)))
+
+
+def checksum(block: bytes, xor: int) -> int:
+    """Return what dm_bm_checksum does: CRC32C, not inverted, of all behind the first 4 bytes."""
+    crc = 0xFFFFFFFF
+    for byte in memoryview(block)[4:METADATA_BLOCK_BYTES]:
+        crc = _CRC_TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    return crc ^ xor
 
 
 def _damaged(why: str) -> CallError:

@@ -1,11 +1,7 @@
-"""What a pool knows of its volumes, kept on its own data disk, so that a later machine has it.
+"""The records of a pool: its volumes, kept on its own data disk for a later machine.
 
-The thin device 0 of a pool holds two slots. The records are written whole, in turns into one and
-the other, each with a number and a checksum: whenever the machine ends, one of them is whole.
-
-A change that the kernel has a part in goes: begin (the records say what is to be done), message to
-the pool, record (what there is then), commit (the pool's transaction id moves on). The transaction
-id tells afterwards how far it went.
+The thin device 0 of a pool holds two slots. The records are written whole, into each slot in turn,
+with a sequence number and a checksum: whenever the machine ends, one slot is whole.
 """
 
 import binascii
@@ -139,10 +135,10 @@ def encode_slot(records: PoolRecords, sequence: int) -> bytes:
 
 
 def decode_slot(slot: bytes) -> tuple[int, PoolRecords] | None:
-    """Return (sequence number, records); None where none were ever written whole.
+    """Return (sequence number, records); None where the slot is not whole.
 
     Raises:
-        CallError: ``unsupported``, they are of another version.
+        CallError: ``unsupported``, they are of another version; ``integrity``, they are malformed.
     """
     if len(slot) < _HEAD.size:
         return None
@@ -161,7 +157,7 @@ def decode_slot(slot: bytes) -> tuple[int, PoolRecords] | None:
 
 
 def is_slot(head: bytes) -> bool:
-    """Return whether a disk begins as a slot does: data disks of pools mostly do."""
+    """Return whether a disk begins as a slot does: most data disks of pools do."""
     return head.startswith(_MAGIC)
 
 
@@ -169,7 +165,7 @@ def read_records(node: str) -> tuple[int, PoolRecords] | None:
     """Read the newest records that are whole; None where there are none.
 
     Raises:
-        CallError: as ``decode_slot``; OSError: the disk cannot be read.
+        CallError: as ``decode_slot``.
     """
     fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -189,10 +185,10 @@ def _read_slot(fd: int, offset: int) -> bytes:
 
 
 def write_records(node: str, records: PoolRecords, sequence: int) -> None:
-    """Write records into the slot of their number, and see them on the disk.
+    """Write records into the slot of their number, through to the disk.
 
     Raises:
-        CallError: as ``encode_slot``; OSError: the disk cannot be written to.
+        CallError: as ``encode_slot``.
     """
     slot = encode_slot(records, sequence)
     fd = os.open(node, os.O_WRONLY | os.O_CLOEXEC)

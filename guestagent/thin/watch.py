@@ -1,7 +1,7 @@
-"""Waits for events of the kernel while there are pools: how full they are, and what is let go.
+"""Waits for events of the kernel while there are pools.
 
 A pool that becomes full or fails raises an event of its dm device. A volume that was in use and is
-to be deleted goes when the kernel removes its dm device, which is a uevent.
+to be deleted is deleted when the kernel has removed its dm device, which is a uevent.
 """
 
 import errno
@@ -26,7 +26,7 @@ _DELETE_SECONDS = 30.0
 
 
 class Watcher:
-    """A thread while there are pools."""
+    """Runs a thread while there are pools."""
 
     def __init__(self, engine: Engine, pools: Pools, volumes: Volumes) -> None:
         self._engine = engine
@@ -39,7 +39,7 @@ class Watcher:
         self._uevents: UeventSocket | None = None
 
     def wake(self) -> None:
-        """Look again: there is a pool more, or a deletion that waits."""
+        """Look again: a pool was opened, or a deletion began to wait."""
         with self._lock:
             if self._thread is None and self._pools.all() and not self._until.cancelled:
                 self._thread = threading.Thread(target=self._run, name="pools", daemon=True)
@@ -97,7 +97,7 @@ class Watcher:
             self._uevents = None
 
     def _delete(self, pool: Pool) -> None:
-        """Delete what waits in a pool and is not in use any more."""
+        """Delete the volumes of a pool whose deletion waits and that are not in use any more."""
         with (
             self._engine.state.locks.hold([("pool", pool.pool_id)], self._until),
             self._until.part(_DELETE_SECONDS) as deadline,
@@ -106,7 +106,7 @@ class Watcher:
                 self._volumes.delete_waiting(pool, self._engine.operation(deadline))
 
     def _look_at(self, pool: Pool) -> None:
-        """Publish what has changed with a pool."""
+        """Publish how the mode and the free space of a pool have changed."""
         try:
             status = pool.status()
         except OSError as error:
@@ -134,7 +134,7 @@ class Watcher:
 
 def _is_low(pool: Pool, status: PoolStatus) -> tuple[bool, str]:
     """Return whether data or metadata are below their low-water mark, and what is free."""
-    if status.mode == "failed" or pool.table is None:
+    if status.mode == "failed":
         return False, ""
     data = status.total_data_blocks - status.used_data_blocks
     metadata = status.total_metadata_blocks - status.used_metadata_blocks

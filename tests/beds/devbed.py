@@ -13,7 +13,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from guestagent.api.devtree import DevAdd, DevAttach, DevCreate, DevPathsReply, DevRemove, DevTree
+from guestagent.api.devtree import (
+    DevAdd,
+    DevAttach,
+    DevCreate,
+    DevDestroy,
+    DevList,
+    DevPathsReply,
+    DevRemove,
+    DevTree,
+)
 from guestagent.devtree.trees import DevTrees
 from guestagent.engine.engine import Engine
 from tests.beds.agentbed import EngineBed
@@ -51,7 +60,7 @@ class DevBed(EngineBed):
 
     def list(self, tree_id: str | None = None) -> tuple[DevTree, ...]:
         with self.operation() as op:
-            return self.trees.list(tree_id, op)
+            return self.trees.list(DevList(tree_id=tree_id), op).trees
 
     def tree(self, tree_id: str = "t") -> DevTree:
         """Return a tree with its nodes."""
@@ -77,7 +86,7 @@ class DevBed(EngineBed):
 
     def destroy(self, tree_id: str = "t") -> None:
         with self.operation() as op:
-            self.trees.destroy(tree_id, op)
+            self.trees.destroy(DevDestroy(tree_id=tree_id), op)
 
 
 def listing(root: str) -> dict[str, str]:

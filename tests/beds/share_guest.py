@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
-from guestagent.api.share import ShareMount
+from guestagent.api.share import ShareList, ShareMount, ShareUnmount
 from guestagent.engine.engine import Engine
 from guestagent.engine.faults import Faults
 from guestagent.engine.state import Rules
@@ -67,7 +67,7 @@ class Bed:
         journal = sorted(name for name in os.listdir(STATE) if name.startswith("share"))
         reports = [
             report.as_dict() | {"dev": "", "mount_id": 0, "timings_ms": {}}
-            for report in self.shares.list()
+            for report in self.shares.list(ShareList(), Transaction(Deadline())).shares
         ]
         return mounts, directories, journal, reports, self.engine.problems()
 
@@ -77,7 +77,7 @@ def mount(shares: Shares, op: Transaction) -> None:
 
 
 def unmount(shares: Shares, op: Transaction) -> None:
-    shares.unmount("s", op)
+    shares.unmount(ShareUnmount(share_id="s"), op)
 
 
 def fail_at_every_step(request: Request, kind: str) -> int:

@@ -10,11 +10,15 @@ from guestagent.api.devices import PathDevice
 from guestagent.api.thin import (
     PoolClose,
     PoolGrow,
+    PoolList,
     PoolOpen,
     PoolReport,
+    PoolStatus,
     VolumeCreate,
     VolumeDelete,
     VolumeDeleteReply,
+    VolumeGet,
+    VolumeList,
     VolumeMount,
     VolumeMountReply,
     VolumeReport,
@@ -108,9 +112,13 @@ class ThinBed(EngineBed):
         with self.operation() as op:
             return self.thin.pools.close(PoolClose(pool_id=pool_id), op)
 
+    def pools(self) -> tuple[PoolReport, ...]:
+        with self.operation() as op:
+            return self.thin.pools.list(PoolList(), op).pools
+
     def status(self, pool_id: str = POOL) -> PoolReport:
         with self.operation() as op:
-            return self.thin.pools.status(pool_id, op)
+            return self.thin.pools.status(PoolStatus(pool_id=pool_id), op)
 
     def grow_pool(self, **fields: Any) -> PoolReport:
         with self.operation() as op:
@@ -133,20 +141,21 @@ class ThinBed(EngineBed):
 
     def get(self, volume_id: str) -> VolumeReport:
         with self.operation() as op:
-            return self.thin.volumes.get(POOL, volume_id, op)
+            return self.thin.volumes.get(VolumeGet(pool_id=POOL, volume_id=volume_id), op)
 
     def volumes(self) -> dict[str, VolumeReport]:
         with self.operation() as op:
-            return {each.volume_id: each for each in self.thin.volumes.list(POOL, op)}
+            reply = self.thin.volumes.list(VolumeList(pool_id=POOL), op)
+        return {each.volume_id: each for each in reply.volumes}
 
     def mount(self, volume_id: str, path: str = "", **fields: Any) -> VolumeMountReply:
         request = VolumeMount(
             pool_id=POOL, volume_id=volume_id, path=path or f"/run/volumes/{volume_id}", **fields
         )
         with self.operation() as op:
-            return self.thin.volumes.mount(request, op)
+            return self.thin.mounts.mount(request, op)
 
     def unmount(self, volume_id: str, holder: str = "default") -> VolumeUnmountReply:
         request = VolumeUnmount(pool_id=POOL, volume_id=volume_id, holder=holder)
         with self.operation() as op:
-            return self.thin.volumes.unmount(request, op)
+            return self.thin.mounts.unmount(request, op)

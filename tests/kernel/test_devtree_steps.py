@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api.devtree import DevAdd, DevAttach, DevCreate, DevRemove
+from guestagent.api.devtree import DevAdd, DevAttach, DevCreate, DevDestroy, DevRemove
 from guestagent.devtree import tree
 from guestagent.engine.transaction import Transaction
 from tests.beds.devbed import ROOT, Container, DevBed, corner, listing
@@ -70,7 +70,7 @@ def attach(bed: DevBed, op: Transaction) -> object:
 
 
 def destroy(bed: DevBed, op: Transaction) -> object:
-    return bed.trees.destroy("t", op)
+    return bed.trees.destroy(DevDestroy(tree_id="t"), op)
 
 
 #: What is done first, the request, and how many steps it has at least.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from guestagent.api.share import ShareMount
+from guestagent.api.share import ShareList, ShareMount
 from guestagent.engine.transaction import Transaction
 from guestagent.share.shares import Shares
 from tests.beds.agentbed import AgentProcess, EngineBed, World
@@ -42,7 +42,8 @@ def refusal(bed: EngineBed, **fields: object) -> CallError:
     with bed.operation() as op, pytest.raises(CallError) as caught:
         ask(op)
     assert (World.now(), bed.books()) == (before, books)
-    assert shares.list() == ()
+    with bed.operation() as op:
+        assert shares.list(ShareList(), op).shares == ()
     assert bed.engine.problems() == ()
     assert list(bed.directory.glob("share-*")) == []
     return caught.value

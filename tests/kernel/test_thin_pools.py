@@ -55,7 +55,7 @@ def test_pool_is_made_and_closed(bed: ThinBed, disks: Disks) -> None:
     assert table[5:] == ["128", "102", "1", "error_if_no_space"]
     assert " rw " in run("dmsetup", "status", "thin-p-pool")
     assert bed.open(disks.spec()).already
-    assert [pool.pool_id for pool in bed.thin.pools.list()] == ["p"]
+    assert [pool.pool_id for pool in bed.pools()] == ["p"]
     reply = bed.close()
     assert reply.removed_devices == ("thin-p-0", "thin-p-pool", "thin-p-data")
     assert bed.close().already
@@ -237,7 +237,7 @@ def test_pool_of_an_agent_that_ended_is_taken_over(bed: ThinBed, disks: Disks) -
     assert bed.open(disks.spec()).already
     bed.close()
     bed.reopen()
-    assert bed.thin.pools.list() == ()
+    assert bed.pools() == ()
 
 
 def test_foreign_thin_devices_are_told_and_stay(bed: ThinBed, disks: Disks) -> None:

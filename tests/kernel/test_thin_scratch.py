@@ -249,7 +249,7 @@ def test_unmount_of_an_encrypted_scratch_that_fails_at_any_step(
             assert "not undone" not in (error.hint or ""), error.hint
             assert new.read_bytes() == b"kept", f"step {step}"
             with bed.operation() as op:
-                bed.thin.volumes.trim(VolumeTrim(pool_id=POOL, volume_id="o"), op)
+                bed.thin.mounts.trim(VolumeTrim(pool_id=POOL, volume_id="o"), op)
             unmount(bed)
         bed.reopen()
         assert bed.volumes() == {}, f"step {step}"

@@ -47,7 +47,7 @@ def grow(bed: ThinBed, volume_id: str, size_bytes: int) -> Any:
 
 def trim(bed: ThinBed, volume_id: str) -> Any:
     with bed.operation() as op:
-        return bed.thin.volumes.trim(VolumeTrim(pool_id=POOL, volume_id=volume_id), op)
+        return bed.thin.mounts.trim(VolumeTrim(pool_id=POOL, volume_id=volume_id), op)
 
 
 def devices() -> list[str]:

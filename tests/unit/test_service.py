@@ -14,18 +14,20 @@ from guestagent.api.agent import AgentCancel, AgentStatus, AgentSubscribe
 from guestagent.api.layers import LayerGet, LayerVerify, VerifyReply
 from guestagent.api.observe import AgentLog
 from guestagent.config import Problem
+from guestagent.devtree.trees import DevTrees
 from guestagent.engine.events import EventLog
 from guestagent.engine.journal import Journal
 from guestagent.inspect.methods import DEVICE_LOOKS, LOOKS, STREAMS
+from guestagent.net.network import Network
 from guestagent.service.agent import AgentHandlers
 from guestagent.service.devices import DeviceHandlers
-from guestagent.service.devtree import DevHandlers
 from guestagent.service.dispatch import QUICK_METHODS, Service
 from guestagent.service.layers import LayerHandlers
-from guestagent.service.net import NetHandlers
-from guestagent.service.share import ShareHandlers
 from guestagent.service.streams import InspectHandlers
-from guestagent.service.thin import ThinHandlers
+from guestagent.share.shares import Shares
+from guestagent.thin.mounts import Mounts
+from guestagent.thin.pools import Pools
+from guestagent.thin.volumes import Volumes
 from vsock.address import UnixAddress
 from vsock.deadline import Deadline
 from vsock.dial import listen
@@ -148,12 +150,14 @@ def test_each_method_has_one_handler(bed):
     parts = (
         AgentHandlers,
         LayerHandlers,
-        NetHandlers,
-        DevHandlers,
+        Network,
+        DevTrees,
         DeviceHandlers,
         InspectHandlers,
-        ThinHandlers,
-        ShareHandlers,
+        Pools,
+        Volumes,
+        Mounts,
+        Shares,
     )
     declared = [
         function
