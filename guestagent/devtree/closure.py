@@ -185,7 +185,7 @@ class _Walk:
                 links += 1
                 if links > _MAX_LINKS:
                     text = f"{asked!r} leads through over {_MAX_LINKS} links, last {here!r}"
-                    raise _refused("invalid", text, here, errno.ELOOP)
+                    raise CallError("invalid", text, errno=errno.ELOOP, object=here)
                 self._add(here, seen, "symlink")
                 target = seen.target or ""
                 if target.startswith(_PER_PROCESS):
@@ -198,14 +198,15 @@ class _Walk:
                 at, end = here, (here, seen)
             elif any(name not in ("", ".") for name in names):
                 text = f"{here!r}, on the way of {asked!r}, is no directory"
-                raise _refused("invalid", text, here, errno.ENOTDIR)
+                raise CallError("invalid", text, errno=errno.ENOTDIR, object=here)
             else:
                 end = here, seen
         return self._end(asked, *(end or (at or "/", self._see(at, asked))))
 
     def _end(self, asked: str, path: str, seen: Seen) -> tuple[str, ...]:
         if _is_within(_DEV, path):
-            raise _refused("denied", f"{asked!r} is all of {path!r}: name what is in it", asked)
+            text = f"{asked!r} is all of {path!r}: name what is in it"
+            raise CallError("denied", text, object=asked)
         is_device = seen.kind in ("block", "character")
         self._add(path, seen, self._way if is_device else "bind", is_end=True)
         return self._below(seen.rdev) if seen.kind == "block" and seen.rdev else ()
@@ -214,19 +215,17 @@ class _Walk:
         self._deadline.check("closure")
         if len(os.fsencode(path.rpartition("/")[2])) > _NAME_MAX_BYTES:
             text = f"{asked!r} leads to a name of over {_NAME_MAX_BYTES} bytes"
-            raise _refused("invalid", text, asked, errno.ENAMETOOLONG)
+            raise CallError("invalid", text, errno=errno.ENAMETOOLONG, object=asked)
         allowed = any(_is_within(path, place) or _is_within(place, path) for place in self._outside)
         if not (allowed or _is_within(path, _DEV) or _is_within(_DEV, path)):
             text = f"{asked!r} leads out of {_DEV}, to {path!r}"
-            error = _refused("denied", text, asked)
-            error.hint = "outside: names directories that a path or a link may lead through"
-            raise error
+            hint = "outside: names directories that a path or a link may lead through"
+            raise CallError("denied", text, object=asked, hint=hint)
         seen = self._at(path or "/")
         if seen is None:
             what = f"{path!r}" if path == asked else f"{path!r}, which {asked!r} needs,"
-            error = _refused("not_found", f"{what} is not there", asked)
-            error.hint = "missing: skip leaves out what is not there"
-            raise error
+            hint, text = "missing: skip leaves out what is not there", f"{what} is not there"
+            raise CallError("not_found", text, errno=errno.ENOENT, object=asked, hint=hint)
         return seen
 
     def _add(self, path: str, seen: Seen, way: str, *, is_end: bool = False) -> None:
@@ -245,14 +244,8 @@ def _is_within(path: str, directory: str) -> bool:
     return path == directory or path.startswith(directory.rstrip("/") + "/") or directory == "/"
 
 
-def _refused(code: str, text: str, path: str, number: int | None = None) -> CallError:
-    if code == "not_found":
-        number = errno.ENOENT
-    return CallError(code, text, errno=number, object=path)
-
-
 def _too_many(path: str) -> CallError:
-    return _refused("resource", f"the paths need over {MAX_NODES} files", path)
+    return CallError("resource", f"the paths need over {MAX_NODES} files", object=path)
 
 
 def _owned(node: Node, ids: UserNamespace | None) -> Node:

@@ -74,7 +74,8 @@ class DevTrees:
         """Make a tree, or say that exactly this tree is there already.
 
         Raises:
-            CallError: nothing is left behind.
+            CallError: ``conflict``, the id or the root is that of another tree; nothing is left
+                behind.
         """
         tree_id = spec.tree_id
         with self._state.locks.hold([(PART, tree_id)], op.deadline):

@@ -189,11 +189,7 @@ def _see_content(scratch: DeviceScratch, node: str, op: Transaction) -> bool:
     """
     with op.step("format", node):
         blockdev.wait_unused(node, op.deadline)
-        fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            head = os.pread(fd, _HEAD_BYTES, 0)
-        finally:
-            os.close(fd)
+        head = blockdev.read(node, 0, _HEAD_BYTES)
         if scratch.existing == "fresh":
             _clear(node, len(head))
         elif any(head):

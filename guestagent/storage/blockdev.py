@@ -40,6 +40,7 @@ __all__ = (
     "list_all",
     "order_of",
     "partitions",
+    "read",
     "set_readonly",
     "wait_for",
     "wait_unused",
@@ -539,6 +540,15 @@ def set_readonly(node: str, readonly: bool) -> None:
     try:
         flag = bytearray(int(readonly).to_bytes(4, sys.byteorder))
         syscalls.ioctl(fd, _BLKROSET, flag, node, "BLKROSET")
+    finally:
+        os.close(fd)
+
+
+def read(node: str, offset_bytes: int, size_bytes: int) -> bytes:
+    """Read a part of a device, fewer bytes at its end."""
+    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(fd, size_bytes, offset_bytes)
     finally:
         os.close(fd)
 

@@ -165,11 +165,7 @@ def _refuse_content(disk: BlockDevice) -> None:
 
 def _head_of(disk: BlockDevice) -> bytes:
     blockdev.flush(disk.node)
-    fd = os.open(disk.node, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.pread(fd, _HEAD_BYTES, 0)
-    finally:
-        os.close(fd)
+    return blockdev.read(disk.node, 0, _HEAD_BYTES)
 
 
 def unmake(metadata: BlockDevice, data: BlockDevice) -> None:

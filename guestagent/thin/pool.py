@@ -5,7 +5,6 @@ A pool is used by one request at a time, which holds the lock of the pool.
 """
 
 import errno
-import os
 from collections.abc import Iterable, Mapping
 
 from guestagent.api.devices import SECTOR_BYTES
@@ -65,11 +64,9 @@ class Disks(Record):
             CallError: ``integrity``, there is no such block.
         """
         size = thin.METADATA_BLOCK_BYTES
-        fd = os.open(self.metadata.node, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            block = os.pread(fd, size, number * size) if number < 1 << 40 else b""
-        finally:
-            os.close(fd)
+        block = b""
+        if number < 1 << 40:  # pread(2) takes offsets of 63 bits
+            block = blockdev.read(self.metadata.node, number * size, size)
         if len(block) < size:
             raise CallError("integrity", f"the metadata names block {number}, which is not there")
         return block

@@ -13,6 +13,7 @@ import msgpack
 from guestagent.api.checks import MAX_BYTES, check_choice, check_range, check_word
 from guestagent.api.devices import SECTOR_BYTES, Device
 from guestagent.api.overlays import SCRATCH_FILESYSTEMS
+from guestagent.storage import blockdev
 from guestagent.storage.devicemapper.thin import DEVICE_ID_MAX
 from vsock.errors import CallError
 from vsock.record import Record, wire_fields
@@ -167,20 +168,16 @@ def read_records(node: str) -> tuple[int, PoolRecords] | None:
     Raises:
         CallError: as ``decode_slot``.
     """
-    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        slots = [_read_slot(fd, number * _SLOT_BYTES) for number in (0, 1)]
-    finally:
-        os.close(fd)
+    slots = [_read_slot(node, number * _SLOT_BYTES) for number in (0, 1)]
     found = [records for records in map(decode_slot, slots) if records is not None]
     return max(found, key=lambda each: each[0], default=None)
 
 
-def _read_slot(fd: int, offset: int) -> bytes:
-    head = os.pread(fd, _ALIGNED_BYTES, offset)
+def _read_slot(node: str, offset_bytes: int) -> bytes:
+    head = blockdev.read(node, offset_bytes, _ALIGNED_BYTES)
     length = _HEAD.unpack_from(head)[2] if len(head) >= _HEAD.size else 0
     if head.startswith(_MAGIC) and _HEAD.size + length <= _SLOT_BYTES:
-        return os.pread(fd, _HEAD.size + length, offset)
+        return blockdev.read(node, offset_bytes, _HEAD.size + length)
     return head
 
 

@@ -4,7 +4,7 @@ import os
 import struct
 from functools import partial
 
-from guestagent.storage import filesystems, syscalls
+from guestagent.storage import blockdev, filesystems, syscalls
 from guestagent.storage.mount import mount_filesystem
 from guestagent.thin.records import VolumeRecord
 
@@ -84,8 +84,4 @@ def make_rootfs(path: str, volume_id: str) -> None:
 
 def read_at(node: str, offset: int, size: int) -> bytes:
     """Read ``size`` bytes of a device, zeros where it ends before."""
-    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.pread(fd, size, offset).ljust(size, b"\0")
-    finally:
-        os.close(fd)
+    return blockdev.read(node, offset, size).ljust(size, b"\0")

@@ -6,6 +6,7 @@ to be deleted is deleted when the kernel has removed its dm device, which is a u
 
 import errno
 import threading
+from contextlib import ExitStack
 
 from guestagent.engine.engine import Engine
 from guestagent.storage.devicemapper.control import Control
@@ -36,7 +37,6 @@ class Watcher:
         self._waker = Waker()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._uevents: UeventSocket | None = None
 
     def wake(self) -> None:
         """Look again: a pool was opened, or a deletion began to wait."""
@@ -63,8 +63,6 @@ class Watcher:
                     self._round(control)
         except CallError:  # closed
             return
-        finally:
-            self._follow_uevents(False)
 
     def _goes_on(self) -> bool:
         """Return whether there are pools; else the next one starts another thread."""
@@ -74,27 +72,17 @@ class Watcher:
             return self._thread is not None
 
     def _round(self, control: Control) -> None:
-        # subscribed before looking, so that no event falls between
         waiting = [pool for pool in self._pools.all() if pool.is_deleting()]
-        self._follow_uevents(bool(waiting))
-        for pool in self._pools.all():
-            self._look_at(pool)
-        for pool in waiting:
-            self._delete(pool)
         descriptors = [control.fileno(), self._waker.fd]
-        if self._uevents is not None:
-            descriptors.append(self._uevents.fileno())
-        self._until.wait(descriptors, "watch pools")
-        self._waker.clear()
-        if self._uevents is not None:
-            self._uevents.receive()
-
-    def _follow_uevents(self, wanted: bool) -> None:
-        if wanted and self._uevents is None:
-            self._uevents = UeventSocket()
-        elif not wanted and self._uevents is not None:
-            self._uevents.close()
-            self._uevents = None
+        with ExitStack() as stack:
+            if waiting:  # subscribed before looking, so that no event falls between
+                descriptors.append(stack.enter_context(UeventSocket()).fileno())
+            for pool in self._pools.all():
+                self._look_at(pool)
+            for pool in waiting:
+                self._delete(pool)
+            self._until.wait(descriptors, "watch pools")
+            self._waker.clear()
 
     def _delete(self, pool: Pool) -> None:
         """Delete the volumes of a pool whose deletion waits and that are not in use any more."""

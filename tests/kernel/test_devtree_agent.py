@@ -28,7 +28,7 @@ def agent() -> Iterator[AgentProcess]:
 def has_loaded(agent: AgentProcess) -> bool:
     """Return whether an agent has read the room's code: it keeps no file open, so by its memory."""
     assert agent.process is not None
-    return b"guestagent.devtree" in _memory(agent.process.pid)
+    return b"guestagent.devtree.closure" in _memory(agent.process.pid)
 
 
 def _memory(pid: int) -> bytes:

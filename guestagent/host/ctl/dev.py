@@ -71,8 +71,7 @@ def create(session: Session, /, mode: str, user_namespace: str | None, **fields:
         mode_bits = int(mode, 8)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    tree = session.ask(api.DevCreate, mode=mode_bits, user_namespace=ids, **fields)
-    session.show(tree, lambda: _describe(tree))
+    session.tell(api.DevCreate, _describe, mode=mode_bits, user_namespace=ids, **fields)
 
 
 def _namespace(text: str) -> api.UserNamespace:
@@ -89,8 +88,7 @@ def _namespace(text: str) -> api.UserNamespace:
 @pass_session
 def add(session: Session, /, **fields: object) -> None:
     """Add PATHS of the guest's /dev, with what they need: all or nothing."""
-    reply = session.ask(api.DevAdd, **fields)
-    session.show(reply, lambda: _describe_paths(reply))
+    session.tell(api.DevAdd, _describe_paths, **fields)
 
 
 @dev.command("closure")
@@ -98,8 +96,7 @@ def add(session: Session, /, **fields: object) -> None:
 @pass_session
 def closure(session: Session, /, **fields: object) -> None:
     """Print what PATHS of the guest's /dev need, without making anything."""
-    reply = session.ask(api.DevClosure, **fields)
-    session.show(reply, lambda: _describe_paths(reply))
+    session.tell(api.DevClosure, _describe_paths, **fields)
 
 
 @dev.command("remove")

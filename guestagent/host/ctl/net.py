@@ -5,7 +5,7 @@ from typing import BinaryIO
 
 import click
 
-from guestagent.api.net import InterfaceReport, NetConfigure, RuleReport
+from guestagent.api.net import InterfaceReport, NetConfigure, NetList, NetListReply
 from guestagent.api.nettexts import network_from_texts
 from guestagent.host.ctl.session import Session, pass_session
 from guestagent.host.ctl.style import plain, spent, table
@@ -59,21 +59,17 @@ def configure(session: Session, parts: tuple[str, ...], request_file: BinaryIO |
 @pass_session
 def list_network(session: Session) -> None:
     """List interfaces, addresses, routes and rules."""
-    with session.agent() as guest:
-        reply = guest.net_list()
-    session.show(
-        reply,
-        lambda: "\n\n".join(
-            text
-            for text in (
-                _interfaces(reply.interfaces),
-                _rules(reply.rules),
-                plain(f"hostname {reply.hostname}"),
-                "\n".join(map(plain, reply.resolv_conf.splitlines())),
-            )
-            if text
-        ),
+    session.tell(NetList, _describe)
+
+
+def _describe(reply: NetListReply) -> str:
+    texts = (
+        _interfaces(reply.interfaces),
+        table(("FAMILY", "RULE"), [(rule.family, rule.text) for rule in reply.rules]),
+        plain(f"hostname {reply.hostname}"),
+        "\n".join(map(plain, reply.resolv_conf.splitlines())),
     )
+    return "\n\n".join(filter(None, texts))
 
 
 def _interfaces(interfaces: tuple[InterfaceReport, ...]) -> str:
@@ -95,7 +91,3 @@ def _interfaces(interfaces: tuple[InterfaceReport, ...]) -> str:
             )
         )
     return table(_HEADER, rows)
-
-
-def _rules(rules: tuple[RuleReport, ...]) -> str:
-    return table(("FAMILY", "RULE"), [(rule.family, rule.text) for rule in rules])

@@ -116,6 +116,13 @@ class Session:
         with self.agent() as guest:
             return guest.call(request)
 
+    def tell(
+        self, kind: type[Request[Reply]], text: Callable[[Reply], str], /, **fields: object
+    ) -> None:
+        """Send a request and print the reply, as ``ask`` and ``show`` do."""
+        reply = self.ask(kind, **fields)
+        self.show(reply, lambda: text(reply))
+
     def show(self, value: Record, text: Callable[[], str]) -> None:
         """Print a reply: as JSON where asked, else what ``text`` makes of it."""
         if self.as_json:

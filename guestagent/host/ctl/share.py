@@ -32,8 +32,7 @@ def share() -> None:
 @pass_session
 def mount(session: Session, /, is_writable: bool, **fields: object) -> None:
     """Mount the directory that the host serves under TAG."""
-    report = session.ask(api.ShareMount, read_only=not is_writable, **fields)
-    session.show(report, lambda: _describe(report))
+    session.tell(api.ShareMount, _describe, read_only=not is_writable, **fields)
 
 
 @share.command("unmount")
@@ -41,8 +40,7 @@ def mount(session: Session, /, is_writable: bool, **fields: object) -> None:
 @pass_session
 def unmount(session: Session, share_id: str) -> None:
     """Unmount a share; busy while it is in use."""
-    reply = session.ask(api.ShareUnmount, share_id=share_id)
-    session.show(reply, lambda: describe_gone(reply))
+    session.tell(api.ShareUnmount, describe_gone, share_id=share_id)
 
 
 @share.command("list")

@@ -5,7 +5,6 @@ import click
 from guestagent.api import thin as api
 from guestagent.api.devices import Device
 from guestagent.api.overlays import SCRATCH_FILESYSTEMS
-from guestagent.api.request import Request
 from guestagent.host.ctl.layer import parse_device
 from guestagent.host.ctl.session import Session, pass_session
 from guestagent.host.ctl.style import described, human_bytes, plain, spent, table
@@ -57,7 +56,9 @@ def pool() -> None:
 def open_pool(session: Session, /, data: tuple[str, ...], **fields: object) -> None:
     """Open a pool; a blank metadata disk makes a new one."""
     first, *more = map(parse_device, data)
-    _show_pool(session, api.PoolOpen, data_device=first, more_data_devices=tuple(more), **fields)
+    session.tell(
+        api.PoolOpen, _describe_pool, data_device=first, more_data_devices=tuple(more), **fields
+    )
 
 
 @pool.command("close")
@@ -75,7 +76,7 @@ def close_pool(session: Session, pool_id: str) -> None:
 @pass_session
 def pool_status(session: Session, pool_id: str) -> None:
     """Say how a pool is: space, mode, waiting deletions."""
-    _show_pool(session, api.PoolStatus, pool_id=pool_id)
+    session.tell(api.PoolStatus, _describe_pool, pool_id=pool_id)
 
 
 @pool.command("list")
@@ -106,12 +107,7 @@ def list_pools(session: Session) -> None:
 @pass_session
 def grow_pool(session: Session, /, **fields: object) -> None:
     """Take up what the disks of a pool have grown by, and append a disk."""
-    _show_pool(session, api.PoolGrow, **fields)
-
-
-def _show_pool(session: Session, kind: type[Request[api.PoolReport]], /, **fields: object) -> None:
-    report = session.ask(kind, **fields)
-    session.show(report, lambda: _describe_pool(report))
+    session.tell(api.PoolGrow, _describe_pool, **fields)
 
 
 def _describe_pool(report: api.PoolReport) -> str:
@@ -160,7 +156,7 @@ def volume() -> None:
 def create(session: Session, /, filesystem: str, **fields: object) -> None:
     """Make a volume."""
     wanted = None if filesystem == _NO_FILESYSTEM else filesystem
-    _show_volume(session, api.VolumeCreate, filesystem=wanted, **fields)
+    session.tell(api.VolumeCreate, _describe_volume, filesystem=wanted, **fields)
 
 
 @volume.command("snapshot")
@@ -171,7 +167,7 @@ def create(session: Session, /, filesystem: str, **fields: object) -> None:
 @pass_session
 def snapshot(session: Session, /, **fields: object) -> None:
     """Make a volume with the content of another."""
-    _show_volume(session, api.VolumeSnapshot, **fields)
+    session.tell(api.VolumeSnapshot, _describe_volume, **fields)
 
 
 @volume.command("delete")
@@ -215,7 +211,7 @@ def list_volumes(session: Session, pool_id: str) -> None:
 @pass_session
 def get(session: Session, /, **fields: object) -> None:
     """Describe a volume, without activating it."""
-    _show_volume(session, api.VolumeGet, **fields)
+    session.tell(api.VolumeGet, _describe_volume, **fields)
 
 
 @volume.command("mount")
@@ -258,7 +254,7 @@ def unmount(session: Session, /, **fields: object) -> None:
 @pass_session
 def grow(session: Session, /, **fields: object) -> None:
     """Make a volume and its file system larger, mounted or not."""
-    _show_volume(session, api.VolumeGrow, **fields)
+    session.tell(api.VolumeGrow, _describe_volume, **fields)
 
 
 @volume.command("trim")
@@ -271,13 +267,6 @@ def trim(session: Session, /, **fields: object) -> None:
     text = f"{human_bytes(reply.trimmed_bytes)} trimmed"
     text += f", {human_bytes(reply.freed_bytes)} back in the pool"
     session.show(reply, lambda: text)
-
-
-def _show_volume(
-    session: Session, kind: type[Request[api.VolumeReport]], /, **fields: object
-) -> None:
-    report = session.ask(kind, **fields)
-    session.show(report, lambda: _describe_volume(report))
 
 
 def _describe_volume(report: api.VolumeReport) -> str:
