@@ -115,9 +115,8 @@ class PoolOpen(Request[PoolReport], PoolName, method="pool.open"):
     def check(self) -> None:
         super().check()
         check_range("block_size_bytes", self.block_size_bytes, BLOCK_BYTES_MIN, BLOCK_BYTES_MAX)
-        if self.block_size_bytes is not None and self.block_size_bytes % BLOCK_BYTES_MIN:
-            text = f"block_size_bytes {self.block_size_bytes} is not a multiple of 64 KiB"
-            raise ValueError(text)
+        if (size_bytes := self.block_size_bytes or 0) % BLOCK_BYTES_MIN:
+            raise ValueError(f"block_size_bytes {size_bytes} is not a multiple of 64 KiB")
         check_choice("on_full", self.on_full, ON_FULL)
         check_choice("adopt", self.adopt, ADOPT)
         check_range("low_water_bytes", self.low_water_bytes, 0, MAX_BYTES)

@@ -177,10 +177,6 @@ class LiveOverlay(Record):
         return None if self.scratch is None else self.scratch.path
 
 
-#: What ends the state of something.
-_UNDOING = {"mounted": "unmount", "open": "close"}
-
-
 def refuse_other_spec(
     kind: str, name: str, wanted: Record, has: Record, *, state: str = "mounted"
 ) -> None:
@@ -192,12 +188,13 @@ def refuse_other_spec(
     asked, there = wanted.as_dict(), has.as_dict()
     differing = [field for field in asked if asked[field] != there[field]]
     if differing:
+        undo = "unmount" if state == "mounted" else "close"
         raise CallError(
             "conflict",
             f"{kind} {name!r} is {state} with another {', '.join(differing)}",
             step="claim",
             object=name,
-            hint=f"{_UNDOING[state]} it first, or use another {kind}_id",
+            hint=f"{undo} it first, or use another {kind}_id",
         )
 
 

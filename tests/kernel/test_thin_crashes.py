@@ -27,7 +27,7 @@ def grow_volume(bed: ThinBed, volume_id: str) -> object:
 
 def trim_volume(bed: ThinBed) -> object:
     with bed.operation() as op:
-        return bed.thin.volumes.trim(VolumeTrim(pool_id=POOL, volume_id="a"), op)
+        return bed.thin.mounts.trim(VolumeTrim(pool_id=POOL, volume_id="a"), op)
 
 
 def nothing(bed: ThinBed, disks: Disks, more: str) -> None:
