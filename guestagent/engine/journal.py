@@ -32,6 +32,8 @@ __all__ = (
 
 _LAYER, _OVERLAY = "layer-", "overlay-"
 _ENTRY, _BEGUN, _DAMAGED, _DRAFT = ".entry", ".begun", ".damaged", ".new"
+#: Many times what the largest batch takes.
+_MAX_FILE_BYTES = 64 * 1024 * 1024
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -223,10 +225,12 @@ class Journal:
         """Read a record; put a damaged one aside, so that the agent can start and undo the rest."""
         try:
             with open(path, "rb") as stream:
+                if os.fstat(stream.fileno()).st_size > _MAX_FILE_BYTES:
+                    raise ValueError(f"{path} is no record of this agent")
                 return kind.from_wire(msgpack.unpackb(stream.read()), path)
         except FileNotFoundError:
             return None
-        except (ValueError, CallError, msgpack.UnpackException):
+        except (ValueError, IsADirectoryError, CallError, msgpack.UnpackException):
             _put_aside(path)
             return None
 

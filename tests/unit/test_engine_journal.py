@@ -216,6 +216,14 @@ def test_invalid_begun_file_is_put_aside(journal, tmp_path, content):
     assert len(journal.damaged()) == 1
 
 
+def test_an_entry_of_any_size_or_kind_is_put_aside(journal, tmp_path):
+    with open(tmp_path / "state/layer-x.entry", "wb") as file:
+        file.truncate(1 << 40)  # more than there is memory
+    (tmp_path / "state/overlay-x.entry").mkdir()
+    assert journal.read() == NOTHING
+    assert len(journal.damaged()) == 2
+
+
 def test_a_draft_of_a_killed_writer_is_dropped(tmp_path):
     directory = tmp_path / "state"
     Journal(str(directory))
