@@ -137,3 +137,18 @@ def test_inspect_command_reports_errors_with_exit_code(run: Run) -> None:
 
 def test_names_cannot_drive_a_terminal() -> None:
     assert printable(b"a\x1b]0;x\x07\xff\xc3\xa9") == "a\\x1b]0;x\\x07\\xff\xe9"
+
+
+@pytest.mark.parametrize(
+    "command", [("download", "layer:base", "/etc/motd"), ("tar", "layer:base")]
+)
+def test_what_a_guest_sends_is_bounded_by_request(
+    run: Run, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    output = (str(tmp_path / "out"),) if command[0] == "download" else ("-o", str(tmp_path / "out"))
+    done = run(*command, *output, "--max-bytes", "5")
+    assert done.exit_code == 1
+    assert "more than max_bytes 5" in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert run(*command, *output, "--max-bytes", "100000").exit_code == 0
+    assert (tmp_path / "out").exists()

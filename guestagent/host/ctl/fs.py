@@ -52,6 +52,9 @@ place_argument = click.argument(
 )
 path_argument = click.argument("path", type=os.fsencode)
 directory_argument = click.argument("path", type=os.fsencode, default="/")
+bound_option = click.option(
+    "--max-bytes", type=click.IntRange(0), help="End with an error past this; default: no bound."
+)
 algorithm_option = click.option(
     "--algorithm", type=click.Choice(CHECKSUM_ALGORITHMS), default="sha256", show_default=True
 )
@@ -244,12 +247,17 @@ def checksum(session: Session, place: Where, path: bytes, algorithm: str) -> Non
 @directory_argument
 @click.option("-o", "--output", default=_STDOUT, metavar="FILE", help="Default: standard output.")
 @click.option("--xattrs/--no-xattrs", default=True, help="Include extended attributes.")
+@bound_option
 @pass_session
-def tar(session: Session, place: Where, path: bytes, output: str, xattrs: bool) -> None:
+def tar(
+    session: Session, place: Where, path: bytes, output: str, xattrs: bool, max_bytes: int | None
+) -> None:
     """Write a directory as a tar archive."""
     bar = progress_bar("reading", session.as_json)
     with session.agent() as guest, _writing(output) as target, bar as progress:
-        reply = guest.fs_tar_out(path, target, xattrs=xattrs, progress=progress, **place)
+        reply = guest.fs_tar_out(
+            path, target, xattrs=xattrs, max_bytes=max_bytes, progress=progress, **place
+        )
     _done(session, output, reply, f"{reply.entries} entries, {reply.size_bytes} bytes")
 
 
@@ -257,12 +265,15 @@ def tar(session: Session, place: Where, path: bytes, output: str, xattrs: bool) 
 @place_argument
 @path_argument
 @click.argument("output", default=_STDOUT)
+@bound_option
 @pass_session
-def download(session: Session, place: Where, path: bytes, output: str) -> None:
+def download(
+    session: Session, place: Where, path: bytes, output: str, max_bytes: int | None
+) -> None:
     """Copy a file to OUTPUT, or to standard output."""
     bar = progress_bar("reading", session.as_json)
     with session.agent() as guest, _writing(output) as target, bar as progress:
-        reply = guest.fs_download(path, target, progress=progress, **place)
+        reply = guest.fs_download(path, target, max_bytes=max_bytes, progress=progress, **place)
     _done(session, output, reply, f"{reply.size_bytes} bytes")
 
 
