@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 
 from rootfs.image.filestore import AmbiguousError, FileStore, read_json
-from rootfs.image.oci import LayerBlob, pair_layers
+from rootfs.image.oci import MAX_LOOKED_UP, LayerBlob, pair_layers
 from rootfs.image.platform import Platform, fitting, listed, same_name
 from vsock.errors import CallError
 
@@ -108,6 +108,9 @@ def find_layers(
         images = [each for each in images if any(same_name(t, reference) for t in _tags(each))]
     if not images:
         raise _refused("not_found", f"it has no image {reference or ''}; the names are {tags}")
+    if platform is not None and len(images) > MAX_LOOKED_UP:
+        problem = _refused("resource", f"it has {len(images)} images; name one")
+        raise AmbiguousError("resource", problem.message, step=problem.step, object=_MANIFEST)
     if platform is not None:
         images = _of_platform(store, images, Platform.parse(platform))
     if len(images) > 1:

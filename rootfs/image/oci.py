@@ -14,6 +14,7 @@ from rootfs.image.platform import Platform, default_platform, fitting, listed, s
 from vsock.errors import CallError
 
 __all__ = (
+    "MAX_LOOKED_UP",
     "LayerBlob",
     "find_layers",
     "is_layout",
@@ -24,6 +25,8 @@ __all__ = (
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})\Z", re.ASCII)
 _MAX_INDEX_DEPTH = 4
 _MAX_LAYERS = 1000
+#: Images whose platforms are looked up in their configurations.
+MAX_LOOKED_UP = 100
 _INDEXES = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
@@ -138,6 +141,9 @@ def _choose(
     images = _images(descriptors, where)
     candidates = [(Platform.of(each.get("platform")), each) for each in images]
     if wanted is not None or len(images) > 1:
+        untold = sum(told is None for told, _ in candidates)
+        if untold > MAX_LOOKED_UP:
+            raise _refused("resource", where, f"{untold} images without a platform; name one")
         known = [(told or _platform_in(store, each, where), each) for told, each in candidates]
         asked = wanted or Platform.parse(default_platform())
         candidates = fitting(known, asked)

@@ -581,3 +581,18 @@ def test_a_damaged_archive_is_not_built_of_its_own_files(
         build_image(tar_of(tmp_path / "l", path), tmp_path / "image")
     assert not (tmp_path / "image").exists()
     build_image(path, tmp_path / "image", source_format="tar")
+
+
+def test_of_very_many_images_one_has_to_be_named(tmp_path: Path) -> None:
+    """The platform of each would be looked up in its configuration, of up to 8 MiB."""
+    layout = Layout(tmp_path / "l").layer(FILES).image()
+    digests = [f"sha256:{number:064x}" for number in range(200)]
+    layout.manifests += [{**layout.manifests[0], "digest": each} for each in digests]
+    refused(layout.finish(), "resource", "201 images")
+    listed = [{"Config": "config.json", "RepoTags": ["a"], "Layers": []}] * 201
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/manifest.json").write_text(json.dumps(listed))
+    (tmp_path / "d/config.json").write_text("{}")
+    with pytest.raises(CallError, match="201 images") as caught:
+        build_image(tmp_path / "d", tmp_path / "image", source_format="docker", platform="a/b")
+    assert caught.value.code == "resource"
