@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -494,3 +496,33 @@ def test_nothing_is_left_open(host: Host) -> None:
     shipper = ship(Log(), host)
     shipper.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+_STUCK_CONSOLE = """
+import os, sys
+from guestagent.config import Config
+from guestagent.observe.sinks import open_sinks
+from vsock.log import log
+reader, writer = os.pipe()
+os.set_blocking(writer, False)
+try:
+    while os.write(writer, bytes(4096)):
+        pass
+except BlockingIOError:
+    os.set_blocking(writer, True)
+os.dup2(writer, 2)
+open_sinks(Config(log_to=("console",)), is_machine=False)
+with log.in_background():
+    for number in range(1000):
+        log.warning("x", number=number)
+    print("went on", flush=True)
+    os._exit(0)
+"""
+
+
+def test_the_console_of_an_agent_keeps_no_thread_waiting() -> None:
+    """Whoever logs goes on, though the console takes nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", _STUCK_CONSOLE], stdout=subprocess.PIPE, text=True, timeout=60
+    )
+    assert done.stdout == "went on\n"
