@@ -108,6 +108,15 @@ class TestListen:
         with listen(str(tmp_path / "s")), pytest.raises(ListenerInUse):
             listen(str(tmp_path / "s"))
 
+    def test_no_other_user_may_connect(self, tmp_path):
+        """Whoever connects speaks to the agent of a guest, or is its QEMU."""
+        before = os.umask(0)
+        try:
+            with listen(str(tmp_path / "s")):
+                assert stat.S_IMODE(os.stat(tmp_path / "s").st_mode) == 0o600
+        finally:
+            os.umask(before)
+
     def test_a_file_is_never_removed(self, tmp_path):
         (tmp_path / "s").write_text("precious")
         with pytest.raises(OSError, match="in use"):

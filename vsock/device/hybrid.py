@@ -54,6 +54,8 @@ def listen(path: str, backlog: int = 128) -> socket.socket:
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        # bind() gives the file the mode of the socket, less the umask: never open to others
+        os.fchmod(sock.fileno(), 0o600)
         try:
             sock.bind(path)
         except OSError as exc:
