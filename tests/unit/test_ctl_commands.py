@@ -155,6 +155,25 @@ def test_top_without_a_terminal_looks_once(agent: Agent, ctl: Callable[..., Resu
     assert timings[0]["mean_ms"] == 5.0
 
 
+@pytest.mark.parametrize("number", ["+Inf", "-Inf", "NaN", "1e300", "-7"])
+@pytest.mark.parametrize("bound", ["x", "NaN", "-Inf", ""])
+def test_top_shows_whatever_numbers_a_guest_sends(
+    agent: Agent, ctl: Callable[..., Result], number: str, bound: str
+) -> None:
+    step = "guestagent_step_duration_seconds"
+    lines = [f'{step}_bucket{{step="a",le="{each}"}} {number}' for each in (bound, "1", "+Inf")]
+    lines += [f'{step}_{what}{{step="a"}} {number}' for what in ("count", "sum")]
+    lines += [f'guestagent_step_failures_total{{step="a"}} {number}']
+    lines += [
+        f'guestagent_requests_total{{code="x"}} {number}',
+        f"process_cpu_seconds_total {number}",
+    ]
+    agent.metrics = "\n".join([*lines, ""])
+    for words in (("top",), ("--json", "top"), ("metrics",), ("--json", "metrics")):
+        done = ctl(*words)
+        assert (done.exit_code, done.exception) == (0, None), done.exception
+
+
 def test_top_on_a_terminal_is_alive(agent: Agent) -> None:
     fill(agent, 2)
     terminal = pexpect.spawn(

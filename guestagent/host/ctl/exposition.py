@@ -6,11 +6,13 @@ the first malformed line, and it takes and writes ``a b`` and ``a}b`` as names o
 makes a server refuse the whole scrape.
 """
 
+import contextlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ("Sample", "Timing", "merged", "parsed", "quantile", "step_timings", "totals")
+__all__ = ("Sample", "Timing", "finite", "merged", "parsed", "quantile", "step_timings", "totals")
 
 _STEP = "guestagent_step_duration_seconds"
 _NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
@@ -186,10 +188,12 @@ def step_timings(text: str) -> tuple[Timing, ...]:
     counts: dict[str, int] = {}
     sums: dict[str, float] = {}
     failures: dict[str, int] = {}
-    for sample in parsed(text):
+    for sample in finite(parsed(text)):
         step = sample.label("step")
         if sample.name == f"{_STEP}_bucket":
-            buckets.setdefault(step, []).append((float(sample.label("le")), int(sample.value)))
+            with contextlib.suppress(ValueError):  # another bound than a number
+                bound = float(sample.label("le"))
+                buckets.setdefault(step, []).append((bound, int(sample.value)))
         elif sample.name == f"{_STEP}_count":
             counts[step] = int(sample.value)
         elif sample.name == f"{_STEP}_sum":
@@ -207,6 +211,11 @@ def step_timings(text: str) -> tuple[Timing, ...]:
         for step, count in counts.items()
     )
     return tuple(sorted(timings, key=lambda timing: -timing.seconds))
+
+
+def finite(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Yield the samples to count with: a guest may send any number."""
+    return (sample for sample in samples if math.isfinite(sample.value))
 
 
 def totals(samples: Iterable[Sample]) -> dict[str, float]:

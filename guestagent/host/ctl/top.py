@@ -14,7 +14,7 @@ from guestagent.api.agent import StatusReply
 from guestagent.api.layers import DmDevice
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.events import describe_event
-from guestagent.host.ctl.exposition import Timing, parsed, step_timings, totals
+from guestagent.host.ctl.exposition import Timing, finite, parsed, step_timings, totals
 from guestagent.host.ctl.layer import LAYER_HEADER, layer_rows
 from guestagent.host.ctl.overlay import OVERLAY_HEADER, overlay_rows
 from guestagent.host.ctl.session import Session, emit, pass_session
@@ -54,7 +54,7 @@ def look(guest: GuestAgent, name: str) -> Picture:
     """Ask a guest for everything on the screen."""
     text = guest.metrics()
     status = guest.status()
-    samples = tuple(parsed(text))
+    samples = tuple(finite(parsed(text)))
     found = totals(samples)
     failed = (
         sample.value
