@@ -22,14 +22,10 @@ from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import Target, parse_line
 from guestagent.storage.mount import mount_filesystem, unmount
-from rootfs.pack.manifest import Manifest
-from rootfs.pack.pack import manifest_path_of
-from scripts.benchmarks.merged import merged_rows, write_pack
 from scripts.benchmarks.rows import Row, milliseconds, print_rows, row, timed, write_rows
 from scripts.benchmarks.start import start_rows
 from scripts.benchmarks.thin import thin_rows
 from tests.beds.agentbed import AgentProcess, Pack, attached_pack, overlay
-from tests.beds.dmbed import loop_device
 from tests.beds.soak import Soak
 from tests.beds.supervised import SupervisedAgent
 from vsock.deadline import Deadline
@@ -68,7 +64,6 @@ def engine_rows(rounds: int = 30, *, short: bool = False) -> list[Row]:
                 return rows
             rows += _overlays(guest, pack)
             memory["after 500 layers"] = _rss_mib(guest)
-            rows += _images(guest, Path(name), rounds)
             rows += thin_rows(guest, Path(name, "thin"), rounds, bed=BED)
         rows += start_rows(BED)
         rows += _recovery(agent, pack)
@@ -239,14 +234,6 @@ def _overlays(guest: GuestAgent, pack: Pack) -> Iterator[Row]:
         guest.layers_unmount(LayersUnmount(layers=names))
     yield row(BED, f"mount {len(names)} linear layers in a batch", "ms", up)
     yield row(BED, f"unmount {len(names)} linear layers in a batch", "ms", down)
-
-
-def _images(guest: GuestAgent, directory: Path, rounds: int) -> list[Row]:
-    image = write_pack(directory)
-    with loop_device(image) as node:
-        device: dict[str, object] = {"kind": "path", "path": node}
-        manifest = Manifest.load(manifest_path_of(image))
-        return merged_rows(BED, guest, manifest, device, rounds)
 
 
 # --- a restart

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ("Row", "milliseconds", "print_rows", "row", "timed", "write_rows")
+__all__ = ("Row", "cell_of", "milliseconds", "print_rows", "row", "timed", "write_rows")
 
 Row = dict[str, object]
 
@@ -70,7 +70,7 @@ def milliseconds(work: Callable[[], object], count: int) -> list[float]:
 def print_rows(rows: Sequence[Row]) -> None:
     """Print rows for a person."""
     header = ("bed", "name", "median", "p99", "unit", "n", "ratio", "versus")
-    cells = [header, *(tuple(_cell(one[name]) for name in header) for one in rows)]
+    cells = [header, *(tuple(cell_of(one[name]) for name in header) for one in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
     for line in cells:
         print(
@@ -78,7 +78,8 @@ def print_rows(rows: Sequence[Row]) -> None:
         )
 
 
-def _cell(value: object) -> str:
+def cell_of(value: object) -> str:
+    """Return a field of a row as text."""
     if value is None:
         return ""
     return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)

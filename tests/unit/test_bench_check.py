@@ -1,4 +1,4 @@
-"""Bounds of benchmarks: on ratios, counts and sizes, never on times."""
+"""Bounds of benchmarks: on ratios, counts and sizes, never on times. And their chart."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from scripts.benchmarks.__main__ import SHORT, SUITES
 from scripts.benchmarks.check import Bound, misses, read_bounds
+from scripts.benchmarks.plot import markdown_table, write_plot
 from scripts.benchmarks.rows import Row, row
 
 ROWS: list[Row] = [
@@ -64,3 +65,22 @@ def test_the_bounds_of_the_repository_are_of_suites_there_are(tmp_path: Path) ->
         json.dumps({name: [b._asdict() for b in each] for name, each in bounds.items()})
     )
     assert read_bounds(path) == bounds
+
+
+def test_a_chart_has_a_bar_for_each_ratio_of_times(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.svg", tmp_path / "second.svg"
+    for path in (first, second):
+        write_plot(ROWS, path)
+    text = first.read_text()
+    assert "mount  /  bare" in text
+    assert ">2.5<" in text
+    assert "image  /" not in text
+    assert second.read_text() == text
+    with pytest.raises(ValueError, match="nothing to plot"):
+        write_plot(ROWS[:1], first)
+
+
+def test_the_table_of_a_page_has_a_line_for_each_row() -> None:
+    lines = markdown_table(ROWS).splitlines()
+    assert len(lines) == len(ROWS) + 2
+    assert "| bed | mount | 5 | 5 | ms | 1 | 2.5 | bare |" in lines

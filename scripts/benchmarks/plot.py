@@ -1,0 +1,56 @@
+"""A chart and a table of one run: how many times as long a row takes as the one beside it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.benchmarks.rows import Row, cell_of
+
+__all__ = ("markdown_table", "write_plot")
+
+_COLOURS = {"uml": "#4477aa", "native": "#228833", "qemu": "#aa3377"}
+_OTHER = "#888888"
+
+
+def write_plot(rows: Sequence[Row], path: Path) -> None:
+    """Write an SVG with a bar for each row of times that has another to be compared with.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row["ratio"] is not None and row["unit"] == "ms"]
+    if not shown:
+        raise ValueError("no row is a ratio of times: nothing to plot")
+    names = [f"{row['name']}  /  {row['versus']}" for row in shown]
+    ratios = [float(str(row["ratio"])) for row in shown]
+    colours = [_COLOURS.get(str(row["bed"]), _OTHER) for row in shown]
+    # text stays text, and two charts of the same rows are the same file
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8}):
+        figure = Figure(figsize=(9, 0.9 + 0.19 * len(shown)), layout="constrained")
+        axes = figure.add_subplot()
+        bars = axes.barh(names, [ratio - 1 for ratio in ratios], left=1, color=colours, height=0.7)
+        axes.bar_label(bars, [f"{ratio:.2g}" for ratio in ratios], padding=2, fontsize=7)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(min(0.25, *ratios) / 1.3, max(2.0, *ratios) * 1.4)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel("times as long, medians of one run (" + _legend(shown) + ")")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def _legend(rows: Sequence[Row]) -> str:
+    words = {"#4477aa": "blue", "#228833": "green", "#aa3377": "purple", _OTHER: "grey"}
+    beds = dict.fromkeys(str(row["bed"]) for row in rows)
+    return ", ".join(f"{words[_COLOURS.get(bed, _OTHER)]}: {bed}" for bed in beds)
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Return the rows as a table of Markdown."""
+    columns = ("bed", "name", "median", "best", "unit", "n", "ratio", "versus")
+    lines = [columns, ("---",) * len(columns)]
+    lines += [tuple(cell_of(row[column]) for column in columns) for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
