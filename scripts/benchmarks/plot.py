@@ -1,4 +1,7 @@
-"""A chart and a table of one run: how many times as long a row takes as the one beside it."""
+"""A chart and a table of one run: how many times as long a row takes as the one beside it.
+
+The chart is of the best samples, which other work on the machine moves least.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +23,11 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    shown = [row for row in rows if row["ratio"] is not None and row["unit"] == "ms"]
+    shown = [row for row in rows if row["best_ratio"] is not None and row["unit"] == "ms"]
     if not shown:
         raise ValueError("no row is a ratio of times: nothing to plot")
     names = [f"{row['name']}  /  {row['versus']}" for row in shown]
-    ratios = [float(str(row["ratio"])) for row in shown]
+    ratios = [float(str(row["best_ratio"])) for row in shown]
     colours = [_COLOURS.get(str(row["bed"]), _OTHER) for row in shown]
     # text stays text, and two charts of the same rows are the same file
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8}):
@@ -37,7 +40,7 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
         axes.set_xlim(min(0.25, *ratios) / 1.3, max(2.0, *ratios) * 1.4)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.invert_yaxis()
-        axes.set_xlabel("times as long, medians of one run (" + _legend(shown) + ")")
+        axes.set_xlabel("times as long, best samples of one run (" + _legend(shown) + ")")
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
@@ -50,7 +53,7 @@ def _legend(rows: Sequence[Row]) -> str:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """Return the rows as a table of Markdown."""
-    columns = ("bed", "name", "median", "best", "unit", "n", "ratio", "versus")
-    lines = [columns, ("---",) * len(columns)]
+    columns = ("bed", "name", "unit", "best", "median", "n", "best_ratio", "ratio", "versus")
+    lines = [tuple(column.replace("_", " ") for column in columns), ("---",) * len(columns)]
     lines += [tuple(cell_of(row[column]) for column in columns) for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

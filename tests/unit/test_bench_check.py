@@ -83,4 +83,4 @@ def test_a_chart_has_a_bar_for_each_ratio_of_times(tmp_path: Path) -> None:
 def test_the_table_of_a_page_has_a_line_for_each_row() -> None:
     lines = markdown_table(ROWS).splitlines()
     assert len(lines) == len(ROWS) + 2
-    assert "| bed | mount | 5 | 5 | ms | 1 | 2.5 | bare |" in lines
+    assert "| bed | mount | ms | 5 | 5 | 1 | 2.5 | 2.5 | bare |" in lines
