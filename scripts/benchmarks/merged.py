@@ -156,7 +156,7 @@ def _reader(files: dict[str, list[str]]) -> Callable[[str], object]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.benchmarks.merged")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as name,
