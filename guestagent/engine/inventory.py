@@ -1,11 +1,11 @@
 """The mounted layers and overlays, and the targets, dm names and scratches that are reserved.
 
-The inventory is memory only. Requests and recovery fill it. One mutex guards it, which is never
-held across a system call.
+The inventory is memory only. Requests and recovery fill it. One mutex guards it, which is held
+across no system call but the look for the directories of a target.
 """
 
 import threading
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Mapping
 
 from guestagent.api import LayerSpec, OverlaySpec
 from guestagent.api.layers import Holder
@@ -391,14 +391,16 @@ class Inventory:
         owner: Owner,
         target: str,
         *,
-        missing: Container[str] = (),
+        exists: Callable[[str], bool] = lambda path: True,
         dm_names: tuple[str, ...] = (),
         unique_dm_names: tuple[str, ...] = (),
     ) -> Reservation:
         """Reserve all that a layer or an overlay needs to itself, until it is released.
 
         Args:
-            missing: the directories on the way to ``target`` that the owner will make.
+            exists: says whether a directory on the way to ``target`` is there. It is asked here,
+                because another request may remove what the agent has made and nothing holds. What
+                is not there the owner will make.
             dm_names: those that are wanted; ``unique_dm_names`` if another layer has one of them.
 
         Raises:
@@ -409,7 +411,7 @@ class Inventory:
             taken = any(name in self._dm_names for name in dm_names)
             reservation = Reservation(
                 target=target,
-                directories=self._directories_to(target, missing),
+                directories=self._directories_to(target, exists),
                 dm_names=unique_dm_names if taken else dm_names,
             )
             self._hold(owner, reservation)
@@ -501,10 +503,12 @@ class Inventory:
         with self._lock:
             self._disks[disk.dev] = disk
 
-    def _directories_to(self, target: str, missing: Container[str]) -> tuple[str, ...]:
-        found, path = [], target
+    def _directories_to(self, target: str, exists: Callable[[str], bool]) -> tuple[str, ...]:
+        found, path, is_there = [], target, False
         while path:
-            if path in missing or path in self._made:
+            is_made = path in self._made
+            is_there = is_there or (not is_made and exists(path))
+            if is_made or not is_there:
                 found.append(path)
             path = parent_of(path)
         return tuple(reversed(found))

@@ -29,7 +29,6 @@ from guestagent.engine.readback import verity_status
 from guestagent.engine.reader import Reader
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
-    missing_directories,
     remove_directories,
     undo_deadline,
     unmount_target,
@@ -69,7 +68,7 @@ class LayerMount:
         reservation = inventory.reserve(
             owner,
             spec.mount_point,
-            missing=missing_directories(spec.mount_point, op),
+            exists=op.sees_directory,
             dm_names=dm_names(spec, unique=False),
             unique_dm_names=dm_names(spec, unique=True),
         )

@@ -13,7 +13,6 @@ from guestagent.engine.journal import Begun
 from guestagent.engine.plan import check_target
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
-    missing_directories,
     nothing_to_unmount,
     refuse_held,
     refuse_mounts_elsewhere,
@@ -99,8 +98,8 @@ class Overlays:
         layers = self._layers_of(spec, fresh or {})
         inventory = self._state.inventory
         owner = ("overlay", spec.overlay_id)
-        missing = missing_directories(spec.mount_point, op)
-        created = inventory.reserve(owner, spec.mount_point, missing=missing).directories
+        exists = op.sees_directory
+        created = inventory.reserve(owner, spec.mount_point, exists=exists).directories
         op.on_rollback("reservation", lambda: inventory.release(owner))
         self.find_scratch(spec, op)
         live = LiveOverlay(

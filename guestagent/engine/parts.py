@@ -9,7 +9,6 @@ from guestagent.engine.inventory import Reservation
 from guestagent.engine.plan import check_target
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import (
-    missing_directories,
     remove_directories,
     undo_deadline,
     unmount_target,
@@ -52,8 +51,7 @@ def claim_target(
         CallError: ``invalid``, it is below no allowed root; ``conflict``, another has it.
     """
     root = check_target(target, roots, field)
-    missing = missing_directories(target, op)
-    created = state.inventory.reserve(owner, target, missing=missing).directories
+    created = state.inventory.reserve(owner, target, exists=op.sees_directory).directories
     op.on_rollback("reservation", lambda: state.inventory.release(owner))
     return root, created
 

@@ -9,7 +9,6 @@ import os
 from functools import partial
 
 from guestagent.api.layers import Holder, UnmountReply
-from guestagent.engine.claims import parent_of
 from guestagent.engine.state import EngineState
 from guestagent.engine.transaction import Transaction
 from guestagent.storage import syscalls
@@ -24,7 +23,6 @@ from vsock.retry import has_errno, retry
 
 __all__ = (
     "busy_error",
-    "missing_directories",
     "nothing_to_unmount",
     "refuse_held",
     "refuse_mounts_elsewhere",
@@ -233,18 +231,6 @@ def remove_devices(state: EngineState, names: tuple[str, ...], op: Transaction) 
             info = state.control.find(name=name)
             raise busy_error(name, info.dev if info else "", op) from error
     return names
-
-
-def missing_directories(target: str, op: Transaction) -> list[str]:
-    """Return the directories on the way to ``target`` that do not exist, innermost first."""
-    missing, path = [], target
-    while path and path not in op.known_directories:
-        if os.access(path, os.F_OK, follow_symlinks=False):
-            op.known_directories.add(path)
-            break
-        missing.append(path)
-        path = parent_of(path)
-    return missing
 
 
 def remove_directories(paths: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ makes is registered with ``on_rollback()`` on the next line. Leaving the ``with`
 """
 
 import errno
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -59,7 +60,7 @@ class Transaction:
         #: Linear tables that this request has loaded, by name: one may have thousands of targets.
         self.loaded_tables: dict[str, Sequence[Target]] = parent.loaded_tables if parent else {}
         #: Directories that this request has seen to exist: the targets of a batch share parents.
-        self.known_directories: set[str] = parent.known_directories if parent else set()
+        self._directories: set[str] = parent._directories if parent else set()
         self.traceparent = traceparent
         self.may_be_left = may_be_left
         self.timings_ms: dict[str, float] = {}
@@ -106,6 +107,14 @@ class Transaction:
         """Take over what ``child`` would have to undo."""
         self._undos.extend(child._undos)
         child._undos.clear()
+
+    def sees_directory(self, path: str) -> bool:
+        """Return whether a directory is there; once it was, it is not looked at again."""
+        if path not in self._directories:
+            if not os.access(path, os.F_OK, follow_symlinks=False):
+                return False
+            self._directories.add(path)
+        return True
 
     def on_rollback(self, what: str, undo: Undo, *, is_record: bool = False) -> None:
         """Register how to undo what the step before has made; ``what`` names it in errors.

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -239,6 +240,25 @@ def test_devices_go_with_the_mount_whatever_the_agent_does(bed: EngineBed, pack:
     bed.engine = bed._open()
     assert bed.engine.layers.list() == ()
     assert bed.engine.problems() == ()
+
+
+def test_directory_that_goes_while_a_request_begins_is_made_and_removed_by_it(
+    bed: EngineBed, pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = World.now()
+    mount(bed, pack.spec(0))
+    inventory = bed.engine.state.inventory
+    reserve = inventory.reserve
+
+    def reserve_later(*arguments: Any, **fields: Any) -> Any:
+        monkeypatch.undo()
+        unmount(bed, "layer0")
+        return reserve(*arguments, **fields)
+
+    monkeypatch.setattr(inventory, "reserve", reserve_later)
+    mount(bed, pack.spec(1))
+    unmount(bed, "layer1")
+    assert settled_world(before) == before
 
 
 def test_a_removal_that_is_kept_waiting_is_waited_for(bed: EngineBed, pack: Pack) -> None:

@@ -110,20 +110,27 @@ def test_a_scratch_device_is_shared_by_those_that_say_so(inventory):
         inventory.reserve_scratch(first, "7:1", is_shared=True)
 
 
-def test_directories_are_reserved_by_all_that_share_them(inventory):
-    def reserved(name, missing):
-        target = f"/run/layers/{name}"
-        return inventory.reserve(("layer", name), target, missing=missing).directories
+def directories(inventory, name, *there):
+    """Reserve a target; return what is to be made where so much is there."""
+    target = f"/run/layers/{name}"
+    return inventory.reserve(("layer", name), target, exists=there.__contains__).directories
 
-    assert reserved("a", ["/run/layers", "/run/layers/a"]) == ("/run/layers", "/run/layers/a")
-    assert reserved("b", ["/run/layers/b"]) == ("/run/layers", "/run/layers/b")
+
+def test_directories_are_reserved_by_all_that_share_them(inventory):
+    there = ("/run", "/run/layers")
+    assert directories(inventory, "a", "/run") == ("/run/layers", "/run/layers/a")
+    assert directories(inventory, "b", *there) == ("/run/layers", "/run/layers/b")
     inventory.release(("layer", "a"))
-    assert reserved("c", ["/run/layers/c"]) == ("/run/layers", "/run/layers/c")
+    assert directories(inventory, "c", *there) == ("/run/layers", "/run/layers/c")
+    # the last that held it removes it before its release
+    inventory.release(("layer", "b"))
+    inventory.release(("layer", "c"))
+    assert directories(inventory, "d", "/run") == ("/run/layers", "/run/layers/d")
 
 
 def test_directories_that_existed_are_not_reserved(inventory):
-    made = inventory.reserve(("layer", "a"), "/run/there/a", missing=["/run/there/a"])
-    assert made.directories == ("/run/there/a",)
+    assert directories(inventory, "a", "/run", "/run/layers") == ("/run/layers/a",)
+    assert directories(inventory, "b", "/run", "/run/layers", "/run/layers/b") == ()
 
 
 def test_dm_names_are_the_preferred_unless_taken(inventory):
@@ -143,7 +150,8 @@ def test_dm_names_are_the_preferred_unless_taken(inventory):
 def test_release_gives_back_everything_and_may_be_repeated(inventory):
     before = {name: repr(part) for name, part in vars(inventory).items()}
     owner = ("overlay", "o")
-    inventory.reserve(owner, "/run/x/o", missing=["/run/x", "/run/x/o"], dm_names=("l", "v"))
+    there = ("/run",).__contains__
+    inventory.reserve(owner, "/run/x/o", exists=there, dm_names=("l", "v"))
     inventory.reserve_scratch(owner, "7:1")
     inventory.release(owner)
     inventory.release(owner)
