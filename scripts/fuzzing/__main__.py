@@ -42,8 +42,8 @@ def fuzz(name: str, seconds: int) -> bool:
     before = set(places["found"].iterdir())
     command = [sys.executable, "-m", "scripts.fuzzing.libfuzzer", name]
     command += [str(places["corpus"]), str(places["seeds"]), f"-artifact_prefix={places['found']}/"]
-    command += [f"-max_total_time={seconds}", "-max_len=65536", "-timeout=30"]
-    command += ["-rss_limit_mb=2048", "-print_final_stats=1", "-verbosity=1"]
+    command += [f"-max_total_time={seconds}", f"-max_len={TARGETS[name].max_bytes}"]
+    command += ["-timeout=30", "-rss_limit_mb=2048", "-print_final_stats=1", "-verbosity=1"]
     with (CACHE / f"{name}.log").open("w+b") as log:
         status = subprocess.run(
             command, cwd=PROJECT, stdout=log, stderr=log, timeout=seconds + _MORE_SECONDS

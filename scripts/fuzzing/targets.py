@@ -45,15 +45,38 @@ _REPLY_SECONDS = 60.0
 #: More than that is not read of the files of one image.
 _CONTENT_BYTES = 1 << 20
 _MAX_NAMES = 10_000
+#: Codes of errors that say what is wrong with the bytes.
+_REFUSALS = ("integrity", "invalid", "resource", "unsupported")
+_MAX_TEXT_CHARACTERS = 2000
 _ROOT = "ab" * 32
 
 
 class Target(NamedTuple):
     """``run`` takes any bytes and says whether its reader took them, too; ``seeds`` are bytes to
-    begin with, nearly all of which it takes."""
+    begin with, nearly all of which it takes. More than ``max_bytes`` show nothing new."""
 
     run: Callable[[bytes], bool]
     seeds: Callable[[], Iterator[bytes]]
+    max_bytes: int = 64 * 1024
+
+
+@contextlib.contextmanager
+def _may_refuse() -> Iterator[None]:
+    """Take an error that says what is wrong with the bytes, in few words."""
+    refusal = None
+    try:
+        yield
+    except CallError as error:
+        refusal = error
+    if refusal is not None:
+        assert refusal.code in _REFUSALS, refusal
+        _check_size(refusal.message)
+        _check_size(refusal.hint or "")
+
+
+def _check_size(text: str) -> None:
+    """What is said of foreign bytes is not as long as these."""
+    assert len(text) <= _MAX_TEXT_CHARACTERS, f"{len(text)} characters: {text[:500]}"
 
 
 @contextlib.contextmanager
@@ -69,7 +92,13 @@ def _file(data: bytes) -> Iterator[int]:
 # --- the wire
 
 #: Small, so that few bytes pass them.
-_LIMITS = Limits(max_request_bytes=2048, max_request_values=128, max_depth=8)
+_LIMITS = Limits(
+    max_request_bytes=1024,
+    max_request_values=128,
+    max_reply_bytes=1024,
+    max_reply_values=192,
+    max_depth=8,
+)
 
 
 def _describe(message: Message) -> tuple[object, ...]:
@@ -195,6 +224,11 @@ def _server(data: bytes) -> bool:
         if is_request and message.msgid is not None:  # type: ignore[union-attr]
             asked[message.msgid] += 1  # type: ignore[union-attr]
     replies = _peer().ask(data)
+    for reply in replies:
+        error = reply[2] if reply[0] == 1 else reply[2][0]  # type: ignore[index]
+        if error is not None:
+            _check_size(error["message"])
+            _check_size(error.get("hint") or "")
     answered = Counter(reply[1] for reply in replies if reply[0] == 1)  # type: ignore[index]
     assert answered == asked, (answered, asked)
     return bool(asked)
@@ -212,7 +246,7 @@ def _command_line(data: bytes) -> bool:
         assert problem.key.startswith(PREFIX)
     # the files that these name are those of a machine
     layers = tuple(layer for layer in config.layers if "signature=" not in layer)
-    with contextlib.suppress(CallError):
+    with _may_refuse():
         plan_boot(layers, config.overlay, ())
     with contextlib.suppress(ValueError):
         network_from_texts(config.net)
@@ -263,7 +297,7 @@ def _tar(data: bytes) -> bool:
 
 
 def _takes_tar(data: bytes) -> bool:
-    with contextlib.suppress(CallError), _file(data) as fd:
+    with _may_refuse(), _file(data) as fd:
         _build(fd, len(data))
         return True
     return False
@@ -350,7 +384,7 @@ def _sparse(form: str) -> bytes:
 def _erofs(data: bytes) -> bool:
     """An image is refused, or its tree can be read, and its files."""
     data = data.ljust(round_up(len(data), BLOCK_BYTES) or BLOCK_BYTES, b"\0")
-    with contextlib.suppress(CallError), _file(data) as fd:
+    with _may_refuse(), _file(data) as fd:
         root = _read_erofs(fd)
         if _is_small(root):
             _facts(root)
@@ -384,7 +418,7 @@ def _erofs_seeds() -> Iterator[bytes]:
 
 def _superblock(data: bytes) -> bool:
     """A superblock that is taken is one that we would write, to the byte."""
-    with contextlib.suppress(CallError):
+    with _may_refuse():
         terms = parse_superblock(data)
         assert terms.data_blocks is not None
         found = VerityParameters.from_request(
@@ -432,12 +466,13 @@ def _manifest(data: bytes) -> bool:
         for image in ("", ",image=app"):
             for flattens_erofs in (False, True):
                 setting = f"{path},pmem:0{image}"
-                with contextlib.suppress(CallError):
+                with _may_refuse():
                     plan_boot((), None, (setting,), flattens_erofs=flattens_erofs)
-        try:
+        manifest = None
+        with _may_refuse():
             manifest = Manifest.load(path)
-        except CallError:
-            return False
+    if manifest is None:
+        return False
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
     for layer in manifest.layers:
         LayerSpec.from_wire(layer_spec(layer, device))
@@ -473,11 +508,11 @@ def _manifest_seeds() -> Iterator[bytes]:
 
 
 TARGETS: dict[str, Target] = {
-    "wire": Target(_wire, _wire_seeds),
-    "server": Target(_server, _wire_seeds),
-    "cmdline": Target(_command_line, _command_line_seeds),
+    "wire": Target(_wire, _wire_seeds, 1536),
+    "server": Target(_server, _wire_seeds, 16384),
+    "cmdline": Target(_command_line, _command_line_seeds, 4096),
     "tar": Target(_tar, _tar_seeds),
     "erofs": Target(_erofs, _erofs_seeds),
-    "superblock": Target(_superblock, _superblock_seeds),
-    "manifest": Target(_manifest, _manifest_seeds),
+    "superblock": Target(_superblock, _superblock_seeds, 1024),
+    "manifest": Target(_manifest, _manifest_seeds, 16384),
 }

@@ -126,13 +126,16 @@ def test_only_whole_scsi_disks_are_removed(bed: EngineBed, pack: Pack) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_removal_that_fails_leaves_the_disk(bed: EngineBed, number: int) -> None:
+@pytest.mark.parametrize(("kind", "code"), [("EIO", "device"), ("LATE", "timeout")])
+def test_a_removal_that_fails_leaves_the_disk(
+    bed: EngineBed, number: int, kind: str, code: str
+) -> None:
     with scsi_disk() as (device, name):
-        bed.faults.arm(f"#{number}:EIO")
+        bed.faults.arm(f"#{number}:{kind}")
         with bed.operation() as op, pytest.raises(CallError) as caught:
             remove_disk(bed.engine.state, device, op)
         bed.faults.arm("")
-        assert caught.value.code == "device"
+        assert caught.value.code == code
         assert os.path.exists(f"/sys/block/{name}")
 
 
