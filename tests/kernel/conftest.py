@@ -21,6 +21,9 @@ _DM_HEADER_BYTES = 312
 _DM_BUFFER_BYTES = 64 * 1024
 _SETTLE_SECONDS = 3.0
 
+#: Where the agent makes directories, which go with what is in them.
+_ROOTS = tuple(f"/run/{name}" for name in ("layers", "overlays", "volumes", "shares", "devtrees"))
+
 Tree = Mapping[str, bytes]
 
 
@@ -41,6 +44,7 @@ class _Holdings:
     dm_devices: frozenset[str]
     mounts: frozenset[tuple[str, str]]
     loops: frozenset[str]
+    directories: frozenset[str]
 
     @classmethod
     def now(cls) -> "_Holdings":
@@ -48,13 +52,15 @@ class _Holdings:
         loops = (path.parts[3] for path in blocks.glob("loop*/loop/backing_file"))
         with open("/proc/self/mountinfo") as file:
             mounts = frozenset((line.split()[0], line.split()[4]) for line in file)
-        return cls(frozenset(_dm_devices()), mounts, frozenset(loops))
+        directories = frozenset(filter(os.path.lexists, _ROOTS))
+        return cls(frozenset(_dm_devices()), mounts, frozenset(loops), directories)
 
     def beyond(self, before: "_Holdings") -> list[str]:
         return [
             *(f"device {name}" for name in sorted(self.dm_devices - before.dm_devices)),
             *(f"mount at {path}" for _, path in sorted(self.mounts - before.mounts)),
             *(f"loop device {name}" for name in sorted(self.loops - before.loops)),
+            *(f"directory {path}" for path in sorted(self.directories - before.directories)),
         ]
 
 
@@ -77,7 +83,8 @@ def _dm_devices() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _no_leaks(_real_kernel: None) -> Iterator[None]:
-    """Fail a test that leaves a dm device, a mount or a loop device behind, and clean up."""
+    """Fail a test that leaves a dm device, a mount, a loop device or a directory of the agent
+    behind, and clean up."""
     before = _Holdings.now()
     yield
     leaks = _settled(before)
@@ -104,6 +111,10 @@ def _clean_up(before: _Holdings) -> None:
     for name in now.dm_devices - before.dm_devices:
         command = ["dmsetup", "remove", "--force", "--deferred", name]
         subprocess.run(command, capture_output=True, check=False)
+    for root in now.directories - before.directories:
+        for path, _, _ in os.walk(root, topdown=False):
+            with contextlib.suppress(OSError):  # what is in it is the test's
+                os.rmdir(path)
 
 
 @pytest.fixture
