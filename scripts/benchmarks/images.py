@@ -21,7 +21,7 @@ from rootfs.image.images import ImageResult, build_image
 from rootfs.pack.pack import Pack
 from scripts.benchmarks.contest import BED, Contender, contest
 from scripts.benchmarks.rows import Row, row
-from tests.beds.imagebed import build_crowd
+from tests.beds.ctlbed import build_crowd
 
 __all__ = ("images_rows", "scale_rows")
 

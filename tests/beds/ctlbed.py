@@ -3,9 +3,12 @@
 import contextlib
 import io
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from unittest import mock
 import pytest
 
 from guestagent.host.ctl import main
+from tests.beds.imagebed import write_crowd
 
 #: The command line in a process of its own.
 GUESTCTL = (sys.executable, "-c", "from guestagent.host.ctl import main; main()")
@@ -61,3 +65,33 @@ def runner_in(place: Path) -> Run:
         return json.loads(done.stdout) if done.stdout else None
 
     return run
+
+
+@dataclass(frozen=True)
+class Built:
+    """What building an image took: seconds, and the largest memory of the process."""
+
+    seconds: float
+    peak_mib: float
+    inode_count: int
+
+
+def build_crowd(output: Path, count: int, filesystem: str) -> Built:
+    """Have guestctl build an image with a hash tree of ``count`` entries, from a tar that is made
+    while it reads."""
+    words = ("layer", "build", "-", str(output), "--filesystem", filesystem, "--verity")
+    begin = time.monotonic()
+    with tempfile.TemporaryFile() as said:
+        builder = subprocess.Popen(
+            [*GUESTCTL, "--json", *words], stdin=subprocess.PIPE, stdout=said
+        )
+        assert builder.stdin is not None
+        with builder.stdin as tar:
+            write_crowd(tar, count)
+        _, status, usage = os.wait4(builder.pid, 0)
+        seconds = time.monotonic() - begin
+        builder.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        told = json.load(said)
+    assert builder.returncode == 0, told
+    return Built(seconds, usage.ru_maxrss / 1024, told["inodes"])

@@ -4,17 +4,12 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import subprocess
 import tarfile
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
-
-from tests.beds.ctlbed import GUESTCTL
 
 EPOCH = 1_600_000_000
 
@@ -171,33 +166,3 @@ def _crowd_header(name: str, kind: bytes, mode: int) -> bytes:
     info = tarfile.TarInfo(name)
     info.type, info.mode, info.mtime = kind, mode, EPOCH
     return info.tobuf(tarfile.USTAR_FORMAT)
-
-
-@dataclass(frozen=True)
-class Built:
-    """What building an image took: seconds, and the largest memory of the process."""
-
-    seconds: float
-    peak_mib: float
-    inode_count: int
-
-
-def build_crowd(output: Path, count: int, filesystem: str) -> Built:
-    """Have guestctl build an image with a hash tree of ``count`` entries, from a tar that is made
-    while it reads."""
-    words = ("layer", "build", "-", str(output), "--filesystem", filesystem, "--verity")
-    begin = time.monotonic()
-    with tempfile.TemporaryFile() as said:
-        builder = subprocess.Popen(
-            [*GUESTCTL, "--json", *words], stdin=subprocess.PIPE, stdout=said
-        )
-        assert builder.stdin is not None
-        with builder.stdin as tar:
-            write_crowd(tar, count)
-        _, status, usage = os.wait4(builder.pid, 0)
-        seconds = time.monotonic() - begin
-        builder.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        told = json.load(said)
-    assert builder.returncode == 0, told
-    return Built(seconds, usage.ru_maxrss / 1024, told["inodes"])

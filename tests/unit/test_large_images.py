@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.beds.imagebed import build_crowd
+from tests.beds.ctlbed import build_crowd
 
 COUNT = 100_000
 #: What an interpreter with all that guestctl imports takes, and what each entry may take besides.
