@@ -398,9 +398,8 @@ class Inventory:
         """Reserve all that a layer or an overlay needs to itself, until it is released.
 
         Args:
-            exists: says whether a directory on the way to ``target`` is there. It is asked here,
-                because another request may remove what the agent has made and nothing holds. What
-                is not there the owner will make.
+            exists: says whether a directory on the way to ``target`` is there; the owner makes the
+                others. It is asked here, because another request may remove one meanwhile.
             dm_names: those that are wanted; ``unique_dm_names`` if another layer has one of them.
 
         Raises:
