@@ -2,19 +2,15 @@
 
 from pathlib import Path
 
-import pytest
-
 from guestagent.api import LayersMount, Verity
 from tests.beds.agentbed import AgentProcess, attached_pack
-from vsock.errors import CallError
+from tests.beds.errors import call_error
 
 
 def test_the_layer_is_named(tmp_path: Path) -> None:
     with attached_pack(tmp_path, 3) as pack, AgentProcess() as agent, agent.client() as guest:
         specs = [pack.spec(number) for number in range(3)]
         specs[1] = specs[1].replace(verity=Verity(root_digest=bytes(32)))
-        with pytest.raises(CallError) as caught:
+        with call_error("integrity", match="layer 'layer1'"):
             guest.layers_mount(LayersMount(layers=tuple(specs)))
-        assert caught.value.code == "integrity"
-        assert "layer 'layer1'" in caught.value.message
         assert guest.layer_list() == ()

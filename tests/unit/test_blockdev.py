@@ -16,6 +16,7 @@ from guestagent.api import (
 from guestagent.api.devices import Device, is_label
 from guestagent.storage import blockdev
 from guestagent.storage.blockdev import BlockDevice
+from tests.beds.errors import call_error
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import Line, log
@@ -122,9 +123,8 @@ def test_virtio_by_serial(sys_root: Path, add_disk: AddDisk) -> None:
     for serial in ("layer", "layer-3", "layer-2"):
         assert find(VirtioBlkDevice(serial=serial), sys_root) is None
     add_disk("vdd", "254:48", serial="layer-1")
-    with pytest.raises(CallError, match="vda and vdd") as caught:
+    with call_error("conflict", match="vda and vdd"):
         find(VirtioBlkDevice(serial="layer-1"), sys_root)
-    assert caught.value.code == "conflict"
 
 
 def add_names(
@@ -197,9 +197,8 @@ def test_a_label_of_two_disks_is_a_conflict_that_names_both(
 ) -> None:
     add_disk("vdb", "254:16", serial="same")
     add_names(add_disk("sda", "8:0"), serial="same")
-    with pytest.raises(CallError, match="sda and vdb all have label 'same'") as caught:
+    with call_error("conflict", match="sda and vdb all have label 'same'"):
         find(LabelDevice(label="same"), sys_root)
-    assert caught.value.code == "conflict"
 
 
 @pytest.mark.parametrize("label", ["", "a" * 65, "a b", "a.b", "a/b", "\u00e9", "a\n", "../x"])
@@ -337,7 +336,6 @@ def test_a_device_that_stays_away_is_looked_for_on_its_bus(
 
 
 def test_paths() -> None:
-    with pytest.raises(CallError, match="not a block device") as caught:
+    with call_error("invalid", match="not a block device"):
         blockdev.find(PathDevice(path="/dev/null"))
-    assert caught.value.code == "invalid"
     assert blockdev.find(PathDevice(path="/dev/nonexistent")) is None

@@ -20,6 +20,7 @@ from guestagent.api.devices import VerityTerms
 from guestagent.api.overlays import Scratch
 from guestagent.api.texts import scratch_from_text
 from guestagent.boot.plan import plan_boot
+from tests.beds.errors import call_error
 from vsock.errors import CallError
 
 ROOT = "ab" * 32
@@ -222,9 +223,8 @@ def test_a_manifest_names_layers_with_all_that_verifies_them(tmp_path: Path) -> 
 def test_settings_that_contradict_each_other(
     layers: tuple[str, ...], overlay: str | None, problem: str
 ) -> None:
-    with pytest.raises(CallError, match=problem) as caught:
+    with call_error("invalid", match=problem):
         plan_boot(layers, overlay, ())
-    assert caught.value.code == "invalid"
 
 
 @pytest.mark.parametrize(
@@ -241,9 +241,8 @@ def test_settings_that_contradict_each_other(
 def test_a_manifest_that_cannot_be_used(tmp_path: Path, text: str, code: str, problem: str) -> None:
     path = manifest(tmp_path / "m.json")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(CallError, match=problem) as caught:
+    with call_error(code, match=problem):
         plan_boot((), None, (text.format(path=path, digest=digest),))
-    assert caught.value.code == code
 
 
 @pytest.mark.parametrize(
@@ -353,9 +352,8 @@ def test_a_manifest_of_version_1_has_no_images(tmp_path: Path) -> None:
 def test_a_manifest_that_is_none(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "m.json"
     path.write_bytes(raw)
-    with pytest.raises(CallError) as caught:
+    with call_error("invalid"):
         plan_boot((), None, (f"{path},pmem:0",))
-    assert caught.value.code == "invalid"
 
 
 @pytest.mark.parametrize(

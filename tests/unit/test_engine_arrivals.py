@@ -11,8 +11,8 @@ import pytest
 from guestagent.api import LabelDevice, PathDevice
 from guestagent.engine.arrivals import Arrivals, DeviceAbsentError, find_device
 from guestagent.engine.transaction import Transaction
+from tests.beds.errors import call_error
 from vsock.deadline import Deadline
-from vsock.errors import CallError
 
 SECONDS = 20.0
 NEVER = LabelDevice(label="never")
@@ -83,9 +83,8 @@ def test_a_closed_one_calls_nothing_and_takes_no_more(arrivals: Arrivals) -> Non
         arrivals.close()
         assert waiting_threads() == []
         assert calls == []
-        with pytest.raises(CallError) as caught:
+        with call_error("cancelled"):
             wait_for(arrivals, NEVER, deadline)
-        assert caught.value.code == "cancelled"
 
 
 def test_no_descriptor_for_the_wait_is_told(
@@ -96,9 +95,8 @@ def test_no_descriptor_for_the_wait_is_told(
 
     monkeypatch.setattr("guestagent.engine.arrivals.UeventSocket", fail)
     with Deadline(SECONDS) as deadline:
-        with pytest.raises(CallError, match="nothing can wait for") as caught:
+        with call_error("resource", match="nothing can wait for"):
             wait_for(arrivals, NEVER, deadline)
-        assert caught.value.code == "resource"
         monkeypatch.undo()
         deadline.cancel()
         assert wait_for(arrivals, NEVER, deadline)() == "finish"
@@ -109,9 +107,8 @@ def test_so_many_may_wait_and_no_more(arrivals: Arrivals) -> None:
         ends: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(512):
             arrivals.when_there(NEVER, deadline, lambda: None, lambda: ends.put(None))
-        with pytest.raises(CallError, match="512 requests wait for devices") as caught:
+        with call_error("resource", match="512 requests wait for devices"):
             wait_for(arrivals, NEVER, deadline)
-        assert caught.value.code == "resource"
         deadline.cancel()
         for _ in range(512):
             ends.get(timeout=SECONDS)
@@ -122,10 +119,11 @@ def test_only_a_request_that_may_be_left_is() -> None:
         with pytest.raises(DeviceAbsentError):
             find_device(NEVER, op)
         deadline.cancel()
-        with pytest.raises(CallError, match="'never' is not there; block devices seen") as caught:
+        with call_error("cancelled", match="'never' is not there; block devices seen"):
             find_device(NEVER, op)
-        assert caught.value.code == "cancelled"
-    with Deadline(0.05) as deadline, Transaction(deadline) as op:
-        with pytest.raises(CallError, match="'never' is not there") as caught:
-            find_device(NEVER, op)
-        assert caught.value.code == "timeout"
+    with (
+        Deadline(0.05) as deadline,
+        Transaction(deadline) as op,
+        call_error("timeout", match="'never' is not there"),
+    ):
+        find_device(NEVER, op)

@@ -8,6 +8,7 @@ from guestagent.api import ByteRange, OverlaySpec
 from guestagent.engine.claims import PathClaims
 from guestagent.engine.inventory import Inventory, LiveOverlay
 from tests.beds.enginebed import layer
+from tests.beds.errors import call_error
 from vsock.errors import CallError
 
 STATE = "/run/guestagent"
@@ -23,9 +24,8 @@ def inventory():
 )
 def test_targets_must_not_lie_on_in_or_above_each_other(inventory, target):
     inventory.reserve(("layer", "first"), "/run/a")
-    with pytest.raises(CallError) as caught:
+    with call_error("conflict", object=target):
         inventory.reserve(("layer", "second"), target)
-    assert (caught.value.code, caught.value.object) == ("conflict", target)
 
 
 paths = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(
@@ -73,9 +73,8 @@ def test_names_that_only_begin_alike_are_apart(inventory):
 def test_scratches_must_not_overlap_each_other_or_targets(inventory, key):
     inventory.reserve_scratch(("overlay", "o"), "/run/s")
     inventory.reserve(("layer", "first"), "/run/t")
-    with pytest.raises(CallError) as caught:
+    with call_error("conflict"):
         inventory.reserve_scratch(("overlay", "p"), key)
-    assert caught.value.code == "conflict"
 
 
 def test_an_overlay_cannot_be_mounted_into_its_own_scratch(inventory):
@@ -243,6 +242,5 @@ def test_a_mount_may_lie_in_a_target_and_hide_none(path: str, hidden: str | None
     if hidden is None:
         claims.refuse_hiding(path)
         return
-    with pytest.raises(CallError, match=f"would hide '{hidden}'") as caught:
+    with call_error("conflict", match=f"would hide '{hidden}'"):
         claims.refuse_hiding(path)
-    assert caught.value.code == "conflict"

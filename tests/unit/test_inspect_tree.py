@@ -18,6 +18,7 @@ from guestagent.host.client import GuestAgent
 from guestagent.inspect import pax
 from guestagent.inspect.listing import matches
 from guestagent.inspect.walk import MAX_DEPTH
+from tests.beds.errors import call_error
 from tests.beds.inspectbed import serving
 from vsock.errors import CallError
 
@@ -79,9 +80,8 @@ def test_checksums_are_those_of_hashlib(guest: GuestAgent, tree: Path) -> None:
 
 def test_checksums_of_a_part(guest: GuestAgent) -> None:
     assert set(guest.fs_checksums("/etc/deep", layer_id="base")) == {b"er", b"er/big"}
-    with pytest.raises(CallError) as refused:
+    with call_error("invalid"):
         guest.fs_checksums("/etc/motd", layer_id="base")
-    assert refused.value.code == "invalid"
 
 
 def test_checksum_of_a_file(guest: GuestAgent, tree: Path) -> None:
@@ -163,9 +163,8 @@ def test_a_tree_that_is_too_deep_is_refused(guest: GuestAgent, tree: Path) -> No
         fd = below_fd
     os.close(fd)
     for walk in (guest.fs_du, guest.fs_checksums):
-        with pytest.raises(CallError) as refused:
+        with call_error("resource") as refused:
             walk("/", layer_id="base")
-        assert refused.value.code == "resource"
         assert refused.value.hint
     walked = guest.fs_find("/" + "d/" * 21, layer_id="base")
     assert sum(1 for _ in walked) == MAX_DEPTH - 1

@@ -25,6 +25,7 @@ from rootfs.imagefile.ranges import FileRange, first_fit, free_ranges, overlappi
 from rootfs.pack.manifest import Manifest
 from rootfs.pack.pack import DAX_ALIGNMENT_BYTES, Pack, manifest_path_of
 from rootfs.verity.formatter import format_image
+from tests.beds.errors import call_error
 from vsock.errors import CallError
 
 MIB = 1 << 20
@@ -217,9 +218,8 @@ def test_a_layer_whose_tree_is_not_its_own_is_refused(tmp_path: Path) -> None:
     path, parameters = verity_layer(tmp_path / "layer")
     wrong = parameters.replace(root_digest=bytes(32))  # type: ignore[attr-defined]
     with Pack.create(tmp_path / "p") as pack:
-        with pytest.raises(CallError) as caught:
+        with call_error("integrity"):
             pack.add(path, "v", verity=wrong)
-        assert caught.value.code == "integrity"
         assert pack.layers == ()
     assert (tmp_path / "p").stat().st_size == 0
 
@@ -240,13 +240,10 @@ def test_an_image_that_was_cut_is_found(tmp_path: Path, layer: Path) -> None:
 def test_a_pack_in_use_is_busy(tmp_path: Path, layer: Path) -> None:
     with Pack.create(tmp_path / "p") as pack:
         pack.add(layer, "a")
-        with pytest.raises(CallError) as caught:
+        with call_error("busy"):
             Pack.open(tmp_path / "p")
-        assert caught.value.code == "busy"
-    with Pack.open(tmp_path / "p"), Pack.open(tmp_path / "p"):
-        with pytest.raises(CallError) as caught:
-            Pack.open(tmp_path / "p", writable=True)
-        assert caught.value.code == "busy"
+    with Pack.open(tmp_path / "p"), Pack.open(tmp_path / "p"), call_error("busy"):
+        Pack.open(tmp_path / "p", writable=True)
     with Pack.open(tmp_path / "p", writable=True) as pack:
         pack.remove("a")
 
@@ -256,9 +253,8 @@ def test_a_disk_that_qemu_holds_is_busy(tmp_path: Path) -> None:
     with (tmp_path / "p").open("rb") as held:
         lock = struct.pack("hh4xqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 100, 1, 0)
         fcntl.fcntl(held, fcntl.F_OFD_SETLK, lock)
-        with pytest.raises(CallError, match="virtual machine") as caught:
+        with call_error("busy", match="virtual machine"):
             Pack.open(tmp_path / "p", writable=True)
-        assert caught.value.code == "busy"
         Pack.open(tmp_path / "p").close()
 
 
@@ -276,26 +272,21 @@ def test_reading_only_is_reading_only(tmp_path: Path, layer: Path) -> None:
 def test_ids_are_unique_and_removal_is_exact(tmp_path: Path, layer: Path) -> None:
     with Pack.create(tmp_path / "p") as pack:
         pack.add(layer, "a")
-        with pytest.raises(CallError) as caught:
+        with call_error("conflict"):
             pack.add(layer, "a")
-        assert caught.value.code == "conflict"
-        with pytest.raises(CallError) as caught:
+        with call_error("not_found"):
             pack.remove("b")
-        assert caught.value.code == "not_found"
-        with pytest.raises(CallError, match="layer id") as caught:
+        with call_error("invalid", match="layer id"):
             pack.add(layer, "../a")
-        assert caught.value.code == "invalid"
 
 
 def test_pack_create_does_not_overwrite_existing_files(tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(b"precious")
-    with pytest.raises(CallError) as caught:
+    with call_error("conflict"):
         Pack.create(tmp_path / "p")
-    assert caught.value.code == "conflict"
     (tmp_path / "q.json").write_bytes(b"precious")
-    with pytest.raises(CallError) as caught:
+    with call_error("conflict"):
         Pack.create(tmp_path / "q")
-    assert caught.value.code == "conflict"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["p", "q.json"]
 
 
@@ -481,8 +472,7 @@ def test_a_layer_that_grows_meanwhile_does_not_run_into_the_next(
         pack.remove("first")
         layer_file(tmp_path / "growing", 10_000, 2)
         monkeypatch.setattr(module, "digest_range", and_grow)
-        with pytest.raises(CallError, match="size changed") as caught:
+        with call_error("conflict", match="size changed"):
             pack.add(tmp_path / "growing", "growing")
-        assert caught.value.code == "conflict"
         assert [each.layer_id for each in pack.layers] == ["behind"]
         assert pack.check().is_sound

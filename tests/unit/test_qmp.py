@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rootfs.machine.qmp import QmpClient, QmpClosedError, QmpError
+from tests.beds.errors import call_error
 from vsock.deadline import Deadline
-from vsock.errors import CallError
 
 
 class Peer:
@@ -108,6 +108,5 @@ def test_the_end_of_qemu_is_told(ends: tuple[QmpClient, Peer], deadline: Deadlin
 
 def test_silence_ends_at_the_deadline(ends: tuple[QmpClient, Peer]) -> None:
     client, _ = ends
-    with closing(Deadline(0.05)) as deadline, pytest.raises(CallError, match="QMP: quit") as caught:
+    with closing(Deadline(0.05)) as deadline, call_error("timeout", match="QMP: quit"):
         client.execute("quit", deadline=deadline)
-    assert caught.value.code == "timeout"

@@ -29,6 +29,7 @@ from rootfs.verity import workers as parallel
 from rootfs.verity.formatter import FormatResult, derive_uuid, format_image
 from rootfs.verity.hashing import BlockHash, HashlibHasher
 from rootfs.verity.verifier import read_layer, verify_image
+from tests.beds.errors import call_error
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -337,9 +338,8 @@ def test_a_deadline_in_the_past_ends_the_work(image: Path, workers: int) -> None
 
 @pytest.mark.usefixtures("always_parallel")
 def test_an_image_that_shrinks_while_it_is_read_is_an_error(image: Path) -> None:
-    with pytest.raises(CallError, match="was it truncated") as caught:
+    with call_error("integrity", match="was it truncated"):
         format_image(image, workers=1, progress=lambda done, total: os.truncate(image, 4096))
-    assert caught.value.code == "integrity"
 
 
 @pytest.mark.parametrize("apart", [True, False])
@@ -349,9 +349,8 @@ def test_an_image_that_changes_while_it_is_read_gets_no_tree(
     def write(done: int, total: int) -> None:
         image.write_bytes(NOISE[::-1])
 
-    with pytest.raises(CallError, match="it changed while it was read") as caught:
+    with call_error("conflict", match="it changed while it was read"):
         format_image(image, progress=write, hash_file=tmp_path / "hashes" if apart else None)
-    assert caught.value.code == "conflict"
     assert image.read_bytes() == NOISE[::-1]
     assert os.listdir(tmp_path) == ["image"]
 
@@ -481,9 +480,8 @@ def test_a_fault_in_the_last_step_is_undone(
         return fail() if on_image else real(fd, *arguments)
 
     monkeypatch.setattr(os, call, fail_on_image)
-    with pytest.raises(CallError, match="Input/output error") as caught:
+    with call_error("device", match="Input/output error"):
         format_image(image, workers=1)
-    assert caught.value.code == "device"
     assert image.read_bytes() == NOISE
 
 
@@ -497,9 +495,8 @@ def test_room_is_reserved_before_an_old_hash_area_is_overwritten(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", fail)
-    with pytest.raises(CallError, match="No space left") as caught:
+    with call_error("resource", match="No space left"):
         format_image(image, force=True, terms=VerityTerms(hash_block_size=512))
-    assert caught.value.code == "resource"
     assert image.read_bytes() == content
 
 
@@ -519,9 +516,8 @@ def test_short_reads_lose_nothing(image: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_formatted_image_is_refused_unless_forced(image: Path) -> None:
     first = format_image(image, terms=VerityTerms(salt=b"a"), uuid=IDENTITY)
     content = image.read_bytes()
-    with pytest.raises(CallError, match="has a hash area at 2867200 already") as caught:
+    with call_error("conflict", match="has a hash area at 2867200 already"):
         format_image(image)
-    assert caught.value.code == "conflict"
     assert image.read_bytes() == content
     assert (
         format_image(image, terms=VerityTerms(salt=b"b"), force=True).root_digest
@@ -532,9 +528,8 @@ def test_a_formatted_image_is_refused_unless_forced(image: Path) -> None:
 
 
 def test_what_is_behind_the_data_is_kept_unless_forced(image: Path) -> None:
-    with pytest.raises(CallError, match="would overwrite") as caught:
+    with call_error("conflict", match="would overwrite"):
         format_image(image, terms=VerityTerms(data_blocks=600))
-    assert caught.value.code == "conflict"
     assert image.read_bytes() == NOISE
     result = format_image(image, terms=VerityTerms(data_blocks=600), force=True)
     assert result.parameters.data_blocks == 600
@@ -592,9 +587,8 @@ def test_a_hash_area_in_bytes_of_no_file_system_is_not_guessed_at(image: Path) -
     inner = image.read_bytes()
     image.write_bytes(NOISE[:4096] + inner)
     for force in (False, True):
-        with pytest.raises(CallError, match="cannot tell where the data of") as caught:
+        with call_error("conflict", match="cannot tell where the data of") as caught:
             format_image(image, force=force)
-        assert caught.value.code == "conflict"
         assert caught.value.hint == "say data_blocks"
     assert image.read_bytes() == NOISE[:4096] + inner
     image.write_bytes(NOISE[:4096] + inner + bytes(-len(inner) % 4096))
@@ -606,9 +600,8 @@ def test_a_hash_area_in_bytes_of_no_file_system_is_not_guessed_at(image: Path) -
 def test_an_existing_hash_file_is_kept_unless_forced(image: Path, tmp_path: Path) -> None:
     hashes = tmp_path / "hashes"
     hashes.write_bytes(b"precious")
-    with pytest.raises(CallError) as caught:
+    with call_error("conflict"):
         format_image(image, hash_file=hashes)
-    assert caught.value.code == "conflict"
     assert hashes.read_bytes() == b"precious"
     result = format_image(image, hash_file=hashes, force=True)
     assert hashes.stat().st_size == result.parameters.end_bytes
@@ -627,9 +620,8 @@ def test_an_existing_hash_file_is_kept_unless_forced(image: Path, tmp_path: Path
 def test_impossible_choices_are_refused_by_name(
     image: Path, choices: dict[str, object], field: str
 ) -> None:
-    with pytest.raises(CallError) as caught:
+    with call_error("invalid", object=field):
         format_image(image, terms=VerityTerms(**choices))  # type: ignore[arg-type]
-    assert (caught.value.code, caught.value.object) == ("invalid", field)
     assert image.read_bytes() == NOISE
 
 
@@ -644,15 +636,12 @@ def test_a_size_that_is_no_multiple_is_refused_with_a_remedy(image: Path) -> Non
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CallError) as caught:
+    with call_error("not_found"):
         format_image(tmp_path / "missing")
-    assert caught.value.code == "not_found"
-    with pytest.raises(CallError) as caught:
+    with call_error("invalid"):
         format_image(tmp_path)
-    assert caught.value.code == "invalid"
-    with pytest.raises(CallError) as caught:
+    with call_error("invalid"):
         format_image("/dev/null")
-    assert caught.value.code == "invalid"
 
 
 def test_a_locked_image_is_busy(image: Path) -> None:
@@ -674,9 +663,8 @@ def test_an_attached_image_is_busy(
     monkeypatch.setattr(busy, "_PARTITIONS", str(partitions))
     attribute.write_text(f"{image}\n")
     monkeypatch.setattr(busy, "_BLOCK_DEVICES", str(tmp_path / "sys"))
-    with image.open("rb"), pytest.raises(CallError, match="attached to /dev/loop7") as caught:
+    with image.open("rb"), call_error("busy", match="attached to /dev/loop7"):
         format_image(image)
-    assert caught.value.code == "busy"
 
 
 def test_format_image_accepts_image_open_for_reading(image: Path) -> None:
@@ -710,9 +698,8 @@ def test_a_mounted_image_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     link = tmp_path / "link"
     link.symlink_to(image)
     for name in (image, link):
-        with image.open("rb"), pytest.raises(CallError, match="mounted on '/mnt'") as caught:
+        with image.open("rb"), call_error("busy", match="mounted on '/mnt'"):
             format_image(name)
-        assert caught.value.code == "busy"
 
 
 def test_the_uuid_follows_from_content_alone() -> None:

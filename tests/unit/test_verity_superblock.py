@@ -25,6 +25,7 @@ from guestagent.storage.verity import (
     parse_superblock,
     superblock_uuid,
 )
+from tests.beds.errors import call_error
 from vsock.errors import CallError
 
 needs_veritysetup = pytest.mark.skipif(
@@ -141,9 +142,8 @@ def test_each_field_is_checked_and_named(
 ) -> None:
     raw = bytearray(RAW)
     struct.pack_into(layout, raw, offset, value)
-    with pytest.raises(CallError) as caught:
+    with call_error("integrity", object=field) as caught:
         parse_superblock(bytes(raw))
-    assert (caught.value.code, caught.value.object) == ("integrity", field)
     assert field in caught.value.message
 
 
@@ -165,9 +165,8 @@ def test_what_the_format_allows_and_layers_may_not_have_is_unsupported(
 ) -> None:
     raw = bytearray(RAW)
     struct.pack_into(layout, raw, offset, value)
-    with pytest.raises(CallError) as caught:
+    with call_error("unsupported", object=field):
         from_superblock(bytes(raw))
-    assert (caught.value.code, caught.value.object) == ("unsupported", field)
 
 
 @needs_veritysetup
@@ -288,15 +287,13 @@ def test_a_request_that_contradicts_the_superblock_is_refused(field: str, value:
     said = GOOD.as_dict()
     assert from_superblock(RAW, **said).salt == b"salt"
     said["root_digest"] = None
-    with pytest.raises(CallError) as caught:
+    with call_error("integrity", object=field):
         from_superblock(RAW, **{**said, field: value})
-    assert (caught.value.code, caught.value.object) == ("integrity", field)
 
 
 def test_a_digest_of_another_length_than_the_superblocks_algorithm_is_refused() -> None:
-    with pytest.raises(CallError) as caught:
+    with call_error("invalid", object="root_digest"):
         from_superblock(RAW, root_digest=bytes(64))
-    assert (caught.value.code, caught.value.object) == ("invalid", "root_digest")
 
 
 def bare(offset: int, **said: object) -> VerityParameters:
@@ -327,9 +324,8 @@ def test_missing_and_impossible_values_are_invalid(
         with pytest.raises(FieldError, match="root_digest"):
             bare(offset, **said)
         return
-    with pytest.raises(CallError) as caught:
+    with call_error("invalid", object=field):
         bare(offset, **said)
-    assert (caught.value.code, caught.value.object) == ("invalid", field)
 
 
 def test_where_the_hash_area_starts() -> None:
@@ -350,9 +346,10 @@ def test_where_the_hash_area_starts() -> None:
 def test_kernel_limits() -> None:
     check_kernel_limits(parameters(), logical_block_size=512)
     check_kernel_limits(parameters(), logical_block_size=4096)
-    with pytest.raises(CallError, match="hash_block_size: 512 bytes cannot be mapped") as caught:
+    with call_error(
+        "unsupported", match="hash_block_size: 512 bytes cannot be mapped", object="hash_block_size"
+    ):
         check_kernel_limits(parameters(hash_block_size=512), logical_block_size=4096)
-    assert (caught.value.code, caught.value.object) == ("unsupported", "hash_block_size")
 
 
 class Device:
@@ -411,9 +408,8 @@ def test_one_data_block_is_its_own_root() -> None:
 def test_a_wrong_root_is_refused_and_both_are_named() -> None:
     device = Device()
     wrong = device.parameters.replace(root_digest=b"\1" * 32)
-    with pytest.raises(CallError) as caught:
+    with call_error("integrity") as caught:
         check_root(wrong, device.read_at)
-    assert caught.value.code == "integrity"
     assert "01" * 32 in caught.value.message
     assert device.parameters.root_digest.hex() in caught.value.message
 
@@ -422,9 +418,8 @@ def test_a_wrong_root_is_refused_and_both_are_named() -> None:
 def test_a_truncated_top_is_refused(keep: int) -> None:
     device = Device()
     del device.content[device.parameters.tree_offset_bytes + keep :]
-    with pytest.raises(CallError, match="the top hash block") as caught:
+    with call_error("integrity", match="the top hash block"):
         check_root(device.parameters, device.read_at)
-    assert caught.value.code == "integrity"
 
 
 def test_a_tree_without_its_end_is_refused() -> None:
@@ -437,9 +432,8 @@ def test_a_tree_without_its_end_is_refused() -> None:
 def test_a_hash_area_within_the_data_is_refused() -> None:
     device = Device()
     within = device.parameters.replace(hash_offset_bytes=4096)
-    with pytest.raises(CallError, match="overlaps the data") as caught:
+    with call_error("invalid", match="overlaps the data"):
         check_root(within, device.read_at)
-    assert caught.value.code == "invalid"
     # on a device of its own it may start anywhere
     apart = device.parameters.replace(hash_offset_bytes=0)
     shift = device.parameters.tree_offset_bytes - apart.tree_offset_bytes
@@ -463,9 +457,8 @@ def test_the_spine_finds_damage_on_its_path(
 ) -> None:
     device = Device()
     device.content[position if isinstance(position, int) else position(device)] ^= 1
-    with pytest.raises(CallError) as caught:
+    with call_error("integrity", object=named):
         check_tree_spines(device.parameters, device.read_at)
-    assert (caught.value.code, caught.value.object) == ("integrity", named)
 
 
 def test_the_spine_of_another_block_does_not_read_this_one() -> None:
@@ -507,9 +500,10 @@ def test_fewer_data_blocks_than_the_tree_has_are_noticed(hash_type: int, blocks:
     def shifted(offset: int, size: int) -> bytes:  # a smaller tree would start elsewhere
         return device.read_at(offset + (end if offset > fewer.tree_offset_bytes else 0), size)
 
-    with pytest.raises(CallError, match=f"the hash tree is not over {blocks} blocks") as caught:
+    with call_error(
+        "integrity", match=f"the hash tree is not over {blocks} blocks", object="data_blocks"
+    ):
         check_tree_spines(fewer, device.read_at, read_hash_at=shifted, data_blocks=(blocks - 1,))
-    assert (caught.value.code, caught.value.object) == ("integrity", "data_blocks")
 
 
 def test_every_export_exists() -> None:
