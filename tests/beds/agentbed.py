@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -30,6 +30,8 @@ from rootfs.verity.formatter import format_image
 from tests.beds.dmbed import loop_device
 from vsock.deadline import Deadline
 from vsock.errors import CallError
+
+T = TypeVar("T")
 
 PROJECT = Path(__file__).resolve().parents[2]
 #: The interpreter's own packages, for an agent that is started as in an initramfs (-I -S).
@@ -215,6 +217,11 @@ class EngineBed:
             yield self.engine.operation(deadline)
         finally:
             deadline.close()
+
+    def ask(self, method: Callable[..., T], *arguments: object, **options: object) -> T:
+        """Call a method of the engine in an operation of its own."""
+        with self.operation() as op:
+            return method(*arguments, op, **options)
 
     def refusal(self, request: Callable[[Transaction], object]) -> CallError:
         """Return the error of a request that fails; it has changed nothing."""

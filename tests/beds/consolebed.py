@@ -226,6 +226,12 @@ class Client:
     def type(self, text: str | bytes) -> None:
         self.sock.sendall(frame(DATA, text.encode() if isinstance(text, str) else text))
 
+    def ask(self, text: str, *shown: str) -> None:
+        """Type, then wait for what is shown."""
+        self.type(text)
+        for each in shown:
+            self.expect(each)
+
     def send(self, kind: int, payload: bytes | Mapping[str, object] = b"") -> None:
         self.sock.sendall(frame(kind, payload))
 

@@ -1,4 +1,7 @@
-"""Loop devices, attached and detached by ioctl. Uses nothing of the code under test."""
+"""Loop devices, attached and detached by ioctl, and files for them.
+
+Uses nothing of the code under test.
+"""
 
 import contextlib
 import errno
@@ -12,6 +15,13 @@ LOOP_CLR_FD, LOOP_CONFIGURE, LOOP_CTL_GET_FREE = 0x4C01, 0x4C0A, 0x4C82
 LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR = 1, 4
 _CONFIG_BYTES = 304
 _FLAGS_OFFSET = 60  # of lo_info.lo_flags in struct loop_config
+
+
+def sparse_file(path: Path, size_bytes: int) -> Path:
+    """Make a file of zeros that takes no room; return its path."""
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+    return path
 
 
 def attach(

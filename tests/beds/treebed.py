@@ -10,6 +10,7 @@ from pathlib import Path
 from rootfs.image.tree import Node, read_content, walk
 from rootfs.pack.manifest import ManifestLayer
 from tests.beds import dmbed
+from tests.beds.loopbed import sparse_file
 
 
 @contextmanager
@@ -31,8 +32,7 @@ def mounted(
 @contextmanager
 def ext4_directory(directory: Path) -> Iterator[Path]:
     """A directory on ext4: the tmpfs of older kernels has no attributes of users."""
-    with (directory / "disk").open("wb") as file:
-        file.truncate(64 << 20)
+    sparse_file((directory / "disk"), 64 << 20)
     dmbed.run("mkfs.ext4", "-q", "-F", "-b", "4096", "-O", "^has_journal", directory / "disk")
     (directory / "mnt").mkdir()
     dmbed.run("mount", "-o", "loop", directory / "disk", directory / "mnt")
@@ -67,8 +67,7 @@ def make_everything(top: Path) -> Path:
         file.write(b"in the middle" * 1000)
         file.seek((40 << 20) - 3)
         file.write(b"end")
-    with (top / "holeonly").open("wb") as file:
-        file.truncate(1 << 20)
+    sparse_file((top / "holeonly"), 1 << 20)
     os.chown(top / "size4096", 4_000_000_000, 70_000)
     (top / "size4097").chmod(0o6755)
     os.chown(top / "short", 12, 34, follow_symlinks=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.beds import loopbed
+from tests.beds.agentbed import EngineBed, Pack, attached_pack
 from tests.beds.veritybed import VerityImage, make_verity_image
 
 # linux/dm-ioctl.h: _IOWR(0xfd, 2, struct dm_ioctl), asked for without the code under test
@@ -25,6 +26,22 @@ _SETTLE_SECONDS = 3.0
 _ROOTS = tuple(f"/run/{name}" for name in ("layers", "overlays", "volumes", "shares", "devtrees"))
 
 Tree = Mapping[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def pack(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pack]:
+    """Attach a pack of as many layers as the test module's ``PACK_LAYERS``."""
+    with attached_pack(tmp_path_factory.mktemp("pack"), request.module.PACK_LAYERS) as pack:
+        yield pack
+
+
+@pytest.fixture
+def bed(tmp_path: Path) -> Iterator[EngineBed]:
+    """Open an engine without layers."""
+    with EngineBed(tmp_path / "state") as bed:
+        yield bed
 
 
 @pytest.fixture(scope="session", autouse=True)

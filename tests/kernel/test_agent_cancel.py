@@ -2,20 +2,19 @@
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from guestagent.api import LayersMount, LayerSpec
 from guestagent.host.client import GuestAgent
-from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
+from tests.beds.agentbed import AgentProcess, Pack, World, settled_world
 from vsock.client import Client
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.record import Record
 
-LAYERS = 12
+PACK_LAYERS = 12
 #: In order, as ``timings_ms`` names them.
 STEPS = (
     "device", "version", "journal", "superblock", "linear", "verity", "prove", "target",
@@ -23,12 +22,6 @@ STEPS = (
 )  # fmt: skip
 #: Far more than a step takes, and far less than the deadline of the request.
 SECONDS = 20
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), LAYERS) as pack:
-        yield pack
 
 
 def wait_until_at(guest: GuestAgent, step: str, threads: int) -> None:
@@ -74,7 +67,7 @@ def test_a_layer(pack: Pack, step: str) -> None:
 @pytest.mark.parametrize("step", ["superblock", "verity", "mount", "defer"])
 def test_a_batch(pack: Pack, step: str) -> None:
     """All of its threads hang at the step, and all of them end."""
-    layers: tuple[LayerSpec, ...] = tuple(pack.spec(number) for number in range(LAYERS))
+    layers: tuple[LayerSpec, ...] = tuple(pack.spec(number) for number in range(PACK_LAYERS))
     # what comes before the first step of a layer is done once, by the thread of the request
     threads = 1 if step == "superblock" else (os.cpu_count() or 1) + 1
     with faulty(step) as agent:

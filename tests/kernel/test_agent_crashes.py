@@ -4,21 +4,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from tests.beds.agentbed import PROJECT, SITE, AgentProcess, Pack, attached_pack
+from tests.beds.agentbed import PROJECT, SITE, AgentProcess, Pack
 from tests.beds.soak import Soak, answered_within
 from tests.beds.supervised import SupervisedAgent
 
+PACK_LAYERS = 24
 KILLS = int(os.environ.get("KILLS", "200"))
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 24) as pack:
-        yield pack
 
 
 @pytest.mark.timeout(600)

@@ -21,17 +21,13 @@ from guestagent.api import (
 )
 from guestagent.api.agent import FEATURES
 from guestagent.host.client import GuestAgent
-from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world, who
+from tests.beds.agentbed import AgentProcess, Pack, World, settled_world, who
+from tests.beds.calls import call_error
 from tests.beds.dmbed import loop_device
-from tests.beds.errors import call_error
 from vsock.client import Client
 from vsock.errors import CallError
 
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 3) as pack:
-        yield pack
+PACK_LAYERS = 3
 
 
 @pytest.fixture(scope="module")

@@ -15,22 +15,17 @@ from guestagent.api import (
 )
 from guestagent.host.client import GuestAgent
 from tests.beds import dmbed
-from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world, who
+from tests.beds.agentbed import AgentProcess, Pack, World, settled_world, who
 from vsock.client import Client, PendingCall
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.record import Record
 
+PACK_LAYERS = 2
 SECONDS = 20.0
 LONG_MS = 600_000
 #: More than the agent has threads, and than a connection may have.
 MANY = 64
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 2) as pack:
-        yield pack
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 from guestagent.api import ByteRange, LayerSpec, PathDevice, TmpfsScratch, Verity
 from guestagent.host.client import GuestAgent
 from tests.beds.agentbed import AgentProcess, overlay
+from tests.beds.calls import call_error
 from tests.beds.dmbed import erofs_image, loop_device
-from tests.beds.errors import call_error
 
 _HIDE = """
 set -e

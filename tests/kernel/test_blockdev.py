@@ -21,7 +21,7 @@ from guestagent.storage.keyring import ThreadKey
 from guestagent.storage.kmsg import KernelLog
 from guestagent.storage.uevents import LOST, UeventSocket
 from tests.beds import dmbed
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.deadline import Deadline
 from vsock.log import log as agent_log
 

@@ -15,7 +15,7 @@ from guestagent.storage.mountinfo import mounts_by_target
 from rootfs.image.images import build_image
 from rootfs.pack.pack import Pack
 from tests.beds.agentbed import World, settled_world
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.veritybed import VerityImage
 from vsock.deadline import Deadline
 from vsock.errors import CallError

@@ -7,25 +7,25 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgpack
-import pexpect
 import pytest
 
 from guestagent.api import LayersMount, LayersUnmount, OverlaySpec
 from guestagent.host.client import GuestAgent
 from guestagent.storage import syscalls
-from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
+from tests.beds.agentbed import AgentProcess, Pack, World, settled_world
 from tests.beds.consolebed import END, HELLO, WELCOME, Client, frame, wait_until
+from tests.beds.ctlbed import GUESTCTL
+from tests.beds.terminal import ask, ended, spawn
 from vsock.address import VMADDR_CID_LOCAL
 
+PACK_LAYERS = 6
 PROJECT = Path(__file__).resolve().parents[2]
-GUESTCTL = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]
 CONNECTS = 10_000
 MAX_GROWTH_BYTES = 2 << 20
 PORT = 1099
@@ -64,12 +64,6 @@ class ConsoleAgent(AgentProcess):
         threads = len(os.listdir(f"/proc/{self.pid}/task"))
         fds = len(os.listdir(f"/proc/{self.pid}/fd"))
         return threads, fds, pages * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 6) as pack:
-        yield pack
 
 
 @pytest.fixture(scope="module")
@@ -428,28 +422,17 @@ def test_a_terminal_reconnects_when_the_agent_is_started_again(pack: Pack) -> No
     with ConsoleAgent() as agent:
         with agent.client() as guest:
             guest.layer_mount(pack.spec(0))
-        child = pexpect.spawn(
-            GUESTCTL[0],
-            [*GUESTCTL[1:], "--connect", agent.address, "console"],
-            dimensions=(24, 80),
-            timeout=60,
-            cwd=str(PROJECT),
-        )
+        child = spawn("--connect", agent.address, "console", timeout_seconds=60, environment={})
         child.expect_exact("guest> ")
-        child.send("layers layer0\r")
-        child.expect_exact("mounted")
+        ask(child, "layers layer0\r", "mounted")
         agent.kill()
         child.expect_exact("the console was lost")
         agent.start()
         child.expect_exact("connected again: this is a new session")
         child.expect_exact("guest> ")
-        child.send("layers layer0\r")
-        child.expect_exact("mounted")
-        child.expect_exact("guest> ")
+        ask(child, "layers layer0\r", "mounted", "guest> ")
         child.send("~.")
-        child.expect(pexpect.EOF)
-        child.close()
-        assert child.exitstatus == 0
+        assert ended(child) == 0
         with agent.client() as guest:
             guest.layer_unmount("layer0")
 

@@ -23,6 +23,7 @@ from guestagent.storage.mount import mount_filesystem, unmount
 from guestagent.storage.uevents import Uevent, UeventSocket
 from guestagent.storage.verity import VerityParameters
 from tests.beds import dmbed
+from tests.beds.calls import at_once
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -563,24 +564,14 @@ def test_control_node_is_made_where_devtmpfs_lacks_it() -> None:
 
 
 def test_threads_create_and_remove_at_once(control: Control, disk: str, within: Within) -> None:
-    failures: list[Exception] = []
-
     def work(number: int) -> None:
-        try:
-            for turn in range(5):
-                name = f"t-thread-{number}-{turn}"
-                info = make(control, name, linear_target(length_bytes=4096, device=disk))
-                assert len(read_file(info.node)) == 4096
-                devices.remove_device(control, name, within(10))
-        except (OSError, CallError, AssertionError) as error:
-            failures.append(error)
+        for turn in range(5):
+            name = f"t-thread-{number}-{turn}"
+            info = make(control, name, linear_target(length_bytes=4096, device=disk))
+            assert len(read_file(info.node)) == 4096
+            devices.remove_device(control, name, within(10))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    at_once(work, range(4))
 
 
 def test_the_interpreter_runs_while_the_kernel_works(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from guestagent.api import LayersMount, Verity
 from tests.beds.agentbed import AgentProcess, attached_pack
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 
 
 def test_the_layer_is_named(tmp_path: Path) -> None:

@@ -2,24 +2,22 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from guestagent.api import DeviceScratch, LayersMount, LayersUnmount, PathDevice, TmpfsScratch
 from guestagent.engine.transaction import Transaction
-from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from tests.beds.agentbed import EngineBed, Pack, World, overlay, settled_world
 from tests.beds.dmbed import loop_device
+from tests.beds.loopbed import sparse_file
+
+PACK_LAYERS = 10
+
 
 Request = Callable[[EngineBed, Transaction], object]
 MAX_STEPS = 200
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 10) as pack:
-        yield pack
 
 
 def die_in(
@@ -100,9 +98,7 @@ def test_overlay_mount_and_unmount(tmp_path: Path, pack: Pack) -> None:
 @pytest.mark.parametrize("kind", ["encrypted", "shared", "joined"])
 def test_scratch_device(tmp_path: Path, pack: Pack, kind: str) -> None:
     """With ``joined`` another overlay is on the disk, and stays."""
-    image = tmp_path / "scratch.img"
-    with image.open("wb") as file:
-        file.truncate(8 << 20)
+    image = sparse_file(tmp_path / "scratch.img", 8 << 20)
     with loop_device(image, readonly=False) as node:
         scratch = DeviceScratch(
             device=PathDevice(path=node), ensure_filesystem=True, existing="adopt", shared=True
@@ -170,8 +166,7 @@ def test_a_large_batch(tmp_path: Path, pack: Pack) -> None:
 def test_a_damaged_entry_is_put_aside_and_told(tmp_path: Path, pack: Pack) -> None:
     directory = tmp_path / "state"
     bed = EngineBed(directory)
-    with bed.operation() as op:
-        bed.engine.layers.mount(pack.spec(0), op)
+    bed.ask(bed.engine.layers.mount, pack.spec(0))
     bed.engine.close()
     entry = directory / "layer-layer0.entry"
     entry.write_bytes(entry.read_bytes()[:-7])

@@ -16,25 +16,14 @@ from guestagent.engine.unplug import remove_disk
 from guestagent.storage import blockdev
 from rootfs.verity.formatter import format_image
 from tests.beds import dmbed
-from tests.beds.agentbed import AgentProcess, EngineBed, Pack, World, attached_pack, overlay
-from tests.beds.errors import call_error
+from tests.beds.agentbed import AgentProcess, EngineBed, Pack, World, overlay
+from tests.beds.calls import call_error
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
 
+PACK_LAYERS = 2
 _HOSTS = Path("/sys/bus/pseudo/drivers/scsi_debug/add_host")
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 2) as pack:
-        yield pack
-
-
-@pytest.fixture
-def bed(tmp_path: Path) -> Iterator[EngineBed]:
-    with EngineBed(tmp_path / "state") as bed:
-        yield bed
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,8 +67,7 @@ def test_a_disk_is_removed_when_nothing_uses_it(bed: EngineBed, pack: Pack) -> N
             bed.engine.overlays.mount(overlay("o", "layer0", scratch=scratch), op)
         hint = refused(bed, device, "busy")
         assert "overlay o (its scratch)" in hint
-        with bed.operation() as op:
-            bed.engine.overlays.unmount("o", op)
+        bed.ask(bed.engine.overlays.unmount, "o")
         with open(node, "rb"):
             assert f"[{os.getpid()}] (fd " in refused(bed, device, "busy")
         dmbed.run("dmsetup", "create", "other", "--table", f"0 8 linear {node} 0")
@@ -103,8 +91,7 @@ def test_a_disk_is_removed_when_nothing_uses_it(bed: EngineBed, pack: Pack) -> N
             bed.engine.overlays.mount(overlay("o", "layer0", scratch=adopted), op)
         texts = [line.text for line in log.since(number)[0]]
         assert "a device stays away: rescanning" in texts
-        with bed.operation() as op:
-            bed.engine.overlays.unmount("o", op)
+        bed.ask(bed.engine.overlays.unmount, "o")
 
 
 def test_a_layer_keeps_its_disk(bed: EngineBed, tmp_path: Path) -> None:
@@ -112,8 +99,7 @@ def test_a_layer_keeps_its_disk(bed: EngineBed, tmp_path: Path) -> None:
         digest = verity_image(tmp_path, name)
         verity = Verity(root_digest=digest)
         spec = LayerSpec(layer_id="l", device=device, filesystem="erofs", verity=verity)
-        with bed.operation() as op:
-            bed.engine.layers.mount(spec, op)
+        bed.ask(bed.engine.layers.mount, spec)
         assert f"layer l (is on /dev/{name})" in refused(bed, device, "busy")
         with bed.operation() as op:
             bed.engine.layers.unmount("l", op)
@@ -215,14 +201,12 @@ def test_the_disk_of_a_scratch(bed: EngineBed, pack: Pack) -> None:
             kinds = [event.kind for event in bed.engine.events.since(0)[0]]
             assert "overlay_device_lost" in kinds
             bed.reopen()
-        with bed.operation() as op:
-            bed.engine.overlays.unmount("o", op, force=True)
+        bed.ask(bed.engine.overlays.unmount, "o", force=True)
         assert bed.engine.problems() == ()
 
 
 def test_a_state_directory_has_one_agent(bed: EngineBed, pack: Pack) -> None:
-    with bed.operation() as op:
-        bed.engine.layers.mount(pack.spec(0), op)
+    bed.ask(bed.engine.layers.mount, pack.spec(0))
     files = {path.name: path.read_bytes() for path in bed.directory.glob("*.entry")}
     with call_error("conflict", match="another agent"):
         EngineBed(bed.directory)
@@ -246,8 +230,7 @@ def test_a_second_agent_process_is_refused(pack: Pack) -> None:
 def test_the_devices_of_another_agent_are_no_orphans(
     bed: EngineBed, pack: Pack, tmp_path: Path
 ) -> None:
-    with bed.operation() as op:
-        bed.engine.layers.mount(pack.spec(0), op)
+    bed.ask(bed.engine.layers.mount, pack.spec(0))
     before = World.now()
     with EngineBed(tmp_path / "other") as other:
         assert other.engine.layers.list() == ()

@@ -13,7 +13,7 @@ import pytest
 
 from guestagent.api import Event
 from tests.beds.agentbed import AgentProcess, EngineBed, Pack, attached_pack, overlay
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.errors import CallError
 
 LOOP_CLR_FD = 0x4C01  # linux/loop.h
@@ -40,12 +40,6 @@ class Heard:
             item = self._changed.wait_for(found, WAIT_SECONDS)
         assert item, f"no {kind} among {[event.kind for _, event in self.events]}"
         return item
-
-
-@pytest.fixture
-def bed(tmp_path: Path) -> Iterator[EngineBed]:
-    with EngineBed(tmp_path / "state") as bed:
-        yield bed
 
 
 @pytest.fixture
@@ -77,8 +71,7 @@ def block_of_marker(pack: Pack, number: int) -> int:
 def test_a_corrupt_block_is_told_within_a_second(bed: EngineBed, pack: Pack) -> None:
     heard = Heard()
     bed.engine.events.listen(heard)
-    with bed.operation() as op:
-        report = bed.engine.layers.mount(pack.spec(0), op)
+    report = bed.ask(bed.engine.layers.mount, pack.spec(0))
     block = block_of_marker(pack, 0)
     corrupt(pack, 0, block)
     begin = time.monotonic()
@@ -101,8 +94,7 @@ def test_a_corrupt_block_is_published_once_and_the_limit_of_the_kernel_told(
     bed: EngineBed, pack: Pack
 ) -> None:
     """dm-verity reports a block at each read of it, 100 times a device, and then no more."""
-    with bed.operation() as op:
-        report = bed.engine.layers.mount(pack.spec(0), op)
+    report = bed.ask(bed.engine.layers.mount, pack.spec(0))
     block = block_of_marker(pack, 0)
     corrupt(pack, 0, block)
     heard = Heard()
@@ -130,8 +122,7 @@ def test_a_layer_that_is_corrupt_from_the_start_is_refused(bed: EngineBed, pack:
 
 
 def test_verify_reads_all_tells_progress_and_can_be_cancelled(bed: EngineBed, pack: Pack) -> None:
-    with bed.operation() as op:
-        bed.engine.layers.mount(pack.spec(0), op)
+    bed.ask(bed.engine.layers.mount, pack.spec(0))
     places: list[tuple[int, int]] = []
     with bed.operation() as op:
         reply = bed.engine.layers.verify("layer0", op, lambda *place: places.append(place))
@@ -148,8 +139,7 @@ def test_a_verify_under_way_is_cancelled_at_its_next_chunk(
     bed: EngineBed, pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("guestagent.engine.verity._CHUNK_BYTES", 512)
-    with bed.operation() as op:
-        bed.engine.layers.mount(pack.spec(0), op)
+    bed.ask(bed.engine.layers.mount, pack.spec(0))
     before = sorted(os.listdir("/proc/self/fd"))
     places: list[int] = []
     with bed.operation() as op:
@@ -169,22 +159,17 @@ def test_a_verify_under_way_is_cancelled_at_its_next_chunk(
 
 
 def test_verify_of_a_plain_layer_is_unsupported(bed: EngineBed, pack: Pack) -> None:
-    with bed.operation() as op:
-        bed.engine.layers.mount(pack.spec(0, verity=None), op)
+    bed.ask(bed.engine.layers.mount, pack.spec(0, verity=None))
     with bed.operation() as op, call_error("unsupported"):
         bed.engine.layers.verify("layer0", op, lambda *place: None)
 
 
 def test_the_life_of_layers_and_overlays_is_told_in_order(bed: EngineBed, pack: Pack) -> None:
     since = bed.engine.events.sequence
-    with bed.operation() as op:
-        bed.engine.layers.mount(pack.spec(0), op)
-    with bed.operation() as op:
-        bed.engine.overlays.mount(overlay("o", "layer0"), op)
-    with bed.operation() as op:
-        bed.engine.overlays.unmount("o", op)
-    with bed.operation() as op:
-        bed.engine.layers.unmount("layer0", op)
+    bed.ask(bed.engine.layers.mount, pack.spec(0))
+    bed.ask(bed.engine.overlays.mount, overlay("o", "layer0"))
+    bed.ask(bed.engine.overlays.unmount, "o")
+    bed.ask(bed.engine.layers.unmount, "layer0")
     events = [e for e in bed.engine.events.since(since)[0] if not e.kind.startswith("device")]
     assert [(event.kind, event.layer_id or event.overlay_id) for event in events] == [
         ("layer_mounted", "layer0"),

@@ -22,11 +22,12 @@ from guestagent.api import (
     TmpfsScratch,
 )
 from guestagent.engine.journal import Begun
-from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay
+from tests.beds.agentbed import EngineBed, Pack, World, overlay
+from tests.beds.calls import call_error
 from tests.beds.dmbed import loop_device
-from tests.beds.errors import call_error
 from vsock.errors import CallError
 
+PACK_LAYERS = 2
 _CONTAINER = """
     import ctypes, os, sys
     libc = ctypes.CDLL(None, use_errno=True)
@@ -54,12 +55,6 @@ _OTHER_NAMESPACE = """
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 2) as pack:
-        yield pack
-
-
-@pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LayerSpec]:
     """A layer without a dm device, with a program in it."""
     directory = tmp_path_factory.mktemp("plain")
@@ -72,12 +67,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LayerSpec]:
     os.truncate(image, -(-image.stat().st_size // 4096) * 4096)
     with loop_device(image) as node:
         yield LayerSpec(layer_id="plain", device=PathDevice(path=node), filesystem="erofs")
-
-
-@pytest.fixture
-def bed(tmp_path: Path) -> Iterator[EngineBed]:
-    with EngineBed(tmp_path / "state") as bed:
-        yield bed
 
 
 @contextlib.contextmanager
@@ -162,8 +151,7 @@ def busy(bed: EngineBed, unmount: Callable[..., object], *arguments: object) -> 
 def test_a_layer(bed: EngineBed, pack: Pack, plain: LayerSpec, hold: Hold, kind: str) -> None:
     before = World.now(skip=["/run/mount"])
     spec = plain if kind == "plain" else pack.spec(0)
-    with bed.operation() as op:
-        report = bed.engine.layers.mount(spec, op)
+    report = bed.ask(bed.engine.layers.mount, spec)
     with hold(report.target):
         busy(bed, bed.engine.layers.unmount, spec.layer_id)
         busy(bed, lambda name, op: bed.engine.layers.unmount(name, op, force=True), spec.layer_id)
@@ -173,8 +161,7 @@ def test_a_layer(bed: EngineBed, pack: Pack, plain: LayerSpec, hold: Hold, kind:
             assert hold is not bound_elsewhere or again.mount_id == report.mount_id
             assert os.listdir(report.target)
         assert bed.engine.problems() == ()
-    with bed.operation() as op:
-        bed.engine.layers.unmount(spec.layer_id, op)
+    bed.ask(bed.engine.layers.unmount, spec.layer_id)
     assert World.now(skip=["/run/mount"]) == before
 
 
@@ -209,8 +196,7 @@ def test_an_overlay(bed: EngineBed, tmp_path: Path, pack: Pack, hold: Hold, kind
                     bed.engine.overlays.mount(second, op)
             if hold not in HIDDEN:
                 assert bed.engine.overlays.get("o").mount_id == report.mount_id
-        with bed.operation() as op:
-            bed.engine.batches.unmount(request, op)
+        bed.ask(bed.engine.batches.unmount, request)
         assert bed.engine.problems() == ()
 
 
@@ -275,8 +261,7 @@ def test_restart_does_not_take_the_number_of_a_half_made_overlay_for_one_in_use(
     subprocess.run(["umount", report.target], check=True)
     for count in range(16):
         name = f"p{count}"
-        with bed.operation() as op:
-            report = bed.engine.overlays.mount(overlay(name, "layer0"), op)
+        report = bed.ask(bed.engine.overlays.mount, overlay(name, "layer0"))
         if os.stat(report.target).st_dev == number:
             break
     else:
@@ -293,8 +278,7 @@ def test_restart_does_not_take_the_number_of_a_half_made_overlay_for_one_in_use(
 
 def test_a_process_elsewhere_keeps_its_mount(bed: EngineBed, plain: LayerSpec) -> None:
     """The mount point is not removed: the kernel would unmount it in every namespace."""
-    with bed.operation() as op:
-        report = bed.engine.layers.mount(plain, op)
+    report = bed.ask(bed.engine.layers.mount, plain)
     code = f"""
         {textwrap.indent(textwrap.dedent(_OTHER_NAMESPACE), " " * 8).strip()}
         import os
@@ -329,10 +313,8 @@ def test_files_and_programs_of_an_overlay_are_named(bed: EngineBed, plain: Layer
 
 
 def test_a_mount_namespace_that_ends_lets_go(bed: EngineBed, plain: LayerSpec) -> None:
-    with bed.operation() as op:
-        report = bed.engine.layers.mount(plain, op)
+    report = bed.ask(bed.engine.layers.mount, plain)
     with other_namespace(report.target):
         busy(bed, bed.engine.layers.unmount, "plain")
-    with bed.operation() as op:
-        reply = bed.engine.layers.unmount("plain", op)
+    reply = bed.ask(bed.engine.layers.unmount, "plain")
     assert reply.unmounted == (report.target,)

@@ -12,15 +12,11 @@ import pytest
 from guestagent.api import TmpfsScratch
 from guestagent.api.inspect import PathRequest
 from guestagent.inspect.place import open_place
-from tests.beds.agentbed import EngineBed, Pack, attached_pack, overlay, who
-from tests.beds.errors import call_error
+from tests.beds.agentbed import EngineBed, Pack, overlay, who
+from tests.beds.calls import call_error
 from vsock.errors import CallError
 
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 3) as pack:
-        yield pack
+PACK_LAYERS = 3
 
 
 @pytest.fixture
@@ -129,8 +125,7 @@ def test_a_layer_that_is_not_what_is_seen_at_its_target(
 def test_an_overlay_that_is_not_what_is_seen_at_its_target(
     bed: EngineBed, case: Case, said: str
 ) -> None:
-    with bed.operation() as op:
-        bed.engine.overlays.mount(overlay("o", "layer0"), op)
+    bed.ask(bed.engine.overlays.mount, overlay("o", "layer0"))
     said = said.replace("layers/layer0", "overlays/o").replace("erofs", "overlay")
     with case("/run/overlays/o"):
         with pytest.raises(CallError, match=said):
@@ -139,16 +134,14 @@ def test_an_overlay_that_is_not_what_is_seen_at_its_target(
             bed.engine.overlays.get("o")
         (report,) = bed.engine.overlays.list()
         assert report.state == "unmounted"
-    with bed.operation() as op:
-        bed.engine.overlays.unmount("o", op)
+    bed.ask(bed.engine.overlays.unmount, "o")
 
 
 def test_the_same_mount_is_known_after_a_restart(bed: EngineBed, pack: Pack) -> None:
     before = bed.engine.layers.get("layer0").mount_id
     bed.reopen()
     assert bed.engine.layers.get("layer0").mount_id == before
-    with bed.operation() as op:
-        report = bed.engine.overlays.mount(overlay("o", "layer0", "layer1"), op)
+    report = bed.ask(bed.engine.overlays.mount, overlay("o", "layer0", "layer1"))
     assert who(report.target) == pack.layers[0].marker
 
 
@@ -161,5 +154,4 @@ def test_a_table_that_is_not_the_agents_spoils_its_own_layer_only(bed: EngineBed
         assert bed.engine.layers.get("layer0").state == "changed"
         assert any("layer0" in problem for problem in bed.engine.problems())
     finally:
-        with bed.operation() as op:
-            bed.engine.layers.unmount("layer0", op)
+        bed.ask(bed.engine.layers.unmount, "layer0")

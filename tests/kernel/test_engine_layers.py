@@ -18,34 +18,22 @@ from guestagent.engine.state import Rules
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.verity import VerityTerms
 from rootfs.verity.formatter import format_image
-from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from tests.beds.agentbed import EngineBed, Pack, World, overlay, settled_world
+from tests.beds.calls import at_once, call_error
 from tests.beds.dmbed import loop_device
-from tests.beds.errors import call_error
+from tests.beds.loopbed import sparse_file
 from vsock.errors import CallError
 
+PACK_LAYERS = 4
 LOOP_SET_CAPACITY = 0x4C07  # linux/loop.h
 
 
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 4) as pack:
-        yield pack
-
-
-@pytest.fixture
-def bed(tmp_path: Path) -> Iterator[EngineBed]:
-    with EngineBed(tmp_path / "state") as bed:
-        yield bed
-
-
 def mount(bed: EngineBed, spec: LayerSpec):  # type: ignore[no-untyped-def]
-    with bed.operation() as op:
-        return bed.engine.layers.mount(spec, op)
+    return bed.ask(bed.engine.layers.mount, spec)
 
 
 def unmount(bed: EngineBed, layer_id: str, **options: bool):  # type: ignore[no-untyped-def]
-    with bed.operation() as op:
-        return bed.engine.layers.unmount(layer_id, op, **options)
+    return bed.ask(bed.engine.layers.unmount, layer_id, **options)
 
 
 def refused(bed: EngineBed, spec: LayerSpec) -> CallError:
@@ -65,14 +53,7 @@ def test_same_id_same_layer_is_already_there(bed: EngineBed, pack: Pack) -> None
 
 
 def test_same_request_many_times_at_once_mounts_once(bed: EngineBed, pack: Pack) -> None:
-    replies = []
-    threads = [
-        threading.Thread(target=lambda: replies.append(mount(bed, pack.spec(0)))) for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    replies = at_once(lambda _: mount(bed, pack.spec(0)), range(8))
     assert sorted(reply.already for reply in replies) == [False] + [True] * 7
     assert len({reply.mount_id for reply in replies}) == 1
 
@@ -407,20 +388,16 @@ def test_a_device_that_shrinks_after_it_was_checked(
 def test_a_layer_on_a_scratch_and_a_scratch_on_a_layer(
     bed: EngineBed, pack: Pack, tmp_path: Path
 ) -> None:
-    image = tmp_path / "disk.img"
-    with image.open("wb") as file:
-        file.truncate(8 << 20)
+    image = sparse_file(tmp_path / "disk.img", 8 << 20)
     with loop_device(image, readonly=False) as node:
         mount(bed, pack.spec(0))
         scratch = DeviceScratch(device=PathDevice(path=node), ensure_filesystem=True)
-        with bed.operation() as op:
-            bed.engine.overlays.mount(overlay("o", "layer0", scratch=scratch), op)
+        bed.ask(bed.engine.overlays.mount, overlay("o", "layer0", scratch=scratch))
         on_scratch = LayerSpec(layer_id="x", device=PathDevice(path=node), filesystem="ext4")
         assert refused(bed, on_scratch).code == "conflict"
         with bed.operation() as op, call_error("conflict"):
             bed.engine.overlays.mount(overlay("p", "layer0", scratch=scratch), op)
-        with bed.operation() as op:
-            bed.engine.overlays.unmount("o", op)
+        bed.ask(bed.engine.overlays.unmount, "o")
 
 
 def test_the_rule_that_layers_are_verified(tmp_path: Path, pack: Pack) -> None:
@@ -438,8 +415,7 @@ def test_a_batch_keeps_its_order_and_takes_what_is_there(bed: EngineBed, pack: P
         layers=tuple(pack.spec(number) for number in (3, 2, 1, 0)),
         overlay=overlay("o", "layer1", "layer2", "layer0"),
     )
-    with bed.operation() as op:
-        reply = bed.engine.batches.mount(request, op)
+    reply = bed.ask(bed.engine.batches.mount, request)
     assert [(report.layer_id, report.already) for report in reply.layers] == [
         ("layer3", False),
         ("layer2", True),
@@ -449,8 +425,7 @@ def test_a_batch_keeps_its_order_and_takes_what_is_there(bed: EngineBed, pack: P
     assert reply.overlay is not None
     assert reply.overlay.lowerdirs == tuple(f"/run/layers/layer{n}" for n in (1, 2, 0))
     assert Path(reply.overlay.target, "who").read_bytes().startswith(pack.layers[1].marker)
-    with bed.operation() as op:
-        again = bed.engine.batches.mount(request, op)
+    again = bed.ask(bed.engine.batches.mount, request)
     assert all(report.already for report in again.layers)
     assert again.overlay is not None
     assert again.overlay.already
@@ -507,8 +482,7 @@ def test_a_layer_that_is_going_is_gone(
 ) -> None:
     """The kernel removes a table before its device; nobody can make it stop in between, so that
     what it says then is made up."""
-    with bed.operation() as op:
-        bed.engine.layers.mount(pack.spec(0), op)
+    bed.ask(bed.engine.layers.mount, pack.spec(0))
     real = Control.describe
 
     def describe(control: Control, name: str) -> object:

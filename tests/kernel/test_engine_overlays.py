@@ -25,18 +25,14 @@ from guestagent.api import (
 )
 from guestagent.engine.state import Rules
 from guestagent.storage.mountinfo import find_mount
-from tests.beds.agentbed import EngineBed, Pack, attached_pack, overlay, who
+from tests.beds.agentbed import EngineBed, Pack, overlay, who
+from tests.beds.calls import call_error
 from tests.beds.dmbed import loop_device
-from tests.beds.errors import call_error
+from tests.beds.loopbed import sparse_file
 from vsock.errors import CallError
 
+PACK_LAYERS = 3
 MANY = 500
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 3) as pack:
-        yield pack
 
 
 @pytest.fixture
@@ -44,28 +40,23 @@ def bed(tmp_path: Path, pack: Pack) -> Iterator[EngineBed]:
     """An engine with three layers."""
     with EngineBed(tmp_path / "state") as bed:
         request = LayersMount(layers=tuple(pack.spec(number) for number in range(3)))
-        with bed.operation() as op:
-            bed.engine.batches.mount(request, op)
+        bed.ask(bed.engine.batches.mount, request)
         yield bed
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[str]:
-    image = tmp_path / "disk.img"
-    with image.open("wb") as file:
-        file.truncate(8 << 20)
+    image = sparse_file(tmp_path / "disk.img", 8 << 20)
     with loop_device(image, readonly=False) as node:
         yield node
 
 
 def mount(bed: EngineBed, spec: OverlaySpec) -> OverlayReport:
-    with bed.operation() as op:
-        return bed.engine.overlays.mount(spec, op)
+    return bed.ask(bed.engine.overlays.mount, spec)
 
 
 def unmount(bed: EngineBed, name: str = "o") -> None:
-    with bed.operation() as op:
-        bed.engine.overlays.unmount(name, op)
+    bed.ask(bed.engine.overlays.unmount, name)
 
 
 def refused(bed: EngineBed, spec: OverlaySpec) -> CallError:
@@ -125,9 +116,7 @@ def test_tmpfs_scratch(bed: EngineBed) -> None:
 def test_device_scratch_keeps_what_was_written(
     bed: EngineBed, tmp_path: Path, filesystem: str
 ) -> None:
-    image = tmp_path / "disk.img"
-    with image.open("wb") as file:
-        file.truncate((8 if filesystem == "ext4" else 320) << 20)
+    image = sparse_file(tmp_path / "disk.img", (8 if filesystem == "ext4" else 320) << 20)
     with loop_device(image, readonly=False) as node:
         scratch = DeviceScratch(
             device=PathDevice(path=node), filesystem=filesystem, ensure_filesystem=True
@@ -382,8 +371,7 @@ def test_a_volatile_scratch_can_be_used_again(bed: EngineBed, disk: str, kind: s
         report = mount(bed, overlay("o", "layer0", scratch=adopted, options=options))
         assert Path(report.target, "new").read_text() == "new"
     finally:
-        with bed.operation() as op:
-            bed.engine.overlays.unmount("o", op, force=True)
+        bed.ask(bed.engine.overlays.unmount, "o", force=True)
         shutil.rmtree(directory)
 
 

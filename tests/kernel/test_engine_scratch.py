@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,18 +20,14 @@ from guestagent.api import (
 from guestagent.api.overlays import Scratch
 from guestagent.storage.mountinfo import find_mount
 from tests.beds import dmbed
-from tests.beds.agentbed import EngineBed, Pack, attached_pack, overlay
+from tests.beds.agentbed import EngineBed, Pack, overlay
+from tests.beds.calls import at_once, call_error
 from tests.beds.dmbed import dev_of, loop_device, open_free_disk
-from tests.beds.errors import call_error
+from tests.beds.loopbed import sparse_file
 from vsock.errors import CallError
 
+PACK_LAYERS = 3
 SECRET = b"what nobody outside of the guest may read "
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 3) as pack:
-        yield pack
 
 
 @pytest.fixture
@@ -47,10 +42,7 @@ def bed(tmp_path: Path, pack: Pack) -> Iterator[EngineBed]:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    with path.open("wb") as file:
-        file.truncate(16 << 20)
-    return path
+    return sparse_file(tmp_path / "disk.img", 16 << 20)
 
 
 @pytest.fixture
@@ -60,13 +52,11 @@ def disk(image: Path) -> Iterator[str]:
 
 
 def mount(bed: EngineBed, name: str, scratch: Scratch, layer: str = "layer0") -> OverlayReport:
-    with bed.operation() as op:
-        return bed.engine.overlays.mount(overlay(name, layer, scratch=scratch), op)
+    return bed.ask(bed.engine.overlays.mount, overlay(name, layer, scratch=scratch))
 
 
 def unmount(bed: EngineBed, name: str = "o") -> None:
-    with bed.operation() as op:
-        bed.engine.overlays.unmount(name, op)
+    bed.ask(bed.engine.overlays.unmount, name)
 
 
 def refused(bed: EngineBed, name: str, scratch: Scratch) -> CallError:
@@ -85,9 +75,7 @@ def dm_names() -> str:
 def test_an_encrypted_scratch_keeps_its_content_from_the_disk(
     bed: EngineBed, tmp_path: Path, filesystem: str
 ) -> None:
-    image = tmp_path / "large.img"
-    with image.open("wb") as file:
-        file.truncate(320 << 20 if filesystem == "xfs" else 16 << 20)
+    image = sparse_file(tmp_path / "large.img", 320 << 20 if filesystem == "xfs" else 16 << 20)
     with loop_device(image, readonly=False) as node:
         scratch = DeviceScratch(
             device=PathDevice(path=node), filesystem=filesystem, encrypted=True, existing="fresh"
@@ -280,8 +268,7 @@ def test_a_volatile_scratch_device_can_be_used_again(bed: EngineBed, disk: str, 
     mount(bed, "p", shared(disk, **changes))
     for content in ("first", "second"):
         spec = overlay("o", "layer0", scratch=shared(disk, **changes), options=options)
-        with bed.operation() as op:
-            report = bed.engine.overlays.mount(spec, op)
+        report = bed.ask(bed.engine.overlays.mount, spec)
         assert not Path(report.target, "new").exists()
         Path(report.target, "new").write_text(content)
         unmount(bed)
@@ -307,25 +294,16 @@ def test_a_shared_disk_is_used_in_one_way(
 
 def test_overlays_come_and_go_on_a_shared_disk_at_once(bed: EngineBed, disk: str) -> None:
     """Each overlay finds the disk mounted, whichever made or takes it down meanwhile."""
-    errors: list[BaseException] = []
 
     def come_and_go(name: str) -> None:
-        try:
-            for turn in range(4):
-                report = mount(bed, name, shared(disk, existing="adopt"))
-                path = Path(report.target, "turns")
-                assert (path.read_text() if turn else "") == "." * turn
-                path.write_text("." * (turn + 1))
-                unmount(bed, name)
-        except BaseException as error:
-            errors.append(error)
+        for turn in range(4):
+            report = mount(bed, name, shared(disk, existing="adopt"))
+            path = Path(report.target, "turns")
+            assert (path.read_text() if turn else "") == "." * turn
+            path.write_text("." * (turn + 1))
+            unmount(bed, name)
 
-    threads = [threading.Thread(target=come_and_go, args=(name,)) for name in "abc"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    at_once(come_and_go, "abc")
     assert find_mount(f"{bed.directory}/scratch/{dev_of(disk)}") is None
     assert bed.engine.problems() == ()
 

@@ -18,9 +18,13 @@ from guestagent.api import (
     TmpfsScratch,
 )
 from guestagent.engine.transaction import Transaction
-from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world
+from tests.beds.agentbed import EngineBed, Pack, World, overlay, settled_world
 from tests.beds.dmbed import loop_device
+from tests.beds.loopbed import sparse_file
 from vsock.errors import CallError
+
+PACK_LAYERS = 4
+
 
 Request = Callable[[EngineBed, Transaction], Any]
 MAX_STEPS = 200
@@ -31,23 +35,9 @@ FAILURES = ("EIO", "LATE")
 SCRATCHES = ("none", "tmpfs", "device", "directory", "encrypted", "shared")
 
 
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 4) as pack:
-        yield pack
-
-
-@pytest.fixture
-def bed(tmp_path: Path) -> Iterator[EngineBed]:
-    with EngineBed(tmp_path / "state") as bed:
-        yield bed
-
-
 @pytest.fixture
 def scratch_disk(tmp_path: Path) -> Iterator[str]:
-    image = tmp_path / "scratch.img"
-    with image.open("wb") as file:
-        file.truncate(8 * 1024 * 1024)
+    image = sparse_file(tmp_path / "scratch.img", 8 * 1024 * 1024)
     with loop_device(image, readonly=False) as node:
         yield node
 

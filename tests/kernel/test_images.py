@@ -21,7 +21,7 @@ from rootfs.image.tartree import Whiteouts
 from rootfs.image.tree import FdContent, Node
 from rootfs.pack.pack import Pack
 from tests.beds import dmbed
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.imagebed import Layout, Member, directory, make_tar
 from tests.beds.treebed import (
     assert_same,

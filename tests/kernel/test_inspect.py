@@ -20,8 +20,8 @@ from guestagent.storage.verity import VerityTerms
 from rootfs.image.images import build_image
 from rootfs.verity.formatter import format_image
 from tests.beds.agentbed import AgentProcess, overlay
+from tests.beds.calls import call_error
 from tests.beds.dmbed import loop_device, run
-from tests.beds.errors import call_error
 from tests.beds.imagebed import Member, make_tar
 from vsock.errors import CallError
 

@@ -28,23 +28,14 @@ from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import Target, linear_target, parse_line
 from guestagent.storage.verity import VerityParameters, block_digest
 from tests.beds import dmbed
-from tests.beds.agentbed import EngineBed, Pack, attached_pack, overlay
+from tests.beds.agentbed import EngineBed, Pack, overlay
+from tests.beds.calls import call_error
 from tests.beds.dmbed import loop_device
-from tests.beds.errors import call_error
+from tests.beds.loopbed import sparse_file
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 2) as pack:
-        yield pack
-
-
-@pytest.fixture
-def bed(tmp_path: Path) -> Iterator[EngineBed]:
-    with EngineBed(tmp_path / "state") as bed:
-        yield bed
+PACK_LAYERS = 2
 
 
 @pytest.fixture
@@ -54,23 +45,19 @@ def control() -> Iterator[Control]:
 
 
 def mount(bed: EngineBed, spec: LayerSpec) -> LayerReport:
-    with bed.operation() as op:
-        return bed.engine.layers.mount(spec, op)
+    return bed.ask(bed.engine.layers.mount, spec)
 
 
 def mount_many(bed: EngineBed, request: LayersMount) -> LayersMountReply:
-    with bed.operation() as op:
-        return bed.engine.batches.mount(request, op)
+    return bed.ask(bed.engine.batches.mount, request)
 
 
 def mount_overlay(bed: EngineBed, spec: OverlaySpec) -> None:
-    with bed.operation() as op:
-        bed.engine.overlays.mount(spec, op)
+    bed.ask(bed.engine.overlays.mount, spec)
 
 
 def unmount(bed: EngineBed, layer_id: str) -> None:
-    with bed.operation() as op:
-        bed.engine.layers.unmount(layer_id, op)
+    bed.ask(bed.engine.layers.unmount, layer_id)
 
 
 def refused(bed: EngineBed, spec: LayerSpec) -> CallError:
@@ -135,18 +122,14 @@ def test_an_ext4_scratch_that_says_errors_panic_does_not_end_the_guest(
     with loop_device(tmp_path / "image", readonly=False) as node:
         mount(bed, pack.spec(0))
         scratch = DeviceScratch(device=PathDevice(path=node), existing="adopt")
-        with bed.operation() as op:
-            bed.engine.overlays.mount(overlay("o", "layer0", scratch=scratch), op)
+        bed.ask(bed.engine.overlays.mount, overlay("o", "layer0", scratch=scratch))
         text = Path("/proc/self/mountinfo").read_text()
         assert [line for line in text.splitlines() if node in line and "errors=remount-ro" in line]
-        with bed.operation() as op:
-            bed.engine.overlays.unmount("o", op)
+        bed.ask(bed.engine.overlays.unmount, "o")
 
 
 def test_auto_takes_no_type_that_is_not_for_layers(bed: EngineBed, tmp_path: Path) -> None:
-    image = tmp_path / "image"
-    with image.open("wb") as file:
-        file.truncate(320 << 20)
+    image = sparse_file(tmp_path / "image", 320 << 20)
     dmbed.run("mkfs.xfs", "-q", image)
     with loop_device(image) as node:
         spec = LayerSpec(layer_id="l", device=PathDevice(path=node), filesystem="auto")
@@ -212,9 +195,7 @@ def test_what_the_kernel_does_not_accept_is_said_to_be_that(
 
 
 def test_mkfs_says_why_it_failed(bed: EngineBed, pack: Pack, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    with disk.open("wb") as file:
-        file.truncate(32 << 10)
+    disk = sparse_file(tmp_path / "disk", 32 << 10)
     with loop_device(disk, readonly=False) as node:
         mount(bed, pack.spec(0))
         scratch = DeviceScratch(device=PathDevice(path=node), ensure_filesystem=True)
@@ -318,12 +299,10 @@ def test_the_device_of_a_hash_tree_is_in_use(bed: EngineBed, pack: Pack, tmp_pat
         unmount(bed, "l")
         with open(hash_node, "wb") as file:
             file.write(bytes(1 << 20))
-        with bed.operation() as op:
-            bed.engine.overlays.mount(overlay("o", "layer0", scratch=scratch), op)
+        bed.ask(bed.engine.overlays.mount, overlay("o", "layer0", scratch=scratch))
         error = refused(bed, spec)
         assert (error.code, error.step) == ("conflict", "claim")
-        with bed.operation() as op:
-            bed.engine.overlays.unmount("o", op)
+        bed.ask(bed.engine.overlays.unmount, "o")
 
 
 @pytest.mark.parametrize("is_mapped", [False, True])

@@ -15,24 +15,14 @@ from guestagent.api.layers import SHOWN_PARTS
 from guestagent.storage.filesystems import has_flattened_erofs
 from guestagent.storage.verity import VerityTerms
 from rootfs.verity.formatter import format_image
-from tests.beds.agentbed import EngineBed, Pack, World, attached_pack, overlay, settled_world, who
+from tests.beds.agentbed import EngineBed, Pack, World, overlay, settled_world, who
 from tests.beds.dmbed import loop_device
+from tests.beds.loopbed import sparse_file
 from tests.kernel.test_engine_transactions import FAILURES, fail_at_every_step, unmount_layer
 from vsock.errors import CallError
 
+PACK_LAYERS = 2
 PAGE = 4096
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 2) as pack:
-        yield pack
-
-
-@pytest.fixture
-def bed(tmp_path: Path) -> Iterator[EngineBed]:
-    with EngineBed(tmp_path / "state") as bed:
-        yield bed
 
 
 def scatter(content: bytes, image: Path) -> tuple[ByteRange, ...]:
@@ -62,13 +52,11 @@ def scattered(pack: Pack, tmp_path: Path) -> Iterator[LayerSpec]:
 
 
 def mount(bed: EngineBed, spec: LayerSpec):  # type: ignore[no-untyped-def]
-    with bed.operation() as op:
-        return bed.engine.layers.mount(spec, op)
+    return bed.ask(bed.engine.layers.mount, spec)
 
 
 def unmount(bed: EngineBed, layer_id: str) -> None:
-    with bed.operation() as op:
-        bed.engine.layers.unmount(layer_id, op)
+    bed.ask(bed.engine.layers.unmount, layer_id)
 
 
 def refused(bed: EngineBed, spec: LayerSpec) -> CallError:
@@ -243,20 +231,16 @@ def test_ranges_past_the_device_and_tables_that_do_not_fit(
 def test_ranges_of_a_writable_scratch_are_refused(
     bed: EngineBed, pack: Pack, tmp_path: Path
 ) -> None:
-    image = tmp_path / "disk.img"
-    with image.open("wb") as file:
-        file.truncate(8 << 20)
+    image = sparse_file(tmp_path / "disk.img", 8 << 20)
     with loop_device(image, readonly=False) as node:
         mount(bed, pack.spec(0))
         scratch = DeviceScratch(device=PathDevice(path=node), ensure_filesystem=True)
-        with bed.operation() as op:
-            bed.engine.overlays.mount(overlay("o", "layer0", scratch=scratch), op)
+        bed.ask(bed.engine.overlays.mount, overlay("o", "layer0", scratch=scratch))
         ranges = tuple(ByteRange(offset_bytes=at, size_bytes=PAGE) for at in (PAGE, 0))
         spec = pack.spec(1, device=PathDevice(path=node), mapping=ranges)
         error = refused(bed, spec)
         assert (error.code, "scratch of overlay 'o'" in error.message) == ("conflict", True)
-        with bed.operation() as op:
-            bed.engine.overlays.unmount("o", op)
+        bed.ask(bed.engine.overlays.unmount, "o")
 
 
 def test_a_device_table_is_mounted_or_refused_by_the_kernel_it_needs(

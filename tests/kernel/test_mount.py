@@ -6,7 +6,6 @@ mount namespace of its own first.
 
 import errno
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from guestagent.storage.holders import find_holders
 from guestagent.storage.kmsg import KernelLog
 from guestagent.storage.mountinfo import find_mount, mounts_of_dev, read_mounts
 from tests.beds import dmbed
-from tests.beds.errors import call_error
+from tests.beds.calls import at_once, call_error
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -158,24 +157,15 @@ def test_a_mount_point_is_a_conflict(erofs: str, target: str, tmp_path: Path) ->
 
 def test_targets_made_and_unmade_at_once(tmp_path: Path) -> None:
     """Each request removes the shared parent if it can, while others are on their way down."""
-    failures: list[Exception] = []
 
     def work(number: int) -> None:
         for _ in range(50):
-            try:
-                path = f"{tmp_path}/shared/{number}"
-                with mount.TargetDirectory(path, root=str(tmp_path)) as target:
-                    assert os.path.isdir(path)
-                target.remove_created()
-            except (OSError, CallError, AssertionError) as error:
-                failures.append(error)
+            path = f"{tmp_path}/shared/{number}"
+            with mount.TargetDirectory(path, root=str(tmp_path)) as target:
+                assert os.path.isdir(path)
+            target.remove_created()
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    at_once(work, range(4))
 
 
 def test_a_swapped_target_does_not_move_the_mount(erofs: str, tmp_path: Path) -> None:

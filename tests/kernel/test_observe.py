@@ -17,20 +17,15 @@ import pytest
 
 from guestagent.api import LayersMount, OverlaySpec
 from guestagent.host.client import GuestAgent
-from tests.beds.agentbed import PROJECT, AgentProcess, Pack, attached_pack
+from tests.beds.agentbed import PROJECT, AgentProcess, Pack
 from tests.beds.supervised import SupervisedAgent
 from vsock.client import Client
 from vsock.errors import CallError
 
+PACK_LAYERS = 4
 PROMTOOL = PROJECT / ".cache/tools/prometheus/usr/bin/promtool"
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 WAIT_SECONDS = 60.0
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pack]:
-    with attached_pack(tmp_path_factory.mktemp("pack"), 4) as pack:
-        yield pack
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from guestagent.storage.mount import mount_filesystem, unmount
 from guestagent.storage.mountinfo import Mount, find_mount
 from guestagent.storage.overlayfs import lowerdirs_of, mount_overlay, remove_links
 from tests.beds import dmbed
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.errors import CallError
 
 pytestmark = pytest.mark.kernel

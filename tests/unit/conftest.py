@@ -107,6 +107,13 @@ class Running:
         sock.connect(self.address.path)
         return self.adopt(sock)
 
+    def peer_at_gate(self) -> Peer:
+        """Return a peer whose request 1 is being worked on, up to the gate."""
+        peer = self.peer()
+        peer.request(1, "gate")
+        self.handler.passed(self.handler.at_gate)
+        return peer
+
     def pair(self) -> tuple[Peer, socket.socket]:
         """Return a peer, and the other end for the server to take."""
         ours, theirs = socket.socketpair()

@@ -7,7 +7,7 @@ import msgpack
 import pytest
 
 import vsock.aio
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.aio import AsyncClient
 from vsock.client import ClosedHandleError
 from vsock.dial import connect

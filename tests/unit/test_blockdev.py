@@ -16,7 +16,7 @@ from guestagent.api import (
 from guestagent.api.devices import Device, is_label
 from guestagent.storage import blockdev
 from guestagent.storage.blockdev import BlockDevice
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import Line, log

@@ -20,7 +20,7 @@ from guestagent.api.devices import VerityTerms
 from guestagent.api.overlays import Scratch
 from guestagent.api.texts import scratch_from_text
 from guestagent.boot.plan import plan_boot
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.errors import CallError
 
 ROOT = "ab" * 32

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from guestagent.boot.switch import check_root
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.errors import CallError
 
 

@@ -9,7 +9,7 @@ import time
 import msgpack
 import pytest
 
-from tests.beds.errors import call_error
+from tests.beds.calls import at_once, call_error
 from vsock.address import UnixAddress
 from vsock.client import Client, ClosedHandleError, NotificationQueue
 from vsock.deadline import Deadline
@@ -81,11 +81,7 @@ def test_many_threads_get_their_own_answers(client):
             if client.call("slow_echo" if count % 2 else "echo", value) != value:
                 wrong.append(value)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, range(8))
     assert wrong == []
 
 

@@ -32,8 +32,8 @@ from guestagent.host.client import (
 from guestagent.host.client.aio import AsyncGuestAgent
 from guestagent.host.client.events import Feeds
 from guestagent.host.client.streams import Chunks
+from tests.beds.calls import call_error
 from tests.beds.consolebed import wait_until
-from tests.beds.errors import call_error
 from tests.beds.handlebed import WAIT_SECONDS, Agent
 from vsock.client import ClosedHandleError as LowerClosedHandleError
 from vsock.errors import CallError, ConnectionClosed

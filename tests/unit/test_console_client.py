@@ -20,12 +20,13 @@ from guestagent.host.ctl.console import console_address
 from guestagent.host.ctl.main import collect
 from guestagent.host.ctl.terminal import HELP, LEAVE, Escapes
 from tests.beds.consolebed import Bed, serving, wait_until
+from tests.beds.ctlbed import GUESTCTL
 from tests.beds.inspectbed import serving as agent_serving
+from tests.beds.terminal import ask, ended, spawn
 from vsock.address import parse_address
 
 PROJECT = Path(__file__).resolve().parents[2]
 LOOK_AGAIN = "_RECONNECT_SLICE_SECONDS"
-GUESTCTL = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]
 
 
 @pytest.fixture
@@ -56,49 +57,27 @@ def guestctl(*arguments: str, stdin: bytes = b"") -> "subprocess.CompletedProces
 @pytest.fixture
 def terminal(bed: Bed) -> Iterator[pexpect.spawn]:
     # as of a shell that exports the size its window had once
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "70", "LINES": "10"}
-    child = pexpect.spawn(
-        GUESTCTL[0],
-        [*GUESTCTL[1:], "console", f"unix://{bed.path}"],
-        dimensions=(24, 80),
-        timeout=20,
-        cwd=str(PROJECT),
-        env=environment,
-    )
+    environment = {"TERM": "xterm", "COLUMNS": "70", "LINES": "10"}
+    child = spawn("console", f"unix://{bed.path}", timeout_seconds=20, environment=environment)
     child.expect_exact("guest> ")
     yield child
     child.close(force=True)
 
 
-def ended(child: pexpect.spawn) -> int:
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus is not None
-    return int(child.exitstatus)
-
-
 def test_a_terminal(terminal: pexpect.spawn) -> None:
-    terminal.send("layers ba\t\r")
-    terminal.expect_exact("mounted")
-    terminal.expect_exact("guest> ")
-    terminal.send("cat base:/mo\t\r")
-    terminal.expect_exact("hello\r\n")
-    terminal.expect_exact("guest> ")
+    ask(terminal, "layers ba\t\r", "mounted", "guest> ")
+    ask(terminal, "cat base:/mo\t\r", "hello\r\n", "guest> ")
     terminal.send("\x04")
     assert ended(terminal) == 0
 
 
 def test_the_size_follows_the_window(terminal: pexpect.spawn) -> None:
-    terminal.send("sh\r")
-    terminal.expect_exact("guest# ")
-    terminal.send("stty size\r")
-    terminal.expect_exact("24 80")
+    ask(terminal, "sh\r", "guest# ")
+    ask(terminal, "stty size\r", "24 80")
     terminal.setwinsize(33, 111)
     terminal.expect_exact("guest# ")
-    terminal.send("while ! stty size | grep '33 111'; do sleep 0.05; done\r")
-    terminal.expect_exact("\n33 111")
-    terminal.send("exit 6\r")
-    terminal.expect_exact("guest> ")
+    ask(terminal, "while ! stty size | grep '33 111'; do sleep 0.05; done\r", "\n33 111")
+    ask(terminal, "exit 6\r", "guest> ")
     terminal.send("exit\r")
     assert ended(terminal) == 6
 
@@ -121,8 +100,7 @@ def test_columns_and_lines_count_where_the_terminal_has_no_size(
 
 
 def test_tilde_dot_leaves(terminal: pexpect.spawn) -> None:
-    terminal.send("\r~?")
-    terminal.expect_exact("send one ~")
+    ask(terminal, "\r~?", "send one ~")
     terminal.send("~~\x15\r~.")
     assert ended(terminal) == 0
 
@@ -158,8 +136,7 @@ def test_a_lost_console_is_connected_again(tmp_path: Path, layer: Path) -> None:
     with serving(path, {"base": layer}):
         child.expect_exact("connected again: this is a new session")
         child.expect_exact("guest> ")
-        child.send("plan base\r")
-        child.expect_exact("mount erofs")
+        ask(child, "plan base\r", "mount erofs")
     child.expect_exact("the console was lost")
     child.send("~.")
     assert ended(child) == 0

@@ -42,6 +42,12 @@ class Line:
     def type(self, text: str | bytes) -> None:
         os.write(self.fd, text.encode() if isinstance(text, str) else text)
 
+    def ask(self, text: str, *shown: str) -> None:
+        """Type, then wait for what is shown."""
+        self.type(text)
+        for each in shown:
+            self.expect(each)
+
     def expect(self, text: str) -> str:
         until = time.monotonic() + WAIT_SECONDS
         while (at := self.output.find(text.encode(), self._seen)) < 0:
@@ -79,14 +85,9 @@ def bed(tmp_path: Path, line: Line, monkeypatch: pytest.MonkeyPatch) -> Iterator
 def test_a_session_and_the_next(bed: Bed, line: Line) -> None:
     for _ in range(2):
         line.expect(ENTER)
-        line.type("\r")
-        line.expect("guest> ")
-        line.type("cat base:/mo\t\r")
-        line.expect("hello\r\n")
-        line.expect("guest> ")
-        line.type("term vt100 132x50\rterm\r")
-        line.expect("vt100 132x50\r\n")
-        line.expect("vt100 132x50\r\n")
+        line.ask("\r", "guest> ")
+        line.ask("cat base:/mo\t\r", "hello\r\n", "guest> ")
+        line.ask("term vt100 132x50\rterm\r", "vt100 132x50\r\n", "vt100 132x50\r\n")
         line.type("exit\r")
     line.expect(ENTER)
     assert b"\x1b" not in line.output
@@ -94,32 +95,25 @@ def test_a_session_and_the_next(bed: Bed, line: Line) -> None:
 
 def test_a_shell_on_a_line(bed: Bed, line: Line) -> None:
     line.expect(ENTER)
-    line.type("\rterm 132x50\rsh\r")
-    line.expect("guest# ")
-    line.type("stty size\r")
-    line.expect("50 132")
-    line.type("exit\r")
-    line.expect("guest> ")
+    line.ask("\rterm 132x50\rsh\r", "guest# ")
+    line.ask("stty size\r", "50 132")
+    line.ask("exit\r", "guest> ")
 
 
 def test_junk_on_a_line(bed: Bed, line: Line) -> None:
     line.expect(ENTER)
     line.type(bytes(range(0x0E, 0x100)) * 4)
-    line.type("\r")
-    line.expect("guest> ")
+    line.ask("\r", "guest> ")
     for _ in range(200):
         line.type(b"\xff\x00noise\x1b[999" * 20)
         line.read(0.0)
-    line.type("\x03\x15")
-    line.expect("\r\nguest> ")
-    line.type("\ruptime\r")
-    line.expect("the agent")
+    line.ask("\x03\x15", "\r\nguest> ")
+    line.ask("\ruptime\r", "the agent")
 
 
 def test_a_line_that_was_cut_uses_no_processor_time(bed: Bed, line: Line) -> None:
     line.expect(ENTER)
-    line.type("\r")
-    line.expect("guest> ")
+    line.ask("\r", "guest> ")
     os.close(line.fd)
     line.fd = -1
     wait_until(lambda: bed.console.session_count == 0, "the session lives on")
@@ -282,9 +276,7 @@ def test_an_interrupt_right_behind_enter_is_for_the_command(tmp_path: Path) -> N
     line = Line()
     with serving(tmp_path / "socket", {}, line=line.path):
         line.expect("Press Enter")
-        line.type("\r")
-        line.expect(PROMPT)
-        line.type("sleep 1000\r" + "forgotten\x03" + "uptime\r")
-        line.expect("sleep 1000\r\n^C\r\n" + PROMPT)
+        line.ask("\r", PROMPT)
+        line.ask("sleep 1000\r" + "forgotten\x03" + "uptime\r", "sleep 1000\r\n^C\r\n" + PROMPT)
         assert "forgotten" not in line.expect("the agent")
     os.close(line.fd)

@@ -88,46 +88,33 @@ def test_the_exit_status_is_that_of_the_last_command(person: Client) -> None:
 
 
 def test_the_echo_is_all_that_the_editor_prints(person: Client) -> None:
-    person.type("upti")
-    person.expect("upti")
+    person.ask("upti", "upti")
     person.type("me\x01\x05\r")
     assert person.expect("\r\n") == "me\b\b\b\b\b\buptime"
     assert "the agent" in person.expect("guest> ")
 
 
 def test_crlf_is_one_enter(person: Client) -> None:
-    person.type("uptime\r\nuptime\r\nexit\r\n")
-    person.expect("the agent")
+    person.ask("uptime\r\nuptime\r\nexit\r\n", "the agent")
     assert person.expect("the agent").count("guest> ") == 1
     person.finish()
     assert person.output.count(b"guest> ") == 3
 
 
 def test_completion_of_commands_layers_and_paths(person: Client) -> None:
-    person.type("hol\t")
-    person.expect("holders ")
-    person.type("basem\t")
-    person.expect("basement ")
-    person.type("\x15cat base:/e\t")
-    person.expect("cat base:/")
-    person.type("\x15cat base:/etc/m\t")
-    person.expect("motd ")
-    person.type("\r")
-    person.expect("hello from the layer")
-    person.type("cat base:/odd\t")
-    person.expect("\\xff\\ name ")
-    person.type("\r")
-    person.expect("\r\nodd\r\n")
+    person.ask("hol\t", "holders ")
+    person.ask("basem\t", "basement ")
+    person.ask("\x15cat base:/e\t", "cat base:/")
+    person.ask("\x15cat base:/etc/m\t", "motd ")
+    person.ask("\r", "hello from the layer")
+    person.ask("cat base:/odd\t", "\\xff\\ name ")
+    person.ask("\r", "\r\nodd\r\n")
 
 
 def test_history(person: Client) -> None:
-    person.type("plan base\r")
-    person.expect("guest> ")
-    person.type("uptime\r")
-    person.expect("guest> ")
-    person.type("pl\x1b[A\r")
-    person.expect("plan base\r\n")
-    person.expect("mount erofs")
+    person.ask("plan base\r", "guest> ")
+    person.ask("uptime\r", "guest> ")
+    person.ask("pl\x1b[A\r", "plan base\r\n", "mount erofs")
 
 
 def test_paging(bed: Bed) -> None:
@@ -140,10 +127,8 @@ def test_paging(bed: Bed) -> None:
         assert person.expect("--more--").count("\r\n") == 1
         person.type(" ")
         assert person.expect("--more--").count("\r\n") == 9
-        person.type("q")
-        person.expect("guest> ")
-        person.type("help\r")
-        person.expect("--more--")
+        person.ask("q", "guest> ")
+        person.ask("help\r", "--more--")
         person.type("G")
         # the only one left is in the text of the help
         assert person.expect("guest> ").count("--more--") == 1
@@ -151,21 +136,15 @@ def test_paging(bed: Bed) -> None:
 
 def test_an_interrupt_ends_a_command(person: Client) -> None:
     began = time.monotonic()
-    person.type("sleep 1000\r")
-    person.expect("sleep 1000\r\n")
-    person.type("\x03")
-    person.expect("^C\r\n")
-    person.expect("guest> ")
+    person.ask("sleep 1000\r", "sleep 1000\r\n")
+    person.ask("\x03", "^C\r\n", "guest> ")
     assert time.monotonic() - began < 10
-    person.type("uptime\r")
-    person.expect("the agent")
+    person.ask("uptime\r", "the agent")
 
 
 def test_an_interrupt_ends_the_reading_of_a_huge_file(person: Client) -> None:
-    person.type("checksum base:/huge\r")
-    person.expect("\r\n")
-    person.type("\x03")
-    person.expect("^C\r\n")
+    person.ask("checksum base:/huge\r", "\r\n")
+    person.ask("\x03", "^C\r\n")
 
 
 def test_typed_ahead_lines_run_later(person: Client) -> None:
@@ -176,16 +155,14 @@ def test_typed_ahead_lines_run_later(person: Client) -> None:
 
 
 def test_following_events(bed: Bed, person: Client) -> None:
-    person.type("events -f\r")
-    person.expect("layer_mounted layer=base")
+    person.ask("events -f\r", "layer_mounted layer=base")
     events = bed.engine.event_log
     events.publish("device_appeared", device="pmem1")
     person.expect("device_appeared device=pmem1")
     for number in range(4, 3000):
         events.publish("device_appeared", detail=f"event {number}")
     person.expect("event 2999")
-    person.type("\x03")
-    person.expect("guest> ")
+    person.ask("\x03", "guest> ")
     assert events._listeners == {}
 
 
@@ -198,12 +175,10 @@ def test_events_beyond_one_reply_are_printed_too(bed: Bed) -> None:
 
 
 def test_following_the_log(person: Client) -> None:
-    person.type("log -f\r")
-    person.expect("console session")
+    person.ask("log -f\r", "console session")
     log.info("something for the log", tag="4711")
     person.expect("tag=4711")
-    person.type("\x03")
-    person.expect("guest> ")
+    person.ask("\x03", "guest> ")
 
 
 def test_another_size(bed: Bed, person: Client) -> None:
@@ -217,8 +192,7 @@ def test_another_size(bed: Bed, person: Client) -> None:
 def test_tables_fit_the_window(bed: Bed) -> None:
     with bed.client(**PERSON, size={"rows": 24, "columns": 60}) as person:
         person.expect("guest> ")
-        person.type("layers\r")
-        person.expect("\r\n")
+        person.ask("layers\r", "\r\n")
         rows = person.expect("guest> ").split("\r\n")
         assert max(map(len, rows)) <= 60
         assert ".." in "".join(rows)
@@ -228,13 +202,9 @@ def test_a_dumb_terminal_gets_no_escape_codes(bed: Bed, monkeypatch: pytest.Monk
     monkeypatch.setattr(commands_system_module, "_TOP_SECONDS", 0.1)
     with bed.client(terminal=True, term="dumb") as person:
         person.expect("guest> ")
-        person.type("lay\t bas\t\t\x1b[D\x0c\x05\x15help\r")
-        person.expect("--more--")
-        person.type("q")
-        person.expect("guest> ")
-        person.type("top -n 1\r")
-        person.expect("COMMAND")
-        person.expect("guest> ")
+        person.ask("lay\t bas\t\t\x1b[D\x0c\x05\x15help\r", "--more--")
+        person.ask("q", "guest> ")
+        person.ask("top -n 1\r", "COMMAND", "guest> ")
         person.type("exit\r")
         person.finish()
         assert b"\x1b" not in person.output
@@ -411,8 +381,7 @@ def test_poweroff_is_confirmed_though_the_agent_stops_at_once(bed: Bed) -> None:
 
 def test_a_session_is_lost_without_a_word_when_the_agent_stops(person: Client, bed: Bed) -> None:
     """So that its client looks for the next agent."""
-    person.type("sleep 1000\r")
-    person.expect("sleep 1000\r\n")
+    person.ask("sleep 1000\r", "sleep 1000\r\n")
     bed.console.close()
     wait_until(lambda: not person._receive(time.monotonic() + 5), "still open")
     assert (person.status, person.refusal) == (None, None)
@@ -460,22 +429,14 @@ def test_a_script_s_bytes_go_through_unchanged(bed: Bed) -> None:
 
 
 def test_a_shell_on_a_terminal(person: Client) -> None:
-    person.type("sh\r")
-    person.expect("guest# ")
-    person.type("stty size; tty; echo $TERM\r")
-    person.expect("24 80\r\n/dev/pts/")
-    person.expect("xterm")
+    person.ask("sh\r", "guest# ")
+    person.ask("stty size; tty; echo $TERM\r", "24 80\r\n/dev/pts/", "xterm")
     person.send(SIZE, {"rows": 50, "columns": 132})
-    person.type("stty size\r")
-    person.expect("50 132")
-    person.expect("guest# ")
+    person.ask("stty size\r", "50 132", "guest# ")
     person.type("cat\r")
-    person.type("ping\r")
-    person.expect("ping\r\nping\r\n")  # a shell that starts a program may swallow an interrupt
-    person.type("\x03")
-    person.expect("guest# ")
-    person.type("exit 5\r")
-    person.expect("guest> ")
+    person.ask("ping\r", "ping\r\nping\r\n")
+    person.ask("\x03", "guest# ")
+    person.ask("exit 5\r", "guest> ")
     person.type("exit\r")
     assert person.finish()[0] == 5
 
@@ -564,10 +525,8 @@ def test_endless_lines_and_junk_at_the_editor(person: Client) -> None:
     for _ in range(6):  # nearly three times what is held for a session
         person.type(b"x" * 30_000)
     person.type(bytes(range(0x0B, 0x100)) * 8)
-    person.type("\x03")
-    person.expect("\r\nguest> ")
-    person.type("\r\x15uptime\r")
-    person.expect("the agent")
+    person.ask("\x03", "\r\nguest> ")
+    person.ask("\r\x15uptime\r", "the agent")
 
 
 def test_an_endless_line_of_a_script(bed: Bed) -> None:
@@ -629,16 +588,14 @@ def test_screen_after_20_000_sizes_is_the_line(bed: Bed, person: Client) -> None
     threads, fds, rss = thread_count(), fd_count(), rss_bytes()
     rows = person.output.count(b"\n") + 1
     storm_of_sizes(person)
-    person.type("#")
-    person.expect("#")
+    person.ask("#", "#")
     terminal = Terminal(119)
     terminal.show(person.output.decode())
     assert (len(terminal.rows), terminal.bells) == (rows, 0)
     assert (terminal.row, terminal.at) == (f"guest> {text}#", len(f"guest> {text}#"))
     assert (thread_count(), fd_count(), bed.console.session_count) == (threads, fds, 1)
     assert rss_bytes() - rss < 8 << 20
-    person.type("\x15term\r")
-    person.expect("xterm 119x49\r\n")
+    person.ask("\x15term\r", "xterm 119x49\r\n")
 
 
 #: Says how many lines and columns its terminal has when a line has come, and whether it was told.
@@ -654,13 +611,11 @@ print("size", *reversed(os.get_terminal_size()), bool(told))
 
 def test_program_after_20_000_sizes_has_the_last(bed: Bed, person: Client, tmp_path: Path) -> None:
     (tmp_path / "tell").write_text(TELL_SIZE)
-    person.type(f"sh -c '{sys.executable} {tmp_path}/tell'\r")
-    person.expect("begun")
+    person.ask(f"sh -c '{sys.executable} {tmp_path}/tell'\r", "begun")
     threads, fds = thread_count(), fd_count()
     storm_of_sizes(person)
     assert (thread_count(), fd_count(), bed.console.session_count) == (threads, fds, 1)
-    person.type("\n")
-    person.expect("size 49 119 True\r\n")
+    person.ask("\n", "size 49 119 True\r\n")
     person.expect("guest> ")
     assert bed.run("plan base")[0] == 0
 
@@ -745,8 +700,7 @@ def test_closing_ends_every_session(tmp_path: Path, layer: Path) -> None:
         idle, busy = bed.client(**PERSON), bed.client(**PERSON)
         idle.expect("guest> ")
         busy.expect("guest> ")
-        busy.type("sh\r")
-        busy.expect("guest# ")
+        busy.ask("sh\r", "guest# ")
     assert not busy._receive(time.monotonic() + 5) or busy.status is None
     idle.sock.close()
     busy.sock.close()

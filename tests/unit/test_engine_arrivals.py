@@ -11,7 +11,7 @@ import pytest
 from guestagent.api import LabelDevice, PathDevice
 from guestagent.engine.arrivals import Arrivals, DeviceAbsentError, find_device
 from guestagent.engine.transaction import Transaction
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.deadline import Deadline
 
 SECONDS = 20.0

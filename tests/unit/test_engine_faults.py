@@ -7,7 +7,7 @@ import pytest
 
 from guestagent.config import read_settings
 from guestagent.engine.faults import Fault, Faults
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.deadline import Deadline
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from guestagent.api import ByteRange, OverlaySpec
 from guestagent.engine.claims import PathClaims
 from guestagent.engine.inventory import Inventory, LiveOverlay
+from tests.beds.calls import call_error
 from tests.beds.enginebed import layer
-from tests.beds.errors import call_error
 from vsock.errors import CallError
 
 STATE = "/run/guestagent"

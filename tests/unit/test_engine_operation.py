@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from guestagent.engine.transaction import Transaction, code_of_errno
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -17,8 +17,8 @@ from guestagent.engine.plan import (
     verity_options,
 )
 from guestagent.storage.verity import VerityParameters
+from tests.beds.calls import call_error
 from tests.beds.enginebed import DEVICE
-from tests.beds.errors import call_error
 from vsock.rpc import Decoder, Limits, Request, encode_request
 
 ROOT = bytes(range(32))

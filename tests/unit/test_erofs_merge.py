@@ -26,7 +26,7 @@ from rootfs.image.erofs_format import (
 from rootfs.image.erofs_merge import LayerFile, merge_layers
 from rootfs.image.erofs_reader import ErofsReader
 from rootfs.image.tree import Node, link_counts
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.mergebed import (
     EPOCH_NS,
     DrawnContent,

@@ -18,7 +18,7 @@ from rootfs.image.crc32c import crc32c, crc32c_of_rows
 from rootfs.image.ext4 import Ext4Image
 from rootfs.image.images import build_image
 from rootfs.image.tree import Extent, FdContent, Node
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
 from vsock.deadline import Deadline
 from vsock.errors import CallError

@@ -27,7 +27,7 @@ from guestagent.storage.filesystems import (
     mount_options,
 )
 from rootfs.image.images import FILESYSTEMS as BUILT
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -18,7 +18,7 @@ from rootfs.image.images import ImageResult, build_image, build_layers
 from rootfs.image.spool import spooled
 from rootfs.image.tartree import Whiteouts
 from rootfs.image.tree import Node
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.imagebed import (
     Layout,
     Member,
@@ -30,6 +30,7 @@ from tests.beds.imagebed import (
     tar_of,
     zstd,
 )
+from tests.beds.loopbed import sparse_file
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -113,8 +114,7 @@ def test_the_digest_of_a_source_does_not_depend_on_what_is_made_of_it(
         file.truncate(3 << 20)
         file.seek(1 << 20)
         file.write(b"in the middle")
-    with (sample / "holes").open("wb") as file:
-        file.truncate(70_000)
+    sparse_file((sample / "holes"), 70_000)
     while_written = build_image(sample, tmp_path / "image")
     before = build_image(sample, tmp_path / "other", filesystem="squashfs", compression="gzip")
     assert while_written.source_digest == before.source_digest

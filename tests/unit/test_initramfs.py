@@ -24,6 +24,7 @@ from rootfs.bootimage.initramfs import (
     build_initramfs,
 )
 from rootfs.bootimage.kernel import Kernel, ModuleNotFoundInKernelError
+from tests.beds.loopbed import sparse_file
 from vsock.errors import CallError
 
 _UNPACK = {"zstd": ["zstd", "-dcq"], "lz4": ["lz4", "-dcq"], "gzip": ["gzip", "-dc"]}
@@ -192,9 +193,7 @@ def test_a_program_of_a_feature_runs_in_the_image_alone(
     report = build_initramfs(replace(spec, features=("a-program",)), cache_dir=cache)
     root = unpack(report, tmp_path / "root")
     assert report.parts["programs"] == (root / "usr/sbin" / name).stat().st_size
-    disk = tmp_path / "disk"
-    with disk.open("wb") as file:
-        file.truncate(320 << 20)
+    disk = sparse_file(tmp_path / "disk", 320 << 20)
     linker = next(root.glob("lib64/ld-linux*"))
     libraries = ":".join({str(path.parent) for path in root.glob("**/lib*.so*")})
     argv = ["--inhibit-cache", "--library-path", libraries, "--argv0", name]

@@ -16,8 +16,9 @@ from guestagent.api.inspect import FsDownload, FsLs
 from guestagent.host import AsyncGuestAgent, GuestAgent
 from guestagent.host.client.streams import WINDOW_CHUNKS, FsStream
 from guestagent.service.streams import MAX_STREAMS
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.inspectbed import WAIT_SECONDS, Bed, connect, peer_of, serving
+from tests.beds.loopbed import sparse_file
 from tests.beds.peer import Peer
 from vsock.address import UnixAddress
 from vsock.deadline import Deadline
@@ -294,8 +295,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     crowd = tree / "crowd"
     crowd.mkdir(parents=True)
     for name, size_bytes in (("sparse", 100 * GIB), ("big", 8 << 20), ("small", 5)):
-        with (tree / name).open("wb") as file:
-            file.truncate(size_bytes)
+        sparse_file((tree / name), size_bytes)
     os.mknod(crowd / "entry number 0")
     for number in range(1, 12_000):  # links, for some file systems are slow at so many new files
         os.link(crowd / "entry number 0", crowd / f"entry number {number}")

@@ -18,7 +18,7 @@ from guestagent.host.client import GuestAgent
 from guestagent.inspect import pax
 from guestagent.inspect.listing import matches
 from guestagent.inspect.walk import MAX_DEPTH
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.inspectbed import serving
 from vsock.errors import CallError
 

@@ -15,7 +15,7 @@ from rootfs.image.images import build_image, build_layers
 from rootfs.image.source import SourceOptions, open_source
 from rootfs.image.tartree import Whiteouts
 from rootfs.image.tree import walk
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.imagebed import (
     EPOCH,
     Layout,

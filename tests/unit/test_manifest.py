@@ -13,7 +13,8 @@ import pytest
 from guestagent.api import LayerSpec
 from guestagent.storage.verity import FieldError
 from rootfs.pack.manifest import Manifest, image_spec, layer_spec
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
+from tests.beds.loopbed import sparse_file
 from vsock.errors import CallError
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "rootfs/schema"
@@ -282,8 +283,7 @@ def test_manifest_load_refuses_invalid_json(tmp_path: Path, text: str) -> None:
 
 
 def test_a_manifest_that_is_too_large_or_no_file(tmp_path: Path) -> None:
-    with (tmp_path / "m").open("wb") as file:
-        file.truncate((16 << 20) + 1)
+    sparse_file((tmp_path / "m"), (16 << 20) + 1)
     with call_error("resource"):
         Manifest.load(tmp_path / "m")
     with call_error("invalid"):

@@ -1,10 +1,9 @@
 """The metrics: right numbers in the right form, judged by promtool."""
 
-import threading
-
 import pytest
 
 from guestagent.observe.metrics import BUCKETS_SECONDS, Collector, Metrics
+from tests.beds.calls import at_once
 from tests.beds.metricsbed import check, full, samples
 
 
@@ -48,15 +47,11 @@ def test_labels_are_bounded() -> None:
 def test_no_count_is_lost_among_threads() -> None:
     metrics = Metrics()
 
-    def work() -> None:
+    def work(_number: int) -> None:
         for _ in range(500):
             metrics.step("mount", 0.001, failed=False)
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, range(8))
     found = samples(metrics.render({}))
     assert found['guestagent_step_duration_seconds_count{step="mount"}'] == 4000
 

@@ -15,7 +15,7 @@ import pytest
 from rootfs.image import mkfs
 from rootfs.image.images import BuildOptions, build_image
 from rootfs.imagefile.program import run
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
 from vsock.deadline import Deadline
 

@@ -8,7 +8,7 @@ import pytest
 
 from rootfs.image.images import build_image, build_layers
 from rootfs.image.platform import default_platform
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.imagebed import MEDIA, Layout, Member, digest, docker_archive, make_tar, tar_of
 from vsock.errors import CallError
 

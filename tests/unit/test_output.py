@@ -14,7 +14,7 @@ from rootfs.pack.manifest import Manifest
 from rootfs.pack.pack import Pack, new_pack
 from rootfs.pack.sidecar import Sidecar
 from rootfs.verity.formatter import format_image
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.imagebed import Layout, Member, make_tar
 from vsock.errors import CallError
 

@@ -25,7 +25,7 @@ from rootfs.imagefile.ranges import FileRange, first_fit, free_ranges, overlappi
 from rootfs.pack.manifest import Manifest
 from rootfs.pack.pack import DAX_ALIGNMENT_BYTES, Pack, manifest_path_of
 from rootfs.verity.formatter import format_image
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.errors import CallError
 
 MIB = 1 << 20

@@ -22,7 +22,7 @@ from rootfs.pack.pkcs7 import verify_root_digest
 from rootfs.pack.signing import sign_manifest, verify_manifest
 from rootfs.verity.formatter import LAYER_SALT, format_image
 from rootfs.verity.verifier import verify_image
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.imagebed import Member, directory, make_tar
 from tests.beds.keybed import certificate_of, write_certificate, write_key
 from vsock.errors import CallError

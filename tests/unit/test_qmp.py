@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rootfs.machine.qmp import QmpClient, QmpClosedError, QmpError
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.deadline import Deadline
 
 

@@ -26,7 +26,7 @@ from rootfs.machine.run_image import mount_request
 from rootfs.machine.vmlinux import unpack_kernel
 from rootfs.pack.manifest import Manifest
 from rootfs.pack.pack import Pack
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.imagebed import Layout, Member, directory
 
 CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"

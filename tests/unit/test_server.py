@@ -49,9 +49,7 @@ def test_quick_methods_run_on_the_thread_of_the_server_and_others_do_not(serve):
 
 def test_requests_are_answered_in_any_order(serve):
     running = serve()
-    peer = running.peer()
-    peer.request(1, "gate")
-    running.handler.passed(running.handler.at_gate)
+    peer = running.peer_at_gate()
     assert peer.ask(2, "slow_echo") == {}
     running.handler.gate.set()
     assert peer.next() == [1, 1, None, "through"]
@@ -183,9 +181,7 @@ def test_a_client_that_sends_on_past_a_limit_still_gets_the_answer(serve):
 )
 def test_fatal_protocol_error_closes_after_replies_in_flight(serve, data, code):
     running = serve()
-    peer = running.peer()
-    peer.request(1, "gate")
-    running.handler.passed(running.handler.at_gate)
+    peer = running.peer_at_gate()
     peer.send(data)
     assert peer.complaint() == code
     running.handler.gate.set()
@@ -243,9 +239,7 @@ def test_a_deadline_ends_a_wait(serve):
 
 def test_a_deadline_holds_while_no_worker_is_free(serve):
     running = serve(workers=1)
-    peer = running.peer()
-    peer.request(1, "gate")
-    running.handler.passed(running.handler.at_gate)
+    peer = running.peer_at_gate()
     peer.request(2, "slow_echo", deadline_ms=20)
     assert peer.error() == (2, "timeout")
     running.handler.gate.set()
@@ -267,9 +261,7 @@ def test_cancel_ends_a_wait(serve):
 
 def test_cancel_of_what_no_worker_has_come_to_is_answered_at_once(serve):
     running = serve(workers=1)
-    peer = running.peer()
-    peer.request(1, "gate")
-    running.handler.passed(running.handler.at_gate)
+    peer = running.peer_at_gate()
     peer.request(2, "slow_echo")
     peer.request(3, "cancel", msgid=2)
     assert peer.error() == (2, "cancelled")
@@ -293,9 +285,7 @@ def test_cancel_reaches_only_requests_of_its_own_connection(serve):
 
 def test_a_msgid_in_flight_is_refused_and_free_again_after_the_answer(serve):
     running = serve()
-    peer = running.peer()
-    peer.request(1, "gate")
-    running.handler.passed(running.handler.at_gate)
+    peer = running.peer_at_gate()
     peer.request(1, "echo")
     assert peer.error() == (1, "invalid")
     running.handler.gate.set()
@@ -404,9 +394,7 @@ def test_connections_take_turns_for_a_thread(serve):
 
 def test_a_call_that_was_cancelled_before_it_ran_holds_no_memory(serve):
     running = serve(workers=1, max_memory_bytes=168 * 1024)  # 63 KiB for requests
-    peer = running.peer()
-    peer.request(1, "gate")
-    running.handler.passed(running.handler.at_gate)
+    peer = running.peer_at_gate()
     for _ in range(10):
         peer.request(2, "slow_echo", a=bytes(30_000))
         peer.request(3, "cancel", msgid=2)
@@ -773,9 +761,7 @@ def test_notifications_can_be_taken(serve):
 
 def test_stop_lets_work_end_and_refuses_new(serve):
     running = serve()
-    peer = running.peer()
-    peer.request(1, "gate")
-    running.handler.passed(running.handler.at_gate)
+    peer = running.peer_at_gate()
     running.server.stop(20.0)
     while True:
         peer.request(2, "slow_echo")

@@ -28,7 +28,7 @@ from guestagent.share.shares import Shares
 from guestagent.thin.mounts import Mounts
 from guestagent.thin.pools import Pools
 from guestagent.thin.volumes import Volumes
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.address import UnixAddress
 from vsock.deadline import Deadline
 from vsock.dial import listen

@@ -19,7 +19,7 @@ from rootfs.pack.canonical import canonical_bytes, parse_json
 from rootfs.pack.keys import PrivateKey, load_certificate, load_private_key, load_public_key
 from rootfs.pack.pkcs7 import sign_root_digest, verify_root_digest
 from rootfs.pack.signing import Signature, key_id, sign_manifest, verify_manifest
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.keybed import certificate_of, write_certificate, write_key, write_public
 from vsock.errors import CallError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.address import HybridAddress, SerialAddress, UnixAddress, VsockAddress
 from vsock.deadline import Deadline
 from vsock.dial import _SO_VM_SOCKETS_CONNECT_TIMEOUT, _set_timeout, dial, listen

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rootfs.image.tar import TarEntry, TarReader
 from rootfs.image.tartree import TarTree, Whiteouts
 from rootfs.image.tarwriter import write_tar
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
 from tests.beds.treebed import node_facts
 from vsock.errors import CallError

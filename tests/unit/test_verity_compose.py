@@ -15,7 +15,8 @@ import pytest
 from guestagent.storage.verity import PART_STEP_BYTES, VerityParameters, VerityTerms
 from rootfs.verity.compose import NewPart, Part, compose_tree, composed_parameters
 from rootfs.verity.formatter import format_image
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
+from tests.beds.loopbed import sparse_file
 from vsock.errors import CallError
 
 pytestmark = pytest.mark.skipif(
@@ -197,9 +198,7 @@ def test_a_part_that_is_cut_short_is_refused(tmp_path: Path) -> None:
 
 def test_no_data_are_read_and_memory_stays_flat(tmp_path: Path) -> None:
     """Compose 10 GiB of 64 parts from hash areas alone."""
-    image = tmp_path / "image"
-    with image.open("wb") as file:
-        file.truncate(160 << 20)
+    image = sparse_file(tmp_path / "image", 160 << 20)
     terms = VerityTerms(salt=bytes(32))
     made = format_image(image, terms=terms, hash_file=tmp_path / "hashes")
     image.unlink()
@@ -210,8 +209,7 @@ def test_no_data_are_read_and_memory_stays_flat(tmp_path: Path) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         root = compose_tree(parts, parameters, tree.fileno(), 0)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    with image.open("wb") as file:
-        file.truncate(parameters.data_size_bytes)
+    sparse_file(image, parameters.data_size_bytes)
     whole = format_image(image, terms=terms, hash_file=tmp_path / "whole")
     assert whole.root_digest == root
     assert grown < 32 * 1024

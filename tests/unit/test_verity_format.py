@@ -29,7 +29,7 @@ from rootfs.verity import workers as parallel
 from rootfs.verity.formatter import FormatResult, derive_uuid, format_image
 from rootfs.verity.hashing import BlockHash, HashlibHasher
 from rootfs.verity.verifier import read_layer, verify_image
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from guestagent.storage.verity import VerityParameters, VerityTerms
 from rootfs.verity.formatter import format_image
 from rootfs.verity.verifiedread import VerifiedReader
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.errors import CallError
 
 BLOCKS = 300

@@ -25,7 +25,7 @@ from guestagent.storage.verity import (
     parse_superblock,
     superblock_uuid,
 )
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.errors import CallError
 
 needs_veritysetup = pytest.mark.skipif(

@@ -15,7 +15,7 @@ from rootfs.verity import hashtree, multibuffer
 from rootfs.verity.formatter import FormatResult, format_image
 from rootfs.verity.runs import Run
 from rootfs.verity.verifier import VerifyResult, read_layer, verify_image
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 

@@ -11,7 +11,7 @@ from rootfs.image.images import build_image
 from rootfs.imagefile.vhd import FOOTER_BYTES, VhdFooter, find_footer
 from rootfs.pack.sidecar import Sidecar
 from rootfs.verity.verifier import read_layer
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.imagebed import Member, make_tar
 from vsock.errors import CallError
 

@@ -1,10 +1,8 @@
 """``guestctl run`` with the machine that it starts."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pexpect
@@ -12,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from rootfs.cli import run as run_cli
+from tests.beds.ctlbed import GUESTCTL
 from tests.beds.imagebed import Layout, Member, directory, symlink
+from tests.beds.terminal import ask, spawn
 
-COMMAND = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]
 BOOT_SECONDS = 240
 
 
@@ -44,13 +43,15 @@ def image_with_shell(tmp_path: Path) -> str:
 
 def test_ctrl_c_powers_a_kept_machine_off(image_with_shell: str) -> None:
     """The terminal sends its signal to every process of the foreground, the helpers, too."""
-    terminal = pexpect.spawn(
-        COMMAND[0],
-        [*COMMAND[1:], "run", image_with_shell, "--shell", "--keep"],
-        timeout=BOOT_SECONDS,
+    terminal = spawn(
+        "run",
+        image_with_shell,
+        "--shell",
+        "--keep",
+        columns=200,
+        timeout_seconds=BOOT_SECONDS,
+        environment={"TERM": "xterm"},
         encoding="utf-8",
-        env={**os.environ, "TERM": "xterm"},
-        dimensions=(24, 200),
         # a shell that runs the tests in the background has SIGINT ignored, which is inherited
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
@@ -60,9 +61,12 @@ def test_ctrl_c_powers_a_kept_machine_off(image_with_shell: str) -> None:
         terminal.expect_exact("booting with")
         terminal.expect_exact("overlay root at /run/overlays/root")
         terminal.expect_exact("guest# ")
-        terminal.send("busybox cat /etc/motd; test -d /proc/self && test -c /dev/null && exit\r")
-        terminal.expect_exact("\nof the image")
-        terminal.expect_exact("Ctrl-C powers it off")
+        ask(
+            terminal,
+            "busybox cat /etc/motd; test -d /proc/self && test -c /dev/null && exit\r",
+            "\nof the image",
+            "Ctrl-C powers it off",
+        )
         terminal.sendintr()
         terminal.expect_exact("powering off")
         terminal.expect(pexpect.EOF)
@@ -73,7 +77,7 @@ def test_ctrl_c_powers_a_kept_machine_off(image_with_shell: str) -> None:
 
 def test_commands_from_a_pipe_run_in_the_image(image_with_shell: str) -> None:
     done = subprocess.run(
-        [*COMMAND, "run", image_with_shell, "--shell"],
+        [*GUESTCTL, "run", image_with_shell, "--shell"],
         input=b"busybox cat /etc/motd\nbusybox touch /new || exit 7\n",
         capture_output=True,
         timeout=BOOT_SECONDS,

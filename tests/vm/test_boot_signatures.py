@@ -14,7 +14,7 @@ from rootfs.image.images import ImageResult, build_image
 from rootfs.machine.qemu import Machine, MachineSpec, PmemSpec
 from rootfs.pack.pack import Pack, manifest_path_of
 from rootfs.pack.pkcs7 import sign_root_digest, verify_root_digest
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.trustbed import Signer, kernel_trusting
 from vsock.deadline import Deadline
 from vsock.errors import errno_name

@@ -3,9 +3,7 @@
 ``guestctl console`` runs in a pseudo-terminal, where pexpect types.
 """
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,11 +15,12 @@ from guestagent.host.client import GuestAgent
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel
 from rootfs.machine.qemu import Machine, PmemSpec
+from tests.beds.ctlbed import GUESTCTL
+from tests.beds.terminal import ask, ended, spawn
 from tests.vm.conftest import CACHE_DIR, PackedLayers, mount_root
 from vsock.deadline import Deadline
 
 PROJECT = Path(__file__).resolve().parents[2]
-GUESTCTL = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]
 BUSYBOX = Path("/usr/bin/busybox")
 WAIT_SECONDS = 60
 PORT = "console"
@@ -44,20 +43,13 @@ def machine(
     return machine
 
 
-def spawn(*arguments: str, term: str = "xterm") -> pexpect.spawn:
-    return pexpect.spawn(
-        GUESTCTL[0],
-        [*GUESTCTL[1:], *arguments],
-        dimensions=(24, 80),
-        timeout=WAIT_SECONDS,
-        cwd=str(PROJECT),
-        env={**os.environ, "TERM": term},
-    )
+def start(*arguments: str) -> pexpect.spawn:
+    return spawn(*arguments, timeout_seconds=WAIT_SECONDS, environment={"TERM": "xterm"})
 
 
 @pytest.fixture
 def terminal(machine: Machine) -> Iterator[pexpect.spawn]:
-    child = spawn("--connect", machine.agent_address(), "console")
+    child = start("--connect", machine.agent_address(), "console")
     child.expect_exact("guest> ")
     yield child
     child.close(force=True)
@@ -65,48 +57,27 @@ def terminal(machine: Machine) -> Iterator[pexpect.spawn]:
 
 @pytest.fixture
 def line(machine: Machine) -> Iterator[pexpect.spawn]:
-    child = spawn("console", "--line", f"unix://{machine.port_path(PORT)}")
+    child = start("console", "--line", f"unix://{machine.port_path(PORT)}")
     child.expect_exact("Press Enter for the guest's console.")
-    child.send("\r")
-    child.expect_exact("guest> ")
+    ask(child, "\r", "guest> ")
     yield child
     child.close(force=True)
 
 
-def ended(child: pexpect.spawn) -> int:
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus is not None
-    return int(child.exitstatus)
-
-
 def look_around(child: pexpect.spawn) -> None:
     """Use the console as a person does, with nothing but what is in the guest."""
-    child.send("lay\tba\t\r")
-    child.expect_exact("layers base")
+    ask(child, "lay\tba\t\r", "layers base")
     child.expect(r"root digest +[0-9a-f]{64}")
     child.expect_exact("linear 259:0")
     child.expect_exact("guest> ")
-    child.send("cat root:/etc/mo\t\r")
-    child.expect_exact("from the top\r\n")
-    child.expect_exact("guest> ")
-    child.send("help\r")
-    child.expect_exact("--more--")
-    child.send("q")
-    child.expect_exact("guest> ")
-    child.send("sleep 1000\r")
-    child.expect_exact("sleep 1000\r\n")
-    child.send("\x03")
-    child.expect_exact("^C")
-    child.expect_exact("guest> ")
-    child.send("uptime\r")
-    child.expect_exact("the agent")
-    child.expect_exact("guest> ")
-    child.send("la\x1b[A\x1b[A\x15mod\t\r")
-    child.expect_exact("MODULE")
-    child.expect_exact("--more--")
-    child.send("q")
-    child.expect_exact("guest> ")
+    ask(child, "cat root:/etc/mo\t\r", "from the top\r\n", "guest> ")
+    ask(child, "help\r", "--more--")
+    ask(child, "q", "guest> ")
+    ask(child, "sleep 1000\r", "sleep 1000\r\n")
+    ask(child, "\x03", "^C", "guest> ")
+    ask(child, "uptime\r", "the agent", "guest> ")
+    ask(child, "la\x1b[A\x1b[A\x15mod\t\r", "MODULE", "--more--")
+    ask(child, "q", "guest> ")
 
 
 def test_a_person_over_vsock(terminal: pexpect.spawn) -> None:
@@ -117,27 +88,20 @@ def test_a_person_over_vsock(terminal: pexpect.spawn) -> None:
 
 def test_a_person_over_a_serial_line(line: pexpect.spawn) -> None:
     look_around(line)
-    line.send("term 132x50\r")
-    line.expect_exact("dumb 132x50")
-    line.expect_exact("guest> ")
-    line.send("exit\r")
-    line.expect_exact("Press Enter for the guest's console.")
-    line.send("\r")
-    line.expect_exact("guest> ")
+    ask(line, "term 132x50\r", "dumb 132x50", "guest> ")
+    ask(line, "exit\r", "Press Enter for the guest's console.")
+    ask(line, "\r", "guest> ")
     line.send("~.")
     assert ended(line) == 0
 
 
 def test_a_serial_line_of_a_dumb_terminal_has_no_escape_codes(machine: Machine) -> None:
-    child = spawn("console", "--line", f"unix://{machine.port_path(PORT)}")
+    child = start("console", "--line", f"unix://{machine.port_path(PORT)}")
     child.logfile_read = log = _Log()
     child.expect_exact("Press Enter")
-    child.send("\r")
-    child.expect_exact("guest> ")
+    ask(child, "\r", "guest> ")
     look_around(child)
-    child.send("top -n 1\r")
-    child.expect_exact("COMMAND")
-    child.expect_exact("guest> ")
+    ask(child, "top -n 1\r", "COMMAND", "guest> ")
     child.send("~.")
     ended(child)
     assert b"\x1b" not in log.data
@@ -161,37 +125,29 @@ class _Log:
 
 
 def test_two_people_at_once(terminal: pexpect.spawn, line: pexpect.spawn) -> None:
-    terminal.send("sleep 1000\r")
-    terminal.expect_exact("sleep 1000\r\n")
-    line.send("events\r")
-    line.expect_exact("overlay_mounted overlay=root")
-    line.expect_exact("guest> ")
-    terminal.send("\x03")
-    terminal.expect_exact("guest> ")
+    ask(terminal, "sleep 1000\r", "sleep 1000\r\n")
+    ask(line, "events\r", "overlay_mounted overlay=root", "guest> ")
+    ask(terminal, "\x03", "guest> ")
     terminal.send("~.")
     line.send("~.")
     assert (ended(terminal), ended(line)) == (0, 0)
 
 
 def test_a_shell(terminal: pexpect.spawn, machine: Machine) -> None:
-    terminal.send("sh\r")
-    terminal.expect_exact("guest# ")
-    terminal.send("busybox stty size; busybox tty\r")
-    terminal.expect_exact("24 80")
-    terminal.expect_exact("/dev/pts/0")
+    ask(terminal, "sh\r", "guest# ")
+    ask(terminal, "busybox stty size; busybox tty\r", "24 80", "/dev/pts/0")
     terminal.setwinsize(40, 120)
-    terminal.send("until busybox stty size | busybox grep '40 120'; do busybox sleep 0.1; done\r")
-    terminal.expect_exact("\n40 120")
-    terminal.expect_exact("guest# ")
+    ask(
+        terminal,
+        "until busybox stty size | busybox grep '40 120'; do busybox sleep 0.1; done\r",
+        "\n40 120",
+        "guest# ",
+    )
     # the shell takes what is typed for its own editor until it has run the line
-    terminal.send("echo ready; busybox cat\r")
-    terminal.expect_exact("\nready")
-    terminal.send("ping\r")
-    terminal.expect_exact("ping\r\nping\r\n")
-    terminal.send("\x03")
-    terminal.expect_exact("guest# ")
-    terminal.send("exit 9\r")
-    terminal.expect_exact("guest> ")
+    ask(terminal, "echo ready; busybox cat\r", "\nready")
+    ask(terminal, "ping\r", "ping\r\nping\r\n")
+    ask(terminal, "\x03", "guest# ")
+    ask(terminal, "exit 9\r", "guest> ")
     terminal.send("exit\r")
     assert ended(terminal) == 9
 
@@ -229,8 +185,7 @@ def test_memory_of_an_agent_with_a_console(machine: Machine) -> None:
 
 def test_poweroff_is_the_last(terminal: pexpect.spawn, machine: Machine) -> None:
     """The last test of the machine: it ends it."""
-    terminal.send("poweroff\r")
-    terminal.expect_exact("everything is unmounted; poweroff")
+    ask(terminal, "poweroff\r", "everything is unmounted; poweroff")
     assert ended(terminal) == 0
     with Deadline(WAIT_SECONDS) as deadline:
         assert machine.wait(deadline) == 0

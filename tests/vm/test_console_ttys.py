@@ -53,6 +53,12 @@ class Person:
     def type(self, text: str) -> None:
         self._line.sendall(text.encode())
 
+    def ask(self, text: str, *patterns: str) -> None:
+        """Type, then wait for what matches each."""
+        self.type(text)
+        for pattern in patterns:
+            self.expect(pattern)
+
     def expect(self, pattern: str) -> str:
         """Wait for what matches; return what came before it."""
         while (found := re.search(pattern, self._unread)) is None:
@@ -141,12 +147,10 @@ def machine(start_machine: Callable[..., Machine], kernel: Kernel, pack: PackedL
 def person(machine: Machine, tty: str) -> Iterator[Person]:
     """A person at the prompt. Afterwards the line is at "Press Enter" again."""
     person = Person(machine.tty_path(tty))
-    person.type("\r")
-    person.expect(PROMPT)
+    person.ask("\r", PROMPT)
     try:
         yield person
-        person.type("\x03\x15exit\r")
-        person.expect(ENTER)
+        person.ask("\x03\x15exit\r", ENTER)
     finally:
         person.leave()  # the next has the line only then
 
@@ -163,9 +167,7 @@ def test_a_person_looks_around(person: Person) -> None:
     assert [row.split()[0] for row in layers] == ["LAYER", "top", "base"]
     assert person.command("status").startswith("ready\n")
     assert "COMMAND" in person.command("top -n 1")
-    person.type("\x0cuptime\r")  # ^L, which clears a screen that can be cleared
-    person.expect("the agent")
-    person.expect(PROMPT)
+    person.ask("\x0cuptime\r", "the agent", PROMPT)
     assert person.wrapped == []
 
 
@@ -187,12 +189,9 @@ def test_a_line_longer_than_the_screen(person: Person) -> None:
 
 @at_each_line
 def test_an_interrupt_ends_a_command_and_a_line(person: Person) -> None:
-    person.type("sleep 1000\r")
-    person.expect("sleep 1000\r\n")
-    person.type("\x03")
-    person.expect(r"\^C\r\n" + PROMPT)
-    person.type("poweroff\x03")
-    person.expect(r"poweroff\^C\r\n" + PROMPT)
+    person.ask("sleep 1000\r", "sleep 1000\r\n")
+    person.ask("\x03", r"\^C\r\n" + PROMPT)
+    person.ask("poweroff\x03", r"poweroff\^C\r\n" + PROMPT)
     # and it was no signal to the agent
     assert person.command("status").startswith("ready\n")
 
@@ -208,8 +207,7 @@ def test_cr_lf_and_crlf_are_one_enter_each(person: Person) -> None:
 
 @at_each_line
 def test_a_session_after_another(person: Person) -> None:
-    person.type("exit\r")
-    person.expect(f"\r\n{ENTER}\r\n")
+    person.ask("exit\r", f"\r\n{ENTER}\r\n")
     person.type("layers\r")  # all keys but Enter are dropped
     assert person.expect(PROMPT).startswith("guestagent 0.1.0 on Linux")
     assert "base" in person.command("layers")
@@ -219,52 +217,39 @@ def test_a_session_after_another(person: Person) -> None:
 def test_serial_line_is_reset_between_sessions(machine: Machine, tty: str) -> None:
     """A line has no hang-up: a session that was begun is there for the next person."""
     first = Person(machine.tty_path(tty))
-    first.type("\r")
-    first.expect(PROMPT)
-    first.type("half a line")
-    first.expect("half a line")
+    first.ask("\r", PROMPT)
+    first.ask("half a line", "half a line")
     second = Person(machine.tty_path(tty))  # which is not at the line until the first has left
     first.leave()
-    second.type("\x15layers\r")
-    second.expect("base")
-    second.expect(PROMPT)
-    second.type("exit\r")
-    second.expect(ENTER)
+    second.ask("\x15layers\r", "base", PROMPT)
+    second.ask("exit\r", ENTER)
     second.leave()
 
 
 @at_each_line
 def test_a_shell_has_a_terminal_of_its_own(person: Person) -> None:
-    person.type("sh -c 'busybox tty; echo $TERM; busybox sleep 1000'\r")
-    person.expect("/dev/pts/0\r\ndumb\r\n")
-    person.type("\x03")
-    person.expect(PROMPT)
+    person.ask("sh -c 'busybox tty; echo $TERM; busybox sleep 1000'\r", "/dev/pts/0\r\ndumb\r\n")
+    person.ask("\x03", PROMPT)
     assert person.command("status").startswith("ready\n")
 
 
 def test_two_people_at_two_lines(machine: Machine) -> None:
     first, second = (Person(machine.tty_path(tty)) for tty in TTYS)
     for person in (first, second):
-        person.type("\r")
-        person.expect(PROMPT)
-    first.type("sleep 1000\r")
-    first.expect("sleep 1000\r\n")
+        person.ask("\r", PROMPT)
+    first.ask("sleep 1000\r", "sleep 1000\r\n")
     assert "base" in second.command("layers")
-    first.type("\x03")
-    first.expect(PROMPT)
+    first.ask("\x03", PROMPT)
     for person in (first, second):
-        person.type("exit\r")
-        person.expect(ENTER)
+        person.ask("exit\r", ENTER)
         person.leave()
 
 
 def test_poweroff_at_a_line_is_the_last(machine: Machine) -> None:
     """The last test of the machine: it ends it."""
     person = Person(machine.tty_path("ttyS1"))
-    person.type("\r")
-    person.expect(PROMPT)
-    person.type("poweroff\r")
-    person.expect("everything is unmounted; poweroff\r\n")
+    person.ask("\r", PROMPT)
+    person.ask("poweroff\r", "everything is unmounted; poweroff\r\n")
     with Deadline(WAIT_SECONDS) as deadline:
         assert machine.wait(deadline) == 0
     person.leave()
@@ -292,8 +277,7 @@ def test_a_uart_that_is_not_there_costs_no_session(start_machine: Callable[..., 
     machine = start_machine(cmdline="guestagent.console=/dev/ttyS1,/dev/hvc0", ttys=("hvc0",))
     person = Person(machine.tty_path("hvc0"))
     person.expect(ENTER)
-    person.type("\r")
-    person.expect(PROMPT)
+    person.ask("\r", PROMPT)
     log = person.command("log")
     person.leave()
     assert "listen=serial:///dev/hvc0" in log

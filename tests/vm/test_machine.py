@@ -17,7 +17,7 @@ from rootfs.bootimage.kernel import Kernel
 from rootfs.machine.accelerator import choose_accelerator
 from rootfs.machine.qemu import DiskSpec, Machine, MachineError, MachineSpec, PmemSpec
 from rootfs.machine.qmp import QmpError
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.vm.conftest import BOOT_SECONDS, CACHE_DIR, TEST_SECONDS
 from vsock.deadline import Deadline
 from vsock.errors import CallError

@@ -33,7 +33,7 @@ from rootfs.pack.manifest import ManifestLayer, layer_spec
 from rootfs.pack.pack import Pack
 from rootfs.verity.formatter import FormatResult, format_image
 from scripts.uml_bed.kernels import kernel_cache
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from vsock.deadline import Deadline
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"

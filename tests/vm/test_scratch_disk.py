@@ -15,6 +15,7 @@ from rootfs.bootimage.kernel import Kernel
 from rootfs.image.images import build_image
 from rootfs.machine.qemu import DiskSpec, Machine, MachineSpec, PmemSpec
 from rootfs.machine.qemu_command import PMEM_ALIGN_BYTES
+from tests.beds.loopbed import sparse_file
 from vsock.deadline import Deadline
 
 CACHE_DIR = Path(__file__).resolve().parents[2] / ".cache"
@@ -60,9 +61,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def blank(tmp_path: Path) -> Callable[[str], DiskSpec]:
     def make(name: str) -> DiskSpec:
-        path = tmp_path / f"{name}.img"
-        with path.open("wb") as file:
-            file.truncate(DISKS[name])
+        path = sparse_file(tmp_path / f"{name}.img", DISKS[name])
         return DiskSpec(path=path, serial=name, readonly=False)
 
     return make

@@ -12,7 +12,7 @@ import time
 import msgpack
 import pytest
 
-from tests.beds.errors import call_error
+from tests.beds.calls import call_error
 from tests.beds.vsockbed import HERE, PROJECT, UmlBed
 from vsock.client import Client
 from vsock.errors import ConnectionClosed
