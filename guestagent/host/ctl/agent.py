@@ -4,12 +4,12 @@ import time
 
 import click
 
-from guestagent.api.observe import CrashReport
-from guestagent.api.request import Empty
+from guestagent.api.agent import AgentFeatures, AgentShutdown
+from guestagent.api.observe import AgentCrashes, CrashReport
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.log import describe_line
 from guestagent.host.ctl.profiles import Profiles, complete_profiles, resolve
-from guestagent.host.ctl.session import Session, cannot_write, emit, pass_session
+from guestagent.host.ctl.session import Session, cannot_write, emit, pass_session, wrong_usage
 from guestagent.host.ctl.style import plain, table, words_of
 from vsock.address import parse_address
 from vsock.errors import CallError
@@ -41,8 +41,7 @@ def hello(session: Session) -> None:
 @pass_session
 def features(session: Session) -> None:
     """List every feature of agent and kernel, and why one is not there."""
-    with session.agent() as guest:
-        reply = guest.features()
+    reply = session.ask(AgentFeatures)
     rows = [
         (one.name, "yes" if one.is_there else "no", one.why_not or one.meaning)
         for one in reply.features
@@ -56,9 +55,8 @@ def features(session: Session) -> None:
 @pass_session
 def shutdown(session: Session, mode: str, force: bool) -> None:
     """Unmount everything, then end the machine or the agent."""
-    with session.agent() as guest:
-        guest.shutdown(mode, force=force)
-    session.show(Empty(), lambda: f"the guest unmounted everything; {mode}")
+    reply = session.ask(AgentShutdown, mode=mode, force=force)
+    session.show(reply, lambda: f"the guest unmounted everything; {mode}")
 
 
 @click.command()
@@ -100,10 +98,8 @@ def connect(
 
 
 def _add(session: Session, profiles: Profiles, name: str, address: str, *, check: bool) -> None:
-    try:
+    with wrong_usage():
         profiles.addresses[name] = str(parse_address(address))
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
     if check:
         with GuestAgent(address, connect_seconds=session.connect_seconds) as guest:
             about = f"{address}: agent {guest.hello.agent} on Linux {guest.hello.kernel}"
@@ -135,8 +131,7 @@ def _list(session: Session, profiles: Profiles) -> None:
 @pass_session
 def crashes(session: Session, number: int | None) -> None:
     """List the crash reports of the agent, or print report NUMBER in full."""
-    with session.agent() as guest:
-        reply = guest.crashes()
+    reply = session.ask(AgentCrashes)
     if number is None:
         rows = [
             (str(one.number), _when(one), one.kind, one.signal or "-", one.reason)

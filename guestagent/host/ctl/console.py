@@ -10,7 +10,7 @@ from guestagent.api.console import CONSOLE_PORT, DISABLED
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.console_client import ConsoleClient, attach_line
 from guestagent.host.ctl.profiles import resolve
-from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.session import Session, pass_session, wrong_usage
 from vsock.address import (
     Address,
     HybridAddress,
@@ -54,10 +54,8 @@ def console(
     text = resolve(address) if address else session.address
     if text is None:
         raise click.UsageError("which guest? say ADDRESS, a profile, or --connect ADDRESS")
-    try:
+    with wrong_usage():
         place = parse_address(text)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
     if is_line or isinstance(place, SerialAddress):
         if command is not None:
             raise click.UsageError("a bare line takes no -c")

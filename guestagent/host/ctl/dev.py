@@ -1,17 +1,15 @@
 """``guestctl dev``: private /dev trees for containers."""
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Iterable
 
 import click
 
 from guestagent.api import devtree as api
-from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.session import Session, pass_session, with_options, wrong_usage
 from guestagent.host.ctl.style import described, plain, spent, table
 
 __all__ = ("dev",)
 
-Command = TypeVar("Command", bound=Callable[..., object])
 _NODE_HEADER = ("PATH", "KIND", "DEV", "WAY", "STATE", "MODE", "OWNER", "TARGET")
 
 
@@ -24,27 +22,23 @@ _missing = click.option(
 )
 
 
-def _path_options(command: Command) -> Command:
-    """Add the paths and how they are followed and made."""
-    for option in (
-        click.option(
-            "--outside",
-            multiple=True,
-            metavar="DIRECTORY",
-            help="A directory outside of /dev that a link may lead through; may be repeated.",
-        ),
-        click.option(
-            "--strategy",
-            type=click.Choice(api.STRATEGIES),
-            default="auto",
-            show_default=True,
-            help="How device nodes are made; auto is mknod, and bind for a user namespace.",
-        ),
-        _missing,
-        click.argument("paths", nargs=-1, required=True),
-    ):
-        command = option(command)
-    return command
+_path_options = with_options(
+    click.argument("paths", nargs=-1, required=True),
+    _missing,
+    click.option(
+        "--strategy",
+        type=click.Choice(api.STRATEGIES),
+        default="auto",
+        show_default=True,
+        help="How device nodes are made; auto is mknod, and bind for a user namespace.",
+    ),
+    click.option(
+        "--outside",
+        multiple=True,
+        metavar="DIRECTORY",
+        help="A directory outside of /dev that a link may lead through; may be repeated.",
+    ),
+)
 
 
 @click.group()
@@ -66,11 +60,9 @@ def dev() -> None:
 @pass_session
 def create(session: Session, /, mode: str, user_namespace: str | None, **fields: object) -> None:
     """Make an empty tree, with the directories of the guest's /dev to --preserve."""
-    try:
+    with wrong_usage():
         ids = None if user_namespace is None else _namespace(user_namespace)
         mode_bits = int(mode, 8)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
     session.tell(api.DevCreate, _describe, mode=mode_bits, user_namespace=ids, **fields)
 
 

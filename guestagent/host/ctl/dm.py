@@ -2,7 +2,8 @@
 
 import click
 
-from guestagent.api.devices import DeviceRemoveReply
+from guestagent.api.devicemapper import DmList, DmStatus, DmTable
+from guestagent.api.devices import DeviceRemove, DeviceRemoveReply
 from guestagent.host.ctl.completion import complete_devices
 from guestagent.host.ctl.layer import parse_device
 from guestagent.host.ctl.session import Session, pass_session
@@ -20,19 +21,11 @@ def dm() -> None:
 @pass_session
 def list_devices(session: Session) -> None:
     """List every device, whether the agent made it or not."""
-    with session.agent() as guest:
-        reply = guest.dm_list()
+    reply = session.ask(DmList)
     header = ("NAME", "DEV", "TYPE", "OPEN", "STATUS", "UUID")
     rows = [
-        (
-            device.name,
-            device.dev,
-            device.target_type,
-            str(device.open_count),
-            device.status,
-            device.uuid,
-        )
-        for device in reply.devices
+        (each.name, each.dev, each.target_type, str(each.open_count), each.status, each.uuid)
+        for each in reply.devices
     ]
     session.show(reply, lambda: table(header, rows))
 
@@ -42,8 +35,7 @@ def list_devices(session: Session) -> None:
 @pass_session
 def print_table(session: Session, name: str) -> None:
     """Print a device's table, as dmsetup does."""
-    with session.agent() as guest:
-        reply = guest.dm_table(name)
+    reply = session.ask(DmTable, name=name)
     session.show(reply, lambda: "\n".join(map(plain, reply.lines)))
 
 
@@ -52,8 +44,7 @@ def print_table(session: Session, name: str) -> None:
 @pass_session
 def status(session: Session, name: str) -> None:
     """Print a device's status, as dmsetup does."""
-    with session.agent() as guest:
-        reply = guest.dm_status(name)
+    reply = session.ask(DmStatus, name=name)
     session.show(reply, lambda: "\n".join(map(plain, reply.lines)))
 
 
@@ -70,9 +61,7 @@ def remove(session: Session, text: str) -> None:
 
     DEVICE is scsi:CONTROLLER:LUN, vmbus:GUID:LUN or /dev/...
     """
-    wanted = parse_device(text)
-    with session.agent() as guest:
-        reply = guest.device_remove(wanted)
+    reply = session.ask(DeviceRemove, device=parse_device(text))
     session.show(reply, lambda: _describe(reply))
 
 

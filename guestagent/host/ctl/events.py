@@ -7,16 +7,14 @@ import time
 import click
 
 from guestagent.api import Event
-from guestagent.api.agent import EVENT_KINDS, EventsReply
-from guestagent.host.client import ALL_EVENTS, GuestAgent, event_mask
+from guestagent.api.agent import EVENT_KINDS
+from guestagent.host.client import ALL_EVENTS, event_mask
 from guestagent.host.ctl.session import Session, emit, pass_session, wait_for_interrupt
 from guestagent.host.ctl.style import paint, plain, tint
 
 __all__ = ("describe_event", "events")
 
 _KIND_COLUMNS = max(map(len, EVENT_KINDS))
-#: An agent keeps a few pages of events; this ends the list of an agent that always announces more.
-_MAX_PAGES = 100
 
 
 @click.command()
@@ -41,7 +39,7 @@ def events(session: Session, since: int, follow: bool, kinds: tuple[str, ...]) -
             _follow(session, since, event_mask(*kinds) if kinds else ALL_EVENTS, kinds)
         return
     with session.agent() as guest:
-        reply = _all_events(guest, since)
+        reply = guest.events(since)
     if kinds:
         chosen = tuple(event for event in reply.events if event.kind in kinds)
         reply = reply.replace(events=chosen)
@@ -66,26 +64,13 @@ def _follow(session: Session, since: int, mask: int, kinds: tuple[str, ...]) -> 
     with session.agent(reconnect=True) as guest:
         with lock:  # events that are sent meanwhile are printed after the list
             guest.set_event_callback(show, mask)
-            reply = _all_events(guest, since)
+            reply = guest.events(since)
             boot_id = reply.boot_id
             for event in reply.events:
                 shown = event.sequence
                 if not kinds or event.kind in kinds:
                     _print(session, event)
         wait_for_interrupt()
-
-
-def _all_events(guest: GuestAgent, since: int) -> EventsReply:
-    """Ask for all kept events, page by page."""
-    reply = guest.events(since)
-    found = list(reply.events)
-    for _ in range(_MAX_PAGES):
-        if not reply.more or not reply.events:
-            break
-        page = guest.events(found[-1].sequence)
-        found += page.events
-        reply = page.replace(dropped=reply.dropped + page.dropped)
-    return reply.replace(events=tuple(found))
 
 
 def _print(session: Session, event: Event) -> None:

@@ -64,15 +64,15 @@ def parsed(text: str) -> Iterator[Sample]:
             yield Sample(name=match[1], labels=labels, number=match[3])
 
 
-def merged(texts: Mapping[str, str], label: str = "guest") -> tuple[str, dict[str, int]]:
+def merged(texts: Mapping[str, str]) -> tuple[str, dict[str, int]]:
     """Merge texts by name of the guest; return the text, and each guest's count of lines left out.
 
-    A label named ``label`` that a guest has set itself is removed.
+    A label ``guest`` that a guest has set itself is removed.
     """
     families: dict[str, _Family] = {}
     refused: dict[str, int] = {}
     for name, text in texts.items():
-        refused[name] = _add(families, text, (label, _escaped(name)))
+        refused[name] = _add(families, text, ("guest", _escaped(name)))
     lines = []
     for name, family in families.items():
         if family.lines:

@@ -19,14 +19,16 @@ from guestagent.api.layers import (
     READONLY_POLICIES,
     SHOWN_PARTS,
     WHITEOUT_KINDS,
-    LayerListReply,
+    LayerGet,
+    LayerList,
+    LayerUnmount,
     UnmountReply,
 )
 from guestagent.api.texts import device_from_text, mapping_from_text
 from guestagent.host.client.methods import STREAM_DEADLINE_MS
 from guestagent.host.ctl.completion import complete_layers
 from guestagent.host.ctl.progress import progress_bar
-from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.session import Session, pass_session, with_options, wrong_usage
 from guestagent.host.ctl.style import described, human_bytes, paint, plain, spent, table
 
 __all__ = (
@@ -81,7 +83,8 @@ def _parse_mapping(texts: tuple[str, ...]) -> LayerMapping | None:
 
 
 class TreeWords(TypedDict):
-    """What ``tree_options`` adds to a command: the fields of VerityTerms but the root digest."""
+    """What ``tree_options`` add to a command: where a hash area is, and what its superblock would
+    say; the fields of VerityTerms but the root digest."""
 
     hash_offset_bytes: int | None
     superblock: bool
@@ -93,32 +96,26 @@ class TreeWords(TypedDict):
     hash_block_size: int | None
 
 
-def tree_options(command: Command) -> Command:
-    """Add the options that say where a hash area is, and what its superblock would say."""
-    for option in reversed(
-        (
-            click.option(
-                "--hash-offset",
-                "hash_offset_bytes",
-                type=int,
-                metavar="BYTES",
-                help="Start of the hash area.",
-            ),
-            click.option(
-                "--superblock/--no-superblock",
-                default=True,
-                help="It starts with a superblock, or --salt and the options after it say all.",
-            ),
-            click.option("--salt", type=hex_bytes, metavar="HEX", help="- is an empty salt."),
-            click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_BYTES))),
-            click.option("--hash-type", type=click.IntRange(0, 1), help="0: Chrome OS."),
-            click.option("--data-blocks", type=int, metavar="N"),
-            click.option("--data-block-size", type=int, metavar="BYTES"),
-            click.option("--hash-block-size", type=int, metavar="BYTES"),
-        )
-    ):
-        command = option(command)
-    return command
+tree_options = with_options(
+    click.option(
+        "--hash-offset",
+        "hash_offset_bytes",
+        type=int,
+        metavar="BYTES",
+        help="Start of the hash area.",
+    ),
+    click.option(
+        "--superblock/--no-superblock",
+        default=True,
+        help="It starts with a superblock, or --salt and the options after it say all.",
+    ),
+    click.option("--salt", type=hex_bytes, metavar="HEX", help="- is an empty salt."),
+    click.option("--hash", "algorithm", type=click.Choice(tuple(DIGEST_BYTES))),
+    click.option("--hash-type", type=click.IntRange(0, 1), help="0: Chrome OS."),
+    click.option("--data-blocks", type=int, metavar="N"),
+    click.option("--data-block-size", type=int, metavar="BYTES"),
+    click.option("--hash-block-size", type=int, metavar="BYTES"),
+)
 
 
 @layer.command("mount")
@@ -190,7 +187,7 @@ def mount(
     The hash area is behind the data, or on --hash-device. Options may leave out the values of its
     superblock; values that are given must equal them.
     """
-    try:
+    with wrong_usage():
         verity = None
         if root_digest is not None:
             verity = Verity(
@@ -214,8 +211,6 @@ def mount(
             readonly_policy=readonly_policy,
             whiteouts=whiteouts,
         )
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
     with session.agent() as guest:
         report = guest.layer_mount(spec)
     session.show(report, lambda: describe_layer(report))
@@ -237,8 +232,7 @@ def read_signature(file: BinaryIO) -> bytes:
 @pass_session
 def unmount(session: Session, layer_id: str, force: bool) -> None:
     """Unmount a layer and remove its devices."""
-    with session.agent() as guest:
-        reply = guest.layer_unmount(layer_id, force=force)
+    reply = session.ask(LayerUnmount, layer_id=layer_id, force=force)
     session.show(reply, lambda: describe_gone(reply))
 
 
@@ -252,9 +246,8 @@ def describe_gone(*replies: UnmountReply) -> str:
 @pass_session
 def list_layers(session: Session) -> None:
     """List the layers of a guest."""
-    with session.agent() as guest:
-        reports = guest.layer_list()
-    session.show(LayerListReply(layers=reports), lambda: table(LAYER_HEADER, layer_rows(reports)))
+    reply = session.ask(LayerList)
+    session.show(reply, lambda: table(LAYER_HEADER, layer_rows(reply.layers)))
 
 
 LAYER_HEADER = ("LAYER", "STATE", "FS", "SIZE", "VERITY", "USED BY", "DEVICE", "TARGET")
@@ -282,8 +275,7 @@ def layer_rows(layers: Iterable[LayerReport]) -> list[tuple[str, ...]]:
 @pass_session
 def get(session: Session, layer_id: str) -> None:
     """Describe a layer: devices, tables, options, timings."""
-    with session.agent() as guest:
-        report = guest.layer_get(layer_id)
+    report = session.ask(LayerGet, layer_id=layer_id)
     session.show(report, lambda: describe_layer(report))
 
 

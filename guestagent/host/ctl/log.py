@@ -19,6 +19,7 @@ from guestagent.host.ctl.session import (
     noted_interrupt,
     pass_session,
     wait_for_interrupt,
+    wrong_usage,
 )
 from guestagent.host.ctl.style import paint, plain, tint
 from vsock.address import VMADDR_CID_ANY, parse_address
@@ -260,10 +261,8 @@ class _Receiver:
 
 def _receive(session: Session, text: str) -> None:
     """Print the lines that guests send to an address, until Ctrl-C."""
-    try:
+    with wrong_usage():
         address = parse_address(text)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
     try:
         listener = listen(address, allowed_cids=frozenset((VMADDR_CID_ANY,)))
     except OSError as error:

@@ -2,9 +2,10 @@
 
 import click
 
+from guestagent.api.observe import AgentMetrics
 from guestagent.host.ctl.exposition import parsed
 from guestagent.host.ctl.profiles import resolve
-from guestagent.host.ctl.session import Session, emit, pass_session
+from guestagent.host.ctl.session import Session, emit, pass_session, wrong_usage
 from guestagent.host.ctl.style import guarded
 from vsock.address import parse_address
 from vsock.errors import CallError
@@ -71,8 +72,7 @@ def metrics(session: Session, serve: str | None, guests: tuple[str, ...], second
 
 
 def _print(session: Session) -> None:
-    with session.agent() as guest:
-        text = guest.metrics()
+    text = session.ask(AgentMetrics).text
     if session.as_json:
         emit(
             [
@@ -112,9 +112,7 @@ def _guests(session: Session, guests: tuple[str, ...]) -> dict[str, str]:
         if session.address is None:
             raise click.UsageError("which guests? say --guest NAME=ADDRESS, once for each")
         named["guest"] = session.address
-    for address in named.values():
-        try:
+    with wrong_usage():
+        for address in named.values():
             parse_address(address)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from None
     return named

@@ -19,14 +19,16 @@ from guestagent.api.overlays import (
     XINO,
     LayersMountReply,
     LayersUnmountReply,
-    OverlayListReply,
+    OverlayList,
     OverlayOptions,
+    OverlayTrim,
+    OverlayUnmount,
     ScratchReport,
 )
 from guestagent.api.texts import SCRATCH_TEXTS, layer_from_text, scratch_from_text
 from guestagent.host.ctl.completion import complete_layers, complete_overlays
 from guestagent.host.ctl.layer import describe_gone, read_signature
-from guestagent.host.ctl.session import Session, pass_session
+from guestagent.host.ctl.session import Session, pass_session, with_options, wrong_usage
 from guestagent.host.ctl.style import described, plain, spent, table
 
 __all__ = (
@@ -47,7 +49,7 @@ Command = TypeVar("Command", bound=Callable[..., object])
 
 
 class OverlayWords(TypedDict):
-    """What ``overlay_options`` adds to a command."""
+    """What ``overlay_options`` add to a command: how an overlay is mounted."""
 
     target: str | None
     scratch: str | None
@@ -60,27 +62,17 @@ class OverlayWords(TypedDict):
     dev: bool
 
 
-def overlay_options(command: Command) -> Command:
-    """Add the options that say how an overlay is mounted."""
-    for option in reversed(
-        (
-            click.option("--target", metavar="PATH", help="Default: /run/overlays/OVERLAY_ID."),
-            click.option(
-                "--scratch",
-                metavar="SCRATCH",
-                help=f"Where changes go: {SCRATCH_TEXTS}.",
-            ),
-            click.option("--metacopy", type=click.Choice(METACOPY)),
-            click.option("--redirect-dir", type=click.Choice(REDIRECT_DIR)),
-            click.option("--xino", type=click.Choice(XINO)),
-            click.option("--volatile", is_flag=True, help="Do not sync the scratch."),
-            click.option("--userxattr", is_flag=True, help="Use the attributes user.overlay.*."),
-            click.option("--suid", is_flag=True, help="Let set-uid programs take effect."),
-            click.option("--dev", is_flag=True, help="Let device nodes take effect."),
-        )
-    ):
-        command = option(command)
-    return command
+overlay_options = with_options(
+    click.option("--target", metavar="PATH", help="Default: /run/overlays/OVERLAY_ID."),
+    click.option("--scratch", metavar="SCRATCH", help=f"Where changes go: {SCRATCH_TEXTS}."),
+    click.option("--metacopy", type=click.Choice(METACOPY)),
+    click.option("--redirect-dir", type=click.Choice(REDIRECT_DIR)),
+    click.option("--xino", type=click.Choice(XINO)),
+    click.option("--volatile", is_flag=True, help="Do not sync the scratch."),
+    click.option("--userxattr", is_flag=True, help="Use the attributes user.overlay.*."),
+    click.option("--suid", is_flag=True, help="Let set-uid programs take effect."),
+    click.option("--dev", is_flag=True, help="Let device nodes take effect."),
+)
 
 
 def _overlay_spec(overlay_id: str, layer_ids: tuple[str, ...], words: OverlayWords) -> OverlaySpec:
@@ -134,10 +126,8 @@ def mount(
     session: Session, overlay_id: str, layers: tuple[str, ...], **words: Unpack[OverlayWords]
 ) -> None:
     """Overlay LAYERS, topmost first; read-only unless there is a scratch."""
-    try:
+    with wrong_usage():
         spec = _overlay_spec(overlay_id, layers, words)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
     with session.agent() as guest:
         report = guest.overlay_mount(spec)
     session.show(report, lambda: _describe(report))
@@ -149,8 +139,7 @@ def mount(
 @pass_session
 def unmount(session: Session, overlay_id: str, force: bool) -> None:
     """Unmount an overlay; its layers stay."""
-    with session.agent() as guest:
-        reply = guest.overlay_unmount(overlay_id, force=force)
+    reply = session.ask(OverlayUnmount, overlay_id=overlay_id, force=force)
     session.show(reply, lambda: describe_gone(reply))
 
 
@@ -159,8 +148,7 @@ def unmount(session: Session, overlay_id: str, force: bool) -> None:
 @pass_session
 def trim(session: Session, overlay_id: str) -> None:
     """Tell the device of an overlay's scratch which blocks are unused."""
-    with session.agent() as guest:
-        reply = guest.overlay_trim(overlay_id)
+    reply = session.ask(OverlayTrim, overlay_id=overlay_id)
     session.show(reply, lambda: f"{reply.trimmed_bytes} bytes are unused")
 
 
@@ -168,10 +156,8 @@ def trim(session: Session, overlay_id: str) -> None:
 @pass_session
 def list_overlays(session: Session) -> None:
     """List the overlays of a guest."""
-    with session.agent() as guest:
-        reports = guest.overlay_list()
-    reply = OverlayListReply(overlays=reports)
-    session.show(reply, lambda: table(OVERLAY_HEADER, overlay_rows(reports)))
+    reply = session.ask(OverlayList)
+    session.show(reply, lambda: table(OVERLAY_HEADER, overlay_rows(reply.overlays)))
 
 
 OVERLAY_HEADER = ("OVERLAY", "STATE", "LAYERS", "SCRATCH", "METHOD", "TARGET")
@@ -291,12 +277,7 @@ def unmount_many(
     session: Session, layer_ids: tuple[str, ...], overlay_id: str | None, force: bool
 ) -> None:
     """Unmount an overlay and layers, all or nothing; layers that are not named stay."""
-    try:
-        request = LayersUnmount(layers=layer_ids, overlay=overlay_id, force=force)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    with session.agent() as guest:
-        reply = guest.layers_unmount(request)
+    reply = session.ask(LayersUnmount, layers=layer_ids, overlay=overlay_id, force=force)
     session.show(reply, lambda: describe_unmounted(reply))
 
 

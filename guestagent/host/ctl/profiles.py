@@ -22,13 +22,14 @@ class Profiles:
     In $XDG_CONFIG_HOME/guestctl/profiles.json, by default ~/.config/guestctl/profiles.json.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self) -> None:
         """Read the file, if it exists.
 
         Raises:
             CallError: ``invalid``, it has another form; ``denied``, it cannot be read.
         """
-        self.path = path or _default_path()
+        home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+        self.path = Path(home) / "guestctl" / "profiles.json"
         self.addresses: dict[str, str] = {}
         self.default: str | None = None
         try:
@@ -65,11 +66,6 @@ class Profiles:
         content = {"version": _VERSION, "default": self.default, "profiles": self.addresses}
         with atomic_write(self.path) as file:
             file.write(json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
-
-
-def _default_path() -> Path:
-    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return Path(home) / "guestctl" / "profiles.json"
 
 
 def resolve(text: str | None) -> str | None:

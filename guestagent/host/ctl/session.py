@@ -36,12 +36,14 @@ __all__ = (
     "reports_errors",
     "uses_session",
     "wait_for_interrupt",
+    "with_options",
+    "wrong_usage",
 )
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Command = TypeVar("Command", bound=Callable[..., None])
 Reply = TypeVar("Reply", bound=Record)
+Command = TypeVar("Command", bound=Callable[..., object])
 
 #: A longer text of an error is shown by its first and last characters; so are the kernel's lines.
 _SHOWN_END = 1000
@@ -94,7 +96,7 @@ class Session:
                 "which agent? give --connect ADDRESS, such as hybrid:///run/vm.vsock:1023, "
                 "set GUESTCTL_CONNECT, or keep the address: guestctl connect NAME ADDRESS"
             )
-        try:
+        with wrong_usage():
             handle = GuestAgent(
                 address,
                 connect_seconds=self.connect_seconds,
@@ -102,17 +104,13 @@ class Session:
                 reconnect=reconnect,
                 traceparent=self.traceparent,
             )
-        except ValueError as error:
-            raise click.UsageError(str(error)) from None
         with handle:
             yield handle
 
     def ask(self, kind: type[Request[Reply]], /, **fields: object) -> Reply:
         """Send a request; a field that is refused is wrong usage."""
-        try:
+        with wrong_usage():
             request = kind(**fields)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from None
         with self.agent() as guest:
             return guest.call(request)
 
@@ -136,6 +134,26 @@ class Session:
             emit(value)
         else:
             click.echo(guarded(text))
+
+
+@contextmanager
+def wrong_usage() -> Iterator[None]:
+    """Tell of a wrong command line where what it says raises ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def with_options(*parts: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Return a decorator that adds options and arguments to a command, in this order."""
+
+    def add(command: Command) -> Command:
+        for part in reversed(parts):
+            command = part(command)
+        return command
+
+    return add
 
 
 def cannot_write(error: OSError, path: str) -> CallError:
