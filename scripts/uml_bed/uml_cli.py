@@ -1,16 +1,17 @@
 """The command line of ``scripts.uml_bed.uml``: scripts/uml [OPTIONS] COMMAND [ARGUMENT...]."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from scripts.uml_bed.uml import UmlBootError, UmlSpec, UmlTimeoutError, run_spec
 
-__all__ = ("main",)
+__all__ = ("main", "stop_signals")
 
 STATUS_TIMEOUT = 124
 STATUS_BOOT_FAILED = 125
@@ -22,17 +23,16 @@ or died.
 """
 
 
-#: A terminal that is closed sends SIGHUP.
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(argv)
-    former = {signum: signal.signal(signum, _stop) for signum in _STOP_SIGNALS}
+    with stop_signals():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
-        spec = _spec(options)
-        return run_spec(spec, stdout=1, stderr=2).returncode
+        return run_spec(_spec(options), stdout=1, stderr=2).returncode
     except UmlTimeoutError as problem:
         _complain(str(problem), problem.console)
         return STATUS_TIMEOUT
@@ -44,13 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STATUS_BOOT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[None]:
+    """End the program in order, by SystemExit, on SIGTERM, and on SIGHUP of a closed terminal."""
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    former = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
     finally:
-        for signum, handler in former.items():
-            signal.signal(signum, handler)
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _complain(message: str, console: bytes) -> None:

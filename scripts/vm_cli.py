@@ -1,4 +1,4 @@
-"""The command line of ``rootfs.machine.qemu``: boots the agent in a machine, for a person."""
+"""The command line of ``scripts/vm``: boots the agent in QEMU, for a person."""
 
 import argparse
 import contextlib
@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from rootfs.bootimage.closure import ClosureError
 from rootfs.bootimage.features import DEFAULT_FEATURES, FEATURES
@@ -22,6 +21,7 @@ from rootfs.bootimage.initramfs import (
 from rootfs.bootimage.kernel import KernelNotFoundError, ModuleNotFoundInKernelError, cached_kernel
 from rootfs.machine.accelerator import choose_accelerator
 from rootfs.machine.qemu import DiskSpec, Machine, MachineError, MachineSpec, PmemSpec
+from scripts.uml_bed.uml_cli import stop_signals
 from vsock.deadline import Deadline
 
 __all__ = ("main",)
@@ -32,28 +32,17 @@ _FAILURES = (
 )  # fmt: skip
 
 
-#: A terminal that is closed sends SIGHUP.
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(argv)
-    former = {signum: signal.signal(signum, _stop) for signum in _STOP_SIGNALS}
-    try:
-        return _run(options)
-    except _FAILURES as problem:
-        _say(str(problem))
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    finally:
-        for signum, handler in former.items():
-            signal.signal(signum, handler)
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+    with stop_signals():
+        try:
+            return _run(options)
+        except _FAILURES as problem:
+            _say(str(problem))
+            return 1
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
 
 
 def _say(text: str) -> None:
