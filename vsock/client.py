@@ -8,9 +8,9 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Self
 
 from vsock.address import Address, parse_address
+from vsock.closeable import Closeable
 from vsock.deadline import Deadline
 from vsock.dial import connect
 from vsock.errors import CallError, ConnectionClosed
@@ -92,7 +92,7 @@ class PendingCall:
         self._done.set()
 
 
-class Client:
+class Client(Closeable):
     """A connection to a server. A context manager; every method may be called from any thread."""
 
     def __init__(
@@ -226,12 +226,6 @@ class Client:
         with self._send_lock:
             self._stream.close()
         self._ended.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _send(self, data: bytes) -> None:
         try:

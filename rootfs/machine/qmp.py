@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+from vsock.closeable import Closeable
 from vsock.deadline import Deadline
 
 __all__ = ("QmpClient", "QmpClosedError", "QmpError")
@@ -35,7 +36,7 @@ class QmpClosedError(QmpError):
         super().__init__(command, "closed", "QEMU closed the connection")
 
 
-class QmpClient:
+class QmpClient(Closeable):
     """One connection to one machine, for use by one thread. A context manager."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -69,12 +70,6 @@ class QmpClient:
     def close(self) -> None:
         """Close the connection. Idempotent."""
         self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def execute(
         self,

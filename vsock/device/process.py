@@ -5,7 +5,8 @@ import select
 import subprocess
 import sys
 from pathlib import Path
-from typing import Self
+
+from vsock.closeable import Closeable
 
 __all__ = ("DeviceError", "DeviceProcess", "start_device")
 
@@ -17,7 +18,7 @@ class DeviceError(Exception):
     """The device did not come up."""
 
 
-class DeviceProcess:
+class DeviceProcess(Closeable):
     """A running device: both sockets listen. A context manager; ``close`` is idempotent."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", socket_path: str, uds_path: str) -> None:
@@ -52,12 +53,6 @@ class DeviceProcess:
             # A signal ended it before it could clean up after itself.
             for path in (self.socket_path, self.uds_path):
                 Path(path).unlink(missing_ok=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
 
 
 def start_device(

@@ -36,6 +36,7 @@ from guestagent.host.client.streams import (
 from guestagent.host.client.thin import ThinMethods
 from vsock.address import Address
 from vsock.client import MARGIN_SECONDS, Client
+from vsock.closeable import Closeable
 from vsock.deadline import Deadline
 from vsock.errors import ConnectionClosed, RpcError
 from vsock.record import Record
@@ -115,7 +116,7 @@ class PendingReply(Generic[R]):
             self._table.drop(self._pending.msgid, None)
 
 
-class GuestAgent(Following, AgentMethods, FsMethods, ThinMethods):
+class GuestAgent(Closeable, Following, AgentMethods, FsMethods, ThinMethods):
     """A connection to an agent that has said hello. A context manager.
 
     Every method may be called from any thread; calls from several threads are in flight at once.
@@ -189,12 +190,6 @@ class GuestAgent(Following, AgentMethods, FsMethods, ThinMethods):
         #: What the agent answered to the first hello: version, features, limits, boot.
         self.hello = self._link.hello
         self._feeds.connected(self.hello.boot.get("boot_id"))
-
-    def __enter__(self) -> "GuestAgent":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the connection; calls in flight raise ``ClosedHandleError``. Idempotent."""

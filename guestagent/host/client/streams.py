@@ -5,14 +5,14 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
-from typing import BinaryIO, Generic, Protocol, Self, TypeVar
+from typing import BinaryIO, Generic, Protocol, TypeVar
 
 from guestagent.api.agent import AgentMore
 from guestagent.api.inspect import REPLY_DATA_BYTES, StreamRequest, wire_bytes
 from guestagent.host.client.link import Link
 from guestagent.host.client.output import atomic_write
 from vsock.client import MARGIN_SECONDS, PendingCall
+from vsock.closeable import Closeable
 from vsock.errors import CallError, ConnectionClosed, RpcError
 from vsock.record import Record
 from vsock.threads import start_thread
@@ -158,7 +158,7 @@ class Chunks(Generic[T]):
         self._waiting.clear()
 
 
-class FsStream(Generic[T]):
+class FsStream(Closeable, Generic[T]):
     """An answer piece by piece: an iterator, and a context manager that cancels the rest.
 
     The agent waits while nothing is taken; other calls on the handle go on. ``reply`` is there once
@@ -219,17 +219,6 @@ class FsStream(Generic[T]):
             self.close()
             raise
         return self._items.popleft()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Cancel what is still to come, and wait until the agent has let go. Idempotent."""

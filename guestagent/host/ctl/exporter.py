@@ -14,6 +14,7 @@ from socketserver import ThreadingMixIn
 
 from guestagent.host.client import GuestAgent
 from guestagent.host.ctl.exposition import merged
+from vsock.closeable import Closeable
 from vsock.deadline import Deadline
 from vsock.errors import RpcError
 
@@ -57,7 +58,7 @@ class _Guest:
             self._handle = None
 
 
-class Exporter:
+class Exporter(Closeable):
     """Asks all guests in parallel. A context manager."""
 
     def __init__(self, guests: Mapping[str, str], *, seconds: float) -> None:
@@ -68,12 +69,6 @@ class Exporter:
         self._lock = threading.Lock()
         threads = min(_MAX_THREADS, len(self._guests))
         self._pool = ThreadPoolExecutor(threads, "scrape")
-
-    def __enter__(self) -> "Exporter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End requests in flight without waiting for any guest. Idempotent."""
