@@ -19,7 +19,7 @@ from guestagent.host.ctl.session import emit, reports_errors
 from guestagent.host.ctl.style import words_of
 from guestagent.storage.verity import DIGEST_BYTES, FieldError, VerityParameters, VerityTerms
 from rootfs.cli.sign import COMMANDS
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.hasharea import data_end
 from rootfs.imagefile.output import check_output
 from rootfs.pack.sidecar import Sidecar
@@ -126,15 +126,12 @@ def format_command(
 def _content_uuid(image: str, data_blocks: int | None, block_size_bytes: int) -> UUID:
     digest = hashlib.sha256()
     left = None if data_blocks is None else data_blocks * block_size_bytes
-    try:
-        with open(image, "rb") as file:
-            if left is None:
-                left = data_end(file.fileno(), os.fstat(file.fileno()).st_size, image)
-            while left > 0 and (piece := file.read(min(left, 1 << 20))):
-                digest.update(piece)
-                left -= len(piece)
-    except OSError as problem:
-        raise from_os_error(problem, step="read", object=image) from problem
+    with OsErrors("read", image), open(image, "rb") as file:
+        if left is None:
+            left = data_end(file.fileno(), os.fstat(file.fileno()).st_size, image)
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
     return derive_uuid(digest.digest())
 
 

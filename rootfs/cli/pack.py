@@ -16,7 +16,7 @@ from guestagent.storage.verity import VerityParameters, VerityTerms
 from rootfs.image.images import FILESYSTEMS
 from rootfs.image.source import FORMATS, SourceChoices
 from rootfs.image.spool import DEFAULT_MAX_BYTES
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.hasharea import identify
 from rootfs.pack.manifest import Manifest, ManifestImage, ManifestLayer
 from rootfs.pack.pack import (
@@ -198,11 +198,8 @@ def _verity_of(layer: Path, root_digest: bytes | None, sidecar: bool) -> VerityP
 
 
 def _filesystem_of(layer: Path) -> str:
-    try:
-        with layer.open("rb") as file:
-            found = identify(file.fileno())
-    except OSError as problem:
-        raise from_os_error(problem, step="open", object=layer) from problem
+    with OsErrors("open", layer), layer.open("rb") as file:
+        found = identify(file.fileno())
     if found not in FILESYSTEMS:
         raise CallError(
             "invalid",

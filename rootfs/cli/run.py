@@ -44,7 +44,7 @@ from rootfs.bootimage.kernel import (
 from rootfs.cli.pack import source_options
 from rootfs.cli.packmount import find_image, image_facts, root_of
 from rootfs.image.source import SourceChoices
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors, from_os_error
 from rootfs.imagefile.output import write_file
 from rootfs.machine.qemu import Machine, MachineError, MachineSpec, PmemSpec
 from rootfs.machine.run_image import Prepared, mount_request, prepare
@@ -353,10 +353,8 @@ def _manifest_setting(path: Path, manifest: Manifest, image_id: str | None) -> s
     image = ""
     if image_id is not None:
         image = f",image={find_image(manifest, image_id).image_id}"
-    try:
+    with OsErrors("read the manifest", path):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as problem:
-        raise from_os_error(problem, step="read the manifest", object=path) from problem
     return f"guestagent.manifest=/{_MANIFEST_PATH},DEVICE,sha256={digest}{image}"
 
 

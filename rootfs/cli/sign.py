@@ -7,7 +7,7 @@ import click
 from guestagent.host.ctl.layer import hex_bytes, read_signature
 from guestagent.host.ctl.session import emit, reports_errors
 from rootfs.cli.pack import image_of, pack
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.output import write_file
 from rootfs.pack.canonical import parse_json
 from rootfs.pack.pack import Pack
@@ -130,11 +130,8 @@ def signature_in(directory: Path, name: str) -> bytes:
         CallError: by errno.
     """
     path = directory / f"{name}.p7s"
-    try:
-        with path.open("rb") as file:
-            return read_signature(file)
-    except OSError as problem:
-        raise from_os_error(problem, step="read the signature", object=path) from problem
+    with OsErrors("read the signature", path), path.open("rb") as file:
+        return read_signature(file)
 
 
 def _needed(name: str, value: str | None) -> str:
@@ -198,11 +195,8 @@ def _password(path: str | None) -> bytes | None:
 
 
 def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(_MAX_FILE_BYTES)
-    except OSError as problem:
-        raise from_os_error(problem, step="read", object=path) from problem
+    with OsErrors("read", path), open(path, "rb") as file:
+        return file.read(_MAX_FILE_BYTES)
 
 
 #: For ``guestctl`` itself.

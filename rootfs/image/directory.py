@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterable, Iterator
 
 from rootfs.image.tree import Extent, Node, without_xattrs
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors, from_os_error
 from rootfs.imagefile.ranges import data_extents
+from vsock.closeable import FdOwner
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -22,7 +23,7 @@ _MAX_DEPTH = 1000
 _MAX_PATH_BYTES = 4095
 
 
-class DirectorySource:
+class DirectorySource(FdOwner):
     """A directory opened for reading into a tree. Use as a context manager.
 
     Files are opened again when their content is needed. A file whose inode, size or time has
@@ -36,16 +37,8 @@ class DirectorySource:
             CallError: by errno; step "open".
         """
         self.path = os.fspath(path)
-        try:
+        with OsErrors("open", path):
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as problem:
-            raise from_os_error(problem, step="open", object=path) from problem
-
-    def __enter__(self) -> "DirectorySource":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
 
     def read_tree(self, *, cancel: Deadline | None = None, drop_xattrs: Iterable[str] = ()) -> Node:
         """Return the tree. Names that are one inode become one node. ``drop_xattrs`` are shell
@@ -57,10 +50,8 @@ class DirectorySource:
         Raises:
             CallError: by errno; ``cancelled``, ``timeout`` by ``cancel``.
         """
-        try:
+        with OsErrors("read the source tree"):
             return self._read_tree(cancel, tuple(drop_xattrs))
-        except OSError as problem:
-            raise from_os_error(problem, step="read the source tree") from problem
 
     def _read_tree(self, cancel: Deadline | None, drop_xattrs: tuple[str, ...]) -> Node:
         root = _node(os.fstat(self._fd), self._fd, None)

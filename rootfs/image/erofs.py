@@ -33,7 +33,7 @@ from rootfs.image.erofs_format import (
 )
 from rootfs.image.erofs_inode import Inode
 from rootfs.image.erofs_xattr import unsupported
-from rootfs.image.tree import Node, Progress, TreeDigest, link_counts, walk
+from rootfs.image.tree import Node, Progress, TreeDigest, link_counts, walk, work_off
 from rootfs.imagefile.output import write_at
 from rootfs.imagefile.ranges import round_up
 from vsock.deadline import Deadline
@@ -87,6 +87,7 @@ class ErofsImage:
                 common_mtime_ns=self._common_mtime_ns,
                 inline_tails=inline_tails,
             )
+        self.inode_count = len(self._inodes)
         self._blocks = self._place_metadata()
         self._place_data()
         end_block = self._place_devices()
@@ -97,15 +98,6 @@ class ErofsImage:
     def size_bytes(self) -> int:
         """With devices it is a multiple of ``PART_BYTES``."""
         return self._blocks * BLOCK_BYTES
-
-    @property
-    def data_size_bytes(self) -> int:
-        """Bytes of content that ``write`` copies; what its progress counts to."""
-        return sum(inode.copied_bytes for inode in self._inodes)
-
-    @property
-    def inode_count(self) -> int:
-        return len(self._inodes)
 
     def _place_metadata(self) -> int:
         """Give every inode its slot; return the first block after the metadata."""
@@ -171,15 +163,10 @@ class ErofsImage:
             OSError: as write(2): ENOSPC, EIO.
         """
         os.ftruncate(fd, self.size_bytes)
-        total = self.data_size_bytes
-        done = 0
-        for inode in self._in_order(digest):
-            for count in inode.write(fd, None if digest is None else digest.update):
-                done += count
-                if progress is not None:
-                    progress(done, total)
-                if cancel is not None:
-                    cancel.check("write the image")
+        absorb = None if digest is None else digest.update
+        written = (count for inode in self._in_order(digest) for count in inode.write(fd, absorb))
+        total_bytes = sum(inode.copied_bytes for inode in self._inodes)
+        work_off(written, total_bytes, "write the image", progress, cancel)
         table = b"".join(device.pack() for device in self._devices)
         write_at(fd, table, _FIRST_FREE_BYTE)
         self._write_superblock(fd, make_uuid())

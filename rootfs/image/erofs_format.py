@@ -5,8 +5,6 @@ All numbers are little-endian. Only what an uncompressed image of 4096-byte bloc
 Source: fs/erofs/erofs_fs.h (Linux 6.1 and 6.12).
 """
 
-import os
-import stat
 import struct
 from typing import NamedTuple
 
@@ -24,7 +22,6 @@ __all__ = (
     "DEVICE_SLOT_BYTES",
     "DIRENT",
     "EXTENDED",
-    "FILE_TYPES",
     "HOLE",
     "INCOMPAT_CHUNKED_FILE",
     "INCOMPAT_DEVICE_TABLE",
@@ -39,9 +36,7 @@ __all__ = (
     "SUPERBLOCK_OFFSET_BYTES",
     "Device",
     "Superblock",
-    "pack_device_number",
     "superblock_checksum",
-    "unpack_device_number",
 )
 
 BLOCK_BYTES = 4096
@@ -77,16 +72,6 @@ EXTENDED = struct.Struct("<HHHHQIIIIQII16x")
 #: struct erofs_dirent: nid, nameoff, file_type
 DIRENT = struct.Struct("<QHBx")
 MAX_NAME_BYTES = 255
-
-FILE_TYPES = {
-    stat.S_IFREG: 1,
-    stat.S_IFDIR: 2,
-    stat.S_IFCHR: 3,
-    stat.S_IFBLK: 4,
-    stat.S_IFIFO: 5,
-    stat.S_IFSOCK: 6,
-    stat.S_IFLNK: 7,
-}
 
 _DEVICE_SLOT = struct.Struct("<64sII56x")
 DEVICE_SLOT_BYTES = _DEVICE_SLOT.size
@@ -158,17 +143,3 @@ class Device:
         found = cls(tag, blocks)
         found.first_block = first_block
         return found
-
-
-def pack_device_number(rdev: int) -> int | None:
-    """Return ``rdev`` in the kernel's 32-bit form, 12 bits of major and 20 of minor; None if it is
-    too large."""
-    major, minor = os.major(rdev), os.minor(rdev)
-    if major >= 1 << 12 or minor >= 1 << 20:
-        return None
-    return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
-
-
-def unpack_device_number(number: int) -> int:
-    """Return the ``st_rdev`` of a number in that form."""
-    return os.makedev(number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00)

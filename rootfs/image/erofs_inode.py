@@ -18,16 +18,24 @@ from rootfs.image.erofs_format import (
     COMPACT,
     DIRENT,
     EXTENDED,
-    FILE_TYPES,
     HOLE,
     INLINE,
     MAX_NAME_BYTES,
     PLAIN,
     SLOT_BYTES,
-    pack_device_number,
 )
 from rootfs.image.erofs_xattr import XATTR_HEADER_BYTES, pack_xattrs, unsupported
-from rootfs.image.tree import CHUNK_BYTES, Absorb, Extent, Node, copy_content, shrunk, zeros
+from rootfs.image.tree import (
+    CHUNK_BYTES,
+    FILE_TYPES,
+    Absorb,
+    Extent,
+    Node,
+    copy_content,
+    pack_device_number,
+    shrunk,
+    zeros,
+)
 from rootfs.imagefile.output import write_at
 
 __all__ = ("Inode",)
@@ -157,7 +165,7 @@ class Inode:
     def _settle_chunks(self) -> bool:
         """Choose chunks if that leaves out a whole chunk of zeros; say whether it does."""
         extents = self.node.content.extents
-        if sum(length for _, length, _ in extents) == self._size_bytes:
+        if self.node.data_bytes == self._size_bytes:
             return False
         chunk = BLOCK_BYTES
         while -(-self._size_bytes // chunk) > _MAX_CHUNKS:
@@ -183,9 +191,7 @@ class Inode:
     @property
     def copied_bytes(self) -> int:
         """Bytes of content that ``write`` copies."""
-        if not self.node.is_regular:
-            return 0
-        return sum(length for _, length, _ in self.node.content.extents)
+        return self.node.data_bytes
 
     @property
     def _header_bytes(self) -> int:
@@ -224,18 +230,14 @@ class Inode:
     @property
     def _union(self) -> int:
         if self.node.is_device:
-            return self._device_number
+            number = pack_device_number(self.node.rdev)
+            if number is None:
+                shown = f"{os.major(self.node.rdev)}:{os.minor(self.node.rdev)}"
+                raise unsupported(self.path, f"the device number {shown}")
+            return number
         if self._layout == CHUNKED:
             return (self._chunk_bytes // BLOCK_BYTES).bit_length() - 1
         return self.first_block if self.data_blocks else 0
-
-    @property
-    def _device_number(self) -> int:
-        rdev = self.node.rdev
-        number = pack_device_number(rdev)
-        if number is None:
-            raise unsupported(self.path, f"the device number {os.major(rdev)}:{os.minor(rdev)}")
-        return number
 
     def _pack_compact(self) -> bytes:
         node = self.node

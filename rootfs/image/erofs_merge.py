@@ -29,7 +29,7 @@ from rootfs.image.erofs_format import BLOCK_BYTES
 from rootfs.image.erofs_reader import ErofsReader, LayerNode
 from rootfs.image.images import collector_paused, derive_uuid
 from rootfs.image.tree import CHUNK_BYTES, Node, Progress
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.output import new_file
 from rootfs.imagefile.ranges import round_up
 from vsock.deadline import Deadline
@@ -100,28 +100,25 @@ def merge_layers(
             step="merge the layers",
             object=os.fspath(output),
         )
-    try:
-        with collector_paused():
-            readers = [ErofsReader(layer, cancel=cancel) for layer in layers]
-            trees = []
-            for reader in readers:
-                trees.append(reader.tree(max_names))
-                max_names -= reader.names
-            root = overlay(trees, userxattr=userxattr)
-            del trees
-            devices = [reader.device for reader in readers]
-            del readers
-            image = ErofsImage(root, devices=devices, links=_links(root))
-            with new_file(output, inputs=[layer.fd for layer in layers]) as (fd, _):
-                uuids: list[uuid_module.UUID] = []
+    with OsErrors("merge the layers into", output), collector_paused():
+        readers = [ErofsReader(layer, cancel=cancel) for layer in layers]
+        trees = []
+        for reader in readers:
+            trees.append(reader.tree(max_names))
+            max_names -= reader.names
+        root = overlay(trees, userxattr=userxattr)
+        del trees
+        devices = [reader.device for reader in readers]
+        del readers
+        image = ErofsImage(root, devices=devices, links=_links(root))
+        with new_file(output, inputs=[layer.fd for layer in layers]) as (fd, _):
+            uuids: list[uuid_module.UUID] = []
 
-                def make_uuid() -> uuid_module.UUID:
-                    uuids.append(_uuid_of(fd, image.size_bytes))
-                    return uuids[0]
+            def make_uuid() -> uuid_module.UUID:
+                uuids.append(_uuid_of(fd, image.size_bytes))
+                return uuids[0]
 
-                image.write(fd, make_uuid, progress=progress, cancel=cancel)
-    except OSError as problem:
-        raise from_os_error(problem, step="merge the layers into", object=output) from problem
+            image.write(fd, make_uuid, progress=progress, cancel=cancel)
     parts = [Part(name="metadata", start_bytes=0, size_bytes=image.size_bytes)]
     parts += [
         Part(

@@ -29,7 +29,6 @@ from rootfs.image.erofs_format import (
     DEVICE_SLOT_BYTES,
     DIRENT,
     EXTENDED,
-    FILE_TYPES,
     HOLE,
     INCOMPAT_FRAGMENTS,
     INCOMPAT_KNOWN,
@@ -43,7 +42,6 @@ from rootfs.image.erofs_format import (
     Device,
     Superblock,
     superblock_checksum,
-    unpack_device_number,
 )
 from rootfs.image.erofs_xattr import (
     XATTR_ENTRY_BYTES,
@@ -53,7 +51,7 @@ from rootfs.image.erofs_xattr import (
     unpack_entry,
     unpack_xattrs,
 )
-from rootfs.image.tree import EMPTY, Node
+from rootfs.image.tree import EMPTY, FILE_TYPES, Node, unpack_device_number
 from rootfs.imagefile.errors import shown_path
 from vsock.deadline import Deadline
 from vsock.errors import CallError

@@ -28,7 +28,7 @@ from itertools import chain, count, islice
 from rootfs.image.crc32c import crc32c, crc32c_of_rows
 from rootfs.image.ext4_directory import HASH_VERSION, LEAF_BYTES
 from rootfs.image.ext4_inode import BLOCK_BYTES, EXTRA_BYTES, INODE_BYTES, Inode
-from rootfs.image.tree import Node, Progress, link_counts, walk
+from rootfs.image.tree import Node, Progress, link_counts, walk, work_off
 from rootfs.imagefile.errors import cannot_hold
 from rootfs.imagefile.output import write_at
 from vsock.deadline import Deadline
@@ -74,6 +74,7 @@ class Ext4Image:
         self._uuid = uuid
         self._seed = crc32c(uuid.bytes)
         self._inodes = self._plan(root)
+        self.inode_count = len(self._inodes)
         self._place()
         if self._blocks >= 1 << 32:
             raise cannot_hold("an ext4 image", (), f"{self._blocks} blocks, more than 2^32 - 1")
@@ -85,16 +86,7 @@ class Ext4Image:
     @property
     def data_size_bytes(self) -> int:
         """Bytes of content that ``write`` copies; what its progress counts to."""
-        return sum(
-            length
-            for inode in self._inodes
-            if inode.node.is_regular
-            for _, length, _ in inode.node.content.extents
-        )
-
-    @property
-    def inode_count(self) -> int:
-        return len(self._inodes)
+        return sum(inode.node.data_bytes for inode in self._inodes)
 
     def _plan(self, root: Node) -> list[Inode]:
         """Return the inodes in the order of their numbers: a directory's names stay together."""
@@ -178,14 +170,8 @@ class Ext4Image:
             OSError: as write(2): ENOSPC, EIO.
         """
         os.ftruncate(fd, self.size_bytes)
-        total = self.data_size_bytes
-        done = 0
-        for step_bytes in self._write_parts(fd):
-            done += step_bytes
-            if progress is not None and step_bytes:
-                progress(done, total)
-            if cancel is not None:
-                cancel.check("write the image")
+        parts = self._write_parts(fd)
+        work_off(parts, self.data_size_bytes, "write the image", progress, cancel)
         write_at(fd, self._superblock(), _SUPERBLOCK_OFFSET_BYTES)
 
     def _write_parts(self, fd: int) -> Iterator[int]:

@@ -9,9 +9,9 @@ import stat
 import struct
 from collections.abc import Iterator
 
-from rootfs.image.ext4_directory import DIRECTORY_TYPE, Directory
+from rootfs.image.ext4_directory import Directory
 from rootfs.image.ext4_xattr import Attribute, pack_block, pack_xattrs
-from rootfs.image.tree import Extent, Node, copy_content
+from rootfs.image.tree import FILE_TYPES, Extent, Node, copy_content, pack_device_number
 from rootfs.imagefile.errors import cannot_hold
 
 __all__ = ("BLOCK_BYTES", "EXTRA_BYTES", "INODE_BYTES", "Inode")
@@ -40,16 +40,6 @@ _MAX_LINKS = 65_000
 _MAX_FILE_BYTES = (1 << 32) - 1 << 12
 _MAX_FAST_SYMLINK_BYTES = 59
 _MIN_SECONDS, _MAX_SECONDS = -(1 << 31), (1 << 34) - (1 << 31) - 1
-
-_FILE_TYPES = {
-    stat.S_IFREG: 1,
-    stat.S_IFDIR: DIRECTORY_TYPE,
-    stat.S_IFCHR: 3,
-    stat.S_IFBLK: 4,
-    stat.S_IFIFO: 5,
-    stat.S_IFSOCK: 6,
-    stat.S_IFLNK: 7,
-}
 
 
 class Inode:
@@ -99,7 +89,7 @@ class Inode:
 
     @property
     def file_type(self) -> int:
-        return _FILE_TYPES[stat.S_IFMT(self.node.mode)]
+        return FILE_TYPES[stat.S_IFMT(self.node.mode)]
 
     def settle(self, links: int, below: dict[int, "Inode"], hash_seed: tuple[int, ...]) -> None:
         """Decide form and number of blocks. ``below`` has the inodes of children by ``id(node)``.
@@ -144,11 +134,9 @@ class Inode:
         if node.is_symlink and (not 0 < len(node.target) < BLOCK_BYTES or b"\0" in node.target):
             what = f"a target of {len(node.target)} bytes, limit {BLOCK_BYTES - 1}, and not empty"
             raise self._unsupported(what if b"\0" not in node.target else "a zero in its target")
-        if node.is_device:
-            major, minor = os.major(node.rdev), os.minor(node.rdev)
-            if major >= 1 << 12 or minor >= 1 << 20:
-                what = f"the device number {major}:{minor}, limits {(1 << 12) - 1}:{(1 << 20) - 1}"
-                raise self._unsupported(what)
+        if node.is_device and pack_device_number(node.rdev) is None:
+            number = f"{os.major(node.rdev)}:{os.minor(node.rdev)}"
+            raise self._unsupported(f"the device number {number}, limits 4095:1048575")
 
     def _unsupported(self, what: str) -> Exception:
         return cannot_hold("an ext4 image", self.path, what)
@@ -240,7 +228,7 @@ class Inode:
             major, minor = os.major(self.node.rdev), os.minor(self.node.rdev)
             if major < 256 and minor < 256:
                 return struct.pack("<I", major << 8 | minor)
-            return struct.pack("<II", 0, minor & 0xFF | major << 8 | (minor & ~0xFF) << 12)
+            return struct.pack("<II", 0, pack_device_number(self.node.rdev))
         return _pack_tree(self._extents, self._tree_start)[0] if self._flags else b""
 
 

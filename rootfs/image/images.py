@@ -23,7 +23,7 @@ from rootfs.image.ext4 import Ext4Image
 from rootfs.image.source import Source, SourceChoices, SourceLayer, SourceOptions, open_source
 from rootfs.image.spool import DEFAULT_MAX_BYTES
 from rootfs.image.tree import Node, Progress, TreeDigest, whiteout_kind
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.output import check_output, new_file
 from rootfs.imagefile.ranges import round_up
 from rootfs.imagefile.vhd import append_footer
@@ -217,16 +217,13 @@ def _write(
     recipe: _Recipe,
     inputs: tuple[str | os.PathLike[str] | int, ...],
 ) -> ImageResult:
-    try:
-        with new_file(output, inputs=inputs) as (fd, temporary):
-            result = _make_filesystem(layer, fd, temporary, recipe)
-            parameters = _add_hash_area(temporary, result, recipe) if recipe.verity else None
-            if recipe.vhd_footer:
-                with temporary.open("r+b") as image:
-                    append_footer(image.fileno(), derive_uuid(result.source_digest, "vhd"))
-            size_bytes = temporary.stat().st_size
-    except OSError as problem:
-        raise from_os_error(problem, step="write", object=output) from problem
+    with OsErrors("write", output), new_file(output, inputs=inputs) as (fd, temporary):
+        result = _make_filesystem(layer, fd, temporary, recipe)
+        parameters = _add_hash_area(temporary, result, recipe) if recipe.verity else None
+        if recipe.vhd_footer:
+            with temporary.open("r+b") as image:
+                append_footer(image.fileno(), derive_uuid(result.source_digest, "vhd"))
+        size_bytes = temporary.stat().st_size
     return replace(result, path=Path(output), size_bytes=size_bytes, verity=parameters)
 
 

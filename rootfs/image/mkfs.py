@@ -16,7 +16,7 @@ from pathlib import Path
 from rootfs.image.squashfs import set_root
 from rootfs.image.staging import staged
 from rootfs.image.tarwriter import write_tar
-from rootfs.image.tree import Node, link_counts, walk
+from rootfs.image.tree import Node, link_counts, pack_device_number, walk
 from rootfs.imagefile.errors import DROP_XATTRS_HINT, cannot_hold, shown_path
 from rootfs.imagefile.program import feed, missing, run
 from vsock.deadline import Deadline
@@ -37,8 +37,6 @@ _MAX_NAME_BYTES = 255
 _MAX_VALUE_BYTES = 65536
 #: mkfs.erofs 1.5 cuts the names that it reads in a directory.
 _MAX_STAGED_NAME_BYTES = 254
-#: The kernel's 32-bit form of a device number has 12 bits of major and 20 of minor.
-_MAX_MAJOR, _MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1
 
 
 def check_compression(filesystem: str, compression: str | None) -> None:
@@ -118,9 +116,9 @@ def _check(root: Node, filesystem: str) -> None:
             raise cannot_hold(_IMAGES[filesystem], path, f"a name of {len(path[-1])} bytes")
         if not (0 <= node.uid <= _MAX_32_BIT and 0 <= node.gid <= _MAX_32_BIT):
             raise cannot_hold(_IMAGES[filesystem], path, f"the owner {node.uid}:{node.gid}")
-        major, minor = os.major(node.rdev), os.minor(node.rdev)
-        if node.is_device and not (major <= _MAX_MAJOR and minor <= _MAX_MINOR):
-            raise cannot_hold(_IMAGES[filesystem], path, f"the device number {major}:{minor}")
+        if node.is_device and pack_device_number(node.rdev) is None:
+            number = f"{os.major(node.rdev)}:{os.minor(node.rdev)}"
+            raise cannot_hold(_IMAGES[filesystem], path, f"the device number {number}")
         for name, value in node.xattrs.items():
             what = None
             if not name.startswith(_NAME_SPACES):

@@ -23,7 +23,7 @@ from rootfs.image.tar import TarEntry, TarReader
 from rootfs.image.tarlower import LowerLayers, LowerTree
 from rootfs.image.tartree import TarTree, Whiteouts, overlay_names
 from rootfs.image.tree import Node, Progress, digest_tree, without_xattrs
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -375,10 +375,8 @@ def _refuse_another(store: FileStore, blobs: tuple[LayerBlob, ...], options: Sou
 def _open_file(source: str | os.PathLike[str], stack: contextlib.ExitStack) -> int:
     if os.fspath(source) == "-":
         return sys.stdin.fileno()
-    try:
+    with OsErrors("open", source):
         fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as problem:
-        raise from_os_error(problem, step="open", object=source) from problem
     stack.callback(os.close, fd)
     if stat.S_ISDIR(os.fstat(fd).st_mode):
         raise _not_of_format(source, "tar")

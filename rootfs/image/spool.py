@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import zstandard
 
 from rootfs.image.tree import CHUNK_BYTES, Progress
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.output import unnamed_file
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -72,10 +72,8 @@ def spooled(
     with contextlib.ExitStack() as stack:
         ending = cancel or stack.enter_context(contextlib.closing(Deadline()))
         source = _Source(fd, start_bytes, size_bytes, progress, ending)
-        try:
+        with OsErrors("read the source"):
             spool = _spool(source, stack, directory, max_bytes)
-        except OSError as problem:
-            raise from_os_error(problem, step="read the source") from problem
         yield spool
 
 

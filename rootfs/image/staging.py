@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rootfs.image.tree import Node, read_content, walk
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from vsock.errors import CallError
 
 __all__ = ("staged",)
@@ -29,16 +29,12 @@ def staged(root: Node, beside: Path, purpose: str) -> Iterator[Path]:
             step="stage the tree",
             hint="build it uncompressed, or as squashfs: neither needs privilege",
         )
-    try:
+    with OsErrors("stage the tree in", beside):
         holder = tempfile.mkdtemp(prefix=".staging-", dir=beside)
-    except OSError as problem:
-        raise from_os_error(problem, step="stage the tree in", object=beside) from problem
     try:
         top = Path(holder) / "root"
-        try:
+        with OsErrors("stage the tree"):
             _write_tree(root, os.fsencode(top))
-        except OSError as problem:
-            raise from_os_error(problem, step="stage the tree") from problem
         yield top
     finally:
         shutil.rmtree(holder)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from rootfs.image.spool import Spool
 from rootfs.image.tar import BLOCK_BYTES, TarEntry
 from rootfs.image.tartree import TarTree, Whiteouts
-from rootfs.image.tree import Content, Extent, FdContent, Node
-from rootfs.imagefile.errors import from_os_error
+from rootfs.image.tree import Content, Extent, FdContent, Node, work_off
+from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.output import unnamed_file
 from rootfs.imagefile.ranges import FileRange, copy_range
 from vsock.deadline import Deadline
@@ -109,19 +109,16 @@ class LowerLayers:
         for layer, nodes in wanted.items():
             with self._open_layer(layer) as spool:
                 for node in nodes:
-                    try:
+                    with OsErrors("copy from lower layers"):
                         node.content, end = self._copied(node.content, spool.fd, fd, end)
-                    except OSError as problem:
-                        raise from_os_error(problem, step="copy from lower layers") from problem
 
     def _copied(self, content: Content, source: int, fd: int, end: int) -> tuple[Content, int]:
         """Copy a file's content to ``end`` of ``fd``; return where it is, and the new end."""
         extents = []
         for offset, length, at in content.extents:
             extent = FileRange(offset_bytes=at, size_bytes=length)
-            for _ in copy_range(source, extent, fd, end):
-                if self._cancel is not None:
-                    self._cancel.check("copy from lower layers")
+            copied = copy_range(source, extent, fd, end)
+            work_off(copied, length, "copy from lower layers", None, self._cancel)
             extents.append((offset, length, end))
             end += length
         return FdContent(fd, content.size_bytes, tuple(extents)), end

@@ -21,6 +21,7 @@ from vsock.errors import CallError
 __all__ = (
     "CHUNK_BYTES",
     "EMPTY",
+    "FILE_TYPES",
     "OPAQUE_TRUSTED",
     "OPAQUE_USER",
     "Absorb",
@@ -33,9 +34,12 @@ __all__ = (
     "copy_content",
     "digest_tree",
     "link_counts",
+    "pack_device_number",
+    "unpack_device_number",
     "walk",
     "whiteout_kind",
     "without_xattrs",
+    "work_off",
 )
 
 #: How much is read or copied at once.
@@ -52,6 +56,17 @@ Progress = Callable[[int, int], None]
 OPAQUE_TRUSTED = b"trusted.overlay.opaque"
 OPAQUE_USER = b"user.overlay.opaque"
 _OPAQUE_KINDS = {OPAQUE_TRUSTED: "trusted", OPAQUE_USER: "user"}
+
+#: The type of a file in a directory of EROFS and of ext4 (include/linux/fs_types.h, FT_*).
+FILE_TYPES = {
+    stat.S_IFREG: 1,
+    stat.S_IFDIR: 2,
+    stat.S_IFCHR: 3,
+    stat.S_IFBLK: 4,
+    stat.S_IFIFO: 5,
+    stat.S_IFSOCK: 6,
+    stat.S_IFLNK: 7,
+}
 
 #: (offset in the file, length, offset in the source), all in bytes; what no extent covers is zero.
 Extent = tuple[int, int, int]
@@ -126,6 +141,11 @@ class Node:
         self.content = content
         self.xattrs: dict[bytes, bytes] = {} if xattrs is None else xattrs
         self.children: dict[bytes, Node] = {}
+
+    @property
+    def data_bytes(self) -> int:
+        """How many bytes of content there are to copy: those of a regular file, without holes."""
+        return sum(length for _, length, _ in self.content.extents)
 
     @property
     def is_directory(self) -> bool:
@@ -225,20 +245,39 @@ def digest_tree(
     Raises:
         CallError: ``cancelled`` or ``timeout`` by ``cancel``; ``conflict``, a file changed.
     """
-    total = sum(node.content.size_bytes for _, node in _inodes(root))
+    total_bytes = sum(node.content.size_bytes for _, node in _inodes(root))
     digest = TreeDigest()
-    done = 0
-    for path, node in walk(root):
-        if not digest.add(path, node) or not node.is_regular:
-            continue
-        for piece in read_content(node.content, b"/".join(path)):
-            digest.update(piece)
-            done += len(piece)
-            if cancel is not None:
-                cancel.check("hash the source tree")
-            if progress is not None:
-                progress(done, total)
+
+    def hashed() -> Iterator[int]:
+        for path, node in walk(root):
+            if digest.add(path, node) and node.is_regular:
+                for piece in read_content(node.content, b"/".join(path)):
+                    digest.update(piece)
+                    yield len(piece)
+
+    work_off(hashed(), total_bytes, "hash the source tree", progress, cancel)
     return digest.digest()
+
+
+def work_off(
+    work: Iterable[int],
+    total_bytes: int,
+    step: str,
+    progress: Progress | None,
+    cancel: Deadline | None,
+) -> None:
+    """Do ``work``, which yields each count of bytes that it has done, and report them.
+
+    Raises:
+        CallError: ``cancelled`` or ``timeout`` at ``step``; what the work raises.
+    """
+    done_bytes = 0
+    for count in work:
+        done_bytes += count
+        if cancel is not None:
+            cancel.check(step)
+        if progress is not None and count:
+            progress(done_bytes, total_bytes)
 
 
 def _record(path: tuple[bytes, ...], node: Node, number: int) -> bytes:
@@ -334,6 +373,23 @@ def zeros(count: int) -> Iterator[bytes]:
     while count > 0:
         yield _ZEROS[: min(count, CHUNK_BYTES)]
         count -= CHUNK_BYTES
+
+
+def pack_device_number(rdev: int) -> int | None:
+    """Return ``rdev`` in the kernel's 32-bit form, 12 bits of major and 20 of minor; None if it is
+    too large.
+
+    Source: include/linux/kdev_t.h, new_encode_dev (Linux 6.1).
+    """
+    major, minor = os.major(rdev), os.minor(rdev)
+    if major >= 1 << 12 or minor >= 1 << 20:
+        return None
+    return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
+
+
+def unpack_device_number(number: int) -> int:
+    """Return the ``st_rdev`` of a number in that form."""
+    return os.makedev(number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00)
 
 
 def shrunk(name: bytes) -> CallError:

@@ -5,7 +5,7 @@ import os
 
 from vsock.errors import CallError
 
-__all__ = ("DROP_XATTRS_HINT", "cannot_hold", "from_os_error", "shown_path")
+__all__ = ("DROP_XATTRS_HINT", "OsErrors", "cannot_hold", "from_os_error", "shown_path")
 
 #: For attributes that an image cannot hold.
 DROP_XATTRS_HINT = "--drop-xattrs takes patterns of attributes to leave out"
@@ -57,6 +57,21 @@ def from_os_error(
         step=step,
         object=str(name) if name is not None else None,
     )
+
+
+class OsErrors:
+    """Raises an OSError of its ``with`` block as the CallError that ``from_os_error`` returns."""
+
+    def __init__(self, step: str, object: str | os.PathLike[str] | None = None) -> None:
+        self._step = step
+        self._object = object
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, _kind: object, problem: BaseException | None, _trace: object) -> None:
+        if isinstance(problem, OSError):
+            raise from_os_error(problem, step=self._step, object=self._object) from problem
 
 
 def cannot_hold(

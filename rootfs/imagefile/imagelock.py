@@ -10,7 +10,7 @@ import stat
 import struct
 from pathlib import Path
 
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from vsock.errors import CallError
 
 __all__ = ("open_locked",)
@@ -26,10 +26,8 @@ def open_locked(path: Path, *, writable: bool) -> int:
         CallError: ``busy``, another holds it; ``invalid``, no regular file; by errno.
     """
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
+    with OsErrors("open the image", path):
         fd = os.open(path, flags)
-    except OSError as problem:
-        raise from_os_error(problem, step="open the image", object=path) from problem
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise CallError(

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors, from_os_error
 from vsock.errors import CallError
 
 __all__ = (
@@ -59,19 +59,15 @@ def new_file(
     kept = os.fsdecode(os.fsencode(final.name)[:_KEPT_NAME_BYTES])
     temporary = final.with_name(f".{kept}.{secrets.token_hex(4)}.part")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
+    with OsErrors("create", final):
         fd = os.open(temporary, flags, mode)
-    except OSError as problem:
-        raise from_os_error(problem, step="create", object=final) from problem
     with contextlib.ExitStack() as undo:
         undo.callback(_unlink, temporary)
         undo.callback(os.close, fd)
         yield fd, temporary
         check_output(path, replace=replace, inputs=inputs)
-        try:
+        with OsErrors("write", final):
             _publish(temporary, final, replace=replace)
-        except OSError as problem:
-            raise from_os_error(problem, step="write", object=final) from problem
 
 
 def write_file(
@@ -86,11 +82,8 @@ def write_file(
     Raises:
         CallError: as ``new_file``.
     """
-    with new_file(path, replace=replace, inputs=inputs) as (fd, _):
-        try:
-            write_all(fd, content)
-        except OSError as problem:
-            raise from_os_error(problem, step="write", object=path) from problem
+    with new_file(path, replace=replace, inputs=inputs) as (fd, _), OsErrors("write", path):
+        write_all(fd, content)
 
 
 def write_all(fd: int, content: bytes) -> None:
@@ -209,11 +202,9 @@ def unnamed_file(directory: str | os.PathLike[str]) -> Iterator[int]:
     Raises:
         CallError: by errno; step "create a spool file in".
     """
-    try:
+    with OsErrors("create a spool file in", directory):
         # falls back to a name that is gone at once, where the file system has no O_TMPFILE
         file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  # closed below
-    except OSError as problem:
-        raise from_os_error(problem, step="create a spool file in", object=directory) from problem
     with file:
         yield file.fileno()
 

@@ -10,7 +10,7 @@ from guestagent.api.agent import HelloReply
 from rootfs.bootimage.initramfs import InitramfsSpec, build_initramfs
 from rootfs.bootimage.kernel import Kernel
 from rootfs.image.source import SourceChoices
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from rootfs.pack.manifest import Manifest
 from rootfs.pack.mounting import OVERLAY, ImageMount, plan_image_mount, plan_layers_mount
 from rootfs.pack.pack import Pack, build_pack
@@ -50,10 +50,8 @@ def prepare(
     Raises:
         CallError: as ``build_pack`` and ``Pack.merge``; ``conflict``, there is a pack already.
     """
-    try:
+    with OsErrors("create", directory):
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise from_os_error(problem, step="create", object=directory) from problem
     report(f"building the layers of {source}")
     build_pack(source, directory / "pack.img", verity=True, **choices)
     report("merging the layers")

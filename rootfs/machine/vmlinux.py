@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.output import new_file
 from vsock.errors import CallError
 
@@ -58,12 +58,10 @@ def write_vmlinux(image: Path, output: Path) -> Path:
     Raises:
         CallError: as ``unpack_kernel``; or by errno.
     """
-    try:
+    with OsErrors("unpack the kernel", image):
         elf = unpack_kernel(image.read_bytes())
         with new_file(output) as (_, temporary):
             temporary.write_bytes(elf)
-    except OSError as problem:
-        raise from_os_error(problem, step="unpack the kernel", object=image) from problem
     return output
 
 

@@ -8,7 +8,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from vsock.errors import CallError
 
 __all__ = (
@@ -106,11 +106,8 @@ def describe_key(key: object) -> str:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(_MAX_FILE_BYTES)
-    except OSError as problem:
-        raise from_os_error(problem, step="read the key", object=path) from problem
+    with OsErrors("read the key", path), open(path, "rb") as file:
+        return file.read(_MAX_FILE_BYTES)
 
 
 def _bad(path: Path, reason: str, wanted: str) -> CallError:

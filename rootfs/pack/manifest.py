@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from guestagent.api.devices import MAX_SIGNATURE_BYTES, SECTOR_BYTES
 from guestagent.api.layers import LAYER_FILESYSTEMS, WHITEOUT_KINDS
 from guestagent.storage.verity import PART_STEP_BYTES, FieldError, VerityParameters
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.output import write_file
 from rootfs.imagefile.ranges import FileRange, overlapping, round_up
 from vsock.errors import CallError
@@ -305,10 +305,8 @@ class Manifest:
             CallError: ``invalid``, with the path of the field in ``object``; ``unsupported``, of a
                 later version; by errno otherwise.
         """
-        try:
+        with OsErrors("read the manifest", path):
             raw = _read_file(path)
-        except OSError as problem:
-            raise from_os_error(problem, step="read the manifest", object=path) from problem
         try:
             return cls.from_json(json.loads(raw, object_pairs_hook=_unique))
         except FieldError as problem:

@@ -17,7 +17,6 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Unpack
 
 from guestagent.storage.verity import (
@@ -28,9 +27,9 @@ from guestagent.storage.verity import (
     check_tree_spines,
 )
 from rootfs.image.images import BuildOptions, build_layers
-from rootfs.image.tree import Progress
+from rootfs.image.tree import Progress, work_off
 from rootfs.imagefile.attached import refuse_attached
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors, from_os_error
 from rootfs.imagefile.imagelock import open_locked
 from rootfs.imagefile.output import check_output, new_file, sync_directory
 from rootfs.imagefile.ranges import (
@@ -45,6 +44,7 @@ from rootfs.pack.manifest import IMAGE_STEP_BYTES, Manifest, ManifestImage, Mani
 from rootfs.pack.merging import ImageTree, check_mergeable, merged_metadata
 from rootfs.pack.mounting import check_whiteouts
 from rootfs.pack.packcheck import PackReport, check_pack, digest_range
+from vsock.closeable import Closeable
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -70,7 +70,7 @@ def manifest_path_of(image: str | os.PathLike[str]) -> Path:
     return Path(os.fspath(image) + ".json")
 
 
-class Pack:
+class Pack(Closeable):
     """An open pack, locked until ``close``. Use as a context manager.
 
     Not for several threads at once.
@@ -140,17 +140,6 @@ class Pack:
             os.close(fd)
             raise
         return cls(fd, beside, manifest, writable=writable)
-
-    def __enter__(self) -> "Pack":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give up the lock. Idempotent."""
@@ -293,11 +282,11 @@ class Pack:
         layers = tuple(self._layer(layer_id, "merge an image") for layer_id in layer_ids)
         check_mergeable(layers)
         check_whiteouts(layers, userxattr=False)
-        try:
-            with merged_metadata(self._fd, self.path, layers, progress, cancel) as metadata_fd:
-                image = self._append_image(image_id, layers, metadata_fd, cancel)
-        except OSError as problem:
-            raise from_os_error(problem, step="merge an image", object=self.path) from problem
+        with (
+            OsErrors("merge an image", self.path),
+            merged_metadata(self._fd, self.path, layers, progress, cancel) as metadata_fd,
+        ):
+            image = self._append_image(image_id, layers, metadata_fd, cancel)
         size_bytes = max(self._size_with(extent) for extent in image.own_ranges)
         self._commit(images=(*self._manifest.images, image), size_bytes=size_bytes)
         return image
@@ -393,14 +382,13 @@ class Pack:
         if verity is not None:
             assert layer.verity is not None
             pieces += _hash_area_pieces(verity, layer.verity)
-        total, done = sum(extent.size_bytes for extent, _ in pieces), 0
-        for extent, place in pieces:
-            for count in copy_range(source, extent, self._fd, layer.offset_bytes + place):
-                done += count
-                if cancel is not None:
-                    cancel.check("copy the layer")
-                if progress is not None:
-                    progress(done, total)
+        copied = (
+            count
+            for extent, place in pieces
+            for count in copy_range(source, extent, self._fd, layer.offset_bytes + place)
+        )
+        total_bytes = sum(extent.size_bytes for extent, _ in pieces)
+        work_off(copied, total_bytes, "copy the layer", progress, cancel)
 
     def remove(self, name: str, *, trim: bool = False) -> ManifestLayer | ManifestImage:
         """Take a layer or an image out and free what only it has; ``trim`` also cuts free space off
@@ -440,14 +428,12 @@ class Pack:
             size_bytes = max(ends, default=0)
         self._commit(layers=rest.layers, images=rest.images, size_bytes=size_bytes)
         freed = (removed.range,) if isinstance(removed, ManifestLayer) else removed.own_ranges
-        try:
+        with OsErrors("free the range of", name):
             for extent in freed:
                 punch_hole(self._fd, extent)
             if trim:
                 os.ftruncate(self._fd, size_bytes)
             os.fsync(self._fd)
-        except OSError as problem:
-            raise from_os_error(problem, step="free the range of", object=name) from problem
         return removed
 
     def sign(self, signatures: Mapping[str, bytes]) -> None:
@@ -486,12 +472,10 @@ class Pack:
             CallError: by errno; ``cancelled``, ``timeout`` by ``cancel``. What is wrong with the
                 pack is in the report.
         """
-        try:
+        with OsErrors("check the pack", self.path):
             return check_pack(
                 self._fd, str(self.path), self._manifest, progress=progress, cancel=cancel
             )
-        except OSError as problem:
-            raise from_os_error(problem, step="check the pack", object=self.path) from problem
 
     def _commit(
         self,
@@ -529,15 +513,13 @@ def new_pack(
     image, manifest = Path(path), manifest_path_of(path)
     for output in (image, manifest):
         check_output(output, replace=False)
-    try:
+    with OsErrors("create a directory in", image.parent):
         holder = tempfile.TemporaryDirectory(prefix=".pack-", dir=image.parent)
-    except OSError as problem:
-        raise from_os_error(problem, step="create a directory in", object=image.parent) from problem
     with holder as directory:
         made = Path(directory, image.name)
         with Pack.create(made, alignment_bytes=alignment_bytes) as pack:
             yield pack
-        try:
+        with OsErrors("create", image):
             # the manifest last: without it the image is no pack
             os.link(made, image)
             try:
@@ -546,8 +528,6 @@ def new_pack(
                 image.unlink()
                 raise
             sync_directory(image.parent)
-        except OSError as problem:
-            raise from_os_error(problem, step="create", object=image) from problem
 
 
 def build_pack(
@@ -605,10 +585,8 @@ def _hash_area_pieces(
 
 
 def _open_layer(path: str | os.PathLike[str]) -> int:
-    try:
+    with OsErrors("open the layer", path):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as problem:
-        raise from_os_error(problem, step="open the layer", object=path) from problem
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise _invalid("open the layer", path, "not a regular file")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guestagent.storage.verity import DIGEST_BYTES, VerityParameters
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.output import write_file
 from vsock.errors import CallError
 
@@ -59,11 +59,8 @@ class Sidecar:
         Raises:
             CallError: ``invalid``, and why; by errno.
         """
-        try:
-            with open(path, "rb") as file:
-                raw = file.read(_MAX_BYTES + 1)
-        except OSError as problem:
-            raise from_os_error(problem, step="read", object=path) from problem
+        with OsErrors("read", path), open(path, "rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
         try:
             if len(raw) > _MAX_BYTES:
                 raise ValueError(f"over {_MAX_BYTES} bytes")

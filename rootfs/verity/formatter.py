@@ -19,7 +19,7 @@ from pathlib import Path
 
 from guestagent.storage.verity import VerityParameters, VerityTerms, hash_area_offset
 from rootfs.imagefile.attached import refuse_attached
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.hasharea import data_end, filesystem_size
 from rootfs.imagefile.imagelock import open_locked
 from rootfs.imagefile.output import check_output, new_file, unnamed_file
@@ -108,7 +108,7 @@ def format_image(
         parameters = _parameters(path, size_bytes, terms, apart is not None, force)
         if apart is None:
             _refuse_data_loss(path, fd, parameters.hash_offset_bytes)
-        try:
+        with OsErrors("format", apart or path):
             tree_bytes = parameters.end_bytes - parameters.tree_offset_bytes
             tree_fd = cleanup.enter_context(tree_file(tree_bytes, path))
             root_digest = build_tree(
@@ -130,8 +130,6 @@ def format_image(
                     _store(hash_fd, parameters, header, tree_fd)
             else:
                 _append(fd, parameters, header, tree_fd, durable=durable)
-        except OSError as problem:
-            raise from_os_error(problem, step="format", object=apart or path) from problem
     return FormatResult(
         image=path,
         hash_file=apart,
@@ -148,10 +146,8 @@ def opened(path: str, *, writable: bool) -> Iterator[int]:
         CallError: ``busy``, ``invalid``, or by errno.
     """
     if not writable and _is_block_device(path):
-        try:
+        with OsErrors("open", path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as problem:
-            raise from_os_error(problem, step="open", object=path) from problem
     else:
         fd = open_locked(Path(path), writable=writable)
     with contextlib.ExitStack() as cleanup:

@@ -22,7 +22,7 @@ from guestagent.storage.verity import (
     hash_area_offset,
     superblock_uuid,
 )
-from rootfs.imagefile.errors import from_os_error
+from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.hasharea import find_hash_area
 from rootfs.imagefile.vhd import VhdFooter, find_footer
 from rootfs.verity import workers as parallel
@@ -100,15 +100,13 @@ def open_layer(
         hash_fd = (
             fd if hash_file is None else cleanup.enter_context(opened(hash_path, writable=False))
         )
-        try:
+        with OsErrors("read", hash_path):
             footer = find_footer(fd)
             end_bytes = None if hash_file is not None else _disk_bytes(fd, footer)
             uuid, parameters = _parameters(hash_fd, hash_path, terms, end_bytes)
             _refuse_short(fd, path, parameters.data_size_bytes, "the data")
             _refuse_short(hash_fd, hash_path, _needed_bytes(parameters), "the hash tree")
             computed_root = block_digest(parameters, _top_block(parameters, fd, hash_fd))
-        except OSError as problem:
-            raise from_os_error(problem, step="read", object=hash_path) from problem
         if terms.root_digest is None:
             parameters = parameters.replace(root_digest=computed_root)
         yield Layer(
@@ -170,7 +168,7 @@ def verify_image(
                 step="verify",
                 object="range",
             )
-        try:
+        with OsErrors("verify", image):
             mismatches = compare_tree(
                 parameters,
                 layer.fd,
@@ -182,8 +180,6 @@ def verify_image(
                 deadline=deadline or Deadline(),
                 progress=progress,
             )
-        except OSError as problem:
-            raise from_os_error(problem, step="verify", object=image) from problem
         result = _blame(layer, first_block, end_block, mismatches)
         if end_block == parameters.data_blocks:
             _check_last_blocks(layer, result.corrupt_hash)
