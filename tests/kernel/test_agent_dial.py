@@ -98,7 +98,7 @@ def test_the_host_restarts_and_is_dialled_again(host: Host) -> None:
         assert agent.wait() == 0
 
 
-def test_it_dials_a_host_that_comes_later_and_does_not_spin(host: Host) -> None:
+def test_agent_dials_a_late_host_without_spinning(host: Host) -> None:
     with AgentProcess(f"dial=unix://{host.path}") as agent:
         with agent.client() as guest:
             times = failed_attempts(guest, 6, since=0)

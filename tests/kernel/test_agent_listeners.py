@@ -78,7 +78,7 @@ def test_a_process_of_the_guest_is_served_by_vsock_only_if_that_is_configured(
 
 
 @pytest.mark.parametrize("bed_class", [AgentProcess, SupervisedAgent])
-def test_an_address_that_comes_late_is_a_problem_until_it_is_there(
+def test_missing_listen_address_is_a_problem_until_it_exists(
     bed_class: type[AgentProcess],
 ) -> None:
     late = Path(f"/run/late-{os.getpid()}")

@@ -68,7 +68,7 @@ def bed(
     return Bed(tmp_path, hashed, loop_device(hashed.path), loop_device(plain))
 
 
-def test_what_is_verified_is_left_for_an_agent(bed: Bed) -> None:
+def test_verified_mounts_are_adopted_by_a_later_agent(bed: Bed) -> None:
     before = World.now()
     bed.mount(
         f"layer={bed.node},id=a,root={bed.root}",
@@ -99,7 +99,7 @@ def test_what_is_verified_is_left_for_an_agent(bed: Bed) -> None:
         ),
     ],
 )
-def test_it_fails_closed_and_leaves_nothing(
+def test_failed_boot_mount_leaves_nothing(
     bed: Bed, words: tuple[str, ...], code: str, problem: str
 ) -> None:
     before = World.now()

@@ -98,7 +98,7 @@ def mounted(guest: GuestAgent, pack: Pack) -> GuestAgent:
 # --- looking
 
 
-def test_layers_and_the_devices_below_them(
+def test_layers_command_names_the_devices_below_a_layer(
     agent: ConsoleAgent, mounted: GuestAgent, pack: Pack
 ) -> None:
     report = mounted.layer_get("layer0")
@@ -361,7 +361,7 @@ def test_a_console_that_is_off() -> None:
         assert b"console is disabled: guestagent.console=" in done.stderr
 
 
-def test_the_shell_is_a_permission_of_its_own() -> None:
+def test_shell_needs_its_own_permission_in_a_real_agent() -> None:
     with ConsoleAgent() as agent:
         with agent.client():
             status, output = agent.run("sh -c id")

@@ -31,7 +31,7 @@ def unpacked(image: ContainerImage) -> dict[str, dict[str, object]]:
 
 
 @pytest.mark.parametrize("filesystem", ["erofs", "ext4"])
-def test_what_umoci_writes_is_what_umoci_unpacks(
+def test_image_of_a_layout_by_umoci_equals_an_unpacking_by_umoci(
     tmp_path: Path,
     image: ContainerImage,
     unpacked: dict[str, dict[str, object]],
@@ -60,7 +60,7 @@ def test_skopeo_changes_the_form_and_not_the_image(
     assert second.path.read_bytes() == first.path.read_bytes()
 
 
-def test_an_overlay_of_the_layers_shows_what_umoci_unpacks(
+def test_overlay_of_all_layers_equals_an_unpacking_by_umoci(
     tmp_path: Path,
     image: ContainerImage,
     unpacked: dict[str, dict[str, object]],

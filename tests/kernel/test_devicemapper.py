@@ -189,7 +189,7 @@ def test_dmsetup_reads_ours(control: Control, verity: dmbed.VerityImage, within:
         devices.remove_device(control, "t-verity", within(5))
 
 
-def test_ours_reads_what_the_tools_made(control: Control, verity: dmbed.VerityImage) -> None:
+def test_control_reads_devices_made_by_dmsetup(control: Control, verity: dmbed.VerityImage) -> None:
     with dmbed.loop_device(verity.path) as loop:
         offset = f"--hash-offset={verity.data_bytes}"
         root = verity.root_digest.hex()

@@ -88,7 +88,7 @@ def test_two_layers_of_one_range_overlap_and_say_so(bed: EngineBed, pack: Pack) 
     assert set(third.overlaps) == {"a", "b"}
 
 
-def test_directories_go_with_the_last_that_needs_them(bed: EngineBed, pack: Pack) -> None:
+def test_shared_directories_are_removed_with_the_last_layer(bed: EngineBed, pack: Pack) -> None:
     mount(bed, pack.spec(0, target="/run/deep/down/a"))
     mount(bed, pack.spec(1, target="/run/deep/down/b"))
     unmount(bed, "layer0")
@@ -409,7 +409,7 @@ def test_the_rule_that_layers_are_verified(tmp_path: Path, pack: Pack) -> None:
 # --- batches
 
 
-def test_a_batch_keeps_its_order_and_takes_what_is_there(bed: EngineBed, pack: Pack) -> None:
+def test_batch_keeps_its_order_and_takes_mounted_layers(bed: EngineBed, pack: Pack) -> None:
     mount(bed, pack.spec(2))
     request = LayersMount(
         layers=tuple(pack.spec(number) for number in (3, 2, 1, 0)),
@@ -449,7 +449,7 @@ def test_one_bad_layer_undoes_the_batch_and_is_named(bed: EngineBed, pack: Pack)
 
 
 @pytest.mark.parametrize("preset", ["default", "strict", "fast"])
-def test_presets_by_what_the_kernel_has(bed: EngineBed, pack: Pack, preset: str) -> None:
+def test_presets_follow_the_features_of_the_kernel(bed: EngineBed, pack: Pack, preset: str) -> None:
     verity = Verity(root_digest=pack.layers[0].root_digest, preset=preset)
     report = mount(bed, pack.spec(0, verity=verity)).verity
     with Control() as control:

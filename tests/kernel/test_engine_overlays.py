@@ -177,7 +177,9 @@ def test_directory_scratch(bed: EngineBed) -> None:
         ({"scratch": DeviceScratch(device=PathDevice(path="/dev/null"))}, "invalid"),
     ],
 )
-def test_what_does_not_go_together(bed: EngineBed, fields: dict[str, object], code: str) -> None:
+def test_contradicting_overlay_options_are_refused(
+    bed: EngineBed, fields: dict[str, object], code: str
+) -> None:
     directory = Path("/run/changes")
     directory.mkdir()
     try:

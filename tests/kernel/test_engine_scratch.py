@@ -100,7 +100,7 @@ def test_an_encrypted_scratch_keeps_its_content_from_the_disk(
     assert b"upper" not in content
 
 
-def test_nobody_is_told_the_key(bed: EngineBed, disk: str) -> None:
+def test_key_of_an_encrypted_scratch_is_in_no_output(bed: EngineBed, disk: str) -> None:
     report = mount(bed, "o", DeviceScratch(device=PathDevice(path=disk), encrypted=True))
     assert report.scratch is not None
     (device,) = report.scratch.dm
@@ -128,7 +128,9 @@ def test_each_encrypted_scratch_has_a_key_of_its_own(
     assert seen[0] != seen[1]
 
 
-def test_an_encrypted_scratch_replaces_only_what_it_may(bed: EngineBed, disk: str) -> None:
+def test_encrypted_scratch_replaces_a_used_disk_only_when_asked_for_a_fresh_one(
+    bed: EngineBed, disk: str
+) -> None:
     scratch = DeviceScratch(device=PathDevice(path=disk), encrypted=True)
     with pytest.raises(ValueError, match="adopt"):
         scratch.replace(existing="adopt")
@@ -219,7 +221,7 @@ def test_a_shared_disk_is_mounted_once_and_goes_with_its_last_overlay(
     os.close(open_free_disk(disk))
 
 
-def test_what_is_on_a_shared_disk_is_adopted_by_name(bed: EngineBed, disk: str) -> None:
+def test_directory_on_a_shared_disk_is_adopted_by_name(bed: EngineBed, disk: str) -> None:
     report = mount(bed, "o", shared(disk))
     Path(report.target, "new").write_bytes(b"kept")
     mount(bed, "p", shared(disk))
@@ -327,7 +329,7 @@ def test_a_scratch_tells_its_disk_of_unused_blocks(bed: EngineBed, image: Path, 
 
 
 @pytest.mark.parametrize("discard", [False, True])
-def test_an_encrypted_scratch_tells_only_if_it_may(
+def test_encrypted_scratch_discards_blocks_only_when_asked(
     bed: EngineBed, disk: str, discard: bool
 ) -> None:
     report = mount(bed, "o", shared(disk, shared=False, encrypted=True, discard=discard))

@@ -84,7 +84,7 @@ def names_that_collide_across_blocks() -> list[bytes]:
     return [*names, *COLLIDING]
 
 
-def test_what_only_ext4_has(tmp_path: Path) -> None:
+def test_kernel_reads_directory_index_extent_tree_and_acls_of_ext4(tmp_path: Path) -> None:
     """The index of a directory is looked up by hash, the extent tree by block, an ACL by id."""
 
     def directory_of(names: Iterable[bytes]) -> Node:

@@ -410,7 +410,7 @@ def test_devices_and_what_is_on_them(guest: GuestAgent, tmp_path: Path) -> None:
     ("device", "code"),
     [("/dev/null", "invalid"), ("/dev/nothing", "not_found"), ("/dev/../etc", "refused")],
 )
-def test_what_is_no_block_device_is_refused(guest: GuestAgent, device: str, code: str) -> None:
+def test_path_that_is_no_block_device_is_refused(guest: GuestAgent, device: str, code: str) -> None:
     if code == "refused":
         with pytest.raises(ValueError, match="normal"):
             guest.fs_checksum_device(device)

@@ -168,7 +168,7 @@ def spoiled(image: Path, feature_at: int) -> Path:
     return image
 
 
-def test_what_the_kernel_does_not_accept_is_said_to_be_that(
+def test_image_that_the_kernel_refuses_is_named_in_the_error(
     bed: EngineBed, pack: Pack, tmp_path: Path
 ) -> None:
     """No bare EINVAL, of a layer or of a scratch."""
@@ -194,7 +194,9 @@ def test_what_the_kernel_does_not_accept_is_said_to_be_that(
     assert any("EXT4-fs" in line for line in error.kernel_log)
 
 
-def test_mkfs_says_why_it_failed(bed: EngineBed, pack: Pack, tmp_path: Path) -> None:
+def test_reason_of_a_failed_mkfs_is_in_the_error(
+    bed: EngineBed, pack: Pack, tmp_path: Path
+) -> None:
     disk = sparse_file(tmp_path / "disk", 32 << 10)
     with loop_device(disk, readonly=False) as node:
         mount(bed, pack.spec(0))
@@ -358,9 +360,7 @@ def is_writable(node: str) -> bool:
     return Path(f"/sys/class/block/{os.path.basename(node)}/ro").read_text().strip() == "0"
 
 
-def test_the_devices_of_a_layer_are_read_only_while_it_is_there(
-    bed: EngineBed, tmp_path: Path
-) -> None:
+def test_devices_of_a_mounted_layer_are_read_only(bed: EngineBed, tmp_path: Path) -> None:
     image = erofs(tmp_path)
     hashes = tmp_path / "hashes"
     hashes.write_bytes(image.path.read_bytes()[image.data_bytes :].ljust(1 << 20, b"\0"))
@@ -410,7 +410,7 @@ def test_a_restart_remembers_which_devices_were_made_read_only(pack: Pack, tmp_p
         assert is_writable(node)
 
 
-def test_a_failed_mount_leaves_its_device_as_it_was(bed: EngineBed, tmp_path: Path) -> None:
+def test_failed_mount_leaves_device_access_unchanged(bed: EngineBed, tmp_path: Path) -> None:
     image = tmp_path / "garbage"
     image.write_bytes(os.urandom(65536))
     for readonly in (False, True):
@@ -469,7 +469,7 @@ def test_a_policy_decides_on_a_device_that_is_writable(
 
 
 @pytest.mark.parametrize("policy", ["error", "ignore"])
-def test_what_the_agent_has_made_read_only_counts_as_writable(
+def test_device_that_the_agent_set_read_only_counts_as_writable(
     bed: EngineBed, pack: Pack, tmp_path: Path, policy: str
 ) -> None:
     """The answer must not depend on which other layers are there, or come first in a batch."""

@@ -45,7 +45,7 @@ def _own_mounts() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_overlay_shows_what_umoci_unpacks(tmp_path: Path, case: str) -> None:
+def test_overlay_of_linked_layers_equals_an_unpacking_by_umoci(tmp_path: Path, case: str) -> None:
     dmbed.run("mount", "-t", "tmpfs", "tmpfs", tmp_path)  # takes the attributes
     try:
         _compare(tmp_path, [TREE, CASES[case], [Member("d/g", b"top")][: case != "all"]])

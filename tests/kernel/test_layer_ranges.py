@@ -79,7 +79,7 @@ def dmsetup_table(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("is_verified", [True, False])
-def test_any_order_of_ranges_is_what_dmsetup_sees(
+def test_ranges_in_any_order_become_the_same_dmsetup_table(
     bed: EngineBed, pack: Pack, scattered: LayerSpec, is_verified: bool
 ) -> None:
     spec = scattered if is_verified else scattered.replace(verity=None)
@@ -127,7 +127,7 @@ def test_another_order_does_not_verify(bed: EngineBed, scattered: LayerSpec) -> 
     assert error.code == "integrity"
 
 
-def test_an_agent_that_starts_again_adopts_it(bed: EngineBed, scattered: LayerSpec) -> None:
+def test_restarted_agent_adopts_a_layer_of_ranges(bed: EngineBed, scattered: LayerSpec) -> None:
     first = mount(bed, scattered)
     bed.reopen()
     assert bed.engine.problems() == ()

@@ -236,7 +236,9 @@ def test_flags(target: str, method: str, flags: tuple[str, ...], shown: set[str]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_the_kernel_says_of_garbage_is_told(target: str, tmp_path: Path, method: str) -> None:
+def test_kernel_message_about_garbage_is_in_the_error(
+    target: str, tmp_path: Path, method: str
+) -> None:
     image = tmp_path / "garbage"
     image.write_bytes(b"garbage!" * 8192)
     log = KernelLog()

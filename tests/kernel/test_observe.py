@@ -96,7 +96,7 @@ def test_a_failed_step_is_counted(pack: Pack) -> None:
     assert found['guestagent_requests_total{method="layer.mount",code="device"}'] == 1
 
 
-def test_what_the_metrics_cost(agent: AgentProcess, pack: Pack) -> None:
+def test_metrics_stay_within_their_cost(agent: AgentProcess, pack: Pack) -> None:
     """A scrape is short, and does not grow with what was done."""
     with agent.client() as guest:
         mount_and_unmount(guest, pack)

@@ -185,7 +185,9 @@ def test_one_layer_and_a_scratch_need_no_padding(bed: Path, layers: list[str], w
     assert not (bed / "runtime" / "empty").exists()
 
 
-def test_the_kernel_would_cut_what_is_refused_here(bed: Path, layers: list[str]) -> None:
+def test_overlay_options_that_the_kernel_would_cut_are_refused(
+    bed: Path, layers: list[str]
+) -> None:
     """Long options do not reach mount(2), and the way around carries all the layers."""
     data = "lowerdir=" + ":".join(layers)
     with pytest.raises(OSError, match="options of") as caught:
@@ -221,7 +223,7 @@ def test_short_stacks_need_no_links(bed: Path, layers: list[str]) -> None:
     remove_links(str(bed / "runtime/links/test"))
 
 
-def test_what_cannot_be_told_is_unsupported(bed: Path, layers: list[str]) -> None:
+def test_paths_too_long_for_mount_2_are_unsupported(bed: Path, layers: list[str]) -> None:
     directories: dict[str, object] = {}
     for kind in ("upper", "work"):
         path = bed / "scratch" / kind
@@ -276,7 +278,7 @@ def test_the_kernels_reason_is_told(bed: Path, layers: list[str], way: str) -> N
         assert any("overlay" in line for line in caught.value.log), caught.value.log
 
 
-def test_layers_that_differ_from_what_was_asked_are_unmounted(
+def test_overlay_with_other_layers_than_asked_is_unmounted(
     bed: Path, layers: list[str], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No kernel can be made to lose a layer now that nothing is cut: the answer is falsified."""
@@ -330,7 +332,7 @@ def test_the_empty_layer_must_be_empty(bed: Path, layers: list[str]) -> None:
 
 
 @pytest.mark.parametrize("refused_at", [1, 2])
-def test_a_directory_that_is_not_what_it_must_be_mounts_nothing(
+def test_wrong_directory_mounts_nothing(
     bed: Path, layers: list[str], way: str, refused_at: int
 ) -> None:
     """A layer is refused when it is first opened; where the kernel takes paths, also when it is

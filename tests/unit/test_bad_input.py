@@ -131,7 +131,9 @@ def test_of_names_that_come_twice_the_last_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [(), ("--layers",)], ids=["merged", "layer by layer"])
-def test_a_layer_that_is_not_what_the_manifest_says(tmp_path: Path, form: tuple[str, ...]) -> None:
+def test_layer_with_another_diff_id_than_its_image_says_is_refused(
+    tmp_path: Path, form: tuple[str, ...]
+) -> None:
     layout = Layout(tmp_path / "layout").layer(FILES, "+gzip")
     layout.diff_ids[0] = digest(b"something else")
     layout.finish()
@@ -193,7 +195,7 @@ def made(_made: Path, tmp_path: Path) -> Path:
     ],
     ids=" ".join,
 )
-def test_a_full_disk_leaves_what_was_there(made: Path, words: tuple[str, ...]) -> None:
+def test_full_disk_leaves_the_existing_output(made: Path, words: tuple[str, ...]) -> None:
     small = 4096 if "--hash-file" in words else 512 << 10
     assert refused(made, *words, limit_bytes=small)["code"] == "resource"
 

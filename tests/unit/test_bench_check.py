@@ -39,7 +39,7 @@ def test_a_row_is_held_to_its_bound(bound: Bound, problem: str | None) -> None:
     assert found == [] if problem is None else found[0].startswith(problem)
 
 
-def test_a_short_run_is_held_to_what_it_has() -> None:
+def test_short_run_is_checked_on_the_rows_it_has() -> None:
     bounds = [Bound(row="calls", at_most=1), Bound(row="restart", at_most=1, short=False)]
     assert len(misses(ROWS, bounds)) == 2
     assert len(misses(ROWS, bounds, short=True)) == 1

@@ -202,7 +202,7 @@ def test_a_label_of_two_disks_is_a_conflict_that_names_both(
 
 
 @pytest.mark.parametrize("label", ["", "a" * 65, "a b", "a.b", "a/b", "\u00e9", "a\n", "../x"])
-def test_what_is_no_label_is_refused(label: str) -> None:
+def test_invalid_label_is_refused(label: str) -> None:
     with pytest.raises(ValueError, match="label must be"):
         LabelDevice(label=label)
     assert not is_label(label)

@@ -62,7 +62,7 @@ def test_one_layer_is_the_root_itself() -> None:
     assert plan.root_target == "/run/layers/a"
 
 
-def test_a_layer_may_say_how_it_was_built_and_what_becomes_of_a_writable_device() -> None:
+def test_layer_text_takes_whiteouts_and_readonly_policy() -> None:
     text = f"{layer('a', 'label:base')},readonly_policy=error,whiteouts=user"
     plan = plan_boot((text,), None, ())
     assert plan is not None
@@ -172,7 +172,7 @@ def test_a_layer_may_be_of_several_ranges() -> None:
     assert plan_boot((listed("a", "0+4096"),), None, ()) == plan_boot((layer("a"),), None, ())
 
 
-def test_a_manifest_names_layers_with_all_that_verifies_them(tmp_path: Path) -> None:
+def test_manifest_gives_layers_with_their_verity_parameters(tmp_path: Path) -> None:
     path = manifest(tmp_path / "m.json")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     plan = plan_boot((), None, (f"{path},virtio-blk:pack,sha256={digest.upper()}",))

@@ -466,7 +466,7 @@ def test_missed_events_come_once_and_in_order(agent: Agent) -> None:
         assert seen.empty()
 
 
-def test_what_was_before_the_callback_is_not_missed(agent: Agent) -> None:
+def test_events_before_the_callback_are_not_missed(agent: Agent) -> None:
     seen: queue.Queue[int] = queue.Queue()
     for _ in range(5):
         agent.publish("layer_mounted")

@@ -26,12 +26,12 @@ def test_quotes_are_taken_off_as_the_kernel_does() -> None:
     assert parse_command_line(line) == (("a", "b c"), ("d", 'e"f g"h'), ("i", "j"))
 
 
-def test_what_follows_two_dashes_is_for_the_init() -> None:
+def test_words_after_two_dashes_are_for_the_init() -> None:
     line = "guestagent.require_verity=1 -- guestagent.port=5"
     assert parse_command_line(line) == (("require_verity", "1"),)
 
 
-def test_a_boot_image_takes_faults_only_if_it_was_made_for_tests() -> None:
+def test_faults_are_taken_only_by_a_boot_image_for_tests() -> None:
     asked = settings("fault=mount:EIO")
     assert read_settings(asked)[0].fault == "mount:EIO"
     config, problems = read_settings(asked, faults=False)

@@ -221,7 +221,7 @@ def test_keys_are_taken_whole_or_waited_for(data: bytes) -> None:
 
 
 @given(st.lists(st.text(st.characters(blacklist_characters="\0", codec="utf-8"), max_size=20)))
-def test_what_is_quoted_is_split_again(words: list[str]) -> None:
+def test_quoted_words_are_split_to_the_same_words(words: list[str]) -> None:
     assert split(" ".join(quote(word) for word in words)) == words
 
 

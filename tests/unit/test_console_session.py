@@ -332,7 +332,7 @@ def test_output_is_bounded(bed: Bed) -> None:
         ("find [--type LETTER] [--dry-run] PATH [PATTERN]", ("type=", "dry-run"), 1, 2),
     ],
 )
-def test_usage_says_what_a_command_takes(
+def test_wrong_usage_prints_the_usage_of_the_command(
     usage: str, options: tuple[str, ...], least: int, most: int
 ) -> None:
     group = Group("test", {"PATH": lambda access, word: ()})
@@ -396,7 +396,7 @@ def test_poweroff_is_refused_where_the_agent_is_not_init(tmp_path: Path, layer: 
 # --- the shell
 
 
-def test_the_shell_needs_its_own_permission(tmp_path: Path, layer: Path) -> None:
+def test_shell_without_permission_is_denied(tmp_path: Path, layer: Path) -> None:
     with serving(tmp_path / "c", {"base": layer}, shell=False) as bed:
         status, output = bed.run("sh -c true")
         assert status == 1
@@ -516,7 +516,7 @@ def test_a_peer_of_another_protocol_is_refused_with_a_reason(
         assert text in str(stranger.refusal["message"])
 
 
-def test_a_second_hello_ends_it(bed: Bed, person: Client) -> None:
+def test_second_hello_ends_the_session(bed: Bed, person: Client) -> None:
     person.send(HELLO, {"versions": [1]})
     wait_until(lambda: bed.console.session_count == 0, "the session lives on")
 

@@ -33,7 +33,7 @@ def cpio(data: bytes, *options: str, cwd: Path | None = None) -> str:
     return result.stdout.decode()
 
 
-def test_cpio_unpacks_what_was_written(tmp_path: Path) -> None:
+def test_archive_is_unpacked_by_cpio(tmp_path: Path) -> None:
     data = archive(
         regular("init", b"#!/bin/x\n", 0o755),
         regular("a/b/c", b"12345"),

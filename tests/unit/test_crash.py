@@ -65,7 +65,7 @@ def test_a_fault(live, name: str) -> None:
     assert report.log[-1].fields == {"signature": "[secret]", "secret": "[secret]"}
 
 
-def test_a_kill_is_known_by_what_is_left(live) -> None:
+def test_killed_agent_is_reported_from_its_files(live) -> None:
     live("os.kill(os.getpid(), 9)")
     (report,) = reports(live).crashes
     assert (report.signal, report.traceback) == (None, "")

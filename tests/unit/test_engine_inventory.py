@@ -34,7 +34,7 @@ paths = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(
 
 
 @given(st.lists(st.tuples(paths, st.booleans()), max_size=20))
-def test_conflicting_path_finds_what_a_search_of_all_finds(steps):
+def test_conflicting_path_agrees_with_a_linear_search(steps):
     claims, claimed = PathClaims(), set()
     for path, is_dropped in steps:
         if is_dropped:
@@ -93,7 +93,7 @@ def test_a_target_cannot_lie_in_a_scratch(inventory):
     inventory.reserve(("layer", "first"), "/run/s/upper/etc")
 
 
-def test_a_scratch_device_is_shared_by_those_that_say_so(inventory):
+def test_scratch_device_is_shared_only_by_overlays_that_ask_for_it(inventory):
     first, second, third = (("overlay", name) for name in "abc")
     inventory.reserve_scratch(first, "7:1", is_shared=True)
     inventory.reserve_scratch(second, "7:1", is_shared=True)
@@ -115,7 +115,7 @@ def directories(inventory, name, *there):
     return inventory.reserve(("layer", name), target, exists=there.__contains__).directories
 
 
-def test_directories_are_reserved_by_all_that_share_them(inventory):
+def test_shared_missing_directories_are_reserved_until_the_last_release(inventory):
     there = ("/run", "/run/layers")
     assert directories(inventory, "a", "/run") == ("/run/layers", "/run/layers/a")
     assert directories(inventory, "b", *there) == ("/run/layers", "/run/layers/b")

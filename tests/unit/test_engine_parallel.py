@@ -37,7 +37,7 @@ def test_the_error_of_the_first_item_is_raised_and_nothing_new_begun():
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_whatever_is_raised_in_a_thread_is_raised(broken):
+def test_exception_of_a_thread_is_raised(broken):
     both = threading.Barrier(2)
 
     def work(number, _item):

@@ -79,7 +79,7 @@ def test_device_tags_are_plain_words(device, tag):
     assert device_tag(device) == tag
 
 
-def test_dm_names_are_those_of_hcsshim():
+def test_dm_names_follow_hcsshim():
     assert dm_names(spec(), unique=False) == (
         "dm-linear-pmem0-1048576-8192",
         f"dm-verity-pmem0-{ROOT.hex()}",

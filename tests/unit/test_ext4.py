@@ -128,7 +128,7 @@ def test_owners_devices_links_times_and_attributes(tmp_path: Path) -> None:
     assert names_in(image, "/") == {m.name for m in MEMBERS if "/" not in m.name} - {"."}
 
 
-def test_what_the_superblock_says(tmp_path: Path) -> None:
+def test_superblock_has_the_expected_fields(tmp_path: Path) -> None:
     write(tree({}), tmp_path / "image")
     facts = said("dumpe2fs", "-h", tmp_path / "image")
     assert re.search(r"Filesystem UUID: +" + str(UUID), facts)
@@ -447,7 +447,7 @@ def test_progress_and_cancel(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 256])
-def test_checksums_of_rows_are_those_of_each_row(rows: int) -> None:
+def test_checksums_of_rows_equal_those_of_single_rows(rows: int) -> None:
     data = random.Random(rows).randbytes(40 * rows)
     columns = crc32c_of_rows((data[at::40] for at in range(40)), rows, 0x12345678)
     found = [

@@ -91,7 +91,7 @@ def test_no_magic_is_none_and_two_are_refused() -> None:
     assert "erofs" in caught.value.message
 
 
-def test_auto_takes_what_a_layer_may_be() -> None:
+def test_auto_takes_only_file_systems_of_layers() -> None:
     for name, row in TABLE.items():
         head = bytes(row.magic_at) + row.magic
         assert detect(reader(head)) == name

@@ -197,5 +197,7 @@ def test_a_sidecar_that_does_not_fit(place: Path, text: str | None, code: str) -
     ],
     ids=" ".join,
 )
-def test_a_sidecar_says_it_all(place: Path, words: tuple[str, ...]) -> None:
+def test_options_that_contradict_a_sidecar_are_wrong_usage(
+    place: Path, words: tuple[str, ...]
+) -> None:
     assert guestctl(place, *words).returncode == 2

@@ -200,7 +200,7 @@ def test_packs_of_images_say_the_form_of_whiteouts(run: Run, tmp_path: Path) -> 
     assert kinds == ["trusted", "none"]
 
 
-def test_no_output_replaces_what_a_command_reads(run: Run, tmp_path: Path) -> None:
+def test_no_output_replaces_an_input_of_the_command(run: Run, tmp_path: Path) -> None:
     run("pack", "create", "p.img")
     for name in ("manifest", "key.pem"):
         (tmp_path / name).write_bytes((tmp_path / "p.img.json").read_bytes())

@@ -132,7 +132,7 @@ def test_byte_code_runs_and_has_no_docstrings() -> None:
     assert module.__doc__ is None
 
 
-def test_needed_libraries_are_those_of_readelf() -> None:
+def test_needed_libraries_agree_with_readelf() -> None:
     program = interpreter_path()
     output = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
     expected = {Path(line.split("=>")[-1].split()[0]).name for line in output.splitlines()}

@@ -402,9 +402,7 @@ def test_more_than_the_window_ends_the_stream_of_asyncio(flood: _Flood) -> None:
 
 
 @pytest.mark.parametrize("method", ["fs_download", "fs_tar_out"])
-def test_a_reader_says_how_much_it_takes_at_most(
-    guest: GuestAgent, tmp_path: Path, method: str
-) -> None:
+def test_reader_states_its_window_of_chunks(guest: GuestAgent, tmp_path: Path, method: str) -> None:
     target = tmp_path / "target"
     path = "big" if method == "fs_download" else "/"
     with call_error("resource", match="max_bytes"):
@@ -414,7 +412,7 @@ def test_a_reader_says_how_much_it_takes_at_most(
     assert reply.size_bytes == 8 << 20 == target.stat().st_size
 
 
-def test_a_reader_of_asyncio_says_how_much_it_takes_at_most(bed: Bed, tmp_path: Path) -> None:
+def test_asyncio_reader_states_its_window_of_chunks(bed: Bed, tmp_path: Path) -> None:
     async def main() -> None:
         async with AsyncGuestAgent(bed.address) as guest:
             stream = await guest.stream(FsDownload(path="big", layer_id="base"))

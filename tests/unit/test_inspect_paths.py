@@ -58,7 +58,7 @@ def code_of(error: pytest.ExceptionInfo[CallError]) -> str:
     "path",
     ["../secret", "/../secret", "/etc/../../secret", "etc/../../../../../secret", "up", "out"],
 )
-def test_no_path_leads_out(guest: GuestAgent, path: str) -> None:
+def test_paths_stay_inside_the_layer(guest: GuestAgent, path: str) -> None:
     assert guest.fs_exists(path, layer_id="base") is False
     for read in (guest.fs_read_file, guest.fs_pread, guest.fs_checksum, guest.fs_head):
         with pytest.raises(CallError) as refused:
@@ -79,7 +79,7 @@ def test_a_symlink_to_proc_finds_no_proc(guest: GuestAgent) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="this user may not clone mounts")
-def test_what_is_mounted_below_is_no_part_of_it(guest: GuestAgent) -> None:
+def test_mounts_below_a_layer_are_no_part_of_it(guest: GuestAgent) -> None:
     assert Path("/proc/self/status").exists()
     assert not guest.fs_exists("/proc/self/status", overlay_id="host")
     assert list(guest.fs_ls("/proc", overlay_id="host")) == []
@@ -180,7 +180,7 @@ def test_lstat_of_unmounted_layer_or_overlay_is_not_found(guest: GuestAgent) -> 
         assert code_of(refused) == "not_found"
 
 
-def test_lstat_says_what_os_says(guest: GuestAgent, tree: Path) -> None:
+def test_lstat_agrees_with_os_lstat(guest: GuestAgent, tree: Path) -> None:
     for name in ("etc", "etc/motd", "inside", "fifo", "socket", os.fsdecode(ODD_NAME)):
         ours: StatReply = guest.fs_lstat(os.fsencode(name), layer_id="base")
         theirs = (tree / name).lstat()
@@ -222,7 +222,7 @@ def test_head_of_one_endless_line_is_cut(guest: GuestAgent, tree: Path) -> None:
     assert (len(reply.data), reply.is_whole, reply.size_bytes) == (32768, False, 100_000)
 
 
-def test_read_file_refuses_what_is_too_long(guest: GuestAgent) -> None:
+def test_read_file_refuses_a_longer_file(guest: GuestAgent) -> None:
     with pytest.raises(CallError) as refused:
         guest.fs_read_file("inside", layer_id="base", max_bytes=11)
     assert code_of(refused) == "resource"
@@ -238,14 +238,14 @@ def test_extended_attributes_of_files_and_of_symlinks(guest: GuestAgent, tree: P
     assert guest.fs_getxattrs("/inside", layer_id="base") == {}  # the symlink itself has none
 
 
-def test_statvfs_says_what_os_says(guest: GuestAgent, tree: Path) -> None:
+def test_statvfs_agrees_with_os_statvfs(guest: GuestAgent, tree: Path) -> None:
     ours, theirs = guest.fs_statvfs(layer_id="base"), os.statvfs(tree)
     assert ours.size_bytes == theirs.f_blocks * theirs.f_frsize
     assert ours.name_max_bytes == theirs.f_namemax
     assert ours.readonly is False
 
 
-def test_an_acl_that_is_not_there_says_what_the_mode_says(guest: GuestAgent) -> None:
+def test_missing_acl_is_made_of_the_mode(guest: GuestAgent) -> None:
     assert guest.fs_acl_get_file("/etc/motd", layer_id="base").text == (
         "user::rw-\ngroup::r--\nother::---"
     )

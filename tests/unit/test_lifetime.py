@@ -51,7 +51,7 @@ def in_a_thread_of_its_own(function: Callable[[], T]) -> T:
 
 
 @pytest.mark.parametrize("name", ["KILL", "TERM"])
-def test_it_ends_with_the_thread_that_started_it(name: str) -> None:
+def test_program_ends_with_the_thread_that_started_it(name: str) -> None:
     """Which is what Linux ties the signal to, and why the docstring warns."""
     command = ending_with_us(["sh", "-c", "echo up; exec sleep 1000"], signal=name)
 

@@ -57,7 +57,7 @@ def test_replay_heeds_the_level() -> None:
     assert [entry.text for entry in seen] == ["two"]
 
 
-def test_since_says_what_is_no_longer_kept() -> None:
+def test_since_counts_lines_that_are_no_longer_kept() -> None:
     log = Log(capacity=3)
     for number in range(1, 6):
         log.info(str(number))
@@ -104,7 +104,7 @@ def test_a_long_text_keeps_its_ends() -> None:
     assert len(shown) < 3000
 
 
-def test_a_line_keeps_no_object_that_it_was_given() -> None:
+def test_line_keeps_short_texts_of_its_field_values() -> None:
     log = Log()
     log.info("x", many=["a" * 10_000] * 1000, number=1 << 20_000, data=b"ab", token="t")
     [line] = log.tail(1)
@@ -129,7 +129,7 @@ class Blocked:
         self.texts.append(line.text)
 
 
-def test_a_slow_sink_keeps_no_writer_waiting_and_what_it_misses_is_told() -> None:
+def test_slow_sink_blocks_no_writer_and_counts_missed_lines() -> None:
     log, sink = Log(), Blocked()
     log.add_sink(sink, is_slow=True)
     with log.in_background():
@@ -200,7 +200,7 @@ def test_json_is_json(text: str, fields: dict[str, object]) -> None:
             assert parsed["fields"][name] == value
 
 
-def test_what_has_no_number_in_json_is_null() -> None:
+def test_infinite_and_nan_fields_are_null_in_json() -> None:
     assert json_object({"a": float("nan"), "b": float("inf")}) == '{"a":null,"b":null}'
 
 
@@ -260,7 +260,7 @@ def test_no_recording(tmp_path: Path) -> None:
 # --- reading it by RPC
 
 
-def test_read_log_goes_on_where_it_stopped() -> None:
+def test_read_log_continues_after_the_last_line() -> None:
     log = Log()
     for number in range(10):
         log.info(str(number))
@@ -383,7 +383,7 @@ def ship(log: Log, host: Host) -> LogShipper:
     return shipper
 
 
-def test_a_host_gets_what_was_logged_before_it_came(host: Host) -> None:
+def test_late_host_gets_the_lines_logged_before_it_connected(host: Host) -> None:
     log = Log()
     log.info("first", n=1)
     log.debug("noise")

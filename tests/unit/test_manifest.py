@@ -292,7 +292,7 @@ def test_a_manifest_that_is_too_large_or_no_file(tmp_path: Path) -> None:
         Manifest.load(tmp_path / "none")
 
 
-def test_the_request_is_one_that_the_agent_takes() -> None:
+def test_request_of_a_manifest_is_accepted_by_the_contract() -> None:
     manifest = Manifest.from_json(GOOD)
     top = LayerSpec.from_wire(layer_spec(manifest.layers[0], {"kind": "pmem", "number": 3}))
     assert top.verity is not None

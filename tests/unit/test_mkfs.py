@@ -174,7 +174,7 @@ def test_the_environment_leaves_no_trace(
         (Member("n" * 255), "255 bytes"),
     ],
 )
-def test_what_compressed_erofs_would_change_is_refused(
+def test_tree_that_compressed_erofs_would_change_is_refused(
     tmp_path: Path, member: Member, what: str
 ) -> None:
     if "--tar" in mkfs._help("mkfs.erofs"):

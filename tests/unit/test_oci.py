@@ -83,7 +83,7 @@ def test_an_unknown_media_type_of_the_manifest(tmp_path: Path) -> None:
     refused(layout.finish(), "unsupported", "media type 'application/vnd.other")
 
 
-def test_a_foreign_layer_is_used_if_it_is_there_and_told_if_not(tmp_path: Path) -> None:
+def test_foreign_layer_is_used_or_named_as_missing(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "l").layer(FILES, "+gzip")
     layer = layout.layers[0]
     layer["mediaType"] = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
@@ -234,7 +234,9 @@ def test_the_first_instance_that_fits_counts(tmp_path: Path) -> None:
         {"artifactType": "application/vnd.example.sbom"},
     ],
 )
-def test_what_is_no_image_in_an_index_is_ignored(tmp_path: Path, facts: dict[str, object]) -> None:
+def test_entries_of_an_index_that_are_no_images_are_ignored(
+    tmp_path: Path, facts: dict[str, object]
+) -> None:
     layout = Layout(tmp_path / "l").layer(OTHER).image(**facts)
     path = nested(layout.layer(FILES).image(platform=of("amd64")))
     built = build_image(path, tmp_path / "image", platform="linux/amd64")
@@ -402,7 +404,7 @@ def test_archives_of_docker_25(tmp_path: Path, index: object, layers: bool) -> N
         {"manifest.json": b"null", "layer.tar": make_tar(FILES)},
     ],
 )
-def test_an_archive_of_old_docker_is_not_built_of_its_own_files(
+def test_archive_of_docker_without_manifest_is_refused(
     tmp_path: Path, files: dict[str, bytes]
 ) -> None:
     (tmp_path / "x.tar").write_bytes(make_tar([Member(*each) for each in files.items()]))

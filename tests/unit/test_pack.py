@@ -68,7 +68,7 @@ def test_first_fit_is_the_lowest_place(used: list[FileRange], size: int, alignme
 
 
 @given(RANGES, st.integers(0, 260))
-def test_free_ranges_are_what_is_not_used(used: list[FileRange], total: int) -> None:
+def test_free_ranges_are_the_complement_of_used_ranges(used: list[FileRange], total: int) -> None:
     taken = {at for each in used for at in range(each.offset_bytes, each.end_bytes)}
     free = free_ranges(used, total)
     assert {at for each in free for at in range(each.offset_bytes, each.end_bytes)} == set(
@@ -131,7 +131,7 @@ def verity_layer(path: Path, size: int = 700_000) -> tuple[Path, object]:
     return path, format_image(path, terms=VerityTerms(salt=b"salt"), workers=1).parameters
 
 
-def test_a_corrupt_block_is_found_wherever_it_is(tmp_path: Path) -> None:
+def test_check_finds_a_corrupt_block_at_any_place(tmp_path: Path) -> None:
     path, parameters = verity_layer(tmp_path / "layer")
     with Pack.create(tmp_path / "p") as pack:
         pack.add(layer_file(tmp_path / "other", 5000), "other")
@@ -149,7 +149,7 @@ def test_a_corrupt_block_is_found_wherever_it_is(tmp_path: Path) -> None:
         assert pack.check().is_sound
 
 
-def test_a_check_reads_what_the_guest_reads(tmp_path: Path) -> None:
+def test_check_finds_a_changed_superblock(tmp_path: Path) -> None:
     path, parameters = verity_layer(tmp_path / "layer")
     with Pack.create(tmp_path / "p") as pack:
         added = pack.add(path, "v", verity=parameters)  # type: ignore[arg-type]
@@ -190,7 +190,7 @@ def flipped(path: Path, at: int):  # type: ignore[no-untyped-def]
             os.pwrite(file.fileno(), before, at)
 
 
-def test_holes_of_one_layer_are_not_taken_for_those_of_another(tmp_path: Path) -> None:
+def test_hole_of_one_layer_is_not_taken_for_one_of_the_next(tmp_path: Path) -> None:
     with (tmp_path / "hole").open("wb") as file:
         file.write(superblock(4 * MIB))
         file.truncate(4 * MIB)
@@ -214,7 +214,7 @@ def test_holes_read_as_zeros_where_something_was_before(tmp_path: Path) -> None:
     assert (tmp_path / "p").read_bytes()[:MIB] == superblock(MIB).ljust(MIB, b"\0")
 
 
-def test_a_layer_whose_tree_is_not_its_own_is_refused(tmp_path: Path) -> None:
+def test_layer_with_the_tree_of_another_is_refused(tmp_path: Path) -> None:
     path, parameters = verity_layer(tmp_path / "layer")
     wrong = parameters.replace(root_digest=bytes(32))  # type: ignore[attr-defined]
     with Pack.create(tmp_path / "p") as pack:

@@ -273,7 +273,7 @@ def test_a_layer_of_an_earlier_version_is_refused(pack: Path) -> None:
 
 
 @pytest.mark.parametrize("part", range(5))
-def test_a_check_finds_damage_wherever_it_is(pack: Path, part: int) -> None:
+def test_check_finds_damage_at_any_place_of_an_image(pack: Path, part: int) -> None:
     with Pack.open(pack, writable=True) as opened:
         image = opened.merge("app", ["top", "middle", "base"])
     extent = image.ranges[part]

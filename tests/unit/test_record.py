@@ -169,7 +169,7 @@ def test_what_is_wrong_is_refused_by_its_place(wire, where):
         ({"size": 1}, "params.name"),
     ],
 )
-def test_a_map_is_looked_at_however_like_one_that_was_right(wire, where):
+def test_wrong_map_is_refused_after_a_right_one_of_the_same_shape(wire, where):
     assert Inner.from_wire({"name": "a", "size": 1}) == Inner(name="a", size=1)
     assert Inner.from_wire({"size": 1, "name": "a"}) == Inner(name="a", size=1)
     for _ in range(2):

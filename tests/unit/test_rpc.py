@@ -179,7 +179,7 @@ def test_the_byte_limit_is_exact():
     assert three_ways(over, limits) == [REFUSED]
 
 
-def test_a_reply_has_limits_of_its_own():
+def test_replies_have_their_own_limits():
     limits = Limits(max_request_bytes=1024, max_request_values=100)
     assert three_ways(encode_notification("m", {"a": bytes(2000)}), limits) == [
         ("malformed", "notification", None, "resource", True)
@@ -227,7 +227,7 @@ def test_the_number_of_values_is_bounded_exactly():
     assert decode(head + (fits + 1).to_bytes(4, "big")) == [REFUSED]
 
 
-def test_a_message_tells_what_it_takes_in_memory():
+def test_message_states_its_size_in_memory():
     decoder = Decoder(LIMITS)
     decoder.feed(msgpack.packb([0, 9, "m", [{"a": [{}] * 1000}]]))
     assert decoder.next().memory_bytes >= 1000 * 64
@@ -251,7 +251,7 @@ VALUES = st.recursive(
 
 
 @given(st.integers(0, MAX_MSGID), st.text(), st.dictionaries(st.text(), VALUES), st.data())
-def test_what_msgpack_writes_is_read_the_same_in_any_pieces(msgid, method, params, data):
+def test_messages_are_decoded_alike_in_any_pieces(msgid, method, params, data):
     stream = msgpack.packb([0, msgid, method, [params]]) + msgpack.packb([1, msgid, None, params])
     cut = data.draw(st.integers(0, len(stream)))
     decoder = Decoder(Limits(max_depth=64))
@@ -337,7 +337,7 @@ def test_garbage_is_malformed_or_a_message_and_nothing_else(pieces):
 
 @settings(max_examples=300)
 @given(st.binary(min_size=1, max_size=80))
-def test_the_boundaries_are_those_that_msgpack_finds(data):
+def test_message_boundaries_agree_with_msgpack(data):
     """Whatever msgpack reads as one whole value, the scanner must end at the same byte."""
     unpacker = msgpack.Unpacker(strict_map_key=False, raw=True, object_pairs_hook=tuple)
     unpacker.feed(data)

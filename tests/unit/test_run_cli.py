@@ -211,7 +211,7 @@ def test_no_kernel(layout: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["error"]["code"] == "not_found"
 
 
-def test_the_boot_image_tells_what_takes_the_space(tmp_path: Path) -> None:
+def test_report_of_a_boot_image_lists_its_parts_by_size(tmp_path: Path) -> None:
     needs_kernel()
     output = tmp_path / "initrd"
     arguments = ("build", "--with", "erofs", "--compression", "none")
@@ -286,7 +286,7 @@ def test_files_and_a_manifest_go_into_the_boot_image(layout: Path, tmp_path: Pat
         (("--manifest", "/etc/hostname"), 1, "/etc/hostname"),
     ],
 )
-def test_what_cannot_be_added_to_a_boot_image(
+def test_invalid_file_for_a_boot_image_is_refused(
     tmp_path: Path, arguments: tuple[str, ...], status: int, named: str
 ) -> None:
     needs_kernel()

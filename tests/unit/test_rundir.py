@@ -55,7 +55,7 @@ def test_next_run_removes_directory_of_killed_run(temporary: Path) -> None:
         assert list(temporary.iterdir()) == [run.path]
 
 
-def test_it_stays_while_a_program_of_the_run_lives(temporary: Path) -> None:
+def test_run_directory_stays_while_a_program_of_the_run_lives(temporary: Path) -> None:
     reader, writer = os.pipe()
     with os.fdopen(reader), os.fdopen(writer, "w") as living:
         left = killed_run(temporary, reader, "handed-down")

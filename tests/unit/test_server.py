@@ -144,7 +144,7 @@ def test_a_bad_request_is_answered_by_its_msgid_and_the_connection_lives(serve, 
         msgpack.packb([2, "event", [{}]]),
     ],
 )
-def test_what_has_no_msgid_is_answered_by_rpc_error_and_the_connection_lives(serve, data):
+def test_message_without_msgid_is_answered_by_rpc_error(serve, data):
     peer = serve().peer()
     peer.send(data)
     assert peer.complaint() in ("invalid", "unsupported")
@@ -259,7 +259,7 @@ def test_cancel_ends_a_wait(serve):
     assert error["code"] == "cancelled"
 
 
-def test_cancel_of_what_no_worker_has_come_to_is_answered_at_once(serve):
+def test_cancel_of_a_queued_call_is_answered_at_once(serve):
     running = serve(workers=1)
     peer = running.peer_at_gate()
     peer.request(2, "slow_echo")
@@ -435,7 +435,7 @@ def test_an_unfinished_message_past_the_memory_of_all_is_refused(serve):
     assert peers[2].ask(1, "slow_echo", a=b"short") == {"a": b"short"}
 
 
-def test_answers_that_are_not_read_leave_memory_for_those_that_are(serve):
+def test_unread_answers_leave_memory_for_other_answers(serve):
     running = serve(max_memory_bytes=1 << 20)
     for _ in range(3):
         running.peer().request(1, "big", bytes=900_000)

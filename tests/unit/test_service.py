@@ -194,7 +194,7 @@ def test_hello_agrees_on_a_version_and_status_tells_all(bed):
     assert status["rss_bytes"] > 1 << 20
 
 
-def test_an_error_of_the_engine_arrives_as_it_is(bed):
+def test_error_of_the_engine_reaches_the_client_unchanged(bed):
     def refuse(layer_id):
         raise CallError("busy", "no", errno=16, step="unmount", object=layer_id, hint="wait")
 

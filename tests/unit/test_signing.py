@@ -70,7 +70,7 @@ def test_the_canonical_form() -> None:
 
 @settings(max_examples=40)
 @given(st.dictionaries(st.text(st.characters(codec="utf-8")), json_values, max_size=4))
-def test_what_is_canonical_is_read_back_and_stays(value: dict[str, object]) -> None:
+def test_canonical_bytes_are_read_back_unchanged(value: dict[str, object]) -> None:
     raw = canonical_bytes(value)
     assert parse_json(raw) == value
     assert canonical_bytes(parse_json(raw)) == raw
@@ -88,7 +88,7 @@ def test_what_is_canonical_is_read_back_and_stays(value: dict[str, object]) -> N
         ({"\udfff": 1}, "not encodable"),
     ],
 )
-def test_what_has_no_canonical_form_is_refused(value: dict[str, object], reason: str) -> None:
+def test_value_without_canonical_form_is_refused(value: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         canonical_bytes(value)
 
@@ -186,7 +186,7 @@ def test_a_changed_signature_never_holds(
         verify_manifest(MANIFEST, forged, key.public_key())
 
 
-def test_what_the_file_says_of_itself_is_not_trusted() -> None:
+def test_claims_in_a_signature_file_are_not_trusted() -> None:
     key, other = ed25519_key(), ed25519_key()
     right = sign_manifest(MANIFEST, key)
     by_other = sign_manifest(MANIFEST, other)
@@ -429,7 +429,7 @@ VALUE_AT = next(
 
 
 @given(st.binary(max_size=100) | st.integers(0, len(SIGNED) - 1).map(lambda end: SIGNED[:end]))
-def test_what_is_no_root_signature_is_invalid(raw: bytes) -> None:
+def test_bytes_that_are_no_root_signature_are_invalid(raw: bytes) -> None:
     with call_error("invalid"):
         verify_root_digest(ROOT, raw, CERTIFICATE)
 

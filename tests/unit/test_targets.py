@@ -241,7 +241,7 @@ def test_verity_status() -> None:
             parse_verity_status(wrong)
 
 
-def test_a_crypt_line_names_its_key_and_does_not_hold_it() -> None:
+def test_crypt_line_names_its_key_and_does_not_contain_it() -> None:
     table = CryptTable(
         device="254:16",
         length_bytes=1 << 20,

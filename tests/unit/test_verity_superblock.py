@@ -160,7 +160,7 @@ def test_a_short_superblock_is_refused() -> None:
         (68, "<I", 64 * 1024, "hash_block_size"),
     ],
 )
-def test_what_the_format_allows_and_layers_may_not_have_is_unsupported(
+def test_superblock_with_parameters_no_layer_may_have_is_unsupported(
     offset: int, layout: str, value: object, field: str
 ) -> None:
     raw = bytearray(RAW)

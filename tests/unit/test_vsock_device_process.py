@@ -40,7 +40,7 @@ class TestProcess:
             assert device.wait(10) == 0
         assert list(tmp_path.iterdir()) == []
 
-    def test_what_a_killed_device_leaves_is_removed(self, tmp_path):
+    def test_sockets_of_a_killed_device_are_removed(self, tmp_path):
         with start_device(tmp_path / "s", tmp_path / "u", 3) as device:
             os.kill(device.pid, signal.SIGKILL)
         assert list(tmp_path.iterdir()) == []
@@ -71,7 +71,7 @@ class TestProcess:
             start_device(tmp_path / "s", tmp_path / "u", 3, log=subprocess.DEVNULL)
         assert started[0].returncode == -signal.SIGKILL
 
-    def test_a_signal_ends_it_in_order(self, tmp_path):
+    def test_signal_ends_the_device_in_order(self, tmp_path):
         with (
             start_device(tmp_path / "s", tmp_path / "u", 3) as device,
             connect(device.uds_path) as peer,
@@ -90,7 +90,7 @@ class TestProcess:
             (["--cid", "3", "--uds", "/tmp/" + 93 * "x"], "as long as"),
         ],
     )
-    def test_what_cannot_be_is_refused_in_words(self, tmp_path, arguments, reason):
+    def test_impossible_arguments_are_refused_in_words(self, tmp_path, arguments, reason):
         command = [sys.executable, "-m", "vsock.device", "--socket", str(tmp_path / "s")]
         done = subprocess.run(
             [*command, "--uds", str(tmp_path / "u"), *arguments], capture_output=True, text=True

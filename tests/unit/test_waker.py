@@ -36,7 +36,7 @@ def test_waking_never_waits(waker: Waker) -> None:
     assert is_awake(waker)
 
 
-def test_what_the_interpreter_writes_for_a_signal_wakes(waker: Waker) -> None:
+def test_byte_of_a_signal_wakes(waker: Waker) -> None:
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
     before_fd = signal.set_wakeup_fd(waker.signal_fd)
     try:
