@@ -27,6 +27,7 @@ from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.mountinfo import read_mounts
 from guestagent.storage.verity import VerityTerms
 from rootfs.verity.formatter import format_image
+from tests.beds.calls import run
 from tests.beds.dmbed import loop_device
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -78,11 +79,7 @@ def build_pack(directory: Path, count: int) -> tuple[Path, tuple[Packed, ...]]:
     (source / "who").write_bytes(marker * (4096 // len(marker)) + b"\n" * (4096 % len(marker)))
     (source / "same").write_bytes(b"the same in every layer\n" * 40)
     template, image = directory / "template", directory / "pack.img"
-    subprocess.run(
-        ["mkfs.erofs", "-T0", "--all-root", str(template), str(source)],
-        check=True,
-        capture_output=True,
-    )
+    run("mkfs.erofs", "-T0", "--all-root", template, source)
     data = template.read_bytes()
     data = data.ljust(-(-len(data) // 4096) * 4096, b"\0")
     assert data.count(marker) == 4096 // len(marker)
@@ -132,7 +129,7 @@ class AgentProcess:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        subprocess.run(["rm", "-rf", "--one-file-system", self.directory], check=True)
+        run("rm", "-rf", "--one-file-system", self.directory)
         for path in (self.socket, self.log):
             Path(path).unlink(missing_ok=True)
 
@@ -311,6 +308,12 @@ def settled_world(expected: World, *, seconds: float = 3.0, **where: object) -> 
         if world == expected or time.monotonic() > end:
             return world
         time.sleep(0.01)
+
+
+def layer_on(node: str, layer_id: str, filesystem: str = "erofs", **fields: Any) -> LayerSpec:
+    """Return the request to mount a layer that is on a device node."""
+    device = PathDevice(path=node)
+    return LayerSpec(layer_id=layer_id, device=device, filesystem=filesystem, **fields)
 
 
 def overlay(overlay_id: str, *layers: str, **fields: Any) -> OverlaySpec:

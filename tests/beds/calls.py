@@ -1,9 +1,10 @@
-"""Calls in tests: those that are refused, and those that are made at once."""
+"""Calls in tests: those that are refused, those that are made at once, and those of programs."""
 
 import contextlib
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -36,3 +37,13 @@ def at_once(function: Callable[[Argument], Result], arguments: Iterable[Argument
     given = list(arguments)
     with ThreadPoolExecutor(len(given)) as pool:
         return list(pool.map(function, given))
+
+
+def run(*command: object, **options: Any) -> str:
+    """Run a program and return what it printed; if it fails, the error has all of that."""
+    words = [str(word) for word in command]
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        words, capture_output=True, text=True, check=False, **options
+    )
+    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+    return done.stdout

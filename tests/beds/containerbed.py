@@ -7,10 +7,11 @@ writes the layers and unpacks them, skopeo converts between the forms that image
 import os
 import shutil
 import stat
-import subprocess
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.beds.calls import run
 
 PACKAGES = Path(__file__).resolve().parents[2] / ".cache/packages"
 TOOLS = ("umoci", "skopeo", "dpkg-deb")
@@ -23,12 +24,6 @@ def require_tools() -> None:
     assert not missing, f"not installed: {', '.join(missing)}: run scripts/setup"
     assert list(PACKAGES.glob("*.deb")), f"no packages in {PACKAGES}: run scripts/setup"
     assert list(PACKAGES.glob("*.whl")), f"no wheel in {PACKAGES}: run scripts/setup"
-
-
-def run(*words: str | Path) -> str:
-    result = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"{words}: {result.stdout}{result.stderr}"
-    return result.stdout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from rootfs.bootimage.kernel import Kernel
 from rootfs.image.images import build_image
 from rootfs.pack.manifest import ManifestLayer
 from rootfs.pack.pack import Pack
+from tests.beds.calls import run
 
 SUITE = "bookworm"
 #: Ends the machine in order as soon as the system is up, and says so first.
@@ -85,7 +86,7 @@ class InitramfsTools:
         tree = _bootstrap(cache, "tools", (*packages, *libraries))
         self._kernel = kernel
         self._root = directory / "tools"
-        subprocess.run(["cp", "-a", "--reflink=auto", str(tree), str(self._root)], check=True)
+        run("cp", "-a", "--reflink=auto", tree, self._root)
         self._install()
 
     def mkinitramfs(self) -> Path:
@@ -152,7 +153,7 @@ def _bootstrap(cache: Path, name: str, packages: tuple[str, ...]) -> Path:
 
 @contextmanager
 def _copied(tree: Path, copy: Path) -> Iterator[Path]:
-    subprocess.run(["cp", "-a", "--reflink=auto", str(tree), str(copy)], check=True)
+    run("cp", "-a", "--reflink=auto", tree, copy)
     try:
         yield copy
     finally:

@@ -7,7 +7,6 @@ leaves a device, a mount, a loop device, a descriptor or a thread behind.
 import contextlib
 import errno
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -17,16 +16,10 @@ from guestagent.storage import syscalls
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.mountinfo import read_mounts
 from tests.beds import loopbed
+from tests.beds.calls import run as run
 
 _SETTLED_SECONDS = 2.0
 _UNLOADED_SECONDS = 20.0
-
-
-def run(*command: object) -> str:
-    """Run a tool and return what it printed; its complaint is in the error."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}: {done.stderr or done.stdout}"
-    return done.stdout
 
 
 @contextlib.contextmanager

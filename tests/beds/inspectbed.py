@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-from guestagent.api import LayerSpec, OverlaySpec, PathDevice
+from guestagent.api import OverlaySpec
 from guestagent.engine.engine import Engine
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from guestagent.engine.transaction import Transaction
 from guestagent.host.client import GuestAgent
 from guestagent.service.dispatch import QUICK_METHODS, Service
 from guestagent.storage import syscalls
+from tests.beds.agentbed import layer_on
 from tests.beds.peer import Peer
 from vsock.address import UnixAddress
 from vsock.deadline import Deadline
@@ -56,12 +57,7 @@ class PlainEngine:
 
 
 def _live_layer(layer_id: str, path: Path) -> LiveLayer:
-    spec = LayerSpec(
-        layer_id=layer_id,
-        device=PathDevice(path="/dev/null"),
-        filesystem="erofs",
-        target=str(path),
-    )
+    spec = layer_on("/dev/null", layer_id, target=str(path))
     plan = type("Plan", (), {"verity": None})()
     blank = dict.fromkeys(LiveLayer._fields)
     return LiveLayer(**{**blank, "spec": spec, "plan": plan, "state": "mounted", **_mount(path)})  # type: ignore[arg-type]

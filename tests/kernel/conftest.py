@@ -14,6 +14,7 @@ import pytest
 
 from tests.beds import loopbed
 from tests.beds.agentbed import EngineBed, Pack, attached_pack
+from tests.beds.calls import run
 from tests.beds.veritybed import VerityImage, make_verity_image
 
 # linux/dm-ioctl.h: _IOWR(0xfd, 2, struct dm_ioctl), asked for without the code under test
@@ -164,7 +165,7 @@ def erofs_image(tmp_path: Path) -> Callable[[Tree], Path]:
             path = source / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        _run("mkfs.erofs", "-T0", "--all-root", str(image), str(source))
+        run("mkfs.erofs", "-T0", "--all-root", str(image), str(source))
         return image
 
     return make
@@ -177,9 +178,3 @@ def verity_image() -> Callable[..., VerityImage]:
     The data is padded to whole blocks of 4096 bytes first.
     """
     return make_verity_image
-
-
-def _run(*argv: str) -> str:
-    result = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"{argv}: {result.stdout}{result.stderr}"
-    return result.stdout

@@ -1,7 +1,6 @@
 """The agent as a process, asked over its socket: every method, and every kind of bad request."""
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from guestagent.api import (
     METHODS,
     ByteRange,
     LayersMount,
-    LayerSpec,
     LayersUnmount,
     OverlaySpec,
     PathDevice,
@@ -21,8 +19,8 @@ from guestagent.api import (
 )
 from guestagent.api.agent import FEATURES
 from guestagent.host.client import GuestAgent
-from tests.beds.agentbed import AgentProcess, Pack, World, settled_world, who
-from tests.beds.calls import call_error
+from tests.beds.agentbed import AgentProcess, Pack, World, layer_on, settled_world, who
+from tests.beds.calls import call_error, run
 from tests.beds.dmbed import loop_device
 from vsock.client import Client
 from vsock.errors import CallError
@@ -172,11 +170,8 @@ def test_file_systems(guest: GuestAgent, tmp_path: Path, kind: str, said: bool) 
     root = _format(image)
     with loop_device(image) as node:
         report = guest.layer_mount(
-            LayerSpec(
-                layer_id="fs",
-                device=PathDevice(path=node),
-                verity=Verity(root_digest=root),
-                filesystem=kind if said else "auto",
+            layer_on(
+                node, "fs", verity=Verity(root_digest=root), filesystem=kind if said else "auto"
             )
         )
         assert report.filesystem == kind
@@ -193,10 +188,9 @@ def test_parts(guest: GuestAgent, tmp_path: Path, parts: str) -> None:
     root = _format(image)
     whole = ByteRange(offset_bytes=0, size_bytes=image.stat().st_size)
     with loop_device(image) as node:
-        spec = LayerSpec(
-            layer_id="parts",
-            device=PathDevice(path=node),
-            filesystem="erofs",
+        spec = layer_on(
+            node,
+            "parts",
             mapping=whole if parts in ("linear", "both") else None,
             verity=Verity(root_digest=root) if parts in ("verity", "both") else None,
         )
@@ -232,9 +226,7 @@ def test_verity_formats(
     root = _format(image, *options)
     with loop_device(image) as node:
         verity = Verity(root_digest=root, hash_offset_bytes=size_bytes)
-        spec = LayerSpec(
-            layer_id="v", device=PathDevice(path=node), filesystem="squashfs", verity=verity
-        )
+        spec = layer_on(node, "v", filesystem="squashfs", verity=verity)
         report = guest.layer_mount(spec)
         assert report.verity is not None
         found = report.verity
@@ -253,9 +245,7 @@ def test_without_superblock_and_with_a_hash_device(guest: GuestAgent, tmp_path: 
     image = _image(tmp_path, "erofs")
     blocks = image.stat().st_size // 4096
     hashes = tmp_path / "hashes"
-    output = _run(
-        "veritysetup", "format", "--no-superblock", "--salt=abcd", str(image), str(hashes)
-    )
+    output = run("veritysetup", "format", "--no-superblock", "--salt=abcd", str(image), str(hashes))
     root = _root_of(output)
     with loop_device(image) as node, loop_device(hashes) as hash_node:
         verity = Verity(
@@ -269,9 +259,7 @@ def test_without_superblock_and_with_a_hash_device(guest: GuestAgent, tmp_path: 
             superblock=False,
             hash_device=PathDevice(path=hash_node),
         )
-        spec = LayerSpec(
-            layer_id="h", device=PathDevice(path=node), filesystem="erofs", verity=verity
-        )
+        spec = layer_on(node, "h", verity=verity)
         report = guest.layer_mount(spec)
         assert report.verity is not None
         assert (report.verity.source, report.verity.superblock) == ("request", False)
@@ -283,12 +271,7 @@ def test_sha1_is_refused_unless_allowed(guest: GuestAgent, raw: Client, tmp_path
     image = _image(tmp_path, "erofs")
     root = _format(image, "--hash=sha1")
     with loop_device(image) as node:
-        spec = LayerSpec(
-            layer_id="old",
-            device=PathDevice(path=node),
-            filesystem="erofs",
-            verity=Verity(root_digest=root),
-        )
+        spec = layer_on(node, "old", verity=Verity(root_digest=root))
         error = refused(raw, "layer.mount", spec.to_wire())
         assert (error.code, error.step) == ("denied", "superblock")
         allowed = spec.replace(verity=Verity(root_digest=root, allow_sha1=True))
@@ -455,12 +438,12 @@ def test_a_target_that_is_taken(guest: GuestAgent, raw: Client, pack: Pack) -> N
 def test_a_target_that_others_have_mounted(raw: Client, pack: Pack, tmp_path: Path) -> None:
     target = Path("/run/layers/foreign")
     target.mkdir(parents=True)
-    _run("mount", "-t", "tmpfs", "foreign", str(target))
+    run("mount", "-t", "tmpfs", "foreign", str(target))
     try:
         params = pack.spec(0, target=str(target)).to_wire()
         assert refused(raw, "layer.mount", params).code == "conflict"
     finally:
-        _run("umount", str(target))
+        run("umount", str(target))
         target.rmdir()
         target.parent.rmdir()
 
@@ -499,7 +482,7 @@ def _image(directory: Path, kind: str) -> Path:
         "squashfs": ["mksquashfs", str(source), str(image), "-quiet", "-no-progress"],
         "ext4": ["mke2fs", "-q", "-t", "ext4", "-b", "4096", "-d", str(source), str(image), "2M"],
     }
-    _run(*commands[kind])
+    run(*commands[kind])
     os.truncate(image, -(-image.stat().st_size // 4096) * 4096)
     return image
 
@@ -510,7 +493,7 @@ def _format(image: Path, *options: str) -> bytes:
     size_bytes = image.stat().st_size
     block = next((int(o.split("=")[1]) for o in options if o.startswith("--data-block")), 4096)
     blocks = f"--data-blocks={size_bytes // block}"
-    root = _root_of(_run("veritysetup", "format", offset, blocks, *options, str(image), str(image)))
+    root = _root_of(run("veritysetup", "format", offset, blocks, *options, str(image), str(image)))
     os.truncate(image, -(-image.stat().st_size // 4096) * 4096)
     return root
 
@@ -522,20 +505,14 @@ def _root_of(output: str) -> bytes:
 
 
 def _veritysetup_agrees(node: str, hash_offset_bytes: int, root: bytes) -> None:
-    _run("veritysetup", "verify", f"--hash-offset={hash_offset_bytes}", node, node, root.hex())
+    run("veritysetup", "verify", f"--hash-offset={hash_offset_bytes}", node, node, root.hex())
 
 
 def _dmsetup_table() -> dict[str, str]:
-    lines = _run("dmsetup", "table").splitlines()
+    lines = run("dmsetup", "table").splitlines()
     return dict(line.split(": ", 1) for line in lines if ": " in line)
 
 
 def _dev(node: str) -> str:
     number = os.stat(node).st_rdev
     return f"{os.major(number)}:{os.minor(number)}"
-
-
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-    return done.stdout

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.beds.calls import run
+
 _CID_LOCAL = 1  # VMADDR_CID_LOCAL, linux/vm_sockets.h
 
 _LEAKY = """\
@@ -28,7 +30,7 @@ def test_leaves_nothing_behind():
 
 def _mounted(image: str, target: Path, kind: str) -> None:
     target.mkdir()
-    subprocess.run(["mount", "-t", kind, "-o", "ro", image, target], check=True)
+    run("mount", "-t", kind, "-o", "ro", image, target)
 
 
 @pytest.mark.parametrize("target", ["linear", "verity"])
@@ -67,9 +69,9 @@ def test_upper_layer_may_lie_in_tmp(tmp_path: Path) -> None:
         path.mkdir()
     (lower / "file").write_text("below")
     options = f"lowerdir={lower},upperdir={upper},workdir={work}"
-    subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", merged], check=True)
+    run("mount", "-t", "overlay", "-o", options, "overlay", merged)
     (merged / "file").write_text("above")
-    subprocess.run(["umount", merged], check=True)
+    run("umount", merged)
     assert (upper / "file").read_text() == "above"
 
 
@@ -82,7 +84,7 @@ def test_erofs_image_on_a_loop_device(
     target = tmp_path / "mnt"
     _mounted(device, target, "erofs")
     content = (target / "etc/motd").read_bytes()
-    subprocess.run(["umount", target], check=True)
+    run("umount", target)
     assert content == b"hello\n"
 
 

@@ -3,7 +3,6 @@ of two agents each keeps to its own devices."""
 
 import contextlib
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from guestagent.storage import blockdev
 from rootfs.verity.formatter import format_image
 from tests.beds import dmbed
 from tests.beds.agentbed import AgentProcess, EngineBed, Pack, World, overlay
-from tests.beds.calls import call_error
+from tests.beds.calls import call_error, run
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
@@ -144,7 +143,7 @@ def verity_image(path: Path, name: str) -> bytes:
     source.mkdir()
     (source / "file").write_bytes(os.urandom(100_000))
     image = path / "image"
-    subprocess.run(["mkfs.erofs", "-T0", image, source], check=True, capture_output=True)
+    run("mkfs.erofs", "-T0", image, source)
     os.truncate(image, -(-image.stat().st_size // 4096) * 4096)
     made = format_image(image, workers=1)
     with open(f"/dev/{name}", "wb") as disk:

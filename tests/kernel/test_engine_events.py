@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import pytest
 
 from guestagent.api import Event
 from tests.beds.agentbed import AgentProcess, EngineBed, Pack, attached_pack, overlay
-from tests.beds.calls import call_error
+from tests.beds.calls import call_error, run
 from vsock.errors import CallError
 
 LOOP_CLR_FD = 0x4C01  # linux/loop.h
@@ -58,7 +57,7 @@ def corrupt(pack: Pack, number: int, block: int) -> None:
         file.write(bytes([byte ^ 1]))
         file.flush()
         os.fsync(file.fileno())
-    subprocess.run(["blockdev", "--flushbufs", pack.node], check=True)
+    run("blockdev", "--flushbufs", pack.node)
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 

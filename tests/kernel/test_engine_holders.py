@@ -23,7 +23,7 @@ from guestagent.api import (
 )
 from guestagent.engine.journal import Begun
 from tests.beds.agentbed import EngineBed, Pack, World, overlay
-from tests.beds.calls import call_error
+from tests.beds.calls import call_error, run
 from tests.beds.dmbed import loop_device
 from vsock.errors import CallError
 
@@ -63,7 +63,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LayerSpec]:
     shutil.copy("/bin/busybox", source / "busybox")
     (source / "hello").write_text("hello\n")
     image = directory / "image"
-    subprocess.run(["mkfs.erofs", "-T0", image, source], check=True, capture_output=True)
+    run("mkfs.erofs", "-T0", image, source)
     os.truncate(image, -(-image.stat().st_size // 4096) * 4096)
     with loop_device(image) as node:
         yield LayerSpec(layer_id="plain", device=PathDevice(path=node), filesystem="erofs")
@@ -91,21 +91,21 @@ def python(code: str, *arguments: str) -> tuple[str, ...]:
 def bound_elsewhere(target: str) -> Iterator[None]:
     other = Path("/run/elsewhere")
     other.mkdir()
-    subprocess.run(["mount", "--bind", target, other], check=True)
+    run("mount", "--bind", target, other)
     try:
         yield
     finally:
-        subprocess.run(["umount", other], check=True)
+        run("umount", other)
         other.rmdir()
 
 
 @contextlib.contextmanager
 def bound_on_itself(target: str) -> Iterator[None]:
-    subprocess.run(["mount", "--bind", target, target], check=True)
+    run("mount", "--bind", target, target)
     try:
         yield
     finally:
-        subprocess.run(["umount", target], check=True)
+        run("umount", target)
 
 
 def container(target: str) -> contextlib.AbstractContextManager[None]:
@@ -123,7 +123,7 @@ def detached(target: str) -> contextlib.AbstractContextManager[None]:
     @contextlib.contextmanager
     def hold() -> Iterator[None]:
         with process(*python(code), cwd=target):
-            subprocess.run(["umount", "-l", target], check=True)
+            run("umount", "-l", target)
             yield
 
     return hold()
@@ -235,11 +235,11 @@ def test_restart_does_not_take_a_reused_number_for_an_overlay_in_use(
         bed.engine.layers.mount(pack.spec(0), op)
         report = bed.engine.overlays.mount(overlay("o", "layer0"), op)
     number = os.stat(report.target).st_dev
-    subprocess.run(["umount", report.target], check=True)
+    run("umount", report.target)
     with contextlib.ExitStack() as stack:
         for name in map(str, range(16)):
             (tmp_path / name).mkdir()
-            subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path / name], check=True)
+            run("mount", "-t", "tmpfs", "none", tmp_path / name)
             stack.callback(subprocess.run, ["umount", tmp_path / name], check=True)
             if os.stat(tmp_path / name).st_dev == number:
                 break
@@ -258,7 +258,7 @@ def test_restart_does_not_take_the_number_of_a_half_made_overlay_for_one_in_use(
         bed.engine.layers.mount(pack.spec(0), op)
         report = bed.engine.overlays.mount(overlay("o", "layer0"), op)
     number = os.stat(report.target).st_dev
-    subprocess.run(["umount", report.target], check=True)
+    run("umount", report.target)
     for count in range(16):
         name = f"p{count}"
         report = bed.ask(bed.engine.overlays.mount, overlay(name, "layer0"))

@@ -3,7 +3,6 @@ not taken for the layer, by overlays, inspection and reports."""
 
 import contextlib
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from guestagent.api import TmpfsScratch
 from guestagent.api.inspect import PathRequest
 from guestagent.inspect.place import open_place
 from tests.beds.agentbed import EngineBed, Pack, overlay, who
-from tests.beds.calls import call_error
+from tests.beds.calls import call_error, run
 from vsock.errors import CallError
 
 PACK_LAYERS = 3
@@ -29,13 +28,9 @@ def bed(tmp_path: Path, pack: Pack) -> Iterator[EngineBed]:
         yield bed
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True)
-
-
 @contextlib.contextmanager
 def unmounted(target: str) -> Iterator[None]:
-    _run("umount", target)
+    run("umount", target)
     Path(target, "fake").write_text("not of the layer")
     try:
         yield
@@ -45,41 +40,41 @@ def unmounted(target: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def covered(target: str) -> Iterator[None]:
-    _run("mount", "-t", "tmpfs", "cover", target)
+    run("mount", "-t", "tmpfs", "cover", target)
     try:
         yield
     finally:
-        _run("umount", target)
+        run("umount", target)
 
 
 @contextlib.contextmanager
 def moved(target: str) -> Iterator[None]:
     elsewhere = Path("/run/elsewhere")
     elsewhere.mkdir()
-    _run("mount", "--move", target, str(elsewhere))
+    run("mount", "--move", target, str(elsewhere))
     try:
         yield
     finally:
-        _run("mount", "--move", str(elsewhere), target)
+        run("mount", "--move", str(elsewhere), target)
         elsewhere.rmdir()
 
 
 @contextlib.contextmanager
 def bound_over(target: str) -> Iterator[None]:
-    _run("mount", "--bind", "/run/layers/layer1", target)
+    run("mount", "--bind", "/run/layers/layer1", target)
     try:
         yield
     finally:
-        _run("umount", target)
+        run("umount", target)
 
 
 @contextlib.contextmanager
 def bound_over_by_itself(target: str) -> Iterator[None]:
-    _run("mount", "--bind", target, target)
+    run("mount", "--bind", target, target)
     try:
         yield
     finally:
-        _run("umount", target)
+        run("umount", target)
 
 
 CASES = [
@@ -147,7 +142,7 @@ def test_the_same_mount_is_known_after_a_restart(bed: EngineBed, pack: Pack) -> 
 
 def test_a_table_that_is_not_the_agents_spoils_its_own_layer_only(bed: EngineBed) -> None:
     name = bed.engine.layers.get("layer0").dm[0].name
-    _run("dmsetup", "wipe_table", "--noudevsync", name)
+    run("dmsetup", "wipe_table", "--noudevsync", name)
     try:
         states = {report.layer_id: report.state for report in bed.engine.layers.list()}
         assert states == {"layer0": "changed", "layer1": "mounted"}

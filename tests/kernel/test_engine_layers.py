@@ -18,7 +18,7 @@ from guestagent.engine.state import Rules
 from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.verity import VerityTerms
 from rootfs.verity.formatter import format_image
-from tests.beds.agentbed import EngineBed, Pack, World, overlay, settled_world
+from tests.beds.agentbed import EngineBed, Pack, World, layer_on, overlay, settled_world
 from tests.beds.calls import at_once, call_error
 from tests.beds.dmbed import loop_device
 from tests.beds.loopbed import sparse_file
@@ -317,11 +317,8 @@ def test_a_truncated_hash_tree(bed: EngineBed, tmp_path: Path, level: str) -> No
     }
     os.truncate(image, cuts[level])
     with loop_device(image) as node:
-        spec = LayerSpec(
-            layer_id="cut",
-            device=PathDevice(path=node),
-            verity=Verity(root_digest=made.root_digest, hash_offset_bytes=data_bytes),
-            filesystem="erofs",
+        spec = layer_on(
+            node, "cut", verity=Verity(root_digest=made.root_digest, hash_offset_bytes=data_bytes)
         )
         error = refused(bed, spec)
         assert (error.code, error.step) == ("integrity", "superblock")
@@ -349,9 +346,7 @@ def test_garbage_for_a_file_system(
         made = format_image(image, terms=VerityTerms(salt=b""))
         verity = Verity(root_digest=made.root_digest, hash_offset_bytes=65536)
     with loop_device(image) as node:
-        spec = LayerSpec(
-            layer_id="garbage", device=PathDevice(path=node), filesystem=kind, verity=verity
-        )
+        spec = layer_on(node, "garbage", filesystem=kind, verity=verity)
         error = refused(bed, spec)
         assert error.step in ("filesystem", "mount")
         assert error.code in ("mount", "unsupported")

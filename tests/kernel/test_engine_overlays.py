@@ -26,7 +26,7 @@ from guestagent.api import (
 from guestagent.engine.state import Rules
 from guestagent.storage.mountinfo import find_mount
 from tests.beds.agentbed import EngineBed, Pack, overlay, who
-from tests.beds.calls import call_error
+from tests.beds.calls import call_error, run
 from tests.beds.dmbed import loop_device
 from tests.beds.loopbed import sparse_file
 from vsock.errors import CallError
@@ -226,15 +226,13 @@ def test_a_read_only_disk_and_an_empty_one_are_no_scratch(
 def test_a_full_scratch_is_named(bed: EngineBed, tmp_path: Path) -> None:
     """A scratch with no inode for its directories: the error says which file system is full."""
     image = tmp_path / "full.img"
-    subprocess.run(
-        ["mke2fs", "-q", "-t", "ext4", "-N", "16", "-O", "^has_journal", image, "1M"], check=True
-    )
+    run("mke2fs", "-q", "-t", "ext4", "-N", "16", "-O", "^has_journal", image, "1M")
     with loop_device(image, readonly=False) as node:
-        subprocess.run(["mount", node, "/mnt"], check=True)
+        run("mount", node, "/mnt")
         with contextlib.suppress(OSError):
             for number in range(100):
                 Path(f"/mnt/{number}").touch()
-        subprocess.run(["umount", "/mnt"], check=True)
+        run("umount", "/mnt")
         scratch = DeviceScratch(device=PathDevice(path=node), existing="adopt")
         error = refused(bed, overlay("o", "layer0", scratch=scratch))
     assert (error.code, error.step) == ("resource", "scratch")
@@ -308,7 +306,7 @@ def test_the_root_of_a_writable_overlay_is_that_of_its_top_layer(
     os.setxattr(source, "security.test", b"kept")
     os.utime(source, (1_000_000_000, 1_100_000_000))
     image = tmp_path / "image"
-    subprocess.run(["mkfs.erofs", image, source], check=True, capture_output=True)
+    run("mkfs.erofs", image, source)
     os.truncate(image, -(-image.stat().st_size // 4096) * 4096)
     umask = os.umask(0o077)
     try:
@@ -349,7 +347,7 @@ def test_an_overlay_whose_scratch_became_read_only_says_so(bed: EngineBed, disk:
     report = mount(bed, overlay("o", "layer0", scratch=scratch))
     assert report.state == "mounted"
     assert report.scratch is not None
-    subprocess.run(["mount", "-o", "remount,ro", report.scratch.path], check=True)
+    run("mount", "-o", "remount,ro", report.scratch.path)
     assert bed.engine.overlays.get("o").state == "read_only"
     assert [listed.state for listed in bed.engine.overlays.list()] == ["read_only"]
     assert any("'o'" in problem for problem in bed.engine.problems())
@@ -393,14 +391,14 @@ def test_a_volatile_scratch_of_a_crash_is_refused(bed: EngineBed) -> None:
 def test_a_scratch_directory_may_be_a_mount_point(bed: EngineBed) -> None:
     directory = Path("/run/changes")
     directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)
+    run("mount", "-t", "tmpfs", "tmpfs", directory)
     try:
         scratch = DirectoryScratch(path=str(directory))
         report = mount(bed, overlay("o", "layer0", scratch=scratch))
         Path(report.target, "new").touch()
         unmount(bed)
     finally:
-        subprocess.run(["umount", directory], check=True)
+        run("umount", directory)
         directory.rmdir()
 
 

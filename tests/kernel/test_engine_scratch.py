@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from guestagent.api.overlays import Scratch
 from guestagent.storage.mountinfo import find_mount
 from tests.beds import dmbed
 from tests.beds.agentbed import EngineBed, Pack, overlay
-from tests.beds.calls import at_once, call_error
+from tests.beds.calls import at_once, call_error, run
 from tests.beds.dmbed import dev_of, loop_device, open_free_disk
 from tests.beds.loopbed import sparse_file
 from vsock.errors import CallError
@@ -319,9 +318,9 @@ def test_a_scratch_tells_its_disk_of_unused_blocks(bed: EngineBed, image: Path, 
     assert "discard" not in report.scratch.options
     path = Path(report.target, "new")
     path.write_bytes(os.urandom(4 << 20))
-    subprocess.run(["sync", "-f", report.scratch.path], check=True)
+    run("sync", "-f", report.scratch.path)
     path.unlink()
-    subprocess.run(["sync", "-f", report.scratch.path], check=True)
+    run("sync", "-f", report.scratch.path)
     before = image.stat().st_blocks
     with bed.operation() as op:
         assert bed.engine.overlays.trim("o", op).trimmed_bytes >= 4 << 20

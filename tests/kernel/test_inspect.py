@@ -19,9 +19,9 @@ from guestagent.storage import syscalls
 from guestagent.storage.verity import VerityTerms
 from rootfs.image.images import build_image
 from rootfs.verity.formatter import format_image
-from tests.beds.agentbed import AgentProcess, overlay
-from tests.beds.calls import call_error
-from tests.beds.dmbed import loop_device, run
+from tests.beds.agentbed import AgentProcess, layer_on, overlay
+from tests.beds.calls import call_error, run
+from tests.beds.dmbed import loop_device
 from tests.beds.imagebed import Member, make_tar
 from vsock.errors import CallError
 
@@ -70,7 +70,7 @@ def make_source(directory: Path) -> Path:
 
 def make_image(source: Path, image: Path, *options: str) -> Path:
     # it prints names, and not all of them are text
-    subprocess.run(["mkfs.erofs", *options, image, source], check=True, capture_output=True)
+    run("mkfs.erofs", *options, image, source)
     os.truncate(image, -(-image.stat().st_size // BLOCK_BYTES) * BLOCK_BYTES)
     return image
 
@@ -81,12 +81,7 @@ def attached(image: Path, layer_id: str) -> Iterator[LayerSpec]:
     made = format_image(image, terms=VerityTerms(salt=b"salt"), workers=1)
     os.truncate(image, -(-image.stat().st_size // 512) * 512)
     with loop_device(image) as node:
-        yield LayerSpec(
-            layer_id=layer_id,
-            device=PathDevice(path=node),
-            verity=Verity(root_digest=made.root_digest),
-            filesystem="erofs",
-        )
+        yield layer_on(node, layer_id, verity=Verity(root_digest=made.root_digest))
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.devicemapper.targets import Target, linear_target, parse_line
 from guestagent.storage.verity import VerityParameters, block_digest
 from tests.beds import dmbed
-from tests.beds.agentbed import EngineBed, Pack, overlay
+from tests.beds.agentbed import EngineBed, Pack, layer_on, overlay
 from tests.beds.calls import call_error
 from tests.beds.dmbed import loop_device
 from tests.beds.loopbed import sparse_file
@@ -102,12 +102,7 @@ def test_an_ext4_layer_that_says_errors_panic_does_not_end_the_guest(
     damaged_ext4(tmp_path / "image")
     image = dmbed.VerityImage(tmp_path / "image")
     with loop_device(image.path) as node:
-        spec = LayerSpec(
-            layer_id="l",
-            device=PathDevice(path=node),
-            filesystem="ext4",
-            verity=Verity(root_digest=image.root_digest),
-        )
+        spec = layer_on(node, "l", filesystem="ext4", verity=Verity(root_digest=image.root_digest))
         report = mount(bed, spec)
         assert "errors=remount-ro" in report.options, "the next step would end this kernel"
         assert "x" not in os.listdir(f"{report.target}/d")
@@ -225,12 +220,7 @@ def test_an_error_of_the_disk_is_no_error_of_integrity(
         failing = Target(start_sectors=0, length_sectors=size // 512, target_type="error")
         control.load_table("disk", [failing], readonly=True)
         control.resume("disk")
-        spec = LayerSpec(
-            layer_id="l",
-            device=PathDevice(path=node),
-            filesystem="erofs",
-            verity=Verity(root_digest=image.root_digest),
-        )
+        spec = layer_on(node, "l", verity=Verity(root_digest=image.root_digest))
         with call_error("device"):
             mount(bed, spec)
 
@@ -290,9 +280,7 @@ def test_the_device_of_a_hash_tree_is_in_use(bed: EngineBed, pack: Pack, tmp_pat
         loop_device(hashes, readonly=False) as hash_node,
     ):
         verity = Verity(root_digest=image.root_digest, hash_device=PathDevice(path=hash_node))
-        spec = LayerSpec(
-            layer_id="l", device=PathDevice(path=node), filesystem="erofs", verity=verity
-        )
+        spec = layer_on(node, "l", verity=verity)
         scratch = DeviceScratch(device=PathDevice(path=hash_node), ensure_filesystem=True)
         mount(bed, pack.spec(0))
         mount(bed, spec)
@@ -315,10 +303,9 @@ def test_a_foreign_table_is_a_problem_of_its_layer_alone(
     image = erofs(tmp_path)
     with loop_device(image.path) as node:
         area = ByteRange(offset_bytes=0, size_bytes=image.size_bytes)
-        spec = LayerSpec(
-            layer_id="l",
-            device=PathDevice(path=node),
-            filesystem="erofs",
+        spec = layer_on(
+            node,
+            "l",
             mapping=area if is_mapped else None,
             verity=Verity(root_digest=image.root_digest),
         )
@@ -507,12 +494,7 @@ def test_a_disk_that_is_mounted_for_writing_is_no_layer_by_any_policy(
     with loop_device(disk, readonly=False) as node:
         dmbed.run("mount", "-t", "ext4", node, target)
         for policy in ("read", "write"):
-            spec = LayerSpec(
-                layer_id="l",
-                device=PathDevice(path=node),
-                filesystem="ext4",
-                readonly_policy=policy,
-            )
+            spec = layer_on(node, "l", filesystem="ext4", readonly_policy=policy)
             assert refused(bed, spec).code == "conflict"
         dmbed.run("umount", target)
 
@@ -607,9 +589,7 @@ def test_a_root_digest_alone_does_not_say_which_file_system_is_seen(
         with loop_device(image) as node:
             offset = parameters.hash_offset_bytes if image == first else 385 * 4096
             verity = Verity(root_digest=parameters.root_digest, hash_offset_bytes=offset)
-            spec = LayerSpec(
-                layer_id="l", device=PathDevice(path=node), filesystem="erofs", verity=verity
-            )
+            spec = layer_on(node, "l", verity=verity)
             report = mount(bed, spec)
             assert report.verity is not None
             assert (report.verity.status, report.verity.source) == ("V", "superblock")
@@ -627,9 +607,7 @@ def test_full_verity_takes_nothing_from_a_superblock(tmp_path: Path, left_out: s
         loop_device(first) as first_node,
         loop_device(second) as second_node,
     ):
-        spec = LayerSpec(
-            layer_id="l", device=PathDevice(path=first_node), filesystem="erofs", verity=whole
-        )
+        spec = layer_on(first_node, "l", verity=whole)
         swapped = spec.replace(device=PathDevice(path=second_node))
         for each in (spec, swapped):
             error = refused(bed, each.replace(verity=whole.replace(**{left_out: None})))

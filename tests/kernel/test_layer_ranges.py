@@ -15,7 +15,8 @@ from guestagent.api.layers import SHOWN_PARTS
 from guestagent.storage.filesystems import has_flattened_erofs
 from guestagent.storage.verity import VerityTerms
 from rootfs.verity.formatter import format_image
-from tests.beds.agentbed import EngineBed, Pack, World, overlay, settled_world, who
+from tests.beds.agentbed import EngineBed, Pack, World, layer_on, overlay, settled_world, who
+from tests.beds.calls import run
 from tests.beds.dmbed import loop_device
 from tests.beds.loopbed import sparse_file
 from tests.kernel.test_engine_transactions import FAILURES, fail_at_every_step, unmount_layer
@@ -145,8 +146,8 @@ def test_a_table_that_another_program_changed_is_told(bed: EngineBed, scattered:
     start, length, kind, device, offset = lines[-1].split()
     lines[-1] = f"{start} {length} {kind} {device} {int(offset) + 1}"
     table = "\n".join(lines)
-    subprocess.run(["dmsetup", "load", "--readonly", name], check=True, input=table, text=True)
-    subprocess.run(["dmsetup", "resume", name], check=True)
+    run("dmsetup", "load", "--readonly", name, input=table)
+    run("dmsetup", "resume", name)
     seen = bed.engine.layers.get(scattered.layer_id)
     assert (seen.state, seen.dm[-1].name) == ("changed", name)
     assert any(name in problem for problem in bed.engine.problems())
@@ -253,7 +254,7 @@ def test_a_device_table_is_mounted_or_refused_by_the_kernel_it_needs(
     (source / "file").write_bytes(content)
     blob.touch()  # mkfs.erofs 1.8 does not make it
     command = ["mkfs.erofs", "-T0", f"--blobdev={blob}", f"--chunksize={PAGE}"]
-    subprocess.run([*command, str(image), str(source)], check=True, capture_output=True)
+    run(*command, image, source)
     meta = bytearray(image.read_bytes().ljust(-(-image.stat().st_size // PAGE) * PAGE, b"\0"))
     data = blob.read_bytes().ljust(-(-blob.stat().st_size // PAGE) * PAGE, b"\0")
     extra, slot = struct.unpack_from("<HH", meta, 1024 + 86)
@@ -267,9 +268,7 @@ def test_a_device_table_is_mounted_or_refused_by_the_kernel_it_needs(
         ByteRange(offset_bytes=0, size_bytes=len(data)),
     )
     with loop_device(both) as node:
-        spec = LayerSpec(
-            layer_id="flat", device=PathDevice(path=node), filesystem="erofs", mapping=ranges
-        )
+        spec = layer_on(node, "flat", mapping=ranges)
         if not has_flattened_erofs():
             assert "erofs-flattened" not in bed.engine.features()
             error = refused(bed, spec)

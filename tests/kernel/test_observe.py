@@ -18,6 +18,7 @@ import pytest
 from guestagent.api import LayersMount, OverlaySpec
 from guestagent.host.client import GuestAgent
 from tests.beds.agentbed import PROJECT, AgentProcess, Pack
+from tests.beds.calls import run
 from tests.beds.supervised import SupervisedAgent
 from vsock.client import Client
 from vsock.errors import CallError
@@ -231,7 +232,7 @@ def test_the_log_reaches_the_kernels(pack: Pack) -> None:
             guest.shutdown("exit")
         assert agent.wait() == 0  # an orderly end writes the lines that are queued
         assert agent.log.read_text() == ""
-    kernel = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout
+    kernel = run("dmesg")
     assert "guestagent: engine ready" in kernel
     assert "guestagent: request done method=layer.mount" in kernel
 

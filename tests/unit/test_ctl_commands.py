@@ -1,7 +1,6 @@
 """guestctl as a person and a script meet it: output, JSON, errors, exit status, pages, profiles."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -21,6 +20,7 @@ from guestagent.host.ctl import completion, log, main
 from guestagent.host.ctl.main import collect
 from guestagent.host.ctl.man import pages
 from tests.beds.handlebed import WAIT_SECONDS, Agent
+from tests.beds.terminal import ended, spawn
 from vsock.errors import CallError
 from vsock.server import Call
 
@@ -61,6 +61,15 @@ def ctl(agent: Agent) -> Callable[..., Result]:
 def test_the_entry_point_is_there() -> None:
     assert main is not None
     assert GUESTCTL.exists()
+
+
+def on_terminal(agent: Agent, *words: str) -> pexpect.spawn:
+    return spawn(
+        *("--connect", agent.address, *words),
+        timeout_seconds=WAIT_SECONDS,
+        environment={"TERM": "xterm-256color"},
+        encoding="utf-8",
+    )
 
 
 # --- status
@@ -123,14 +132,7 @@ def test_status_of_a_sick_agent(agent: Agent, ctl: Callable[..., Result]) -> Non
 @pytest.mark.parametrize("layers", [3, 100])
 def test_status_fits_one_screen(agent: Agent, layers: int) -> None:
     fill(agent, layers)
-    terminal = pexpect.spawn(
-        COMMAND[0],
-        [*COMMAND[1:], "--connect", agent.address, "status"],
-        dimensions=(24, 80),
-        encoding="utf-8",
-        env={**os.environ, "TERM": "xterm-256color"},
-        timeout=WAIT_SECONDS,
-    )
+    terminal = on_terminal(agent, "status")
     shown = terminal.read().replace("\r\n", "\n")
     terminal.close()
     assert terminal.exitstatus == 0
@@ -176,14 +178,7 @@ def test_top_shows_whatever_numbers_a_guest_sends(
 
 def test_top_on_a_terminal_is_alive(agent: Agent) -> None:
     fill(agent, 2)
-    terminal = pexpect.spawn(
-        COMMAND[0],
-        [*COMMAND[1:], "--connect", agent.address, "top", "--interval", "0.2"],
-        dimensions=(24, 80),
-        encoding="utf-8",
-        env={**os.environ, "TERM": "xterm-256color"},
-        timeout=WAIT_SECONDS,
-    )
+    terminal = on_terminal(agent, "top", "--interval", "0.2")
     terminal.expect("layer1")
     agent.layers["appears"] = "mounted"
     terminal.expect("appears")
@@ -193,9 +188,7 @@ def test_top_on_a_terminal_is_alive(agent: Agent) -> None:
     agent.layers["again"] = "mounted"
     terminal.expect("again")
     terminal.sendintr()
-    terminal.expect(pexpect.EOF)
-    terminal.close()
-    assert terminal.exitstatus == 0
+    assert ended(terminal) == 0
 
 
 # --- events and log

@@ -26,7 +26,7 @@ from rootfs.image.erofs_format import (
 from rootfs.image.erofs_merge import LayerFile, merge_layers
 from rootfs.image.erofs_reader import ErofsReader
 from rootfs.image.tree import Node, link_counts
-from tests.beds.calls import call_error
+from tests.beds.calls import call_error, run
 from tests.beds.mergebed import (
     EPOCH_NS,
     DrawnContent,
@@ -69,9 +69,7 @@ def mkfs_help() -> str:
 
 
 def mkfs(directory: Path, image: Path, *options: str) -> LayerFile:
-    subprocess.run(
-        ["mkfs.erofs", "--quiet", *options, image, directory], check=True, capture_output=True
-    )
+    run("mkfs.erofs", "--quiet", *options, image, directory)
     size_bytes = -(-image.stat().st_size // BLOCK_BYTES) * BLOCK_BYTES
     os.truncate(image, size_bytes)
     fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)

@@ -18,7 +18,7 @@ from rootfs.image.crc32c import crc32c, crc32c_of_rows
 from rootfs.image.ext4 import Ext4Image
 from rootfs.image.images import build_image
 from rootfs.image.tree import Extent, FdContent, Node
-from tests.beds.calls import call_error
+from tests.beds.calls import call_error, run
 from tests.beds.imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -38,14 +38,8 @@ def tree(children: Mapping[bytes, Node], **facts: int) -> Node:
     return node
 
 
-def said(*command: object) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def debugfs(image: Path, request: str) -> str:
-    return said("debugfs", "-R", request, image)
+    return run("debugfs", "-R", request, image)
 
 
 def write(root: Node, path: Path) -> Ext4Image:
@@ -54,7 +48,7 @@ def write(root: Node, path: Path) -> Ext4Image:
     with path.open("w+b") as output:
         image.write(output.fileno())
     assert path.stat().st_size == image.size_bytes
-    said("e2fsck", "-fn", path)
+    run("e2fsck", "-fn", path)
     return image
 
 
@@ -98,7 +92,7 @@ def test_owners_devices_links_times_and_attributes(tmp_path: Path) -> None:
     (tmp_path / "layer.tar").write_bytes(make_tar(MEMBERS))
     result = build_image(tmp_path / "layer.tar", tmp_path / "image", filesystem="ext4")
     image = result.path
-    said("e2fsck", "-fn", image)
+    run("e2fsck", "-fn", image)
 
     def stat_of(name: str) -> str:
         return debugfs(image, f"stat {name}")
@@ -130,7 +124,7 @@ def test_owners_devices_links_times_and_attributes(tmp_path: Path) -> None:
 
 def test_superblock_has_the_expected_fields(tmp_path: Path) -> None:
     write(tree({}), tmp_path / "image")
-    facts = said("dumpe2fs", "-h", tmp_path / "image")
+    facts = run("dumpe2fs", "-h", tmp_path / "image")
     assert re.search(r"Filesystem UUID: +" + str(UUID), facts)
     assert re.search(r"Errors behavior: +Continue", facts)
     assert re.search(r"Free blocks: +0\n", facts)
@@ -184,9 +178,9 @@ def test_times_of_every_epoch(tmp_path: Path, seconds: int, nanoseconds: int) ->
 def test_a_name_is_a_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "t").write_bytes(make_tar([Member(name, xattrs={f"user.{name}": b"value"})]))
     build_image(tmp_path / "t", tmp_path / "image", filesystem="ext4")
-    said("e2fsck", "-fn", tmp_path / "image")
+    run("e2fsck", "-fn", tmp_path / "image")
     (tmp_path / "out").mkdir()
-    said("debugfs", "-R", f"rdump / {tmp_path}/out", tmp_path / "image")
+    run("debugfs", "-R", f"rdump / {tmp_path}/out", tmp_path / "image")
     assert os.listdir(tmp_path / "out") == [name]
 
 
@@ -261,7 +255,7 @@ def test_more_inodes_than_a_group_of_full_size_has(tmp_path: Path) -> None:
     count = 40_000
     image = write(tree({b"%d" % number: file() for number in range(count)}), tmp_path / "image")
     assert image.inode_count == count + 1
-    facts = said("dumpe2fs", "-h", tmp_path / "image")
+    facts = run("dumpe2fs", "-h", tmp_path / "image")
     assert re.search(r"Blocks per group: +2048\n", facts)
     assert image.size_bytes < count * 300
 
@@ -278,7 +272,7 @@ def test_a_last_group_with_free_blocks(tmp_path: Path) -> None:
         source.truncate(size)
         content = file(source.fileno(), size, ((0, size, 0),))
         write(tree({b"f": content, **others}), tmp_path / "image")
-    facts = said("dumpe2fs", "-h", tmp_path / "image")
+    facts = run("dumpe2fs", "-h", tmp_path / "image")
     assert re.search(r"Free blocks: +1\n", facts)
     assert re.search(r"Inode count: +80\n", facts)
 

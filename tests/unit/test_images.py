@@ -18,7 +18,7 @@ from rootfs.image.images import ImageResult, build_image, build_layers
 from rootfs.image.spool import spooled
 from rootfs.image.tartree import Whiteouts
 from rootfs.image.tree import Node
-from tests.beds.calls import call_error
+from tests.beds.calls import call_error, run
 from tests.beds.imagebed import (
     Layout,
     Member,
@@ -137,7 +137,7 @@ def test_without_inline_tails_every_file_has_blocks_of_its_own(
 def test_the_image_is_no_larger_than_that_of_mkfs(tmp_path: Path, sample: Path) -> None:
     (sample / "many" / ("n" * 255)).unlink()  # mkfs.erofs 1.5 cuts such a name
     build_image(sample, tmp_path / "ours")
-    subprocess.run(["mkfs.erofs", "--quiet", tmp_path / "theirs", sample], check=True)
+    run("mkfs.erofs", "--quiet", tmp_path / "theirs", sample)
     ours, theirs = (tmp_path / name for name in ("ours", "theirs"))
     assert ours.stat().st_size <= theirs.stat().st_size * 1.02 + 8192
 
@@ -201,7 +201,7 @@ def test_chunks_grow_with_the_file(tmp_path: Path) -> None:
 
 
 def make_sparse_tar(top: Path, beside: Path) -> Path:
-    subprocess.run(["tar", "--sparse", "-cf", beside / "s.tar", "-C", top, "."], check=True)
+    run("tar", "--sparse", "-cf", beside / "s.tar", "-C", top, ".")
     return beside / "s.tar"
 
 

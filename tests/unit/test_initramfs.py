@@ -24,6 +24,7 @@ from rootfs.bootimage.initramfs import (
     build_initramfs,
 )
 from rootfs.bootimage.kernel import Kernel, ModuleNotFoundInKernelError
+from tests.beds.calls import run
 from tests.beds.loopbed import sparse_file
 from vsock.errors import CallError
 
@@ -107,7 +108,7 @@ def test_initramfs_build_is_reproducible_byte_for_byte(spec: InitramfsSpec, tmp_
         "build_initramfs(spec, cache_dir=base/'there')\n"
     )
     env = {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", script, tmp_path], env=env, check=True)
+    run(sys.executable, "-c", script, tmp_path, env=env)
     (there,) = (tmp_path / "there" / "initramfs").glob("*.cpio")
     assert not here.cached
     assert there.name == here.path.name

@@ -14,8 +14,8 @@ import pytest
 
 from rootfs.image import mkfs
 from rootfs.image.images import BuildOptions, build_image
-from rootfs.imagefile.program import run
-from tests.beds.calls import call_error
+from rootfs.imagefile import program
+from tests.beds.calls import call_error, run
 from tests.beds.imagebed import EPOCH, Member, directory, hard_link, make_tar, symlink
 from vsock.deadline import Deadline
 
@@ -40,19 +40,11 @@ def tar(tmp_path: Path) -> Path:
     return tmp_path / "layer.tar"
 
 
-def said(*command: object) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_squashfs_has_owners_devices_times_and_attributes(tmp_path: Path, tar: Path) -> None:
     result = build_image(tar, tmp_path / "image", filesystem="squashfs", compression="gzip")
     assert result.size_bytes % 4096 == 0
     env = {**os.environ, "TZ": "UTC"}
-    listed = subprocess.run(
-        ["unsquashfs", "-llnumeric", tmp_path / "image"], stdout=-1, text=True, env=env, check=True
-    ).stdout
+    listed = run("unsquashfs", "-llnumeric", tmp_path / "image", env=env)
     lines = {line.split()[-1]: line for line in listed.splitlines() if "squashfs-root" in line}
     assert lines["squashfs-root"].startswith("drwx--x--x 5/0")
     assert "2020-09-13 12:26" in lines["squashfs-root"]
@@ -90,7 +82,7 @@ def test_more_owners_than_fit_one_block_of_squashfs_ids(tmp_path: Path) -> None:
     members = [Member(f"f{number}", uid=number) for number in range(1, 3000)]
     (tmp_path / "t").write_bytes(make_tar([*members, directory(".", uid=2999, gid=0)]))
     build_image(tmp_path / "t", tmp_path / "image", filesystem="squashfs")
-    listed = said("unsquashfs", "-llnumeric", tmp_path / "image")
+    listed = run("unsquashfs", "-llnumeric", tmp_path / "image")
     assert re.search(r"^drwxr-xr-x 2999/0 .*squashfs-root$", listed, re.M)
 
 
@@ -139,7 +131,7 @@ def test_it_does_not_matter_which_user_builds(
         shutil.rmtree(directory_path)
     assert images[0] == images[1]
     (tmp_path / "image").write_bytes(images[0])
-    said("unsquashfs", "-q", "-n", "-d", tmp_path / "out", tmp_path / "image")
+    run("unsquashfs", "-q", "-n", "-d", tmp_path / "out", tmp_path / "image")
     for member in OWNERS[what]:
         facts = (tmp_path / "out" / member.name).lstat()
         assert (facts.st_uid, facts.st_gid) == (member.uid, member.gid), member.name
@@ -252,15 +244,15 @@ def test_a_program_that_is_missing_is_named(
 
 def test_a_program_that_fails_is_quoted() -> None:
     with call_error("device", match="status 3: cannot do it"):
-        run(["sh", "-c", "echo cannot do it >&2; exit 3"], None)
+        program.run(["sh", "-c", "echo cannot do it >&2; exit 3"], None)
     with call_error("resource"):
-        run(["sh", "-c", "echo write: No space left on device; exit 1"], None)
+        program.run(["sh", "-c", "echo write: No space left on device; exit 1"], None)
 
 
 def test_a_program_ends_with_the_deadline() -> None:
     deadline = Deadline(0.2)
     before = time.monotonic()
     with call_error("timeout"):
-        run([shutil.which("sleep") or "sleep", "60"], deadline)
+        program.run([shutil.which("sleep") or "sleep", "60"], deadline)
     assert time.monotonic() - before < 20
     deadline.close()

@@ -2,7 +2,6 @@
 
 import shutil
 import struct
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from guestagent.storage.verity import (
     parse_superblock,
     superblock_uuid,
 )
-from tests.beds.calls import call_error
+from tests.beds.calls import call_error, run
 from vsock.errors import CallError
 
 needs_veritysetup = pytest.mark.skipif(
@@ -173,9 +172,7 @@ def test_superblock_with_parameters_no_layer_may_have_is_unsupported(
 def test_veritysetup_reads_what_is_packed(tmp_path: Path) -> None:
     path = tmp_path / "superblock"
     path.write_bytes(RAW.ljust(4096, b"\0"))
-    output = subprocess.run(
-        ["veritysetup", "dump", path], capture_output=True, text=True, check=True
-    ).stdout
+    output = run("veritysetup", "dump", path)
     facts = {key.strip(): value.strip() for key, _, value in map(_cut, output.splitlines())}
     assert facts["UUID"] == "00010203-0405-0607-0809-0a0b0c0d0e0f"
     assert facts["Data blocks"] == "300"

@@ -11,7 +11,7 @@ from rootfs.image.images import build_image
 from rootfs.imagefile.vhd import FOOTER_BYTES, VhdFooter, find_footer
 from rootfs.pack.sidecar import Sidecar
 from rootfs.verity.verifier import read_layer
-from tests.beds.calls import call_error
+from tests.beds.calls import call_error, run
 from tests.beds.imagebed import Member, make_tar
 from vsock.errors import CallError
 
@@ -74,7 +74,7 @@ def test_a_layer_of_hcsshim(tmp_path: Path) -> None:
     command = ["veritysetup", "verify", tmp_path / "layer.vhd", tmp_path / "layer.vhd"]
     root = result.verity.root_digest.hex()
     offset = f"--hash-offset={result.verity.hash_offset_bytes}"
-    subprocess.run([*command, root, offset], check=True)
+    run(*command, root, offset)
     wrong = subprocess.run([*command, "00" * 32, offset], capture_output=True)
     assert wrong.returncode != 0
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.beds.calls import run
 from tests.beds.imagebed import Layout, Member, directory, make_tar
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,7 @@ def test_the_commands_work(tmp_path: Path) -> None:
     (place / "rootfs/etc/motd").write_text("hello\n")
     files = [directory("etc"), Member("etc/hosts", b"127.0.0.1")]
     (tmp_path / "app.tar").write_bytes(make_tar(files))
-    subprocess.run(["gzip", tmp_path / "app.tar"], check=True)
+    run("gzip", tmp_path / "app.tar")
     (tmp_path / "app.tar.gz").rename(place / "app.tar.gz")
     Layout(place / "layout").layer(files).layer([Member("etc/.wh.hosts")], "+gzip").finish()
     commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", DOCUMENT.read_text(), re.M | re.S))
