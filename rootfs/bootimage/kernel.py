@@ -168,7 +168,7 @@ class ModuleIndex:
             return False
         return True
 
-    def closure(self, names: Iterable[str], *, softdeps: bool = True) -> tuple[Path, ...]:
+    def closure(self, names: Iterable[str]) -> tuple[Path, ...]:
         """Return the files to load for ``names``, each after everything that it needs.
 
         Soft dependencies that this kernel does not have are left out: that is what makes them soft.
@@ -179,24 +179,22 @@ class ModuleIndex:
         ordered: dict[str, None] = {}
         for name in names:
             for module in self.resolve(name):
-                self._visit(module, ordered, frozenset(), softdeps=softdeps)
+                self._visit(module, ordered, frozenset())
         return tuple(self.modules_dir / self._files[name][0] for name in ordered)
 
-    def _visit(
-        self, name: str, ordered: dict[str, None], above: frozenset[str], *, softdeps: bool
-    ) -> None:
+    def _visit(self, name: str, ordered: dict[str, None], above: frozenset[str]) -> None:
         if name in ordered or name in above:
             return
         above |= {name}
-        before, after = self._softdeps.get(name, ((), ())) if softdeps else ((), ())
+        before, after = self._softdeps.get(name, ((), ()))
         for soft in self._soft(before):
-            self._visit(soft, ordered, above, softdeps=softdeps)
+            self._visit(soft, ordered, above)
         for need in self._files[name][1]:
             for module in self.resolve(need):
-                self._visit(module, ordered, above, softdeps=softdeps)
+                self._visit(module, ordered, above)
         ordered[name] = None
         for soft in self._soft(after):
-            self._visit(soft, ordered, above, softdeps=softdeps)
+            self._visit(soft, ordered, above)
 
     def _soft(self, names: Iterable[str]) -> Iterator[str]:
         for name in names:

@@ -11,9 +11,9 @@ Source: Documentation/filesystems/erofs.rst; fs/erofs/super.c, inode.c, data.c, 
 (Linux 6.1 and 6.12).
 """
 
+import functools
 import stat
 import struct
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -98,7 +98,7 @@ class ErofsReader:
         self._max_names = 0
         self._cancel = cancel
         self._left_bytes = layer.size_bytes
-        self._pieces: OrderedDict[int, bytes] = OrderedDict()
+        self._piece = functools.lru_cache(maxsize=_KEPT_PIECES)(self._read_piece)
         self._nodes: dict[int, LayerNode] = {}
         self._shared: dict[int, tuple[bytes, bytes]] = {}
         self._superblock = self._read_superblock()
@@ -203,7 +203,7 @@ class ErofsReader:
                 else:
                     seen.add(below)
                     waiting.append((where, below, node))
-        self._pieces.clear()
+        self._piece.cache_clear()
         return root
 
     def _entries(self, directory: LayerNode, nid: int, path: _Path) -> Iterator[tuple[bytes, int]]:
@@ -403,16 +403,9 @@ class ErofsReader:
             found += self._piece(index)[: size - len(found)]
         return found
 
-    def _piece(self, index: int) -> bytes:
-        if index in self._pieces:
-            self._pieces.move_to_end(index)
-            return self._pieces[index]
+    def _read_piece(self, index: int) -> bytes:
         at = index * _PIECE_BYTES
-        piece = self.layer.read(at, min(_PIECE_BYTES, self.layer.size_bytes - at))
-        self._pieces[index] = piece
-        if len(self._pieces) > _KEPT_PIECES:
-            self._pieces.popitem(last=False)
-        return piece
+        return self.layer.read(at, min(_PIECE_BYTES, self.layer.size_bytes - at))
 
     def _check_range(self, at: int, size: int, nid: int | None, path: _Path) -> None:
         if at + size > self.layer.size_bytes:

@@ -33,14 +33,14 @@ _BLOCK_SIZES_BYTES = (4096, 512, 1024)
 _SLOT_SIZES_BYTES = (32, 64)
 
 
-def identify(fd: int, offset_bytes: int = 0) -> str | None:
-    """Return which file system starts there, by its magic number, as the guest sees it.
+def identify(fd: int) -> str | None:
+    """Return which file system a file starts with, by its magic number, as the guest sees it.
 
     Raises:
         CallError: ``mount``, two magic numbers are there.
         OSError: as read(2).
     """
-    return detect(_reader(fd, offset_bytes))
+    return detect(_reader(fd))
 
 
 def filesystem_size(fd: int) -> int | None:
@@ -50,16 +50,16 @@ def filesystem_size(fd: int) -> int | None:
     """
     try:
         found = identify(fd)
-        return None if found is None else claimed_size_bytes(found, _reader(fd, 0))
+        return None if found is None else claimed_size_bytes(found, _reader(fd))
     except CallError:
         return None
 
 
-def _reader(fd: int, base_bytes: int) -> Callable[[int, int], bytes]:
-    """Return what reads a file from ``base_bytes``; behind its end there are zeros."""
+def _reader(fd: int) -> Callable[[int, int], bytes]:
+    """Return what reads a file; behind its end there are zeros."""
 
     def read_at(offset_bytes: int, length_bytes: int) -> bytes:
-        return os.pread(fd, length_bytes, base_bytes + offset_bytes).ljust(length_bytes, b"\0")
+        return os.pread(fd, length_bytes, offset_bytes).ljust(length_bytes, b"\0")
 
     return read_at
 
@@ -89,7 +89,7 @@ def data_end(fd: int, size_bytes: int, path: str) -> int:
 
 def _is_tree_of(fd: int, offset_bytes: int) -> bool:
     """Say whether the tree of the hash area is over this file: by its first and last block."""
-    read_at = _reader(fd, 0)
+    read_at = _reader(fd)
     try:
         parameters = VerityParameters.from_request(
             VerityTerms(),

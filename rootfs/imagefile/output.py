@@ -38,7 +38,6 @@ _KEPT_NAME_BYTES = 200
 def new_file(
     path: str | os.PathLike[str],
     *,
-    mode: int = 0o644,
     replace: bool = True,
     inputs: Iterable[str | os.PathLike[str] | int] = (),
 ) -> Iterator[tuple[int, Path]]:
@@ -60,7 +59,7 @@ def new_file(
     temporary = final.with_name(f".{kept}.{secrets.token_hex(4)}.part")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     with OsErrors("create", final):
-        fd = os.open(temporary, flags, mode)
+        fd = os.open(temporary, flags, 0o644)
     with contextlib.ExitStack() as undo:
         undo.callback(_unlink, temporary)
         undo.callback(os.close, fd)

@@ -13,7 +13,6 @@ from rootfs.imagefile.ranges import FileRange, free_ranges
 from rootfs.pack.manifest import Manifest, ManifestLayer
 from rootfs.pack.merging import check_image, check_padding
 from rootfs.verity.treecompare import compare_tree
-from rootfs.verity.workers import available_cores
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -147,7 +146,6 @@ def _check_tree(fd: int, layer: ManifestLayer, cancel: Deadline | None) -> None:
         fd,
         fd,
         base_offset_bytes=base,
-        workers=available_cores(),
         deadline=cancel or Deadline(),
     )
     for number, differing in enumerate(mismatches):

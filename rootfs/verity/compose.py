@@ -22,7 +22,6 @@ from guestagent.storage.verity import (
     check_spare,
 )
 from rootfs.imagefile.ranges import FileRange, copy_range, round_up
-from rootfs.verity import workers as parallel
 from rootfs.verity.hashing import BlockHash
 from rootfs.verity.hashtree import Level, build_level, data_level, levels_above
 from rootfs.verity.runs import Run, pieces
@@ -128,7 +127,7 @@ def compose_tree(
     """
     build = functools.partial(
         build_level,
-        workers=parallel.available_cores() if workers is None else workers,
+        workers=workers,
         accelerate=accelerate,
         deadline=deadline or Deadline(),
     )

@@ -24,7 +24,6 @@ from rootfs.imagefile.hasharea import data_end, filesystem_size
 from rootfs.imagefile.imagelock import open_locked
 from rootfs.imagefile.output import check_output, new_file, unnamed_file
 from rootfs.imagefile.ranges import FileRange, copy_range
-from rootfs.verity import workers as parallel
 from rootfs.verity.hashtree import Progress, build_tree
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -116,7 +115,7 @@ def format_image(
                 fd,
                 tree_fd,
                 0,
-                workers=parallel.available_cores() if workers is None else workers,
+                workers=workers,
                 accelerate=accelerate,
                 deadline=deadline or Deadline(),
                 progress=progress,

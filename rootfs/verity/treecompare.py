@@ -24,7 +24,7 @@ def compare_tree(
     base_offset_bytes: int = 0,
     first_block: int = 0,
     end_block: int | None = None,
-    workers: int,
+    workers: int | None = None,
     accelerate: bool = True,
     deadline: Deadline,
     progress: Progress | None = None,

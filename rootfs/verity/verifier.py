@@ -25,7 +25,6 @@ from guestagent.storage.verity import (
 from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.hasharea import find_hash_area
 from rootfs.imagefile.vhd import VhdFooter, find_footer
-from rootfs.verity import workers as parallel
 from rootfs.verity.formatter import opened
 from rootfs.verity.hashtree import Progress
 from rootfs.verity.runs import Run, covers, joined, outside
@@ -175,7 +174,7 @@ def verify_image(
                 layer.hash_fd,
                 first_block=first_block,
                 end_block=end_block,
-                workers=parallel.available_cores() if workers is None else workers,
+                workers=workers,
                 accelerate=accelerate,
                 deadline=deadline or Deadline(),
                 progress=progress,

@@ -37,13 +37,14 @@ def run(
     make_worker: Callable[[], Callable[[Task], bytes]],
     on_done: Callable[[int, bytes], None],
     *,
-    workers: int,
+    workers: int | None,
     deadline: Deadline,
     step: str,
 ) -> None:
     """Run every task once, in any order; return when all are done.
 
-    ``make_worker`` is called once in each worker and returns what runs a task there. ``on_done`` is
+    There is a worker for each core where ``workers`` does not say how many. ``make_worker`` is
+    called once in each worker and returns what runs a task there. ``on_done`` is
     called in the caller's thread with the index of a task and what it returned. After an error no
     worker is running any more: a worker that has begun a task ends it first.
 
@@ -51,7 +52,7 @@ def run(
         CallError: ``timeout`` or ``cancelled``; ``internal``, a worker died.
         Exception: the first that a task raised.
     """
-    workers = min(workers, len(tasks))
+    workers = min(available_cores() if workers is None else workers, len(tasks))
     if workers <= 1:
         work = make_worker()
         for index, task in enumerate(tasks):

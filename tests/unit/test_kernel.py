@@ -69,7 +69,6 @@ def test_each_module_once_whatever_the_spelling(index: ModuleIndex) -> None:
 
 def test_soft_dependencies_before_and_after(index: ModuleIndex) -> None:
     assert names(index.closure(["erofs"])) == ["crc32c_intel", "libcrc32c", "erofs", "after"]
-    assert names(index.closure(["erofs"], softdeps=False)) == ["libcrc32c", "erofs"]
 
 
 def test_built_in_code_needs_no_file(index: ModuleIndex) -> None:
