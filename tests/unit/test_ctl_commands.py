@@ -24,6 +24,13 @@ from tests.beds.terminal import ended, spawn
 from vsock.errors import CallError
 from vsock.server import Call
 
+#: Runs guestctl on the agent of the test.
+Ctl = Callable[..., Result]
+#: Starts guestctl, which goes on.
+Following = Callable[..., subprocess.Popen[str]]
+#: ``guestctl log --listen``, and what connects to it as a guest.
+Receiver = tuple[subprocess.Popen[bytes], Callable[[], socket.socket]]
+
 GUESTCTL = Path(sys.executable).parent / "guestctl"
 COMMAND = [sys.executable, "-c", "from guestagent.host.ctl import main; main()"]
 METRICS = """# HELP guestagent_step_duration_seconds time
@@ -51,7 +58,7 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
 
 
 @pytest.fixture
-def ctl(agent: Agent) -> Callable[..., Result]:
+def ctl(agent: Agent) -> Ctl:
     def run(*words: str) -> Result:
         return CliRunner().invoke(collect(), ["--connect", agent.address, *words])
 
@@ -83,7 +90,7 @@ def fill(agent: Agent, layers: int) -> None:
 
 
 def test_hello_has_words_and_no_python(
-    agent: Agent, ctl: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    agent: Agent, ctl: Ctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     boot = {"pid1": True, "console": [], "log": ["a", "b"], "more": {"x": None}, "ms": 1.5}
     reply = {"version": 1, "agent": "0", "kernel": "6", "features": ["f"], "limits": {"n": 4}}
@@ -107,7 +114,7 @@ def said_hello(call: Call, reply: object) -> object:
     return reply
 
 
-def test_status_says_it_all(agent: Agent, ctl: Callable[..., Result]) -> None:
+def test_status_says_it_all(agent: Agent, ctl: Ctl) -> None:
     fill(agent, 3)
     done = ctl("status")
     assert done.exit_code == 0
@@ -117,7 +124,7 @@ def test_status_says_it_all(agent: Agent, ctl: Callable[..., Result]) -> None:
     assert "problem" not in done.stdout
 
 
-def test_status_of_a_sick_agent(agent: Agent, ctl: Callable[..., Result]) -> None:
+def test_status_of_a_sick_agent(agent: Agent, ctl: Ctl) -> None:
     agent.problems = ["the thread 'uevents' is gone"]
     agent.layers = {"a": "mounted", "b": "corrupted"}
     done = ctl("status", "--check")
@@ -146,7 +153,7 @@ def test_status_fits_one_screen(agent: Agent, layers: int) -> None:
 # --- top
 
 
-def test_top_without_a_terminal_looks_once(agent: Agent, ctl: Callable[..., Result]) -> None:
+def test_top_without_a_terminal_looks_once(agent: Agent, ctl: Ctl) -> None:
     fill(agent, 3)
     done = ctl("top")
     assert done.exit_code == 0
@@ -195,7 +202,7 @@ def test_top_on_a_terminal_is_alive(agent: Agent) -> None:
 
 
 @pytest.fixture
-def following(agent: Agent) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def following(agent: Agent) -> Iterator[Following]:
     processes = []
 
     def start(*words: str) -> subprocess.Popen[str]:
@@ -217,7 +224,7 @@ def interrupted(process: subprocess.Popen[str]) -> int:
     return process.wait(WAIT_SECONDS)
 
 
-def test_events_are_listed(agent: Agent, ctl: Callable[..., Result]) -> None:
+def test_events_are_listed(agent: Agent, ctl: Ctl) -> None:
     agent.publish("layer_mounted")
     agent.publish("layer_failed")
     assert [line.split()[1:3] for line in ctl("events").stdout.splitlines()] == [
@@ -230,7 +237,7 @@ def test_events_are_listed(agent: Agent, ctl: Callable[..., Result]) -> None:
 
 
 def test_events_of_all_pages_are_listed(
-    agent: Agent, ctl: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    agent: Agent, ctl: Ctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(5):
         agent.publish("layer_mounted")
@@ -247,9 +254,7 @@ def test_events_of_all_pages_are_listed(
     assert listed["more"] is False
 
 
-def test_events_are_followed_over_a_restart(
-    agent: Agent, following: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_events_are_followed_over_a_restart(agent: Agent, following: Following) -> None:
     agent.publish("agent_started")
     process = following("events", "--follow", "--json")
     assert process.stdout is not None
@@ -263,9 +268,7 @@ def test_events_are_followed_over_a_restart(
     assert interrupted(process) == 0
 
 
-def test_the_log_is_followed_over_a_restart(
-    agent: Agent, following: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_the_log_is_followed_over_a_restart(agent: Agent, following: Following) -> None:
     agent.log()
     agent.log()
     process = following("log", "-f", "-n", "1")
@@ -278,7 +281,7 @@ def test_the_log_is_followed_over_a_restart(
     assert interrupted(process) == 0
 
 
-def test_the_log_is_printed(agent: Agent, ctl: Callable[..., Result]) -> None:
+def test_the_log_is_printed(agent: Agent, ctl: Ctl) -> None:
     for _ in range(5):
         agent.log()
     assert ctl("log").stdout.count("\n") == 5
@@ -287,7 +290,7 @@ def test_the_log_is_printed(agent: Agent, ctl: Callable[..., Result]) -> None:
     assert ctl("log", "-n", "1", "--since", "1").exit_code == 2
 
 
-def test_crashes(agent: Agent, ctl: Callable[..., Result]) -> None:
+def test_crashes(agent: Agent, ctl: Ctl) -> None:
     assert ctl("crashes").stdout == "none\n"
     line = LogLine(
         number=1, uptime_seconds=1.0, unix_ms=1, level="error", text="the end", fields={"a": "b c"}
@@ -315,7 +318,7 @@ def test_crashes(agent: Agent, ctl: Callable[..., Result]) -> None:
 
 
 def test_a_log_line_cannot_drive_the_terminal(
-    agent: Agent, ctl: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    agent: Agent, ctl: Ctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = {
         "number": 1,
@@ -340,7 +343,7 @@ def test_a_log_line_cannot_drive_the_terminal(
 @pytest.fixture
 def receiver(
     tmp_path: Path,
-) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], socket.socket]]]:
+) -> Iterator[Receiver]:
     """``guestctl log --listen``, and a function that connects to it as a guest."""
     path = tmp_path / "log"
     command = [*COMMAND, "log", "--listen", f"unix://{path}"]
@@ -390,9 +393,7 @@ HEAD = b'{"stream": "guestagent.log", "boot_id": "0123456789abcdef"}\n'
     ],
     ids=range(9),
 )
-def test_no_line_of_a_guest_ends_the_receiver(
-    receiver: tuple[subprocess.Popen[bytes], Callable[[], socket.socket]], line: bytes
-) -> None:
+def test_no_line_of_a_guest_ends_the_receiver(receiver: Receiver, line: bytes) -> None:
     process, dial = receiver
     dial().sendall(HEAD + line + b"\n")
     dial().sendall(HEAD + sent_line(7, "another guest"))
@@ -404,7 +405,7 @@ def test_no_line_of_a_guest_ends_the_receiver(
 
 
 def test_a_received_line_cannot_drive_the_terminal(
-    receiver: tuple[subprocess.Popen[bytes], Callable[[], socket.socket]],
+    receiver: Receiver,
 ) -> None:
     process, dial = receiver
     fields = {"\x1b]0;name\x07": {"\x1b[1m": "\x1b[2J"}}
@@ -428,7 +429,7 @@ def test_the_receiver_remembers_a_bounded_number_of_boots() -> None:
 # --- errors
 
 
-def test_an_error_says_what_to_do_next(ctl: Callable[..., Result]) -> None:
+def test_an_error_says_what_to_do_next(ctl: Ctl) -> None:
     done = ctl("layer", "get", "x")
     assert done.exit_code == 1
     assert "guestctl: not_found: no such layer" in done.stderr
@@ -437,7 +438,7 @@ def test_an_error_says_what_to_do_next(ctl: Callable[..., Result]) -> None:
 
 
 def test_error_fields_from_guest_are_printed_without_control_characters(
-    agent: Agent, ctl: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    agent: Agent, ctl: Ctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(call: object) -> object:
         raise CallError(
@@ -512,7 +513,7 @@ def test_options_may_stand_behind_the_command(agent: Agent) -> None:
     assert json.loads(done.stdout)["state"] == "ready"
 
 
-def test_a_trace_goes_with_the_request(agent: Agent, ctl: Callable[..., Result]) -> None:
+def test_a_trace_goes_with_the_request(agent: Agent, ctl: Ctl) -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     assert ctl("--traceparent", trace, "status").exit_code == 0
     assert agent.traces[-1] == trace
@@ -531,7 +532,7 @@ def test_every_command_speaks_json(tmp_path: Path) -> None:
 # --- metrics
 
 
-def test_metrics_are_printed(agent: Agent, ctl: Callable[..., Result]) -> None:
+def test_metrics_are_printed(agent: Agent, ctl: Ctl) -> None:
     assert ctl("metrics").stdout == METRICS
     first = json.loads(ctl("metrics", "--json").stdout)[0]
     assert first == {

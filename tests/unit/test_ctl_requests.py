@@ -34,6 +34,9 @@ from vsock.errors import CallError
 from vsock.record import Record
 from vsock.server import Call, Outcome
 
+#: Runs guestctl on the agent of the test.
+Ctl = Callable[..., Result]
+
 #: Method -> a command that calls it.
 COMMANDS = {
     "agent.hello": "hello",
@@ -177,7 +180,7 @@ def agent(tmp_path: Path) -> Iterator[Recorder]:
 
 
 @pytest.fixture
-def ctl(agent: Recorder) -> Callable[..., Result]:
+def ctl(agent: Recorder) -> Ctl:
     def run(*words: str, text: bytes | None = None) -> Result:
         return CliRunner().invoke(collect(), ["--connect", agent.address, *words], input=text)
 
@@ -194,17 +197,13 @@ def test_every_method_has_a_command_or_a_reason() -> None:
 
 
 @pytest.mark.parametrize("method", COMMANDS)
-def test_a_command_calls_its_method(
-    agent: Recorder, ctl: Callable[..., Result], method: str
-) -> None:
+def test_a_command_calls_its_method(agent: Recorder, ctl: Ctl, method: str) -> None:
     done = ctl(*COMMANDS[method].split())
     assert method in [name for name, _ in agent.asked], done.output
     METHODS[method].from_wire(request(agent, method))
 
 
-def test_every_field_of_a_mount_can_be_said(
-    agent: Recorder, ctl: Callable[..., Result], tmp_path: Path
-) -> None:
+def test_every_field_of_a_mount_can_be_said(agent: Recorder, ctl: Ctl, tmp_path: Path) -> None:
     signature = tmp_path / "layer.p7s"
     signature.write_bytes(b"signed")
     digest = "ab" * 20
@@ -286,9 +285,7 @@ def test_every_field_of_a_mount_can_be_said(
     assert fields_of(LayerSpec) | fields_of(OverlaySpec) == said
 
 
-def test_every_field_of_a_private_dev_can_be_said(
-    agent: Recorder, ctl: Callable[..., Result]
-) -> None:
+def test_every_field_of_a_private_dev_can_be_said(agent: Recorder, ctl: Ctl) -> None:
     names = [name for name in METHODS if name.startswith("dev.")]
     for name in names:
         assert "only recorded" in ctl(*COMMANDS[name].split()).stderr, name
@@ -298,9 +295,7 @@ def test_every_field_of_a_private_dev_can_be_said(
     assert set[tuple[type[Record], str]]().union(*(fields_of(METHODS[n]) for n in names)) == said
 
 
-def test_every_field_of_a_pool_and_a_volume_can_be_said(
-    agent: Recorder, ctl: Callable[..., Result]
-) -> None:
+def test_every_field_of_a_pool_and_a_volume_can_be_said(agent: Recorder, ctl: Ctl) -> None:
     lines = (
         "pool open p --metadata scsi:1:2:3 --data /dev/vdb --data pmem:7 "
         "--block-size 131072 --on-full queue --low-water 1048576 --min-free 5 --adopt matching",
@@ -324,7 +319,7 @@ def test_every_field_of_a_pool_and_a_volume_can_be_said(
     assert any(isinstance(each, VolumeCreate) and each.filesystem is None for each in sent)
 
 
-def test_every_field_of_a_network_can_be_said(agent: Recorder, ctl: Callable[..., Result]) -> None:
+def test_every_field_of_a_network_can_be_said(agent: Recorder, ctl: Ctl) -> None:
     parts = (
         "interface,match=mac=52:54:00:12:34:56,name=eth0,mtu=1400,addresses=10.0.0.2/24,"
         "addresses=fd00::2/64,routes=destination=default+gateway=10.0.0.1+metric=7+table=9"
@@ -415,16 +410,14 @@ def fields_said(value: object) -> Iterator[tuple[type[Record], str]]:
     ],
 )
 def test_invalid_command_line_is_usage_error_and_sends_no_request(
-    agent: Recorder, ctl: Callable[..., Result], line: str
+    agent: Recorder, ctl: Ctl, line: str
 ) -> None:
     done = ctl(*line.split())
     assert done.exit_code == 2, done.output
     assert agent.asked == []
 
 
-def test_a_batch_as_text_and_as_json(
-    agent: Recorder, ctl: Callable[..., Result], tmp_path: Path
-) -> None:
+def test_a_batch_as_text_and_as_json(agent: Recorder, ctl: Ctl, tmp_path: Path) -> None:
     digest = "ab" * 32
     words = (f"pmem:0,root={digest},id=top", "/dev/vda,root=none", "--overlay", "root")
     ctl("layers", "mount", *words, "--scratch", "tmpfs:8192")
@@ -626,7 +619,7 @@ def test_replies_from_guest_are_printed_without_control_characters(
 
 
 @pytest.fixture
-def manifest(tmp_path: Path, ctl: Callable[..., Result]) -> Manifest:
+def manifest(tmp_path: Path, ctl: Ctl) -> Manifest:
     files = [directory("etc"), Member("etc/hosts", b"localhost")]
     layout = Layout(tmp_path / "layout").layer(files).layer([Member("etc/.wh.hosts")])
     done = ctl("pack", "build", str(layout.finish()), str(tmp_path / "p.img"))
@@ -635,7 +628,7 @@ def manifest(tmp_path: Path, ctl: Callable[..., Result]) -> Manifest:
 
 
 def test_a_pack_is_mounted_and_unmounted(
-    agent: Recorder, ctl: Callable[..., Result], manifest: Manifest, tmp_path: Path
+    agent: Recorder, ctl: Ctl, manifest: Manifest, tmp_path: Path
 ) -> None:
     ids = tuple(layer.layer_id for layer in manifest.layers)
     signatures = tmp_path / "signatures"
@@ -691,7 +684,7 @@ def test_a_pack_is_mounted_and_unmounted(
 )
 def test_a_pack_is_overlaid_only_as_its_whiteouts_are(
     agent: Recorder,
-    ctl: Callable[..., Result],
+    ctl: Ctl,
     manifest: Manifest,
     tmp_path: Path,
     kind: str,
@@ -710,7 +703,7 @@ def test_a_pack_is_overlaid_only_as_its_whiteouts_are(
 
 
 def test_a_pack_needs_an_agent_and_a_right_device(
-    ctl: Callable[..., Result], manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ctl: Ctl, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     path = str(tmp_path / "p.img")

@@ -1,6 +1,5 @@
 """Merged images: what the merged metadata shows is what an overlay of the layers shows."""
 
-import contextlib
 import functools
 import os
 import re
@@ -8,6 +7,7 @@ import stat
 import struct
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,13 +77,13 @@ def mkfs(directory: Path, image: Path, *options: str) -> LayerFile:
 
 
 @pytest.fixture
-def files() -> Iterator[contextlib.ExitStack]:
+def files() -> Iterator[ExitStack]:
     """Closes the descriptors of layers."""
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         yield stack
 
 
-def kept(files: contextlib.ExitStack, layer: LayerFile) -> LayerFile:
+def kept(files: ExitStack, layer: LayerFile) -> LayerFile:
     files.callback(os.close, layer.fd)
     return layer
 
@@ -122,7 +122,7 @@ def sample(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", MKFS_OPTIONS)
 def test_the_reader_finds_what_mkfs_erofs_wrote(
-    tmp_path: Path, sample: Path, files: contextlib.ExitStack, name: str
+    tmp_path: Path, sample: Path, files: ExitStack, name: str
 ) -> None:
     options, needed = MKFS_OPTIONS[name]
     if needed not in mkfs_help():
@@ -145,9 +145,7 @@ def test_the_reader_finds_what_mkfs_erofs_wrote(
     assert tree.links == counts[id(expected)]
 
 
-def test_an_image_in_the_middle_of_a_file(
-    tmp_path: Path, sample: Path, files: contextlib.ExitStack
-) -> None:
+def test_an_image_in_the_middle_of_a_file(tmp_path: Path, sample: Path, files: ExitStack) -> None:
     alone = kept(files, mkfs(sample, tmp_path / "image", "-T1"))
     (tmp_path / "pack").write_bytes(
         os.urandom(8192) + (tmp_path / "image").read_bytes() + os.urandom(4096)
@@ -174,7 +172,7 @@ class _CheckedLayer(LayerFile):
 
 
 def test_every_byte_of_a_layer_is_read_by_its_read(
-    tmp_path: Path, small: LayerFile, files: contextlib.ExitStack
+    tmp_path: Path, small: LayerFile, files: ExitStack
 ) -> None:
     """So that a caller can check what is read, say with the hash tree of the layer."""
     image = whole(small)
@@ -257,7 +255,7 @@ def small() -> LayerFile:
 def test_superblocks_that_are_refused(
     tmp_path: Path,
     small: LayerFile,
-    files: contextlib.ExitStack,
+    files: ExitStack,
     fields: dict[str, int],
     code: str,
     said: str,
@@ -266,9 +264,7 @@ def test_superblocks_that_are_refused(
     assert said in refused(code, layer, tmp_path / "merged")
 
 
-def test_what_is_no_whole_image(
-    tmp_path: Path, small: LayerFile, files: contextlib.ExitStack
-) -> None:
+def test_what_is_no_whole_image(tmp_path: Path, small: LayerFile, files: ExitStack) -> None:
     data = bytearray(whole(small))
     cut = kept(files, in_memory(bytes(data[:-BLOCK_BYTES])))
     assert "is cut" in refused("integrity", cut, tmp_path / "merged")
@@ -286,7 +282,7 @@ def test_what_is_no_whole_image(
 
 
 def test_compressed_layers_are_refused_by_name(
-    tmp_path: Path, sample: Path, files: contextlib.ExitStack
+    tmp_path: Path, sample: Path, files: ExitStack
 ) -> None:
     (sample / "many/compressible").write_bytes(b"x" * 100_000)
     layer = kept(files, mkfs(sample, tmp_path / "image", "-zlz4"))
@@ -295,7 +291,7 @@ def test_compressed_layers_are_refused_by_name(
 
 
 def test_a_layer_with_data_in_another_file_is_refused(
-    tmp_path: Path, sample: Path, files: contextlib.ExitStack
+    tmp_path: Path, sample: Path, files: ExitStack
 ) -> None:
     options = ["--chunksize=4096", f"--blobdev={tmp_path / 'blob'}"]
     (tmp_path / "blob").touch()
@@ -303,9 +299,7 @@ def test_a_layer_with_data_in_another_file_is_refused(
     assert "another file" in refused("unsupported", layer, tmp_path / "merged")
 
 
-def test_directories_in_a_circle_or_twice_are_refused(
-    tmp_path: Path, files: contextlib.ExitStack
-) -> None:
+def test_directories_in_a_circle_or_twice_are_refused(tmp_path: Path, files: ExitStack) -> None:
     root = Node(stat.S_IFDIR | 0o755)
     for name in (b"one", b"two"):
         root.children[name] = Node(stat.S_IFDIR | 0o755)
@@ -323,7 +317,7 @@ def test_directories_in_a_circle_or_twice_are_refused(
 
 
 def test_directories_that_overlap_end_at_the_size_of_the_image(
-    tmp_path: Path, files: contextlib.ExitStack
+    tmp_path: Path, files: ExitStack
 ) -> None:
     """Each of 300 directories claims the blocks of the largest one."""
     root = Node(stat.S_IFDIR | 0o755)
@@ -389,7 +383,7 @@ def test_hostile_images_end_as_errors_that_name_them(
     values = st.sampled_from([0, 1, 2, 4, 8, 0x7F, 0x80, 0xFF]) | st.integers(0, 255)
     for at, value in data.draw(st.lists(st.tuples(places, values), min_size=1, max_size=6)):
         image[at] = value
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         layer = kept(stack, patched(image))
         found = None
         try:
@@ -408,7 +402,7 @@ def test_hostile_images_end_as_errors_that_name_them(
 def merged_facts(
     trees: list[Node], directory: Path, *, userxattr: bool = False, inline_tails: bool = True
 ) -> Facts:
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         images = [
             kept(stack, write_layer(tree, f"layer{number}", inline_tails=inline_tails))
             for number, tree in enumerate(trees)
@@ -429,7 +423,7 @@ def test_the_merged_image_shows_what_the_model_of_an_overlay_shows(
 def test_the_same_layers_give_the_same_bytes(tmp_path: Path, small: LayerFile) -> None:
     other = Node(stat.S_IFDIR | 0o700)
     other.children[b"other"] = Node(stat.S_IFREG | 0o644)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         upper = kept(stack, write_layer(other, "upper"))
         results = {}
         for name, images in (("a", [upper, small]), ("b", [upper, small]), ("c", [small, upper])):
@@ -455,9 +449,7 @@ def test_fsck_erofs_finds_nothing_wrong(tmp_path: Path, trees: list[Node]) -> No
     fsck(tmp_path / "merged", paths)
 
 
-def test_the_parts_are_where_the_table_of_devices_says(
-    tmp_path: Path, files: contextlib.ExitStack
-) -> None:
+def test_the_parts_are_where_the_table_of_devices_says(tmp_path: Path, files: ExitStack) -> None:
     """Topmost first, each at a multiple of 512 KiB, after the metadata."""
     trees = []
     for count in (1, 6, 5):
@@ -511,7 +503,7 @@ def test_a_file_of_a_tebibyte(tmp_path: Path) -> None:
     size = 1 << 40
     content = DrawnContent(size, ((size // 2, 5000, 0), (size - 3, 3, 5000)))
     root.children[b"large"] = Node(stat.S_IFREG | 0o644, content=content)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         layer = kept(stack, write_layer(root, "layer"))
         merged = merge_layers([layer], tmp_path / "merged")
         unified = kept(stack, write_unified(merged, [layer], tmp_path / "unified"))
@@ -529,7 +521,7 @@ def test_a_file_of_a_tebibyte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("attribute", [b"redirect", b"metacopy"])
 def test_what_refers_to_another_layer_is_refused_by_name(
-    tmp_path: Path, files: contextlib.ExitStack, attribute: bytes
+    tmp_path: Path, files: ExitStack, attribute: bytes
 ) -> None:
     kind = stat.S_IFDIR if attribute == b"redirect" else stat.S_IFREG
     for own, userxattr in ((b"trusted.overlay.", False), (b"user.overlay.", True)):
@@ -550,9 +542,7 @@ def test_escaped_attributes_of_overlays_stay(tmp_path: Path) -> None:
     assert set(found) == {"trusted.overlay.overlay.opaque", "user.overlay.opaque"}  # type: ignore[call-overload]
 
 
-def test_blocks_have_32_bit_addresses(
-    tmp_path: Path, small: LayerFile, files: contextlib.ExitStack
-) -> None:
+def test_blocks_have_32_bit_addresses(tmp_path: Path, small: LayerFile, files: ExitStack) -> None:
     large = kept(files, in_memory(whole(small)))
     size_bytes = 6 << 40
     os.ftruncate(large.fd, size_bytes)
