@@ -19,7 +19,7 @@ from guestagent.api import (
 from guestagent.api.devices import VerityTerms
 from guestagent.api.overlays import Scratch
 from guestagent.api.texts import scratch_from_text
-from guestagent.boot.plan import plan_boot
+from guestagent.boot.plan import BootPlan, plan_boot
 from tests.beds.calls import call_error
 from vsock.errors import CallError
 
@@ -51,21 +51,32 @@ def manifest(path: Path, **changes: object) -> Path:
     return path
 
 
+def planned(
+    layers: tuple[str, ...],
+    overlay: str | None = None,
+    manifests: tuple[str, ...] = (),
+    *,
+    flattens_erofs: bool = False,
+) -> BootPlan:
+    """Return the plan of settings that ask for something."""
+    plan = plan_boot(layers, overlay, manifests, flattens_erofs=flattens_erofs)
+    assert plan is not None
+    return plan
+
+
 def test_nothing_is_asked_for() -> None:
     assert plan_boot((), None, ()) is None
 
 
 def test_one_layer_is_the_root_itself() -> None:
-    plan = plan_boot((layer("a"),), None, ())
-    assert plan is not None
+    plan = planned((layer("a"),))
     assert plan.overlay is None
     assert plan.root_target == "/run/layers/a"
 
 
 def test_layer_text_takes_whiteouts_and_readonly_policy() -> None:
     text = f"{layer('a', 'label:base')},readonly_policy=error,whiteouts=user"
-    plan = plan_boot((text,), None, ())
-    assert plan is not None
+    plan = planned((text,))
     (spec,) = plan.layers
     assert spec.device == LabelDevice(label="base")
     assert (spec.readonly_policy, spec.whiteouts) == ("error", "user")
@@ -80,8 +91,7 @@ def test_the_root_is_not_left_out() -> None:
 
 def test_a_layer_may_say_all_that_defines_its_hash_tree() -> None:
     tree = "salt=0a0b,algorithm=sha256,hash_type=1,data_blocks=4,data_block_size=512"
-    plan = plan_boot((f"{layer('a')},{tree},hash_block_size=4096,hash_offset=0x1000",), None, ())
-    assert plan is not None
+    plan = planned((f"{layer('a')},{tree},hash_block_size=4096,hash_offset=0x1000",))
     assert plan.layers[0].verity == Verity(
         root_digest=bytes.fromhex(ROOT),
         salt=b"\n\v",
@@ -92,16 +102,14 @@ def test_a_layer_may_say_all_that_defines_its_hash_tree() -> None:
         hash_block_size=4096,
         hash_offset_bytes=4096,
     )
-    plan = plan_boot((f"{layer('a')},salt=-",), None, ())
-    assert plan is not None
+    plan = planned((f"{layer('a')},salt=-",))
     assert plan.layers[0].verity == Verity(root_digest=bytes.fromhex(ROOT), salt=b"")
 
 
 def test_a_layer_may_name_the_signature_of_its_root_digest(tmp_path: Path) -> None:
     path = tmp_path / "a.p7s"
     path.write_bytes(b"\x30\x82")
-    plan = plan_boot((f"{layer('a')},signature={path}",), None, ())
-    assert plan is not None
+    plan = planned((f"{layer('a')},signature={path}",))
     assert plan.layers[0].verity == Verity(root_digest=bytes.fromhex(ROOT), signature=b"\x30\x82")
 
 
@@ -130,23 +138,20 @@ def test_a_manifest_may_hold_signatures(tmp_path: Path, flattens_erofs: bool) ->
     for each in (*document["layers"], *document["images"]):
         each["verity"]["signature"] = each["id"].encode().hex()
     path.write_text(json.dumps(document))
-    plan = plan_boot((), None, (f"{path},pmem:0,image=app",), flattens_erofs=flattens_erofs)
-    assert plan is not None
+    plan = planned((), None, (f"{path},pmem:0,image=app",), flattens_erofs=flattens_erofs)
     found = [spec.verity.signature for spec in plan.layers if spec.verity is not None]
     assert found == ([b"app"] if flattens_erofs else [b"upper", b"lower"])
 
 
 def test_a_manifest_says_all_that_defines_a_hash_tree(tmp_path: Path) -> None:
-    plan = plan_boot((), None, (f"{manifest(tmp_path / 'm.json')},pmem:0",))
-    assert plan is not None
+    plan = planned((), None, (f"{manifest(tmp_path / 'm.json')},pmem:0",))
     for spec in plan.layers:
         assert spec.verity is not None
         assert None not in [getattr(spec.verity, name) for name in VerityTerms._fields]
 
 
 def test_several_layers_are_overlaid_in_their_order() -> None:
-    plan = plan_boot((layer("a"), layer("b", "pmem:1")), None, ())
-    assert plan is not None
+    plan = planned((layer("a"), layer("b", "pmem:1")))
     assert plan.overlay is not None
     assert (plan.overlay.overlay_id, plan.overlay.layers) == ("root", ("a", "b"))
     assert plan.overlay.scratch is None
@@ -155,16 +160,14 @@ def test_several_layers_are_overlaid_in_their_order() -> None:
 
 def test_the_overlay_can_be_named_and_get_a_scratch() -> None:
     text = "sys,layers=b+a,scratch=tmpfs:4096"
-    plan = plan_boot((layer("a"), layer("b", "pmem:1")), text, ())
-    assert plan is not None
+    plan = planned((layer("a"), layer("b", "pmem:1")), text, ())
     assert plan.overlay is not None
     assert (plan.overlay.overlay_id, plan.overlay.layers) == ("sys", ("b", "a"))
     assert plan.overlay.scratch == TmpfsScratch(size_bytes=4096)
 
 
 def test_a_layer_may_be_of_several_ranges() -> None:
-    plan = plan_boot((listed("a", "8192+4096:0+0x1000"),), None, ())
-    assert plan is not None
+    plan = planned((listed("a", "8192+4096:0+0x1000"),))
     assert plan.layers[0].mapping == (
         ByteRange(offset_bytes=8192, size_bytes=4096),
         ByteRange(offset_bytes=0, size_bytes=4096),
@@ -175,8 +178,7 @@ def test_a_layer_may_be_of_several_ranges() -> None:
 def test_manifest_gives_layers_with_their_verity_parameters(tmp_path: Path) -> None:
     path = manifest(tmp_path / "m.json")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    plan = plan_boot((), None, (f"{path},virtio-blk:pack,sha256={digest.upper()}",))
-    assert plan is not None
+    plan = planned((), None, (f"{path},virtio-blk:pack,sha256={digest.upper()}",))
     assert plan.overlay is not None
     assert plan.overlay.layers == ("upper", "lower")
     lower = plan.layers[1]
@@ -288,36 +290,31 @@ def image_manifest(path: Path, **changes: object) -> Path:
 
 def test_an_image_is_its_layers_where_the_kernel_flattens_nothing(tmp_path: Path) -> None:
     path = image_manifest(tmp_path / "m.json", layers=["lower", "upper"])
-    plan = plan_boot((), None, (f"{path},pmem:0,image=app",))
-    assert plan is not None
+    plan = planned((), None, (f"{path},pmem:0,image=app",))
     assert [spec.layer_id for spec in plan.layers] == ["lower", "upper"]
     assert plan.overlay is not None
     assert plan.overlay.layers == ("lower", "upper")
-    plan = plan_boot((layer("top"),), "root,layers=top+app", (f"{path},pmem:0,image=app",))
-    assert plan is not None
+    plan = planned((layer("top"),), "root,layers=top+app", (f"{path},pmem:0,image=app",))
     assert plan.overlay is not None
     assert plan.overlay.layers == ("top", "lower", "upper")
 
 
 def test_an_image_is_one_layer_where_the_kernel_flattens_erofs(tmp_path: Path) -> None:
     setting = f"{image_manifest(tmp_path / 'm.json')},pmem:0,image=app"
-    plan = plan_boot((), None, (setting,), flattens_erofs=True)
-    assert plan is not None
+    plan = planned((), None, (setting,), flattens_erofs=True)
     (spec,) = plan.layers
     assert (plan.overlay, plan.root_target) == (None, "/run/layers/app")
     assert [part.offset_bytes >> 19 for part in spec.ranges] == [8, 0, 2, 9]
     assert spec.filesystem == "erofs"
     assert spec.verity is not None
     assert spec.verity.root_digest.hex() == "cd" * 32
-    plan = plan_boot((), "root,layers=app,scratch=tmpfs:65536", (setting,), flattens_erofs=True)
-    assert plan is not None
+    plan = planned((), "root,layers=app,scratch=tmpfs:65536", (setting,), flattens_erofs=True)
     assert plan.overlay is not None
     assert plan.overlay.layers == ("app",)
 
 
 def test_without_an_image_all_layers_of_a_manifest_are_mounted(tmp_path: Path) -> None:
-    plan = plan_boot((), None, (f"{image_manifest(tmp_path / 'm.json')},pmem:0",))
-    assert plan is not None
+    plan = planned((), None, (f"{image_manifest(tmp_path / 'm.json')},pmem:0",))
     assert [spec.layer_id for spec in plan.layers] == ["upper", "lower"]
 
 
