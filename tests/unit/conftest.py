@@ -107,12 +107,21 @@ class Running:
         sock.connect(self.address.path)
         return self.adopt(sock)
 
-    def peer_at_gate(self) -> Peer:
+    def peer_at_gate(self, method: str = "gate") -> Peer:
         """Return a peer whose request 1 is being worked on, up to the gate."""
         peer = self.peer()
-        peer.request(1, "gate")
-        self.handler.passed(self.handler.at_gate)
+        self.send_to_gate(peer, method)
         return peer
+
+    def send_to_gate(self, peer: Peer, method: str = "gate") -> None:
+        """Have request 1 of a peer worked on, up to the gate."""
+        peer.request(1, method)
+        self.handler.passed(self.handler.at_gate)
+
+    def open_gate(self, peer: Peer) -> None:
+        """Let all requests through, of which the next to be answered is request 1 of the peer."""
+        self.handler.gate.set()
+        assert peer.next() == [1, 1, None, "through"]
 
     def pair(self) -> tuple[Peer, socket.socket]:
         """Return a peer, and the other end for the server to take."""

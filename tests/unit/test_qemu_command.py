@@ -63,10 +63,7 @@ def test_a_plain_machine(runtime: Runtime) -> None:
 
 
 def test_kvm(runtime: Runtime) -> None:
-    kvm = Runtime(
-        program="q", accel="kvm", run_dir=runtime.run_dir, console_path=runtime.console_path
-    )
-    argv = qemu_command(spec(), kvm)
+    argv = qemu_command(spec(), dataclasses.replace(runtime, accel="kvm"))
     assert values(argv, "-accel") == ["kvm"]
     assert values(argv, "-cpu") == ["host"]
 
@@ -196,26 +193,14 @@ def test_a_plugged_disk_names_its_port() -> None:
 def test_vsock_by_the_kernel_or_by_a_device_of_ours(runtime: Runtime) -> None:
     argv = qemu_command(spec(vsock_cid=7), runtime)
     assert values(argv, "-device") == [{"driver": "vhost-vsock-pci", "guest-cid": 7}]
-    ours = Runtime(
-        program="q",
-        accel="tcg",
-        run_dir=runtime.run_dir,
-        console_path=runtime.console_path,
-        vhost_socket=Path("/run/a,b"),
-    )
+    ours = dataclasses.replace(runtime, vhost_socket=Path("/run/a,b"))
     argv = qemu_command(spec(vsock_cid=7), ours)
     assert values(argv, "-device") == [{"driver": "vhost-user-vsock-pci", "chardev": "vsock"}]
     assert "socket,id=vsock,path=/run/a,,b" in values(argv, "-chardev")
 
 
 def test_control_ports_and_root_ports(runtime: Runtime) -> None:
-    controlled = Runtime(
-        program="q",
-        accel="tcg",
-        run_dir=runtime.run_dir,
-        console_path=runtime.console_path,
-        qmp_fd=9,
-    )
+    controlled = dataclasses.replace(runtime, qmp_fd=9)
     argv = qemu_command(spec(pcie_root_ports=2, serial_ports=("agent",)), controlled)
     assert "socket,id=qmp,fd=9,server=on,wait=off" in values(argv, "-chardev")
     devices = values(argv, "-device")

@@ -51,8 +51,7 @@ def test_requests_are_answered_in_any_order(serve):
     running = serve()
     peer = running.peer_at_gate()
     assert peer.ask(2, "slow_echo") == {}
-    running.handler.gate.set()
-    assert peer.next() == [1, 1, None, "through"]
+    running.open_gate(peer)
 
 
 def test_one_byte_at_a_time(serve):
@@ -184,8 +183,7 @@ def test_fatal_protocol_error_closes_after_replies_in_flight(serve, data, code):
     peer = running.peer_at_gate()
     peer.send(data)
     assert peer.complaint() == code
-    running.handler.gate.set()
-    assert peer.next() == [1, 1, None, "through"]
+    running.open_gate(peer)
     assert peer.at_end()
     assert running.peer().ask(1, "echo") == {}
 
@@ -242,16 +240,13 @@ def test_a_deadline_holds_while_no_worker_is_free(serve):
     peer = running.peer_at_gate()
     peer.request(2, "slow_echo", deadline_ms=20)
     assert peer.error() == (2, "timeout")
-    running.handler.gate.set()
-    assert peer.next() == [1, 1, None, "through"]
+    running.open_gate(peer)
     assert [call.msgid for call in running.handler.calls] == [1]
 
 
 def test_cancel_ends_a_wait(serve):
     running = serve()
-    peer = running.peer()
-    peer.request(1, "wait")
-    running.handler.passed(running.handler.at_gate)
+    peer = running.peer_at_gate("wait")
     peer.request(2, "cancel", msgid=1)
     answers = [peer.next(), peer.next()]
     assert [1, 2, None, True] in answers
@@ -266,8 +261,7 @@ def test_cancel_of_a_queued_call_is_answered_at_once(serve):
     peer.request(3, "cancel", msgid=2)
     assert peer.error() == (2, "cancelled")
     assert peer.next() == [1, 3, None, True]
-    running.handler.gate.set()
-    assert peer.next() == [1, 1, None, "through"]
+    running.open_gate(peer)
     assert peer.ask(4, "slow_echo") == {}
     assert [call.msgid for call in running.handler.calls] == [1, 3, 4]
 
@@ -275,12 +269,10 @@ def test_cancel_of_a_queued_call_is_answered_at_once(serve):
 def test_cancel_reaches_only_requests_of_its_own_connection(serve):
     running = serve()
     peer, other = running.peer(), running.peer()
-    peer.request(1, "gate")
-    running.handler.passed(running.handler.at_gate)
+    running.send_to_gate(peer)
     assert other.ask(2, "cancel", msgid=1) is False
     assert peer.ask(3, "cancel", msgid=77) is False
-    running.handler.gate.set()
-    assert peer.next() == [1, 1, None, "through"]
+    running.open_gate(peer)
 
 
 def test_a_msgid_in_flight_is_refused_and_free_again_after_the_answer(serve):
@@ -288,8 +280,7 @@ def test_a_msgid_in_flight_is_refused_and_free_again_after_the_answer(serve):
     peer = running.peer_at_gate()
     peer.request(1, "echo")
     assert peer.error() == (1, "invalid")
-    running.handler.gate.set()
-    assert peer.next() == [1, 1, None, "through"]
+    running.open_gate(peer)
     for _ in range(200):
         assert peer.ask(1, "slow_echo") == {}
 
@@ -400,8 +391,7 @@ def test_a_call_that_was_cancelled_before_it_ran_holds_no_memory(serve):
         peer.request(3, "cancel", msgid=2)
         assert peer.error() == (2, "cancelled")
         assert peer.next() == [1, 3, None, True]
-    running.handler.gate.set()
-    assert peer.next() == [1, 1, None, "through"]
+    running.open_gate(peer)
 
 
 def test_a_large_message_before_hello_is_refused(serve):
@@ -462,8 +452,7 @@ def test_the_longest_idle_connection_makes_room_for_a_new_one(serve):
     subscriber, busy, idle = (running.peer() for _ in range(3))
     subscriber.ask(1, "echo")
     running.handler.calls[0].connection.on_close(lambda: None)
-    busy.request(1, "gate")
-    running.handler.passed(running.handler.at_gate)
+    running.send_to_gate(busy)
     idle.ask(1, "echo")
     extra = running.peer()
     assert extra.ask(1, "echo") == {}
@@ -472,8 +461,7 @@ def test_the_longest_idle_connection_makes_room_for_a_new_one(serve):
     running.handler.passed(running.handler.at_gate)
     assert running.peer().ask(1, "echo") == {}
     assert subscriber.at_end()
-    running.handler.gate.set()
-    assert busy.next() == [1, 1, None, "through"]
+    running.open_gate(busy)
 
 
 def test_silence_without_a_hello_ends_the_connection(serve):
@@ -490,8 +478,7 @@ def test_hello_or_a_pending_answer_keeps_the_connection(serve):
     greeted.ask(1, "hello")
     waiting.request(1, "gate")
     assert silent.at_end()  # so the time has passed for the others, too
-    running.handler.gate.set()
-    assert waiting.next() == [1, 1, None, "through"]
+    running.open_gate(waiting)
     assert waiting.at_end()
     assert greeted.ask(2, "echo") == {}
 
@@ -519,17 +506,14 @@ def test_a_stream_that_comes_too_late_is_closed_and_its_end_is_told(serve):
 
 def test_a_stream_that_comes_while_the_server_stops_has_its_end_told(serve):
     running = serve()
-    first = running.peer()
-    first.request(1, "gate")
-    running.handler.passed(running.handler.at_gate)
+    first = running.peer_at_gate()
     running.server.stop()
     peer, theirs = running.pair()
     ended = threading.Event()
     running.server.add_stream(stream_of(theirs), ended.set)
     assert peer.at_end()
     assert ended.wait(20)
-    running.handler.gate.set()
-    assert first.next() == [1, 1, None, "through"]
+    running.open_gate(first)
 
 
 def test_a_wired_stream_has_a_place_of_its_own(serve):
@@ -593,8 +577,7 @@ def test_half_close_gets_its_answers(serve):
     peer.request(2, "echo")
     peer.sock.shutdown(socket.SHUT_WR)
     assert peer.next() == [1, 2, None, {}]
-    running.handler.gate.set()
-    assert peer.next() == [1, 1, None, "through"]
+    running.open_gate(peer)
     assert peer.at_end()
 
 
@@ -771,8 +754,7 @@ def test_stop_lets_work_end_and_refuses_new(serve):
             break
     assert error["code"] == "busy"
     assert peer.ask(3, "cancel", msgid=77) is False
-    running.handler.gate.set()
-    assert peer.next() == [1, 1, None, "through"]
+    running.open_gate(peer)
     assert peer.at_end()
     running.thread.join(20)
     assert not os.path.exists(running.address.path)
@@ -780,9 +762,7 @@ def test_stop_lets_work_end_and_refuses_new(serve):
 
 def test_stop_cancels_what_does_not_end(serve):
     running = serve()
-    peer = running.peer()
-    peer.request(1, "wait")
-    running.handler.passed(running.handler.at_gate)
+    peer = running.peer_at_gate("wait")
     running.server.stop(20.0)
     running.server.stop(0.0)  # only ever shorter
     assert peer.error() == (1, "cancelled")

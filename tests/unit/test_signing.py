@@ -1,6 +1,7 @@
 """Signatures: openssl accepts ours, ours accepts openssl's, and nothing else passes."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -176,12 +177,7 @@ def test_a_changed_signature_never_holds(
     signature = sign_manifest(MANIFEST, key)
     value = bytearray(signature.signature)
     value[position % len(value)] ^= flip
-    forged = Signature(
-        algorithm=signature.algorithm,
-        digest=signature.digest,
-        key_id=signature.key_id,
-        signature=bytes(value),
-    )
+    forged = dataclasses.replace(signature, signature=bytes(value))
     with call_error("integrity", object="signature"):
         verify_manifest(MANIFEST, forged, key.public_key())
 
@@ -190,20 +186,10 @@ def test_claims_in_a_signature_file_are_not_trusted() -> None:
     key, other = ed25519_key(), ed25519_key()
     right = sign_manifest(MANIFEST, key)
     by_other = sign_manifest(MANIFEST, other)
-    relabelled = Signature(
-        algorithm=right.algorithm,
-        digest=right.digest,
-        key_id=right.key_id,
-        signature=by_other.signature,
-    )
+    relabelled = dataclasses.replace(right, signature=by_other.signature)
     with pytest.raises(CallError, match="not made by this key"):
         verify_manifest(MANIFEST, relabelled, key.public_key())
-    misnamed = Signature(
-        algorithm="ecdsa-p256-sha256",
-        digest=right.digest,
-        key_id=right.key_id,
-        signature=right.signature,
-    )
+    misnamed = dataclasses.replace(right, algorithm="ecdsa-p256-sha256")
     with pytest.raises(CallError, match="it says ecdsa-p256-sha256, the key is ed25519"):
         verify_manifest(MANIFEST, misnamed, key.public_key())
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from uuid import UUID
@@ -216,18 +216,22 @@ def test_memory_stays_flat_for_a_huge_sparse_image(tmp_path: Path) -> None:
     assert path.stat().st_size > (16 << 30) + (128 << 20)
 
 
+def sha256_blocks(salt: bytes, block_size_bytes: int, *, salt_first: bool = True) -> BlockHash:
+    return BlockHash(
+        algorithm="sha256",
+        salt=salt,
+        salt_first=salt_first,
+        block_size_bytes=block_size_bytes,
+        slot_size_bytes=32,
+        max_batch_blocks=128,
+    )
+
+
 @needs_multibuffer
 @pytest.mark.parametrize("salt_size", [0, 7, 32, 256])
 @pytest.mark.parametrize("salt_first", [True, False])
 def test_the_accelerator_hashes_like_hashlib(image: Path, salt_size: int, salt_first: bool) -> None:
-    block_hash = BlockHash(
-        algorithm="sha256",
-        salt=NOISE[:salt_size],
-        salt_first=salt_first,
-        block_size_bytes=512,
-        slot_size_bytes=32,
-        max_batch_blocks=128,
-    )
+    block_hash = sha256_blocks(NOISE[:salt_size], 512, salt_first=salt_first)
     assert multibuffer.is_usable(block_hash)
     fast, slow = multibuffer.MultiBufferHasher(block_hash), HashlibHasher(block_hash)
     fd = os.open(image, os.O_RDONLY)
@@ -238,14 +242,7 @@ def test_the_accelerator_hashes_like_hashlib(image: Path, salt_size: int, salt_f
 
 @needs_multibuffer
 def test_an_accelerator_that_hashes_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    block_hash = BlockHash(
-        algorithm="sha256",
-        salt=b"odd one",
-        salt_first=True,
-        block_size_bytes=1024,
-        slot_size_bytes=32,
-        max_batch_blocks=128,
-    )
+    block_hash = sha256_blocks(b"odd one", 1024)
     right = multibuffer._Burst.run
     monkeypatch.setattr(
         multibuffer._Burst, "run", lambda burst, count: right(burst, count)[:-1] + b"\0"
@@ -273,6 +270,19 @@ def always_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashtree, "_SPAN_BYTES", 64 * 4096)
 
 
+@contextlib.contextmanager
+def another_thread() -> Iterator[None]:
+    """Run a second thread, beside which forking is out of the question."""
+    stop = threading.Event()
+    other = threading.Thread(target=stop.wait, args=(30,))
+    other.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        other.join()
+
+
 @pytest.mark.usefixtures("always_parallel")
 @pytest.mark.parametrize("accelerate", [True, False])
 def test_workers_do_not_change_a_byte(
@@ -282,15 +292,9 @@ def test_workers_do_not_change_a_byte(
     alone = formatted(tmp_path / "image", workers=1, accelerate=False)
     assert threading.enumerate() == [threading.main_thread()]
     assert formatted(tmp_path / "image", workers=3, accelerate=accelerate) == alone
-    stop = threading.Event()
-    other = threading.Thread(target=stop.wait, args=(30,))
-    other.start()  # with a second thread, forking is out of the question
-    try:
-        monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked beside a thread"))
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked beside a thread"))
+    with another_thread():
         assert formatted(tmp_path / "image", workers=3, accelerate=accelerate) == alone
-    finally:
-        stop.set()
-        other.join()
 
 
 @pytest.mark.usefixtures("always_parallel")
@@ -309,8 +313,7 @@ def test_progress_ends_at_the_whole(image: Path, workers: int) -> None:
 def test_a_cancel_leaves_everything_as_it_was(
     image: Path, tmp_path: Path, workers: int, apart: bool
 ) -> None:
-    deadline = Deadline()
-    with pytest.raises(CallError) as caught:
+    with contextlib.closing(Deadline()) as deadline, call_error("cancelled"):
         format_image(
             image,
             workers=workers,
@@ -318,8 +321,6 @@ def test_a_cancel_leaves_everything_as_it_was(
             progress=lambda done, total: deadline.cancel(),
             deadline=deadline,
         )
-    deadline.close()
-    assert caught.value.code == "cancelled"
     assert image.read_bytes() == NOISE
     assert os.listdir(tmp_path) == ["image"]
     with pytest.raises(ChildProcessError):  # no worker is left
@@ -328,11 +329,8 @@ def test_a_cancel_leaves_everything_as_it_was(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_deadline_in_the_past_ends_the_work(image: Path, workers: int) -> None:
-    deadline = Deadline(0.0)
-    with pytest.raises(CallError) as caught:
+    with contextlib.closing(Deadline(0.0)) as deadline, call_error("timeout"):
         format_image(image, workers=workers, deadline=deadline)
-    deadline.close()
-    assert caught.value.code == "timeout"
     assert image.read_bytes() == NOISE
 
 
@@ -355,23 +353,24 @@ def test_an_image_that_changes_while_it_is_read_gets_no_tree(
     assert os.listdir(tmp_path) == ["image"]
 
 
-def test_a_worker_that_dies_is_reported() -> None:
-    def die(task: int) -> bytes:
-        os.kill(os.getpid(), signal.SIGKILL)
-        return b""
+def run_workers(
+    tasks: Iterable[int],
+    work: Callable[[int], bytes],
+    take: Callable[[int, bytes], object],
+    workers: int = 2,
+) -> None:
+    with contextlib.closing(Deadline(20)) as deadline:
+        parallel.run(tasks, lambda: work, take, workers=workers, deadline=deadline, step="test")
 
-    deadline = Deadline(20)
-    with pytest.raises(CallError, match="a worker died while: test") as caught:
-        parallel.run(
-            [1, 2, 3],
-            lambda: die,
-            lambda index, result: None,
-            workers=2,
-            deadline=deadline,
-            step="test",
-        )
-    deadline.close()
-    assert caught.value.code == "internal"
+
+def die(task: int) -> bytes:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return b""
+
+
+def test_a_worker_that_dies_is_reported() -> None:
+    with call_error("internal", match="a worker died while: test"):
+        run_workers([1, 2, 3], die, lambda index, result: None)
 
 
 def test_a_worker_that_dies_while_tasks_are_handed_in_is_reported(
@@ -386,69 +385,36 @@ def test_a_worker_that_dies_while_tasks_are_handed_in_is_reported(
         return future
 
     monkeypatch.setattr(ProcessPoolExecutor, "submit", slowly)
-    with (
-        contextlib.closing(Deadline(20)) as deadline,
-        pytest.raises(CallError, match="a worker died while: test"),
-    ):
-        parallel.run(
-            [1, 2, 3],
-            lambda: lambda task: os.kill(os.getpid(), signal.SIGKILL) or b"",
-            lambda index, result: None,
-            workers=2,
-            deadline=deadline,
-            step="test",
-        )
+    with pytest.raises(CallError, match="a worker died while: test"):
+        run_workers([1, 2, 3], die, lambda index, result: None)
 
 
 def test_every_task_is_done_once() -> None:
     done: list[int] = []
-    with contextlib.closing(Deadline(20)) as deadline:
-        parallel.run(
-            range(5000),
-            lambda: lambda task: task.to_bytes(4, "little"),
-            lambda index, result: done.append(int.from_bytes(result, "little")),
-            workers=4,
-            deadline=deadline,
-            step="test",
-        )
+    run_workers(
+        range(5000),
+        lambda task: task.to_bytes(4, "little"),
+        lambda index, result: done.append(int.from_bytes(result, "little")),
+        workers=4,
+    )
     assert sorted(done) == list(range(5000))
 
 
 @pytest.mark.parametrize("threads", [True, False])
 def test_results_and_errors_come_back_from_workers(threads: bool) -> None:
-    stop = threading.Event()
-    other = threading.Thread(target=stop.wait, args=(30,))
-    if threads:
-        other.start()
     results: dict[int, bytes] = {}
-    deadline = Deadline(20)
 
     def work(task: int) -> bytes:
         if task < 0:
             raise OSError(5, "bad disk", "name")
         return bytes(task)
 
-    def run(tasks: list[int]) -> None:
-        parallel.run(
-            tasks,
-            lambda: work,
-            results.__setitem__,
-            workers=2,
-            deadline=deadline,
-            step="test",
-        )
-
-    try:
-        run([3, 0, 200_000, 7])
+    with another_thread() if threads else contextlib.nullcontext():
+        run_workers([3, 0, 200_000, 7], work, results.__setitem__)
         assert results == {0: bytes(3), 1: b"", 2: bytes(200_000), 3: bytes(7)}
         with pytest.raises(OSError, match="bad disk") as caught:
-            run([1, 1, -1, 1])
+            run_workers([1, 1, -1, 1], work, results.__setitem__)
         assert (caught.value.errno, caught.value.filename) == (5, "name")
-    finally:
-        deadline.close()
-        if threads:
-            stop.set()
-            other.join()
 
 
 @pytest.mark.parametrize("apart", [True, False])
@@ -457,11 +423,10 @@ def test_a_full_disk_leaves_everything_as_it_was(image: Path, tmp_path: Path, ap
     # the tree of 700 blocks has seven; let the disk be full after three
     resource.setrlimit(resource.RLIMIT_FSIZE, (3 * 4096 if apart else len(NOISE) + 3 * 4096, hard))
     try:
-        with pytest.raises(CallError, match="File too large") as caught:
+        with call_error("resource", match="File too large"):
             format_image(image, hash_file=tmp_path / "hashes" if apart else None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    assert caught.value.code == "resource"
     assert image.read_bytes() == NOISE
     assert os.listdir(tmp_path) == ["image"]
 
@@ -470,14 +435,13 @@ def test_a_full_disk_leaves_everything_as_it_was(image: Path, tmp_path: Path, ap
 def test_a_fault_in_the_last_step_is_undone(
     image: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    def fail(*arguments: object) -> int:
-        raise OSError(errno.EIO, "Input/output error")
-
     real = getattr(os, call)
 
     def fail_on_image(fd: int, *arguments: object) -> int:
-        on_image = os.path.samestat(os.fstat(fd), image.stat())
-        return fail() if on_image else real(fd, *arguments)
+        if os.path.samestat(os.fstat(fd), image.stat()):
+            raise OSError(errno.EIO, "Input/output error")
+        result: int = real(fd, *arguments)
+        return result
 
     monkeypatch.setattr(os, call, fail_on_image)
     with call_error("device", match="Input/output error"):
@@ -647,9 +611,8 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
 def test_a_locked_image_is_busy(image: Path) -> None:
     with image.open("rb") as holder:
         fcntl.flock(holder, fcntl.LOCK_SH)
-        with pytest.raises(CallError) as caught:
+        with call_error("busy"):
             format_image(image)
-    assert caught.value.code == "busy"
     assert image.read_bytes() == NOISE
 
 

@@ -50,7 +50,6 @@ class Backend:
         self._config = struct.pack("<Q", cid)
         self._on_restart = on_restart
         self._memory = GuestMemory()
-        self._features = 0
         self._protocol_features = 0
         self._request_fd: int | None = None
         self._handlers: dict[int, Callable[[Message], int | None]] = {
@@ -131,7 +130,6 @@ class Backend:
         features = message.number()
         if features & ~DEVICE_FEATURES:
             raise ChannelError(f"features {features:#x} were not all offered")
-        self._features = features
         if not features & _F_PROTOCOL_FEATURES:
             # Without that feature there is no SET_VRING_ENABLE: rings are born enabled.
             for ring in self.rings:

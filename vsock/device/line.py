@@ -31,18 +31,10 @@ class Line(Connection):
 
     __slots__ = ("deadline", "redial", "stream")
 
-    def __init__(
-        self,
-        stream: HostStream | None,
-        *,
-        host_port: int,
-        guest_port: int,
-        state: State,
-        buffer_bytes: int,
-    ) -> None:
+    def __init__(self, *, host_port: int, guest_port: int, state: State, buffer_bytes: int) -> None:
         super().__init__(
             host_port=host_port, guest_port=guest_port, state=state, buffer_bytes=buffer_bytes
         )
-        self.stream = stream
+        self.stream: HostStream | None = None
         self.deadline: Timer | None = None
         self.redial: Timer | None = None

@@ -292,7 +292,6 @@ class Switchboard:
 
     def _new_line(self, host_port: int, guest_port: int, state: State) -> Line:
         line = Line(
-            None,
             host_port=host_port,
             guest_port=guest_port,
             state=state,
