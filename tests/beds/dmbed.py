@@ -7,6 +7,7 @@ leaves a device, a mount, a loop device, a descriptor or a thread behind.
 import contextlib
 import errno
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator

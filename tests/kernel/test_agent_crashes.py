@@ -8,7 +8,6 @@ import time
 import pytest
 
 from tests.beds.agentbed import PROJECT, SITE, AgentProcess, Pack
-from tests.beds.calls import run
 from tests.beds.soak import Soak, answered_within
 from tests.beds.supervised import SupervisedAgent
 

@@ -541,7 +541,7 @@ def test_a_layout_and_a_docker_archive_that_disagree(tmp_path: Path) -> None:
     index = {"schemaVersion": 2, "manifests": layout.manifests}
     (tmp_path / "l/index.json").write_text(json.dumps(index))
     for source in (tmp_path / "l", tar_of(tmp_path / "l", path)):
-        with call_error("invalid", match="not the image"):
+        with call_error("invalid", match="not the image") as caught:
             build_image(source, tmp_path / "image")
         assert "--format" in str(caught.value.hint)
         for kind, members in (("oci", OTHER), ("docker", FILES)):
