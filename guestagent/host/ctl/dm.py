@@ -61,8 +61,7 @@ def remove(session: Session, text: str) -> None:
 
     DEVICE is scsi:CONTROLLER:LUN, vmbus:GUID:LUN or /dev/...
     """
-    reply = session.ask(DeviceRemove, device=parse_device(text))
-    session.show(reply, lambda: _describe(reply))
+    session.tell(DeviceRemove, _describe, device=parse_device(text))
 
 
 def _describe(reply: DeviceRemoveReply) -> str:

@@ -232,8 +232,7 @@ def read_signature(file: BinaryIO) -> bytes:
 @pass_session
 def unmount(session: Session, layer_id: str, force: bool) -> None:
     """Unmount a layer and remove its devices."""
-    reply = session.ask(LayerUnmount, layer_id=layer_id, force=force)
-    session.show(reply, lambda: describe_gone(reply))
+    session.tell(LayerUnmount, describe_gone, layer_id=layer_id, force=force)
 
 
 def describe_gone(*replies: UnmountReply) -> str:
@@ -275,8 +274,7 @@ def layer_rows(layers: Iterable[LayerReport]) -> list[tuple[str, ...]]:
 @pass_session
 def get(session: Session, layer_id: str) -> None:
     """Describe a layer: devices, tables, options, timings."""
-    report = session.ask(LayerGet, layer_id=layer_id)
-    session.show(report, lambda: describe_layer(report))
+    session.tell(LayerGet, describe_layer, layer_id=layer_id)
 
 
 @layer.command("check")

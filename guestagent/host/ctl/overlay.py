@@ -139,8 +139,7 @@ def mount(
 @pass_session
 def unmount(session: Session, overlay_id: str, force: bool) -> None:
     """Unmount an overlay; its layers stay."""
-    reply = session.ask(OverlayUnmount, overlay_id=overlay_id, force=force)
-    session.show(reply, lambda: describe_gone(reply))
+    session.tell(OverlayUnmount, describe_gone, overlay_id=overlay_id, force=force)
 
 
 @overlay.command("trim")
@@ -277,8 +276,9 @@ def unmount_many(
     session: Session, layer_ids: tuple[str, ...], overlay_id: str | None, force: bool
 ) -> None:
     """Unmount an overlay and layers, all or nothing; layers that are not named stay."""
-    reply = session.ask(LayersUnmount, layers=layer_ids, overlay=overlay_id, force=force)
-    session.show(reply, lambda: describe_unmounted(reply))
+    session.tell(
+        LayersUnmount, describe_unmounted, layers=layer_ids, overlay=overlay_id, force=force
+    )
 
 
 def describe_batch(reply: LayersMountReply) -> str:
