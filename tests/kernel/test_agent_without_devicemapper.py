@@ -92,7 +92,7 @@ def test_plain_layers_and_overlays_are_served(
     ],
     ids=["linear", "verity"],
 )
-def test_what_needs_device_mapper_is_unsupported(
+def test_mount_that_needs_device_mapper_is_unsupported(
     guest: GuestAgent, nodes: dict[str, str], fields: dict[str, object]
 ) -> None:
     with call_error("unsupported", match="device-mapper", step="claim"):

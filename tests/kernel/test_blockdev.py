@@ -269,7 +269,7 @@ def _find_and_unplug(within: Within) -> None:
     unplug.write_text("1")
 
 
-def test_only_the_kernel_is_believed(disk: str, within: Within) -> None:
+def test_uevent_sent_by_a_process_is_ignored(disk: str, within: Within) -> None:
     """A process with the privilege sends an event of its own; only the kernel's arrives."""
     name = os.path.basename(disk)
     forged = f"remove@/block/{name}\0ACTION=remove\0SUBSYSTEM=block\0".encode()

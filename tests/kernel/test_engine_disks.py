@@ -105,7 +105,7 @@ def test_a_layer_keeps_its_disk(bed: EngineBed, tmp_path: Path) -> None:
             assert remove_disk(bed.engine.state, device, op).removed[0] == f"/dev/{name}"
 
 
-def test_only_whole_scsi_disks_are_removed(bed: EngineBed, pack: Pack) -> None:
+def test_removal_of_anything_but_a_whole_scsi_disk_is_refused(bed: EngineBed, pack: Pack) -> None:
     assert "host" in refused(bed, PathDevice(path=pack.node), "unsupported")
     with pytest.raises(ValueError, match="as a whole"):
         DeviceRemove(device=ScsiDevice(controller=0, lun=0, partition=1))

@@ -344,7 +344,7 @@ def test_encrypted_scratch_discards_blocks_only_when_asked(
     assert caught.value.code == "unsupported"
 
 
-def test_only_a_scratch_device_can_be_trimmed(bed: EngineBed) -> None:
+def test_trim_without_a_scratch_device_is_refused(bed: EngineBed) -> None:
     mount(bed, "o", TmpfsScratch(size_bytes=1 << 20))
     for name, code in (("o", "unsupported"), ("absent", "not_found")):
         with bed.operation() as op, call_error(code):

@@ -191,7 +191,7 @@ def test_a_connect_that_is_cancelled_leaves_no_descriptor(serve, monkeypatch):
     assert [stream.fileno() for stream in streams] == [-1]
 
 
-def test_what_waits_to_be_sent_is_bounded(run):
+def test_unsent_requests_of_async_client_are_bounded(run):
     async def scenario(client, running):
         client._stream.send, send = lambda _: 0, client._stream.send
         tasks = [asyncio.create_task(client.call("echo", {"a": bytes(250_000)})) for _ in range(30)]

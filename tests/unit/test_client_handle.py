@@ -436,7 +436,7 @@ def test_asyncio_tries_again_after_a_hang_up_before_hello(
 # --- reconnecting
 
 
-def test_it_reconnects_where_asked(agent: Agent) -> None:
+def test_handle_with_reconnect_connects_again_after_a_loss(agent: Agent) -> None:
     with GuestAgent(agent.address, reconnect=True, connect_seconds=10) as guest:
         guest.metrics()
         agent.stop()

@@ -11,7 +11,7 @@ def settings(*texts: str) -> tuple[tuple[str, str], ...]:
     return parse_command_line(" ".join(f"guestagent.{text}" for text in texts))
 
 
-def test_only_ours_and_in_order() -> None:
+def test_command_line_yields_the_settings_of_guestagent_in_order() -> None:
     line = 'quiet guestagent.log=debug root=/dev/vda guestagent.listen="vsock://any:5" x.y=1'
     assert parse_command_line(line) == (("log", "debug"), ("listen", "vsock://any:5"))
 

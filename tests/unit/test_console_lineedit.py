@@ -187,7 +187,7 @@ def test_another_width() -> None:
     assert typist.type(b"y").editor.text == "x" * 30 + "y"
 
 
-def test_only_a_terminal_that_can_is_cleared() -> None:
+def test_control_l_clears_only_a_terminal_that_supports_clearing() -> None:
     for clears in (True, False):
         editor = LineEditor(
             PROMPT, columns=80, history=History(), complete=lambda _: [], clears=clears

@@ -134,7 +134,9 @@ def test_a_cell_of_any_length_is_cut_at_once() -> None:
         assert [width_of(line) <= 40 for line in lines] == [True, True]
 
 
-def test_only_our_own_colours_pass_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guarded_text_keeps_own_colours_and_escapes_other_sequences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(style, "has_colour", lambda: True)
     ours = f"{paint('ready', 'green', bold=True)}\n{paint('x', 'red')}"
     assert guarded(ours) == ours

@@ -114,7 +114,7 @@ def test_so_many_may_wait_and_no_more(arrivals: Arrivals) -> None:
             ends.get(timeout=SECONDS)
 
 
-def test_only_a_request_that_may_be_left_is() -> None:
+def test_absent_device_leaves_only_a_request_that_may_be_left() -> None:
     with Deadline(SECONDS) as deadline, Transaction(deadline, may_be_left=True) as op:
         with pytest.raises(DeviceAbsentError):
             find_device(NEVER, op)

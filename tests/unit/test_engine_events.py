@@ -101,7 +101,7 @@ def test_a_subscriber_that_lags_learns_what_it_missed(events):
     assert len(peer.got) == 3
 
 
-def test_what_is_kept_is_what_was_told(events):
+def test_published_event_is_kept_unchanged(events):
     told = events.publish(
         "layer_corrupted", layer_id="a", device="/dev/dm-1", block=7, detail="data block 7"
     )

@@ -179,7 +179,7 @@ def test_a_note_left_by_a_failed_undoing_does_not_touch_what_came_later(journal)
     assert [traces.layer_id for traces in written.begun_layers] == ["b"]
 
 
-def test_what_is_undone_is_struck_from_everything(journal, tmp_path):
+def test_struck_layers_and_overlays_are_gone_from_all_records(journal, tmp_path):
     begin(journal, "batch-1", layer("a"), layer("b"))
     begin(journal, "overlay-o", overlay=overlay())
     journal.write_layers([layer("a")], "batch-1")

@@ -264,7 +264,9 @@ def test_superblocks_that_are_refused(
     assert said in refused(code, layer, tmp_path / "merged")
 
 
-def test_what_is_no_whole_image(tmp_path: Path, small: LayerFile, files: ExitStack) -> None:
+def test_cut_changed_or_empty_image_is_refused(
+    tmp_path: Path, small: LayerFile, files: ExitStack
+) -> None:
     data = bytearray(whole(small))
     cut = kept(files, in_memory(bytes(data[:-BLOCK_BYTES])))
     assert "is cut" in refused("integrity", cut, tmp_path / "merged")
@@ -520,7 +522,7 @@ def test_a_file_of_a_tebibyte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("attribute", [b"redirect", b"metacopy"])
-def test_what_refers_to_another_layer_is_refused_by_name(
+def test_attribute_that_refers_to_another_layer_is_refused(
     tmp_path: Path, files: ExitStack, attribute: bytes
 ) -> None:
     kind = stat.S_IFDIR if attribute == b"redirect" else stat.S_IFREG

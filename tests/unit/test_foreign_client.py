@@ -21,7 +21,7 @@ def session(serve):
     one.close()
 
 
-def test_it_calls_and_is_answered(session):
+def test_foreign_client_gets_answers_to_its_calls(session):
     assert session.request("hello", {"versions": [1]}) is None
     assert session.request("echo", {"a": [1, "text", b"\x00\xff", {"b": None}]}) == {
         "a": [1, "text", b"\x00\xff", {"b": None}]
@@ -42,6 +42,6 @@ def test_its_errors_are_maps(session):
     assert session.request("echo", {"a": 1}) == {"a": 1}
 
 
-def test_it_hears_notifications(session):
+def test_foreign_client_gets_notifications(session):
     assert session.request("notify", {"a": 1}) is True
     assert session.next_message() == ("notification", "event", [{"a": 1}])

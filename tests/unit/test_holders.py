@@ -58,7 +58,7 @@ def test_all_that_stands_on_it(roots: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize(("flags", "is_looked_at"), [(2129984, False), (4194560, True)])
-def test_only_children_of_a_kernel_thread_are_left_out(
+def test_children_of_process_2_are_left_out_if_it_is_a_kernel_thread(
     roots: tuple[Path, Path], flags: int, is_looked_at: bool
 ) -> None:
     """In a process namespace, process 2 is a process like the others, whatever its name."""

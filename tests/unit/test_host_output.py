@@ -26,7 +26,7 @@ def kinds(place: Path) -> list[Path]:
     return [place / "fifo", place / "link", place / "directory"]
 
 
-def test_only_a_regular_file_is_replaced(tmp_path: Path) -> None:
+def test_atomic_write_in_place_of_a_special_file_is_refused(tmp_path: Path) -> None:
     for path in kinds(tmp_path):
         before = path.lstat()
         with (
@@ -40,7 +40,7 @@ def test_only_a_regular_file_is_replaced(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["directory", "fifo", "kept", "link"]
 
 
-def test_what_became_no_regular_file_meanwhile_is_kept(tmp_path: Path) -> None:
+def test_special_file_made_during_atomic_write_is_kept(tmp_path: Path) -> None:
     with pytest.raises(CallError, match="a FIFO"), atomic_write(tmp_path / "x"):
         os.mkfifo(tmp_path / "x")
     assert stat.S_ISFIFO((tmp_path / "x").lstat().st_mode)

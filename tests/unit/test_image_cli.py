@@ -220,7 +220,7 @@ def test_no_output_replaces_an_input_of_the_command(run: Run, tmp_path: Path) ->
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
-def test_only_a_manifest_is_signed_as_a_manifest(run: Run, tmp_path: Path) -> None:
+def test_sign_refuses_json_other_than_a_manifest(run: Run, tmp_path: Path) -> None:
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", tmp_path / "key.pem"])
     (tmp_path / "policy.json").write_text('{"version": 2, "allow": []}')
     done = run("sign", "--key", "key.pem", "policy.json", status=1)

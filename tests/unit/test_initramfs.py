@@ -134,7 +134,7 @@ def test_each_compression_gives_the_archive_back(tmp_path: Path, compression: st
 
 
 @pytest.mark.parametrize("compression", ["none", DEFAULT_COMPRESSION])
-def test_it_holds_what_it_must_and_is_listed_by_cpio(
+def test_initramfs_is_listed_by_cpio_and_holds_required_files(
     spec: InitramfsSpec, cache: Path, compression: str
 ) -> None:
     report = build_initramfs(replace(spec, compression=compression), cache_dir=cache)

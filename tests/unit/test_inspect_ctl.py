@@ -142,7 +142,7 @@ def test_names_cannot_drive_a_terminal() -> None:
 @pytest.mark.parametrize(
     "command", [("download", "layer:base", "/etc/motd"), ("tar", "layer:base")]
 )
-def test_what_a_guest_sends_is_bounded_by_request(
+def test_download_longer_than_max_bytes_is_refused(
     run: Run, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     output = (str(tmp_path / "out"),) if command[0] == "download" else ("-o", str(tmp_path / "out"))

@@ -244,7 +244,9 @@ def test_hashing_a_huge_file_ends_with_its_deadline(guest: GuestAgent, bed: Bed)
     wait_until_at_rest(bed)
 
 
-def test_only_so_many_at_once(bed: Bed, guest: GuestAgent) -> None:
+def test_streams_beyond_the_limits_of_a_connection_and_of_all_are_busy(
+    bed: Bed, guest: GuestAgent
+) -> None:
     def begun(by: GuestAgent) -> FsStream[bytes]:
         stream = by.fs_download_stream("sparse", layer_id="base")
         next(stream)

@@ -128,7 +128,7 @@ def test_links_of_one_lower_file_by_different_names_are_links_of_one_another(
     assert found[1] == {frozenset({"1", "2", "d/a", "same"}), frozenset({"3", "else"})}
 
 
-def test_what_the_layer_has_itself_comes_first_and_in_its_order(tmp_path: Path) -> None:
+def test_hard_link_prefers_earlier_member_of_its_own_layer(tmp_path: Path) -> None:
     upper = [hard_link("old", "d/a"), Member("d/a", b"own"), hard_link("new", "d/a")]
     found = read_top(tmp_path, LOWER, upper)
     assert content(found, "old") == b"content " * 1000
@@ -144,7 +144,9 @@ def test_what_the_layer_has_itself_comes_first_and_in_its_order(tmp_path: Path) 
         Member("s"),
     ],
 )
-def test_what_has_no_content_can_be_linked_to(tmp_path: Path, member: Member) -> None:
+def test_hard_link_to_a_lower_layer_s_member_without_content_is_resolved(
+    tmp_path: Path, member: Member
+) -> None:
     lower, upper = read(layout_of(tmp_path / "l", ([member], [hard_link("b", "s")])))
     assert upper[0]["b"] == lower[0]["s"]
 

@@ -216,7 +216,7 @@ def test_a_manifest_survives_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "field"), WRONG + BEYOND)
-def test_what_is_wrong_is_named_by_its_path(change: Change, field: str) -> None:
+def test_invalid_field_of_a_manifest_is_named_by_its_path(change: Change, field: str) -> None:
     with pytest.raises(FieldError) as caught:
         Manifest.from_json(changed(change))
     assert caught.value.field == field

@@ -102,7 +102,7 @@ OWNERS = {
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
 @pytest.mark.parametrize("compression", [None, "gzip"])
 @pytest.mark.parametrize("what", OWNERS)
-def test_it_does_not_matter_which_user_builds(
+def test_image_built_by_an_ordinary_user_equals_one_built_by_root(
     tmp_path: Path, what: str, compression: str | None
 ) -> None:
     (tmp_path / "t").write_bytes(make_tar(OWNERS[what]))
@@ -196,7 +196,7 @@ def test_tree_that_compressed_erofs_would_change_is_refused(
         ("ext4", Member("n" * 256 + "/x"), "name"),
     ],
 )
-def test_what_a_format_cannot_hold(
+def test_member_that_a_format_cannot_hold_is_unsupported(
     tmp_path: Path, filesystem: str, member: Member, what: str
 ) -> None:
     (tmp_path / "layer.tar").write_bytes(make_tar([member]))

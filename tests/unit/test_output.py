@@ -74,7 +74,7 @@ def make_dangling_link(path: Path) -> None:
         (Path.mkdir, "a directory"),
     ],
 )
-def test_only_a_regular_file_is_replaced(
+def test_output_in_place_of_a_special_file_is_refused(
     tmp_path: Path, tar: Path, make: Callable[[Path], None], kind: str
 ) -> None:
     place = tmp_path / "place"

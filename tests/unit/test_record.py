@@ -156,7 +156,7 @@ def test_no_invalid_record_can_be_made():
         ({"text_or_number": []}, "params.text_or_number"),
     ],
 )
-def test_what_is_wrong_is_refused_by_its_place(wire, where):
+def test_invalid_value_is_refused_with_its_place(wire, where):
     assert where in refused(wire, where)
 
 
@@ -185,7 +185,7 @@ def test_any_part_of_the_fields_is_read_and_the_rest_has_its_default():
             assert Outer.from_wire(part) == Outer(**{name: fields[name] for name in names})
 
 
-def test_what_a_newer_peer_sent_is_read_without_the_names_that_are_unknown_here():
+def test_unknown_names_from_a_newer_peer_are_ignored_if_not_strict():
     wire = {
         "flag": True,
         "newer": {"any": ["thing"]},

@@ -333,7 +333,9 @@ def test_a_root_signature_is_byte_for_byte_that_of_openssl(
 
 
 @pytest.mark.parametrize("digest", [b"", b"\xab\xcd", bytes(31), bytes(65)])
-def test_what_is_no_root_digest_is_not_signed(rsa_key: rsa.RSAPrivateKey, digest: bytes) -> None:
+def test_root_digest_of_an_impossible_length_is_not_signed(
+    rsa_key: rsa.RSAPrivateKey, digest: bytes
+) -> None:
     with call_error("invalid", match=f"{len(digest)} bytes", object="root_digest"):
         sign_root_digest(digest, certificate_of(rsa_key), rsa_key)
 

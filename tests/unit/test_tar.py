@@ -162,7 +162,7 @@ def test_gnu_tar_agrees_on_what_we_write(tmp_path: Path) -> None:
     uid=st.integers(0, 2**32 - 1),
 )  # fmt: skip
 @settings(max_examples=60)
-def test_what_the_standard_library_writes_is_read_back(
+def test_tar_written_by_the_standard_library_is_read_back(
     names: list[str], data: bytes, mtime: int, uid: int
 ) -> None:
     members = [Member(name, data, mtime=mtime, uid=uid) for name in names]
@@ -209,7 +209,7 @@ def test_a_size_where_there_is_no_data_means_nothing(kind: bytes) -> None:
         assert [(each.name, each.size_bytes) for each in listed] == [(b"x", 0), (b"after", 1)]
 
 
-def test_what_follows_the_end_marker_is_not_silently_lost() -> None:
+def test_data_after_the_end_marker_is_refused() -> None:
     first, second = make_tar([Member("a")]), make_tar([Member("b")])
     with pytest.raises(CallError, match="goes on after its end"):
         entries(first + second)
@@ -466,7 +466,9 @@ def test_the_pieces_of_all_sparse_members_are_bounded(monkeypatch: pytest.Monkey
     assert len(entries(buffer.getvalue())) == 3
 
 
-def test_what_a_listing_keeps_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_with_too_many_members_or_header_bytes_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     data = make_tar([Member("n" * 200 + str(number)) for number in range(11)])
     monkeypatch.setattr("rootfs.image.tar._MAX_ALL_HEADER_BYTES", 11 * 200)
     with call_error("resource", match="headers of more bytes"):

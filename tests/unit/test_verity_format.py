@@ -491,7 +491,7 @@ def test_a_formatted_image_is_refused_unless_forced(image: Path) -> None:
     assert image.read_bytes() == content
 
 
-def test_what_is_behind_the_data_is_kept_unless_forced(image: Path) -> None:
+def test_bytes_after_the_data_are_kept_unless_forced(image: Path) -> None:
     with call_error("conflict", match="would overwrite"):
         format_image(image, terms=VerityTerms(data_blocks=600))
     assert image.read_bytes() == NOISE
@@ -599,7 +599,7 @@ def test_a_size_that_is_no_multiple_is_refused_with_a_remedy(image: Path) -> Non
         format_image(image)
 
 
-def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+def test_missing_file_directory_and_device_node_are_refused(tmp_path: Path) -> None:
     with call_error("not_found"):
         format_image(tmp_path / "missing")
     with call_error("invalid"):

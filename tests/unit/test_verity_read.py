@@ -61,7 +61,7 @@ def test_a_block_that_changed_is_named(layer: Layer, block: int) -> None:
         os.pwrite(fd, before, place)
 
 
-def test_what_is_behind_the_data_is_not_read(layer: Layer) -> None:
+def test_read_past_the_last_data_block_is_refused(layer: Layer) -> None:
     with pytest.raises(CallError, match=f"data block {BLOCKS} is not one of its {BLOCKS}"):
         reader(layer).read(len(DATA) - 1, 2)
 

@@ -82,7 +82,7 @@ def from_superblock(raw: bytes, **said: object) -> VerityParameters:
 
 
 @given(any_parameters)
-def test_what_is_packed_is_parsed_again(made: VerityParameters) -> None:
+def test_superblock_is_parsed_as_it_was_packed(made: VerityParameters) -> None:
     raw = made.pack_superblock(UUID)
     assert len(raw) == 512
     assert superblock_uuid(raw) == UUID
@@ -466,7 +466,7 @@ def test_the_spine_of_another_block_does_not_read_this_one() -> None:
         check_tree_spines(device.parameters, device.read_at, data_blocks=(300,))
 
 
-def test_what_paths_share_is_read_once() -> None:
+def test_hash_block_shared_by_two_paths_is_read_once() -> None:
     device = Device()
     reads: list[int] = []
 

@@ -563,7 +563,7 @@ class TestHostileGuest:
 
 
 class TestFrontEnd:
-    def test_what_is_offered(self, device):
+    def test_device_offers_its_features_queues_and_memory_slots(self, device):
         guest = device.front_end(boot=False)
         assert guest.ask_number(1) == 1 << 32 | 1 << 30 | 1 << 28
         assert guest.ask_number(15) == 1 << 15 | 1 << 9 | 1 << 5 | 1 << 3 | 1

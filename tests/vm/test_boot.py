@@ -247,7 +247,9 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_it_fails_closed(boots: Boots, roots: Roots, case: str) -> None:
+def test_boot_with_a_bad_root_powers_off_and_says_why(
+    boots: Boots, roots: Roots, case: str
+) -> None:
     """Whatever is missing, unverified or contradictory, the machine is off and has said why."""
     layer_id, root, settings, reason = FAILURES[case]
     device = "pmem:7" if case == "missing device" else "pmem:0"

@@ -74,7 +74,7 @@ def test_a_signal_is_told_as_a_shell_tells_it() -> None:
     assert run_uml(["sh", "-c", "kill -9 $$"], timeout_seconds=60).returncode == 128 + 9
 
 
-def test_what_is_left_running_is_not_waited_for() -> None:
+def test_uml_ends_without_waiting_for_background_processes() -> None:
     result = run_uml(["sh", "-c", "sleep 1000 & echo done"], timeout_seconds=60)
     assert (result.returncode, result.stdout) == (0, b"done\n")
 
