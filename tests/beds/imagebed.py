@@ -6,10 +6,10 @@ import io
 import json
 import subprocess
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 EPOCH = 1_600_000_000
 
@@ -113,6 +113,17 @@ class Layout:
         self.manifests.append({**descriptor, **facts})
         self.layers, self.diff_ids = [], []
         return self
+
+    def place(self, descriptor: Mapping[str, object]) -> Path:
+        """Return where the blob of a descriptor is."""
+        return self.path / "blobs/sha256" / str(descriptor["digest"]).removeprefix("sha256:")
+
+    def change_manifest(self, change: Callable[[dict[str, Any]], object]) -> None:
+        """List a changed manifest in place of the one of the first image."""
+        manifest = json.loads(self.place(self.manifests[0]).read_text())
+        change(manifest)
+        kind = str(self.manifests[0]["mediaType"])
+        self.manifests = [self.blob(json.dumps(manifest).encode(), kind)]
 
     def finish(self) -> Path:
         if self.layers:

@@ -32,14 +32,13 @@ def edit(path: Path, change: Callable[[dict[str, object]], object]) -> None:
 
 def test_a_blob_that_is_not_its_digest(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "l").layer(FILES, "+gzip")
-    name = str(layout.layers[0]["digest"]).removeprefix("sha256:")
+    blob = layout.place(layout.layers[0])
     layout.finish()
-    blob = tmp_path / "l/blobs/sha256" / name
     data = bytearray(blob.read_bytes())
     data[4] ^= 1  # the time in the gzip header: what it decompresses to is the same
     blob.write_bytes(data)
     problem = refused(tmp_path / "l", "integrity", "has the digest")
-    assert problem.object == f"blobs/sha256/{name}"
+    assert problem.object == f"blobs/sha256/{blob.name}"
 
 
 def test_a_blob_of_another_size(tmp_path: Path) -> None:
@@ -56,11 +55,9 @@ def test_a_layer_that_is_not_its_diff_id(tmp_path: Path) -> None:
 
 def test_a_manifest_that_is_not_its_digest(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "l").layer(FILES).image()
-    name = str(layout.manifests[0]["digest"]).removeprefix("sha256:")
-    path = layout.finish()
-    with (path / "blobs/sha256" / name).open("a") as file:
+    with layout.place(layout.manifests[0]).open("a") as file:
         file.write(" ")
-    refused(path, "integrity", "content of the digest")
+    refused(layout.finish(), "integrity", "content of the digest")
 
 
 def test_layers_and_diff_ids_that_do_not_pair(tmp_path: Path) -> None:
@@ -90,7 +87,7 @@ def test_foreign_layer_is_used_or_named_as_missing(tmp_path: Path) -> None:
     path = layout.finish()
     build_image(path, tmp_path / "image")
     (tmp_path / "image").unlink()
-    (path / "blobs/sha256" / str(layer["digest"]).removeprefix("sha256:")).unlink()
+    layout.place(layer).unlink()
     refused(path, "not_found", "foreign layer")
 
 
@@ -105,10 +102,8 @@ def test_a_digest_that_is_no_sha256_never_becomes_a_path(tmp_path: Path, bad: st
 
 def test_a_blob_that_is_missing(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "l").layer(FILES)
-    name = str(layout.layers[0]["digest"]).removeprefix("sha256:")
-    path = layout.finish()
-    (path / "blobs/sha256" / name).unlink()
-    refused(path, "not_found", "no blob")
+    layout.place(layout.layers[0]).unlink()
+    refused(layout.finish(), "not_found", "no blob")
 
 
 @pytest.mark.parametrize(
@@ -245,11 +240,8 @@ def test_entries_of_an_index_that_are_no_images_are_ignored(
 
 def test_a_configuration_of_something_else_is_no_image(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "l").layer(OTHER).image()
-    name = str(layout.manifests[0]["digest"]).removeprefix("sha256:")
-    manifest = json.loads((tmp_path / "l/blobs/sha256" / name).read_text())
-    manifest["config"]["mediaType"] = "application/vnd.example.config+json"
-    other = layout.blob(json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")
-    layout.manifests = [other]
+    kind = {"mediaType": "application/vnd.example.config+json"}
+    layout.change_manifest(lambda manifest: manifest["config"].update(kind))
     path = nested(layout.layer(FILES).image())
     built = build_image(path, tmp_path / "image", platform="linux/amd64")
     assert built.source_digest == digest(make_tar(FILES))
@@ -483,10 +475,7 @@ def test_a_document_of_two_kinds_is_refused(
 ) -> None:
     """One reader would take it for an image, another for a list of others."""
     layout = Layout(tmp_path / "l").layer(FILES).image()
-    name = str(layout.manifests[0]["digest"]).removeprefix("sha256:")
-    manifest = json.loads((tmp_path / "l/blobs/sha256" / name).read_text())
-    kind = str(layout.manifests[0]["mediaType"])
-    layout.manifests = [layout.blob(json.dumps({**manifest, **more}).encode(), kind)]
+    layout.change_manifest(lambda manifest: manifest.update(more))
     refused(layout.finish(), "invalid", told)
 
 
@@ -500,10 +489,7 @@ def test_an_index_that_is_an_image_as_well_is_refused(tmp_path: Path, key: str) 
 
 def test_a_key_in_other_letters_is_refused(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "l").layer(FILES).image()
-    name = str(layout.manifests[0]["digest"]).removeprefix("sha256:")
-    manifest = json.loads((tmp_path / "l/blobs/sha256" / name).read_text())
-    kind = str(layout.manifests[0]["mediaType"])
-    layout.manifests = [layout.blob(json.dumps({**manifest, "LAYERS": []}).encode(), kind)]
+    layout.change_manifest(lambda manifest: manifest.update(LAYERS=[]))
     refused(layout.finish(), "invalid", "'LAYERS'")
 
 
