@@ -33,7 +33,9 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8}):
         figure = Figure(figsize=(9, 0.9 + 0.19 * len(shown)), layout="constrained")
         axes = figure.add_subplot()
-        bars = axes.barh(names, [ratio - 1 for ratio in ratios], left=1, color=colours, height=0.7)
+        places = range(len(shown))
+        widths = [ratio - 1 for ratio in ratios]
+        bars = axes.barh(places, widths, left=1, color=colours, height=0.7, tick_label=names)
         axes.bar_label(bars, [f"{ratio:.2g}" for ratio in ratios], padding=2, fontsize=7)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -52,8 +54,22 @@ def _legend(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """Return the rows as a table of Markdown."""
+    """Return the rows as a table of Markdown, without those whose name says no more than what the
+    next row is compared with."""
     columns = ("bed", "name", "unit", "best", "median", "n", "best_ratio", "ratio", "versus")
+    floors = {f"{row['name']}, {row['versus']}" for row in rows}
     lines = [tuple(column.replace("_", " ") for column in columns), ("---",) * len(columns)]
-    lines += [tuple(cell_of(row[column]) for column in columns) for row in rows]
+    lines += [
+        tuple(_rounded(row[column]) for column in columns)
+        for row in rows
+        if row["name"] not in floors
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _rounded(value: object) -> str:
+    """Return a field with three digits at most; nothing for the least of differences, a number
+    below 0, which says what else the machine did."""
+    if not isinstance(value, float):
+        return cell_of(value)
+    return "" if value < 0 else cell_of(float(f"{value:.3g}"))
