@@ -6,7 +6,7 @@ has none is denied.
 
 from collections.abc import Mapping
 
-__all__ = ("CONSOLE_COMMANDS", "LISTED_RULES", "METHOD_RULES")
+__all__ = ("ALWAYS_RULES", "CONSOLE_COMMANDS", "LISTED_RULES", "METHOD_RULES")
 
 _ROWS = {
     # answered under every policy; `policy.set` and `policy.narrow` decide for themselves
@@ -43,6 +43,8 @@ METHOD_RULES: Mapping[str, str] = {
 }
 #: What a policy must list in ``expose.methods`` to allow it, besides what its rule asks.
 LISTED_RULES = frozenset(("mount", "unmount", "listed", "dm", "devices", "place"))
+#: What is answered even where what is mounted is not what the policy allows.
+ALWAYS_RULES = frozenset(("always", "shutdown", "observed"))
 
 _COMMANDS = (
     "cat checksum cmdline devices df dmesg env events fds find help hexdump holders layers log ls "

@@ -43,7 +43,13 @@ POLICY: dict[str, Any] = {
     "devices": {"kinds": ["pmem", "virtio-blk"]},
     "exact": [{"method": "share.mount", "params": {"share_id": "conf", "tag": "conf"}}],
     "expose": {
-        "methods": ["layer.mount", "layers.mount", "overlay.mount", "layer.unmount", "layer.list"],
+        "methods": [
+            *("layer.mount", "layers.mount", "overlay.mount", "layer.unmount", "layer.list"),
+            *("fs.read_file", "fs.checksum_device", "dm.list", "dm.table"),
+        ],
         "events": {"kinds": ["layer_mounted"], "fields": ["layer_id"]},
+        "inspect": {"layers": ["app"]},
+        "dm": "names",
+        "console": ["help"],
     },
 }
