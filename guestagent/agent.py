@@ -20,6 +20,7 @@ from guestagent.engine.statedirectory import StateDirectory
 from guestagent.listeners import HeldSockets, Listeners
 from guestagent.observe.crashes import CrashReports
 from guestagent.observe.observers import Observers
+from guestagent.policy.binding.keeper import PolicyKeeper
 from guestagent.service.dispatch import QUICK_METHODS, URGENT_METHODS, Service
 from guestagent.storage.syscalls import bound_malloc
 from vsock.address import Address, parse_address
@@ -59,12 +60,13 @@ def run(
     restarts: int = 0,
     on_ready: Callable[[], None] | None = None,
     sockets: HeldSockets | None = None,
+    policy: PolicyKeeper | None = None,
 ) -> int:
     """Serve until shutdown or SIGTERM; return the exit status, which says how to go on.
 
-    ``on_ready`` is called once, when peers that connect are served. ``sockets`` are those that
-    PID 1 holds. An agent that does not return leaves a report: it writes one itself if it can, or
-    else the next agent in the same state directory does.
+    ``on_ready`` is called once, when peers that connect are served. ``sockets`` and ``policy`` are
+    those that PID 1 holds. An agent that does not return leaves a report: it writes one itself if
+    it can, or else the next agent in the same state directory does.
 
     Raises:
         OSError: a plain process can listen on no address at all, and has none to dial.
@@ -76,8 +78,18 @@ def run(
     except CallError as error:
         log.error("cannot start", error=str(error), hint=error.hint or "")
         return EXIT_FAILED
+    try:
+        if policy is None:
+            policy = PolicyKeeper(config.policy, is_held=False)
+        else:
+            policy.restore()
+    except CallError as error:
+        log.error("cannot start", error=str(error))
+        return EXIT_FAILED
     with directory, CrashReports(path, restarts=restarts, left=left) as crashes:
-        return _live(config, directory, crashes, problems, boot, restarts, on_ready, sockets)
+        return _live(
+            config, directory, crashes, problems, boot, restarts, on_ready, sockets, policy
+        )
 
 
 def _left_behind(directory: str) -> dict[str, tuple[str, ...]]:
@@ -103,6 +115,7 @@ def _live(
     restarts: int,
     on_ready: Callable[[], None] | None,
     sockets: HeldSockets | None,
+    policy: PolicyKeeper,
 ) -> int:
     begin = time.perf_counter()
     bound_malloc()
@@ -113,6 +126,7 @@ def _live(
             require_verity=config.require_verity,
         ),
         faults=Faults.parse(config.fault),
+        gate=policy.gate,
     )
     observers = Observers(crashes)
     try:
@@ -139,6 +153,7 @@ def _live(
             deadline_seconds=config.deadline_seconds,
             on_shutdown=ending.end,
             observers=observers,
+            policy=policy,
         )
         service.adopt(engine.state.journal.left)
         server = Server(
@@ -220,7 +235,7 @@ def _start_console(
     from guestagent.inspect.guestroot import GuestRoot
 
     root = GuestRoot(engine.operation)
-    guest = Guest(service, root, DebugView(engine), shell=config.console_shell)
+    guest = Guest(service, root, DebugView(engine), engine.state.gate, shell=config.console_shell)
     console = Console(guest, config.console, listen_on)
     observers.add_problems(console.problems)
     console.start()

@@ -52,6 +52,7 @@ class Config(Record):
     max_deadline_seconds: int = 600
     vsock_peers: tuple[int, ...] = (2,)  # VMADDR_CID_HOST
     modules: tuple[str, ...] = ()
+    policy: str | None = None
     fault: str = ""
     rcu_expedited: bool = True
     layers: tuple[str, ...] = ()
@@ -67,7 +68,8 @@ class Key(Record):
     """One setting: ``read`` turns its text into the value of ``field`` or raises ValueError.
 
     A setting that may ``repeat`` gathers its values in the order they come. Of any other the first
-    counts, and a second one that says something else is a problem.
+    counts, and a second one that says something else is a problem; one that is to come ``once``
+    may not come again at all.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Key(Record):
     summary: str
     guards_security: bool = False
     repeat: bool = False
+    once: bool = False
 
 
 class Problem(Record):
@@ -165,6 +168,16 @@ def _cids(text: str) -> tuple[int, ...]:
 
 def _directories(text: str) -> tuple[str, ...]:
     return tuple(_directory(word) for word in text.split(","))
+
+
+def _policy(text: str) -> str:
+    if text in ("none", "required", "tsm"):
+        return text
+    path, comma, digest = text.partition(",sha256=")
+    if not comma or len(digest) != 64 or not frozenset("0123456789abcdef").issuperset(digest):
+        raise ValueError(f"expected none, required, tsm or PATH,sha256=HEX, got {text!r}")
+    _directory(path)
+    return text
 
 
 def _seconds(text: str) -> int:
@@ -386,6 +399,15 @@ KEYS: tuple[Key, ...] = (
         guards_security=True,
     ),
     Key(
+        name="policy",
+        field="policy",
+        read=_policy,
+        summary="what the host may ask for: PATH,sha256=HEX, a file of the boot image; required: "
+        "nothing before policy.set; tsm: the same, with the digest that the TEE tells; none",
+        guards_security=True,
+        once=True,
+    ),
+    Key(
         name="fault",
         field="fault",
         read=_faults,
@@ -443,6 +465,8 @@ def read_settings(
             if key.field == "fault" and not faults:
                 raise ValueError("this boot image was not made for tests")
             value = key.read(text)
+            if key.once and key.field in values:
+                raise ValueError("given twice")
             if not key.repeat and values.get(key.field, value) != value:
                 raise ValueError("given twice, and not the same")
             values[key.field] = (*values.get(key.field, ()), value) if key.repeat else value

@@ -14,6 +14,7 @@ from guestagent.api import (
     net,
     observe,
     overlays,
+    policy,
     share,
     thin,
 )
@@ -92,6 +93,7 @@ _MORE_CHOICES: tuple[tuple[str, Iterable[str]], ...] = (
     ("`algorithm` of Verity; `sha1` with `allow_sha1` only", devices.DIGEST_BYTES),
     ("`kind` of a device", [str(cls._fields["kind"][1]) for cls in devices.Device.__args__]),
     ("`kind` of a scratch", [str(cls._fields["kind"][1]) for cls in overlays.Scratch.__args__]),
+    ("`state` of PolicyReply", policy.POLICY_STATES),
     ("`kind` of StatReply, DirectoryEntry, FoundEntry, Checksum and FsFind", inspect.ENTRY_TYPES),
 )
 

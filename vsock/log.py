@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from vsock.record import Record
 from vsock.threads import start_thread
@@ -71,6 +71,7 @@ class Log:
         self._ring_bytes = 0
         self._sinks: list[tuple[Sink, int | None, bool]] = []
         self._writer = _Writer(self)
+        self._outward: Callable[[Line], Line | None] | None = None
         self._number = 0
         self._threshold = LEVELS.index(level)
         #: Lines of each level so far, kept or not.
@@ -101,7 +102,7 @@ class Log:
         with self._lock:
             self._sinks.append(entry)
             kept = tuple(self._ring) if replay else ()
-        for line in kept:
+        for line in self.shown(kept):
             if LEVELS.index(line.level) >= self._threshold_of(entry):
                 sink(line)
 
@@ -111,6 +112,22 @@ class Log:
                     self._sinks.remove(entry)
 
         return stop
+
+    def restrict(self, outward: Callable[[Line], Line | None]) -> None:
+        """Have sinks get what ``outward`` makes of a line, or nothing where that is None. The ring
+        keeps all of it: what is read from there is to be given out by ``shown`` alone."""
+        self._outward = outward
+
+    def shown(self, lines: Iterable[Line]) -> Iterator[Line]:
+        """Yield lines of the ring as they may be given out."""
+        outward = self._outward
+        if outward is None:
+            yield from lines
+            return
+        for line in lines:
+            shown = outward(line)
+            if shown is not None:
+                yield shown
 
     def in_background(self) -> "_Writer":
         """Return a context in which slow sinks are written to by a thread of their own.
@@ -193,6 +210,11 @@ class Log:
             )
             self._keep(line)
             entries = [entry for entry in self._sinks if level >= self._threshold_of(entry)]
+        if self._outward is not None and entries:
+            shown = self._outward(line)
+            if shown is None:
+                return
+            line = shown
         for sink, _, is_slow in entries:
             if not (is_slow and self._writer.put(sink, line)):
                 sink(line)

@@ -10,7 +10,7 @@ from vsock.record import Record
 __all__ = ("Methods",)
 
 #: Word before the dot of late methods.
-_LATE = ("dev", "net", "pool", "share", "volume")
+_LATE = ("dev", "net", "policy", "pool", "share", "volume")
 
 
 class Methods(Mapping[str, type[Request[Record]]]):
@@ -56,6 +56,10 @@ def _module_of(part: str) -> ModuleType:
         from guestagent.api import net
 
         return net
+    if part == "policy":
+        from guestagent.api import policy
+
+        return policy
     if part == "share":
         from guestagent.api import share
 

@@ -16,6 +16,7 @@ import sys
 from guestagent.boot.root import mount_root
 from guestagent.boot.switch import rename_root
 from guestagent.config import Config, machine_settings
+from guestagent.policy.binding.keeper import PolicyKeeper
 from guestagent.storage import syscalls
 from vsock.errors import CallError
 from vsock.log import fd_sink, log
@@ -62,7 +63,8 @@ def mount_at(target: str, config: Config) -> None:
         raise _contradiction("agent=stay: here the system starts its agent, which adopts the root")
     if config.net:
         raise _contradiction("net=: here the system sets up its network")
-    plan = mount_root(config, {})
+    policy = PolicyKeeper(config.policy, is_held=False)
+    plan = mount_root(config, {}, policy.gate)
     if plan is None:
         raise _contradiction("no guestagent.layer= and no guestagent.manifest= names a root")
     # a mount that lies below a shared one cannot be moved (systemd shares all)

@@ -23,6 +23,8 @@ from guestagent.config import Config, Problem, machine_settings
 from guestagent.listeners import HeldSockets
 from guestagent.observe.crashes import note_death
 from guestagent.observe.sinks import open_sinks
+from guestagent.policy.binding.keeper import PolicyKeeper
+from guestagent.policy.gate import Gate
 from guestagent.storage import syscalls
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -72,10 +74,15 @@ def _boot_and_supervise(loading: Loading | OSError) -> str:
     if any(problem.fatal for problem in problems):
         log.error("a setting that guards security is wrong: powering off")
         return "poweroff"
+    try:
+        policy = PolicyKeeper(config.policy, is_held=True)
+    except (CallError, OSError) as error:
+        log.error("there is no policy to go by: powering off", error=str(error))
+        return "poweroff"
     boot: dict[str, object] = {"pid1": True, **steps}
     boot["init_uptime_ms"] = _uptime_ms()
     try:
-        plan = mount_root(config, boot)
+        plan = mount_root(config, boot, policy.gate)
     except (CallError, OSError) as error:
         log.error("the root cannot be mounted", error=str(error), then=config.on_failure)
         if config.on_failure != "serve":
@@ -83,19 +90,23 @@ def _boot_and_supervise(loading: Loading | OSError) -> str:
         text = f"the root cannot be mounted: {error}"
         problems += (Problem(key="guestagent.layer", text=text, fatal=False),)
         plan = None
-    problems += _set_up_network(config, "/" if plan is None else plan.root_target, boot)
+    problems += _set_up_network(
+        config, "/" if plan is None else plan.root_target, boot, policy.gate
+    )
     if plan is not None:
-        _become_init(plan, config, problems, boot)
+        _become_init(plan, config, problems, boot, policy)
     sockets = HeldSockets((*config.listen, *config.console))
 
     def on_death(pid: int, status: int) -> None:
         note_death(config.state_directory, pid, status)
         sockets.open_missing()
 
-    return supervise(_agent_of(config, problems, boot, sockets), on_death)
+    return supervise(_agent_of(config, problems, boot, sockets, policy), on_death)
 
 
-def _set_up_network(config: Config, root: str, boot: dict[str, object]) -> tuple[Problem, ...]:
+def _set_up_network(
+    config: Config, root: str, boot: dict[str, object], gate: Gate
+) -> tuple[Problem, ...]:
     """Do what ``guestagent.net=`` says, with the files in the root that is to be. The boot goes on
     where that fails: the host can still reach the agent, whose status tells of it."""
     if not config.net:
@@ -108,7 +119,12 @@ def _set_up_network(config: Config, root: str, boot: dict[str, object]) -> tuple
         with Deadline(config.deadline_seconds) as deadline:
             request = network_from_texts(config.net)
             configure_network(
-                request, config.state_directory, deadline, faults=config.fault, root=root
+                request,
+                config.state_directory,
+                deadline,
+                gate.request(request.method, request),
+                faults=config.fault,
+                root=root,
             )
     except (CallError, ValueError) as error:
         log.error("the network cannot be set up", error=str(error))
@@ -120,7 +136,11 @@ def _set_up_network(config: Config, root: str, boot: dict[str, object]) -> tuple
 
 
 def _become_init(
-    plan: BootPlan, config: Config, problems: tuple[Problem, ...], boot: dict[str, object]
+    plan: BootPlan,
+    config: Config,
+    problems: tuple[Problem, ...],
+    boot: dict[str, object],
+    policy: PolicyKeeper,
 ) -> None:
     """Switch to the root that is mounted and execute its init, with the agent beside it if asked.
 
@@ -129,7 +149,7 @@ def _become_init(
     enter_root(plan, config, boot)
     if config.agent == "stay":
         sockets = HeldSockets((*config.listen, *config.console))
-        start(_agent_of(config, problems, {**boot, "pid1": False}, sockets), 0)
+        start(_agent_of(config, problems, {**boot, "pid1": False}, sockets, policy), 0)
     # what the kernel did not understand of its command line is for the init: a run level
     exec_init(config.init, tuple(sys.argv[1:]))
 
@@ -139,6 +159,7 @@ def _agent_of(
     problems: tuple[Problem, ...],
     boot: dict[str, object],
     sockets: HeldSockets,
+    policy: PolicyKeeper,
 ) -> RunAgent:
     def run_agent(restarts: int, on_ready: Callable[[], None]) -> int:
         return agent.run(
@@ -148,6 +169,7 @@ def _agent_of(
             restarts=restarts,
             on_ready=on_ready,
             sockets=sockets,
+            policy=policy,
         )
 
     return run_agent

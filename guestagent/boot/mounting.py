@@ -10,6 +10,7 @@ from guestagent.engine.faults import Faults
 from guestagent.engine.plan import source_of
 from guestagent.engine.reader import Reader
 from guestagent.engine.state import Rules
+from guestagent.policy.gate import Gate
 from guestagent.storage import blockdev
 from guestagent.storage.filesystems import claimed_size_bytes, layer_type
 from guestagent.storage.verity import (
@@ -25,8 +26,10 @@ from vsock.log import log
 __all__ = ("mount_plan",)
 
 
-def mount_plan(plan: BootPlan, config: Config) -> None:
+def mount_plan(plan: BootPlan, config: Config, gate: Gate | None = None) -> None:
     """Mount the plan and leave it mounted, journal and all, for an agent to adopt.
+
+    ``gate`` judges it, as it judges requests.
 
     Raises:
         CallError: anything that is missing, unverified or contradictory; nothing stays mounted.
@@ -39,6 +42,7 @@ def mount_plan(plan: BootPlan, config: Config) -> None:
             require_verity=config.require_verity,
         ),
         faults=Faults.parse(config.fault),
+        gate=gate,
     )
     try:
         engine.start()

@@ -10,6 +10,7 @@ from guestagent.boot.mounting import mount_plan
 from guestagent.boot.plan import BootPlan, plan_boot
 from guestagent.boot.switch import check_root, keep_modules, move_out, rename_root, switch_root
 from guestagent.config import Config
+from guestagent.policy.gate import Gate
 from guestagent.storage.filesystems import has_flattened_erofs
 from vsock.errors import CallError
 from vsock.log import log
@@ -21,7 +22,7 @@ _NEW_ROOT = "/newroot"
 _UNDO_SECONDS = 15.0
 
 
-def mount_root(config: Config, boot: dict[str, object]) -> BootPlan | None:
+def mount_root(config: Config, boot: dict[str, object], gate: Gate) -> BootPlan | None:
     """Mount what the settings name; return what to switch to, or None to stay in the boot image.
 
     ``boot`` gets ``root_ms``.
@@ -38,7 +39,7 @@ def mount_root(config: Config, boot: dict[str, object]) -> BootPlan | None:
     if plan is None:
         return None
     begin = time.perf_counter()
-    _in_a_child(lambda: mount_plan(plan, config), "mounting", config.deadline_seconds)
+    _in_a_child(lambda: mount_plan(plan, config, gate), "mounting", config.deadline_seconds)
     boot["root_ms"] = round((time.perf_counter() - begin) * 1000, 3)
     if config.init == "/":
         return None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from guestagent.console.channel import Channel
 from guestagent.console.screen import Screen
+from guestagent.policy.gate import Gate
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 
@@ -70,8 +71,11 @@ class Guest:
     a place, whichever they name, for the guest's own file tree.
     """
 
-    def __init__(self, service: "Answers", root: "Answers", debug: "Debug", *, shell: bool) -> None:
-        """``shell`` is the permission for a shell."""
+    def __init__(
+        self, service: "Answers", root: "Answers", debug: "Debug", gate: Gate, *, shell: bool
+    ) -> None:
+        """``shell`` is the permission for a shell; ``gate`` judges each command."""
+        self.gate = gate
         self.service = service
         self.root = root
         self.debug = debug

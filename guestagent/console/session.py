@@ -154,6 +154,7 @@ class Session:
                 found = [f"--{name}" if len(name) > 1 else f"-{name}" for name in names]
             elif command.complete is not None:
                 try:
+                    self._guest.gate.console(command.name)
                     with self.channel.life.part(_COMPLETION_SECONDS) as deadline:
                         found = command.complete(Access(self._guest, deadline), partial.word)
                 except (CallError, OSError, Usage):
@@ -274,6 +275,7 @@ class Session:
         screen = Screen(self.channel, deadline, next_key=self._key if paged and terminal else None)
         self._signal = None
         try:
+            self._guest.gate.console(command.name)
             plain, options = command.parse(arguments)
             run = Run(
                 self._guest,

@@ -40,6 +40,7 @@ from guestagent.engine.teardown import (
     unmount_target,
 )
 from guestagent.engine.transaction import Transaction
+from guestagent.policy.decision import Allowed
 from guestagent.storage import syscalls
 from guestagent.storage.holders import find_holders
 from guestagent.storage.mount import TargetDirectory, mount_filesystem
@@ -79,6 +80,7 @@ class DevTrees:
         """
         tree_id = spec.tree_id
         with self._state.locks.hold([(PART, tree_id)], op.deadline):
+            permit = self._state.gate.request(spec.method, spec)
             live = self._trees.get(tree_id)
             if live is not None:
                 refuse_other_spec("tree", tree_id, spec, live.spec)
@@ -86,10 +88,10 @@ class DevTrees:
             if len(self._trees) >= _MAX_TREES:
                 raise CallError("resource", f"there are {_MAX_TREES} trees", object=tree_id)
             with op:
-                live = self._mount(spec, op)
+                live = self._mount(spec, op, permit)
                 if spec.preserve:
                     paths = tuple(f"/dev/{name}" for name in spec.preserve)
-                    live, _ = self._fill(live, api.DevClosure(paths=paths), op)
+                    live, _ = self._fill(live, api.DevClosure(paths=paths), op, permit)
                 live = live.replace(pending=(), whole=True)
                 with op.step("read back", spec.mount_point):
                     report = self._report(live, with_nodes=True)
@@ -105,9 +107,10 @@ class DevTrees:
                 ``plan_paths``. Nothing is left behind.
         """
         with self._state.locks.hold([(PART, request.tree_id)], op.deadline):
+            permit = self._state.gate.request(request.method, request)
             live = self._get(request.tree_id)
             with op:
-                after, paths = self._fill(live, request.closure, op)
+                after, paths = self._fill(live, request.closure, op, permit)
                 self._commit(after, op)
         return api.DevPathsReply(paths=paths, timings_ms=op.timings_ms)
 
@@ -182,6 +185,7 @@ class DevTrees:
         tree_id, target = request.tree_id, request.target
         where = api.DevAttachment(target=target, pid=request.pid, namespace=request.namespace)
         with self._state.locks.hold([(PART, tree_id)], op.deadline):
+            self._state.gate.request(request.method, request)
             live = self._get(tree_id)
             others = (each for each in self._attached(live) if each != where)
             after = live.replace(attached=(*others, where))
@@ -230,7 +234,7 @@ class DevTrees:
 
     # --- the steps
 
-    def _mount(self, spec: api.DevCreate, op: Transaction) -> LiveTree:
+    def _mount(self, spec: api.DevCreate, op: Transaction, _permit: Allowed) -> LiveTree:
         state, tree_id, root = self._state, spec.tree_id, spec.mount_point
         owner, roots = (PART, tree_id), state.rules.scratch_roots
         allowed, created = claim_target(state, owner, root, roots, op, "root")
@@ -266,7 +270,7 @@ class DevTrees:
         return live
 
     def _fill(
-        self, live: LiveTree, request: api.DevClosure, op: Transaction
+        self, live: LiveTree, request: api.DevClosure, op: Transaction, permit: Allowed
     ) -> tuple[LiveTree, tuple[api.DevPath, ...]]:
         """Make what paths need; return the tree with it, not written yet, and what became of each
         path."""
@@ -286,7 +290,7 @@ class DevTrees:
             self._begin(live, live.replace(pending=fresh), op)
         nodes, needs, paths = dict(live.nodes), dict(live.needs), []
         for plan in plans:
-            made = self._make(live, plan, nodes, request.missing, op)
+            made = self._make(live, plan, nodes, request.missing, op, permit)
             if made is None or not plan.nodes:
                 paths.append(api.DevPath(path=plan.path, state="skipped", nodes=()))
                 continue
@@ -307,6 +311,7 @@ class DevTrees:
         nodes: Mapping[str, Node],
         missing: str,
         op: Transaction,
+        _permit: Allowed,
     ) -> dict[str, Node] | None:
         """Make what a path needs beyond ``nodes`` and return it; None where something of it has
         vanished meanwhile and may be ``missing``."""

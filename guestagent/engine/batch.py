@@ -60,7 +60,8 @@ class Batches:
         keys = {("layer", spec.layer_id) for spec in request.layers}
         if request.overlay is not None:
             keys.update(self._overlays.keys(request.overlay))
-        with self._state.locks.hold(keys, op.deadline):
+        with self._state.hold(keys, op):
+            self._state.gate.batch(request)
             # the name is never used again, so that what was begun is not another batch's
             begun = f"batch-{time.monotonic_ns()}-{request.layers[0].layer_id}"
             missing = [spec for spec in request.layers if not self._layers.is_mounted(spec)]
@@ -214,7 +215,7 @@ class Batches:
         if request.overlay is not None:
             keys.add(("overlay", request.overlay))
         inventory = self._state.inventory
-        with self._state.locks.hold(keys, op.deadline):
+        with self._state.hold(keys, op):
             overlay = inventory.overlay(request.overlay) if request.overlay else None
             found = (inventory.layer(layer_id) for layer_id in dict.fromkeys(request.layers))
             layers = [live for live in found if live is not None]

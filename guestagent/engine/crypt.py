@@ -13,6 +13,7 @@ from guestagent.engine.plan import dm_uuid
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import undo_deadline
 from guestagent.engine.transaction import Transaction
+from guestagent.policy.decision import Allowed
 from guestagent.storage import syscalls
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import DeviceInfo
@@ -31,7 +32,14 @@ _LACKING = (errno.ENODEV, errno.ENOSYS, errno.ENOENT)
 
 
 def crypt_device(
-    state: EngineState, *, dev: str, name: str, size_bytes: int, discards: bool, op: Transaction
+    state: EngineState,
+    *,
+    dev: str,
+    name: str,
+    size_bytes: int,
+    discards: bool,
+    op: Transaction,
+    permit: Allowed,
 ) -> DeviceInfo:
     """Create a writable device ``dm-crypt-NAME`` that keeps ``size_bytes`` of a device encrypted.
 
@@ -58,7 +66,9 @@ def crypt_device(
     )
     with op.step("crypt", dm_name):
         try:
-            info = _create(state, dm_name, dm_uuid("crypt", dev, state.uuid_prefix), table, op)
+            info = _create(
+                state, dm_name, dm_uuid("crypt", dev, state.uuid_prefix), table, op, permit
+            )
         except OSError as error:
             has_target = "crypt" in state.control.list_versions()
             if error.errno not in _LACKING and (has_target or error.errno != errno.EINVAL):
@@ -80,7 +90,7 @@ def crypt_device(
 
 
 def _create(
-    state: EngineState, name: str, uuid: str, table: CryptTable, op: Transaction
+    state: EngineState, name: str, uuid: str, table: CryptTable, op: Transaction, _permit: Allowed
 ) -> DeviceInfo:
     key = bytearray(table.key_bytes)
     try:

@@ -18,11 +18,16 @@ from guestagent.engine.recovery import Recovered, recover
 from guestagent.engine.state import EngineState, Rules
 from guestagent.engine.statedirectory import StateDirectory
 from guestagent.engine.transaction import StepListener, Transaction
+from guestagent.policy.gate import Gate
 from vsock.deadline import Deadline
 from vsock.errors import CallError
 from vsock.log import log
 
 __all__ = ("Engine", "TakeDowns")
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guestagent.policy import rules as policy_rules
 
 TakeDowns = Callable[[], Iterable[Callable[[Transaction], object]]]
 
@@ -36,6 +41,7 @@ class Engine:
         state_directory: str | StateDirectory,
         rules: Rules | None = None,
         faults: Faults | None = None,
+        gate: Gate | None = None,
     ) -> None:
         """Open the engine upon a state directory, which no other agent may have.
 
@@ -43,7 +49,10 @@ class Engine:
             CallError: ``conflict``, another agent has it.
         """
         self.state = EngineState(
-            state_directory=state_directory, rules=rules or Rules(), faults=faults or Faults()
+            state_directory=state_directory,
+            rules=rules or Rules(),
+            faults=faults or Faults(),
+            gate=gate,
         )
         self.layers = Layers(self.state)
         self.overlays = Overlays(self.state)
@@ -68,12 +77,51 @@ class Engine:
     def start(self) -> Recovered:
         """Adopt what an earlier agent left, then watch the kernel's events."""
         recovered = recover(self.state)
+        self.judge_mounted()
         self._monitor.note_lost_devices()
         self._monitor.start()
         detail = f"adopted {len(recovered.layers)} layers, {len(recovered.overlays)} overlays"
         self.state.events.publish("agent_started", detail=detail)
         log.info("engine ready", adopted=len(recovered.layers), undone=len(recovered.undone))
         return recovered
+
+    def judge_mounted(self) -> str | None:
+        """Have the policy judge what was adopted; return the rule that denies some of it.
+
+        After that nothing is allowed but the end of the agent."""
+        gate = self.state.gate
+        rule = None if gate.is_open else self._denied_of(gate)
+        if rule is not None:
+            gate.note_inconsistent(f"adopted: {rule}")
+        return rule
+
+    def find_denied(self, rules: "policy_rules.Rules") -> str | None:
+        """Return the rule of a policy that denies something of what is mounted, or None. What is
+        not a layer or an overlay it cannot judge, and denies."""
+        parts = (*self.parts, *self.lower_parts)
+        if any(True for take_downs in parts for _ in take_downs()):
+            return "exact"
+        return self.find_denied_layer(rules)
+
+    def find_denied_layer(self, rules: "policy_rules.Rules") -> str | None:
+        """Return the rule of a policy that denies a mounted layer or overlay, or None."""
+        trial = Gate()
+        trial.look = self.state.gate.look
+        trial.put_in_force([rules])
+        return self._denied_of(trial)
+
+    def _denied_of(self, gate: Gate) -> str | None:
+        inventory = self.state.inventory
+        try:
+            for layer in inventory.layers():
+                verity = layer.plan.verity
+                parameters = None if verity is None else verity.parameters
+                gate.layer(layer.spec, parameters, layer.source.size_bytes)
+            for overlay in inventory.overlays():
+                gate.overlay(overlay.spec)
+        except CallError as error:
+            return error.object
+        return None
 
     def close(self) -> None:
         """Idempotent."""
@@ -106,6 +154,7 @@ class Engine:
         )
 
     def _note_left(self, failure: str) -> None:
+        self.state.gate.note_inconsistent("a failed request has left something behind")
         self.state.inventory.note_problem(failure, f"left behind by a failed request: {failure}")
 
     def features(self) -> tuple[str, ...]:

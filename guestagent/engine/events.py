@@ -10,6 +10,7 @@ import msgpack
 
 from guestagent.api import Event
 from guestagent.engine.journal import Journal
+from guestagent.policy.gate import Gate
 from vsock.rpc import encode_notification
 
 __all__ = ("EventLog", "Subscribers")
@@ -117,7 +118,8 @@ class Subscribers:
     A connection whose queue is full misses events; the next event that it gets says how many.
     """
 
-    def __init__(self, events: EventLog) -> None:
+    def __init__(self, events: EventLog, gate: Gate) -> None:
+        self._gate = gate
         self._events = events
         self._starting = threading.Lock()
         self._is_listening = False
@@ -149,6 +151,10 @@ class Subscribers:
             followers = tuple(self._followers.values())
         if not followers:
             return
+        shown = self._gate.shown_event(event)
+        if shown is None:
+            return
+        event = shown
         data = encode_notification("agent.event", event)
         for follower in followers:
             told = data

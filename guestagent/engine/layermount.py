@@ -35,6 +35,7 @@ from guestagent.engine.teardown import (
 )
 from guestagent.engine.transaction import Transaction
 from guestagent.engine.verity import open_proved, read_parameters
+from guestagent.policy.decision import Allowed
 from guestagent.storage import syscalls
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import devices
@@ -132,10 +133,13 @@ class LayerMount:
 
     def make(self, planned: LiveLayer, op: Transaction) -> LiveLayer:
         """Make the devices and the mount; return the layer as it became."""
-        dev, node = self._make_devices(planned, op)
+        verity, size_bytes = planned.plan.verity, planned.source.size_bytes
+        parameters = None if verity is None else verity.parameters
+        permit = self._state.gate.layer(planned.spec, parameters, size_bytes)
+        dev, node = self._make_devices(planned, op, permit)
         # open until it is mounted, so that what was read and verified stays cached
         with self._open(planned, node, op) as reader:
-            plan = self._mount(planned, reader, op)
+            plan = self._mount(planned, reader, op, permit)
             _, mount_id = syscalls.mount_of(planned.spec.mount_point)
         self._defer_removal(plan, op)
         return planned.replace(dev=dev, mount_id=mount_id, plan=plan)
@@ -194,7 +198,7 @@ class LayerMount:
             )
         return version
 
-    def _make_devices(self, live: LiveLayer, op: Transaction) -> tuple[str, str]:
+    def _make_devices(self, live: LiveLayer, op: Transaction, _permit: Allowed) -> tuple[str, str]:
         """Create the linear and the verity device as planned; return what to mount, as MAJOR:MINOR
         and as node."""
         plan = live.plan
@@ -296,7 +300,9 @@ class LayerMount:
 
         op.on_rollback(f"dm device {name}", undo)
 
-    def _mount(self, planned: LiveLayer, reader: Reader, op: Transaction) -> LayerPlan:
+    def _mount(
+        self, planned: LiveLayer, reader: Reader, op: Transaction, _permit: Allowed
+    ) -> LayerPlan:
         spec, node = planned.spec, reader.node
         root = check_target(spec.mount_point, self._state.rules.target_roots)
         with op.step("target", spec.mount_point, code="mount"):

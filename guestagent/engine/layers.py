@@ -53,7 +53,8 @@ class Layers:
         Raises:
             CallError: any code of the contract; nothing is left behind.
         """
-        with self._state.locks.hold([("layer", spec.layer_id)], op.deadline):
+        with self._state.hold([("layer", spec.layer_id)], op):
+            self._state.gate.layer(spec, spec.verity)
             if self.is_mounted(spec):
                 return self.get(spec.layer_id, already=True)
             try:
@@ -137,7 +138,7 @@ class Layers:
         Raises:
             CallError: ``busy``, naming the holders; the layer stays as it was.
         """
-        with self._state.locks.hold([("layer", layer_id)], op.deadline):
+        with self._state.hold([("layer", layer_id)], op):
             live = self._state.inventory.layer(layer_id)
             if live is None:
                 return nothing_to_unmount(op)

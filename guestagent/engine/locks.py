@@ -15,6 +15,8 @@ from vsock.deadline import Deadline
 __all__ = ("KeyLocks",)
 
 Key = tuple[str, str]
+#: Stands for every key.
+_ALL: Key = ("", "")
 
 
 class _Waiter:
@@ -46,6 +48,18 @@ class KeyLocks:
                 self._held -= wanted
                 self._grant()
 
+    @contextmanager
+    def hold_all(self, deadline: Deadline, step: str = "lock") -> Iterator[None]:
+        """Hold every key there could be: nothing else is held for the length of the block.
+
+        Whoever holds keys may need more of them to end, so this waits behind all others.
+
+        Raises:
+            CallError: ``timeout`` or ``cancelled``; nothing is held then.
+        """
+        with self.hold((_ALL,), deadline, step):
+            yield
+
     def is_held(self, key: Key) -> bool:
         """Return whether a request holds the key now."""
         with self._lock:
@@ -53,7 +67,7 @@ class KeyLocks:
 
     def _acquire(self, wanted: frozenset[Key], deadline: Deadline, step: str) -> None:
         with self._lock:
-            if not (self._held & wanted) and not any(w.keys & wanted for w in self._waiting):
+            if not self._are_held(wanted) and not any(w.keys & wanted for w in self._waiting):
                 self._held |= wanted
                 return
             waiter = _Waiter(wanted)
@@ -65,6 +79,11 @@ class KeyLocks:
             raise
         finally:
             os.close(waiter.wake_fd)
+
+    def _are_held(self, wanted: frozenset[Key]) -> bool:
+        if _ALL in wanted:
+            return bool(self._held)
+        return _ALL in self._held or bool(self._held & wanted)
 
     def _abandon(self, waiter: _Waiter) -> None:
         """Leave the queue; give back what was granted in the same moment."""
@@ -79,7 +98,7 @@ class KeyLocks:
         """Grant every waiter whose keys are free; the caller holds the lock."""
         blocked: set[Key] = set()
         for waiter in list(self._waiting):
-            if waiter.keys & self._held or waiter.keys & blocked:
+            if self._are_held(waiter.keys) or waiter.keys & blocked:
                 blocked |= waiter.keys
                 continue
             self._held |= waiter.keys

@@ -11,7 +11,7 @@ from guestagent.engine.arrivals import find_device
 from guestagent.engine.inventory import LiveLayer, LiveOverlay, LiveScratch, refuse_other_spec
 from guestagent.engine.journal import Begun
 from guestagent.engine.plan import check_target
-from guestagent.engine.state import EngineState
+from guestagent.engine.state import EngineState, layer_action
 from guestagent.engine.teardown import (
     nothing_to_unmount,
     refuse_held,
@@ -22,6 +22,7 @@ from guestagent.engine.teardown import (
     unmount_target,
 )
 from guestagent.engine.transaction import Transaction
+from guestagent.policy.decision import Allowed
 from guestagent.storage import syscalls
 from guestagent.storage.mount import TargetDirectory, open_mounted
 from guestagent.storage.mountinfo import Mount, find_mount, whereabouts
@@ -51,7 +52,8 @@ class Overlays:
         Raises:
             CallError: any code of the contract; nothing is left behind.
         """
-        with self._state.locks.hold(self.keys(spec), op.deadline):
+        with self._state.hold(self.keys(spec), op):
+            self._state.gate.overlay(spec)
             if self.is_mounted(spec):
                 return self.get(spec.overlay_id, already=True)
             try:
@@ -101,7 +103,7 @@ class Overlays:
         exists = op.sees_directory
         created = inventory.reserve(owner, spec.mount_point, exists=exists).directories
         op.on_rollback("reservation", lambda: inventory.release(owner))
-        self.find_scratch(spec, op)
+        permit = self._permit(spec, layers, self.find_scratch(spec, op))
         live = LiveOverlay(
             spec=spec, lowerdirs=tuple(layers), method="", links=None, scratch=None, created=created
         )
@@ -109,14 +111,29 @@ class Overlays:
         if spec.scratch is not None:
             from guestagent.engine.scratch import make_scratch  # a part that many never use
 
-            scratch = make_scratch(self._state, spec, spec.scratch, layers[live.lowerdirs[0]], op)
+            top = layers[live.lowerdirs[0]]
+            scratch = make_scratch(self._state, spec, spec.scratch, top, op, permit)
             live = live.replace(scratch=scratch)
-        return self._mount(live, layers, op).replace(timings_ms=op.timings_ms)
+        return self._mount(live, layers, op, permit).replace(timings_ms=op.timings_ms)
 
-    def find_scratch(self, spec: OverlaySpec, op: Transaction) -> None:
-        """Find the device of the scratch, if it is on one; see ``find_device``."""
-        if isinstance(spec.scratch, DeviceScratch):
-            find_device(spec.scratch.device, op)
+    def _permit(
+        self, spec: OverlaySpec, layers: Mapping[str, LiveLayer], scratch_bytes: int | None
+    ) -> Allowed:
+        """Have the policy judge an overlay of layers that are mounted.
+
+        Raises:
+            CallError: ``denied``.
+        """
+        return self._state.gate.overlay(
+            spec, lambda: tuple(map(layer_action, layers.values())), scratch_bytes
+        )
+
+    def find_scratch(self, spec: OverlaySpec, op: Transaction) -> int | None:
+        """Find the device of the scratch, if it is on one, and return its bytes; see
+        ``find_device``."""
+        if not isinstance(spec.scratch, DeviceScratch):
+            return None
+        return find_device(spec.scratch.device, op).size_bytes
 
     def write(self, live: LiveOverlay, begun: str, op: Transaction) -> None:
         """Write the entry of an overlay that is mounted; it counts once ``begun`` is decided.
@@ -157,7 +174,7 @@ class Overlays:
         Raises:
             CallError: ``busy``, naming the holders; the overlay stays as it was.
         """
-        with self._state.locks.hold([("overlay", overlay_id)], op.deadline):
+        with self._state.hold([("overlay", overlay_id)], op):
             live = self._state.inventory.overlay(overlay_id)
             if live is None:
                 return nothing_to_unmount(op)
@@ -279,7 +296,8 @@ class Overlays:
     def _restore(self, live: LiveOverlay) -> None:
         """Mount an overlay again whose unmount failed half-way."""
         with undo_deadline(self._state) as deadline, Transaction(deadline) as op:
-            again = self._mount(live, self._layers_of(live.spec, {}), op)
+            layers = self._layers_of(live.spec, {})
+            again = self._mount(live, layers, op, self._permit(live.spec, layers, None))
             self._state.journal.write_overlay(again, begun="")
             self._state.inventory.add_overlay(again)
             op.commit()
@@ -406,7 +424,7 @@ class Overlays:
         return found
 
     def _mount(
-        self, live: LiveOverlay, layers: Mapping[str, LiveLayer], op: Transaction
+        self, live: LiveOverlay, layers: Mapping[str, LiveLayer], op: Transaction, permit: Allowed
     ) -> LiveOverlay:
         spec = live.spec
         with op.step("target", spec.mount_point, code="mount"):
@@ -415,7 +433,7 @@ class Overlays:
         with target:
             op.on_rollback("target directory", lambda: remove_directories(live.created))
             with op.step("overlay", live.scratch_path or spec.mount_point, code="mount"):
-                mounted = self._mount_at(live, layers, target)
+                mounted = self._mount_at(live, layers, target, permit)
             op.on_rollback(
                 "overlay mount", lambda: self._undo_mount(spec.mount_point, mounted.links)
             )
@@ -430,7 +448,11 @@ class Overlays:
         )
 
     def _mount_at(
-        self, live: LiveOverlay, layers: Mapping[str, LiveLayer], target: TargetDirectory
+        self,
+        live: LiveOverlay,
+        layers: Mapping[str, LiveLayer],
+        target: TargetDirectory,
+        _permit: Allowed,
     ) -> OverlayMount:
         scratch = live.scratch
 

@@ -20,6 +20,7 @@ from guestagent.engine.scratchdisk import scratch_mount_point, use_disk
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import remove_directories, undo_deadline, unmount_target
 from guestagent.engine.transaction import Transaction
+from guestagent.policy.decision import Allowed
 from guestagent.storage import syscalls
 from guestagent.storage.makefs import empty_directory
 from guestagent.storage.mount import TargetDirectory, mount_filesystem, open_mounted
@@ -34,7 +35,12 @@ _VOLATILE = "work/work/incompat/volatile"
 
 
 def make_scratch(
-    state: EngineState, spec: OverlaySpec, scratch: Scratch, top: LiveLayer, op: Transaction
+    state: EngineState,
+    spec: OverlaySpec,
+    scratch: Scratch,
+    top: LiveLayer,
+    op: Transaction,
+    permit: Allowed,
 ) -> LiveScratch:
     """Bring up a scratch with the directories ``upper`` and ``work`` in it.
 
@@ -48,13 +54,13 @@ def make_scratch(
     """
     overlay_id = spec.overlay_id
     if isinstance(scratch, DirectoryScratch):
-        live = _use_directory(state, overlay_id, scratch, op)
+        live = _use_directory(state, overlay_id, scratch, op, permit)
     elif isinstance(scratch, TmpfsScratch):
-        live = _mount_tmpfs(state, overlay_id, scratch, op)
+        live = _mount_tmpfs(state, overlay_id, scratch, op, permit)
     elif isinstance(scratch, ThinScratch):
-        live = _use_pool(state, overlay_id, scratch, op)
+        live = _use_pool(state, overlay_id, scratch, op, permit)
     else:
-        live = _use_device(state, overlay_id, scratch, op)
+        live = _use_device(state, overlay_id, scratch, op, permit)
     is_adopted = getattr(scratch, "existing", "fresh") == "adopt"
     upper, work = f"{live.path}/upper", f"{live.path}/work"
     is_new = _make_directory(upper, op, is_adopted=is_adopted)
@@ -189,7 +195,11 @@ def scratch_report(state: EngineState, overlay_id: str, scratch: LiveScratch) ->
 
 
 def _use_directory(
-    state: EngineState, overlay_id: str, scratch: DirectoryScratch, op: Transaction
+    state: EngineState,
+    overlay_id: str,
+    scratch: DirectoryScratch,
+    op: Transaction,
+    _permit: Allowed,
 ) -> LiveScratch:
     with op.step("scratch", scratch.path, code="mount"):
         root = check_target(scratch.path, state.rules.scratch_roots, "scratch")
@@ -245,7 +255,7 @@ def _replaceable(path: str, place: str) -> CallError:
 
 
 def _mount_tmpfs(
-    state: EngineState, overlay_id: str, scratch: TmpfsScratch, op: Transaction
+    state: EngineState, overlay_id: str, scratch: TmpfsScratch, op: Transaction, _permit: Allowed
 ) -> LiveScratch:
     path, created = scratch_mount_point(state, overlay_id, op)
     with op.step("scratch", path, code="mount"):
@@ -272,20 +282,20 @@ def _mount_tmpfs(
 
 
 def _use_pool(
-    state: EngineState, overlay_id: str, scratch: ThinScratch, op: Transaction
+    state: EngineState, overlay_id: str, scratch: ThinScratch, op: Transaction, permit: Allowed
 ) -> LiveScratch:
     if state.pool_scratches is None:
         text = f"there is no open pool {scratch.pool_id!r}"
         raise CallError("not_found", text, object=scratch.pool_id, hint="pool.open opens it")
     path, created = scratch_mount_point(state, overlay_id, op)
-    live = state.pool_scratches.make_scratch(overlay_id, scratch, path, op)
+    live = state.pool_scratches.make_scratch(overlay_id, scratch, path, op, permit)
     return live.replace(created=created)
 
 
 def _use_device(
-    state: EngineState, overlay_id: str, scratch: DeviceScratch, op: Transaction
+    state: EngineState, overlay_id: str, scratch: DeviceScratch, op: Transaction, permit: Allowed
 ) -> LiveScratch:
-    disk = use_disk(state, overlay_id, scratch, op)
+    disk = use_disk(state, overlay_id, scratch, op, permit)
     path = disk.mount_point
     if disk.shared:
         path = f"{path}/overlays/{overlay_id}"

@@ -20,6 +20,7 @@ from guestagent.engine.teardown import (
     unmount_target,
 )
 from guestagent.engine.transaction import Transaction
+from guestagent.policy.decision import Allowed
 from guestagent.storage import blockdev, syscalls
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import devices
@@ -35,7 +36,7 @@ _HEAD_BYTES = 128 * 1024
 
 
 def use_disk(
-    state: EngineState, overlay_id: str, scratch: DeviceScratch, op: Transaction
+    state: EngineState, overlay_id: str, scratch: DeviceScratch, op: Transaction, permit: Allowed
 ) -> ScratchDisk:
     """Mount a scratch device for an overlay, or have the overlay join those that are on it.
 
@@ -54,7 +55,7 @@ def use_disk(
             # what fails is undone before another overlay has its turn
             with op.child() as making:
                 making.timings_ms = op.timings_ms
-                disk = _make_ready(state, scratch, device, making)
+                disk = _make_ready(state, scratch, device, making, permit)
                 making.commit()
             state.inventory.add_disk(disk)
     op.on_rollback(f"scratch {disk.mount_point}", lambda: _leave_unused(state, overlay_id, disk))
@@ -137,7 +138,11 @@ def scratch_mount_point(
 
 
 def _make_ready(
-    state: EngineState, scratch: DeviceScratch, device: BlockDevice, op: Transaction
+    state: EngineState,
+    scratch: DeviceScratch,
+    device: BlockDevice,
+    op: Transaction,
+    permit: Allowed,
 ) -> ScratchDisk:
     # an id has no colon, so that the directories of tmpfs scratches lie beside it
     path, created = scratch_mount_point(state, device.dev, op)
@@ -153,6 +158,7 @@ def _make_ready(
             size_bytes=device.size_bytes,
             discards=scratch.discard,
             op=op,
+            permit=permit,
         )
         node, crypt = info.node, info.name
     if is_blank:

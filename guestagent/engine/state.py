@@ -1,5 +1,7 @@
 """What the parts of the engine share: device-mapper control, inventory, journal, rules, events."""
 
+from contextlib import contextmanager
+
 from guestagent.api.layers import TARGET_ROOTS
 from guestagent.api.overlays import ThinScratch
 from guestagent.engine.events import EventLog
@@ -10,16 +12,21 @@ from guestagent.engine.locks import KeyLocks
 from guestagent.engine.plan import Version
 from guestagent.engine.statedirectory import StateDirectory, uuid_prefix
 from guestagent.engine.transaction import Transaction
+from guestagent.policy.gate import Gate
 from guestagent.storage.devicemapper.control import open_control
 from guestagent.storage.kmsg import KernelLog
 from vsock.errors import CallError
 from vsock.record import Record
 
-__all__ = ("EngineState", "PoolScratches", "Rules")
+__all__ = ("EngineState", "PoolScratches", "Rules", "layer_action")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
+
+    from guestagent.engine.inventory import LiveLayer
+    from guestagent.policy.decision import Allowed
+    from guestagent.policy.rules import LayerAction, State
 
 
 class Rules(Record):
@@ -55,7 +62,7 @@ class PoolScratches:
     """Volumes of pools as scratches of overlays, of a part that stands on the engine."""
 
     def make_scratch(
-        self, overlay_id: str, scratch: ThinScratch, path: str, op: Transaction
+        self, overlay_id: str, scratch: ThinScratch, path: str, op: Transaction, permit: "Allowed"
     ) -> LiveScratch:
         """Make a volume and mount it at ``path``, which the caller has made."""
         raise NotImplementedError
@@ -70,9 +77,16 @@ class EngineState:
     state as it is."""
 
     def __init__(
-        self, *, state_directory: "str | StateDirectory", rules: Rules, faults: Faults
+        self,
+        *,
+        state_directory: "str | StateDirectory",
+        rules: Rules,
+        faults: Faults,
+        gate: Gate | None = None,
     ) -> None:
         """``state_directory`` is locked here, and unlocked by ``close``, unless it is open already.
+
+        Without a ``gate`` there is no policy, until one is put in force.
 
         Raises:
             CallError: ``conflict``, another agent has it.
@@ -84,6 +98,8 @@ class EngineState:
         self.uuid_prefix = uuid_prefix(self.directory)
         self.rules = rules
         self.faults = faults
+        self.gate = Gate() if gate is None else gate
+        self.gate.look = self._mounted
         self.journal = Journal(self.directory)
         self.events = EventLog(self.journal)
         self.inventory = Inventory(reserved=self.directory)
@@ -106,6 +122,29 @@ class EngineState:
             self.journal.begin(name, begun)
         op.on_rollback("what was begun", lambda: self.journal.decide(name), is_record=True)
 
+    @contextmanager
+    def hold(self, keys: "Iterable[tuple[str, str]]", op: Transaction) -> "Iterator[None]":
+        """Hold the keys of what a request mounts or unmounts, and under a policy do so alone.
+
+        Raises:
+            CallError: ``timeout`` or ``cancelled``; ``busy``, a policy was set meanwhile.
+        """
+        more = self.gate.lock_keys
+        with self.locks.hold((*keys, *more), op.deadline):
+            if self.gate.lock_keys != more:
+                text = "a policy was put in force while this request waited"
+                raise CallError("busy", text, step="lock", hint="ask again")
+            yield
+
+    def _mounted(self) -> "State":
+        """Return what a policy knows of what is mounted."""
+        from guestagent.policy.rules import State
+
+        return State(
+            layers={live.spec.layer_id: layer_action(live) for live in self.inventory.layers()},
+            overlays={live.spec.overlay_id: live.spec for live in self.inventory.overlays()},
+        )
+
     def tidy(self, what: str, action: "Callable[..., None]", *arguments: object) -> None:
         """Do the last of a clean-up, which is past failing; a failure shows in the status."""
         try:
@@ -125,3 +164,15 @@ class EngineState:
         self.events.close()
         if self._own_directory is not None:
             self._own_directory.close()
+
+
+def layer_action(live: "LiveLayer") -> "LayerAction":
+    """Return what a policy knows of a layer that is planned or mounted."""
+    from guestagent.policy.rules import LayerAction
+
+    verity = live.plan.verity
+    return LayerAction(
+        spec=live.spec,
+        verity=None if verity is None else verity.parameters,
+        size_bytes=live.source.size_bytes,
+    )

@@ -15,6 +15,7 @@ from guestagent.api.net import NetConfigure, NetConfigureReply, NetList, NetList
 from guestagent.api.request import handles
 from guestagent.engine.transaction import Transaction
 from guestagent.net.undofile import undo_path
+from guestagent.policy.decision import Allowed
 from guestagent.storage.makefs import are_programs_forbidden
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -78,8 +79,9 @@ class Network:
         """Set up the network: all of it, or what was there."""
         state = self._state
         with state.locks.hold([("network", "")], op.deadline):
+            permit = state.gate.request(request.method, request)
             faults = state.faults.to_text()
-            return configure_network(request, state.directory, op.deadline, faults=faults)
+            return configure_network(request, state.directory, op.deadline, permit, faults=faults)
 
     @handles(NetList)
     def list(self, _request: NetList, op: Transaction) -> NetListReply:
@@ -91,6 +93,7 @@ def configure_network(
     request: NetConfigure,
     state_directory: str,
     deadline: Deadline,
+    _permit: Allowed,
     *,
     faults: str = "",
     root: str = "/",

@@ -46,7 +46,7 @@ def read_log(log: Log, since: int, level: str, most: int = LOG_LINES_MAX) -> Log
             size_bytes += 64 + sum(64 + len(str(value)) for value in line.fields.values())
         place = line.number
     return LogReply(
-        lines=tuple(map(log_line, taken)),
+        lines=tuple(map(log_line, log.shown(taken))),
         dropped=dropped,
         next=place,
         more=bool(kept) and place < kept[-1].number,

@@ -149,7 +149,8 @@ class LogShipper:
             if not lines:
                 return
             batch = lines[:_BATCH_LINES]
-            wanted = (line for line in batch if LEVELS.index(line.level) >= least)
+            shown = self._log.shown(batch)
+            wanted = (line for line in shown if LEVELS.index(line.level) >= least)
             self._put(stream, "".join(render_json(line) + "\n" for line in wanted))
             self._place = batch[-1].number
 

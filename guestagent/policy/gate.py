@@ -16,9 +16,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from guestagent.api import LayersMount, LayerSpec, OverlaySpec
+    from guestagent.api import Event, LayersMount, LayerSpec, OverlaySpec
     from guestagent.api.devices import VerityTerms
-    from guestagent.policy.rules import Action, Rules, State
+    from guestagent.policy.disclosure import Disclosure
+    from guestagent.policy.rules import Action, LayerAction, Rules, State
     from vsock.record import Record
 
 __all__ = ("Gate",)
@@ -39,6 +40,7 @@ class Gate:
         self.look: Callable[[], State] | None = None
         #: Why nothing but the end of the agent is allowed any more.
         self.inconsistent = ""
+        self._disclosure: Disclosure | None = None
         #: Denials by rule.
         self.denials: dict[str, int] = {}
         self._second = 0.0
@@ -57,14 +59,43 @@ class Gate:
 
     def put_in_force(self, policies: "Sequence[Rules]") -> None:
         """Judge by these policies from now on, each of which must allow."""
+        from guestagent.policy.disclosure import Disclosure
+
+        disclosure = Disclosure([rules.policy for rules in policies])
         with self._lock:
-            self._policies = policies
+            self._policies, self._disclosure = policies, disclosure
 
     def note_inconsistent(self, why: str) -> None:
         """Allow nothing but the end from now on, because what is mounted is not what was judged."""
         if self._policies is not None and not self.inconsistent:
             self.inconsistent = why
             log.error("the policy does not hold for what is mounted", reason=why)
+
+    # --- what is told
+
+    @property
+    def disclosure(self) -> "Disclosure | None":
+        """What the host may learn; None: everything."""
+        return self._disclosure
+
+    def shown_error(self, error: CallError) -> CallError:
+        """Return an error as it may leave the guest."""
+        return error if self._disclosure is None else self._disclosure.error(error)
+
+    def shown_reply(self, reply: "Record") -> "Record":
+        """Return a reply as it may leave the guest."""
+        return reply if self._disclosure is None else self._disclosure.reply(reply)
+
+    def shown_event(self, event: "Event") -> "Event | None":
+        """Return an event as it may leave the guest; None: it may not."""
+        return event if self._disclosure is None else self._disclosure.event(event)
+
+    @property
+    def max_deadline_seconds(self) -> float | None:
+        """How long a request may take; None: as long as it says."""
+        if self._policies is None:
+            return None
+        return min(rules.policy.run.max_deadline_ms for rules in self._policies) / 1000
 
     # --- what is asked
 
@@ -82,8 +113,13 @@ class Gate:
 
         return self._judge(LayerAction(spec=spec, verity=verity, size_bytes=size_bytes))
 
-    def overlay(self, spec: "OverlaySpec", scratch_bytes: int | None = None) -> Allowed:
-        """Ask for an overlay of layers that are mounted.
+    def overlay(
+        self,
+        spec: "OverlaySpec",
+        layers: "Callable[[], tuple[LayerAction, ...]] | None" = None,
+        scratch_bytes: int | None = None,
+    ) -> Allowed:
+        """Ask for an overlay of layers that are mounted; without ``layers`` they are looked up.
 
         Raises:
             CallError: ``denied``.
@@ -92,8 +128,11 @@ class Gate:
             return ALLOWED_WITHOUT_POLICY
         from guestagent.policy.rules import OverlayAction
 
-        layers = self._state().layers
-        found = tuple(layers[layer_id] for layer_id in spec.layers if layer_id in layers)
+        if layers is None:
+            there = self._state().layers
+            found = tuple(there[layer_id] for layer_id in spec.layers if layer_id in there)
+        else:
+            found = layers()
         return self._judge(OverlayAction(spec=spec, layers=found, scratch_bytes=scratch_bytes))
 
     def batch(self, request: "LayersMount") -> Allowed:

@@ -10,7 +10,8 @@ __all__ = ("ALWAYS_RULES", "CONSOLE_COMMANDS", "LISTED_RULES", "METHOD_RULES")
 
 _ROWS = {
     # answered under every policy; `policy.set` and `policy.narrow` decide for themselves
-    "always": "agent.hello agent.status agent.cancel agent.more fs.available fs.version",
+    "always": "agent.hello agent.status agent.cancel agent.more fs.available fs.version policy.set "
+    "policy.narrow policy.get",
     # the mode, and `force`
     "shutdown": "agent.shutdown",
     # answered under every policy, with what `expose` leaves of it

@@ -66,7 +66,7 @@ class AgentHandlers:
         self._restarts = restarts
         self._on_shutdown = on_shutdown
         self._started = time.monotonic()
-        self._subscribers = Subscribers(engine.events)
+        self._subscribers = Subscribers(engine.events, engine.state.gate)
         #: The server whose connections and requests the status tells of.
         self.server: Server | None = None
         observers.collector.add(self._samples)

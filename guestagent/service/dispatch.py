@@ -17,8 +17,9 @@ from guestagent.engine.arrivals import DeviceAbsentError
 from guestagent.engine.engine import Engine
 from guestagent.observe.observers import Observers
 from guestagent.service.agent import AgentHandlers
-from guestagent.service.context import Context, Handler, Notify, handlers_of, late_handlers_of
+from guestagent.service.context import Context, Handler, Notify, handlers_of
 from guestagent.service.devices import DeviceHandlers
+from guestagent.service.late import late_handlers
 from guestagent.service.layers import LayerHandlers
 from vsock.deadline import Deadline
 from vsock.errors import CallError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from guestagent.api.inspect import StreamRequest
     from guestagent.api.request import Request
+    from guestagent.policy.binding.keeper import PolicyKeeper
 
     R = TypeVar("R", bound=Record)
     Item = TypeVar("Item")
@@ -70,8 +72,12 @@ class Service:
         deadline_seconds: float,
         on_shutdown: Callable[[str], None],
         observers: Observers | None = None,
+        policy: "PolicyKeeper | None" = None,
     ) -> None:
+        """``policy`` is what holds the policy of the engine's gate; without it none can be set."""
         self._engine = engine
+        self._gate = engine.state.gate
+        self._policy = policy
         self._deadline_seconds = deadline_seconds
         self._observers = observers or Observers()
         self._agent = AgentHandlers(
@@ -115,7 +121,7 @@ class Service:
                 absent.device, context.deadline, later.resume, later.finish
             )
         except CallError as error:
-            return Outcome(error=error.to_wire(), result=None)
+            return Outcome(error=self._gate.shown_error(error).to_wire(), result=None)
         return later
 
     def call(
@@ -175,7 +181,8 @@ class Service:
         try:
             if request is None:
                 request = _request_of(context)
-            reply = self._run(request, context)
+            self._gate.request(request.method, request)
+            reply = self._gate.shown_reply(self._run(request, context))
             spent_seconds = time.perf_counter() - begin
             if not request.quick:
                 # a method that changes nothing may be called every second
@@ -193,7 +200,7 @@ class Service:
                 error=error.message,
                 **_trace(context),
             )
-            raise
+            raise self._gate.shown_error(error) from None
         except DeviceAbsentError:
             code = None  # it is not answered yet
             raise
@@ -205,7 +212,7 @@ class Service:
             log.error("bug", method=context.method, traceback=text, **_trace(context))
             text = f"the agent failed in {context.method}: {type(error).__name__}"
             hint = "this is a bug of the agent; its log has the details"
-            raise CallError("internal", text, hint=hint) from None
+            raise self._gate.shown_error(CallError("internal", text, hint=hint)) from None
         finally:
             if code is not None:
                 if spent_seconds is None:
@@ -216,6 +223,9 @@ class Service:
         handler = self._handlers.get(request.method) or self._late_handler(request.method)
         if context.deadline.at is None:
             context.deadline.limit(self._deadline_seconds)
+        most_seconds = self._gate.max_deadline_seconds
+        if most_seconds is not None:
+            context.deadline.limit(most_seconds)
         if request.quick:
             return handler(request, context)
         with self._observers.request(context.call, context.method, context.params):
@@ -225,35 +235,9 @@ class Service:
         """Load the part that a method belongs to, which most agents are never asked for."""
         with self._loading:
             if method not in self._handlers:
-                self._handlers = {**self._handlers, **self._late_handlers(method)}
+                late = late_handlers(method, self._engine, self._policy)
+                self._handlers = {**self._handlers, **late}
             return self._handlers[method]
-
-    def _late_handlers(self, method: str) -> dict[str, Handler]:
-        engine = self._engine
-        if method.startswith("dev."):
-            from guestagent.devtree.trees import DevTrees
-
-            trees = DevTrees(engine.state)
-            engine.parts.append(trees.take_downs)
-            return late_handlers_of(engine, trees)
-        if method.startswith("net."):
-            from guestagent.net.network import Network
-
-            return late_handlers_of(engine, Network(engine.state))
-        if method.startswith(("pool.", "volume.")):
-            from guestagent.thin.part import Thin
-
-            thin = Thin(engine)
-            return late_handlers_of(engine, thin.pools, thin.volumes, thin.mounts)
-        if method.startswith("share."):
-            from guestagent.share.shares import Shares
-
-            shares = Shares(engine.state)
-            engine.parts.append(shares.take_downs)
-            return late_handlers_of(engine, shares)
-        from guestagent.service.streams import InspectHandlers
-
-        return InspectHandlers(engine).table
 
 
 def _request_of(context: Context) -> "Request[Record]":

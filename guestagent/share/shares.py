@@ -37,6 +37,7 @@ from guestagent.engine.teardown import (
     unmount_target,
 )
 from guestagent.engine.transaction import Transaction
+from guestagent.policy.decision import Allowed
 from guestagent.storage import syscalls
 from guestagent.storage.fscontext import FsContextError, attach
 from guestagent.storage.makefs import are_programs_forbidden
@@ -122,6 +123,7 @@ class Shares:
         share_id = spec.share_id
         keys = [(PART, share_id), ("share-tag", f"{spec.kind}-{spec.tag}")]
         with self._state.locks.hold(keys, op.deadline):
+            permit = self._state.gate.request(spec.method, spec)
             live = self._shares.get(share_id)
             if live is not None:
                 refuse_other_spec("share", share_id, spec, live.spec)
@@ -132,7 +134,7 @@ class Shares:
             if len(self._shares) >= _MAX_SHARES:
                 raise CallError("resource", f"there are {_MAX_SHARES} shares", object=share_id)
             with op:
-                live = self._make(spec, op)
+                live = self._make(spec, op, permit)
                 with op.step("commit", share_id, code="resource"):
                     self._write(live)
                 op.commit()
@@ -191,21 +193,21 @@ class Shares:
                 text = f"{spec.kind} tag {spec.tag!r} is mounted as share {live.spec.share_id!r}"
                 raise CallError("conflict", text, step="claim", object=spec.tag)
 
-    def _make(self, spec: ShareMount, op: Transaction) -> LiveShare:
+    def _make(self, spec: ShareMount, op: Transaction, permit: Allowed) -> LiveShare:
         state, owner, target = self._state, (PART, spec.share_id), spec.mount_point
-        allowed, created = claim_target(state, owner, target, state.rules.share_roots, op)
+        root, created = claim_target(state, owner, target, state.rules.share_roots, op)
         live = LiveShare(spec=spec, created=created)
         begin_entry(state, owner, live, op)
-        live = self._attach(live, allowed, op)
+        live = self._attach(live, root, op, permit)
         with op.step("read back", target, code="mount"):
             _check_mount(live)
         return live.replace(whole=True)
 
-    def _attach(self, live: LiveShare, allowed: str, op: Transaction) -> LiveShare:
+    def _attach(self, live: LiveShare, root: str, op: Transaction, _permit: Allowed) -> LiveShare:
         """Mount a share at its target; return it with its device and mount id, written down."""
         spec, target = live.spec, live.spec.mount_point
         with op.step("target", target, code="mount"):
-            directory = TargetDirectory(target, root=allowed)
+            directory = TargetDirectory(target, root=root)
         with directory:
             op.on_rollback("target directory", partial(remove_directories, live.created))
             with op.step("filesystem", spec.tag, code="mount"):
@@ -252,9 +254,10 @@ class Shares:
 
     def _restore(self, live: LiveShare) -> None:
         """Mount a share again whose unmount failed half-way; its device number may be new."""
-        allowed = check_target(live.spec.mount_point, self._state.rules.share_roots)
+        permit = self._state.gate.request(live.spec.method, live.spec)
+        root = check_target(live.spec.mount_point, self._state.rules.share_roots)
         with undoing(self._state) as op:
-            again = self._attach(live, allowed, op)
+            again = self._attach(live, root, op, permit)
             self._write(again)
         self._shares[live.spec.share_id] = again
 

@@ -9,6 +9,7 @@ import errno
 from functools import partial
 
 from guestagent.engine.transaction import Transaction
+from guestagent.policy.decision import Allowed
 from guestagent.storage.devicemapper import thin
 from guestagent.thin.pool import Pool, dm_name
 from guestagent.thin.records import RECORDS_ID, Pending, PoolRecords, VolumeRecord
@@ -21,7 +22,7 @@ _ID_ATTEMPTS = 64
 
 
 def make_device(
-    pool: Pool, volume: VolumeRecord, origin_id: int | None, op: Transaction
+    pool: Pool, volume: VolumeRecord, origin_id: int | None, op: Transaction, _permit: Allowed
 ) -> VolumeRecord:
     """Have the kernel make a thin device under a free id; return the volume with that id.
 

@@ -15,6 +15,7 @@ from guestagent.engine.teardown import (
     unmount_target,
 )
 from guestagent.engine.transaction import Transaction
+from guestagent.policy.decision import Allowed
 from guestagent.storage import syscalls
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.makefs import trim
@@ -47,6 +48,7 @@ class Mounts:
             CallError: ``conflict``, it is mounted at another path, or is being deleted.
         """
         with self._pools.use(request.pool_id, op) as pool:
+            permit = pool.state.gate.request(request.method, request)
             volume = pool.record_of(request.volume_id)
             if volume.deleted:
                 text = f"volume {volume.volume_id!r} is being deleted"
@@ -60,7 +62,7 @@ class Mounts:
                 mounted = _add_holder(pool, mounted, request, op)
             else:
                 with op:
-                    mounted = _bring_up(pool, volume, request, op)
+                    mounted = _bring_up(pool, volume, request, op, permit)
                     op.commit()
                 pool.publish("volume_mounted", volume.volume_id, op)
             return api.VolumeMountReply(
@@ -173,7 +175,7 @@ def _add_holder(pool: Pool, mounted: Mounted, request: api.VolumeMount, op: Tran
 
 
 def _bring_up(
-    pool: Pool, volume: VolumeRecord, request: api.VolumeMount, op: Transaction
+    pool: Pool, volume: VolumeRecord, request: api.VolumeMount, op: Transaction, _permit: Allowed
 ) -> Mounted:
     state, volume_id, path = pool.state, volume.volume_id, request.path
     owner, roots = pool.mount_owner(volume_id), state.rules.volume_roots

@@ -9,6 +9,7 @@ from guestagent.engine.parts import begin_entry
 from guestagent.engine.state import EngineState
 from guestagent.engine.teardown import busy_error
 from guestagent.engine.transaction import Transaction
+from guestagent.policy.decision import Allowed
 from guestagent.storage import blockdev
 from guestagent.storage.blockdev import BlockDevice
 from guestagent.storage.devicemapper import thin
@@ -33,7 +34,7 @@ _LOW_WATER_PART = 10
 _HEAD_BYTES = 128 * 1024
 
 
-def open_pool(state: EngineState, spec: PoolOpen, op: Transaction) -> Pool:
+def open_pool(state: EngineState, spec: PoolOpen, op: Transaction, _permit: Allowed) -> Pool:
     """Make the dm devices of a pool, and read its records or write the first ones.
 
     Raises:
@@ -276,7 +277,7 @@ def _adopt(pool: Pool) -> None:
 # --- grow
 
 
-def grow_pool(pool: Pool, request: PoolGrow, op: Transaction) -> bool:
+def grow_pool(pool: Pool, request: PoolGrow, op: Transaction, permit: Allowed) -> bool:
     """Grow a pool; return False if it is so large already.
 
     Everything that can be refused is refused before the live pool is touched: a pool whose resume
@@ -295,7 +296,7 @@ def grow_pool(pool: Pool, request: PoolGrow, op: Transaction) -> bool:
     table = pool.table.replace(length_sectors=blocks * pool.table.block_sectors)
     if disks.data == pool.disks.data and table == pool.table and _fills_metadata(pool):
         return False
-    _extend(pool, spec, disks, table, op)
+    _extend(pool, spec, disks, table, op, permit)
     return True
 
 
@@ -338,7 +339,14 @@ def _fills_metadata(pool: Pool) -> bool:
     return pool.status().total_metadata_blocks >= most
 
 
-def _extend(pool: Pool, spec: PoolOpen, disks: Disks, table: PoolTable, op: Transaction) -> None:
+def _extend(
+    pool: Pool,
+    spec: PoolOpen,
+    disks: Disks,
+    table: PoolTable,
+    op: Transaction,
+    _permit: Allowed,
+) -> None:
     before, records = (pool.spec, pool.disks, pool.table), pool.records
     data_name = dm_name(pool.pool_id, "data")
     data_before = pool.state.control.table(data_name)

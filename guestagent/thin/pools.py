@@ -88,13 +88,14 @@ class Pools:
                 left behind.
         """
         with self._state.locks.hold([("pool", spec.pool_id)], op.deadline):
+            permit = self._state.gate.request(spec.method, spec)
             there = self._pools.get(spec.pool_id)
             if there is not None:
                 wanted = spec.replace(adopt=there.spec.adopt)
                 refuse_other_spec("pool", spec.pool_id, wanted, there.spec, state="open")
                 return self.report(there, already=True)
             with op:
-                pool = open_pool(self._state, spec, op)
+                pool = open_pool(self._state, spec, op, permit)
                 with op.step("read back", pool.name):
                     report = self.report(pool, op)
                 with op.step("commit", pool.name, code="resource"):
@@ -113,8 +114,9 @@ class Pools:
             CallError: as ``grow_pool``.
         """
         with self.use(request.pool_id, op) as pool:
+            permit = self._state.gate.request(request.method, request)
             with op:
-                has_grown = grow_pool(pool, request, op)
+                has_grown = grow_pool(pool, request, op, permit)
                 op.commit()
             log.info("pool grown", pool=pool.pool_id, sectors=pool.table.length_sectors)
             return self.report(pool, op, already=not has_grown)

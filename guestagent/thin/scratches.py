@@ -12,6 +12,7 @@ from guestagent.engine.parts import undo_mount, undoing
 from guestagent.engine.state import PoolScratches
 from guestagent.engine.teardown import unmount_target
 from guestagent.engine.transaction import Transaction
+from guestagent.policy.decision import Allowed
 from guestagent.storage import syscalls
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.devicemapper.control import DeviceInfo
@@ -35,7 +36,7 @@ class Scratches(PoolScratches):
         self._volumes = volumes
 
     def make_scratch(
-        self, overlay_id: str, scratch: ThinScratch, path: str, op: Transaction
+        self, overlay_id: str, scratch: ThinScratch, path: str, op: Transaction, permit: Allowed
     ) -> LiveScratch:
         """Make a volume for the changes to an overlay, and mount it.
 
@@ -44,7 +45,7 @@ class Scratches(PoolScratches):
         """
         with self._pools.use(scratch.pool_id, op) as pool, op.child() as making:
             making.timings_ms = op.timings_ms
-            volume = _make_volume(pool, overlay_id, scratch, making)
+            volume = _make_volume(pool, overlay_id, scratch, making, permit)
             making.commit()
             making.on_rollback("scratch volume", partial(self._delete_now, pool))
             mounted = Mounted(
@@ -62,9 +63,10 @@ class Scratches(PoolScratches):
                 info = pool.activate(volume, making)
             live = LiveScratch(kind=scratch.kind, path=path, filesystem=scratch.filesystem)
             if scratch.encrypted:
-                live = live.replace(disk=_mount_encrypted(pool, volume, info, mounted, making))
+                disk = _mount_encrypted(pool, volume, info, mounted, making, permit)
+                live = live.replace(disk=disk)
             else:
-                _mount(pool, volume, info, mounted, making)
+                _mount(pool, volume, info, mounted, making, permit)
                 live = live.replace(mount_dev=info.dev)
             dev, mount_id = syscalls.mount_of(path)
             pool.keep_mount(mounted.replace(dev=dev, mount_id=mount_id), making)
@@ -101,7 +103,7 @@ class Scratches(PoolScratches):
 
 
 def _make_volume(
-    pool: Pool, overlay_id: str, scratch: ThinScratch, op: Transaction
+    pool: Pool, overlay_id: str, scratch: ThinScratch, op: Transaction, permit: Allowed
 ) -> VolumeRecord:
     if pool.records.volume(overlay_id) is not None:
         text = f"pool {pool.pool_id!r} has a volume {overlay_id!r}"
@@ -115,7 +117,7 @@ def _make_volume(
         filesystem=scratch.filesystem,
         deleted=True,
     )
-    volume = make_device(pool, volume, None, op)
+    volume = make_device(pool, volume, None, op, permit)
     if not scratch.encrypted:
         format_volume(pool, volume, op)
     add_volume(pool, volume, op)
@@ -123,7 +125,12 @@ def _make_volume(
 
 
 def _mount(
-    pool: Pool, volume: VolumeRecord, info: DeviceInfo, mounted: Mounted, op: Transaction
+    pool: Pool,
+    volume: VolumeRecord,
+    info: DeviceInfo,
+    mounted: Mounted,
+    op: Transaction,
+    _permit: Allowed,
 ) -> None:
     """Mount a device, which is removed with the mount."""
     path = mounted.path
@@ -135,7 +142,12 @@ def _mount(
 
 
 def _mount_encrypted(
-    pool: Pool, volume: VolumeRecord, info: DeviceInfo, mounted: Mounted, op: Transaction
+    pool: Pool,
+    volume: VolumeRecord,
+    info: DeviceInfo,
+    mounted: Mounted,
+    op: Transaction,
+    permit: Allowed,
 ) -> ScratchDisk:
     """Format and mount a crypt device over a volume; both devices go with the mount."""
     from guestagent.engine.crypt import crypt_device  # a part that many never use
@@ -145,11 +157,17 @@ def _mount_encrypted(
     with state.locks.hold([("scratch", info.dev)], op.deadline):
         size_bytes = volume.size_bytes
         crypt = crypt_device(
-            state, dev=info.dev, name=info.name, size_bytes=size_bytes, discards=True, op=op
+            state,
+            dev=info.dev,
+            name=info.name,
+            size_bytes=size_bytes,
+            discards=True,
+            op=op,
+            permit=permit,
         )
         with op.step("format", crypt.node):
             make_filesystem(kind, crypt.node, op.deadline)
-        _mount(pool, volume, crypt, mounted, op)
+        _mount(pool, volume, crypt, mounted, op, permit)
         with op.step("defer", info.name):
             devices.set_deferred_remove(state.control, info.name)
         disk = ScratchDisk(

@@ -8,6 +8,7 @@ from guestagent.api.devices import SECTOR_BYTES, Device
 from guestagent.api.request import handles
 from guestagent.engine.teardown import busy_error
 from guestagent.engine.transaction import Transaction
+from guestagent.policy.decision import Allowed
 from guestagent.storage import blockdev, filesystems
 from guestagent.storage.devicemapper import devices
 from guestagent.storage.makefs import make_filesystem
@@ -40,6 +41,7 @@ class Volumes:
                 room left; ``unsupported``, the origin cannot be used so; nothing is left behind.
         """
         with self._pools.use(request.pool_id, op) as pool:
+            permit = pool.state.gate.request(request.method, request)
             volume = VolumeRecord(
                 volume_id=request.volume_id,
                 device_id=0,
@@ -54,7 +56,7 @@ class Volumes:
                 refuse_full(pool, op)
                 if request.origin is not None:
                     _check_origin(request.origin, volume, op)
-                volume = make_device(pool, volume, None, op)
+                volume = make_device(pool, volume, None, op, permit)
                 if request.filesystem is not None or request.origin is not None:
                     format_volume(pool, volume, op)
                 add_volume(pool, volume, op)
@@ -70,6 +72,7 @@ class Volumes:
             CallError: as ``create``; ``not_found``, there is no such origin.
         """
         with self._pools.use(request.pool_id, op) as pool:
+            permit = pool.state.gate.request(request.method, request)
             origin = pool.record_of(request.of)
             if origin.deleted:
                 text = f"volume {request.of!r} is being deleted"
@@ -87,7 +90,7 @@ class Volumes:
                 raise CallError("invalid", text, object="params.size_bytes")
             with op:
                 refuse_full(pool, op)
-                volume = _make_snapshot(pool, volume, origin, op)
+                volume = _make_snapshot(pool, volume, origin, op, permit)
                 add_volume(pool, volume, op)
                 op.commit()
             pool.publish("volume_created", volume.volume_id, op)
@@ -200,15 +203,15 @@ class Volumes:
 
 
 def _make_snapshot(
-    pool: Pool, volume: VolumeRecord, origin: VolumeRecord, op: Transaction
+    pool: Pool, volume: VolumeRecord, origin: VolumeRecord, op: Transaction, permit: Allowed
 ) -> VolumeRecord:
     control, active = pool.state.control, pool.active(origin.device_id)
     if active is None:
-        return make_device(pool, volume, origin.device_id, op)
+        return make_device(pool, volume, origin.device_id, op, permit)
     with op.step("thin-suspend", active.name):
         control.suspend(active.name)
     try:
-        return make_device(pool, volume, origin.device_id, op)
+        return make_device(pool, volume, origin.device_id, op, permit)
     finally:
         control.resume(active.name)
 

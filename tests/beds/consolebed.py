@@ -166,7 +166,8 @@ class Bed:
             on_shutdown=self._shut_down,
         )
         root = GuestRoot(self.engine.operation)
-        guest = Guest(service, root, self.engine.debug, shell=bool(options.get("shell")))
+        gate, shell = self.engine.state.gate, bool(options.get("shell"))
+        guest = Guest(service, root, self.engine.debug, gate, shell=shell)
         line = options.get("line")
         lines = (f"serial://{line}",) if line else ()
         self.console = Console(guest, (f"unix://{path}", *lines))

@@ -12,6 +12,7 @@ from guestagent.engine.engine import Engine
 from guestagent.engine.inventory import LiveLayer, LiveOverlay
 from guestagent.engine.transaction import Transaction
 from guestagent.host.client import GuestAgent
+from guestagent.policy.gate import Gate
 from guestagent.service.dispatch import QUICK_METHODS, Service
 from guestagent.storage import syscalls
 from tests.beds.agentbed import layer_on
@@ -37,6 +38,7 @@ class _State:
 
     def __init__(self, layers: Mapping[str, LiveLayer], overlays: Mapping[str, LiveOverlay]):
         self.inventory = _Books(layers, overlays)
+        self.gate = Gate()
 
 
 class PlainEngine:

@@ -18,6 +18,7 @@ from guestagent.config import read_settings
 from guestagent.listeners import HeldSockets
 from guestagent.boot.supervisor import SIGNALS, supervise
 from guestagent.observe.crashes import note_death
+from guestagent.policy.binding.keeper import PolicyKeeper
 from vsock.log import fd_sink, log
 log.add_sink(fd_sink(2))
 signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -27,10 +28,13 @@ assert not problems, problems
 log.set_level(config.log)
 
 sockets = HeldSockets(config.listen)
+policy = PolicyKeeper(config.policy, is_held=True)
 
 def life(restarts, on_ready):
     boot = {{"pid1": True}}
-    return agent.run(config, boot=boot, restarts=restarts, on_ready=on_ready, sockets=sockets)
+    return agent.run(
+        config, boot=boot, restarts=restarts, on_ready=on_ready, sockets=sockets, policy=policy
+    )
 
 def on_death(pid, status):
     note_death(config.state_directory, pid, status)

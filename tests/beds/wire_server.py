@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Self
 
 from guestagent.engine.events import EventLog
 from guestagent.engine.journal import Journal
+from guestagent.policy.gate import Gate
 from guestagent.service.dispatch import QUICK_METHODS, URGENT_METHODS, Service
 from guestagent.storage.syscalls import bound_malloc
 from tests.beds.peer import WAIT_SECONDS, Peer
@@ -77,6 +78,7 @@ class _Layers:
 
 class _Engine:
     def __init__(self, state: str) -> None:
+        self.state = SimpleNamespace(gate=Gate())
         self.events = EventLog(Journal(state))
         self.layers = _Layers()
 

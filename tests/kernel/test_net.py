@@ -31,6 +31,7 @@ from guestagent.net.changes import restore
 from guestagent.net.configure import configure
 from guestagent.net.network import configure_network, list_network
 from guestagent.net.undofile import UndoFile, is_unfinished, undo_path
+from guestagent.policy.decision import ALLOWED_WITHOUT_POLICY
 from tests.beds.agentbed import PROJECT, SITE, AgentProcess
 from tests.beds.netbed import MAC, ask, ip, network_namespace, set_duplicate_detection, world
 from vsock.deadline import Deadline
@@ -110,7 +111,12 @@ class Bed:
         """Do a request in a child, as the agent does."""
         with Deadline(seconds) as deadline:
             return configure_network(
-                request, str(self.state), deadline, faults=fault, root=str(self.root)
+                request,
+                str(self.state),
+                deadline,
+                ALLOWED_WITHOUT_POLICY,
+                faults=fault,
+                root=str(self.root),
             )
 
     def world(self) -> dict[str, object]:

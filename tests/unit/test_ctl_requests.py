@@ -38,6 +38,7 @@ from vsock.server import Call, Outcome
 Ctl = Callable[..., Result]
 
 #: Method -> a command that calls it.
+VECTORS = Path(__file__).resolve().parents[1] / "vectors/policy"
 COMMANDS = {
     "agent.hello": "hello",
     "agent.status": "status",
@@ -83,6 +84,9 @@ COMMANDS = {
     "share.mount": "share mount s host --kind 9p --target /run/x --write --msize 65536",
     "share.unmount": "share unmount s",
     "share.list": "share list",
+    "policy.set": f"policy set {VECTORS}/web.json --signature {VECTORS}/web.json.sig",
+    "policy.narrow": f"policy narrow {VECTORS}/web.json",
+    "policy.get": "policy get",
     "device.remove": "device remove scsi:0:0",
     "dm.list": "dm list",
     "dm.table": "dm table x",

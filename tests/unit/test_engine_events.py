@@ -8,6 +8,7 @@ import pytest
 from guestagent.api import Event
 from guestagent.engine.events import EventLog, Subscribers
 from guestagent.engine.journal import Journal
+from guestagent.policy.gate import Gate
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_listeners_hear_in_order_until_they_stop(events):
 
 
 def test_a_subscriber_that_lags_learns_what_it_missed(events):
-    subscribers, peer = Subscribers(events), SlowPeer()
+    subscribers, peer = Subscribers(events, Gate()), SlowPeer()
     subscribers.add(peer)
     subscribers.add(peer)
     events.publish("layer_mounted")

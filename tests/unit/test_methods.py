@@ -9,7 +9,7 @@ import pytest
 from guestagent.api import METHODS
 
 PROJECT = Path(__file__).resolve().parents[2]
-LATE = ("dev.", "net.", "pool.", "share.", "volume.")
+LATE = ("dev.", "net.", "policy.", "pool.", "share.", "volume.")
 
 
 def test_an_agent_loads_no_records_of_late_parts() -> None:
@@ -23,6 +23,11 @@ def test_an_agent_loads_no_records_of_late_parts() -> None:
     for name in ("devtree", "net", "share", "thin"):
         assert f"guestagent.api.{name}" not in loaded
         assert f"guestagent.{name}" not in loaded
+    assert "guestagent.api.policy" not in loaded
+    policy = {name for name in loaded if name.startswith("guestagent.policy.")}
+    assert policy == {
+        f"guestagent.policy.{name}" for name in ("binding", "binding.keeper", "decision", "gate")
+    }
 
 
 def test_late_methods_are_found_and_not_quick() -> None:

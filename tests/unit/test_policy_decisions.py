@@ -231,5 +231,5 @@ def test_every_method_without_parameters_is_decided() -> None:
     assert allowed == {
         *("agent.hello", "agent.status", "agent.cancel", "agent.more", "agent.subscribe"),
         *("agent.events", "agent.log", "agent.metrics", "agent.crashes"),
-        *("fs.available", "fs.version"),
+        *("fs.available", "fs.version", "policy.set", "policy.narrow", "policy.get"),
     }

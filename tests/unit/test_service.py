@@ -5,6 +5,7 @@ import threading
 import time
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgpack
 import pytest
@@ -19,10 +20,12 @@ from guestagent.engine.events import EventLog
 from guestagent.engine.journal import Journal
 from guestagent.inspect.methods import DEVICE_LOOKS, LOOKS, STREAMS
 from guestagent.net.network import Network
+from guestagent.policy.gate import Gate
 from guestagent.service.agent import AgentHandlers
 from guestagent.service.devices import DeviceHandlers
 from guestagent.service.dispatch import QUICK_METHODS, Service
 from guestagent.service.layers import LayerHandlers
+from guestagent.service.policy import PolicyHandlers
 from guestagent.service.streams import InspectHandlers
 from guestagent.share.shares import Shares
 from guestagent.thin.mounts import Mounts
@@ -53,6 +56,7 @@ class Engine:
     """As much of an engine as these tests ask."""
 
     def __init__(self, events):
+        self.state = SimpleNamespace(gate=Gate())
         self.events = events
         self.layers = Layers()
         self.trouble: tuple[str, ...] = ()
@@ -159,6 +163,7 @@ def test_each_method_has_one_handler(bed):
         Volumes,
         Mounts,
         Shares,
+        PolicyHandlers,
     )
     declared = [
         function

@@ -58,6 +58,7 @@ from guestagent.api.overlays import (
     OverlayUnmount,
     TrimReply,
 )
+from guestagent.api.policy import PolicyGet, PolicyNarrow, PolicyReply, PolicySet
 from guestagent.api.request import Request
 from guestagent.api.share import ShareList, ShareMount, ShareReport, ShareUnmount
 from guestagent.host.client.streams import FsStream, ProgressCallback
@@ -258,6 +259,20 @@ class AgentMethods(Caller):
     def dev_destroy(self, tree_id: str) -> None:
         """Take a tree away; ``busy`` names what still has it."""
         self.call(DevDestroy(tree_id=tree_id))
+
+    # --- policy
+
+    def policy_set(self, document: bytes, *, signature: bytes | None = None) -> PolicyReply:
+        """Put a policy in force, once; it stays so until the machine ends."""
+        return self.call(PolicySet(document=document, signature=signature))
+
+    def policy_narrow(self, document: bytes) -> PolicyReply:
+        """Have a second policy judge as well: from now on both must allow."""
+        return self.call(PolicyNarrow(document=document))
+
+    def policy_get(self) -> PolicyReply:
+        """Return which policy is in force, and what it has denied."""
+        return self.call(PolicyGet())
 
     # --- shared directories
 

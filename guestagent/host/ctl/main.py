@@ -21,6 +21,7 @@ from guestagent.host.ctl.man import man
 from guestagent.host.ctl.metrics import metrics
 from guestagent.host.ctl.net import net
 from guestagent.host.ctl.overlay import layers, overlay
+from guestagent.host.ctl.policy import policy
 from guestagent.host.ctl.profiles import complete_profiles
 from guestagent.host.ctl.session import Session, uses_session
 from guestagent.host.ctl.share import share
@@ -160,6 +161,7 @@ def collect() -> click.Group:
         pool,
         volume,
         dev,
+        policy,
         share,
         dm,
         device,
