@@ -80,7 +80,7 @@ def run(
         return EXIT_FAILED
     try:
         if policy is None:
-            policy = PolicyKeeper(config.policy, is_held=False)
+            policy = PolicyKeeper(config.policy, is_held=False, faults=config.fault)
         else:
             policy.restore()
     except CallError as error:

@@ -63,7 +63,7 @@ def mount_at(target: str, config: Config) -> None:
         raise _contradiction("agent=stay: here the system starts its agent, which adopts the root")
     if config.net:
         raise _contradiction("net=: here the system sets up its network")
-    policy = PolicyKeeper(config.policy, is_held=False)
+    policy = PolicyKeeper(config.policy, is_held=False, faults=config.fault)
     plan = mount_root(config, {}, policy.gate)
     if plan is None:
         raise _contradiction("no guestagent.layer= and no guestagent.manifest= names a root")

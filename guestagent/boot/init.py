@@ -75,7 +75,7 @@ def _boot_and_supervise(loading: Loading | OSError) -> str:
         log.error("a setting that guards security is wrong: powering off")
         return "poweroff"
     try:
-        policy = PolicyKeeper(config.policy, is_held=True)
+        policy = PolicyKeeper(config.policy, is_held=True, faults=config.fault)
     except (CallError, OSError) as error:
         log.error("there is no policy to go by: powering off", error=str(error))
         return "poweroff"

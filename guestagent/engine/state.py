@@ -1,7 +1,5 @@
 """What the parts of the engine share: device-mapper control, inventory, journal, rules, events."""
 
-from contextlib import contextmanager
-
 from guestagent.api.layers import TARGET_ROOTS
 from guestagent.api.overlays import ThinScratch
 from guestagent.engine.events import EventLog
@@ -22,7 +20,8 @@ __all__ = ("EngineState", "PoolScratches", "Rules", "layer_action")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
     from guestagent.engine.inventory import LiveLayer
     from guestagent.policy.decision import Allowed
@@ -122,19 +121,14 @@ class EngineState:
             self.journal.begin(name, begun)
         op.on_rollback("what was begun", lambda: self.journal.decide(name), is_record=True)
 
-    @contextmanager
-    def hold(self, keys: "Iterable[tuple[str, str]]", op: Transaction) -> "Iterator[None]":
-        """Hold the keys of what a request mounts or unmounts, and under a policy do so alone.
+    def hold(self, keys: "Iterable[tuple[str, str]]", op: Transaction) -> "_Hold":
+        """Return a context that holds what a request mounts or unmounts, and that under a policy
+        lets no other request do so meanwhile.
 
-        Raises:
-            CallError: ``timeout`` or ``cancelled``; ``busy``, a policy was set meanwhile.
+        Entering it raises CallError: ``timeout`` or ``cancelled``; ``busy``, a policy was set while
+        it waited.
         """
-        more = self.gate.lock_keys
-        with self.locks.hold((*keys, *more), op.deadline):
-            if self.gate.lock_keys != more:
-                text = "a policy was put in force while this request waited"
-                raise CallError("busy", text, step="lock", hint="ask again")
-            yield
+        return _Hold(self, keys, op)
 
     def _mounted(self) -> "State":
         """Return what a policy knows of what is mounted."""
@@ -164,6 +158,27 @@ class EngineState:
         self.events.close()
         if self._own_directory is not None:
             self._own_directory.close()
+
+
+class _Hold:
+    __slots__ = ("_gate", "_inner", "_more")
+
+    def __init__(
+        self, state: EngineState, keys: "Iterable[tuple[str, str]]", op: Transaction
+    ) -> None:
+        self._gate = state.gate
+        self._more = self._gate.lock_keys
+        self._inner = state.locks.hold((*keys, *self._more), op.deadline)
+
+    def __enter__(self) -> None:
+        self._inner.__enter__()
+        if self._gate.lock_keys != self._more:
+            self._inner.__exit__(None, None, None)
+            text = "a policy was put in force while this request waited"
+            raise CallError("busy", text, step="lock", hint="ask again")
+
+    def __exit__(self, *error: "Any") -> bool | None:
+        return self._inner.__exit__(*error)
 
 
 def layer_action(live: "LiveLayer") -> "LayerAction":

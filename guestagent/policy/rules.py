@@ -158,7 +158,14 @@ class Rules:
         if denial is not None:
             return denial
         others = [other for name, other in state.layers.items() if name != spec.layer_id]
-        if sum(self._known(other) is known for other in others) >= known.max_instances:
+        same = (
+            other
+            for other in others
+            if other.verity is not None
+            and other.verity.root_digest == known.verity.root_digest
+            and self._known(other) is known
+        )
+        if sum(1 for _ in same) >= known.max_instances:
             return "layers.max_instances", f"{known.id} is mounted {known.max_instances} times"
         if len(others) >= self.policy.run.max_layers:
             return "run.max_layers", f"{len(others)} layers are mounted"

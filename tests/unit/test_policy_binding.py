@@ -300,6 +300,11 @@ def test_required_policy_denies_all_but_what_leads_to_one() -> None:
     assert refused(lambda: keeper.gate.console("help")).code == "denied"
 
 
+def test_faults_are_not_injected_beside_a_policy_that_must_be_there() -> None:
+    error = refused(lambda: PolicyKeeper("required", is_held=False, faults="mount:EIO"))
+    assert error.object == "guestagent.fault"
+
+
 def test_policy_is_held_over_the_death_of_an_agent(keeper: PolicyKeeper) -> None:
     narrower = canonical_policy({**POLICY, "expose": {}})
     child = os.fork()

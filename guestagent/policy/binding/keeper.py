@@ -30,15 +30,15 @@ __all__ = ("PolicyKeeper",)
 
 #: A policy, and so many narrowings of it.
 _SLOTS = 4
-#: include/uapi/linux/fcntl.h
-_ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class PolicyKeeper:
     """Thread-safe. ``gate`` is in force by what is kept here."""
 
-    def __init__(self, setting: str | None, *, is_held: bool) -> None:
+    def __init__(self, setting: str | None, *, is_held: bool, faults: str = "") -> None:
         """Read what binds a policy; ``is_held``: this is the process that outlives agents.
+
+        ``faults`` are those that are injected, which no guest has that needs a policy.
 
         Raises:
             CallError: the policy that must be there cannot be put in force.
@@ -55,12 +55,14 @@ class PolicyKeeper:
         from guestagent.policy.binding.binding import accept, find_policy, read_binding
 
         self._binding = read_binding(setting)
+        if faults and self._binding.is_required:
+            text = "faults are injected, and there must be a policy"
+            raise CallError("invalid", text, step="policy", object="guestagent.fault")
         if self._binding.is_required:
             self._lock_up()
         found = find_policy(self._binding)
         if found is not None:
-            accept(self._binding, *found)
-            self._keep(found[0])
+            self._keep(found[0], accept(self._binding, *found))
 
     def restore(self) -> None:
         """Put in force what is kept, in an agent that has just been forked.
@@ -70,8 +72,8 @@ class PolicyKeeper:
         """
         self._lock = threading.Lock()
         for number, fd in enumerate(self._slots):
-            raw = _sealed(fd)
-            if raw is not None and number >= len(self._documents):
+            raw = None if number < len(self._documents) else _sealed(fd)
+            if raw is not None:
                 self._enforce(raw)
 
     # --- for requests
@@ -122,7 +124,7 @@ class PolicyKeeper:
                 raise CallError("denied", text, step="policy", object="policy.set")
             policy = accept(self._binding or Binding(), raw, signature)
             self._refuse_mounted(judge(Rules(policy)))
-            self._keep(raw)
+            self._keep(raw, policy)
             return False
 
     def narrow(self, raw: bytes, judge: "Callable[[Rules], str | None]") -> bool:
@@ -145,8 +147,9 @@ class PolicyKeeper:
             if len(self._documents) == _SLOTS:
                 text = f"the policy was narrowed {_SLOTS - 1} times"
                 raise CallError("resource", text, step="policy", object="policy.narrow")
-            self._refuse_mounted(judge(Rules(read_policy(raw))))
-            self._keep(raw)
+            policy = read_policy(raw)
+            self._refuse_mounted(judge(Rules(policy)))
+            self._keep(raw, policy)
             return False
 
     def _refuse_mounted(self, rule: str | None) -> None:
@@ -169,22 +172,21 @@ class PolicyKeeper:
         if disclosure is not None:
             log.restrict(disclosure.line)
 
-    def _keep(self, raw: bytes) -> None:
+    def _keep(self, raw: bytes, policy: "Policy") -> None:
         if self._is_held:
             fd = self._slots[len(self._documents)] if self._slots else -1
             if fd < 0:
                 text = "this kernel has no memory files to hold a policy (CONFIG_MEMFD_CREATE)"
                 raise CallError("unsupported", text, step="policy", object="policy.set")
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, raw, 0)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _ALL_SEALS)
-        self._enforce(raw)
+            _seal(fd, raw)
+        self._enforce(raw, policy)
 
-    def _enforce(self, raw: bytes) -> None:
+    def _enforce(self, raw: bytes, policy: "Policy | None" = None) -> None:
         from guestagent.policy.document import read_policy
         from guestagent.policy.rules import Rules
 
-        policy = read_policy(raw)
+        if policy is None:
+            policy = read_policy(raw)
         self._documents.append(raw)
         self._policies.append(policy)
         self._put_in_force([Rules(each) for each in self._policies])
@@ -201,8 +203,20 @@ def _make_slots() -> list[int]:
         return []
 
 
+def _seal(fd: int, raw: bytes) -> None:
+    """Write a memory file, and let nobody change it any more."""
+    os.ftruncate(fd, 0)
+    if os.pwrite(fd, raw, 0) < len(raw):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+
+
 def _sealed(fd: int) -> bytes | None:
-    """Return what a memory file holds; None: it is not sealed."""
+    """Return what a memory file holds; None: nothing, or it is not sealed."""
+    size_bytes = os.fstat(fd).st_size
+    if not size_bytes:
+        return None
     if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE:
         return None
-    return os.pread(fd, os.fstat(fd).st_size, 0)
+    return os.pread(fd, size_bytes, 0)
