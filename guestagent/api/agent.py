@@ -122,7 +122,8 @@ class AgentFeatures(Request[FeaturesReply], method="agent.features"):
 
 class StatusReply(Record):
     """``state`` is ready or degraded; ``problems`` says why. ``events_dropped`` counts the events
-    that subscribers did not get because they did not keep up.
+    that subscribers did not get because they did not keep up. ``policy`` is the state of the policy
+    as in `PolicyReply`, ``policy_digest`` the SHA-256 of the one in force.
 
     The defaults are for agents that do not count the thing."""
 
@@ -140,6 +141,8 @@ class StatusReply(Record):
     threads: int = 0
     event_sequence: int = 0
     events_dropped: int = 0
+    policy: str = "none"
+    policy_digest: str = ""
 
 
 class AgentStatus(Request[StatusReply], method="agent.status", quick=True):

@@ -46,10 +46,11 @@ def mount_plan(plan: BootPlan, config: Config, gate: Gate | None = None) -> None
     )
     try:
         engine.start()
+        request = LayersMount(layers=plan.layers, overlay=plan.overlay)
+        engine.state.gate.batch(request)  # before a device is read
         for spec in plan.layers:
             if spec.verity is None:
                 refuse_hidden_verity(spec, deadline)
-        request = LayersMount(layers=plan.layers, overlay=plan.overlay)
         reply = engine.batches.mount(request, engine.operation(deadline))
         for layer in reply.layers:
             verified = layer.verity.root_digest if layer.verity else "not verified"

@@ -8,6 +8,7 @@ A layer is known by the whole tuple of its verity parameters, never by the id in
 digest alone does not say which file system is seen.
 """
 
+import functools
 from collections.abc import Collection, Mapping
 
 from guestagent.api import METHODS
@@ -83,6 +84,7 @@ def _check_distinct(name: str, words: tuple[str, ...]) -> None:
         raise ValueError(f"{name} has {twice[:64]!r} twice")
 
 
+@functools.lru_cache(maxsize=64)
 def _check_targets(targets: tuple[str, ...]) -> None:
     if not targets:
         raise ValueError("targets is empty")

@@ -43,6 +43,10 @@ from vsock.server import Server
 
 __all__ = ("AgentHandlers",)
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from guestagent.policy.binding.keeper import PolicyKeeper
+
 _MAX_EVENTS = 1000
 
 
@@ -58,7 +62,9 @@ class AgentHandlers:
         problems: tuple[str, ...],
         restarts: int,
         on_shutdown: Callable[[str], None],
+        policy: "PolicyKeeper | None",
     ) -> None:
+        self._policy = policy
         self._engine = engine
         self._observers = observers
         self._boot = boot
@@ -130,6 +136,8 @@ class AgentHandlers:
             threads=threading.active_count(),
             event_sequence=self._engine.events.sequence,
             events_dropped=self._subscribers.dropped,
+            policy="none" if self._policy is None else self._policy.state,
+            policy_digest="" if self._policy is None else self._policy.digest(),
         )
 
     @handles(AgentCancel)

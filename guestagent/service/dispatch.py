@@ -87,6 +87,7 @@ class Service:
             problems=tuple(problem.text for problem in problems),
             restarts=restarts,
             on_shutdown=on_shutdown,
+            policy=policy,
         )
         self._handlers: dict[str, Handler] = handlers_of(self._agent)
         for part in (LayerHandlers(engine), DeviceHandlers(engine)):

@@ -41,7 +41,7 @@ class PolicyHandlers:
         keeper, gate = self._keeper, self._keeper.gate
         policies = keeper.policies
         reply = PolicyReply(
-            state="inconsistent" if gate.inconsistent else keeper.state,
+            state=keeper.state,
             bound_by=keeper.bound_by,
             denials=dict(gate.denials),
         )

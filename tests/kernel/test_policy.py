@@ -1,5 +1,7 @@
 """A policy in a real agent: what is denied leaves no trace, and nothing gets round it."""
 
+import contextlib
+import errno
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from guestagent.host.client import GuestAgent
 from guestagent.policy.document import canonical_policy, read_policy
 from guestagent.policy.gate import Gate
 from guestagent.policy.rules import Rules
-from tests.beds.agentbed import AgentProcess, Pack, World, attached_pack, settled_world
+from tests.beds.agentbed import AgentProcess, EngineBed, Pack, World, attached_pack, settled_world
 from tests.beds.dmbed import loop_device
 from tests.beds.supervised import SupervisedAgent
 from vsock.errors import CallError
@@ -359,8 +361,30 @@ def test_adopted_layer_that_is_not_allowed_ends_everything_else(
             assert reply.bound_by == ("sha256",)
             denied(lambda: guest.layer_mount(specs[0]), "inconsistent")
             denied(guest.layer_list, "inconsistent")
-            assert guest.status().layers == 1
+            status = guest.status()
+            assert (status.layers, status.policy) == (1, "inconsistent")
+            assert status.policy_digest == digest
             guest.shutdown("poweroff")
         assert agent.wait() == 80
         agent.start(f"policy={document},sha256={'0' * 64}")
         assert agent.wait() == 1  # it does not begin without its policy
+
+
+def test_request_that_cannot_be_undone_ends_everything_else(
+    specs: tuple[LayerSpec, ...], tmp_path: Path
+) -> None:
+    """What is left behind is not what the policy has judged."""
+
+    def fail() -> None:
+        raise OSError(errno.EBUSY, "it stays")
+
+    with EngineBed(Path(f"/run/policy-{tmp_path.name}")) as bed:
+        gate = bed.engine.state.gate
+        gate.put_in_force([Rules(read_policy(policy_of(specs)))])
+        with bed.operation() as op, contextlib.suppress(CallError), op:
+            op.on_rollback("a device", fail)
+            raise CallError("device", "a step failed")
+        assert gate.inconsistent
+        with bed.operation() as op, pytest.raises(CallError) as caught:
+            bed.engine.layers.mount(specs[0], op)
+        assert (caught.value.code, caught.value.object) == ("denied", "inconsistent")

@@ -47,6 +47,7 @@ class PolicyKeeper:
         self._lock = threading.Lock()
         self._documents: list[bytes] = []
         self._policies: list[Policy] = []
+        self._digest = ""
         self._is_held = is_held
         self._slots = _make_slots() if is_held else []
         self._binding: Binding | None = None
@@ -85,7 +86,9 @@ class PolicyKeeper:
 
     @property
     def state(self) -> str:
-        """Say set, required (and absent), or none."""
+        """Say none, required (and absent), set, or inconsistent."""
+        if self.gate.inconsistent:
+            return "inconsistent"
         if self._documents:
             return "set"
         return "none" if self.gate.is_open else "required"
@@ -96,11 +99,11 @@ class PolicyKeeper:
 
     def digest(self) -> str:
         """Return the SHA-256 of the policy in force, in hexadecimal; empty without one."""
-        if not self._documents:
-            return ""
-        from guestagent.policy.binding.binding import digest_of
+        if self._documents and not self._digest:
+            from guestagent.policy.binding.binding import digest_of
 
-        return digest_of(self._documents[0]).hex()
+            self._digest = digest_of(self._documents[0]).hex()
+        return self._digest
 
     def set(
         self, raw: bytes, signature: bytes | None, judge: "Callable[[Rules], str | None]"
