@@ -156,9 +156,12 @@ class Gate:
         """
         if self._policies is None:
             return ALLOWED_WITHOUT_POLICY
-        from guestagent.policy.rules import RequestAction
+        from guestagent.policy.rules import RequestAction, State
+        from guestagent.policy.table import METHOD_RULES
 
-        return self._judge(RequestAction(method=method, request=request))
+        # what is mounted decides about places alone, and takes a look at all of it
+        state = None if METHOD_RULES.get(method) == "place" else State()
+        return self._judge(RequestAction(method=method, request=request), state)
 
     def console(self, command: str) -> Allowed:
         """Ask for a command of the console.
@@ -168,19 +171,19 @@ class Gate:
         """
         if self._policies is None:
             return ALLOWED_WITHOUT_POLICY
-        from guestagent.policy.rules import ConsoleAction
+        from guestagent.policy.rules import ConsoleAction, State
 
-        return self._judge(ConsoleAction(command=command))
+        return self._judge(ConsoleAction(command=command), State())
 
     def _state(self) -> "State":
         from guestagent.policy.rules import State
 
         return State() if self.look is None else self.look()
 
-    def _judge(self, action: "Action") -> Allowed:
+    def _judge(self, action: "Action", state: "State | None" = None) -> Allowed:
         if self.inconsistent and not _is_always_answered(action):
             raise self._denied(Denied(rule="inconsistent", reason=self.inconsistent))
-        decision = decide(self._policies, self._state(), action)
+        decision = decide(self._policies, state or self._state(), action)
         if isinstance(decision, Denied):
             raise self._denied(decision)
         return decision

@@ -174,6 +174,14 @@ def test_fault_of_a_rule_denies_and_ends_all_else() -> None:
     gate.request("agent.status", METHODS["agent.status"]())
 
 
+def test_requests_take_no_longer_than_the_policy_says() -> None:
+    gate = Gate()
+    assert gate.max_deadline_seconds is None
+    short = json.loads(json.dumps({**POLICY, "run": {"max_deadline_ms": 1500}}))
+    gate.put_in_force([RULES, Rules(read_policy(canonical_policy(short)))])
+    assert gate.max_deadline_seconds == 1.5
+
+
 def test_denials_look_alike_and_are_counted() -> None:
     """What is denied cannot be found out by trying: the text is one, whatever was wrong."""
     gate = Gate()

@@ -20,7 +20,9 @@ from guestagent.engine.events import EventLog
 from guestagent.engine.journal import Journal
 from guestagent.inspect.methods import DEVICE_LOOKS, LOOKS, STREAMS
 from guestagent.net.network import Network
+from guestagent.policy.document import Exposure, Policy
 from guestagent.policy.gate import Gate
+from guestagent.policy.rules import Rules
 from guestagent.service.agent import AgentHandlers
 from guestagent.service.devices import DeviceHandlers
 from guestagent.service.dispatch import QUICK_METHODS, Service
@@ -392,3 +394,28 @@ def test_progress_reaches_this_process(bed):
             notify=lambda method, params: told.append((method, dict(params))),
         )
     assert told == [("agent.progress", {"msgid": 0, "done_bytes": 1, "total_bytes": 2})]
+
+
+def test_policy_judges_before_the_handler_and_filters_what_leaves(bed):
+    asked = []
+
+    def refuse(layer_id):
+        asked.append(layer_id)
+        raise CallError("busy", "process 7 uses it", step="unmount", object="/secret", hint="7")
+
+    bed.engine.layers.answer = refuse
+    peer = bed.peer()
+    bed.engine.state.gate.put_in_force([Rules(Policy(name="p", svn=0))])
+    error, _ = peer.ask("layer.get", layer_id="a")
+    assert (error["code"], error["step"], error["object"]) == ("denied", "policy", "expose.methods")
+    assert asked == []
+    listed = Policy(name="p", svn=0, expose=Exposure(methods=("layer.get",)))
+    bed.engine.state.gate.put_in_force([Rules(listed)])
+    error, _ = peer.ask("layer.get", layer_id="a")
+    assert asked == ["a"]
+    assert (error["code"], error["step"], error["object"]) == ("busy", "unmount", None)
+    assert (error["message"], error["hint"]) == ("not exposed by the policy", None)
+    error, _ = peer.ask("layer.fetch", layer_id="a")
+    assert (error["code"], error["hint"]) == ("unsupported", None)
+    _, status = peer.ask("agent.status")
+    assert status["problems"] == ["not exposed by the policy"]
