@@ -1,5 +1,6 @@
 """What a policy decides: vectors, and properties that hold for every action."""
 
+import ast
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,3 +242,17 @@ def test_every_method_without_parameters_is_decided() -> None:
         *("agent.events", "agent.log", "agent.metrics", "agent.crashes"),
         *("fs.available", "fs.version", "policy.set", "policy.narrow", "policy.get"),
     }
+
+
+def test_no_module_makes_an_allowed_but_the_decision() -> None:
+    """The gate hands on what the decision returns; nothing else in the guest names either maker."""
+    makers = {"Allowed": {"decision.py"}, "ALLOWED_WITHOUT_POLICY": {"decision.py", "gate.py"}}
+    found: dict[str, set[str]] = {name: set() for name in makers}
+    for path in (Path(__file__).resolve().parents[2] / "guestagent").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Name) and called.id == "Allowed":
+                found["Allowed"].add(path.name)
+            if isinstance(node, ast.Name) and node.id == "ALLOWED_WITHOUT_POLICY":
+                found["ALLOWED_WITHOUT_POLICY"].add(path.name)
+    assert found == makers
