@@ -8,14 +8,13 @@ listed topmost first: the order of the overlay.
 import json
 import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from guestagent.api.devices import MAX_SIGNATURE_BYTES, SECTOR_BYTES
 from guestagent.api.layers import LAYER_FILESYSTEMS, WHITEOUT_KINDS
 from guestagent.storage.verity import PART_STEP_BYTES, FieldError, VerityParameters
-from rootfs.imagefile.errors import OsErrors
+from rootfs.imagefile.inputs import read_input
 from rootfs.imagefile.output import write_file
 from rootfs.imagefile.ranges import FileRange, overlapping, round_up
 from vsock.errors import CallError
@@ -305,8 +304,7 @@ class Manifest:
             CallError: ``invalid``, with the path of the field in ``object``; ``unsupported``, of a
                 later version; by errno otherwise.
         """
-        with OsErrors("read the manifest", path):
-            raw = _read_file(path)
+        raw = read_input(path, _MAX_MANIFEST_BYTES, step="read the manifest")
         try:
             return cls.from_json(json.loads(raw, object_pairs_hook=_unique))
         except FieldError as problem:
@@ -588,16 +586,3 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
                 raise FieldError(name, "given twice in one object")
             seen.add(name)
     return result
-
-
-def _read_file(path: str | os.PathLike[str]) -> bytes:
-    # a pipe must not keep us waiting for a writer
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(fd, "rb") as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise OSError(22, "not a regular file", os.fspath(path))
-        raw = file.read(_MAX_MANIFEST_BYTES + 1)
-    if len(raw) > _MAX_MANIFEST_BYTES:
-        raise OSError(27, f"over {_MAX_MANIFEST_BYTES} bytes", os.fspath(path))
-    return raw
