@@ -16,7 +16,7 @@ from rootfs.pack.mounting import OVERLAY, ImageMount, plan_image_mount, plan_lay
 from rootfs.pack.pack import Pack, build_pack
 from vsock.errors import CallError
 
-__all__ = ("IMAGE_ID", "Prepared", "mount_request", "prepare")
+__all__ = ("IMAGE_ID", "Prepared", "build_image_pack", "mount_request", "prepare")
 
 #: The id of the image in its pack, and so of its mount and of its overlay.
 IMAGE_ID = "root"
@@ -52,10 +52,7 @@ def prepare(
     """
     with OsErrors("create", directory):
         directory.mkdir(parents=True, exist_ok=True)
-    report(f"building the layers of {source}")
-    build_pack(source, directory / "pack.img", verity=True, **choices)
-    report("merging the layers")
-    manifest = _merged(directory / "pack.img", report)
+    manifest = build_image_pack(source, directory / "pack.img", report=report, **choices)
     features: tuple[str, ...] = FEATURES
     if kernel.modules.has("virtio_mmio"):
         features += ("virtio-mmio",)
@@ -68,12 +65,22 @@ def prepare(
     )
 
 
-def _merged(path: Path, report: Callable[[str], None]) -> Manifest:
-    """Merge all layers of a pack; where no image can be made of them, they can still be overlaid.
+def build_image_pack(
+    source: str,
+    path: Path,
+    *,
+    report: Callable[[str], None] = lambda step: None,
+    **choices: Unpack[SourceChoices],
+) -> Manifest:
+    """Build a pack of the verified layers of ``source``, and merge them; where no image can be made
+    of them, they can still be overlaid. The same image gives the same hash trees.
 
     Raises:
-        CallError: as ``Pack.merge``, for other reasons.
+        CallError: as ``build_pack``, and as ``Pack.merge`` for other reasons.
     """
+    report(f"building the layers of {source}")
+    build_pack(source, path, verity=True, **choices)
+    report("merging the layers")
     with Pack.open(path, writable=True) as pack:
         try:
             pack.merge(IMAGE_ID, [layer.layer_id for layer in pack.layers])
