@@ -11,6 +11,7 @@ from guestagent.host.ctl.session import emit, reports_errors
 from guestagent.host.ctl.style import words_of
 from rootfs.cli.pack import image_line, image_of, pack, source_options
 from rootfs.cli.packmount import PACK_COMMANDS
+from rootfs.cli.policy import policy
 from rootfs.image.images import (
     FILESYSTEMS,
     BuildOptions,
@@ -141,4 +142,4 @@ for _command in PACK_COMMANDS:
 #: For ``guestctl layer``.
 LAYER_COMMANDS: tuple[click.Command, ...] = (build_command,)
 #: For ``guestctl``.
-COMMANDS: tuple[click.Command, ...] = (image, pack)
+COMMANDS: tuple[click.Command, ...] = (image, pack, policy)

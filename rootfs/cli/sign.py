@@ -10,10 +10,11 @@ from rootfs.cli.pack import image_of, pack
 from rootfs.imagefile.errors import OsErrors
 from rootfs.imagefile.output import write_file
 from rootfs.pack.canonical import parse_json
+from rootfs.pack.manifest import Manifest
 from rootfs.pack.pack import Pack
 from vsock.errors import CallError
 
-__all__ = ("COMMANDS", "signature_in")
+__all__ = ("COMMANDS", "password_of", "read_signed_manifest", "signature_in")
 
 _MAX_FILE_BYTES = 64 << 20
 
@@ -60,7 +61,10 @@ def sign_command(
     if manifest is not None:
         path = signature or f"{manifest}.sig"
         by = _needed("--key", key)
-        signer = (_verify_manifest if verify else _sign_manifest)(manifest, path, by, password_file)
+        if verify:
+            _, signer = read_signed_manifest(manifest, path, by)
+        else:
+            signer = _sign_manifest(manifest, path, by, password_file)
     else:
         assert root_digest is not None
         path = _needed("--signature", signature)
@@ -114,7 +118,7 @@ def pack_sign_command(
             from rootfs.pack.pkcs7 import sign_root_digest
 
             by = load_certificate(_needed("--certificate", certificate))
-            private = load_private_key(_needed("--key", key), password=_password(password_file))
+            private = load_private_key(_needed("--key", key), password=password_of(password_file))
             made = {name: sign_root_digest(each, by, private) for name, each in digests.items()}
         opened.sign(made)
     if as_json:
@@ -144,19 +148,25 @@ def _sign_manifest(manifest: str, path: str, key: str, password_file: str | None
     from rootfs.pack.keys import load_private_key
     from rootfs.pack.signing import sign_manifest
 
-    private = load_private_key(key, password=_password(password_file))
+    private = load_private_key(key, password=password_of(password_file))
     made = sign_manifest(_manifest(manifest), private)
     write_file(path, made.to_json(), inputs=(manifest, key))
     return made.key_id
 
 
-def _verify_manifest(manifest: str, path: str, key: str, password_file: str | None) -> str:
+def read_signed_manifest(manifest: str, path: str, key: str) -> tuple[Manifest, str]:
+    """Read a manifest whose signature ``path`` is by a public key; return it, as it was signed, and
+    the name of the key.
+
+    Raises:
+        CallError: as ``verify_manifest``; a file cannot be read.
+    """
     from rootfs.pack.keys import load_public_key
     from rootfs.pack.signing import Signature, verify_manifest
 
-    found = Signature.parse(_read(path))
-    verify_manifest(_manifest(manifest), found, load_public_key(key))
-    return found.key_id
+    found, fields = Signature.parse(_read(path)), _manifest(manifest)
+    verify_manifest(fields, found, load_public_key(key))
+    return Manifest.from_json(fields), found.key_id
 
 
 def _sign_root(
@@ -165,7 +175,7 @@ def _sign_root(
     from rootfs.pack.keys import load_certificate, load_private_key
     from rootfs.pack.pkcs7 import sign_root_digest
 
-    private = load_private_key(key, password=_password(password_file))
+    private = load_private_key(key, password=password_of(password_file))
     made = sign_root_digest(root_digest, load_certificate(certificate), private)
     write_file(path, made, inputs=(key, certificate))
 
@@ -178,8 +188,6 @@ def _verify_root(root_digest: bytes, path: str, certificate: str) -> None:
 
 
 def _manifest(path: str) -> dict[str, object]:
-    from rootfs.pack.manifest import Manifest
-
     try:
         fields = parse_json(_read(path))
         Manifest.from_json(fields)  # the signature says that it is a manifest
@@ -190,7 +198,12 @@ def _manifest(path: str) -> dict[str, object]:
         ) from None
 
 
-def _password(path: str | None) -> bytes | None:
+def password_of(path: str | None) -> bytes | None:
+    """Return the password of a key, the first line of a file.
+
+    Raises:
+        CallError: by errno.
+    """
     return None if path is None else _read(path).split(b"\n", 1)[0]
 
 

@@ -1,4 +1,4 @@
-"""The commands that docs/images.md shows, run as they stand there, each a process of its own.
+"""The commands that pages of docs/ show, run as they stand there, each a process of its own.
 
 The one that needs a guest has a test of its own beside this one.
 """
@@ -14,10 +14,10 @@ from tests.beds.imagebed import Layout, Member, directory, make_tar
 
 PROJECT = Path(__file__).resolve().parents[2]
 GUESTCTL = f"{sys.executable} -c 'from guestagent.host.ctl import main; main()'"
-DOCUMENT = PROJECT / "docs/images.md"
 
 
-def test_the_commands_work(tmp_path: Path) -> None:
+def run_commands(document: str, tmp_path: Path) -> str:
+    """Run all commands of a page in one shell; return what they print."""
     place = tmp_path / "place"
     (place / "rootfs/etc").mkdir(parents=True)
     (place / "rootfs/etc/motd").write_text("hello\n")
@@ -26,8 +26,8 @@ def test_the_commands_work(tmp_path: Path) -> None:
     run("gzip", tmp_path / "app.tar")
     (tmp_path / "app.tar.gz").rename(place / "app.tar.gz")
     Layout(place / "layout").layer(files).layer([Member("etc/.wh.hosts")], "+gzip").finish()
-    commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", DOCUMENT.read_text(), re.M | re.S))
-    assert commands.count("guestctl") > 20
+    text = (PROJECT / document).read_text()
+    commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S))
     script = f'set -eux\nguestctl() {{ {GUESTCTL} "$@"; }}\n{commands}'
     done = subprocess.run(
         ["bash", "-c", script],
@@ -38,5 +38,18 @@ def test_the_commands_work(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "sound: " in done.stdout
-    assert done.stdout.count("good signature") == 2
+    assert commands.count("guestctl") > 15
+    return done.stdout
+
+
+def test_the_commands_for_images_work(tmp_path: Path) -> None:
+    printed = run_commands("docs/images.md", tmp_path)
+    assert "sound: " in printed
+    assert printed.count("good signature") == 2
+
+
+def test_the_commands_for_policies_work(tmp_path: Path) -> None:
+    printed = run_commands("docs/policy-commands.md", tmp_path)
+    assert "needs a review" in printed
+    assert "denied" in printed
+    assert "good signature" in printed

@@ -1,0 +1,1 @@
+"""Policies on the host: made from packs and from lists of others, compared, explained."""
