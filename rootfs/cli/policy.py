@@ -19,6 +19,7 @@ from guestagent.policy.document import (
     DEVICE_KINDS,
     NoScratch,
     Policy,
+    PolicyLayer,
     ScratchOnDevice,
     ScratchOnTmpfs,
     ScratchRule,
@@ -31,7 +32,7 @@ from rootfs.imagefile.inputs import read_input
 from rootfs.imagefile.output import check_output, write_file
 from rootfs.pack.pack import manifest_path_of
 from rootfs.policy.files import TEES, load_policy, policy_bytes, read_policy_file
-from rootfs.policy.generate import FORMS, Choices, policy_of_pack
+from rootfs.policy.generate import FORMS, Choices, layer_of, policy_of_pack, policy_of_stacks
 
 __all__ = ("policy",)
 
@@ -234,6 +235,44 @@ def from_image_command(
 
 class _ImageWords(ChoiceWords, SourceChoices):
     """The options of ``from-image``."""
+
+
+@policy.command("import")
+@click.argument("file", type=click.Path())
+@click.option(
+    "--pack",
+    "packs",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A pack, or its manifest, with layers of which the file has the root digest alone; may be "
+    "repeated.",
+)
+@policy_options
+@reports_errors
+def import_command(
+    *,
+    file: str,
+    packs: tuple[Path, ...],
+    output: str | None,
+    as_json: bool,
+    **words: Unpack[ChoiceWords],
+) -> None:
+    """Make a policy of one of hcsshim or Kata.
+
+    The layer lists are taken from FILE, a policy of hcsshim or of Kata Containers. What else it
+    says is not taken over; it is listed on the standard error.
+    """
+    from rootfs.policy.foreign import MAX_FOREIGN_BYTES, import_layers
+
+    known: list[PolicyLayer] = []
+    for pack in packs:
+        manifest = manifest_of(pack)
+        known += [layer_of(each, manifest.image) for each in manifest.layers if each.verity]
+    found = import_layers(read_input(file, MAX_FOREIGN_BYTES, step="read"), file, known)
+    made = policy_of_stacks(found.stacks, Choices(**words), name="imported", source=file)
+    _write(made, output, (file, *packs), as_json)
+    for what in found.left_out:
+        click.echo(f"not taken over: {plain(what)}", err=True)
 
 
 @policy.command("merge")
