@@ -33,12 +33,20 @@ def _sha256() -> "Any":
     return module.sha256()
 
 
-def _sha512() -> "Any":
+def _sha512_module() -> "Any":
     try:
         import _sha512 as module  # type: ignore[import-not-found]
     except ModuleNotFoundError:
         import _sha2 as module
-    return module.sha512()
+    return module
+
+
+def _sha512() -> "Any":
+    return _sha512_module().sha512()
+
+
+def _sha384() -> "Any":
+    return _sha512_module().sha384()
 
 
 def _sha1() -> "Any":
@@ -47,12 +55,18 @@ def _sha1() -> "Any":
     return module.sha1()
 
 
-_MAKERS: "dict[str, Callable[[], Any]]" = {"sha256": _sha256, "sha512": _sha512, "sha1": _sha1}
-ALGORITHMS = tuple(_MAKERS)
+_MAKERS: "dict[str, Callable[[], Any]]" = {
+    "sha256": _sha256,
+    "sha512": _sha512,
+    "sha1": _sha1,
+    "sha384": _sha384,
+}
+#: Those of hash trees.
+ALGORITHMS = ("sha256", "sha512", "sha1")
 
 
 def new_hash(algorithm: str) -> "Hash":
-    """Return a new hash object for one of ``ALGORITHMS``.
+    """Return a new hash object for one of ``ALGORITHMS``, or for sha384.
 
     Raises:
         CallError: ``unsupported``, the interpreter was built without it.

@@ -1,6 +1,7 @@
 """What vouches for a policy, and what holds it: digests, signatures, reports, sealed memory."""
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,16 +134,16 @@ def test_signature_over_another_kind_of_document_counts_for_none() -> None:
         assert error.object == "signature"
 
 
-@pytest.mark.parametrize("size", [32, 48])
-def test_digest_of_the_launch(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    digest = digest_of(RAW).ljust(size, b"\0")
+@pytest.mark.parametrize("algorithm", ["sha256", "sha384"])
+def test_digest_of_the_launch(monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
+    digest = hashlib.new(algorithm, RAW).digest()
     monkeypatch.setattr(binding_module, "launch_digest", lambda: digest)
     binding = Binding(word="tsm")
     assert accept(binding, RAW, None).name == "web"
     assert refused(lambda: accept(binding, OTHER, None)).object == "tsm"
-    cut = digest[:31] + b"\0"
-    monkeypatch.setattr(binding_module, "launch_digest", lambda: cut)
-    assert refused(lambda: accept(binding, RAW, None)).object == "tsm"
+    for other in (digest[:31] + b"\0", digest[:32].ljust(48, b"\0"), digest[:20]):
+        monkeypatch.setattr(binding_module, "launch_digest", lambda other=other: other)
+        assert refused(lambda: accept(binding, RAW, None)).object == "tsm"
 
 
 def test_machine_that_is_no_tee_vouches_for_nothing(tmp_path: Path) -> None:

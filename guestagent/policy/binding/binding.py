@@ -108,7 +108,7 @@ def accept(binding: Binding, raw: bytes, signature: bytes | None) -> Policy:
         raise _denied("sha256", "its digest is not the one on the command line")
     if binding.word == "tsm":
         launched = launch_digest()
-        if launched != digest.ljust(len(launched), b"\0"):
+        if launched != (digest if len(launched) == len(digest) else digest_of(raw, "sha384")):
             raise _denied("tsm", "its digest is not the one that the machine was launched with")
     if binding.key is not None and not is_signed(
         binding.key, SIGNATURE_CONTEXT + raw, signature or b""
@@ -120,9 +120,9 @@ def accept(binding: Binding, raw: bytes, signature: bytes | None) -> Policy:
     return policy
 
 
-def digest_of(raw: bytes) -> bytes:
-    """Return the SHA-256 of a policy's bytes."""
-    hasher = new_hash("sha256")
+def digest_of(raw: bytes, algorithm: str = "sha256") -> bytes:
+    """Return the digest of a policy's bytes."""
+    hasher = new_hash(algorithm)
     hasher.update(raw)
     return hasher.digest()
 
