@@ -220,7 +220,21 @@ def test_a_read_only_disk_and_an_empty_one_are_no_scratch(
     layers = DeviceScratch(device=PathDevice(path=pack.node))
     assert refused(bed, overlay("o", "layer0", scratch=layers)).code == "conflict"
     empty = DeviceScratch(device=PathDevice(path=disk))
-    assert refused(bed, overlay("o", "layer0", scratch=empty)).step in ("scratch", "format")
+    error = refused(bed, overlay("o", "layer0", scratch=empty))
+    assert "has no file system" in error.message
+    assert "ensure_filesystem" in (error.hint or "")
+
+
+def test_a_scratch_device_of_another_overlay_is_named(bed: EngineBed, disk: str) -> None:
+    scratch = DeviceScratch(device=PathDevice(path=disk), ensure_filesystem=True)
+    with bed.operation() as op:
+        bed.engine.overlays.mount(overlay("o", "layer0", scratch=scratch), op)
+    try:
+        error = refused(bed, overlay("p", "layer0", scratch=scratch.replace(existing="adopt")))
+        assert (error.code, error.message) == ("conflict", f"{disk} is the scratch of overlay 'o'")
+    finally:
+        with bed.operation() as op:
+            bed.engine.overlays.unmount("o", op)
 
 
 def test_a_full_scratch_is_named(bed: EngineBed, tmp_path: Path) -> None:
