@@ -290,6 +290,20 @@ def test_the_log_is_printed(agent: Agent, ctl: Ctl) -> None:
     assert ctl("log", "-n", "1", "--since", "1").exit_code == 2
 
 
+@pytest.mark.parametrize("words", [("log",), ("log", "-n", "5")])
+def test_a_log_without_an_end_is_read_to_a_bound(
+    agent: Agent, ctl: Ctl, words: tuple[str, ...]
+) -> None:
+    """An agent keeps a mebibyte; another may say for ever that there is more."""
+    agent.log()
+    agent.more_fields = {"more": True, "next": 1}
+    done = ctl(*words)
+    assert (done.exit_code, done.exception) == (0, None)
+    assert "line 1" in done.stdout
+    agent.more_fields = {"more": True, "next": 0}
+    assert ctl(*words).exit_code == 0
+
+
 def test_crashes(agent: Agent, ctl: Ctl) -> None:
     assert ctl("crashes").stdout == "none\n"
     line = LogLine(

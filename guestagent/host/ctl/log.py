@@ -33,6 +33,8 @@ _READ_BYTES = 64 * 1024
 #: Longest line that is taken; a sender of a longer one is disconnected.
 _LINE_BYTES = 1024 * 1024
 _MAX_SENDERS = 128
+#: Of the lines that are kept; an agent keeps three.
+_MAX_PAGES = 64
 #: Boots whose last line is remembered.
 _MAX_BOOTS = 1024
 _MAX_BOOT_ID = 64
@@ -85,12 +87,12 @@ def log(
 
 
 def _all_lines(guest: GuestAgent, since: int, level: str) -> Iterator[LogLine]:
-    while True:
+    for _ in range(_MAX_PAGES):
         reply = guest.log(since, level=level)
         if reply.dropped and since > 0:
             click.echo(f"({reply.dropped} lines are no longer kept)", err=True)
         yield from reply.lines
-        if not reply.more:
+        if not reply.more or reply.next <= since:
             return
         since = reply.next
 
