@@ -41,10 +41,13 @@ def at_once(function: Callable[[Argument], Result], arguments: Iterable[Argument
 
 
 def run(*command: object, **options: Any) -> str:
-    """Run a program and return what it printed; if it fails, the error has all of that."""
+    """Run a program and return what it printed, other bytes than UTF-8 as ``\\xff``.
+
+    If it fails, the error has all of that.
+    """
     words = [str(word) for word in command]
     done: subprocess.CompletedProcess[str] = subprocess.run(
-        words, capture_output=True, text=True, check=False, **options
+        words, capture_output=True, text=True, errors="backslashreplace", check=False, **options
     )
     assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
     return done.stdout
