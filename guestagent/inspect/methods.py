@@ -81,6 +81,8 @@ class Inspection:
         assert isinstance(request, PlaceRequest)
         step = request.method.removeprefix("fs.")
         with open_place(self._state, request) as place, op.step(step, place.name):
+            # once more, now that what is open stays what it is
+            self._state.gate.request(request.method, request)
             try:
                 yield place
             except CallError as error:

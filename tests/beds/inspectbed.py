@@ -79,7 +79,10 @@ def _mount(path: Path) -> dict[str, object]:
 class Bed:
     """A running service."""
 
-    def __init__(self, server: Server, service: Service, address: str) -> None:
+    def __init__(
+        self, engine: "PlainEngine", server: Server, service: Service, address: str
+    ) -> None:
+        self.engine = engine
         self.server = server
         self.service = service
         self.address = address
@@ -104,7 +107,7 @@ def serving(
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield Bed(server, service, f"unix://{socket}")
+        yield Bed(engine, server, service, f"unix://{socket}")
     finally:
         server.stop(0.0)
         thread.join(WAIT_SECONDS)

@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 
-from guestagent.api import Event
+from guestagent.api import Event, LayerSpec, PmemDevice
 from guestagent.api.agent import EventsReply, StatusReply
 from guestagent.api.devicemapper import DmListReply
+from guestagent.api.inspect import FsReadFile
 from guestagent.api.layers import DmDevice
 from guestagent.api.observe import CrashesReply, CrashReport, LogLine, MetricsReply
+from guestagent.host.client import GuestAgent
 from guestagent.policy.disclosure import Disclosure
 from guestagent.policy.document import Exposure, Policy, canonical_policy, read_policy
-from guestagent.policy.rules import Rules
+from guestagent.policy.rules import LayerAction, Rules, State
 from tests.beds.consolebed import serving
+from tests.beds.inspectbed import serving as serving_layers
 from tests.beds.policybed import POLICY
 from vsock.errors import CallError
 from vsock.log import Line, Log
@@ -174,3 +177,29 @@ def test_console_runs_the_commands_that_the_policy_names(tmp_path: Path) -> None
             assert "the policy of this guest does not allow it" in output
         assert bed.modes == []
         assert bed.engine.state.gate.denials == {"expose.console": 5, "expose.shell": 1}
+
+
+def test_place_is_judged_again_once_it_is_open(tmp_path: Path) -> None:
+    """Between the first look and the opening another layer may have taken the id."""
+    (tmp_path / "layer").mkdir()
+    (tmp_path / "layer/file").write_text("secret")
+    rules = Rules(read_policy(canonical_policy(POLICY)))
+    exposed, other = rules.policy.layers
+    spec = LayerSpec(layer_id="app", device=PmemDevice(number=0), filesystem="erofs")
+    states = [
+        State(layers={"app": LayerAction(spec=spec, verity=layer.verity)})
+        for layer in (exposed, exposed, exposed, other)
+    ]
+    layers = {"app": tmp_path / "layer"}
+    with (
+        serving_layers(tmp_path / "agent.sock", layers) as bed,
+        GuestAgent(bed.address) as guest,
+    ):
+        gate = bed.engine.state.gate
+        gate.look = iter(states).__next__
+        gate.put_in_force([rules])
+        request = FsReadFile(layer_id="app", path="/file")
+        assert b"".join(guest.stream(request)) == b"secret"
+        with pytest.raises(CallError) as caught:
+            b"".join(guest.stream(request))
+    assert (caught.value.code, caught.value.object) == ("denied", "expose.inspect")
