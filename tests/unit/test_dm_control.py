@@ -294,9 +294,9 @@ def test_a_removal_that_came_before_it_was_taken_back_is_a_removal(
         deadline.check("wait")
 
     monkeypatch.setattr(devices, "wait_gone", late)
-    monkeypatch.setattr(devices, "_dying", lambda control: set())
+    monkeypatch.setattr(devices, "_look", lambda control: ([], set()))
     assert devices.remove_device(Racing(), "x", Deadline(0.0))  # type: ignore[arg-type]
-    monkeypatch.setattr(devices, "_dying", lambda control: {"dm-1"})
+    monkeypatch.setattr(devices, "_look", lambda control: ([], {"dm-1"}))
     with pytest.raises(OSError, match="still in use"):
         devices.remove_device(Racing(), "x", Deadline(0.0))  # type: ignore[arg-type]
 

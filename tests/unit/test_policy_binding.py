@@ -173,10 +173,11 @@ class Reports:
             for name, content in attributes.items():
                 Path(path, name).write_bytes(content)
 
-        def remove(path: str) -> None:
-            for name in attributes:
-                Path(path, name).unlink()
-            rmdir(path)
+        def remove(path: str, *, dir_fd: int | None = None) -> None:
+            if dir_fd is None:  # not the tidying of pytest
+                for name in attributes:
+                    Path(path, name).unlink()
+            rmdir(path, dir_fd=dir_fd)
 
         monkeypatch.setattr(os, "mkdir", make)
         monkeypatch.setattr(os, "rmdir", remove)
