@@ -239,14 +239,17 @@ def test_pmem_that_may_be_written_reaches_the_file(
     assert [device["type"] for device in devices] == ["nvdimm"]
 
 
-def test_the_choice_of_the_accelerator_is_kept(kernel: Kernel, tmp_path: Path) -> None:
-    choice = choose_accelerator("auto", kernel.image, tmp_path)
-    known = tmp_path / "accelerator.json"
-    if known.exists():  # only where there is a KVM to try
-        state = json.loads(known.read_text())
+def test_the_choice_of_the_accelerator_is_kept(
+    machine: Machine, kernel: Kernel, tmp_path: Path
+) -> None:
+    choice, known = (machine.accel, machine.accel_reason), tmp_path / "accelerator.json"
+    kept = CACHE_DIR / "accelerator.json"
+    if kept.exists():  # only where there is a KVM to try, which takes 20 s
+        state = json.loads(kept.read_text())
         assert (state["accel"], state["reason"]) == choice
         known.write_text(json.dumps(state | {"accel": "kvm", "reason": "from the file"}))
         assert choose_accelerator("auto", kernel.image, tmp_path) == ("kvm", "from the file")
         known.write_text(json.dumps(state | {"key": "another boot"}))
         assert choose_accelerator("auto", kernel.image, tmp_path) == choice
+        assert json.loads(known.read_text()) == state
     assert choose_accelerator("tcg", kernel.image, tmp_path)[0] == "tcg"
