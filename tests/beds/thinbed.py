@@ -28,6 +28,7 @@ from guestagent.api.thin import (
 )
 from guestagent.engine.engine import Engine
 from guestagent.engine.state import Rules
+from guestagent.storage import blockdev
 from guestagent.thin.part import Thin
 from tests.beds.agentbed import EngineBed
 from tests.beds.dmbed import loop_device, run
@@ -63,12 +64,12 @@ class Disks:
 
     def thin_check(self) -> None:
         """Have thin_check judge the metadata of a pool that is closed."""
-        run("blockdev", "--flushbufs", self.metadata)
+        blockdev.flush(self.metadata)
         run("thin_check", self.metadata)
 
     def thin_ids(self) -> list[int]:
         """Return the thin devices that thin_dump finds in a pool that is closed."""
-        run("blockdev", "--flushbufs", self.metadata)
+        blockdev.flush(self.metadata)
         lines = run("thin_dump", self.metadata).splitlines()
         return [int(line.split('"')[1]) for line in lines if "<device " in line]
 

@@ -93,7 +93,7 @@ def more(tmp_path: Path) -> Iterator[str]:
 def look(bed: ThinBed) -> dict[str, object]:
     """Return what there is of pools and volumes, by the agent and by the kernel."""
     found: dict[str, object] = {
-        "devices": sorted(line.split()[0] for line in run("dmsetup", "ls").splitlines()),
+        "devices": sorted(name for name, _, _ in bed.engine.state.control.list_devices()),
         "mounts": sorted(line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()),
         "files": sorted(str(path) for path in Path("/run").glob("volumes/*")),
     }
@@ -125,8 +125,9 @@ def outcome(ask: Callable[[], object]) -> CallError | None:
 
 def can_write(bed: ThinBed) -> None:
     """See that no device is left suspended."""
-    lines = run("dmsetup", "info", "-c", "--noheadings", "-o", "name,suspended").splitlines()
-    assert [line for line in lines if line.endswith("Suspended")] == []
+    control = bed.engine.state.control
+    names = [name for name, _, _ in control.list_devices()]
+    assert [name for name in names if control.info(name).suspended] == []
 
 
 def finish(bed: ThinBed, disks: Disks, volumes: tuple[str, ...]) -> None:
