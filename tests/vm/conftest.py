@@ -1,6 +1,6 @@
 """Virtual machines for tests: the boot image, layers in a pack, a machine with the agent in it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -29,6 +29,21 @@ LAYERS = {
     "base": {"etc/motd": b"from the base\n", "base/large": bytes(range(256)) * 4096},
     "plain": {"plain/file": b"no verity here\n"},
 }
+
+
+#: The machines of ``start_machine`` that run.
+_running: list[Machine] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    call: pytest.CallInfo[None],
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Say with a test that failed what the machines have on their consoles."""
+    report = yield
+    if call.excinfo is not None and report.failed:
+        report.sections += [("console of a machine", each.console.tail()) for each in _running]
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -109,7 +124,10 @@ def start_machine(kernel: Kernel, initramfs: Path) -> Iterator[Callable[..., Mac
 
         def start(**fields: object) -> Machine:
             spec = MachineSpec(**{"kernel": kernel.image, "initrd": initramfs, **fields})  # type: ignore[arg-type]
-            return stack.enter_context(Machine(spec, cache_dir=CACHE_DIR))
+            machine = stack.enter_context(Machine(spec, cache_dir=CACHE_DIR))
+            _running.append(machine)
+            stack.callback(_running.remove, machine)
+            return machine
 
         yield start
 
