@@ -37,9 +37,13 @@ _CMDLINE = "console=ttyS0 quiet panic=-1 cryptomgr.notests"
 #: What needs AVX needs XSAVE: a processor with the one and not the other does not exist, and Linux
 #: 7.2 panics on it.
 _TCG_CPU = "max,-erms,-xsave,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq"
+#: Linux looks whether its timer ticks while it waits (check_timer, arch/x86/kernel/apic/io_apic.c).
+#: An emulated processor that does not run meanwhile misses the ticks: the kernel tries other ways,
+#: and panics where none of them ticks.
+_TCG_CMDLINE = "no_timer_check"
 #: Linux distrusts an emulated TSC and reads the HPET instead, which takes QEMU's one big lock; but
 #: it is the same for all processors, and as steady as the host's.
-_TCG_CMDLINE = "tsc=reliable clocksource=tsc"
+_STEADY_TSC_CMDLINE = "tsc=reliable clocksource=tsc"
 _SCSI_BUS = "scsi0.0"
 #: The device behind each line, by the guest's name for it. ttyS0 is UART 0.
 _TTY_DEVICES: dict[str, dict[str, object]] = {
@@ -239,8 +243,8 @@ def _base(spec: MachineSpec, runtime: Runtime) -> Iterator[str]:
         "share": True,
     })  # fmt: skip
     yield from ("-kernel", str(spec.kernel), "-initrd", str(spec.initrd))
-    words = (_CMDLINE, "" if kvm or not runtime.steady_tsc else _TCG_CMDLINE, spec.cmdline)
-    yield from ("-append", " ".join(filter(None, words)))
+    emulated = () if kvm else (_TCG_CMDLINE, _STEADY_TSC_CMDLINE if runtime.steady_tsc else "")
+    yield from ("-append", " ".join(filter(None, (_CMDLINE, *emulated, spec.cmdline))))
     if runtime.qmp_fd is not None:
         yield from ("-chardev", f"socket,id=qmp,fd={runtime.qmp_fd},server=on,wait=off")
         yield from ("-mon", "chardev=qmp,mode=control")

@@ -78,6 +78,7 @@ def test_an_emulated_clock_is_trusted_where_it_is_steady(
     changed = dataclasses.replace(runtime, accel=accel, steady_tsc=steady)
     (cmdline,) = values(qemu_command(spec(cmdline="mine"), changed), "-append")
     assert ("tsc=reliable" in cmdline.split()) == trusted
+    assert ("no_timer_check" in cmdline.split()) == (accel == "tcg")
     assert cmdline.split()[-1] == "mine"
 
 
