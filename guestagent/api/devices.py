@@ -242,6 +242,21 @@ class VerityTerms(Record):
         )
 
 
+class WholeVerityTerms(VerityTerms):
+    """All that defines a hash tree: nothing is left open. ``hash_offset_bytes`` leads to the
+    superblock, or to the tree where there is none."""
+
+    root_digest: bytes
+    salt: bytes
+    algorithm: str
+    hash_type: int
+    data_blocks: int
+    data_block_size: int
+    hash_block_size: int
+    hash_offset_bytes: int
+    superblock: bool
+
+
 class Verity(VerityTerms):
     """What to verify a layer against. Only ``root_digest`` is needed when there is a superblock.
 

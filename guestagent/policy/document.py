@@ -21,7 +21,7 @@ from guestagent.api.checks import (
     check_range,
     check_word,
 )
-from guestagent.api.devices import VERITY_PRESETS, VerityTerms
+from guestagent.api.devices import VERITY_PRESETS, WholeVerityTerms
 from guestagent.api.layers import LAYER_FILESYSTEMS, MOUNT_OPTIONS, WHITEOUT_KINDS
 from guestagent.api.overlays import DEVICE_EXISTING, SCRATCH_FILESYSTEMS, OverlayOptions
 from guestagent.policy.table import CONSOLE_COMMANDS, LISTED_RULES, METHOD_RULES
@@ -96,19 +96,8 @@ def _check_targets(targets: tuple[str, ...]) -> None:
             raise ValueError("targets has the root")
 
 
-class LayerTree(VerityTerms):
-    """All that defines the hash tree of a layer; ``hash_offset_bytes`` leads to the superblock, or
-    to the tree where there is none."""
-
-    root_digest: bytes
-    salt: bytes
-    algorithm: str
-    hash_type: int
-    data_blocks: int
-    data_block_size: int
-    hash_block_size: int
-    hash_offset_bytes: int
-    superblock: bool
+class LayerTree(WholeVerityTerms):
+    """All that defines the hash tree of a layer, by an algorithm that proves something."""
 
     def check(self) -> None:
         super().check()

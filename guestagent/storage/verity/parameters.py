@@ -16,6 +16,7 @@ from guestagent.api.devices import (
     MAX_SALT_BYTES,
     TREE_FIELDS,
     VerityTerms,
+    WholeVerityTerms,
 )
 from vsock.errors import CallError
 
@@ -50,21 +51,8 @@ _DEFAULTS: dict[str, object] = {
 }
 
 
-class VerityParameters(VerityTerms):
-    """All that defines a verity target over its devices; checked, so that it always makes sense.
-
-    ``hash_offset_bytes`` leads to the superblock, or to the tree where there is none.
-    """
-
-    root_digest: bytes
-    salt: bytes
-    algorithm: str
-    hash_type: int
-    data_blocks: int
-    data_block_size: int
-    hash_block_size: int
-    hash_offset_bytes: int
-    superblock: bool
+class VerityParameters(WholeVerityTerms):
+    """All that defines a verity target over its devices; checked, so that it always makes sense."""
 
     def check(self) -> None:
         super().check()
