@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from guestagent.host.output import facts_of_output
 from rootfs.imagefile.errors import OsErrors, from_os_error
 from vsock.errors import CallError
 
@@ -112,36 +113,18 @@ def check_output(
             ``conflict``, it exists and ``replace`` is False; by errno.
     """
     text = os.fspath(path)
-    # pathlib drops a slash at the end, which says that a directory is meant
-    if os.path.basename(text) in ("", ".", ".."):
-        raise _refused(text, "it is no name of a file")
     try:
-        existing = os.lstat(text)
-    except FileNotFoundError:
+        with OsErrors("create", text):
+            existing = facts_of_output(text)
+    except ValueError as why:
+        raise _refused(text, str(why)) from None
+    if existing is None:
         return
-    except ValueError:  # a NUL byte
-        raise _refused(text, "it is no name of a file") from None
-    except OSError as problem:
-        raise from_os_error(problem, step="create", object=text) from problem
-    if not stat.S_ISREG(existing.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(existing.st_mode), "no regular file")
-        target = f" to {os.path.realpath(text)!r}" if stat.S_ISLNK(existing.st_mode) else ""
-        raise _refused(text, f"it is {kind}{target}, and only a regular file is ever replaced")
     if not replace:
         refusal = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         raise from_os_error(refusal, step="create", object=text)
     for each in inputs:
         _refuse_input(text, existing, each)
-
-
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFLNK: "a symbolic link",
-    stat.S_IFCHR: "a character device",
-    stat.S_IFBLK: "a block device",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-}
 
 
 def _refuse_input(text: str, existing: os.stat_result, read: str | os.PathLike[str] | int) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from guestagent.host.client.output import atomic_write
 from guestagent.host.ctl.main import collect
 from guestagent.host.ctl.profiles import Profiles
+from guestagent.host.output import atomic_write
 from tests.beds.ctlbed import GUESTCTL
 from tests.beds.inspectbed import connect, serving
 from vsock.errors import CallError

@@ -23,7 +23,6 @@ from guestagent.host.client.aio_link import AsyncLink
 from guestagent.host.client.events import ALL_EVENTS, EventCallback, Following, LogCallback, Steps
 from guestagent.host.client.link import HELLO_MS, DisconnectCallback, LinkSettings, Traceparent
 from guestagent.host.client.methods import STREAM_DEADLINE_MS
-from guestagent.host.client.output import atomic_write
 from guestagent.host.client.streams import (
     CANCEL_SECONDS,
     ByteCount,
@@ -33,6 +32,7 @@ from guestagent.host.client.streams import (
     StreamTable,
     stream_params,
 )
+from guestagent.host.output import atomic_write
 from vsock.address import Address
 from vsock.aio import AsyncClient, AsyncPendingCall
 from vsock.client import MARGIN_SECONDS, ClosedHandleError

@@ -10,7 +10,7 @@ from typing import BinaryIO, Generic, Protocol, TypeVar
 from guestagent.api.agent import AgentMore
 from guestagent.api.inspect import REPLY_DATA_BYTES, StreamRequest, wire_bytes
 from guestagent.host.client.link import Link
-from guestagent.host.client.output import atomic_write
+from guestagent.host.output import atomic_write
 from vsock.client import MARGIN_SECONDS, PendingCall
 from vsock.closeable import Closeable
 from vsock.errors import CallError, ConnectionClosed, RpcError

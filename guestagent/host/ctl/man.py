@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 
 from guestagent import __version__
-from guestagent.host.client.output import atomic_write
 from guestagent.host.ctl.session import Session, cannot_write, pass_session
+from guestagent.host.output import atomic_write
 
 __all__ = ("man", "pages")
 

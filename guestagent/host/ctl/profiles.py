@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from guestagent.host.client.output import atomic_write
+from guestagent.host.output import atomic_write
 from vsock.address import parse_address
 from vsock.errors import CallError
 

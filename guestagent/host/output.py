@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from vsock.errors import CallError
 
-__all__ = ("atomic_write",)
+__all__ = ("atomic_write", "facts_of_output")
 
 #: Of the final name, in the temporary one: with the rest it stays below 255 bytes.
 _KEPT_NAME_BYTES = 200
@@ -43,17 +43,27 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             raise
 
 
-def _check(text: str) -> None:
+def facts_of_output(text: str) -> os.stat_result | None:
+    """Return the facts of the regular file that an output would replace, None where there is none.
+
+    Raises:
+        ValueError: the path is no name of a file, or something else is there; says why.
+        OSError: it cannot be looked at.
+    """
     # pathlib drops a slash at the end, which says that a directory is meant
-    if os.path.basename(text) in ("", ".", "..") or "\0" in text:
-        raise _refused(text, "it is no name of a file")
+    if os.path.basename(text) in ("", ".", ".."):
+        raise ValueError("it is no name of a file")
     try:
-        mode = os.lstat(text).st_mode
+        found = os.lstat(text)
     except FileNotFoundError:
-        return
-    if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
-        raise _refused(text, f"it is {kind}, and only a regular file is ever replaced")
+        return None
+    except ValueError:  # a NUL byte
+        raise ValueError("it is no name of a file") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
+        target = f" to {os.path.realpath(text)!r}" if stat.S_ISLNK(found.st_mode) else ""
+        raise ValueError(f"it is {kind}{target}, and only a regular file is ever replaced")
+    return found
 
 
 _KINDS = {
@@ -66,5 +76,9 @@ _KINDS = {
 }
 
 
-def _refused(text: str, why: str) -> CallError:
-    return CallError("invalid", f"cannot write {text!r}: {why}", step="write", object=text)
+def _check(text: str) -> None:
+    try:
+        facts_of_output(text)
+    except ValueError as why:
+        problem = f"cannot write {text!r}: {why}"
+        raise CallError("invalid", problem, step="write", object=text) from None
