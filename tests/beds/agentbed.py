@@ -165,7 +165,7 @@ class AgentProcess:
         return GuestAgent(self.address, connect_seconds=seconds, **options)  # type: ignore[arg-type]
 
     def stop(self) -> None:
-        """Have it unmount everything and end; kill it if it does not."""
+        """Kill it, if it runs."""
         if self.process is None:
             return
         if self.process.poll() is None:

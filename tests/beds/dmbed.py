@@ -7,7 +7,6 @@ leaves a device, a mount, a loop device, a descriptor or a thread behind.
 import contextlib
 import errno
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from guestagent.storage.devicemapper.control import Control
 from guestagent.storage.mountinfo import read_mounts
 from tests.beds import loopbed
 from tests.beds.calls import run as run
+from vsock.deadline import Deadline
+from vsock.retry import retry
 
 _SETTLED_SECONDS = 2.0
 _UNLOADED_SECONDS = 20.0
@@ -43,11 +44,13 @@ def scsi_debug(*parameters: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # it is busy for a while after a probe
-        end = time.monotonic() + _UNLOADED_SECONDS
-        while subprocess.run(["modprobe", "-r", "scsi_debug"], capture_output=True).returncode:
-            assert time.monotonic() < end, "scsi_debug stays busy"
-            time.sleep(0.05)
+        with contextlib.closing(Deadline(_UNLOADED_SECONDS)) as deadline:
+            retry(
+                lambda: run("modprobe", "-r", "scsi_debug"),
+                deadline,
+                when=lambda error: isinstance(error, AssertionError),  # busy after a probe
+                step="unload scsi_debug",
+            )
 
 
 def dev_of(node: str) -> str:
